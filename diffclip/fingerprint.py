@@ -1,0 +1,26 @@
+"""A short hash of weights, to prove that a part was loaded, stayed frozen, or changed.
+
+The same weights give the same fingerprint whatever their order, device or floating dtype on disk.
+"""
+
+import hashlib
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+
+def fingerprint(weights: nn.Module | Mapping[str, torch.Tensor]) -> str:
+    """Return 16 hex digits over names, shapes and float32 values of all parameters and persistent buffers.
+
+    Args:
+        weights: a module, or a state dict of dense tensors.
+    """
+    state = weights.state_dict() if isinstance(weights, nn.Module) else weights
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach()
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        values = tensor.float() if tensor.is_floating_point() else tensor
+        digest.update(values.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
