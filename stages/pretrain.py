@@ -1,0 +1,103 @@
+"""Stage 1: contrastive pretraining of CLIP and DiffCLIP on image-text pairs.
+
+    python -m stages.pretrain --config stages/configs/quickstart/pretrain.yaml --model DiffCLIP-tiny \
+        --train_data 'data/scenes/pretrain/*.tar' --output_dir runs/diffclip
+    torchrun --nproc_per_node 8 -m stages.pretrain --config stages/configs/paper/pretrain_cc3m_diffclip.yaml ...
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from diffclip.errors import exit_on_input_error
+from stages.config import parse, require
+from stages.training import TrainingConfig
+
+
+@dataclass
+class PretrainConfig(TrainingConfig):
+    """Settings of pretraining; the defaults are the paper's (section 4, after SLIP)."""
+
+    model: str = field(default="DiffCLIP-B-16", metadata={"help": "a name of diffclip.models.MODELS"})
+    init: Literal["matched", "official"] = field(
+        default="matched", metadata={"help": "initialise both arms alike, or each as its official code does"}
+    )
+    train_data: list[str] = field(
+        default_factory=list, metadata={"help": "webdataset shards (globs, braces), .csv, .tsv, .parquet"}
+    )
+    caption_member: Literal["txt", "json"] = field(
+        default="txt", metadata={"help": "where shards keep captions; json draws one of `captions` each time"}
+    )
+    val_data: str = field(default="", metadata={"help": "folder of classes to classify zero-shot after each epoch"})
+    epochs: int = field(default=40, metadata={"help": "passes over the data"})
+    warmup_epochs: float = field(default=1.0, metadata={"help": "epochs of linear warm-up"})
+    start_learning_rate: float = field(default=1e-6, metadata={"help": "at the first step"})
+    end_learning_rate: float = field(default=1e-5, metadata={"help": "towards the last step"})
+    weight_decay: float = field(default=0.5, metadata={"help": "decoupled (AdamW), on matrices and tables only"})
+    min_crop: float = field(default=0.5, metadata={"help": "smallest share of the area in RandomResizedCrop"})
+    gather_with_grad: bool = field(default=True, metadata={"help": "exact gradient over ranks; SLIP: false"})
+
+
+def main(argv: list[str] | None = None) -> None:
+    config = parse(PretrainConfig, __doc__, argv)
+    require(config, "output_dir", "train_data")
+    pretrain(config)
+
+
+def pretrain(config: PretrainConfig) -> None:
+    """Train `config.model` and write a directory that `diffclip.load` and `AutoModel` read."""
+    import diffclip
+    from diffclip.data import PairTable, TrainingPairs, expand
+    from stages.callbacks import Watch, end_with_pipeline
+    from stages.contrastive import ContrastiveTrainer
+    from stages.run import Run
+    from stages.training import per_device_batch, train, training_arguments
+
+    end_with_pipeline()
+    sources = expand(config.train_data)
+    inputs = {f"train_data[{i}]": path for i, path in enumerate(sources)}
+    run = Run("pretrain", config, inputs | ({"val_data": config.val_data} if config.val_data else {}))
+    if run.finished:
+        return
+    table = PairTable(sources, config.caption_member)
+
+    model = diffclip.build(config.model, init=config.init, seed=config.seed)
+    transform = diffclip.transforms(model.model_config, train=True, crop_scale=(config.min_crop, 1.0))
+    tokenizer = diffclip.tokenizer(model.model_config)
+    pairs = TrainingPairs(
+        table,
+        transform,
+        tokenizer,
+        global_batch_size=config.global_batch_size,
+        epochs=config.epochs,
+        seed=config.seed,
+    )
+    batch = per_device_batch(config)
+    steps = len(pairs) // config.global_batch_size
+    parameters = sum(p.numel() for p in model.parameters())
+    run.say(
+        f"pretrain: {config.model} ({config.init} init), {parameters:,} parameters, all learn; "
+        f"{len(table):,} pairs x {config.epochs} epochs = {steps:,} steps of {config.global_batch_size}"
+    )
+    run.note(model=config.model, parameters=parameters, pairs=len(table), steps=steps)
+
+    trainer = ContrastiveTrainer(
+        model=model,
+        args=training_arguments(
+            config, steps, batch, adam_beta1=0.9, adam_beta2=0.98, adam_epsilon=1e-8, max_grad_norm=0.0
+        ),
+        train_dataset=pairs,
+        config=config,
+        steps_per_epoch=pairs.per_epoch // config.global_batch_size,
+        run=run,
+        callbacks=[Watch(run, config.global_batch_size)],
+    )
+    metrics = train(trainer, run)
+    metrics |= trainer.validate()
+    if run.is_main:
+        diffclip.save(model, config.output_dir)
+    run.finish(metrics)
+
+
+if __name__ == "__main__":
+    with exit_on_input_error():
+        main()

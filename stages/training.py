@@ -1,0 +1,97 @@
+"""What the training stages share: their common settings, and how those become transformers' TrainingArguments."""
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from diffclip.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import Trainer, TrainingArguments
+
+    from stages.run import Run
+
+
+@dataclass
+class TrainingConfig:
+    """Settings that every training stage has."""
+
+    output_dir: str = field(default="", metadata={"help": "the run directory to write"})
+    seed: int = field(default=0, metadata={"help": "decides weights, data order and augmentation"})
+    global_batch_size: int = field(default=4096, metadata={"help": "samples per optimiser step, over all devices"})
+    learning_rate: float = field(default=5e-4, metadata={"help": "peak learning rate"})
+    weight_decay: float = field(default=0.0, metadata={"help": "decoupled (AdamW)"})
+    precision: Literal["fp32", "bf16"] = field(default="fp32", metadata={"help": "bf16 = mixed precision"})
+    num_workers: int = field(default=8, metadata={"help": "data loading processes per device; 0 = in the main one"})
+    logging_steps: int = field(default=50, metadata={"help": "steps between log lines"})
+    save_steps: int = field(default=500, metadata={"help": "steps between resume checkpoints"})
+    deepspeed: str = field(default="", metadata={"help": "DeepSpeed JSON, e.g. stages/configs/deepspeed/zero2.json"})
+    use_cpu: bool = field(default=False, metadata={"help": "run on the CPU even where there is a GPU"})
+    trainer: dict = field(default_factory=dict, metadata={"help": "any other TrainingArguments, as JSON"})
+
+
+def per_device_batch(config: TrainingConfig, micro_batch_size: int = 0) -> tuple[int, int]:
+    """(samples per device and forward pass, accumulation steps) that make up `global_batch_size`.
+
+    Args:
+        micro_batch_size: most samples per device and pass; 0 = no limit, i.e. no accumulation.
+    """
+    import os
+
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    share, rest = divmod(config.global_batch_size, world)
+    if rest:
+        raise InputError(f"global_batch_size {config.global_batch_size} is not a multiple of the {world} devices")
+    micro = min(micro_batch_size or share, share)
+    if share % micro:
+        raise InputError(f"each device's share of the batch, {share}, is not a multiple of micro_batch_size {micro}")
+    return micro, share // micro
+
+
+def training_arguments(config: TrainingConfig, steps: int, batch: tuple[int, int], **own: Any) -> "TrainingArguments":  # noqa: ANN401
+    """transformers' TrainingArguments for `steps` optimiser steps of `batch` = (micro batch, accumulation).
+
+    Raises:
+        InputError: `config.trainer` holds a key that TrainingArguments does not know.
+    """
+    import torch
+    from transformers import TrainingArguments
+
+    values = {
+        "output_dir": config.output_dir,
+        "seed": config.seed,
+        "max_steps": steps,
+        "per_device_train_batch_size": batch[0],
+        "gradient_accumulation_steps": batch[1],
+        "learning_rate": config.learning_rate,
+        "weight_decay": config.weight_decay,
+        "bf16": config.precision == "bf16",
+        "use_cpu": config.use_cpu or not torch.cuda.is_available(),
+        "dataloader_num_workers": config.num_workers,
+        "dataloader_persistent_workers": config.num_workers > 0,
+        "dataloader_pin_memory": torch.cuda.is_available() and not config.use_cpu,
+        "logging_steps": config.logging_steps,
+        "logging_first_step": True,
+        "logging_nan_inf_filter": False,  # a NaN must be seen, not logged as 0
+        "save_strategy": "steps",
+        "save_steps": config.save_steps,
+        "save_total_limit": 2,
+        "report_to": ["tensorboard"],
+        "disable_tqdm": True,  # stages.callbacks.Watch draws the bar
+        "remove_unused_columns": False,
+        "deepspeed": config.deepspeed or None,
+        **own,
+        **config.trainer,
+    }
+    try:
+        return TrainingArguments(**values)
+    except TypeError as error:
+        raise InputError(f"setting `trainer`: {error}; its keys are transformers' TrainingArguments") from None
+
+
+def train(trainer: "Trainer", run: "Run") -> dict[str, float]:
+    """Train from the newest whole checkpoint, if any; returns Trainer's closing metrics."""
+    from transformers import PrinterCallback
+
+    trainer.remove_callback(PrinterCallback)  # Watch says the same for people
+    result = trainer.train(resume_from_checkpoint=run.resume_from)
+    return {k: v for k, v in result.metrics.items() if k != "total_flos"}
