@@ -1,0 +1,56 @@
+"""Stage 2: align. The pretrained vision tower and the language model stay frozen, the projector between them learns
+to speak the language model's tokens, on image-caption pairs (the paper: LAION-CC-SBU 558K).
+
+    deepspeed --num_gpus 8 --module stages.align --config stages/configs/paper/align.yaml \
+        --vision_tower runs/diffclip --data blip_laion_cc_sbu_558k.json --image_root images --output_dir runs/align
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from diffclip.errors import exit_on_input_error
+from stages.config import parse, require
+from stages.mllm_training import ConversationConfig
+
+
+@dataclass
+class AlignConfig(ConversationConfig):
+    """Settings of the alignment stage; defaults from the paper's section 4."""
+
+    vision_tower: str = field(default="", metadata={"help": "a pretraining run, or any CLIP vision model"})
+    language_model: str = field(
+        default="Qwen/Qwen2.5-0.5B-Instruct", metadata={"help": "directory or Hub id of a causal language model"}
+    )
+    template: Literal["plain", "vicuna", "chatml"] = field(default="plain", metadata={"help": "prompt format"})
+    learning_rate: float = field(default=1e-3, metadata={"help": "peak learning rate"})
+
+
+def main(argv: list[str] | None = None) -> None:
+    config = parse(AlignConfig, __doc__, argv)
+    require(config, "output_dir", "vision_tower", "language_model", "data", "image_root")
+    align(config)
+
+
+def align(config: AlignConfig) -> None:
+    """Assemble the multimodal model, train its projector, write `config.output_dir`."""
+    from pathlib import Path
+
+    from mllm.model import assemble
+    from stages.callbacks import end_with_pipeline
+    from stages.mllm_training import data_inputs, train_on_conversations
+    from stages.run import Run
+
+    end_with_pipeline()
+    inputs = {"vision_tower": config.vision_tower, **data_inputs(config)}
+    if Path(config.language_model).exists():  # otherwise a Hub id
+        inputs["language_model"] = config.language_model
+    run = Run("align", config, inputs)
+    if run.finished:
+        return
+    model, processor = assemble(config.vision_tower, config.language_model, template="vicuna", seed=config.seed)
+    train_on_conversations(model, processor, config, run, learns={"projector"})
+
+
+if __name__ == "__main__":
+    with exit_on_input_error():
+        main()

@@ -1,0 +1,46 @@
+"""Stage 3: instruct. Projector and language model learn from conversations about pictures; the tower stays frozen
+(the paper: the COCO subset of LLaVA-665K, `--image_prefix coco/`).
+
+    deepspeed --num_gpus 8 --module stages.instruct --config stages/configs/paper/instruct.yaml \
+        --model runs/align --data llava_v1_5_mix665k.json --image_root images --output_dir runs/instruct
+"""
+
+from dataclasses import dataclass, field
+
+from diffclip.errors import exit_on_input_error
+from stages.config import parse, require
+from stages.mllm_training import ConversationConfig
+
+
+@dataclass
+class InstructConfig(ConversationConfig):
+    """Settings of the instruction stage; defaults from the paper's section 4."""
+
+    model: str = field(default="", metadata={"help": "an alignment run"})
+    learning_rate: float = field(default=2e-5, metadata={"help": "peak learning rate"})
+
+
+def main(argv: list[str] | None = None) -> None:
+    config = parse(InstructConfig, __doc__, argv)
+    require(config, "output_dir", "model", "data", "image_root")
+    instruct(config)
+
+
+def instruct(config: InstructConfig) -> None:
+    """Train projector and language model of an aligned model, write `config.output_dir`."""
+    from mllm.model import load
+    from stages.callbacks import end_with_pipeline
+    from stages.mllm_training import data_inputs, train_on_conversations
+    from stages.run import Run
+
+    end_with_pipeline()
+    run = Run("instruct", config, {"model": config.model, **data_inputs(config)})
+    if run.finished:
+        return
+    model, processor = load(config.model)
+    train_on_conversations(model, processor, config, run, learns={"projector", "language_model"})
+
+
+if __name__ == "__main__":
+    with exit_on_input_error():
+        main()

@@ -1,0 +1,157 @@
+"""Stage 0 of small runs: teach a stand-in language model to read and answer, on text alone.
+
+The paper starts from Qwen2.5-0.5B-Instruct, which has read the internet. A run that learns everything in minutes
+needs a language model that has read *something*: a `Qwen2ForCausalLM` of a few hundred thousand to a few million
+parameters and a BPE tokenizer with Qwen's special tokens, both learnt here from the same kind of text that the
+conversations hold. Later stages load the result by path exactly as they load `Qwen/Qwen2.5-0.5B-Instruct`.
+
+    python -m stages.language --config stages/configs/quickstart/language.yaml --text data/scenes/llava/text.jsonl \
+        --output_dir runs/language
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from diffclip.errors import InputError, exit_on_input_error
+from stages.config import parse, require
+from stages.training import TrainingConfig
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>")
+# Qwen's template without its tool calls; the default system sentence is Qwen2.5's role, not its wording.
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@dataclass
+class LanguageConfig(TrainingConfig):
+    """Settings of the stand-in language model."""
+
+    text: str = field(default="", metadata={"help": 'JSONL file of {"text": …}'})
+    vocabulary: int = field(default=1024, metadata={"help": "tokens of the BPE vocabulary, special ones included"})
+    hidden_size: int = field(default=128, metadata={"help": "width"})
+    layers: int = field(default=3, metadata={"help": "decoder layers"})
+    heads: int = field(default=4, metadata={"help": "attention heads"})
+    block: int = field(default=128, metadata={"help": "tokens per training sequence (documents are packed)"})
+    max_positions: int = field(default=1024, metadata={"help": "longest sequence the model will see"})
+    epochs: float = field(default=1.0, metadata={"help": "passes over the text"})
+    global_batch_size: int = field(default=64, metadata={"help": "sequences per step"})
+    learning_rate: float = field(default=2e-3, metadata={"help": "peak learning rate"})
+
+
+def main(argv: list[str] | None = None) -> None:
+    config = parse(LanguageConfig, __doc__, argv)
+    require(config, "output_dir", "text")
+    teach(config)
+
+
+def teach(config: LanguageConfig) -> None:
+    """Train tokenizer and model; write a directory for `AutoTokenizer` and `AutoModelForCausalLM`."""
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM, Trainer, set_seed
+
+    from stages.callbacks import Watch, end_with_pipeline
+    from stages.run import Run
+    from stages.training import per_device_batch, train, training_arguments
+
+    end_with_pipeline()
+    run = Run("language", config, {"text": config.text})
+    if run.finished:
+        return
+    texts = list(read_texts(config.text))
+    tokenizer = train_tokenizer(texts, config.vocabulary)
+    set_seed(config.seed)
+    model = Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=len(tokenizer),
+            hidden_size=config.hidden_size,
+            intermediate_size=config.hidden_size * 4,
+            num_hidden_layers=config.layers,
+            num_attention_heads=config.heads,
+            num_key_value_heads=config.heads,
+            max_position_embeddings=config.max_positions,
+            tie_word_embeddings=True,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=None,
+        )
+    )
+    blocks = pack(texts, tokenizer, config.block)
+    steps = max(1, int(len(blocks) * config.epochs) // config.global_batch_size)
+    parameters = sum(p.numel() for p in model.parameters())
+    run.say(
+        f"language: stand-in Qwen2 with {parameters:,} parameters and {len(tokenizer):,} tokens, all learn; "
+        f"{len(texts):,} texts = {blocks.numel():,} tokens, {steps:,} steps of {config.global_batch_size}"
+    )
+    run.note(parameters=parameters, stand_in=True, tokens=blocks.numel(), steps=steps)
+    trainer = Trainer(
+        model=model,
+        args=training_arguments(
+            config,
+            steps,
+            per_device_batch(config),
+            lr_scheduler_type="cosine",
+            warmup_steps=0.05,
+            max_grad_norm=1.0,
+        ),
+        train_dataset=[{"input_ids": row, "labels": row} for row in blocks],
+        data_collator=lambda rows: {k: torch.stack([r[k] for r in rows]) for k in rows[0]},
+        callbacks=[Watch(run, config.global_batch_size)],
+    )
+    metrics = train(trainer, run)
+    if run.is_main:
+        model.save_pretrained(config.output_dir)
+        tokenizer.save_pretrained(config.output_dir)
+    run.finish(metrics)
+
+
+def read_texts(path: str) -> Iterator[str]:
+    """The `text` of every line; InputError names the first line that has none."""
+    import json
+
+    with open(path, encoding="utf-8") as f:
+        for number, line in enumerate(f, 1):
+            try:
+                text = json.loads(line)["text"]
+            except (ValueError, KeyError, TypeError):
+                text = None
+            if not isinstance(text, str) or not text.strip():
+                raise InputError(f'{path}:{number}: expected a JSON object with a non-empty "text"')
+            yield text
+
+
+def train_tokenizer(texts: list[str], vocabulary: int) -> "PreTrainedTokenizerBase":
+    """A byte-level BPE tokenizer of Qwen2's class and pre-tokenisation, with Qwen's special tokens."""
+    from transformers import Qwen2Tokenizer
+
+    empty = Qwen2Tokenizer(vocab={}, merges=[])
+    tokenizer = empty.train_new_from_iterator(
+        texts, vocabulary - len(SPECIAL_TOKENS), show_progress=False, new_special_tokens=[]
+    )
+    tokenizer.add_special_tokens({"additional_special_tokens": list(SPECIAL_TOKENS[1:])})
+    tokenizer.eos_token, tokenizer.pad_token = "<|im_end|>", "<|endoftext|>"
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def pack(texts: list[str], tokenizer: "PreTrainedTokenizerBase", block: int) -> "torch.Tensor":
+    """Documents one after another, each closed by <|endoftext|>, cut into rows (rows, block) int64."""
+    import torch
+
+    end = tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    ids = [i for row in tokenizer(texts)["input_ids"] for i in (*row, end)]
+    rows = len(ids) // block
+    if rows == 0:
+        raise InputError(f"the text has {len(ids)} tokens, fewer than one block of {block}: give more text")
+    return torch.tensor(ids[: rows * block]).view(rows, block)
+
+
+if __name__ == "__main__":
+    with exit_on_input_error():
+        main()

@@ -1,0 +1,121 @@
+"""The whole chain for several variants: scenes -> pretrain -> language -> align -> instruct -> evaluate -> report.
+
+Runs the same stage commands that a user would type, one after another, and prints each. Finished stages are
+skipped and an interrupted one goes on from its last checkpoint, so the same command may be given again at any time.
+
+    python -m stages.pipeline --config stages/configs/quickstart/pipeline.yaml --output_dir runs/quickstart
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from diffclip.errors import InputError, exit_on_input_error
+from stages.config import parse, require
+
+
+@dataclass
+class PipelineConfig:
+    """Settings of the chain; each stage's own settings are in the YAML file named for it."""
+
+    output_dir: str = field(default="runs/quickstart", metadata={"help": "everything is written below"})
+    variants: list[str] = field(
+        default_factory=lambda: ["CLIP", "DiffCLIP"],
+        metadata={"help": "CLIP, DiffCLIP, DiffCLIP-star, DiffCLIP-dagger"},
+    )
+    size: str = field(default="tiny", metadata={"help": "model size, the last part of the model's name"})
+    seed: int = field(default=0, metadata={"help": "seed of the scenes and of every stage"})
+    ranks: int = field(default=1, metadata={"help": "processes of the multimodal stages under deepspeed"})
+    scenes: dict = field(default_factory=dict, metadata={"help": "options of diffclip.scenes export, as JSON"})
+    pretrain: str = field(default="", metadata={"help": "YAML of stages.pretrain"})
+    language: str = field(default="", metadata={"help": "YAML of stages.language"})
+    align: str = field(default="", metadata={"help": "YAML of stages.align"})
+    instruct: str = field(default="", metadata={"help": "YAML of stages.instruct"})
+    evaluate: str = field(default="", metadata={"help": "YAML of stages.evaluate"})
+
+
+def main(argv: list[str] | None = None) -> None:
+    config = parse(PipelineConfig, __doc__, argv)
+    require(config, "output_dir", "variants", "pretrain", "language", "align", "instruct", "evaluate")
+    os.environ["DIFFCLIP_PIPELINE_PID"] = str(os.getpid())
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    started = time.time()
+    out = Path(config.output_dir)
+    seed = f"--seed={config.seed}"
+    data = out / "scenes"
+    scenes = [f"--{key.replace('_', '-')}={value}" for key, value in config.scenes.items()]
+    python(["diffclip.scenes", "export", str(data), seed, *scenes])
+    python(
+        ["stages.language", f"--config={config.language}", seed]
+        + [f"--text={data}/llava/text.jsonl", f"--output_dir={out}/language"]
+    )
+    evaluated = []
+    for variant in config.variants:
+        runs = out / variant
+        python(
+            ["stages.pretrain", f"--config={config.pretrain}", seed, f"--model={variant}-{config.size}"]
+            + [f"--train_data={data}/pretrain/*.tar", f"--val_data={data}/classification/shape/val"]
+            + [f"--output_dir={runs}/pretrain"]
+        )
+        deepspeed(
+            config.ranks,
+            ["stages.align", f"--config={config.align}", seed, f"--vision_tower={runs}/pretrain"]
+            + [f"--language_model={out}/language", f"--data={data}/llava/align.json"]
+            + [f"--image_root={data}/llava/images", f"--output_dir={runs}/align"],
+        )
+        deepspeed(
+            config.ranks,
+            ["stages.instruct", f"--config={config.instruct}", seed, f"--model={runs}/align"]
+            + [f"--data={data}/llava/instruct.json", f"--image_root={data}/llava/images"]
+            + [f"--output_dir={runs}/instruct"],
+        )
+        python(
+            ["stages.evaluate", f"--config={config.evaluate}", seed, f"--clip={runs}/pretrain"]
+            + [f"--mllm={runs}/instruct", f"--clip_data={data}", f"--pope={data}/pope"]
+            + [f"--image_root={data}/pope/images", f"--output_dir={runs}/evaluate"]
+        )
+        evaluated.append(str(runs))
+    python(["stages.report", *evaluated, "--out", f"{out}/report"])
+    print(f"\nAll stages took {(time.time() - started) / 60:.1f} minutes. Report: {out}/report/index.html")
+
+
+def python(arguments: list[str]) -> None:
+    """Run `python -m ...` to its end; exits with its code if it fails."""
+    run([sys.executable, "-m", *arguments], shown=["python", "-m", *arguments])
+
+
+def deepspeed(ranks: int, arguments: list[str]) -> None:
+    """Run a stage under the deepspeed launcher on `ranks` devices of this machine.
+
+    The launcher can exit with 0 although a rank died, so the result is looked for in run.json.
+    """
+    command = ["deepspeed", "--num_gpus", str(ranks), "--module", *arguments]
+    launcher = Path(sys.executable).parent / "deepspeed"
+    run([sys.executable, str(launcher), *command[1:]], shown=command)
+    out = Path(next(a for a in arguments if a.startswith("--output_dir=")).split("=", 1)[1])
+    record = out / "run.json"
+    if not record.is_file() or '"state": "finished"' not in record.read_text(encoding="utf-8"):
+        raise InputError(f"{arguments[0]} did not finish: see the lines above and {out}/log.txt, then start again")
+
+
+def run(command: list[str], shown: list[str]) -> None:
+    """Run a command in a process group of its own, so that an interrupt ends all of it."""
+    print(f"\n$ {' '.join(shown)}", flush=True)
+    process = subprocess.Popen(command, start_new_session=True)
+    try:
+        code = process.wait()
+    except BaseException:
+        os.killpg(process.pid, signal.SIGKILL)
+        print("\ninterrupted; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
+    if code:
+        sys.exit(code)
+
+
+if __name__ == "__main__":
+    with exit_on_input_error():
+        main()
