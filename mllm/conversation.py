@@ -1,0 +1,180 @@
+"""Conversations in LLaVA's JSON form -> spans of text that are supervised or not -> token ids and labels.
+
+The text is tokenised once, as a whole, and labels are read off the spans: no answer is ever searched for or
+tokenised a second time, so a template and a tokenizer cannot disagree about where an answer begins.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+IMAGE = "<image>"
+IGNORE = -100  # label of positions that carry no loss
+TEMPLATES = ("plain", "vicuna", "chatml")
+
+VICUNA_SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+CHATML_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
+
+
+class Segment(NamedTuple):
+    """A stretch of a prompt; the model learns to write it if `supervised`."""
+
+    text: str
+    supervised: bool
+
+
+def render(
+    conversation: Sequence[dict[str, str]],
+    template: str,
+    add_generation_prompt: bool = False,
+    end_token: str = "<|im_end|>",
+) -> list[Segment]:
+    """Lay a conversation out as text.
+
+    Args:
+        conversation: turns `{"from": "human" | "gpt", "value": text}`, alternating; a leading gpt turn is
+            dropped.
+        template: "plain" (stage 1: the picture, then the caption and a newline; questions are dropped),
+            "vicuna" (LLaVA 1.5's form; TinyLLaVA names it qwen2_instruct) or "chatml" (Qwen's own form).
+        add_generation_prompt: the last turn is a question; end where the answer begins.
+        end_token: closes each answer of "vicuna"; the language model's end-of-turn token.
+
+    Returns:
+        Segments whose concatenation is the prompt.
+
+    Raises:
+        ValueError: unknown template, turns out of order, a question without an answer (or the reverse).
+    """
+    questions, answers = pair_turns(conversation, add_generation_prompt)
+    if template == "plain":
+        return _plain(questions, answers)
+    if template == "vicuna":
+        return _vicuna(questions, answers, end_token)
+    if template == "chatml":
+        return _chatml(questions, answers)
+    raise ValueError(f"unknown conversation template `{template}`: use one of {', '.join(TEMPLATES)}")
+
+
+def pair_turns(
+    conversation: Sequence[dict[str, str]], add_generation_prompt: bool = False
+) -> tuple[list[str], list[str]]:
+    """Questions and answers, one answer fewer for a generation prompt; ValueError unless turns alternate."""
+    turns = list(conversation)
+    if turns and turns[0].get("from") == "gpt":
+        turns = turns[1:]
+    for turn, role in zip(turns, ("human", "gpt") * len(turns)):
+        if turn.get("from") != role:
+            raise ValueError(f"turns must alternate human, gpt, human, ...; found `{turn.get('from')}`")
+        if not isinstance(turn.get("value"), str):
+            raise ValueError(f"a {role} turn has no text in `value`")
+    if not turns or len(turns) % 2 != (1 if add_generation_prompt else 0):
+        raise ValueError(
+            "the conversation must end with a question"
+            if add_generation_prompt
+            else "a question has no answer"
+        )
+    return [t["value"] for t in turns[0::2]], [t["value"] for t in turns[1::2]]
+
+
+def prompt(conversation: Sequence[dict[str, str]], template: str, end_token: str = "<|im_end|>") -> str:
+    """The text up to where the model's answer begins; the last turn is a question."""
+    return "".join(s.text for s in render(conversation, template, True, end_token))
+
+
+def _plain(questions: list[str], answers: list[str]) -> list[Segment]:
+    segments = []
+    for i in range(len(questions)):
+        segments.append(Segment(IMAGE, False))
+        if i < len(answers):
+            segments.append(Segment(answers[i] + "\n", True))
+    return segments
+
+
+def _vicuna(questions: list[str], answers: list[str], end_token: str) -> list[Segment]:
+    segments, lead = [], VICUNA_SYSTEM + " "
+    for i, question in enumerate(questions):
+        if IMAGE in question:  # the picture always stands in front, once
+            question = f"{IMAGE}\n{question.replace(IMAGE, '').strip()}".strip()
+        segments.append(Segment(f"{lead}USER: {question} ASSISTANT:", False))
+        if i < len(answers):
+            segments.append(Segment(f" {answers[i]}{end_token}", True))
+        lead = ""
+    return segments
+
+
+def _chatml(questions: list[str], answers: list[str]) -> list[Segment]:
+    start, end = "<|im_start|>", "<|im_end|>"
+    segments, lead = [], f"{start}system\n{CHATML_SYSTEM}{end}\n"
+    for i, question in enumerate(questions):
+        segments.append(Segment(f"{lead}{start}user\n{question}{end}\n{start}assistant\n", False))
+        if i < len(answers):
+            segments.append(Segment(f"{answers[i]}{end}", True))
+        lead = "\n"
+    return segments if len(answers) < len(questions) else [*segments, Segment("\n", False)]
+
+
+def encode(segments: Iterable[Segment], tokenizer: Any, image_tokens: int) -> dict[str, list[int]]:
+    """Token ids and labels of a rendered conversation.
+
+    Args:
+        segments: output of `render`.
+        tokenizer: a fast Hugging Face tokenizer that knows `<image>` as one token.
+        image_tokens: how many placeholders stand for one picture in the model's input.
+
+    Returns:
+        `input_ids` and `labels`, equally long; labels are the ids of supervised tokens, else -100. A token is
+        supervised if its last character lies in a supervised segment; placeholders never are.
+    """
+    segments = list(segments)
+    encoded = tokenizer("".join(s.text for s in segments), return_offsets_mapping=True)
+    image_id = tokenizer.convert_tokens_to_ids(IMAGE)
+    input_ids, labels = [], []
+    current, segment_end = -1, 0  # segment of the last token, and where that segment ends in the text
+    for token, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"]):
+        while end > segment_end:
+            current += 1
+            segment_end += len(segments[current].text)
+        if token == image_id:
+            input_ids += [token] * image_tokens
+            labels += [IGNORE] * image_tokens
+        else:
+            input_ids.append(token)
+            supervised = end > start and segments[current].supervised
+            labels.append(token if supervised else IGNORE)
+    return {"input_ids": input_ids, "labels": labels}
+
+
+def chat_template(template: str, end_token: str = "<|im_end|>") -> str | None:
+    """The template as Jinja, for `processor.apply_chat_template`; None for "plain" (no questions)."""
+    pieces = {
+        "vicuna": (
+            VICUNA_SYSTEM + " ",
+            "USER: ",
+            " ASSISTANT:",
+            " ",
+            end_token,
+        ),
+        "chatml": (
+            f"<|im_start|>system\n{CHATML_SYSTEM}<|im_end|>\n",
+            "<|im_start|>user\n",
+            "<|im_end|>\n<|im_start|>assistant\n",
+            "",
+            "<|im_end|>\n",
+        ),
+    }
+    if template not in pieces:
+        return None
+    system, user, assistant, space, end = (repr(p) for p in pieces[template])
+    return (
+        "{%- macro text(content) -%}{%- if content is string -%}{{ content }}{%- else -%}"
+        "{%- for part in content if part.type == 'image' -%}{{ '<image>\\n' }}{%- endfor -%}"
+        "{%- for part in content if part.type == 'text' -%}{{ part.text }}{%- endfor -%}"
+        "{%- endif -%}{%- endmacro -%}"
+        f"{{{{ {system} }}}}"
+        "{%- for message in messages -%}{%- if message.role == 'user' -%}"
+        f"{{{{ {user} + text(message.content) + {assistant} }}}}"
+        f"{{%- elif message.role == 'assistant' -%}}{{{{ {space} + text(message.content) + {end} }}}}"
+        "{%- endif -%}{%- endfor -%}"
+    )
