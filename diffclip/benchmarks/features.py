@@ -1,0 +1,215 @@
+"""One encoding pass per (weights, transform, precision, pictures), kept on disk and shared by every protocol.
+
+The cache key is a hash of what the features depend on, so a changed checkpoint never meets old ones;
+files appear by an atomic rename, so two processes may share a folder.
+"""
+
+import hashlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import NamedTuple
+
+import safetensors.torch
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from diffclip.benchmarks.images import Pictures
+from diffclip.errors import InputError
+from diffclip.fingerprint import fingerprint
+
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+FORMAT = 1  # raise it when the meaning of a stored file changes
+
+
+class ImageFeatures(NamedTuple):
+    """Features of N pictures, float32 on the CPU, un-normalised."""
+
+    before: Tensor  # (N, vision width): pooled, before the projection
+    after: Tensor  # (N, embed_dim): after the projection, the joint space
+    labels: Tensor  # (N,) int64
+
+
+class Encoder:
+    """A dual encoder with its transform and tokenizer, and the folder where its features are kept.
+
+    Args:
+        model: an open_clip-style model: `encode_image`, `encode_text`, and a `visual` with trunk and head
+            (timm towers, ours) or with a `proj` matrix (open_clip's own ViT). Put into eval mode.
+        preprocess: PIL image -> (3, H, W) float tensor. Its printed form is part of the cache key.
+        tokenizer: list of strings -> int64 (n, context).
+        cache_dir: where features are stored; None keeps nothing.
+        precision: "float32", "bfloat16" or "float16" (autocast); the last two are stored as float16.
+        workers: DataLoader processes; None takes up to 8 with an accelerator and none on a CPU.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        preprocess: Callable[[Image.Image], Tensor],
+        tokenizer: Callable[[list[str]], Tensor],
+        *,
+        cache_dir: str | Path | None = None,
+        precision: str = "float32",
+        batch_size: int = 128,
+        workers: int | None = None,
+        quiet: bool = False,
+    ) -> None:
+        if precision not in PRECISIONS:
+            raise InputError(f"precision {precision!r} is unknown: use one of {', '.join(PRECISIONS)}")
+        self.model = model.eval()
+        self.preprocess = preprocess
+        self.tokenizer = tokenizer
+        self.cache_dir = Path(cache_dir) if cache_dir is not None else None
+        self.precision = precision
+        self.batch_size = batch_size
+        self.device = next(model.parameters()).device
+        on_cpu = self.device.type == "cpu"
+        self.workers = workers if workers is not None else 0 if on_cpu else min(8, _cores())
+        self.quiet = quiet
+        self.fingerprint = fingerprint(model)
+
+    def images(self, pictures: Pictures, name: str = "images") -> ImageFeatures:
+        """Encode pictures in order, or read them back when the same weights have seen the same pictures.
+
+        Raises:
+            InputError: a picture that cannot be decoded, named.
+        """
+        key = {"pictures": pictures.digest, "transform": _printed(self.preprocess), "kind": "image"}
+        stored = self._cached(key, lambda: self._encode_images(pictures, name))
+        return ImageFeatures(stored["before"].float(), stored["after"].float(), stored["labels"])
+
+    def texts(self, texts: Sequence[str], name: str = "texts") -> Tensor:
+        """Encode texts to (n, embed_dim) float32, un-normalised, on the CPU; cached by their token ids."""
+        ids = torch.cat([self.tokenizer(list(texts[i : i + 4096])) for i in range(0, len(texts), 4096)])
+        digest = hashlib.sha256(ids.numpy().tobytes()).hexdigest()
+        key = {"ids": digest, "shape": list(ids.shape), "kind": "text"}
+        return self._cached(key, lambda: {"after": self._encode_ids(ids, name)})["after"].float()
+
+    def _cached(self, key: dict, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        if self.cache_dir is None:
+            return compute()
+        key = {"format": FORMAT, "weights": self.fingerprint, "precision": self.precision, **key}
+        name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
+        path = self.cache_dir / f"{name}.safetensors"
+        if path.exists():
+            return safetensors.torch.load_file(path)
+        features = compute()
+        save_tensors(features, path, {"key": json.dumps(key, sort_keys=True)})
+        return features
+
+    @torch.no_grad()
+    def _encode_images(self, pictures: Pictures, name: str) -> dict[str, Tensor]:
+        loader = DataLoader(
+            _Transformed(pictures, self.preprocess),
+            self.batch_size,
+            num_workers=self.workers,
+            collate_fn=_collate,
+            pin_memory=self.device.type == "cuda",
+        )
+        before, after, labels = [], [], []
+        with self._progress(len(pictures), name, "image") as bar:
+            for batch in loader:
+                if isinstance(batch, InputError):
+                    raise batch
+                images, targets = batch  # (batch, 3, H, W), (batch,)
+                with self._autocast():
+                    low, high = encode_image(self.model, images.to(self.device, non_blocking=True))
+                before.append(self._stored(low))
+                after.append(self._stored(high))
+                labels.append(targets)
+                bar.update(len(targets))
+        return {"before": torch.cat(before), "after": torch.cat(after), "labels": torch.cat(labels)}
+
+    @torch.no_grad()
+    def _encode_ids(self, ids: Tensor, name: str) -> Tensor:
+        features = []
+        with self._progress(len(ids), name, "text") as bar:
+            for batch in ids.split(self.batch_size):  # (batch, context)
+                with self._autocast():
+                    features.append(self._stored(self.model.encode_text(batch.to(self.device))))
+                bar.update(len(batch))
+        return torch.cat(features)
+
+    def _stored(self, features: Tensor) -> Tensor:
+        return features.to("cpu", torch.float32 if self.precision == "float32" else torch.float16)
+
+    def _autocast(self) -> AbstractContextManager:
+        if self.precision == "float32":
+            return nullcontext()
+        return torch.autocast(self.device.type, PRECISIONS[self.precision])
+
+    def _progress(self, total: int, name: str, unit: str) -> tqdm:
+        # disable=None: a bar on a terminal only, never in a log file
+        return tqdm(total=total, desc=name, unit=unit, leave=False, disable=True if self.quiet else None)
+
+
+def encode_image(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Return features before (N, vision width) and after (N, embed_dim) the projection, in one forward."""
+    visual = model.visual
+    if hasattr(visual, "trunk"):
+        before = visual.trunk(images)
+        return before, visual.head(before)
+    # open_clip's own towers multiply by `proj` last, and leave it out when it is None
+    projection = visual.proj
+    visual.proj = None
+    try:
+        before = visual(images)
+    finally:
+        visual.proj = projection
+    return before, before if projection is None else before @ projection
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file so that it appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".tmp")
+    os.close(handle)
+    try:
+        safetensors.torch.save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, metadata)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+class _Transformed(Dataset):
+    """Pictures after the transform; a broken one is returned as the error, to pass whole through a worker."""
+
+    def __init__(self, pictures: Pictures, preprocess: Callable[[Image.Image], Tensor]) -> None:
+        self.pictures = pictures
+        self.preprocess = preprocess
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int] | InputError:
+        try:
+            image, label = self.pictures[index]
+        except InputError as error:
+            return error
+        return self.preprocess(image), label
+
+
+def _collate(items: list[tuple[Tensor, int] | InputError]) -> tuple[Tensor, Tensor] | InputError:
+    for item in items:
+        if isinstance(item, InputError):
+            return item
+    images, labels = zip(*items)
+    return torch.stack(images), torch.tensor(labels)
+
+
+def _printed(transform: Callable) -> str:
+    """Return the printed form of a transform without memory addresses, which differ between processes."""
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(transform))
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
