@@ -43,6 +43,8 @@ def main(argv: list[str] | None = None) -> None:
     require(config, "output_dir", "variants", "pretrain", "language", "align", "instruct", "evaluate")
     os.environ["DIFFCLIP_PIPELINE_PID"] = str(os.getpid())
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // config.ranks)))
     started = time.time()
     out = Path(config.output_dir)
     seed = f"--seed={config.seed}"
@@ -93,7 +95,7 @@ def deepspeed(ranks: int, arguments: list[str]) -> None:
 
     The launcher can exit with 0 although a rank died, so the result is looked for in run.json.
     """
-    command = ["deepspeed", "--num_gpus", str(ranks), "--module", *arguments]
+    command = ["deepspeed", "--num_gpus", str(ranks), "--log_level", "warning", "--module", *arguments]
     launcher = Path(sys.executable).parent / "deepspeed"
     run([sys.executable, str(launcher), *command[1:]], shown=command)
     out = Path(next(a for a in arguments if a.startswith("--output_dir=")).split("=", 1)[1])

@@ -22,7 +22,9 @@ from typing import Any
 from diffclip.errors import InputError
 from stages.config import read_yaml, write_yaml
 
-PACKAGES = ("diffclip-stack torch transformers accelerate deepspeed open_clip_torch timm datasets peft lmms-eval numpy").split()
+PACKAGES = (
+    "diffclip-stack torch transformers accelerate deepspeed open_clip_torch timm datasets peft lmms-eval numpy"
+).split()
 COMPLETE = "complete"  # marker inside checkpoint-*/, written when everything else in it is on disk
 
 
@@ -98,15 +100,19 @@ class Run:
         self._write_record()
 
     def finish(self, metrics: Mapping[str, Any]) -> None:
-        """Write the final numbers, mark the run as finished and drop the resume state."""
-        if not self.is_main:
-            return
-        write_json(self.path / "metrics.json", dict(metrics))
-        self.record["state"] = "finished"
-        self._write_record()
-        for path in self.path.glob("checkpoint-*"):
-            shutil.rmtree(path)
-        self.say(f"{self.stage}: finished in {self.record['wall_seconds']:.0f} s, wrote {self.path}")
+        """Write the final numbers, mark the run as finished, drop the resume state and leave the process group."""
+        if self.is_main:
+            write_json(self.path / "metrics.json", dict(metrics))
+            self.record["state"] = "finished"
+            self._write_record()
+            for path in self.path.glob("checkpoint-*"):
+                shutil.rmtree(path)
+            self.say(f"{self.stage}: finished in {self.record['wall_seconds']:.0f} s, wrote {self.path}")
+        import torch.distributed as dist
+
+        if dist.is_available() and dist.is_initialized():
+            dist.barrier()
+            dist.destroy_process_group()
 
     def _write_record(self) -> None:
         if self.is_main:
@@ -144,8 +150,8 @@ def write_json(path: Path, value: object) -> None:
 def digest(path: str | Path) -> str:
     """12 hex digits that change when the input changes.
 
-    A file counts with its content; a directory with the names and sizes of its files, and with the content of
-    model weights and run.json-free metadata left out, so that large data folders take milliseconds.
+    A file counts with its content; a model directory with its weights; any other directory with the names and
+    sizes of its files, so that large data folders take milliseconds.
     """
     path = Path(path)
     result = hashlib.sha256()

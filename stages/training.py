@@ -56,6 +56,12 @@ def training_arguments(config: TrainingConfig, steps: int, batch: tuple[int, int
     import torch
     from transformers import TrainingArguments
 
+    on_cpu = config.use_cpu or not torch.cuda.is_available()
+    if config.deepspeed and on_cpu:
+        import deepspeed.ops
+
+        # An all-reduce for inference that would be compiled for a minute with g++; training uses gloo's.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     values = {
         "output_dir": config.output_dir,
         "seed": config.seed,
@@ -65,10 +71,10 @@ def training_arguments(config: TrainingConfig, steps: int, batch: tuple[int, int
         "learning_rate": config.learning_rate,
         "weight_decay": config.weight_decay,
         "bf16": config.precision == "bf16",
-        "use_cpu": config.use_cpu or not torch.cuda.is_available(),
+        "use_cpu": on_cpu,
         "dataloader_num_workers": config.num_workers,
         "dataloader_persistent_workers": config.num_workers > 0,
-        "dataloader_pin_memory": torch.cuda.is_available() and not config.use_cpu,
+        "dataloader_pin_memory": not on_cpu,
         "logging_steps": config.logging_steps,
         "logging_first_step": True,
         "logging_nan_inf_filter": False,  # a NaN must be seen, not logged as 0
@@ -91,7 +97,9 @@ def training_arguments(config: TrainingConfig, steps: int, batch: tuple[int, int
 def train(trainer: "Trainer", run: "Run") -> dict[str, float]:
     """Train from the newest whole checkpoint, if any; returns Trainer's closing metrics."""
     from transformers import PrinterCallback
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # of writing shards
     trainer.remove_callback(PrinterCallback)  # Watch says the same for people
     result = trainer.train(resume_from_checkpoint=run.resume_from)
     return {k: v for k, v in result.metrics.items() if k != "total_flos"}
