@@ -1,0 +1,88 @@
+"""Tiny parts of a multimodal model with seeded random weights, written once per test session."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2Tokenizer,
+)
+
+TEXT = (
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives "
+    "helpful, detailed, and polite answers to the user's questions. USER: ASSISTANT: Is there a red square "
+    "in the image? Yes No yes no a small blue circle left of the green star"
+)
+
+
+@pytest.fixture(scope="session")
+def tower_dir(tmp_path_factory):
+    """A CLIP vision model: 32 px, patch 8 (16 patches and CLS), width 32, 3 layers; and its processor."""
+    path = tmp_path_factory.mktemp("tower")
+    torch.manual_seed(1)
+    config = CLIPVisionConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        image_size=32,
+        patch_size=8,
+    )
+    CLIPVisionModel(config).save_pretrained(path)
+    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(
+        path
+    )
+    return path
+
+
+@pytest.fixture(scope="session")
+def language_dir(tmp_path_factory):
+    """A Qwen2 of width 32 with tied embeddings, a table with spare rows, and no `<image>` token."""
+    path = tmp_path_factory.mktemp("language")
+    tokenizer = Qwen2Tokenizer(vocab={}, merges=[]).train_new_from_iterator(
+        [TEXT] * 4, 400, show_progress=False, new_special_tokens=[]
+    )
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.eos_token, tokenizer.pad_token = "<|im_end|>", "<|endoftext|>"
+    tokenizer.save_pretrained(path)
+    torch.manual_seed(2)
+    config = Qwen2Config(
+        vocab_size=len(tokenizer) + 7,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        initializer_range=0.3,  # so that random weights say different things about different inputs
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+    )
+    Qwen2ForCausalLM(config).save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def assembled(tower_dir, language_dir):
+    """(model, processor), fresh for each test."""
+    from mllm.model import assemble
+
+    return assemble(tower_dir, language_dir, seed=3)
+
+
+@pytest.fixture(scope="session")
+def picture():
+    """picture(seed, size) -> a PIL image of noise."""
+
+    def make(seed: int, size: tuple[int, int] = (40, 36)) -> Image.Image:
+        pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+        return Image.fromarray(pixels)
+
+    return make

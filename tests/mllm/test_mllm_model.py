@@ -1,0 +1,297 @@
+"""The assembled model against transformers' own LLaVA, and every guard against a planted fault."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    CLIPImageProcessor,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    SiglipImageProcessor,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
+
+import mllm.model as mllm_model
+from diffclip.errors import InputError
+from mllm.conversation import IGNORE, prompt
+from mllm.model import NoSupervisionError, WeightsError, assemble, freeze, load, parts, save, verify
+
+
+def ask(processor, pictures, questions):
+    """Left-padded model inputs for one question about each picture."""
+    processor.tokenizer.padding_side = "left"
+    texts = [prompt([{"from": "human", "value": f"<image>\n{q}"}], "vicuna") for q in questions]
+    return processor(images=pictures, text=texts, padding=True, return_tensors="pt")
+
+
+def batch(model, processor, picture):
+    """Two examples with the last three tokens supervised in the first and the last one in the second."""
+    inputs = ask(processor, [picture(0), picture(1)], ["Is there a red square?", "Yes"])
+    labels = torch.full_like(inputs["input_ids"], IGNORE)
+    labels[0, -3:] = inputs["input_ids"][0, -3:]
+    labels[1, -1:] = inputs["input_ids"][1, -1:]
+    return {**inputs, "labels": labels}
+
+
+@torch.no_grad()
+def test_loss_equals_transformers_llava_with_all_logits(assembled, picture):
+    model, processor = assembled
+    inputs = batch(model, processor, picture)
+    reference = LlavaForConditionalGeneration(
+        LlavaConfig(
+            vision_config=model.config.vision_config,
+            text_config=model.config.text_config,
+            image_token_index=model.config.image_token_id,
+        )
+    )
+    reference.model.multi_modal_projector = torch.nn.Linear(32, 32)
+    reference.load_state_dict(model.state_dict())
+    reference.eval()
+    expected = reference(**inputs).loss
+    model.train()
+    outputs = model(**inputs)
+    assert outputs.logits is None
+    torch.testing.assert_close(outputs.loss, expected)
+    summed = model(**inputs, num_items_in_batch=torch.tensor(10)).loss
+    torch.testing.assert_close(summed, expected * 4 / 10)  # four supervised tokens, averaged over ten
+    model.eval()
+    torch.testing.assert_close(model(**inputs).loss, expected)
+
+
+def test_supervised_only_logits_are_never_larger(assembled, picture):
+    model, processor = assembled
+    inputs = batch(model, processor, picture)
+    rows = []
+    model.lm_head.register_forward_hook(lambda module, args, output: rows.append(args[0].shape[:-1].numel()))
+    model.train()(**inputs).loss.backward()
+    assert rows == [4]
+
+
+def test_only_the_named_parts_get_gradients_and_the_frozen_tower_stays_in_eval(assembled, picture):
+    model, processor = assembled
+    counts = freeze(model, {"projector"})
+    assert counts["projector"] == 32 * 32 + 32
+    assert sum(counts.values()) == sum(p.numel() for p in model.parameters())  # tied head counted once
+    model.train()
+    assert not model.model.vision_tower.training and model.model.language_model.training
+    model(**batch(model, processor, picture)).loss.backward()
+    for name, module in parts(model).items():
+        assert all((p.grad is not None) == (name == "projector") for p in module.parameters())
+    freeze(model, {"projector", "vision_tower"})
+    model.train()
+    assert model.model.vision_tower.training
+    with pytest.raises(ValueError, match="projector"):
+        freeze(model, {"proyector"})
+
+
+def test_batch_of_text_alone_still_runs_every_part(assembled):
+    model, processor = assembled
+    freeze(model, {"projector", "language_model"})
+    ids = processor.tokenizer(["yes no yes"], return_tensors="pt")["input_ids"]
+    plain = model.eval()(input_ids=ids, labels=ids).loss
+    loss = model.train()(input_ids=ids, labels=ids).loss
+    torch.testing.assert_close(loss, plain)
+    loss.backward()
+    assert all((p.grad == 0).all() for p in parts(model)["projector"].parameters())
+
+
+def test_batched_generation_equals_single(assembled, picture):
+    model, processor = assembled
+    questions = ["Is there a red square in the image?", "a", "Is there a small blue circle left of the star?"]
+    pictures = [picture(i) for i in range(3)]
+    inputs = ask(processor, pictures, questions)
+    together = model.generate(**inputs, max_new_tokens=6)[:, inputs["input_ids"].shape[1] :]
+    answers = set()
+    for i in range(3):
+        alone = ask(processor, pictures[i : i + 1], questions[i : i + 1])
+        single = model.generate(**alone, max_new_tokens=6)[0, alone["input_ids"].shape[1] :]
+        assert together[i, : len(single)].tolist() == single.tolist()
+        answers.add(tuple(single.tolist()))
+    assert len(answers) > 1  # otherwise the model is too dull to tell
+
+
+def test_features_are_the_penultimate_layer_without_cls(assembled, picture):
+    model, processor = assembled
+    pixels = processor.image_processor([picture(0)], return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        states = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states
+        features = model.get_image_features(pixels, return_dict=True).pooler_output[0]
+        expected = parts(model)["projector"](states[len(states) - 2][0, 1:])
+    torch.testing.assert_close(features, expected)
+
+
+def test_save_and_auto_classes_give_the_same_model(assembled, picture, tmp_path):
+    model, processor = assembled
+    save(model, processor, tmp_path)
+    inputs = ask(processor, [picture(0)], ["Is there a red square?"])
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        for again, again_processor in (
+            (AutoModelForImageTextToText.from_pretrained(tmp_path), AutoProcessor.from_pretrained(tmp_path)),
+            load(tmp_path),
+        ):
+            again_inputs = ask(again_processor, [picture(0)], ["Is there a red square?"])
+            assert torch.equal(again_inputs["input_ids"], inputs["input_ids"])
+            assert torch.equal(again_inputs["pixel_values"], inputs["pixel_values"])
+            assert torch.equal(again(**again_inputs).logits, expected)
+            assert again.lm_head.weight is again.model.language_model.embed_tokens.weight
+            assert again.config.conversation_template == "vicuna"
+
+
+def test_image_token_takes_a_spare_row_or_grows_the_table(assembled, language_dir, tower_dir, tmp_path):
+    model, processor = assembled
+    assert (
+        model.lm_head.weight.shape[0] == 409 and model.config.image_token_id == len(processor.tokenizer) - 1
+    )
+    tight = tmp_path / "tight"
+    shutil.copytree(language_dir, tight)
+    lm = AutoModelForCausalLM.from_pretrained(language_dir)
+    lm.resize_token_embeddings(402)
+    lm.save_pretrained(tight)
+    model, processor = assemble(tower_dir, tight)
+    assert model.lm_head.weight.shape[0] == 403 == model.config.text_config.vocab_size
+    torch.testing.assert_close(model.lm_head.weight[:402], lm.lm_head.weight)
+
+
+def test_siglip_tower_without_cls(language_dir, picture, tmp_path):
+    config = SiglipVisionConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=32,
+        patch_size=8,
+    )
+    SiglipVisionModel(config).save_pretrained(tmp_path)
+    SiglipImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
+    model, processor = assemble(tmp_path, language_dir, projector="mlp")
+    assert model.config.vision_feature_select_strategy == "full"
+    inputs = ask(processor, [picture(0)], ["a"])
+    assert (inputs["input_ids"] == model.config.image_token_id).sum() == 16
+    assert model(**inputs).logits.isfinite().all()
+
+
+def test_seed_decides_the_projector(tower_dir, language_dir):
+    a, b, c = (parts(assemble(tower_dir, language_dir, seed=s)[0])["projector"].weight for s in (0, 0, 1))
+    assert torch.equal(a, b) and not torch.equal(a, c)
+
+
+# Planted faults, one per guard.
+
+
+def test_example_without_supervision_is_named(assembled, picture):
+    model, processor = assembled
+    inputs = batch(model, processor, picture)
+    inputs["labels"][1] = IGNORE
+    for mode in (True, False):
+        with pytest.raises(NoSupervisionError, match=r"\[1\]"):
+            model.train(mode)(**inputs)
+
+
+def test_placeholder_count_mismatch_raises(assembled, picture):
+    model, processor = assembled
+    inputs = ask(processor, [picture(0)], ["a"])
+    ids = inputs["input_ids"]
+    ids[0, (ids[0] == model.config.image_token_id).nonzero()[0]] = 5
+    with pytest.raises(ValueError, match="15"):
+        model(**inputs)
+
+
+def test_a_tower_that_turns_random_while_assembling_is_found(tower_dir, language_dir, monkeypatch):
+    def reinitialise(skeleton, seed, dtype):
+        for p in towers[0].parameters():
+            torch.nn.init.normal_(p)
+        return original(skeleton, seed, dtype)
+
+    towers, original, load_tower = [], mllm_model._new_projector, mllm_model._load_tower
+    monkeypatch.setattr(mllm_model, "_load_tower", lambda *a: towers.append(load_tower(*a)) or towers[0])
+    monkeypatch.setattr(mllm_model, "_new_projector", reinitialise)
+    with pytest.raises(WeightsError, match="vision_tower"):
+        assemble(tower_dir, language_dir)
+
+
+@pytest.mark.parametrize("part", ["vision_tower", "projector", "language_model"])
+def test_weights_swapped_on_disk_are_found(assembled, tmp_path, part):
+    model, processor = assembled
+    save(model, processor, tmp_path)
+    keys = {"vision_tower": "vision_tower", "projector": "projector", "language_model": "language_model"}
+    file = tmp_path / "model.safetensors"
+    weights = load_file(file)
+    key = next(k for k in weights if keys[part] in k)
+    weights[key] = weights[key] + 1e-3
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(WeightsError, match=part):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("fault", ["missing", "left over", "misshapen"])
+def test_tower_with_foreign_weights_is_refused(tower_dir, language_dir, tmp_path, fault):
+    shutil.copytree(tower_dir, tmp_path, dirs_exist_ok=True)
+    weights = load_file(tmp_path / "model.safetensors")
+    key = next(k for k in weights if "layers.1" in k and "q_proj.weight" in k)
+    tensor = weights.pop(key)
+    if fault == "left over":
+        weights |= {key: tensor, "encoder.layers.1.foreign": tensor.clone()}
+    if fault == "misshapen":
+        weights[key] = tensor[:, :3].contiguous()
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"foreign|q_proj"):
+        assemble(tmp_path, language_dir)
+
+
+def test_processor_of_another_size_is_refused(tower_dir, language_dir, tmp_path):
+    shutil.copytree(tower_dir, tmp_path, dirs_exist_ok=True)
+    CLIPImageProcessor(size={"shortest_edge": 48}, crop_size={"height": 48, "width": 48}).save_pretrained(
+        tmp_path
+    )
+    with pytest.raises(InputError, match="48x48"):
+        assemble(tmp_path, language_dir)
+
+
+def test_paths_that_are_no_models_are_named(tower_dir, language_dir, tmp_path):
+    with pytest.raises(InputError, match="nowhere"):
+        assemble(tmp_path / "nowhere", language_dir)
+    with pytest.raises(InputError, match="nowhere"):
+        assemble(tower_dir, tmp_path / "nowhere")
+    with pytest.raises(InputError, match="AutoModelForImageTextToText"):
+        load(tower_dir)
+    with pytest.raises(InputError, match="chatml"):
+        assemble(tower_dir, language_dir, template="chatlm")
+
+
+def test_verify_names_the_part(assembled, tmp_path):
+    model, processor = assembled
+    save(model, processor, tmp_path)
+    prints = json.loads((tmp_path / "fingerprints.json").read_text())
+    verify(model, prints)
+    with torch.no_grad():
+        parts(model)["projector"].bias[0] += 1
+    with pytest.raises(WeightsError, match="projector"):
+        verify(model, prints)
+
+
+def test_whole_clip_model_gives_its_vision_half(language_dir, tmp_path):
+    from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
+
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = CLIPConfig(
+        text_config=CLIPTextConfig(vocab_size=50, **small).to_dict(),
+        vision_config=CLIPVisionConfig(image_size=32, patch_size=8, **small).to_dict(),
+    )
+    clip = CLIPModel(config)
+    clip.save_pretrained(tmp_path)
+    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(
+        tmp_path
+    )
+    model, _ = assemble(tmp_path, language_dir)
+    pixels = torch.rand(1, 3, 32, 32)
+    with torch.no_grad():
+        expected = clip.eval().vision_model(pixels).last_hidden_state
+        torch.testing.assert_close(model.model.vision_tower(pixels).last_hidden_state, expected)
