@@ -1,0 +1,34 @@
+"""DiffCLIP: CLIP with differential attention, for open_clip, timm and transformers.
+
+`import diffclip` makes transformers' Auto classes know our vision tower; names are imported when first used.
+"""
+
+import importlib
+import sys
+from typing import Any
+
+_HOME = {
+    "InputError": "errors",
+    "DifferentialAttention": "attention",
+    "lambda_init_schedule": "attention",
+    "MODELS": "models",
+    "build": "models",
+    "differentiate": "models",
+    "tokenizer": "models",
+    "transforms": "models",
+    "save": "checkpoints",
+    "load": "checkpoints",
+    "DiffCLIPVisionConfig": "hf",
+    "DiffCLIPVisionModel": "hf",
+}
+__all__ = list(_HOME)
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401
+    if name not in _HOME:
+        raise AttributeError(f"module 'diffclip' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"diffclip.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,291 @@
+"""The named models: plain open_clip configs, and the one function that makes a CLIP differential.
+
+A model is open_clip's text transformer beside a timm vision transformer, under open_clip's parameter names; the
+variants differ only in which attention modules are replaced. So the baseline's weights are open_clip's own, and
+everything made for an open_clip model (losses, benchmarks) takes ours.
+"""
+
+import copy
+import json
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from open_clip.timm_model import TimmModel
+from open_clip.transformer import ResidualAttentionBlock
+from timm.layers import Attention
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+from torchvision import transforms as T
+from torchvision.transforms.functional import InterpolationMode
+
+from diffclip.attention import DifferentialAttention, lambda_init_schedule
+from diffclip.errors import InputError
+
+# What is differential in each variant (section 3 and table 1 of the paper); the baseline has nothing.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "CLIP": {"towers": []},
+    "DiffCLIP": {"towers": ["vision", "text"], "lambda_init": 0.8},
+    "DiffCLIP-star": {"towers": ["vision", "text"], "lambda_init": "schedule", "schedule_base": 0},
+    "DiffCLIP-dagger": {"towers": ["vision"], "lambda_init": 0.8},
+}
+SIZES = {path.stem: path for path in sorted((Path(__file__).parent / "configs").glob("*.json"))}
+
+
+def _named_config(variant: str, size: str) -> dict[str, Any]:
+    config = json.loads(SIZES[size].read_text())
+    # timm's epsilon for every variant, so that arms trained here differ in nothing but the attention.
+    config["diffclip"] = {"variant": variant, **copy.deepcopy(VARIANTS[variant]), "vision_norm_eps": 1e-6}
+    return config
+
+
+MODELS: dict[str, dict[str, Any]] = {
+    f"{variant}-{size}": _named_config(variant, size) for size in SIZES for variant in VARIANTS
+}
+
+
+class CLIP(open_clip.CLIP):
+    """open_clip's CLIP with a timm vision tower of any size, and text cut to the batch's longest caption.
+
+    `model_config` is the dict it was built from, the content of its open_clip_config.json.
+    """
+
+    def __init__(self, model_config: dict[str, Any]) -> None:
+        model_cfg = copy.deepcopy(model_config["model_cfg"])
+        vision_cfg = model_cfg.pop("vision_cfg")
+        # open_clip has no hook for the vision tower: let it make an empty one, and put ours in its place.
+        super().__init__(vision_cfg={"layers": 0, "width": 8, "head_width": 8, "image_size": 16}, **model_cfg)
+        trunk = vision_trunk(vision_cfg, model_config["diffclip"]["vision_norm_eps"])
+        self.visual = VisionTower(trunk, model_cfg["embed_dim"])
+        self.model_config = copy.deepcopy(model_config)
+
+    def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:
+        """Return (batch, embed_dim) for token ids (batch, up to context_length).
+
+        The embedding is read at each row's largest id, its end token. Attention is causal, so the columns after
+        the last of these positions cannot matter: they are cut off, except in a compiled graph, which wants one
+        length.
+        """
+        ends = text.argmax(dim=-1)  # (batch,)
+        if not torch.compiler.is_compiling():
+            text = text[:, : int(ends.max()) + 1]
+        tokens = text.shape[1]
+        dtype = self.transformer.get_cast_dtype()
+        x = self.token_embedding(text).to(dtype)  # (batch, tokens, width)
+        x = x + self.positional_embedding[:tokens].to(dtype)
+        x = self.transformer(x, attn_mask=self.attn_mask[:tokens, :tokens])
+        x = self.ln_final(x[torch.arange(len(x), device=x.device), ends])  # (batch, width)
+        x = x @ self.text_projection
+        return F.normalize(x, dim=-1) if normalize else x
+
+
+class VisionTower(TimmModel):
+    """open_clip's adapter (trunk, then head.proj) around a trunk that is already built."""
+
+    def __init__(self, trunk: VisionTransformer, embed_dim: int) -> None:
+        nn.Module.__init__(self)
+        self.image_size = trunk.patch_embed.img_size
+        self.trunk = trunk
+        projection = nn.Linear(trunk.embed_dim, embed_dim, bias=False)
+        self.head = nn.Sequential(OrderedDict(drop=nn.Dropout(0.0), proj=projection))
+
+
+class TextDifferentialAttention(DifferentialAttention):
+    """Differential attention that is called, and answers, like `nn.MultiheadAttention` over one sequence."""
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        need_weights: bool = False,
+        attn_mask: Tensor | None = None,
+    ) -> tuple[Tensor, None]:
+        """Return ((batch, tokens, dim), None). Key and value are ignored: they are the query in open_clip's blocks.
+
+        Args:
+            query: (batch, tokens, dim).
+            attn_mask: additive, (tokens, tokens) or (batch * heads, tokens, tokens).
+        """
+        if attn_mask is not None and attn_mask.ndim == 3:
+            attn_mask = attn_mask.unflatten(0, (-1, self.num_heads))
+        return super().forward(query, attn_mask=attn_mask), None
+
+
+def vision_trunk(vision_cfg: dict[str, Any], norm_eps: float) -> VisionTransformer:
+    """Return a timm vision transformer with a class token, pooled at that token after the final norm.
+
+    Args:
+        vision_cfg: open_clip's keys: image_size, patch_size, width, layers, head_width, mlp_ratio.
+        norm_eps: epsilon of its layer norms: 1e-6 in timm and SLIP, 1e-5 in the official DiffCLIP.
+    """
+    return VisionTransformer(
+        img_size=vision_cfg["image_size"],
+        patch_size=vision_cfg["patch_size"],
+        embed_dim=vision_cfg["width"],
+        depth=vision_cfg["layers"],
+        num_heads=vision_cfg["width"] // vision_cfg["head_width"],
+        mlp_ratio=vision_cfg["mlp_ratio"],
+        norm_layer=partial(nn.LayerNorm, eps=norm_eps),
+        num_classes=0,
+    )
+
+
+def build(name_or_config: str | dict[str, Any], *, init: str = "matched") -> CLIP:
+    """Return a model with fresh weights.
+
+    Args:
+        name_or_config: a name in `MODELS`, or a dict of the same form.
+        init: "matched" gives every variant the same starting weights for the same torch seed (truncated normal
+            0.02 and zero biases in the vision blocks, as in timm; open_clip's in the text), with the lambda
+            vectors drawn last. "official" is what the official code does: there the differential layers keep
+            torch's default for Linear where the baseline does not, and the layer norms of a differential vision
+            tower have epsilon 1e-5.
+
+    Raises:
+        InputError: for an unknown name, a config with missing or unknown keys, or an impossible head count.
+    """
+    if init not in ("matched", "official"):
+        raise InputError(f"init must be 'matched' or 'official': got {init!r}")
+    if isinstance(name_or_config, str):
+        if name_or_config not in MODELS:
+            raise InputError(f"unknown model {name_or_config!r}: choose one of {', '.join(MODELS)}")
+        name_or_config = MODELS[name_or_config]
+    config = copy.deepcopy(name_or_config)
+    options = config.setdefault("diffclip", {"variant": "CLIP", "towers": [], "vision_norm_eps": 1e-6})
+    if init == "official" and "vision" in options["towers"]:
+        options["vision_norm_eps"] = 1e-5
+    options["init"] = init
+    try:
+        model = CLIP(config)
+    except (KeyError, TypeError) as error:
+        raise InputError(
+            f"model config: {type(error).__name__} {error}; compare with diffclip/configs/"
+        ) from error
+
+    nn.init.normal_(model.visual.head.proj.weight, std=model.visual.trunk.embed_dim**-0.5)
+    if options["towers"]:
+        differentiate(model, options["towers"], options["lambda_init"], options.get("schedule_base", 0))
+    if init == "official":
+        _official_init(model)
+    return model
+
+
+def differentiate(
+    model: nn.Module,
+    towers: Iterable[str] = ("vision", "text"),
+    lambda_init: float | str = 0.8,
+    schedule_base: int = 0,
+) -> nn.Module:
+    """Replace, in place, the self-attention of an open_clip model's blocks by differential attention.
+
+    Works on open_clip's own transformers and on timm vision transformers (also SigLIP's; its pooling head stays as
+    it is). The projections keep their weights as a starting point, but the function changes: heads now work in
+    pairs, under a new norm.
+
+    Args:
+        model: any open_clip CLIP or CustomTextCLIP.
+        towers: "vision", "text" or both.
+        lambda_init: one number for all layers, or "schedule" for `lambda_init_schedule`.
+        schedule_base: what the schedule counts the first layer as, 0 or 1.
+
+    Returns:
+        the same model.
+
+    Raises:
+        InputError: for a tower without blocks that are known here, or with an odd number of heads.
+    """
+    for name in towers:
+        if name not in ("vision", "text"):
+            raise InputError(f"unknown tower {name!r}: choose vision or text")
+        tower = model.visual if name == "vision" else getattr(model, "text", None) or model.transformer
+        blocks = [block for block in tower.modules() if isinstance(block, (Block, ResidualAttentionBlock))]
+        if not blocks:
+            raise InputError(
+                f"the {name} tower ({type(tower).__name__}) has no transformer blocks known here"
+            )
+        for layer, block in enumerate(blocks):
+            value = (
+                lambda_init_schedule(layer, schedule_base)
+                if lambda_init == "schedule"
+                else float(lambda_init)
+            )
+            block.attn = _differential_like(block.attn, value)
+    return model
+
+
+def _differential_like(
+    attention: nn.MultiheadAttention | Attention, lambda_init: float
+) -> DifferentialAttention:
+    """Return differential attention with the projections of an ordinary one, on its device and in its dtype."""
+    if isinstance(attention, nn.MultiheadAttention):
+        qkv_weight, qkv_bias, out = attention.in_proj_weight, attention.in_proj_bias, attention.out_proj
+        kind, dropouts = TextDifferentialAttention, {"attn_drop": attention.dropout}
+    else:
+        qkv_weight, qkv_bias, out = attention.qkv.weight, attention.qkv.bias, attention.proj
+        kind = DifferentialAttention
+        dropouts = {"attn_drop": attention.attn_drop.p, "proj_drop": attention.proj_drop.p}
+    new = kind(
+        out.out_features,
+        attention.num_heads,
+        lambda_init=lambda_init,
+        qkv_bias=qkv_bias is not None,
+        **dropouts,
+    ).to(qkv_weight)
+    with torch.no_grad():
+        for projection, weight in zip((new.q_proj, new.k_proj, new.v_proj), qkv_weight.chunk(3)):
+            projection.weight.copy_(weight)
+        if qkv_bias is not None:
+            for projection, bias in zip((new.q_proj, new.k_proj, new.v_proj), qkv_bias.chunk(3)):
+                projection.bias.copy_(bias)
+        new.out_proj.load_state_dict(out.state_dict())
+    return new.train(attention.training)
+
+
+def _official_init(model: CLIP) -> None:
+    """Redraw what the official code leaves at torch's defaults: vision Linears, and text attention biases."""
+    towers = model.model_config["diffclip"]["towers"]
+    if "vision" in towers:
+        for module in model.visual.trunk.modules():
+            if isinstance(module, nn.Linear):
+                module.reset_parameters()
+    if "text" in towers:
+        bound = model.transformer.width**-0.5
+        for name, parameter in model.transformer.named_parameters():
+            if "attn" in name and name.endswith("bias"):
+                nn.init.uniform_(parameter, -bound, bound)
+
+
+def tokenizer(model_config: dict[str, Any]) -> Callable[[str | list[str]], Tensor]:
+    """Return CLIP's byte-pair tokenizer: str or list of str -> ids (n, context_length), int64, padded with 0.
+
+    A caption that is too long is cut so that it still ends in the end token, at which its embedding is read.
+    """
+    return open_clip.SimpleTokenizer(context_length=model_config["model_cfg"]["text_cfg"]["context_length"])
+
+
+def transforms(
+    model_config: dict[str, Any], train: bool, crop_scale: tuple[float, float] = (0.5, 1.0)
+) -> Callable[..., Tensor]:
+    """Return the transform from a PIL image to a normalised (3, size, size) float tensor.
+
+    Training: a random crop of `crop_scale` of the area, bilinear, no flip, as in the paper (appendix) and SLIP.
+    Otherwise: the shorter side to `size`, bilinear, then the centre.
+    """
+    cfg = model_config["preprocess_cfg"]
+    interpolation = InterpolationMode(cfg["interpolation"])
+    if train:
+        crop = [T.RandomResizedCrop(cfg["size"], scale=crop_scale, interpolation=interpolation)]
+    else:
+        crop = [T.Resize(cfg["size"], interpolation=interpolation), T.CenterCrop(cfg["size"])]
+    return T.Compose([to_rgb, *crop, T.ToTensor(), T.Normalize(cfg["mean"], cfg["std"])])
+
+
+def to_rgb(image: Any) -> Any:  # noqa: ANN401
+    """Return a PIL image in RGB mode, before resizing, because palettes cannot be interpolated."""
+    return image.convert("RGB")
