@@ -45,6 +45,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def pretrain(config: PretrainConfig) -> None:
     """Train `config.model` and write a directory that `diffclip.load` and `AutoModel` read."""
+    from transformers import set_seed
+
     import diffclip
     from diffclip.data import PairTable, TrainingPairs, expand
     from stages.callbacks import Watch, end_with_pipeline
@@ -60,7 +62,8 @@ def pretrain(config: PretrainConfig) -> None:
         return
     table = PairTable(sources, config.caption_member)
 
-    model = diffclip.build(config.model, init=config.init, seed=config.seed)
+    set_seed(config.seed)
+    model = diffclip.build(config.model, init=config.init)
     transform = diffclip.transforms(model.model_config, train=True, crop_scale=(config.min_crop, 1.0))
     tokenizer = diffclip.tokenizer(model.model_config)
     pairs = TrainingPairs(
