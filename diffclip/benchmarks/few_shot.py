@@ -1,0 +1,122 @@
+"""Few-shot classification by nearest class mean, as the paper's evaluation code (lgssl) defines it.
+
+Thousands of episodes are drawn and scored together as tensors; an episode is rows of a support and a
+query pool.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Episodes(NamedTuple):
+    """E episodes as row numbers; rows of one class stand together, -1 pads a class with too few queries."""
+
+    support: Tensor  # (E, way * shot) int64
+    query: Tensor  # (E, way * queries) int64
+    way: int
+
+
+def draw(
+    support_labels: Tensor,
+    query_labels: Tensor,
+    *,
+    way: int = 5,
+    shot: int = 5,
+    queries: int = 6,
+    episodes: int = 5000,
+    seed: int = 0,
+) -> Episodes:
+    """Draw `way` classes, `shot` support rows and up to `queries` query rows of each, without replacement.
+
+    The same seed and labels give the same episodes, so two models can be compared episode by episode.
+
+    Raises:
+        ValueError: fewer than `way` classes have `shot` support rows and a query row.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    support_rows, query_rows = _rows_by_class(support_labels), _rows_by_class(query_labels)
+    usable = [c for c, rows in support_rows.items() if len(rows) >= shot and c in query_rows]
+    if len(usable) < way:
+        raise ValueError(
+            f"{way}-way {shot}-shot needs {way} classes with {shot} support rows, found {len(usable)}"
+        )
+    support_table = _table([support_rows[c] for c in usable])
+    query_table = _table([query_rows[c] for c in usable])
+    if query_table.shape[1] < queries:  # (classes, most rows of a class)
+        query_table = F.pad(query_table, (0, queries - query_table.shape[1]), value=-1)
+
+    support, query = [], []
+    for count in torch.arange(episodes).split(256):
+        chosen = torch.rand(len(count), len(usable), generator=generator).topk(way).indices  # (episodes, way)
+        support.append(_sample(support_table[chosen], shot, generator))
+        query.append(_sample(query_table[chosen], queries, generator))
+    return Episodes(torch.cat(support), torch.cat(query), way)
+
+
+@torch.no_grad()
+def accuracies(
+    support_features: Tensor,
+    query_features: Tensor,
+    support_labels: Tensor,
+    query_labels: Tensor,
+    episodes: Episodes,
+    *,
+    center: bool = True,
+    normalize: bool = True,
+    average: bool = True,
+    block: int = 256,
+) -> Tensor:
+    """Return the accuracy of each episode, (E,) float64 in [0, 1].
+
+    Both sides are shifted by the mean of the support rows, scaled to unit length; a class is the plain
+    mean of its support rows, the nearest by Euclidean distance wins. `average=False` takes the nearest
+    support row instead.
+    """
+    support_features, query_features = support_features.float(), query_features.float()
+    found = []
+    for support, query in zip(episodes.support.split(block), episodes.query.split(block)):
+        s, q = support_features[support], query_features[query.clamp_min(0)]  # (E, rows, width)
+        labels = support_labels[support]  # (E, way * shot)
+        if center:
+            mean = s.mean(dim=1, keepdim=True)
+            s, q = s - mean, q - mean
+        if normalize:
+            s, q = F.normalize(s, dim=-1), F.normalize(q, dim=-1)
+        if average:
+            s = s.unflatten(1, (episodes.way, -1)).mean(dim=2)  # (E, way, width)
+            labels = labels.unflatten(1, (episodes.way, -1))[:, :, 0]
+        # |q - s|^2 without |q|^2, which is the same for all classes
+        distance = s.square().sum(-1)[:, None] - 2 * q @ s.transpose(1, 2)  # (E, queries, way)
+        predicted = labels.gather(1, distance.argmin(dim=2))
+        real = query >= 0
+        right = (predicted == query_labels[query.clamp_min(0)]) & real
+        found.append(right.sum(1).double() / real.sum(1))
+    return torch.cat(found)
+
+
+def summary(accuracy: Tensor) -> dict[str, float]:
+    """Return mean, sd over episodes (unbiased) and half-width of the 95 % interval of the mean, percent."""
+    deviation = 100 * accuracy.std().item()
+    return {
+        "accuracy": 100 * accuracy.mean().item(),
+        "sd": deviation,
+        "ci95": 1.96 * deviation / len(accuracy) ** 0.5,
+    }
+
+
+def _rows_by_class(labels: Tensor) -> dict[int, Tensor]:
+    return {int(label): (labels == label).nonzero()[:, 0] for label in labels.unique()}
+
+
+def _table(rows: list[Tensor]) -> Tensor:
+    """Stack row numbers of classes to (classes, most rows), padded by -1."""
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
+
+
+def _sample(rows: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Draw `count` of each row of (E, way, rows) without replacement, padding last: (E, way * count)."""
+    order = torch.rand(rows.shape, generator=generator).masked_fill(rows < 0, -1).topk(count).indices
+    return rows.gather(2, order).flatten(1)

@@ -1,0 +1,111 @@
+"""MMVP-VLM (Tong et al. 2024): pairs of pictures that CLIP models confuse, each with its statement.
+
+A statement goes to the first picture when its softmax over the two exceeds one half, a tie to the second;
+a pair counts when both statements find their picture.
+"""
+
+import csv
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from diffclip.benchmarks.images import Pictures, images_in
+from diffclip.errors import InputError
+
+PROMPT = "a photo of {c}"
+
+
+class Pairs(NamedTuple):
+    """P pairs: picture 2p and statement 2p belong together, and 2p + 1 likewise."""
+
+    images: Pictures
+    statements: list[str]
+    categories: list[str]  # one per pair
+
+
+def read_mmvp(folder: Path) -> Pairs:
+    """Read the layout of the public release: Questions.csv and "MMVP VLM Images"/<category>/<id>.jpg.
+
+    Questions 2n+1 and 2n+2 form a pair, whatever the order of the file; the pictures are found by
+    question id.
+
+    Raises:
+        InputError: a missing file or column, a question without its partner, a picture that is missing or
+        double.
+    """
+    path = folder / "Questions.csv"
+    if not path.is_file():
+        raise InputError(f"{path} does not exist: MMVP-VLM is a folder with Questions.csv and the pictures")
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file)
+        rows = [{_plain(key): value for key, value in row.items()} for row in reader]
+    if not rows or not {"questionid", "type", "statement"} <= rows[0].keys():
+        raise InputError(
+            f"{path} needs the columns Question ID, Type and Statement, and at least one question"
+        )
+
+    questions: dict[int, dict[str, str]] = {}
+    for line, row in enumerate(rows, start=2):
+        if not (row["questionid"] or "").strip().isdigit() or not (row["statement"] or "").strip():
+            raise InputError(f"{path} line {line}: needs a whole number as Question ID and a Statement")
+        number = int(row["questionid"])
+        if number in questions:
+            raise InputError(f"{path} line {line}: question {number} occurs twice")
+        questions[number] = row
+
+    pictures: dict[int, list[Path]] = {}
+    for image in images_in(folder):
+        if image.stem.isdigit():
+            pictures.setdefault(int(image.stem), []).append(image)
+
+    files, statements, categories = [], [], []
+    for number in sorted(questions):
+        partner = number + 1 if number % 2 else number - 1
+        if partner not in questions:
+            raise InputError(f"{path}: question {number} has no partner {partner}")
+        category = (questions[number]["type"] or "").strip()
+        found = pictures.get(number, [])
+        if len(found) > 1:
+            found = [image for image in found if _plain(image.parent.name) == _plain(category)]
+        if len(found) != 1:
+            raise InputError(
+                f"{folder}: question {number} ({category}) needs exactly one picture {number}.jpg"
+            )
+        files += found
+        statements.append(questions[number]["statement"].strip())
+        if number % 2:
+            categories.append(category)
+    return Pairs(Pictures([str(file) for file in files], files), statements, categories)
+
+
+def similarities(image_features: Tensor, text_features: Tensor) -> Tensor:
+    """Turn features of 2P pictures and 2P statements into cosines (P, 2 statements, 2 pictures)."""
+    images = torch.nn.functional.normalize(image_features.float(), dim=-1).unflatten(0, (-1, 2))
+    texts = torch.nn.functional.normalize(text_features.float(), dim=-1).unflatten(0, (-1, 2))
+    return texts @ images.transpose(1, 2)
+
+
+def picks_first(similarity: Tensor, logit_scale: float = 100.0) -> Tensor:
+    """Return (P, 2) bool: statement s of pair p is matched with the first picture. Ties go to the second."""
+    return (logit_scale * similarity).softmax(dim=-1)[..., 0] > 0.5
+
+
+def right_pairs(similarity: Tensor, logit_scale: float = 100.0) -> Tensor:
+    """Return (P,) bool: both statements of the pair found their own picture."""
+    first = picks_first(similarity, logit_scale)
+    return first[:, 0] & ~first[:, 1]
+
+
+def by_category(right: Tensor, categories: list[str]) -> dict[str, float]:
+    """Return the percentage of right pairs per category, in order of first appearance."""
+    rows: dict[str, list[bool]] = {}
+    for category, outcome in zip(categories, right.tolist()):
+        rows.setdefault(category, []).append(outcome)
+    return {category: 100 * sum(outcomes) / len(outcomes) for category, outcomes in rows.items()}
+
+
+def _plain(name: str | None) -> str:
+    return re.sub(r"[^a-z0-9]", "", (name or "").lower())

@@ -1,0 +1,140 @@
+"""The linear probe against the official numbers step for step, and against the conditions of a minimum."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from diffclip.benchmarks import linear_probe as probe
+
+
+@pytest.fixture(scope="module")
+def official(golden):
+    folder = golden("07a_linear_probe")
+    stored = np.load(folder / "features.npz")
+    sets = {
+        name: tuple(
+            (
+                torch.from_numpy(stored[f"{name}.{part}.x"]).float(),
+                torch.from_numpy(stored[f"{name}.{part}.y"]).long(),
+            )
+            for part in ("train", "valid", "test")
+        )
+        for name in ("gauss3", "hard20")
+    }
+    return sets, json.loads((folder / "expected.json").read_text())
+
+
+CASES = [
+    f"{name}|{case}"
+    for name in ("gauss3", "hard20")
+    for case in (
+        "accuracy|torch_lbfgs",
+        "mean_per_class|torch_lbfgs",
+        "accuracy|torch_lbfgs|combine_trainval=False",
+        "accuracy|torch_lbfgs|valid=None",
+    )
+]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_search_and_score_match_the_official_code(official, case):
+    sets, expected = official
+    name, metric, _, *option = case.split("|")
+    train, valid, test = sets[name]
+    want = expected["results"][case]
+    if option == ["valid=None"]:
+        train, valid = tuple(torch.cat(pair) for pair in zip(train, valid)), None
+    found = probe.linear_probe(train, valid, test, metric=metric, refit_on_both=want["combine_trainval"])
+    # hard20 is fitted past separability: rounding moves it by a test row or two on another machine
+    slack = 0.01 if name == "gauss3" else 0.35 if metric == "accuracy" else 4
+    assert found.score == pytest.approx(want["test_score"], abs=slack)
+    assert probe.score(found.predicted, test[1], metric) == found.score
+    tried = [round(step["C"], 9) for step in want["visited"]]
+    if name == "gauss3":
+        assert [C for C, _ in found.visited] == pytest.approx(tried, rel=1e-6)
+        assert abs(found.C / want["chosen_C"] - 1) < 1e-6
+    for (C, score), step in zip(found.visited[:4], want["visited"]):  # where C is small the fit is determined
+        assert abs(C / step["C"] - 1) < 1e-6
+        assert score == pytest.approx(step["valid_score"], abs=0.8)
+
+
+@pytest.mark.parametrize("name", ["gauss3", "hard20"])
+def test_own_split_is_the_official_one(official, name):
+    sets, expected = official
+    labels = torch.cat([sets[name][0][1], sets[name][1][1]])
+    want = expected["results"][f"{name}|accuracy|torch_lbfgs|valid=None"]
+    assert probe.hold_out(labels) == (want["split_train_indices"], want["split_valid_indices"])
+
+
+@pytest.mark.parametrize(
+    "name,C", [("gauss3", 0.01), ("gauss3", 1), ("gauss3", 100), ("hard20", 0.01), ("hard20", 1)]
+)
+def test_single_fits_match(official, name, C):
+    sets, expected = official
+    train, _, test = sets[name]
+    want = expected["fixed_C_fits"][f"{name}|C={C}"]
+    W, b = probe.fit(*train, C, int(train[1].max()) + 1)
+    assert probe.objective(W, b, *train, C).item() == pytest.approx(want["objective"], abs=1e-5)
+    assert W.norm().item() == pytest.approx(want["weight_fro"], abs=1e-3)
+    assert b.tolist() == pytest.approx(want["bias"], abs=2e-3)
+    assert probe.score(probe.predict(test[0], (W, b)), test[1], "accuracy") == pytest.approx(
+        want["test_accuracy"], abs=0.35
+    )
+
+
+def blobs(rows, seed=0, width=6, classes=3):
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.randn(classes, width, generator=torch.Generator().manual_seed(99))
+    labels = torch.arange(rows) % classes
+    return centres[labels] + torch.randn(rows, width, generator=generator), labels
+
+
+def test_the_fit_is_a_minimum_of_the_norm_penalty():
+    """There the data gradient is -0.5/C W/||W||: its norm is 0.5/C, which a squared penalty would not give."""
+    features, labels = blobs(200)
+    features = features.double()
+    W, b = probe.fit(features, labels, 5.0, 3)
+    W.requires_grad_(), b.requires_grad_()
+    torch.nn.functional.cross_entropy(features @ W.T + b, labels).backward()
+    assert W.grad.norm().item() == pytest.approx(0.1, rel=1e-3)
+    assert torch.nn.functional.cosine_similarity(W.grad.flatten(), W.flatten(), dim=0) == pytest.approx(
+        -1, abs=1e-4
+    )
+    assert b.grad.abs().max() < 1e-5
+
+
+def test_without_much_penalty_the_fit_is_sklearns():
+    from sklearn.linear_model import LogisticRegression
+
+    features, labels = blobs(300, seed=1)
+    W, b = probe.fit(features, labels, 1e6, 3)
+    theirs = LogisticRegression(C=1e6, max_iter=5000).fit(features.numpy(), labels.numpy())
+    ours = (features @ W.T + b).softmax(1).numpy()
+    assert np.abs(ours - theirs.predict_proba(features.numpy())).max() < 0.01
+
+
+def peak(best):
+    return lambda C: -abs(np.log10(C) - np.log10(best))
+
+
+@pytest.mark.parametrize("best", [3e-6, 0.02, 1.0, 47.0, 8e5])
+def test_search_closes_in_on_a_peak(best):
+    C, visited = probe.search(peak(best))
+    assert abs(np.log10(C / best)) < 4 / 28 + 1e-6  # within a step of the fine grid
+    assert len({c for c, _ in visited}) == len(visited) <= 17  # nothing is fitted twice
+
+
+def test_search_prefers_the_first_of_equals():
+    assert probe.search(lambda C: 1.0)[0] == 1e-6
+
+
+def test_linear_probe_learns_and_refuses_nonsense():
+    train, valid, test = blobs(150), blobs(60, seed=1), blobs(300, seed=2)
+    found = probe.linear_probe(train, valid, test)
+    assert found.score > 80
+    with pytest.raises(ValueError, match="metric"):
+        probe.linear_probe(train, valid, test, metric="f1")
+    with pytest.raises(ValueError, match="without training rows"):
+        probe.linear_probe(train, valid, (test[0], test[1] + 1))

@@ -1,0 +1,122 @@
+"""MMVP-VLM scores against the official ones, its files read by question id; paired tests on outcomes."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from diffclip.benchmarks import mmvp
+from diffclip.benchmarks.significance import mcnemar, paired_bootstrap
+from diffclip.errors import InputError
+
+
+@pytest.fixture(scope="module")
+def official(golden):
+    folder = golden("07d_mmvp_vlm")
+    similarity = torch.from_numpy(np.load(folder / "similarities.npz")["similarity"])
+    return similarity, json.loads((folder / "expected.json").read_text())
+
+
+def test_every_choice_is_the_official_one_ties_included(official):
+    similarity, expected = official
+    first = mmvp.picks_first(similarity)
+    assert first.tolist() == [[row["pred1"] == "img1", row["pred2"] == "img1"] for row in expected["rows"]]
+
+
+def test_categories_and_average(official):
+    similarity, expected = official
+    categories = [name for name in expected["categories"] for _ in range(15)]
+    found = mmvp.by_category(mmvp.right_pairs(similarity), categories)
+    assert list(found) == expected["categories"]
+    assert found == pytest.approx(expected["percent_per_category"])
+    assert sum(found.values()) / 9 == pytest.approx(expected["average"])
+
+
+def test_a_pair_needs_both_statements():
+    similarity = torch.tensor([[[0.3, 0.1], [0.1, 0.2]], [[0.3, 0.1], [0.2, 0.1]], [[0.1, 0.3], [0.1, 0.2]]])
+    assert mmvp.right_pairs(similarity).tolist() == [True, False, False]
+    assert not mmvp.right_pairs(torch.ones(4, 2, 2)).any()  # a model that sees no difference scores nothing
+
+
+def test_similarities_stand_statement_by_picture():
+    images, texts = torch.randn(6, 4), torch.randn(6, 4)
+    found = mmvp.similarities(images, texts)
+    assert found.shape == (3, 2, 2)
+    for pair, statement, picture in [(0, 0, 1), (2, 1, 0)]:
+        want = torch.nn.functional.cosine_similarity(
+            texts[2 * pair + statement], images[2 * pair + picture], dim=0
+        )
+        assert found[pair, statement, picture] == pytest.approx(want.item(), abs=1e-6)
+
+
+ROWS = ["1,Color,a red ball", "2,Color,a blue ball", "3,Count,one ball", '4,Count,"two balls, big"']
+
+
+def write(folder, rows=ROWS, skip=(), extra=()):
+    for number, category in [(1, "Color"), (2, "Color"), (3, "Count"), (4, "Count"), *extra]:
+        path = folder / "MMVP VLM Images" / category / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if number not in skip:
+            Image.new("RGB", (4, 4), (number, 0, 0)).save(path)
+    (folder / "Questions.csv").write_text("\n".join(["Question ID,Type,Statement", *rows]) + "\n")
+
+
+@pytest.mark.parametrize("rows", [ROWS, ROWS[::-1]])
+def test_pairs_follow_the_question_ids_whatever_the_file_order(tmp_path, rows):
+    write(tmp_path, rows)
+    pairs = mmvp.read_mmvp(tmp_path)
+    assert pairs.statements == ["a red ball", "a blue ball", "one ball", "two balls, big"]
+    assert pairs.categories == ["Color", "Count"]
+    assert [pairs.images[i][0].getpixel((0, 0))[0] for i in range(4)] == [1, 2, 3, 4]
+
+
+def test_a_number_used_twice_is_told_apart_by_category(tmp_path):
+    write(tmp_path, extra=[(1, "Count")])
+    assert mmvp.read_mmvp(tmp_path).images.names[0].endswith("Color/1.png")
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        ({"skip": (3,)}, "question 3 .*needs exactly one picture"),
+        ({"rows": ROWS[:3]}, "question 3 has no partner 4"),
+        ({"rows": [*ROWS, "4,Count,again"]}, "line 6: question 4 occurs twice"),
+        ({"rows": ["x,Color,a ball"]}, "line 2: needs a whole number"),
+        ({"rows": []}, "at least one question"),
+    ],
+)
+def test_incomplete_sets_are_named(tmp_path, change, message):
+    write(tmp_path, **change)
+    with pytest.raises(InputError, match=message):
+        mmvp.read_mmvp(tmp_path)
+
+
+def test_missing_questions_file(tmp_path):
+    with pytest.raises(InputError, match=r"Questions\.csv does not exist"):
+        mmvp.read_mmvp(tmp_path)
+
+
+def test_mcnemar_is_the_binomial_test():
+    first = np.array([1] * 10 + [0] * 8 + [1] * 30, dtype=bool)
+    second = np.array([0] * 2 + [1] * 8 + [1] * 8 + [1] * 30, dtype=bool)
+    # 8 better, 2 worse: 2 * P(X <= 2), X ~ Bin(10, 1/2)
+    assert mcnemar(first, second) == pytest.approx(2 * (1 + 10 + 45) / 1024)
+    assert mcnemar(first, first) == 1
+    with pytest.raises(ValueError, match="right or wrong"):
+        mcnemar(first * 0.5, second * 1.0)
+
+
+def test_bootstrap_interval_is_the_normal_one_for_many_items():
+    generator = np.random.default_rng(0)
+    first = generator.random(4000) < 0.5
+    second = np.where(generator.random(4000) < 0.2, ~first, first) | (generator.random(4000) < 0.05)
+    difference, low, high = paired_bootstrap(first, second)
+    d = second.astype(float) - first
+    half = 1.96 * d.std() / 4000**0.5
+    assert difference == pytest.approx(d.mean())
+    assert (low, high) == pytest.approx((d.mean() - half, d.mean() + half), abs=0.1 * half)
+    assert paired_bootstrap(first, first) == (0, 0, 0)
+    with pytest.raises(ValueError, match="same items"):
+        paired_bootstrap(first, second[:10])
