@@ -7,6 +7,8 @@ tokenised a second time, so a template and a tokenizer cannot disagree about whe
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+from diffclip.errors import InputError
+
 IMAGE = "<image>"
 IGNORE = -100  # label of positions that carry no loss
 TEMPLATES = ("plain", "vicuna", "chatml")
@@ -16,6 +18,10 @@ VICUNA_SYSTEM = (
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
 CHATML_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
+
+
+class NoSupervisionError(InputError, ValueError):
+    """An example carries no supervised token: it would train nothing and hide a wrong template."""
 
 
 class Segment(NamedTuple):

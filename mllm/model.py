@@ -36,14 +36,10 @@ from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
 import diffclip as diffclip  # registers the DiffCLIP vision tower for AutoModel
 from diffclip.errors import InputError
 from diffclip.fingerprint import fingerprint
-from mllm.conversation import IGNORE, IMAGE, TEMPLATES, chat_template
+from mllm.conversation import IGNORE, IMAGE, TEMPLATES, NoSupervisionError, chat_template
 
 PARTS = ("vision_tower", "projector", "language_model")
 FINGERPRINTS = "fingerprints.json"  # beside the weights, written last
-
-
-class NoSupervisionError(ValueError):
-    """An example carries no supervised token, so it would train nothing and hide a wrong template."""
 
 
 class WeightsError(RuntimeError):
@@ -58,7 +54,6 @@ class DiffCLIPLlavaConfig(LlavaConfig):
 
     projector: Literal["linear", "mlp"] = "linear"
     conversation_template: str = "vicuna"
-    end_token: str = "<|im_end|>"
 
 
 class DiffCLIPLlavaModel(LlavaModel):
@@ -193,7 +188,7 @@ def assemble(
     image_processor = AutoImageProcessor.from_pretrained(vision_tower)
     tokenizer = _from_pretrained(AutoTokenizer, language_model)
     lm = _load_strictly(AutoModelForCausalLM, language_model, dtype=dtype)
-    end_token = _prepare_tokenizer(tokenizer, template, language_model)
+    _prepare_tokenizer(tokenizer, template, language_model)
     if len(tokenizer) > lm.get_input_embeddings().num_embeddings:  # most tables have spare rows
         lm.resize_token_embeddings(len(tokenizer))
     extra, tokens = _feature_tokens(tower, image_processor, vision_feature_layer)
@@ -207,7 +202,6 @@ def assemble(
         tie_word_embeddings=lm.config.tie_word_embeddings,
         projector=projector,
         conversation_template=template,
-        end_token=end_token,
     )
     loaded = {"vision_tower": fingerprint(tower), "language_model": fingerprint(_with_head(lm))}
     with torch.device("meta"):  # the skeleton costs no memory; real parts replace it
@@ -219,7 +213,7 @@ def assemble(
     model.tie_weights()
     model.generation_config = GenerationConfig(
         do_sample=False,
-        eos_token_id=tokenizer.convert_tokens_to_ids(end_token),
+        eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
     verify(model, loaded)
@@ -231,7 +225,7 @@ def assemble(
         vision_feature_select_strategy=config.vision_feature_select_strategy,
         num_additional_image_tokens=extra,
         image_token=IMAGE,
-        chat_template=chat_template(template, end_token),
+        chat_template=chat_template(template, tokenizer.eos_token),
     )
     return model, processor
 
@@ -347,8 +341,8 @@ def _load_tower(path: str | Path, dtype: torch.dtype) -> PreTrainedModel:
     return _load_strictly(AutoModel, path, only, config=vision or config, dtype=dtype).eval()
 
 
-def _prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, template: str, path: str | Path) -> str:
-    """Give the tokenizer `<image>` and a padding token; returns the token that ends an answer."""
+def _prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, template: str, path: str | Path) -> None:
+    """Give the tokenizer `<image>`, a padding token, and as its eos the token that ends an answer."""
     if template not in TEMPLATES:
         raise InputError(f"unknown template `{template}`: use one of {', '.join(TEMPLATES)}")
     if not tokenizer.is_fast:
@@ -357,14 +351,14 @@ def _prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, template: str, path: 
         )
     tokenizer.add_tokens([AddedToken(IMAGE, special=True, normalized=False)], special_tokens=True)
     vocabulary = tokenizer.get_vocab()
-    end_token = "<|im_end|>" if "<|im_end|>" in vocabulary else tokenizer.eos_token
     if template == "chatml" and not {"<|im_start|>", "<|im_end|>"} <= vocabulary.keys():
         raise InputError(f"{path}: template chatml needs the tokens <|im_start|> and <|im_end|>; use vicuna")
-    if end_token is None:
+    if "<|im_end|>" in vocabulary:  # base models have it too, but stop at another token
+        tokenizer.eos_token = "<|im_end|>"
+    if tokenizer.eos_token is None:
         raise InputError(f"{path}: the tokenizer has neither <|im_end|> nor an end-of-sequence token")
     if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token or end_token
-    return end_token
+        tokenizer.pad_token = tokenizer.eos_token
 
 
 @torch.no_grad()

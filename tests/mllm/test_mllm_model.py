@@ -20,8 +20,8 @@ from transformers import (
 
 import mllm.model as mllm_model
 from diffclip.errors import InputError
-from mllm.conversation import IGNORE, prompt
-from mllm.model import NoSupervisionError, WeightsError, assemble, freeze, load, parts, save, verify
+from mllm.conversation import IGNORE, NoSupervisionError, prompt
+from mllm.model import WeightsError, assemble, freeze, load, parts, save, verify
 
 
 def ask(processor, pictures, questions):

@@ -1,0 +1,187 @@
+"""Rows become the right examples; every fault in a data file is found before training and named."""
+
+import io
+import json
+import tarfile
+
+import pytest
+import torch
+
+from diffclip.errors import InputError
+from mllm.conversation import IGNORE, NoSupervisionError, encode, render
+from mllm.data import ConversationDataset, collate, find_pictures, load_rows
+
+
+def turns(*values):
+    return [{"from": ("human", "gpt")[i % 2], "value": v} for i, v in enumerate(values)]
+
+
+@pytest.fixture
+def folder(tmp_path, picture):
+    """Two pictures as files and one inside a tar."""
+    (tmp_path / "coco").mkdir()
+    (tmp_path / "shots").mkdir()
+    picture(0).save(tmp_path / "coco/0.png")
+    picture(1).save(tmp_path / "coco/1.png")
+    buffer = io.BytesIO()
+    picture(2).save(buffer, "PNG")
+    with tarfile.open(tmp_path / "shots/00000.tar", "w") as tar:
+        for name, content in (("2.txt", b"text"), ("2.png", buffer.getvalue())):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return tmp_path
+
+
+ROWS = [
+    {
+        "id": "a",
+        "image": "coco/0.png",
+        "conversations": turns("<image>\nIs there a red square?", "yes", "a circle?", "no"),
+    },
+    {"id": 7, "image": "shots/2.png", "conversations": turns("What?\n<image>", "a small blue circle")},
+    {"id": "t", "conversations": turns("yes or no", "yes no yes no")},
+]
+
+
+def write(path, rows, lines=False):
+    path.write_text("\n".join(map(json.dumps, rows)) if lines else json.dumps(rows))
+    return path
+
+
+@pytest.mark.parametrize("lines", [False, True])
+def test_examples_hold_text_labels_and_pixels_of_their_rows(folder, assembled, picture, lines):
+    _, processor = assembled
+    rows = load_rows([write(folder / "rows.json", ROWS, lines)], folder)
+    dataset = ConversationDataset(rows, processor, template="vicuna")
+    assert len(dataset) == 3
+    for i, (row, seed) in enumerate(zip(ROWS, (0, 2, None))):
+        expected = encode(render(row["conversations"], "vicuna"), processor.tokenizer, 16)
+        example = dataset[i]
+        assert example["input_ids"].tolist() == expected["input_ids"]
+        assert example["labels"].tolist() == expected["labels"]
+        assert dataset.lengths[i] == len(expected["input_ids"])
+        if seed is None:
+            assert "pixel_values" not in example
+        else:
+            pixels = processor.image_processor([picture(seed)], return_tensors="pt")["pixel_values"]
+            assert torch.equal(example["pixel_values"], pixels)
+
+
+def test_batch_pads_right_and_trains(folder, assembled):
+    model, processor = assembled
+    rows = load_rows([write(folder / "rows.json", ROWS)], folder)
+    dataset = ConversationDataset(rows, processor, template="vicuna")
+    batch = collate(processor)([dataset[i] for i in range(3)])
+    assert batch["input_ids"].shape == (3, max(dataset.lengths)) and batch["pixel_values"].shape == (
+        2,
+        3,
+        32,
+        32,
+    )
+    for i, length in enumerate(dataset.lengths):
+        assert batch["attention_mask"][i].tolist() == [1] * length + [0] * (max(dataset.lengths) - length)
+        assert (batch["labels"][i, length:] == IGNORE).all()
+    assert "pixel_values" not in collate(processor)([dataset[2]])
+    together = model.train()(**batch).loss
+    counts = [(batch["labels"][i] != IGNORE).sum() for i in range(3)]
+    alone = [model(**collate(processor)([dataset[i]])).loss * counts[i] for i in range(3)]
+    torch.testing.assert_close(together, sum(alone) / sum(counts))  # a mean over tokens, blind to padding
+
+
+def test_prefix_keeps_a_subset_and_several_files_make_a_mixture(folder):
+    file = write(folder / "rows.json", ROWS)
+    assert [r.pictures[0].file for r in load_rows([file], folder, image_prefix="coco/")] == [
+        str(folder / "coco/0.png")
+    ]
+    assert len(load_rows([file, file], folder)) == 6
+    with pytest.raises(InputError, match="vg/"):
+        load_rows([file], folder, image_prefix="vg/")
+
+
+def test_files_win_over_tars_and_absent_names_are_none(folder, picture):
+    picture(5).save(folder / "shots/2.png")
+    places = find_pictures(folder, ["shots/2.png", "shots/3.png", "nowhere/1.png"])
+    assert places["shots/2.png"].file == str(folder / "shots/2.png")
+    assert places["shots/3.png"] is None and places["nowhere/1.png"] is None
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"image": "coco/9.png", "conversations": turns("<image>\na", "b")}, ["coco/9.png", "image_root"]),
+        ({"image": "coco/0.png", "conversations": [{"from": "user", "value": "a"}]}, ["user"]),
+        ({"image": "coco/0.png", "conversations": turns("<image>\na")}, ["answer"]),
+        ({"image": "coco/0.png", "conversations": turns("<image>\na", " ")}, ["empty"]),
+        ({"image": "coco/0.png", "conversations": turns("<image>\na", "<image>")}, ["<image>"]),
+        ({"image": "coco/0.png", "conversations": turns("a", "b")}, ["1 pictures", "shows 0"]),
+        ({"conversations": turns("<image>\na", "b")}, ["0 pictures", "shows 1"]),
+        ({"image": ["coco/0.png", "coco/1.png"], "conversations": turns("<image>\na", "b")}, ["2 pictures"]),
+        ({"image": "coco/0.png"}, ["conversations"]),
+    ],
+)
+def test_a_bad_row_is_named_before_training(folder, assembled, row, words):
+    file = write(folder / "rows.json", [*ROWS, {"id": "bad", **row}])
+    with pytest.raises(InputError) as error:
+        ConversationDataset(load_rows([file], folder), assembled[1], template="vicuna")
+    for word in ["rows.json", "row 3", "id bad", *words]:
+        assert word in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_two_pictures_in_two_questions(folder, assembled):
+    row = {
+        "image": ["coco/0.png", "coco/1.png"],
+        "conversations": turns("<image>\na", "yes", "<image>\nb", "no"),
+    }
+    dataset = ConversationDataset(
+        load_rows([write(folder / "r.json", [row])], folder), assembled[1], template="vicuna"
+    )
+    assert dataset[0]["pixel_values"].shape[0] == 2
+    assert assembled[0].train()(**collate(assembled[1])([dataset[0]])).loss.isfinite()
+
+
+def test_plain_captions(folder, assembled):
+    _, processor = assembled
+    dataset = ConversationDataset(
+        load_rows([write(folder / "r.json", ROWS[1:2])], folder), processor, template="plain"
+    )
+    example = dataset[0]
+    assert example["input_ids"][:16].tolist() == [processor.image_token_id] * 16
+    assert processor.tokenizer.decode(example["labels"][16:]) == "a small blue circle\n"
+
+
+def test_cut_rows_are_errors_that_name_the_row(folder, assembled):
+    rows = load_rows([write(folder / "r.json", ROWS[:1])], folder)
+    full = ConversationDataset(rows, assembled[1], template="vicuna")
+    first = next(i for i, label in enumerate(full[0]["labels"].tolist()) if label != IGNORE)
+    cut = ConversationDataset(rows, assembled[1], template="vicuna", max_length=first + 1)
+    assert (cut[0]["labels"] != IGNORE).sum() == 1 and cut.lengths == [first + 1]
+    with pytest.raises(NoSupervisionError, match="id a"):
+        ConversationDataset(rows, assembled[1], template="vicuna", max_length=first)[0]
+
+
+@pytest.mark.parametrize("content", ["", "[1]", "{", '[{"id": 1}', "[]"])
+def test_files_that_hold_no_rows(folder, content):
+    (folder / "r.json").write_text(content)
+    with pytest.raises(InputError, match=r"r\.json"):
+        load_rows([folder / "r.json"], folder)
+    with pytest.raises(InputError, match="absent"):
+        load_rows([folder / "absent.json"], folder)
+
+
+def test_broken_picture_is_named(folder, assembled):
+    (folder / "coco/0.png").write_bytes(b"no picture")
+    dataset = ConversationDataset(
+        load_rows([write(folder / "r.json", ROWS[:1])], folder), assembled[1], template="vicuna"
+    )
+    with pytest.raises(InputError, match=r"id a.*0\.png"):
+        dataset[0]
+
+
+def test_real_rows_with_pictures_in_tars(shared_data, assembled):
+    root = shared_data("llava").parent
+    rows = load_rows([root / "llava/stage1_captions.json"], root)
+    assert len(rows) == 8166
+    in_tar = next(r for r in rows if r.pictures[0].file.endswith(".tar"))
+    assert in_tar.pictures[0].open().mode == "RGB"
