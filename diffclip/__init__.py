@@ -24,7 +24,7 @@ _HOME = {
 __all__ = list(_HOME)
 
 
-def __getattr__(name: str) -> Any:  # noqa: ANN401
+def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'diffclip' has no attribute {name!r}")
     return getattr(importlib.import_module(f"diffclip.{_HOME[name]}"), name)
@@ -32,3 +32,14 @@ def __getattr__(name: str) -> Any:  # noqa: ANN401
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+def _help_or_own_command() -> bool:
+    """Whether this process is `python -m diffclip.x` or prints help, and should not wait for transformers."""
+    asks_help = not {"-h", "--help"}.isdisjoint(sys.argv)
+    module = dict(zip(sys.orig_argv, sys.orig_argv[1:])).get("-m", "")
+    return asks_help or module.split(".")[0] == "diffclip"
+
+
+if not _help_or_own_command():
+    importlib.import_module("diffclip.hf")

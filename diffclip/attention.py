@@ -1,9 +1,9 @@
-"""Differential attention: each pair of adjacent heads yields the difference of two softmax maps, applied to one value.
+"""Differential attention: a pair of adjacent heads gives the difference of two softmax maps, for one value.
 
 Two forms compute the same function: `eager` writes the maps out, `fused` leaves them inside
 `scaled_dot_product_attention`. Sources: DiffCLIP (Hammoud and Ghanem 2025, section 3) and Differential
-Transformer (Ye et al. 2024, equations 1-3); where the DiffCLIP text and its released weights differ in how heads
-are paired, this follows the weights.
+Transformer (Ye et al. 2024, equations 1-3); where the DiffCLIP text and its released weights differ in how
+heads are paired, this follows the weights.
 """
 
 import math
@@ -36,14 +36,14 @@ class DifferentialAttention(nn.Module):
         out_j = (1 - lambda_init) * RMSNorm((A_2j - lambda A_2j+1) v_j)
         lambda = exp(<lambda_q1, lambda_k1>) - exp(<lambda_q2, lambda_k2>) + lambda_init
 
-    Lambda and the norm's weight (length 2d) are shared by all heads of the layer. lambda_init is a constant that is
-    not part of the state dict.
+    Lambda and the norm's weight (length 2d) are shared by all heads of the layer. lambda_init is a constant
+    that is not part of the state dict.
 
     Args:
         dim: width of the tokens.
         num_heads: number of softmax maps; even, and a divisor of dim.
         attn_drop: dropout on the entries of each map, before the difference.
-        attn_implementation: "eager", "fused", or "auto" (the faster one, as measured, for the device and dtype).
+        attn_implementation: "eager", "fused", or "auto": the one measured faster (`faster_form`).
 
     Raises:
         InputError: for an odd number of heads, or one that does not divide dim.
@@ -102,7 +102,7 @@ class DifferentialAttention(nn.Module):
         return first - second + self.lambda_init
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return q and k (batch, heads, tokens, d) and v (batch, heads / 2, tokens, 2d) of x (batch, tokens, dim)."""
+        """Return q, k (batch, heads, tokens, d) and v (batch, heads / 2, tokens, 2d)."""
         q = self.q_proj(x).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
         k = self.k_proj(x).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
         v = self.v_proj(x).unflatten(-1, (self.num_heads // 2, 2 * self.head_dim)).transpose(1, 2)
@@ -113,7 +113,7 @@ class DifferentialAttention(nn.Module):
 
         Args:
             x: (batch, tokens, dim).
-            attn_mask: broadcastable to (batch, heads, tokens, tokens); boolean (True = may attend) or additive.
+            attn_mask: broadcastable to (batch, heads, tokens, tokens); boolean (True = attend) or additive.
             is_causal: each token attends to itself and earlier ones. Not together with attn_mask.
 
         Returns:
@@ -122,22 +122,16 @@ class DifferentialAttention(nn.Module):
         q, k, v = self.project(x)
         lambda_ = self.compute_lambda().to(q.dtype)
         dropout = self.attn_drop if self.training else 0.0
-
         form = self.attn_implementation
         if form == "auto":
             form = faster_form(q)
         if form == "eager":
             first, second = softmax_maps(q, k, attn_mask, is_causal)
-            first, second = F.dropout(first, dropout), F.dropout(second, dropout)
-            out = (first - lambda_ * second) @ v  # (batch, pairs, tokens, 2d)
+            difference = F.dropout(first, dropout) - lambda_ * F.dropout(second, dropout)
+            out = difference @ v  # (batch, pairs, tokens, 2d)
         else:
-            if attn_mask is not None and attn_mask.is_floating_point():
-                attn_mask = attn_mask.to(q.dtype)
-            out = F.scaled_dot_product_attention(
-                q, k, v.repeat_interleave(2, dim=1), attn_mask, dropout_p=dropout, is_causal=is_causal
-            )  # (batch, heads, tokens, 2d)
-            out = out[:, 0::2] - lambda_ * out[:, 1::2]
-
+            first, second = fused_attention(q, k, v, attn_mask, is_causal, dropout)
+            out = first - lambda_ * second  # (batch, pairs, tokens, 2d)
         out = self.diff_norm(out) * (1 - self.lambda_init)
         out = self.out_proj(out.transpose(1, 2).flatten(2))  # (batch, tokens, dim)
         return self.proj_drop(out)
@@ -149,7 +143,13 @@ class DifferentialAttention(nn.Module):
 
 
 def faster_form(q: Tensor) -> str:
-    """Return the form that is faster for queries of this device and dtype."""
+    """Return the form that is faster, forward and backward, for queries (batch, heads, tokens, d) like these.
+
+    On a CPU the maps of short sequences fit its caches, and its fused kernel is slow in reduced precision
+    (benchmarks/attention.py measures both). Elsewhere the maps are better left inside the kernel.
+    """
+    if q.device.type == "cpu" and (q.shape[-2] < 128 or q.dtype != torch.float32):
+        return "eager"
     return "fused"
 
 
@@ -162,14 +162,56 @@ def softmax_maps(
         q, k: (batch, heads, tokens, d).
         attn_mask, is_causal: as in `DifferentialAttention.forward`.
     """
+    maps = attention_scores(q, k, attn_mask, is_causal).softmax(dim=-1)
+    return maps[:, 0::2], maps[:, 1::2]
+
+
+def attention_scores(
+    q: Tensor, k: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
+) -> Tensor:
+    """Return the masked scores q k^T / sqrt(d), (batch, heads, tokens, tokens)."""
     if is_causal:
         if attn_mask is not None:
             raise ValueError("give either attn_mask or is_causal, not both")
         attn_mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # (batch, heads, tokens, tokens)
-    if attn_mask is not None and attn_mask.dtype == torch.bool:
-        scores = scores.masked_fill(~attn_mask, -torch.inf)
-    elif attn_mask is not None:
-        scores = scores + attn_mask.to(scores.dtype)
-    maps = scores.softmax(dim=-1)
-    return maps[:, 0::2], maps[:, 1::2]
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    if attn_mask is None:
+        return scores
+    if attn_mask.dtype == torch.bool:
+        return scores.masked_fill(~attn_mask, -torch.inf)
+    return scores + attn_mask.to(scores.dtype)
+
+
+def fused_attention(
+    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool, dropout: float
+) -> tuple[Tensor, Tensor]:
+    """Return the values as mixed by the even and the odd heads, each (batch, heads / 2, tokens, 2d)."""
+    scale = q.shape[-1] ** -0.5
+    if q.device.type == "cpu":
+        # Its kernel wants equal widths, else it falls back to the maps; zeros do not change the products.
+        q, k = F.pad(q, (0, q.shape[-1])), F.pad(k, (0, k.shape[-1]))
+    if attn_mask is not None and attn_mask.is_floating_point():
+        attn_mask = attn_mask.to(q.dtype)
+    v = v.repeat_interleave(2, dim=1)  # (batch, heads, tokens, 2d)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask, dropout, is_causal, scale=scale)
+    return out[:, 0::2], out[:, 1::2]
+
+
+def attention_map(
+    attention: nn.Module, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
+) -> Tensor:
+    """Return the map that multiplies the values in this module, given its input x (batch, tokens, dim).
+
+    Args:
+        attention: `DifferentialAttention`, or timm's `Attention`.
+
+    Returns:
+        (batch, heads / 2, tokens, tokens) signed, rows summing to 1 - lambda, for differential attention;
+        (batch, heads, tokens, tokens) for ordinary attention.
+    """
+    if isinstance(attention, DifferentialAttention):
+        q, k, _ = attention.project(x)
+        first, second = softmax_maps(q, k, attn_mask, is_causal)
+        return first - attention.compute_lambda().to(q.dtype) * second
+    q, k, _ = attention.qkv(x).unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    return attention_scores(attention.q_norm(q), attention.k_norm(k), attn_mask, is_causal).softmax(dim=-1)

@@ -1,8 +1,8 @@
 """The named models: plain open_clip configs, and the one function that makes a CLIP differential.
 
-A model is open_clip's text transformer beside a timm vision transformer, under open_clip's parameter names; the
-variants differ only in which attention modules are replaced. So the baseline's weights are open_clip's own, and
-everything made for an open_clip model (losses, benchmarks) takes ours.
+A model is open_clip's text transformer beside a timm vision transformer, under open_clip's parameter names;
+the variants differ only in which attention modules are replaced. So the baseline's weights are open_clip's
+own, and everything made for an open_clip model (losses, benchmarks) takes ours.
 """
 
 import copy
@@ -67,9 +67,9 @@ class CLIP(open_clip.CLIP):
     def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:
         """Return (batch, embed_dim) for token ids (batch, up to context_length).
 
-        The embedding is read at each row's largest id, its end token. Attention is causal, so the columns after
-        the last of these positions cannot matter: they are cut off, except in a compiled graph, which wants one
-        length.
+        The embedding is read at each row's largest id, its end token. Attention is causal, so the columns
+        after the last of these positions cannot matter: they are cut off, except in a compiled graph, which
+        wants one length.
         """
         ends = text.argmax(dim=-1)  # (batch,)
         if not torch.compiler.is_compiling():
@@ -106,7 +106,7 @@ class TextDifferentialAttention(DifferentialAttention):
         need_weights: bool = False,
         attn_mask: Tensor | None = None,
     ) -> tuple[Tensor, None]:
-        """Return ((batch, tokens, dim), None). Key and value are ignored: they are the query in open_clip's blocks.
+        """Return ((batch, tokens, dim), None). open_clip's blocks pass the query as key and value too.
 
         Args:
             query: (batch, tokens, dim).
@@ -141,11 +141,11 @@ def build(name_or_config: str | dict[str, Any], *, init: str = "matched") -> CLI
 
     Args:
         name_or_config: a name in `MODELS`, or a dict of the same form.
-        init: "matched" gives every variant the same starting weights for the same torch seed (truncated normal
-            0.02 and zero biases in the vision blocks, as in timm; open_clip's in the text), with the lambda
-            vectors drawn last. "official" is what the official code does: there the differential layers keep
-            torch's default for Linear where the baseline does not, and the layer norms of a differential vision
-            tower have epsilon 1e-5.
+        init: "matched" gives every variant the same starting weights for the same torch seed (truncated
+            normal 0.02 and zero biases in the vision blocks, as in timm; open_clip's in the text), with the
+            lambda vectors drawn last. "official" is what the official code does: its differential layers keep
+            torch's default for Linear where its baseline does not, and the layer norms of its differential
+            vision tower have epsilon 1e-5.
 
     Raises:
         InputError: for an unknown name, a config with missing or unknown keys, or an impossible head count.
@@ -184,9 +184,9 @@ def differentiate(
 ) -> nn.Module:
     """Replace, in place, the self-attention of an open_clip model's blocks by differential attention.
 
-    Works on open_clip's own transformers and on timm vision transformers (also SigLIP's; its pooling head stays as
-    it is). The projections keep their weights as a starting point, but the function changes: heads now work in
-    pairs, under a new norm.
+    Works on open_clip's own transformers and on timm vision transformers (also SigLIP's; its pooling head
+    stays as it is). The projections keep their weights as a starting point, but the function changes: heads now
+    work in pairs, under a new norm.
 
     Args:
         model: any open_clip CLIP or CustomTextCLIP.
@@ -204,25 +204,36 @@ def differentiate(
         if name not in ("vision", "text"):
             raise InputError(f"unknown tower {name!r}: choose vision or text")
         tower = model.visual if name == "vision" else getattr(model, "text", None) or model.transformer
-        blocks = [block for block in tower.modules() if isinstance(block, (Block, ResidualAttentionBlock))]
-        if not blocks:
-            raise InputError(
-                f"the {name} tower ({type(tower).__name__}) has no transformer blocks known here"
-            )
-        for layer, block in enumerate(blocks):
-            value = (
-                lambda_init_schedule(layer, schedule_base)
-                if lambda_init == "schedule"
-                else float(lambda_init)
-            )
-            block.attn = _differential_like(block.attn, value)
+        blocks = _self_attention_blocks(tower)
+        if lambda_init == "schedule":
+            lambda_inits = [lambda_init_schedule(layer, schedule_base) for layer in range(len(blocks))]
+        else:
+            lambda_inits = [float(lambda_init)] * len(blocks)
+        differentiate_tower(tower, lambda_inits)
     return model
+
+
+def differentiate_tower(tower: nn.Module, lambda_inits: list[float]) -> None:
+    """Replace, in place, the self-attention of one tower's blocks; one lambda_init per block, in order."""
+    blocks = _self_attention_blocks(tower)
+    if not blocks or len(blocks) != len(lambda_inits):
+        raise InputError(
+            f"{type(tower).__name__} has {len(blocks)} blocks with self-attention known here, "
+            f"for {len(lambda_inits)} values of lambda_init"
+        )
+    for block, lambda_init in zip(blocks, lambda_inits):
+        block.attn = _differential_like(block.attn, lambda_init)
+
+
+def _self_attention_blocks(tower: nn.Module) -> list[nn.Module]:
+    blocks = [module for module in tower.modules() if isinstance(module, (Block, ResidualAttentionBlock))]
+    return [block for block in blocks if not hasattr(block, "ln_1_kv")]  # which marks cross-attention
 
 
 def _differential_like(
     attention: nn.MultiheadAttention | Attention, lambda_init: float
 ) -> DifferentialAttention:
-    """Return differential attention with the projections of an ordinary one, on its device and in its dtype."""
+    """Return differential attention with an ordinary one's projections, on its device and in its dtype."""
     if isinstance(attention, nn.MultiheadAttention):
         qkv_weight, qkv_bias, out = attention.in_proj_weight, attention.in_proj_bias, attention.out_proj
         kind, dropouts = TextDifferentialAttention, {"attn_drop": attention.dropout}
@@ -274,7 +285,7 @@ def transforms(
 ) -> Callable[..., Tensor]:
     """Return the transform from a PIL image to a normalised (3, size, size) float tensor.
 
-    Training: a random crop of `crop_scale` of the area, bilinear, no flip, as in the paper (appendix) and SLIP.
+    Training: a random crop of `crop_scale` of the area, bilinear, no flip, as in SLIP.
     Otherwise: the shorter side to `size`, bilinear, then the centre.
     """
     cfg = model_config["preprocess_cfg"]
@@ -286,6 +297,6 @@ def transforms(
     return T.Compose([to_rgb, *crop, T.ToTensor(), T.Normalize(cfg["mean"], cfg["std"])])
 
 
-def to_rgb(image: Any) -> Any:  # noqa: ANN401
+def to_rgb(image: Any) -> Any:
     """Return a PIL image in RGB mode, before resizing, because palettes cannot be interpolated."""
     return image.convert("RGB")
