@@ -1,7 +1,7 @@
-"""The built-in world: pictures of one to four coloured shapes whose content is known exactly, made from a seed.
+"""The built-in world: pictures of one to four coloured shapes whose content is known exactly.
 
-Scene `index` of stream `split` depends on (seed, split, index) alone; from its description come the picture and
-the masks (here), the words (scenes_text.py) and the files in the usual formats (scenes_export.py).
+Scene `index` of stream `split` depends on (seed, split, index) alone. From its description come the picture
+and the masks (here), captions (scenes_text.py), questions (scenes_questions.py) and files (scenes_export.py).
 
     python -m diffclip.scenes show --seed 0 sheet.png
     python -m diffclip.scenes export DIR --seed 0 --pairs 20000 --conversations 6000 --size 64
@@ -21,13 +21,11 @@ from PIL import Image, ImageDraw, ImageFilter
 SHAPES = ("circle", "star", "square", "heart", "triangle", "moon", "arrow", "diamond", "ring", "cross")
 FREQUENCY = (1.0, 0.9, 0.8, 0.72, 0.66, 0.6, 0.55, 0.5, 0.46, 0.42)
 COMPANY = (
-    ("star", "moon"),
-    ("circle", "arrow"),
-    ("square", "ring"),
-    ("heart", "diamond"),
-    ("triangle", "cross"),
+    *(("circle", other) for other in ("arrow", "cross", "ring")),
+    *(("star", other) for other in ("moon", "triangle", "diamond")),
+    ("square", "heart"),
 )
-COMPANY_FACTOR = 3.0  # how much likelier a shape is beside its companion
+COMPANY_FACTOR = 2.0  # how much likelier a shape is beside its companion
 REPEAT_FACTOR = 0.3  # how much less likely a shape is beside another of its kind
 COUNTS = (0.16, 0.28, 0.34, 0.22)  # share of pictures with 1, 2, 3, 4 objects
 
@@ -172,8 +170,8 @@ def make_scene(seed: int, split: str, index: int, min_shapes: int = 1) -> Scene:
 def one_object(seed: int, split: str, index: int, shape: str = "", color: str = "", role: str = "") -> Scene:
     """A scene of a single object, its shape and colour drawn uniformly where not given.
 
-    `role` is "" for the classification sets, or names the shifted set: "a" (small, low contrast, clutter in nearly
-    its own colour), "r" (another rendition), "sketch" (outlines on paper).
+    `role` names a shifted set: "a" (small, low contrast, clutter in nearly its own colour), "r" (another
+    rendition), "sketch" (outlines on paper); anything else is an ordinary picture.
     """
     rng = stream_rng(seed, split, index)
     shape, color = shape or rng.choice(SHAPES), color or rng.choice(tuple(COLORS))
@@ -206,7 +204,7 @@ def _contours(shape: str) -> list[list[tuple[float, float]]]:
     if shape == "ring":
         return [_arc(0.5, 0.5, 0.5, 0, 360), _arc(0.5, 0.5, 0.27, 0, 360)]
     if shape == "square":
-        return [[(0.06, 0.06), (0.94, 0.06), (0.94, 0.94), (0.06, 0.94)]]
+        return [[(0.01, 0.01), (0.99, 0.01), (0.99, 0.99), (0.01, 0.99)]]
     if shape == "triangle":
         return [[(0.5, 0.03), (1.0, 0.95), (0.0, 0.95)]]
     if shape == "diamond":
@@ -252,7 +250,7 @@ def alpha(shape: str, direction: str, pixels: int, outline: bool = False) -> np.
         points = [turn(x, y) for x, y in contour]
         pen.polygon([(x * (fine - 1), y * (fine - 1)) for x, y in points], fill=fill)
     if outline:
-        # framed, so that an edge that touches the box is drawn too; the line is 1/22 of the box wide, at least 5/8 pixel
+        # framed, so that an edge on the box's border is drawn too; lines are box/22 wide, at least 5/8 pixel
         framed = Image.new("L", (fine + 16, fine + 16), 0)
         framed.paste(picture, (8, 8))
         inside = framed.filter(ImageFilter.MinFilter(2 * max(5, fine // 22) + 1))

@@ -1,7 +1,7 @@
 """Write the built-in world as the formats that everything downstream reads, and nothing else.
 
-webdataset shards, image folders, LLaVA JSON, POPE JSON lines, MMVP-VLM's table and COCO instances; each part is
-written beside its place and renamed, and scenes.json comes last.
+webdataset shards, image folders, LLaVA JSON, POPE JSON lines, MMVP-VLM's table and COCO instances. Each part
+is written beside its place and renamed, and scenes.json comes last.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from diffclip import scenes, scenes_text
+from diffclip import scenes, scenes_questions, scenes_text
 from diffclip.errors import InputError, exit_on_input_error
 from diffclip.scenes import COLORS, SHAPES, Scene, make_scene, one_object, stream_rng
 
@@ -52,7 +52,7 @@ def png(scene: Scene, size: int) -> bytes:
 
 
 def _write_shards(folder: Path, samples: Iterator[dict[str, bytes]]) -> None:
-    """Samples {"png": …, "txt": …} as webdataset tars with fixed times, so that equal options give equal bytes."""
+    """Samples {"png": …, "txt": …} as webdataset tars with fixed times: equal options give equal bytes."""
     folder.mkdir(parents=True)
     shard: tarfile.TarFile | None = None
     for i, sample in enumerate(samples):
@@ -82,14 +82,14 @@ def retrieval_scene(seed: int, index: int) -> Scene:
 
 
 def class_scene(seed: int, what: str, split: str, index: int, role: str = "") -> tuple[Scene, str]:
-    """One object of class `index` modulo the number of classes, so that classes are balanced; and the class name."""
+    """One object of class `index` modulo the number of classes, so that classes are balanced; its name."""
     name = CLASSES[what][index % len(CLASSES[what])]
     shape = name if what == "shape" else name.split()[1] if what == "shape_color" else ""
     color = "" if what == "shape" else name.split()[0]
     return one_object(seed, split, index, shape, color, role), name
 
 
-# ---------------------------------------------------------------- one function per part: (folder, options, tick)
+# ---------------------------------------------------------------- one function per part
 
 Tick = Callable[[], None]
 
@@ -149,10 +149,10 @@ def write_llava(folder: Path, o: argparse.Namespace, tick: Tick) -> None:
         scene, image = make_scene(o.seed, "llava", i), f"{i:06d}.png"
         (folder / "images" / image).write_bytes(png(scene, o.size))
         if i < o.align:
-            turns = scenes_text.align_conversation(scene, stream_rng(o.seed, "llava/align", i))
+            turns = scenes_questions.align_conversation(scene, stream_rng(o.seed, "llava/align", i))
             align.append({"id": f"align_{i:06d}", "image": image, "conversations": turns})
         if i < o.conversations:
-            turns = scenes_text.instruct_conversation(
+            turns = scenes_questions.instruct_conversation(
                 scene, stream_rng(o.seed, "llava/instruct", i), o.rounds
             )
             instruct.append({"id": f"instruct_{i:06d}", "image": image, "conversations": turns})
@@ -161,7 +161,7 @@ def write_llava(folder: Path, o: argparse.Namespace, tick: Tick) -> None:
     _dump(folder / "instruct.json", instruct)
     with open(folder / "text.jsonl", "w") as file:
         for i in range(o.texts):
-            text = scenes_text.text_line(
+            text = scenes_questions.text_line(
                 make_scene(o.seed, "text", i), stream_rng(o.seed, "text/words", i), o.rounds
             )
             file.write(json.dumps({"text": text}) + "\n")
@@ -176,7 +176,7 @@ def write_pope(folder: Path, o: argparse.Namespace, tick: Tick) -> None:
         (folder / "images" / image).write_bytes(png(scene, o.size))
         for way in POPE_WAYS:
             # the same generator for each way: the positive questions are the same in all three files
-            for text, label in scenes_text.pope_questions(
+            for text, label in scenes_questions.pope_questions(
                 scene, way, stream_rng(o.seed, "pope/questions", i)
             ):
                 row = {"question_id": len(rows[way]) + 1, "image": image, "text": text, "label": label}
@@ -286,12 +286,16 @@ COUNTS = {
 
 
 def export(directory: Path, options: argparse.Namespace) -> None:
-    """Write the parts named in options.only (all by default); raises InputError if the folder holds another world."""
+    """Write the parts named in options.only (all by default); InputError if another world is there."""
     made = {"version": VERSION, "seed": options.seed, "size": options.size}
     made |= {name.replace("-", "_"): getattr(options, name.replace("-", "_")) for name in COUNTS}
     for name, value in made.items():
         if value < (32 if name == "size" else 0 if name == "seed" else 1):
             raise InputError(f"--{name.replace('_', '-')} {value} is too small: give a larger number")
+    if options.rounds > 20:
+        raise InputError(
+            f"--rounds {options.rounds} is too large: there are not that many questions, give at most 20"
+        )
     asked = options.only.split(",") if options.only else list(PARTS)
     if unknown := [part for part in asked if part not in PARTS]:
         raise InputError(
@@ -308,7 +312,7 @@ def export(directory: Path, options: argparse.Namespace) -> None:
             there = ", ".join(f"{k}={before['options'].get(k)}" for k in differ)
             wanted = ", ".join(f"{k}={made[k]}" for k in differ)
             raise InputError(
-                f"{record} was made with {there} but {wanted} was asked for: choose another folder or delete this one"
+                f"{record} was made with {there} but {wanted} was asked for: name another folder or delete it"
             )
         done = before["parts"]
     parts = [part for part in PARTS if part in asked and part not in done]
@@ -367,7 +371,7 @@ def show(path: Path, seed: int, count: int = 20) -> None:
             cells.append((scene, f"shifts/{role}: {name}"))
     for category in scenes_text.MMVP_CATEGORIES:
         cells += [(scene, f"{category}: {text}") for scene, text in scenes_text.mmvp_pair(category, seed, 0)]
-    columns, cell, height, zoom = 8, 190, 192, 2
+    columns, cell, height, zoom = 8, 200, 216, 2
     sheet = Image.new("RGB", (columns * cell, -(-len(cells) // columns) * height), "white")
     pen = ImageDraw.Draw(sheet)
     for k, (scene, text) in enumerate(cells):

@@ -1,0 +1,58 @@
+"""How fast the built-in world is made on one core: `python benchmarks/scenes.py [--size 64] [--count 4000]`.
+
+Prints images per second for pictures alone, with five captions, with a conversation, and encoded as PNG.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+from itertools import islice
+
+from diffclip import scenes, scenes_export, scenes_questions, scenes_text
+
+
+def rate(make: Callable[[int], object], count: int) -> float:
+    for i in range(200):  # fills the caches of shapes and textures
+        make(i)
+    start = time.perf_counter()
+    for i in range(count):
+        make(i)
+    return count / (time.perf_counter() - start)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--size", type=int, default=64, help="side in pixels")
+    parser.add_argument("--count", type=int, default=4000, help="pictures per measurement")
+    options = parser.parse_args()
+    rng = scenes.stream_rng(0, "benchmark/words", 0)
+
+    def scene(i: int) -> scenes.Scene:
+        return scenes.make_scene(0, "benchmark", i)
+
+    measured = {
+        "picture": lambda i: scenes.draw(scene(i), options.size),
+        "picture and masks": lambda i: (
+            scenes.draw(scene(i), options.size),
+            scenes.masks(scene(i), options.size),
+        ),
+        "picture and 5 captions": lambda i: (
+            scenes.draw(scene(i), options.size),
+            scenes_text.captions(scene(i), rng, 5),
+        ),
+        "picture and 6 questions": lambda i: (
+            scenes.draw(scene(i), options.size),
+            scenes_questions.rounds(scene(i), rng, 6),
+        ),
+        "picture as PNG": lambda i: scenes_export.png(scene(i), options.size),
+    }
+    for name, make in measured.items():
+        print(f"{name:26s} {rate(make, options.count):8.0f} /s at {options.size} px, one core")
+    start = time.perf_counter()
+    for _ in islice(scenes.stream(0, "benchmark", options.size), options.count):
+        pass
+    print(f"{'stream()':26s} {options.count / (time.perf_counter() - start):8.0f} /s")
+
+
+if __name__ == "__main__":
+    main()

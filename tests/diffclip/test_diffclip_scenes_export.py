@@ -1,0 +1,186 @@
+"""The exported files, read back by the libraries that the formats belong to."""
+
+import csv
+import json
+import re
+import subprocess
+import sys
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffclip import scenes, scenes_export
+
+SMALL = {"pairs": 30, "retrieval": 10, "class-train": 80, "class-val": 10, "class-test": 80, "align": 12}
+SMALL |= {"conversations": 9, "texts": 20, "pope": 8, "mmvp": 2, "segmentation": 12, "seed": 3}
+
+
+def arguments(folder, **changed):
+    options = {**SMALL, **changed}
+    return ["export", str(folder), *(f"--{k.replace('_', '-')}={v}" for k, v in options.items())]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("scenes")
+    scenes_export.main(arguments(folder))
+    return folder
+
+
+def test_pairs_are_readable_as_webdataset(made):
+    import webdataset
+
+    data = webdataset.WebDataset(str(made / "pretrain/00000.tar"), shardshuffle=False).decode("pil")
+    rows = list(data.to_tuple("png", "txt", "json"))
+    assert len(rows) == 30
+    for i, (image, caption, about) in enumerate(rows):
+        assert caption == about["caption"] == about["captions"][0] and len(about["captions"]) == 5
+        assert np.array_equal(np.asarray(image), scenes.draw(scenes.make_scene(3, "pretrain", i)))
+
+
+def test_retrieval_has_several_captions_a_picture(made):
+    with tarfile.open(made / "retrieval/00000.tar") as tar:
+        texts = [tar.extractfile(m).read().decode() for m in tar if m.name.endswith(".txt")]
+    assert len(texts) == 10 and all(len(t.splitlines()) == 5 for t in texts)
+
+
+def test_class_folders(made):
+    from torchvision.datasets import ImageFolder
+
+    for what, count in {"shape": 10, "color": 8, "shape_color": 80}.items():
+        names = json.loads((made / "classification" / what / "classnames.json").read_text())
+        templates = json.loads((made / "classification" / what / "templates.json").read_text())
+        assert len(names) == count and all("{c}" in t for t in templates)
+        data = ImageFolder(made / "classification" / what / "test")
+        assert sorted(names) == data.classes and len(data) == 80
+        assert set(np.bincount(data.targets)) == {80 // count}
+    for role in ("v2", "a", "r", "sketch"):
+        assert sorted(ImageFolder(made / "shifts" / role).classes) == sorted(scenes.SHAPES)
+
+
+def test_llava_rows(made):
+    for name, count in {"align.json": 12, "instruct.json": 9}.items():
+        rows = json.loads((made / "llava" / name).read_text())
+        assert len(rows) == count == len({r["id"] for r in rows})
+        for row in rows:
+            with Image.open(made / "llava/images" / row["image"]) as image:
+                assert image.size == (64, 64) and image.mode == "RGB"
+    lines = [json.loads(line) for line in (made / "llava/text.jsonl").read_text().splitlines()]
+    assert len(lines) == 20 and all(set(line) == {"text"} for line in lines)
+
+
+def test_pope_files_share_positives_and_pictures(made):
+    files = {}
+    for way in ("random", "popular", "adversarial"):
+        rows = [json.loads(s) for s in (made / f"pope/scenes_pope_{way}.json").read_text().splitlines()]
+        assert [r["question_id"] for r in rows] == list(range(1, 49))
+        assert all(list(r) == ["question_id", "image", "text", "label"] for r in rows)
+        assert sum(r["label"] == "yes" for r in rows) == 24
+        assert all((made / "pope/images" / r["image"]).exists() for r in rows)
+        assert len({(r["image"], r["text"]) for r in rows}) == 48
+        files[way] = {(r["image"], r["text"]) for r in rows if r["label"] == "yes"}
+    assert files["random"] == files["popular"] == files["adversarial"]
+
+
+def test_mmvp_table(made):
+    with open(made / "mmvp/Questions.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["Question ID", "Type", "Statement"]
+    assert [int(r["Question ID"]) for r in rows] == list(range(1, len(rows) + 1)) and len(rows) == 2 * 2 * 7
+    for row in rows:
+        assert (made / "mmvp/MMVP VLM Images" / row["Type"] / f"{row['Question ID']}.jpg").exists()
+
+
+def test_masks_agree_with_cocos_own_reader(made):
+    tools = pytest.importorskip("pycocotools.coco", reason="pycocotools is not installed")
+    coco = tools.COCO(str(made / "segmentation/instances.json"))
+    for image in coco.loadImgs(coco.getImgIds()):
+        scene = scenes.make_scene(3, "segmentation", image["id"] - 1)
+        found = coco.loadAnns(coco.getAnnIds(image["id"]))
+        for annotation, thing, mask in zip(found, scene.things, scenes.masks(scene), strict=True):
+            read = coco.annToMask(annotation).astype(bool)
+            assert np.array_equal(read, mask) and annotation["area"] == read.sum()
+            rows, columns = np.nonzero(read)
+            box = [columns.min(), rows.min(), np.ptp(columns) + 1, np.ptp(rows) + 1]
+            assert annotation["bbox"] == box
+            assert coco.loadCats(annotation["category_id"])[0]["name"] == thing.shape
+
+
+def test_run_lengths_on_random_masks():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        mask = rng.random((5, 7)) < rng.random()
+        value, flat = False, []
+        for n in scenes_export.run_lengths(mask):
+            flat += [value] * n
+            value = not value
+        assert np.array_equal(np.array(flat).reshape(7, 5).T, mask)
+
+
+def test_called_again_it_does_nothing_and_other_options_are_refused(made, capsys):
+    stamp = (made / "pretrain/00000.tar").stat().st_mtime_ns
+    scenes_export.main(arguments(made))
+    assert "complete" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        scenes_export.main(arguments(made, pairs=31))
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and "pairs=30" in said and "pairs=31" in said and "Traceback" not in said
+    assert (made / "pretrain/00000.tar").stat().st_mtime_ns == stamp
+
+
+def test_parts_alone_and_after_an_interruption_equal_the_whole(made, tmp_path):
+    (tmp_path / "pope").mkdir()
+    (tmp_path / "pope/left over").touch()  # as a killed run leaves it: no scenes.json
+    scenes_export.main(arguments(tmp_path, only="pope,mmvp"))
+    assert json.loads((tmp_path / "scenes.json").read_text())["parts"] == ["pope", "mmvp"]
+    scenes_export.main(arguments(tmp_path))
+    names = sorted(p.relative_to(made) for p in made.rglob("*"))
+    assert names == sorted(p.relative_to(tmp_path) for p in tmp_path.rglob("*"))
+    assert all((made / n).read_bytes() == (tmp_path / n).read_bytes() for n in names if (made / n).is_file())
+
+
+@pytest.mark.parametrize(
+    ("changed", "word"), [({"pairs": 0}, "--pairs"), ({"only": "pop"}, "pop"), ({"size": 8}, "--size")]
+)
+def test_bad_options_name_the_option(tmp_path, capsys, changed, word):
+    with pytest.raises(SystemExit) as stop:
+        scenes_export.main(arguments(tmp_path / "new", **changed))
+    assert stop.value.code == 2 and word in capsys.readouterr().err and not (tmp_path / "new").exists()
+
+
+def test_no_test_scene_is_a_training_scene():
+    """Over the default counts, by the whole description: what decides every pixel."""
+    n = {name: default for name, (default, _) in scenes_export.COUNTS.items()}
+    train = {scenes.make_scene(0, "pretrain", i) for i in range(n["pairs"])}
+    train |= {scenes.make_scene(0, "llava", i) for i in range(n["align"])}
+    test = {scenes_export.pope_scene(0, i) for i in range(n["pope"])}
+    test |= {scenes_export.retrieval_scene(0, i) for i in range(n["retrieval"])}
+    test |= {scenes.make_scene(0, "segmentation", i) for i in range(n["segmentation"])}
+    for what in scenes_export.CLASSES:
+        for split, into in {"train": train, "val": train, "test": test}.items():
+            stream = f"classification/{what}/{split}"
+            into |= {scenes_export.class_scene(0, what, stream, i)[0] for i in range(n[f"class-{split}"])}
+    for role in scenes_export.SHIFTS:
+        test |= {
+            scenes_export.class_scene(0, "shape", f"shifts/{role}", i, role)[0]
+            for i in range(n["class-test"])
+        }
+    assert len(train) == n["pairs"] + n["align"] + 3 * (n["class-train"] + n["class-val"])
+    assert len(test) == n["pope"] + n["retrieval"] + n["segmentation"] + 7 * n["class-test"]
+    assert not train & test
+    written = {scenes.make_scene(0, "text", i).things for i in range(n["texts"])}
+    assert not written & {scene.things for scene in test}
+
+
+def test_command_line(tmp_path):
+    command = [sys.executable, "-m", "diffclip.scenes"]
+    shown = subprocess.run(
+        [*command, "show", "--seed", "1", str(tmp_path / "sheet.png")], capture_output=True, text=True
+    )
+    assert shown.returncode == 0, shown.stderr
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert len(set(sheet.convert("L").getdata())) > 50
+    help_text = subprocess.run([*command, "export", "--help"], capture_output=True, text=True).stdout
+    assert all(re.search(rf"--{name}\b", help_text) for name in scenes_export.COUNTS)
