@@ -23,6 +23,7 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     AutoTokenizer,
+    Cache,
     GenerationConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -33,7 +34,7 @@ from transformers import (
 )
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
 
-import diffclip as diffclip  # registers the DiffCLIP vision tower for AutoModel
+import diffclip.hf  # noqa: F401 - registers the DiffCLIP vision tower for AutoModel
 from diffclip.errors import InputError
 from diffclip.fingerprint import fingerprint
 from mllm.conversation import IGNORE, IMAGE, TEMPLATES, NoSupervisionError, chat_template
@@ -88,7 +89,11 @@ class DiffCLIPLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         input_ids: torch.LongTensor | None = None,
         pixel_values: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs: Any,
     ) -> LlavaCausalLMOutputWithPast:
@@ -98,6 +103,7 @@ class DiffCLIPLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             input_ids: (batch, tokens) int64, with one `<image>` placeholder per image feature.
             pixel_values: (pictures, 3, height, width), or None for text alone.
             attention_mask: (batch, tokens), 1 where there is a token.
+            position_ids, past_key_values, inputs_embeds, logits_to_keep: as in transformers, for generation.
             labels: (batch, tokens) int64, -100 where nothing is learnt.
             num_items_in_batch: supervised tokens of the whole optimiser step; the loss is the sum of the
                 cross-entropies over it, or their mean where it is None.
@@ -109,9 +115,17 @@ class DiffCLIPLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             NoSupervisionError: an example has no supervised token.
             ValueError: placeholders and image features differ in number.
         """
-        inputs = {"input_ids": input_ids, "pixel_values": pixel_values, "attention_mask": attention_mask}
+        inputs = {
+            "input_ids": input_ids,
+            "pixel_values": pixel_values,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+            "inputs_embeds": inputs_embeds,
+            **kwargs,
+        }
         if labels is None:
-            return super().forward(**inputs, **kwargs)
+            return super().forward(**inputs, logits_to_keep=logits_to_keep)
         targets = labels[:, 1:]
         supervised = targets != IGNORE  # (batch, tokens - 1): position t predicts token t + 1
         empty = (~supervised.any(1)).nonzero().flatten().tolist()
@@ -121,8 +135,8 @@ class DiffCLIPLlavaForConditionalGeneration(LlavaForConditionalGeneration):
                 "wrong template for this tokenizer, or answers cut off"
             )
         if not self.training:
-            return super().forward(**inputs, labels=labels, num_items_in_batch=num_items_in_batch, **kwargs)
-        outputs = self.model(**inputs, **kwargs)
+            return super().forward(**inputs, labels=labels, num_items_in_batch=num_items_in_batch)
+        outputs = self.model(**inputs)
         hidden = outputs.last_hidden_state[:, :-1][supervised]  # (supervised tokens, width)
         loss = self.loss_function(
             logits=self.lm_head(hidden),  # (supervised tokens, vocabulary)
@@ -206,6 +220,8 @@ def assemble(
     loaded = {"vision_tower": fingerprint(tower), "language_model": fingerprint(_with_head(lm))}
     with torch.device("meta"):  # the skeleton costs no memory; real parts replace it
         model = DiffCLIPLlavaForConditionalGeneration(config)
+    if hasattr(tower.config, "stop_early"):  # our tower skips the blocks after the layer that is read
+        tower.config.stop_early = True
     model.model.vision_tower = tower
     model.model.language_model = lm.base_model
     model.lm_head = lm.get_output_embeddings()

@@ -18,8 +18,10 @@ from transformers import (
     SiglipVisionModel,
 )
 
+import diffclip
 import mllm.model as mllm_model
 from diffclip.errors import InputError
+from diffclip.fingerprint import fingerprint
 from mllm.conversation import IGNORE, NoSupervisionError, prompt
 from mllm.model import WeightsError, assemble, freeze, load, parts, save, verify
 
@@ -176,6 +178,25 @@ def test_siglip_tower_without_cls(language_dir, picture, tmp_path):
     inputs = ask(processor, [picture(0)], ["a"])
     assert (inputs["input_ids"] == model.config.image_token_id).sum() == 16
     assert model(**inputs).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["CLIP-tiny", "DiffCLIP-tiny"])
+def test_tower_of_a_pretraining_run(language_dir, picture, tmp_path, name):
+    clip = diffclip.build(name)
+    diffclip.save(clip, tmp_path / "pretrain")
+    model, processor = assemble(tmp_path / "pretrain", language_dir)
+    blocks = []
+    for block in model.model.vision_tower.trunk.blocks:
+        block.register_forward_hook(lambda *_: blocks.append(1))
+    inputs = ask(processor, [picture(0)], ["Is there a red square?"])
+    logits = model(**inputs).logits
+    assert len(blocks) == 3  # the fourth block's output is never read
+    assert (inputs["input_ids"] == model.config.image_token_id).sum() == 36
+    pixels = diffclip.transforms(clip.model_config, train=False)(picture(0))
+    torch.testing.assert_close(inputs["pixel_values"][0], pixels)
+    save(model, processor, tmp_path / "out")
+    torch.testing.assert_close(load(tmp_path / "out")[0](**inputs).logits, logits)
+    assert fingerprint(model.model.vision_tower.trunk) == fingerprint(clip.visual.trunk)
 
 
 def test_seed_decides_the_projector(tower_dir, language_dir):
