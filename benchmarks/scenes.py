@@ -1,4 +1,4 @@
-"""How fast the built-in world is made on one core: `python benchmarks/scenes.py [--size 64] [--count 4000]`.
+"""How fast the built-in world is made on one core: `python -m benchmarks.scenes --size 64 --count 4000`.
 
 Prints images per second for pictures alone, with five captions, with a conversation, and encoded as PNG.
 """

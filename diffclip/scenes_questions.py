@@ -255,7 +255,7 @@ ASK: dict[Callable[[Scene, random.Random], Question | None], float] = {
     ask_direction: 0.4,
     ask_background: 0.5,
 }
-DECK_SHARE, DETAIL_SHARE = 0.62, 0.06
+DECK_SHARE, DETAIL_SHARE, CAPTION_SHARE = 0.63, 0.05, 0.03
 CAPTION_REQUESTS = (
     "Describe the image in one sentence.",
     "What does this picture show?",
@@ -276,8 +276,11 @@ def rounds(scene: Scene, rng: random.Random, count: int) -> list[tuple[str, str]
     out: dict[str, str] = {}
     deck, asks, weights = presence_deck(scene, rng), tuple(ASK), tuple(ASK.values())
     while len(out) < count:
-        if rng.random() < DETAIL_SHARE:
+        kind = rng.random()
+        if kind < DETAIL_SHARE:
             question, answer = rng.choice(DETAIL_REQUESTS), detailed_caption(scene, rng)
+        elif kind < DETAIL_SHARE + CAPTION_SHARE:
+            question, answer = rng.choice(CAPTION_REQUESTS), sentence(caption(scene, rng, 0.7))
         else:
             ask_deck = deck and rng.random() < DECK_SHARE
             made = deck.pop() if ask_deck else rng.choices(asks, weights)[0](scene, rng)

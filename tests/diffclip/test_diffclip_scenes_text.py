@@ -138,6 +138,9 @@ def test_every_answer_is_true():
             if question in questions.DETAIL_REQUESTS:
                 assert all(text.full_phrase(t) in answer for t in scene.things)
                 continue
+            if question in questions.CAPTION_REQUESTS:
+                assert {t.shape for t in scene.things} == set(re.findall("|".join(SHAPES), answer.lower()))
+                continue
             true = oracle(scene, question)
             assert true is not None, question
             kinds[question.split()[0]] += 1
