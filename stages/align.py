@@ -19,9 +19,12 @@ class AlignConfig(ConversationConfig):
 
     vision_tower: str = field(default="", metadata={"help": "a pretraining run, or any CLIP vision model"})
     language_model: str = field(
-        default="Qwen/Qwen2.5-0.5B-Instruct", metadata={"help": "directory or Hub id of a causal language model"}
+        default="Qwen/Qwen2.5-0.5B-Instruct",
+        metadata={"help": "directory or Hub id of a causal language model"},
     )
-    template: Literal["plain", "vicuna", "chatml"] = field(default="plain", metadata={"help": "prompt format"})
+    template: Literal["plain", "vicuna", "chatml"] = field(
+        default="plain", metadata={"help": "prompt format"}
+    )
     learning_rate: float = field(default=1e-3, metadata={"help": "peak learning rate"})
 
 
@@ -38,7 +41,7 @@ def align(config: AlignConfig) -> None:
     from mllm.model import assemble
     from stages.callbacks import end_with_pipeline
     from stages.mllm_training import data_inputs, train_on_conversations
-    from stages.run import Run
+    from stages.run import Run, upstream_model
 
     end_with_pipeline()
     inputs = {"vision_tower": config.vision_tower, **data_inputs(config)}
@@ -47,7 +50,10 @@ def align(config: AlignConfig) -> None:
     run = Run("align", config, inputs)
     if run.finished:
         return
-    model, processor = assemble(config.vision_tower, config.language_model, template="vicuna", seed=config.seed)
+    run.note(model=upstream_model(config.vision_tower))
+    model, processor = assemble(
+        config.vision_tower, config.language_model, template="vicuna", seed=config.seed
+    )
     train_on_conversations(model, processor, config, run, learns={"projector"})
 
 

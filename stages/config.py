@@ -69,13 +69,13 @@ def read_yaml(path: str | Path, config_class: type) -> dict[str, Any]:
     return values
 
 
-def write_yaml(config: Any, path: str | Path) -> None:  # noqa: ANN401 - any dataclass
+def write_yaml(config: Any, path: str | Path) -> None:
     """Write the resolved settings; `read_yaml` gives them back."""
     text = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
     Path(path).write_text(text, encoding="utf-8")
 
 
-def require(config: Any, *keys: str) -> None:  # noqa: ANN401 - any dataclass
+def require(config: Any, *keys: str) -> None:
     """Raise InputError if one of the named settings is empty."""
     for key in keys:
         if not getattr(config, key):

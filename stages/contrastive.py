@@ -2,6 +2,7 @@
 iteration, bounded temperature, zero-shot validation after each epoch.
 """
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,6 +10,9 @@ from torch import nn
 from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+import diffclip
+from diffclip.benchmarks import datasets, zero_shot
+from diffclip.benchmarks.features import Encoder
 from diffclip.losses import contrastive_loss
 from diffclip.recipe import clamp_logit_scale, decay_parameter_names, learning_rate
 
@@ -20,17 +24,24 @@ if TYPE_CHECKING:
 class ContrastiveTrainer(Trainer):
     """Trains an open_clip-style model on batches of `image` (batch, 3, H, W) and `text` (batch, context)."""
 
-    def __init__(self, *, config: "PretrainConfig", steps_per_epoch: int, run: "Run", **kwargs: Any) -> None:  # noqa: ANN401
+    def __init__(self, *, config: "PretrainConfig", steps_per_epoch: int, run: "Run", **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.config, self.steps_per_epoch, self.run = config, steps_per_epoch, run
         self.loss = contrastive_loss(config.gather_with_grad)
+        self.tokenize = diffclip.tokenizer(self.model.model_config)
+        self.eval_transform = diffclip.transforms(self.model.model_config, train=False)
+        self.val_set = read_val_set(config.val_data) if config.val_data else None
         self.add_callback(AfterStep(self))
 
     def _get_train_sampler(self, *args: object) -> SequentialSampler:
         return SequentialSampler(self.train_dataset)  # TrainingPairs is already in training order
 
     def compute_loss(
-        self, model: nn.Module, inputs: dict[str, torch.Tensor], return_outputs: bool = False, **kwargs: object
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        **kwargs: object,
     ) -> torch.Tensor:
         image_features, text_features, logit_scale = model(image=inputs["image"], text=inputs["text"])[:3]
         return self.loss(image_features, text_features, logit_scale)
@@ -60,12 +71,16 @@ class ContrastiveTrainer(Trainer):
         return self.lr_scheduler
 
     def validate(self) -> dict[str, float]:
-        """Zero-shot accuracy on the folder `val_data`, if one was named: {"val/top1": share in [0, 1]}."""
-        if not self.config.val_data:
+        """Zero-shot accuracy on `val_data` in percent, {"val/top1": …}; {} if no such data was named."""
+        if self.val_set is None:
             return {}
-        from diffclip.benchmarks.zero_shot import evaluate_folder
-
-        metrics = evaluate_folder(self.model, self.config.val_data, device=self.args.device)
+        model = self.accelerator.unwrap_model(self.model).eval()
+        prompts = self.val_set.templates or zero_shot.templates("imagenet7")
+        vectors = zero_shot.classifier(model, self.tokenize, self.val_set.classnames, prompts)
+        encoder = Encoder(model, self.eval_transform, self.tokenize, quiet=True)
+        pictures = self.val_set.splits.get("val", self.val_set.splits["test"])
+        features = encoder.images(pictures)
+        metrics = zero_shot.classify(features.after, vectors, features.labels).metrics()
         return {f"val/{name}": value for name, value in metrics.items()}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -88,7 +103,15 @@ class AfterStep(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         epoch, rest = divmod(state.global_step, self.trainer.steps_per_epoch)
-        if rest == 0 and state.global_step < state.max_steps and self.trainer.config.val_data:
+        if rest == 0 and state.global_step < state.max_steps and self.trainer.val_set:
             metrics = self.trainer.validate()
-            self.trainer.run.say(f"pretrain epoch {epoch}: " + " ".join(f"{k} {v:.3f}" for k, v in metrics.items()))
+            self.trainer.run.say(
+                f"pretrain epoch {epoch}: " + " ".join(f"{k} {v:.1f}" for k, v in metrics.items())
+            )
             self.trainer.log(metrics)
+
+
+def read_val_set(folder: str) -> datasets.Classification:
+    """The labelled set in `folder` (val/ or test/ of class folders, classnames.json, templates.json)."""
+    suite = {"classification": {"val": {"folder": "."}}}
+    return datasets.read(Path(folder), suite).classification["val"]

@@ -31,12 +31,13 @@ def instruct(config: InstructConfig) -> None:
     from mllm.model import load
     from stages.callbacks import end_with_pipeline
     from stages.mllm_training import data_inputs, train_on_conversations
-    from stages.run import Run
+    from stages.run import Run, upstream_model
 
     end_with_pipeline()
     run = Run("instruct", config, {"model": config.model, **data_inputs(config)})
     if run.finished:
         return
+    run.note(model=upstream_model(config.model))
     model, processor = load(config.model)
     train_on_conversations(model, processor, config, run, learns={"projector", "language_model"})
 

@@ -5,7 +5,6 @@ comes from, which parts learn, and the recipe.
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from diffclip.errors import InputError
 from stages.training import TrainingConfig
 
 if TYPE_CHECKING:
@@ -18,16 +17,24 @@ class ConversationConfig(TrainingConfig):
 
     data: list[str] = field(default_factory=list, metadata={"help": "LLaVA JSON or JSONL files"})
     image_root: str = field(default="", metadata={"help": "folder that the rows' image paths start from"})
-    image_prefix: str = field(default="", metadata={"help": "keep only rows whose image path starts with this"})
-    template: Literal["plain", "vicuna", "chatml"] = field(default="vicuna", metadata={"help": "prompt format"})
+    image_prefix: str = field(
+        default="", metadata={"help": "keep only rows whose image path starts with this"}
+    )
+    template: Literal["plain", "vicuna", "chatml"] = field(
+        default="vicuna", metadata={"help": "prompt format"}
+    )
     epochs: float = field(default=1.0, metadata={"help": "passes over the data"})
     global_batch_size: int = field(default=192, metadata={"help": "conversations per optimiser step"})
-    micro_batch_size: int = field(default=0, metadata={"help": "conversations per device and pass; 0 = no limit"})
+    micro_batch_size: int = field(
+        default=0, metadata={"help": "conversations per device and pass; 0 = no limit"}
+    )
     warmup_ratio: float = field(default=0.03, metadata={"help": "share of the steps spent warming up"})
     max_grad_norm: float = field(default=1.0, metadata={"help": "gradient clipping, also under DeepSpeed"})
 
 
-def train_on_conversations(model: Any, processor: Any, config: ConversationConfig, run: "Run", learns: set[str]) -> None:  # noqa: ANN401
+def train_on_conversations(
+    model: Any, processor: Any, config: ConversationConfig, run: "Run", learns: set[str]
+) -> None:
     """Train the parts of `model` named in `learns`, prove the others unchanged, and write `config.output_dir`.
 
     Args:
@@ -37,13 +44,13 @@ def train_on_conversations(model: Any, processor: Any, config: ConversationConfi
     Raises:
         RuntimeError: a frozen part changed, or a trained part did not.
     """
+    from transformers import Trainer
+
+    from diffclip.fingerprint import fingerprint
     from mllm.data import ConversationDataset, collate, load_rows
     from mllm.model import freeze, parts, save
     from stages.callbacks import Watch
     from stages.training import per_device_batch, train, training_arguments
-    from transformers import Trainer
-
-    from diffclip.fingerprint import fingerprint
 
     rows = load_rows(config.data, config.image_root, image_prefix=config.image_prefix)
     dataset = ConversationDataset(rows, processor, template=config.template)
@@ -75,7 +82,9 @@ def train_on_conversations(model: Any, processor: Any, config: ConversationConfi
     after = {name: fingerprint(module) for name, module in parts(model).items()}
     for name in after:
         if (after[name] == before[name]) == (name in learns):
-            raise RuntimeError(f"{name} {'did not change' if name in learns else 'changed'}: the run is not valid")
+            raise RuntimeError(
+                f"{name} {'did not change' if name in learns else 'changed'}: the run is not valid"
+            )
     run.note(after=after)
     if run.is_main:
         save(model, processor, config.output_dir)

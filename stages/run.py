@@ -1,8 +1,8 @@
 """The directory that every stage writes: what was asked, what was read, how it ended, and the result.
 
-    config.yaml   resolved settings             metrics.json   final numbers
-    run.json      versions, seed, inputs, state  metrics.jsonl  a line per logged step
-    log.txt       what the console showed        checkpoint-*/  resume state, then the model itself
+config.yaml   resolved settings             metrics.json   final numbers
+run.json      versions, seed, inputs, state  metrics.jsonl  a line per logged step
+log.txt       what the console showed        checkpoint-*/  resume state, then the model itself
 """
 
 import dataclasses
@@ -22,9 +22,19 @@ from typing import Any
 from diffclip.errors import InputError
 from stages.config import read_yaml, write_yaml
 
-PACKAGES = (
-    "diffclip-stack torch transformers accelerate deepspeed open_clip_torch timm datasets peft lmms-eval numpy"
-).split()
+PACKAGES = [
+    "diffclip-stack",
+    "torch",
+    "transformers",
+    "accelerate",
+    "deepspeed",
+    "open_clip_torch",
+    "timm",
+    "datasets",
+    "peft",
+    "lmms-eval",
+    "numpy",
+]
 COMPLETE = "complete"  # marker inside checkpoint-*/, written when everything else in it is on disk
 
 
@@ -35,7 +45,7 @@ class Run:
     `run.finished` says whether there is nothing left to do, and `run.resume_from` names the last whole checkpoint.
     """
 
-    def __init__(self, stage: str, config: Any, inputs: Mapping[str, str | Path]) -> None:  # noqa: ANN401
+    def __init__(self, stage: str, config: Any, inputs: Mapping[str, str | Path]) -> None:
         """
         Args:
             stage: name shown in reports, e.g. "pretrain".
@@ -140,6 +150,14 @@ class Run:
         return before
 
 
+def upstream_model(path: str | Path) -> str:
+    """The model name that the run in `path` was made with, e.g. "DiffCLIP-tiny"; the folder's name elsewhere."""
+    record = Path(path) / "run.json"
+    if record.is_file():
+        return json.loads(record.read_text(encoding="utf-8")).get("model", Path(path).name)
+    return Path(path).name
+
+
 def write_json(path: Path, value: object) -> None:
     """Write JSON so that a crash leaves either the old file or the new one."""
     temporary = path.with_name(path.name + ".tmp")
@@ -157,7 +175,9 @@ def digest(path: str | Path) -> str:
     result = hashlib.sha256()
     if path.is_file():
         with open(path, "rb") as f:
-            result.update(hashlib.file_digest(f, "sha256").digest() if sys.version_info >= (3, 11) else f.read())
+            result.update(
+                hashlib.file_digest(f, "sha256").digest() if sys.version_info >= (3, 11) else f.read()
+            )
         return result.hexdigest()[:12]
     weights = sorted(path.glob("*.safetensors"))
     if weights:  # a model directory is its weights; logs and metrics beside them may change
