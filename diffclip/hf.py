@@ -16,8 +16,8 @@ from transformers.image_processing_backends import PilBackend
 from transformers.image_utils import PILImageResampling
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from diffclip.attention import DifferentialAttention, attention_map, lambda_init_schedule
-from diffclip.models import differentiate_tower, vision_trunk
+from diffclip.attention import DifferentialAttention, attention_map
+from diffclip.models import differentiate_tower, layer_lambda_inits, vision_trunk
 
 
 class DiffCLIPVisionConfig(PreTrainedConfig):
@@ -43,7 +43,7 @@ class DiffCLIPVisionConfig(PreTrainedConfig):
 
 
 class DiffCLIPVisionModel(PreTrainedModel):
-    """A timm vision transformer with a class token, differential or not, that answers like CLIPVisionModel."""
+    """A timm vision transformer with a class token, differential or not, answering like CLIPVisionModel."""
 
     config_class = DiffCLIPVisionConfig
     main_input_name = "pixel_values"
@@ -100,7 +100,7 @@ class DiffCLIPVisionModel(PreTrainedModel):
 
         Args:
             pixel_values: (batch, 3, image_size, image_size), normalised.
-            output_hidden_states: True for all, or indices (LLaVA passes them) for these alone, None elsewhere.
+            output_hidden_states: True for all, or indices (as LLaVA passes) for these alone, None elsewhere.
             output_attentions: also give each layer's attention map (see `attention.attention_map`).
 
         Returns:
@@ -171,14 +171,9 @@ class DiffCLIPImageProcessor(PilBackend):
 def vision_config(model_config: dict[str, Any]) -> DiffCLIPVisionConfig:
     """Return the vision tower's part of a model config of `diffclip.models`."""
     vision_cfg, options = model_config["model_cfg"]["vision_cfg"], model_config["diffclip"]
-    layers = vision_cfg["layers"]
-    lambda_init = None
+    layers, lambda_init = vision_cfg["layers"], None
     if "vision" in options["towers"]:
-        lambda_init = options["lambda_init"]
-        if lambda_init == "schedule":
-            lambda_init = [lambda_init_schedule(layer, options["schedule_base"]) for layer in range(layers)]
-        else:
-            lambda_init = [lambda_init] * layers
+        lambda_init = layer_lambda_inits(options["lambda_init"], options["schedule_base"], layers)
     return DiffCLIPVisionConfig(
         hidden_size=vision_cfg["width"],
         num_hidden_layers=layers,

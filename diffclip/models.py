@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import open_clip
+import regex as re  # open_clip's tokenizer needs its classes of letters and digits
 import torch
 import torch.nn.functional as F
 from open_clip.timm_model import TimmModel
@@ -30,9 +31,15 @@ from diffclip.errors import InputError
 # What is differential in each variant (section 3 and table 1 of the paper); the baseline has nothing.
 VARIANTS: dict[str, dict[str, Any]] = {
     "CLIP": {"towers": []},
-    "DiffCLIP": {"towers": ["vision", "text"], "lambda_init": 0.8},
+    "DiffCLIP": {"towers": ["vision", "text"], "lambda_init": 0.8, "schedule_base": 0},
     "DiffCLIP-star": {"towers": ["vision", "text"], "lambda_init": "schedule", "schedule_base": 0},
-    "DiffCLIP-dagger": {"towers": ["vision"], "lambda_init": 0.8},
+    "DiffCLIP-dagger": {"towers": ["vision"], "lambda_init": 0.8, "schedule_base": 0},
+}
+IMAGENET_PREPROCESS: dict[str, Any] = {
+    "mean": [0.485, 0.456, 0.406],
+    "std": [0.229, 0.224, 0.225],
+    "interpolation": "bilinear",
+    "resize_mode": "shortest",
 }
 SIZES = {path.stem: path for path in sorted((Path(__file__).parent / "configs").glob("*.json"))}
 
@@ -170,7 +177,7 @@ def build(name_or_config: str | dict[str, Any], *, init: str = "matched") -> CLI
 
     nn.init.normal_(model.visual.head.proj.weight, std=model.visual.trunk.embed_dim**-0.5)
     if options["towers"]:
-        differentiate(model, options["towers"], options["lambda_init"], options.get("schedule_base", 0))
+        differentiate(model, options["towers"], options["lambda_init"], options["schedule_base"])
     if init == "official":
         _official_init(model)
     return model
@@ -185,8 +192,8 @@ def differentiate(
     """Replace, in place, the self-attention of an open_clip model's blocks by differential attention.
 
     Works on open_clip's own transformers and on timm vision transformers (also SigLIP's; its pooling head
-    stays as it is). The projections keep their weights as a starting point, but the function changes: heads now
-    work in pairs, under a new norm.
+    stays as it is). The projections keep their weights as a starting point, but the function changes: heads
+    now work in pairs, under a new norm.
 
     Args:
         model: any open_clip CLIP or CustomTextCLIP.
@@ -198,24 +205,46 @@ def differentiate(
         the same model.
 
     Raises:
-        InputError: for a tower without blocks that are known here, or with an odd number of heads.
+        InputError: for a tower without blocks that are known here, or with an odd number of heads, or for a
+            model that is differential already.
     """
+    towers = list(towers)
     for name in towers:
         if name not in ("vision", "text"):
             raise InputError(f"unknown tower {name!r}: choose vision or text")
         tower = model.visual if name == "vision" else getattr(model, "text", None) or model.transformer
-        blocks = _self_attention_blocks(tower)
-        if lambda_init == "schedule":
-            lambda_inits = [lambda_init_schedule(layer, schedule_base) for layer in range(len(blocks))]
-        else:
-            lambda_inits = [float(lambda_init)] * len(blocks)
-        differentiate_tower(tower, lambda_inits)
+        layers = len(_self_attention_blocks(tower))
+        differentiate_tower(tower, layer_lambda_inits(lambda_init, schedule_base, layers))
+    if isinstance(model, CLIP):
+        options = model.model_config["diffclip"]
+        options.update(towers=list(towers), lambda_init=lambda_init, schedule_base=schedule_base)
+        options["variant"] = variant_name(options["towers"], lambda_init)
     return model
+
+
+def layer_lambda_inits(lambda_init: float | str, schedule_base: int, layers: int) -> list[float]:
+    """Return each layer's lambda_init: all the same, or the schedule's."""
+    if lambda_init == "schedule":
+        return [lambda_init_schedule(layer, schedule_base) for layer in range(layers)]
+    try:
+        return [float(lambda_init)] * layers
+    except ValueError:
+        raise InputError(f"lambda_init must be a number or 'schedule': got {lambda_init!r}") from None
+
+
+def variant_name(towers: list[str], lambda_init: float | str | None) -> str:
+    """Return the variant's name in `VARIANTS`, or "custom"."""
+    for name, options in VARIANTS.items():
+        if options["towers"] == towers and (not towers or options["lambda_init"] == lambda_init):
+            return name
+    return "custom"
 
 
 def differentiate_tower(tower: nn.Module, lambda_inits: list[float]) -> None:
     """Replace, in place, the self-attention of one tower's blocks; one lambda_init per block, in order."""
     blocks = _self_attention_blocks(tower)
+    if any(isinstance(block.attn, DifferentialAttention) for block in blocks):
+        raise InputError(f"{type(tower).__name__} is differential already")
     if not blocks or len(blocks) != len(lambda_inits):
         raise InputError(
             f"{type(tower).__name__} has {len(blocks)} blocks with self-attention known here, "
@@ -272,12 +301,38 @@ def _official_init(model: CLIP) -> None:
                 nn.init.uniform_(parameter, -bound, bound)
 
 
-def tokenizer(model_config: dict[str, Any]) -> Callable[[str | list[str]], Tensor]:
+def tokenizer(model_config: dict[str, Any], legacy: bool = False) -> Callable[[str | list[str]], Tensor]:
     """Return CLIP's byte-pair tokenizer: str or list of str -> ids (n, context_length), int64, padded with 0.
 
     A caption that is too long is cut so that it still ends in the end token, at which its embedding is read.
+    `legacy` reproduces the tokenizer of SLIP and the official DiffCLIP, which loses that end token.
     """
-    return open_clip.SimpleTokenizer(context_length=model_config["model_cfg"]["text_cfg"]["context_length"])
+    kind = LegacyTokenizer if legacy else open_clip.SimpleTokenizer
+    return kind(context_length=model_config["model_cfg"]["text_cfg"]["context_length"])
+
+
+class LegacyTokenizer(open_clip.SimpleTokenizer):
+    """SLIP's tokenizer: over-long captions lose their end token, and OpenAI's names mark start and end."""
+
+    def __init__(self, context_length: int) -> None:
+        super().__init__(context_length=context_length)
+        names = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
+        pattern = self.pat.pattern
+        for old, new in names.items():
+            self.encoder[new] = self.encoder.pop(old)
+            self.cache[new] = new
+            pattern = pattern.replace(old, re.escape(new))
+        self.pat = re.compile(pattern, re.IGNORECASE)
+        self.decoder = {index: token for token, index in self.encoder.items()}
+
+    def __call__(self, texts: str | list[str], context_length: int | None = None) -> Tensor:
+        """Return ids (n, context_length), int64, cut without care for the end token."""
+        texts = [texts] if isinstance(texts, str) else texts
+        ids = torch.zeros(len(texts), context_length or self.context_length, dtype=torch.long)
+        for row, text in zip(ids, texts):
+            tokens = [self.sot_token_id, *self.encode(text), self.eot_token_id][: len(row)]
+            row[: len(tokens)] = torch.tensor(tokens)
+        return ids
 
 
 def transforms(
