@@ -77,9 +77,7 @@ def pair_turns(
             raise ValueError(f"a {role} turn has no text in `value`")
     if not turns or len(turns) % 2 != (1 if add_generation_prompt else 0):
         raise ValueError(
-            "the conversation must end with a question"
-            if add_generation_prompt
-            else "a question has no answer"
+            "the conversation must end with a question" if add_generation_prompt else "a question has no answer"
         )
     return [t["value"] for t in turns[0::2]], [t["value"] for t in turns[1::2]]
 

@@ -31,16 +31,18 @@ class Picture(NamedTuple):
     offset: int = 0
     size: int = 0
 
-    def open(self) -> Image.Image:
-        """Decode to RGB; OSError if that fails."""
+    def read(self) -> bytes:
+        """The encoded picture; OSError if it cannot be read."""
         handle = os.open(self.file, os.O_RDONLY)
         try:
-            size = self.size or os.fstat(handle).st_size
-            content = os.pread(handle, size, self.offset)
+            return os.pread(handle, self.size or os.fstat(handle).st_size, self.offset)
         finally:
             os.close(handle)
+
+    def open(self) -> Image.Image:
+        """Decode to RGB; OSError if that fails."""
         try:
-            return Image.open(io.BytesIO(content)).convert("RGB")
+            return Image.open(io.BytesIO(self.read())).convert("RGB")
         except UnidentifiedImageError:
             raise OSError("not a picture") from None
 
@@ -146,16 +148,12 @@ class ConversationDataset(Dataset):
         encoded = encode(self._segments(row), self.processor.tokenizer, self.image_tokens)
         example = {name: torch.tensor(ids[: self.max_length]) for name, ids in encoded.items()}
         if (example["labels"] == IGNORE).all():
-            raise NoSupervisionError(
-                f"{row.key}: no supervised token in the first {self.max_length}; raise max_length"
-            )
+            raise NoSupervisionError(f"{row.key}: no supervised token in the first {self.max_length}; raise max_length")
         shown = int((example["input_ids"] == self.processor.image_token_id).sum())
         if shown != self.image_tokens * len(row.pictures):
             raise InputError(f"{row.key}: max_length {self.max_length} cuts a picture off; raise it")
         if row.pictures:
-            pixels = self.processor.image_processor(
-                [_open(p, row.key) for p in row.pictures], return_tensors="pt"
-            )
+            pixels = self.processor.image_processor([_open(p, row.key) for p in row.pictures], return_tensors="pt")
             example["pixel_values"] = pixels["pixel_values"]
         return example
 
@@ -210,9 +208,7 @@ def _read(path: Path) -> Iterator[dict]:
         try:
             rows = json.load(f) if head == "[" else [json.loads(line) for line in f if line.strip()]
         except ValueError as error:
-            raise InputError(
-                f"{path}: not valid JSON: {error}; expected an array of rows, or one row a line"
-            ) from None
+            raise InputError(f"{path}: not valid JSON: {error}; expected an array of rows, or one row a line") from None
     for number, row in enumerate(rows):
         if not isinstance(row, dict):
             raise InputError(f"{path}: row {number} is no JSON object; expected id, image and conversations")
@@ -263,7 +259,5 @@ def _tar_members(folder: Path) -> dict[str, Picture]:
                         place = Picture(str(path), member.offset_data, member.size)
                         members[os.path.basename(member.name)] = place
         except tarfile.TarError as error:
-            raise InputError(
-                f"{path}: not a readable tar file ({error}); download or write it again"
-            ) from None
+            raise InputError(f"{path}: not a readable tar file ({error}); download or write it again") from None
     return members

@@ -65,9 +65,7 @@ class DiffCLIPLlavaModel(LlavaModel):
     def __init__(self, config: DiffCLIPLlavaConfig) -> None:
         super().__init__(config)
         if config.projector == "linear":
-            self.multi_modal_projector = nn.Linear(
-                config.vision_config.hidden_size, config.text_config.hidden_size
-            )
+            self.multi_modal_projector = nn.Linear(config.vision_config.hidden_size, config.text_config.hidden_size)
         self.post_init()
 
 
@@ -75,9 +73,7 @@ class DiffCLIPLlavaForConditionalGeneration(LlavaForConditionalGeneration):
     """LLaVA for training and generation; see `forward` for how it differs from transformers' class."""
 
     config: DiffCLIPLlavaConfig
-    accepts_loss_kwargs = (
-        True  # Trainer passes num_items_in_batch: the loss is a mean over tokens, not batches
-    )
+    accepts_loss_kwargs = True  # Trainer passes num_items_in_batch: the loss is a mean over tokens, not batches
 
     def __init__(self, config: DiffCLIPLlavaConfig) -> None:
         super().__init__(config)
@@ -166,9 +162,7 @@ class DiffCLIPLlavaForConditionalGeneration(LlavaForConditionalGeneration):
 
 
 AutoConfig.register(DiffCLIPLlavaConfig.model_type, DiffCLIPLlavaConfig, exist_ok=True)
-AutoModelForImageTextToText.register(
-    DiffCLIPLlavaConfig, DiffCLIPLlavaForConditionalGeneration, exist_ok=True
-)
+AutoModelForImageTextToText.register(DiffCLIPLlavaConfig, DiffCLIPLlavaForConditionalGeneration, exist_ok=True)
 AutoProcessor.register(DiffCLIPLlavaConfig, LlavaProcessor, exist_ok=True)
 
 
@@ -246,9 +240,7 @@ def assemble(
     return model, processor
 
 
-def save(
-    model: DiffCLIPLlavaForConditionalGeneration, processor: LlavaProcessor, directory: str | Path
-) -> None:
+def save(model: DiffCLIPLlavaForConditionalGeneration, processor: LlavaProcessor, directory: str | Path) -> None:
     """Write model, processor and the fingerprints of the parts; `load` and the Auto classes read it back."""
     directory = Path(directory)
     model.save_pretrained(directory)
@@ -312,9 +304,7 @@ def verify(model: DiffCLIPLlavaForConditionalGeneration, expected: Mapping[str, 
     for name, wanted in expected.items():
         found = fingerprint(modules[name])
         if found != wanted:
-            raise WeightsError(
-                f"{name} has fingerprint {found}, expected {wanted}: its weights were replaced"
-            )
+            raise WeightsError(f"{name} has fingerprint {found}, expected {wanted}: its weights were replaced")
 
 
 def _with_head(lm: PreTrainedModel) -> nn.ModuleDict:
@@ -336,16 +326,12 @@ def _load_strictly(auto_class: type, path: str | Path, only: str = "", **options
     Args:
         only: leftover weights count only if their name contains this.
     """
-    model, info = _from_pretrained(
-        auto_class, path, output_loading_info=True, ignore_mismatched_sizes=True, **options
-    )
+    model, info = _from_pretrained(auto_class, path, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         keys = sorted(str(k) for k in info[kind] if kind != "unexpected_keys" or only in str(k))
         if keys:
             shown = ", ".join(keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
-            raise InputError(
-                f"{path}: {kind.replace('_', ' ')} in the weights: {shown}; give the matching model"
-            )
+            raise InputError(f"{path}: {kind.replace('_', ' ')} in the weights: {shown}; give the matching model")
     return model
 
 
@@ -362,9 +348,7 @@ def _prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, template: str, path: 
     if template not in TEMPLATES:
         raise InputError(f"unknown template `{template}`: use one of {', '.join(TEMPLATES)}")
     if not tokenizer.is_fast:
-        raise InputError(
-            f"{path}: needs a fast tokenizer (tokenizer.json), which knows where tokens begin and end"
-        )
+        raise InputError(f"{path}: needs a fast tokenizer (tokenizer.json), which knows where tokens begin and end")
     tokenizer.add_tokens([AddedToken(IMAGE, special=True, normalized=False)], special_tokens=True)
     vocabulary = tokenizer.get_vocab()
     if template == "chatml" and not {"<|im_start|>", "<|im_end|>"} <= vocabulary.keys():
@@ -396,9 +380,7 @@ def _feature_tokens(tower: PreTrainedModel, image_processor: Any, layer: int) ->
     patches = (height // patch) * (width // patch)
     tokens = tower(pixels, output_hidden_states=True).hidden_states[layer].shape[1]
     if tokens - patches not in (0, 1):
-        raise InputError(
-            f"the vision tower gives {tokens} tokens for {patches} patches; only one CLS token is known"
-        )
+        raise InputError(f"the vision tower gives {tokens} tokens for {patches} patches; only one CLS token is known")
     return tokens - patches, patches
 
 

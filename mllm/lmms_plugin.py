@@ -1,0 +1,162 @@
+"""Our models for lmms-eval: `lmms_eval --model diffclip_llava --model_args pretrained=RUN --tasks pope`.
+
+Prompts are built from the conversation template that the model was trained with, never from a chat template that
+lmms-eval or the tokenizer might bring along.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from lmms_eval.api.instance import Instance
+from lmms_eval.api.model import lmms
+from lmms_eval.models.registry_v2 import ModelManifest
+from PIL import Image
+from tqdm import tqdm
+
+from mllm.conversation import IGNORE, IMAGE, encode, prompt, render
+from mllm.data import collate, image_tokens
+from mllm.model import load
+
+PROGRESS = "diffclip_llava"  # what the progress bar begins with
+
+
+def manifest() -> ModelManifest:
+    """The entry point through which lmms-eval finds the model."""
+    return ModelManifest(model_id="diffclip_llava", simple_class_path="mllm.lmms_plugin.DiffCLIPLlavaForEvaluation")
+
+
+class DiffCLIPLlavaForEvaluation(lmms):
+    """A run of stages.instruct (or align), answering in batches on one or several processes."""
+
+    is_simple = True
+
+    def __init__(
+        self,
+        pretrained: str,
+        batch_size: int | str = 1,
+        device: str | None = None,
+        dtype: str | None = None,
+        max_batch_size: int | str | None = None,
+    ) -> None:
+        """
+        Args:
+            pretrained: a run directory or Hub id.
+            batch_size: questions at a time, per process.
+            device: e.g. "cuda:0"; by default the process's own.
+            dtype: "bfloat16", "float32", ...; by default as stored.
+            max_batch_size: given by lmms-eval, of no use here.
+        """
+        super().__init__()
+        self.accelerator = Accelerator()
+        self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
+        self.device = torch.device(device) if device and self._world_size == 1 else self.accelerator.device
+        model, self.processor = load(pretrained, dtype=getattr(torch, dtype) if dtype else None)
+        self.model = model.to(self.device)
+        self.processor.tokenizer.padding_side = "left"
+        self.template = model.config.conversation_template
+        self.batch_size = int(batch_size)
+
+    def generate_until(self, requests: list[Instance]) -> list[str]:
+        """Greedy answers (unless the task asks to sample), in the order of the requests."""
+        answers = [""] * len(requests)
+        for members in self._batches(requests, group=lambda args: repr(sorted(args[1].items()))):
+            options = dict(requests[members[0]].args[1])
+            prompts, pictures = [], []
+            for i in members:
+                context, _, doc_to_visual, doc_id, task, split = requests[i].args
+                shown = self._pictures(doc_to_visual, doc_id, task, split)
+                prompts.append(self._prompt(context, len(shown)))
+                pictures += shown
+            texts = self._generate(prompts, pictures, options)
+            for i, text in zip(members, texts):
+                answers[i] = text
+        return answers
+
+    @torch.no_grad()
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        """Log-probability of each continuation, without the end token, and whether greedy decoding writes it."""
+        results: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+        tokens, batch = image_tokens(self.processor), collate(self.processor)
+        for members in self._batches(requests, group=lambda args: ""):
+            examples = []
+            for i in members:
+                context, target, doc_to_visual, doc_id, task, split = requests[i].args
+                answer = target if isinstance(target, str) else target(self.task_dict[task][split][doc_id])
+                shown = self._pictures(doc_to_visual, doc_id, task, split)
+                turns = [*self._question(context, len(shown)), {"from": "gpt", "value": answer.strip()}]
+                end = self.processor.tokenizer.eos_token
+                encoded = encode(render(turns, self.template, end_token=end), self.processor.tokenizer, tokens)
+                example = {name: torch.tensor(ids) for name, ids in encoded.items()}
+                last = example["labels"].ne(IGNORE).nonzero()[-1]
+                example["labels"][last] = IGNORE  # the end token is no part of the continuation
+                if shown:
+                    example["pixel_values"] = self._pixels(shown)
+                examples.append(example)
+            inputs = {name: tensor.to(self.device) for name, tensor in batch(examples).items()}
+            labels = inputs.pop("labels")[:, 1:]  # (batch, tokens - 1)
+            logits = self.model(**inputs).logits[:, :-1].float()  # (batch, tokens - 1, vocabulary)
+            learnt = labels != IGNORE
+            chosen = logits.log_softmax(-1).gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+            greedy = ((logits.argmax(-1) == labels) | ~learnt).all(1)
+            for i, value, is_greedy in zip(members, (chosen * learnt).sum(1), greedy):
+                results[i] = (float(value), bool(is_greedy))
+        return results
+
+    def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
+        raise RuntimeError("diffclip_llava answers tasks of one round only")
+
+    def _batches(self, requests: list[Instance], group: Callable[[tuple], str]) -> Iterator[list[int]]:
+        """Indices of requests that may share a batch, longest prompts first, with a progress bar."""
+        order = sorted(range(len(requests)), key=lambda i: (group(requests[i].args), -len(requests[i].args[0])))
+        bar = tqdm(total=len(order), desc=PROGRESS, unit="question", disable=self.rank != 0)
+        while order:
+            first = group(requests[order[0]].args)
+            members = [i for i in order[: self.batch_size] if group(requests[i].args) == first]
+            order = order[len(members) :]
+            yield members
+            bar.update(len(members))
+        bar.close()
+
+    def _pictures(
+        self, doc_to_visual: Callable[[dict], list | None], doc_id: int, task: str, split: str
+    ) -> list[Image.Image]:
+        pictures = list(doc_to_visual(self.task_dict[task][split][doc_id]) or [])
+        if not all(isinstance(picture, Image.Image) for picture in pictures):
+            raise ValueError(f"task {task} shows something that is no picture; diffclip_llava sees pictures only")
+        return pictures
+
+    def _question(self, context: str, pictures: int) -> list[dict[str, str]]:
+        if IMAGE not in context:
+            context = f"{IMAGE}\n" * pictures + context
+        return [{"from": "human", "value": context}]
+
+    def _prompt(self, context: str, pictures: int) -> str:
+        text = prompt(self._question(context, pictures), self.template, self.processor.tokenizer.eos_token)
+        if text.count(IMAGE) != pictures:
+            raise ValueError(f"template {self.template} shows {text.count(IMAGE)} of {pictures} pictures")
+        return text
+
+    def _pixels(self, pictures: list[Image.Image]) -> torch.Tensor:
+        pixels = self.processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
+        return pixels.to(self.model.dtype)
+
+    @torch.no_grad()
+    def _generate(self, prompts: list[str], pictures: list[Image.Image], options: dict[str, Any]) -> list[str]:
+        stops = options.get("until") or []
+        sample = options.get("do_sample") or (options.get("temperature") or 0) > 0
+        inputs = self.processor(text=prompts, images=pictures or None, padding=True, return_tensors="pt")
+        inputs = inputs.to(self.device, self.model.dtype)
+        tokens = self.model.generate(
+            **inputs,
+            max_new_tokens=options.get("max_new_tokens", 1024),
+            num_beams=options.get("num_beams") or 1,
+            do_sample=bool(sample),
+            **({k: options[k] for k in ("temperature", "top_p") if options.get(k)} if sample else {}),
+        )
+        new = tokens[:, inputs["input_ids"].shape[1] :]
+        texts = self.processor.tokenizer.batch_decode(new, skip_special_tokens=True)
+        for stop in [stops] if isinstance(stops, str) else stops:
+            texts = [text.split(stop)[0] if stop else text for text in texts]
+        return [text.strip() for text in texts]

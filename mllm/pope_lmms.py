@@ -1,0 +1,210 @@
+"""POPE through the real lmms-eval, offline: questions and pictures become parquet and task files, lmms-eval runs as
+a process of its own, and its answers are scored here once more, so that a silent failure cannot pass for a result.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from importlib.metadata import entry_points
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from diffclip.errors import InputError
+from mllm import pope
+
+POST_PROMPT = "\nAnswer the question using a single word or phrase."  # lmms-eval's own, and LLaVA's in training
+CONTROLS = ("shuffled",)
+
+
+def write_parquet(questions: Sequence[pope.Question], image_root: str | Path, path: str | Path) -> None:
+    """Write questions and their pictures in the columns of the Hub's lmms-lab/POPE.
+
+    Raises:
+        InputError: a picture is not under `image_root`.
+    """
+    import datasets
+
+    from mllm.data import find_pictures
+
+    places = find_pictures(image_root, {q.shown for q in questions})
+    missing = sorted(name for name, place in places.items() if place is None)
+    if missing:
+        raise InputError(f"{len(missing)} pictures of POPE are not under {image_root}, e.g. {missing[0]}")
+    columns = {
+        "question_id": [q.question_id for q in questions],
+        "question": [q.text for q in questions],
+        "answer": [q.label for q in questions],
+        "image_source": [q.image for q in questions],
+        "image": [{"bytes": places[q.shown].read(), "path": q.shown} for q in questions],
+        "category": [q.split for q in questions],
+    }
+    features = datasets.Features({name: datasets.Value("string") for name in columns} | {"image": datasets.Image()})
+    datasets.Dataset.from_dict(columns, features=features).to_parquet(path)
+
+
+def write_tasks(folder: str | Path, parquets: Mapping[str, str | Path], post_prompt: str = POST_PROMPT) -> list[str]:
+    """Write a task file for each parquet file, for `lmms_eval --include_path FOLDER`.
+
+    Args:
+        folder: where to write; parquet files in it are named relative to it, so that it can be moved.
+        parquets: task name -> parquet file; lmms-eval's own names (`pope`, ...) must not be used.
+        post_prompt: follows each question.
+
+    Returns:
+        The task names.
+    """
+    folder = Path(folder).resolve()
+    template = (files("mllm.tasks") / "pope.yaml").read_text(encoding="utf-8")
+    for task, parquet in parquets.items():
+        parquet = Path(parquet).resolve()
+        inside = parquet.relative_to(folder) if parquet.is_relative_to(folder) else parquet
+        text = template
+        for name, value in (("task", task), ("parquet", str(inside)), ("post_prompt", post_prompt)):
+            text = text.replace(f"{{{name}}}", json.dumps(value))
+        (folder / f"{task}.yaml").write_text(text, encoding="utf-8")
+    return list(parquets)
+
+
+def evaluate_with_lmms(
+    run_dir: str | Path,
+    pope_dir: str | Path,
+    image_root: str | Path,
+    out_dir: str | Path,
+    *,
+    controls: Sequence[str] = CONTROLS,
+    batch_size: int = 64,
+    device: str | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """POPE scores of a trained model, with controls beside them.
+
+    Args:
+        run_dir: a run of stages.instruct.
+        pope_dir: POPE's three files, see `mllm.pope.read`.
+        image_root: folder of their pictures.
+        out_dir: gets task files, lmms-eval's results and log, and answers.jsonl.
+        controls: further passes of the model; "shuffled" shows each question with another picture.
+        seed: of the shuffling and of the blind rule's folds.
+
+    Returns:
+        {"model" | "shuffled" | "blind" | "always_yes": {split or "mean": scores}}; the model's rows also hold
+        accuracy_strict and accuracy_official, see `mllm.pope.PARSERS`.
+
+    Raises:
+        InputError: bad files, unknown control, or lmms-eval ended without results.
+    """
+    unknown = set(controls) - set(CONTROLS)
+    if unknown:
+        raise InputError(f"unknown POPE controls {sorted(unknown)}: use {', '.join(CONTROLS)}")
+    questions = pope.read(pope_dir)
+    passes = {"model": questions}
+    if "shuffled" in controls:
+        passes["shuffled"] = pope.shuffle_images(questions, seed)
+    out_dir = Path(out_dir).resolve()
+    tasks = out_dir / "tasks"
+    tasks.mkdir(parents=True, exist_ok=True)
+    parts = {
+        f"diffclip_pope_{name}_{split}": [q for q in asked if q.split == split]
+        for name, asked in passes.items()
+        for split in pope.SPLITS
+    }
+    for task, part in parts.items():
+        write_parquet(part, image_root, tasks / f"{task}.parquet")
+    write_tasks(tasks, {task: tasks / f"{task}.parquet" for task in parts})
+    results, answers = run_lmms_eval(run_dir, tasks, list(parts), out_dir, batch_size, device)
+    scores: dict[str, Any] = {}
+    with open(out_dir / "answers.jsonl", "w", encoding="utf-8") as f:
+        for name in passes:
+            names = [f"diffclip_pope_{name}_{split}" for split in pope.SPLITS]
+            asked = [q for task in names for q in parts[task]]
+            given = [answer for task in names for answer in answers[task]]
+            scores[name] = score_answers(asked, given)
+            for split, task in zip(pope.SPLITS, names):
+                _same(scores[name][split], results[task], task)
+            for q, answer in zip(asked, given):
+                f.write(json.dumps({"pass": name, **q._asdict(), "answer": answer}, ensure_ascii=False) + "\n")
+    scores["blind"] = pope.score_splits(questions, pope.blind(questions, seed=seed))
+    scores["always_yes"] = pope.score_splits(questions, pope.always_yes(questions))
+    return scores
+
+
+def score_answers(questions: Sequence[pope.Question], answers: Sequence[str]) -> dict[str, dict[str, float]]:
+    """`mllm.pope.score_splits` by lmms-eval's rule, with the accuracies of the other parsers beside it."""
+    table = pope.score_splits(questions, [pope.parse_lmms_eval(a) for a in answers])
+    for parser in ("strict", "official"):
+        other = pope.score_splits(questions, [pope.PARSERS[parser](a) for a in answers])
+        for split, row in table.items():
+            row[f"accuracy_{parser}"] = other[split]["accuracy"]
+    return table
+
+
+def run_lmms_eval(
+    run_dir: str | Path,
+    tasks_dir: Path,
+    tasks: Sequence[str],
+    out_dir: Path,
+    batch_size: int = 64,
+    device: str | None = None,
+) -> tuple[dict[str, dict[str, float]], dict[str, list[str]]]:
+    """Run `python -m lmms_eval` offline; returns its scores and the model's answers in file order, by task.
+
+    Raises:
+        InputError: lmms-eval is missing or does not know our model, or wrote no results (it exits 0 on errors);
+            the message holds the end of its log.
+    """
+    run_dir = Path(run_dir).resolve()
+    if not {"diffclip_llava"} <= {e.name for e in entry_points(group="lmms_eval.models")}:
+        raise InputError("lmms-eval cannot find diffclip_llava: install this package with pip install '.[eval]'")
+    if {",", "="} & set(str(run_dir)):
+        raise InputError(f"{run_dir}: lmms-eval splits its arguments at , and =; move the run")
+    output, log = out_dir / "lmms_eval", out_dir / "lmms_eval.log"
+    before = set(output.rglob("*_results.json"))
+    command = [sys.executable, "-m", "lmms_eval", "--model", "diffclip_llava"]
+    command += ["--model_args", f"pretrained={run_dir}", "--tasks", ",".join(tasks)]
+    command += ["--include_path", str(tasks_dir), "--batch_size", str(batch_size)]
+    command += ["--output_path", str(output), "--log_samples"]
+    command += ["--device", device] if device else []
+    environment = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_OFFLINE": "1",
+        "LMMS_EVAL_DATASETS_CACHE": str(out_dir / "datasets_cache"),
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]),
+    }
+    code = _run_with_progress(command, environment, log)
+    written = sorted(set(output.rglob("*_results.json")) - before)
+    if not written:
+        tail = " | ".join(log.read_text(encoding="utf-8", errors="replace").split("\n")[-12:])
+        raise InputError(f"lmms-eval ended with code {code} and no results; the end of {log}: {tail}")
+    results = json.loads(written[-1].read_text(encoding="utf-8"))["results"]
+    stamp = written[-1].name.removesuffix("_results.json")
+    answers = {}
+    for task in tasks:
+        lines = (written[-1].parent / f"{stamp}_samples_{task}.jsonl").read_text(encoding="utf-8").splitlines()
+        samples = sorted((json.loads(line) for line in lines), key=lambda s: s["doc_id"])
+        answers[task] = [sample["filtered_resps"] for sample in samples]
+    scores = {t: {k.split(",")[0]: v for k, v in results[t].items() if k.endswith(",none")} for t in tasks}
+    return scores, answers
+
+
+def _run_with_progress(command: list[str], environment: dict[str, str], log: Path) -> int:
+    """Run a command, all of its output into `log`; only our own progress bar is shown as it goes."""
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    )
+    with open(log, "w", encoding="utf-8") as f:  # universal newlines: every redraw of a bar is a line
+        for line in process.stdout:
+            f.write(line)
+            if line.startswith("diffclip_llava: "):
+                print("\r" + line.rstrip(), end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+    return process.wait()
+
+
+def _same(ours: Mapping[str, float], theirs: Mapping[str, float], task: str) -> None:
+    for name in pope.SCORES:
+        if abs(ours[name] - theirs[name]) > 1e-9:
+            raise RuntimeError(f"{task}: {name} is {ours[name]} here and {theirs[name]} in lmms-eval")

@@ -1,0 +1,1 @@
+"""Task files for lmms-eval that need no network, and the functions they name."""

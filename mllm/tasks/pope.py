@@ -1,0 +1,54 @@
+"""What lmms-eval calls for the POPE task files: the picture, the prompt, and the scores by its own matching rule."""
+
+from typing import Any
+
+from PIL import Image
+
+from mllm.pope import SCORES, parse_lmms_eval, score
+
+Records = list[dict[str, str]]
+
+
+def visual(doc: dict[str, Any]) -> list[Image.Image]:
+    """The picture of a question."""
+    return [doc["image"].convert("RGB")]
+
+
+def text(doc: dict[str, Any], lmms_eval_specific_kwargs: dict[str, str] | None = None) -> str:
+    """The question between the prompts of the task file."""
+    around = lmms_eval_specific_kwargs or {}
+    return f"{around.get('pre_prompt', '')}{doc['question'].strip()}{around.get('post_prompt', '')}"
+
+
+def record(doc: dict[str, Any], results: list[str]) -> dict[str, dict[str, str]]:
+    """Prediction and label of one question, for every metric."""
+    entry = {"prediction": parse_lmms_eval(results[0]), "label": doc["answer"]}
+    return dict.fromkeys(SCORES, entry)
+
+
+def accuracy(records: Records) -> float:
+    return _score(records, "accuracy")
+
+
+def precision(records: Records) -> float:
+    return _score(records, "precision")
+
+
+def recall(records: Records) -> float:
+    return _score(records, "recall")
+
+
+def f1(records: Records) -> float:
+    return _score(records, "f1")
+
+
+def yes_rate(records: Records) -> float:
+    return _score(records, "yes_rate")
+
+
+def invalid_rate(records: Records) -> float:
+    return _score(records, "invalid_rate")
+
+
+def _score(records: Records, name: str) -> float:
+    return score([r["prediction"] for r in records], [r["label"] for r in records])[name]
