@@ -68,9 +68,7 @@ class DifferentialAttention(nn.Module):
                 f"got num_heads={num_heads}, width={dim}"
             )
         if attn_implementation not in FORMS:
-            raise InputError(
-                f"attn_implementation must be one of {', '.join(FORMS)}: got {attn_implementation!r}"
-            )
+            raise InputError(f"attn_implementation must be one of {', '.join(FORMS)}: got {attn_implementation!r}")
         self.num_heads = num_heads
         self.head_dim = dim // num_heads
         self.lambda_init = lambda_init
@@ -85,7 +83,7 @@ class DifferentialAttention(nn.Module):
         self.lambda_k1 = nn.Parameter(torch.empty(self.head_dim))
         self.lambda_q2 = nn.Parameter(torch.empty(self.head_dim))
         self.lambda_k2 = nn.Parameter(torch.empty(self.head_dim))
-        self.diff_norm = nn.RMSNorm(2 * self.head_dim, eps=norm_eps)
+        self.diff_norm = HeadNorm(2 * self.head_dim, eps=norm_eps, scale=1 - lambda_init)
         self.proj_drop = nn.Dropout(proj_drop)
         self.reset_lambdas()
 
@@ -132,14 +130,22 @@ class DifferentialAttention(nn.Module):
         else:
             first, second = fused_attention(q, k, v, attn_mask, is_causal, dropout)
             out = first - lambda_ * second  # (batch, pairs, tokens, 2d)
-        out = self.diff_norm(out) * (1 - self.lambda_init)
-        out = self.out_proj(out.transpose(1, 2).flatten(2))  # (batch, tokens, dim)
+        out = self.out_proj(self.diff_norm(out).transpose(1, 2).flatten(2))  # (batch, tokens, dim)
         return self.proj_drop(out)
 
     def extra_repr(self) -> str:
-        return (
-            f"num_heads={self.num_heads}, lambda_init={self.lambda_init:.4g}, form={self.attn_implementation}"
-        )
+        return f"num_heads={self.num_heads}, lambda_init={self.lambda_init:.4g}, form={self.attn_implementation}"
+
+
+class HeadNorm(nn.RMSNorm):
+    """RMSNorm times a constant, in its input's dtype: under autocast torch has no fused kernel for mixed ones."""
+
+    def __init__(self, width: int, eps: float, scale: float) -> None:
+        super().__init__(width, eps=eps)
+        self.scale = scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, (self.weight * self.scale).to(x.dtype), self.eps)
 
 
 def faster_form(q: Tensor) -> str:
@@ -166,9 +172,7 @@ def softmax_maps(
     return maps[:, 0::2], maps[:, 1::2]
 
 
-def attention_scores(
-    q: Tensor, k: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
-) -> Tensor:
+def attention_scores(q: Tensor, k: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
     """Return the masked scores q k^T / sqrt(d), (batch, heads, tokens, tokens)."""
     if is_causal:
         if attn_mask is not None:
@@ -197,9 +201,7 @@ def fused_attention(
     return out[:, 0::2], out[:, 1::2]
 
 
-def attention_map(
-    attention: nn.Module, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
-) -> Tensor:
+def attention_map(attention: nn.Module, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
     """Return the map that multiplies the values in this module, given its input x (batch, tokens, dim).
 
     Args:

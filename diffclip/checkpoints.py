@@ -41,9 +41,7 @@ def save(model: CLIP, directory: str | Path) -> None:
     from diffclip import hf
 
     if not hasattr(model, "model_config"):
-        raise InputError(
-            f"cannot save a {type(model).__name__} without model_config: build it with diffclip.build"
-        )
+        raise InputError(f"cannot save a {type(model).__name__} without model_config: build it with diffclip.build")
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
@@ -65,6 +63,7 @@ def _write(path: Path, writer: Callable[[Path], Any]) -> None:
     """Let `writer` fill a temporary file, then put it in place of `path`."""
     temporary = path.with_name(path.name + ".part")
     writer(temporary)
+    temporary.chmod(0o644)  # safetensors leaves files that nobody else may read
     os.replace(temporary, path)
 
 
@@ -78,8 +77,8 @@ def load(
     """Return (model in evaluation mode, its transform for evaluation, its tokenizer), as open_clip does.
 
     Args:
-        path_or_id: a directory of ours or of open_clip, a checkpoint file of the official DiffCLIP or of SLIP, or
-            the Hub id of a directory.
+        path_or_id: a directory of ours or of open_clip, a checkpoint file of the official DiffCLIP or of SLIP,
+            or the Hub id of a directory.
         lambda_init, schedule_base: for files of the official code, which do not hold them (see
             `models.differentiate`); 0.8 with a notice if not given.
         heads: (vision, text) number of heads, for files of ordinary towers, which do not hold them either; 64
@@ -120,7 +119,7 @@ def _locate(path_or_id: str | Path) -> Path:
         return Path(snapshot_download(str(path_or_id), allow_patterns=HUB_FILES))
     except (HfHubHTTPError, LocalEntryNotFoundError) as error:
         raise InputError(
-            f"{path}: no such file or directory, and not available as a Hub repository ({type(error).__name__})"
+            f"{path}: no such file or directory, nor a Hub repository in reach ({type(error).__name__})"
         ) from error
 
 
@@ -168,8 +167,8 @@ def load_strictly(model: nn.Module, state: dict[str, Tensor], source: str) -> No
     model.load_state_dict(state)
 
 
-# The official code (DiffCLIP and SLIP): {"state_dict": {"module.NAME": tensor}, "args": Namespace, ...}. Its names
-# are ours but for the vision tower's prefix and the image projection, which it keeps (in, out).
+# The official code (DiffCLIP and SLIP) saves {"state_dict": {"module.NAME": tensor}, "args": Namespace, ...}. Its
+# names are ours but for the vision tower's prefix and the image projection, which it keeps as (in, out).
 
 
 def _official_state(path: Path) -> dict[str, Tensor]:
@@ -185,14 +184,12 @@ def _official_state(path: Path) -> dict[str, Tensor]:
             with torch.serialization.safe_globals([argparse.Namespace]):
                 state = torch.load(path, map_location="cpu", weights_only=True)
         except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            raise InputError(
-                f"{path}: cannot be read as plain weights: {str(error).splitlines()[0]}"
-            ) from error
+            raise InputError(f"{path}: cannot be read as plain weights: {str(error).splitlines()[0]}") from error
         state = state.get("state_dict", state)
     state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
     if "image_projection" not in state or "visual.cls_token" not in state:
         raise InputError(
-            f"{path}: not a checkpoint of the official DiffCLIP or of SLIP (no image_projection or visual.cls_token)"
+            f"{path}: no image_projection or visual.cls_token, so not a file of the official DiffCLIP or SLIP"
         )
     return state
 
@@ -219,13 +216,11 @@ def official_config(
     schedule_base: int = 0,
     heads: tuple[int, int] | None = None,
 ) -> dict[str, Any]:
-    """Return the model config that fits an official state dict; see `load` for what the weights do not tell."""
+    """Return the model config that fits an official state dict; see `load` for the arguments."""
     from diffclip.models import IMAGENET_PREPROCESS, variant_name
 
     def layers(prefix: str) -> int:
-        return 1 + max(
-            (int(n[len(prefix) :].split(".")[0]) for n in state if n.startswith(prefix)), default=-1
-        )
+        return len({name.split(".")[prefix.count(".")] for name in state if name.startswith(prefix)})
 
     def head_count(tower: int, width: int, first_attention: str) -> int:
         if f"{first_attention}.lambda_q1" in state:
@@ -234,9 +229,7 @@ def official_config(
             return heads[tower]
         count = 12 if width == 384 else max(1, width // 64)
         name = ("vision", "text")[tower]
-        warnings.warn(
-            f"the weights do not tell the {name} tower's number of heads: took {count}", stacklevel=3
-        )
+        warnings.warn(f"the weights do not tell the {name} tower's number of heads: took {count}", stacklevel=3)
         return count
 
     blocks = {"vision": "visual.blocks.0.attn", "text": "transformer.resblocks.0.attn"}
@@ -301,15 +294,11 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, prog="diffclip.checkpoints"
     )
-    command = parser.add_subparsers(required=True).add_parser(
-        "convert", help="read any format, write another"
-    )
+    command = parser.add_subparsers(required=True).add_parser("convert", help="read any format, write another")
     command.add_argument("source", help="directory, checkpoint file, or Hub id")
     command.add_argument("target", help="directory, or NAME.pt for the official layout")
     command.add_argument("--lambda-init", help="a number, or 'schedule' for DiffCLIP*")
-    command.add_argument(
-        "--schedule-base", type=int, default=0, choices=(0, 1), help="what layer 1 counts as"
-    )
+    command.add_argument("--schedule-base", type=int, default=0, choices=(0, 1), help="what layer 1 counts as")
     command.add_argument("--heads", type=int, nargs=2, metavar=("VISION", "TEXT"), help="of ordinary towers")
     args = parser.parse_args(argv)
     with exit_on_input_error():
@@ -318,9 +307,7 @@ def main(argv: list[str] | None = None) -> None:
             try:
                 lambda_init = float(lambda_init)
             except ValueError:
-                raise InputError(
-                    f"--lambda-init must be a number or 'schedule': got {lambda_init!r}"
-                ) from None
+                raise InputError(f"--lambda-init must be a number or 'schedule': got {lambda_init!r}") from None
         options = {"lambda_init": lambda_init, "schedule_base": args.schedule_base, "heads": args.heads}
         convert(args.source, args.target, **options)
         print(f"wrote {args.target}")

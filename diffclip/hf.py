@@ -116,9 +116,7 @@ class DiffCLIPVisionModel(PreTrainedModel):
             wanted = set(range(len(blocks) + 1)) if output_hidden_states else set()
             stop = len(blocks)
         else:
-            indices = (
-                [output_hidden_states] if isinstance(output_hidden_states, int) else output_hidden_states
-            )
+            indices = [output_hidden_states] if isinstance(output_hidden_states, int) else output_hidden_states
             wanted = {range(len(blocks) + 1)[index] for index in indices}
             stop = max(wanted) if self.config.stop_early else len(blocks)
 

@@ -171,9 +171,7 @@ def build(name_or_config: str | dict[str, Any], *, init: str = "matched") -> CLI
     try:
         model = CLIP(config)
     except (KeyError, TypeError) as error:
-        raise InputError(
-            f"model config: {type(error).__name__} {error}; compare with diffclip/configs/"
-        ) from error
+        raise InputError(f"model config: {type(error).__name__} {error}; compare with diffclip/configs/") from error
 
     nn.init.normal_(model.visual.head.proj.weight, std=model.visual.trunk.embed_dim**-0.5)
     if options["towers"]:
@@ -259,9 +257,7 @@ def _self_attention_blocks(tower: nn.Module) -> list[nn.Module]:
     return [block for block in blocks if not hasattr(block, "ln_1_kv")]  # which marks cross-attention
 
 
-def _differential_like(
-    attention: nn.MultiheadAttention | Attention, lambda_init: float
-) -> DifferentialAttention:
+def _differential_like(attention: nn.MultiheadAttention | Attention, lambda_init: float) -> DifferentialAttention:
     """Return differential attention with an ordinary one's projections, on its device and in its dtype."""
     if isinstance(attention, nn.MultiheadAttention):
         qkv_weight, qkv_bias, out = attention.in_proj_weight, attention.in_proj_bias, attention.out_proj
