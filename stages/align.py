@@ -22,9 +22,7 @@ class AlignConfig(ConversationConfig):
         default="Qwen/Qwen2.5-0.5B-Instruct",
         metadata={"help": "directory or Hub id of a causal language model"},
     )
-    template: Literal["plain", "vicuna", "chatml"] = field(
-        default="plain", metadata={"help": "prompt format"}
-    )
+    template: Literal["plain", "vicuna", "chatml"] = field(default="plain", metadata={"help": "prompt format"})
     learning_rate: float = field(default=1e-3, metadata={"help": "peak learning rate"})
 
 
@@ -51,9 +49,7 @@ def align(config: AlignConfig) -> None:
     if run.finished:
         return
     run.note(model=upstream_model(config.vision_tower))
-    model, processor = assemble(
-        config.vision_tower, config.language_model, template="vicuna", seed=config.seed
-    )
+    model, processor = assemble(config.vision_tower, config.language_model, template="vicuna", seed=config.seed)
     train_on_conversations(model, processor, config, run, learns={"projector"})
 
 

@@ -43,7 +43,7 @@ def parse(config_class: type[Config], description: str, argv: list[str] | None =
         if action.type is dict:
             action.type = json.loads
     argv = list(sys.argv[1:] if argv is None else argv)
-    namespace, _ = parser.parse_known_args([a for a in _config_flags(argv)])
+    namespace, _ = parser.parse_known_args(_config_flags(argv))
     from_yaml = _as_flags(read_yaml(namespace.config, config_class)) if namespace.config else []
     values = vars(parser.parse_args(from_yaml + argv))
     return config_class(**{f.name: values[f.name] for f in dataclasses.fields(config_class)})

@@ -105,9 +105,7 @@ class AfterStep(TrainerCallback):
         epoch, rest = divmod(state.global_step, self.trainer.steps_per_epoch)
         if rest == 0 and state.global_step < state.max_steps and self.trainer.val_set:
             metrics = self.trainer.validate()
-            self.trainer.run.say(
-                f"pretrain epoch {epoch}: " + " ".join(f"{k} {v:.1f}" for k, v in metrics.items())
-            )
+            self.trainer.run.say(f"pretrain epoch {epoch}: " + " ".join(f"{k} {v:.1f}" for k, v in metrics.items()))
             self.trainer.log(metrics)
 
 

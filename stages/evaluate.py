@@ -6,9 +6,13 @@ multimodal model built on it; either half may be left out.
 """
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from diffclip.errors import InputError
 from stages.config import parse, require
+
+if TYPE_CHECKING:
+    from stages.run import Run
 
 
 @dataclass
@@ -17,18 +21,14 @@ class EvaluateConfig:
 
     output_dir: str = field(default="", metadata={"help": "the run directory to write"})
     seed: int = field(default=0, metadata={"help": "of few-shot episodes and image shuffling"})
-    clip: str = field(
-        default="", metadata={"help": "a pretraining run, or any checkpoint diffclip.load reads"}
-    )
+    clip: str = field(default="", metadata={"help": "a pretraining run, or any checkpoint diffclip.load reads"})
     clip_data: str = field(
         default="",
         metadata={"help": "folder with classification/, shifts/, retrieval/, mmvp/ (what is there is run)"},
     )
     few_shot_episodes: int = field(default=5000, metadata={"help": "5-way 5-shot episodes"})
     mllm: str = field(default="", metadata={"help": "an instruction run"})
-    pope: str = field(
-        default="", metadata={"help": "folder of POPE files (…random…, …popular…, …adversarial….json)"}
-    )
+    pope: str = field(default="", metadata={"help": "folder of POPE files (…random…, …popular…, …adversarial….json)"})
     image_root: str = field(default="", metadata={"help": "folder of POPE's pictures"})
     batch_size: int = field(default=64, metadata={"help": "pictures, or questions, at a time"})
     examples: int = field(default=60, metadata={"help": "answers kept with their pictures for the report"})
@@ -38,9 +38,7 @@ def main(argv: list[str] | None = None) -> None:
     config = parse(EvaluateConfig, __doc__, argv)
     require(config, "output_dir")
     if not (config.clip or config.mllm):
-        raise InputError(
-            "nothing to evaluate: give --clip RUN and --clip_data, or --mllm RUN, --pope and --image_root"
-        )
+        raise InputError("nothing to evaluate: give --clip RUN and --clip_data, or --mllm RUN, --pope and --image_root")
     require(config, *(["clip_data"] if config.clip else []), *(["pope", "image_root"] if config.mllm else []))
     evaluate(config)
 

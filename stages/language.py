@@ -34,9 +34,7 @@ class LanguageConfig(TrainingConfig):
     """Settings of the stand-in language model."""
 
     text: str = field(default="", metadata={"help": 'JSONL file of {"text": …}'})
-    vocabulary: int = field(
-        default=1024, metadata={"help": "tokens of the BPE vocabulary, special ones included"}
-    )
+    vocabulary: int = field(default=1024, metadata={"help": "tokens of the BPE vocabulary, special ones included"})
     hidden_size: int = field(default=128, metadata={"help": "width"})
     layers: int = field(default=3, metadata={"help": "decoder layers"})
     heads: int = field(default=4, metadata={"help": "attention heads"})

@@ -17,17 +17,11 @@ class ConversationConfig(TrainingConfig):
 
     data: list[str] = field(default_factory=list, metadata={"help": "LLaVA JSON or JSONL files"})
     image_root: str = field(default="", metadata={"help": "folder that the rows' image paths start from"})
-    image_prefix: str = field(
-        default="", metadata={"help": "keep only rows whose image path starts with this"}
-    )
-    template: Literal["plain", "vicuna", "chatml"] = field(
-        default="vicuna", metadata={"help": "prompt format"}
-    )
+    image_prefix: str = field(default="", metadata={"help": "keep only rows whose image path starts with this"})
+    template: Literal["plain", "vicuna", "chatml"] = field(default="vicuna", metadata={"help": "prompt format"})
     epochs: float = field(default=1.0, metadata={"help": "passes over the data"})
     global_batch_size: int = field(default=192, metadata={"help": "conversations per optimiser step"})
-    micro_batch_size: int = field(
-        default=0, metadata={"help": "conversations per device and pass; 0 = no limit"}
-    )
+    micro_batch_size: int = field(default=0, metadata={"help": "conversations per device and pass; 0 = no limit"})
     warmup_ratio: float = field(default=0.03, metadata={"help": "share of the steps spent warming up"})
     max_grad_norm: float = field(default=1.0, metadata={"help": "gradient clipping, also under DeepSpeed"})
 
@@ -82,9 +76,7 @@ def train_on_conversations(
     after = {name: fingerprint(module) for name, module in parts(model).items()}
     for name in after:
         if (after[name] == before[name]) == (name in learns):
-            raise RuntimeError(
-                f"{name} {'did not change' if name in learns else 'changed'}: the run is not valid"
-            )
+            raise RuntimeError(f"{name} {'did not change' if name in learns else 'changed'}: the run is not valid")
     run.note(after=after)
     if run.is_main:
         save(model, processor, config.output_dir)

@@ -30,9 +30,7 @@ class PipelineConfig:
     size: str = field(default="tiny", metadata={"help": "model size, the last part of the model's name"})
     seed: int = field(default=0, metadata={"help": "seed of the scenes and of every stage"})
     ranks: int = field(default=1, metadata={"help": "processes of the multimodal stages under deepspeed"})
-    scenes: dict = field(
-        default_factory=dict, metadata={"help": "options of diffclip.scenes export, as JSON"}
-    )
+    scenes: dict = field(default_factory=dict, metadata={"help": "options of diffclip.scenes export, as JSON"})
     pretrain: str = field(default="", metadata={"help": "YAML of stages.pretrain"})
     language: str = field(default="", metadata={"help": "YAML of stages.language"})
     align: str = field(default="", metadata={"help": "YAML of stages.align"})
@@ -103,9 +101,7 @@ def deepspeed(ranks: int, arguments: list[str]) -> None:
     out = Path(next(a for a in arguments if a.startswith("--output_dir=")).split("=", 1)[1])
     record = out / "run.json"
     if not record.is_file() or '"state": "finished"' not in record.read_text(encoding="utf-8"):
-        raise InputError(
-            f"{arguments[0]} did not finish: see the lines above and {out}/log.txt, then start again"
-        )
+        raise InputError(f"{arguments[0]} did not finish: see the lines above and {out}/log.txt, then start again")
 
 
 def run(command: list[str], shown: list[str]) -> None:

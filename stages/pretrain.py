@@ -29,17 +29,13 @@ class PretrainConfig(TrainingConfig):
     )
     val_data: str = field(
         default="",
-        metadata={
-            "help": "folder with val/ or test/ of class folders, classified zero-shot after each epoch"
-        },
+        metadata={"help": "folder with val/ or test/ of class folders, classified zero-shot after each epoch"},
     )
     epochs: int = field(default=40, metadata={"help": "passes over the data"})
     warmup_epochs: float = field(default=1.0, metadata={"help": "epochs of linear warm-up"})
     start_learning_rate: float = field(default=1e-6, metadata={"help": "at the first step"})
     end_learning_rate: float = field(default=1e-5, metadata={"help": "towards the last step"})
-    weight_decay: float = field(
-        default=0.5, metadata={"help": "decoupled (AdamW), on matrices and tables only"}
-    )
+    weight_decay: float = field(default=0.5, metadata={"help": "decoupled (AdamW), on matrices and tables only"})
     min_crop: float = field(default=0.5, metadata={"help": "smallest share of the area in RandomResizedCrop"})
     gather_with_grad: bool = field(default=True, metadata={"help": "exact gradient over ranks; SLIP: false"})
 

@@ -175,9 +175,7 @@ def digest(path: str | Path) -> str:
     result = hashlib.sha256()
     if path.is_file():
         with open(path, "rb") as f:
-            result.update(
-                hashlib.file_digest(f, "sha256").digest() if sys.version_info >= (3, 11) else f.read()
-            )
+            result.update(hashlib.file_digest(f, "sha256").digest() if sys.version_info >= (3, 11) else f.read())
         return result.hexdigest()[:12]
     weights = sorted(path.glob("*.safetensors"))
     if weights:  # a model directory is its weights; logs and metrics beside them may change

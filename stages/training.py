@@ -17,20 +17,14 @@ class TrainingConfig:
 
     output_dir: str = field(default="", metadata={"help": "the run directory to write"})
     seed: int = field(default=0, metadata={"help": "decides weights, data order and augmentation"})
-    global_batch_size: int = field(
-        default=4096, metadata={"help": "samples per optimiser step, over all devices"}
-    )
+    global_batch_size: int = field(default=4096, metadata={"help": "samples per optimiser step, over all devices"})
     learning_rate: float = field(default=5e-4, metadata={"help": "peak learning rate"})
     weight_decay: float = field(default=0.0, metadata={"help": "decoupled (AdamW)"})
     precision: Literal["fp32", "bf16"] = field(default="fp32", metadata={"help": "bf16 = mixed precision"})
-    num_workers: int = field(
-        default=8, metadata={"help": "data loading processes per device; 0 = in the main one"}
-    )
+    num_workers: int = field(default=8, metadata={"help": "data loading processes per device; 0 = in the main one"})
     logging_steps: int = field(default=50, metadata={"help": "steps between log lines"})
     save_steps: int = field(default=500, metadata={"help": "steps between resume checkpoints"})
-    deepspeed: str = field(
-        default="", metadata={"help": "DeepSpeed JSON, e.g. stages/configs/deepspeed/zero2.json"}
-    )
+    deepspeed: str = field(default="", metadata={"help": "DeepSpeed JSON, e.g. stages/configs/deepspeed/zero2.json"})
     use_cpu: bool = field(default=False, metadata={"help": "run on the CPU even where there is a GPU"})
     trainer: dict = field(default_factory=dict, metadata={"help": "any other TrainingArguments, as JSON"})
 
@@ -46,20 +40,14 @@ def per_device_batch(config: TrainingConfig, micro_batch_size: int = 0) -> tuple
     world = int(os.environ.get("WORLD_SIZE", 1))
     share, rest = divmod(config.global_batch_size, world)
     if rest:
-        raise InputError(
-            f"global_batch_size {config.global_batch_size} is not a multiple of the {world} devices"
-        )
+        raise InputError(f"global_batch_size {config.global_batch_size} is not a multiple of the {world} devices")
     micro = min(micro_batch_size or share, share)
     if share % micro:
-        raise InputError(
-            f"each device's share of the batch, {share}, is not a multiple of micro_batch_size {micro}"
-        )
+        raise InputError(f"each device's share of the batch, {share}, is not a multiple of micro_batch_size {micro}")
     return micro, share // micro
 
 
-def training_arguments(
-    config: TrainingConfig, steps: int, batch: tuple[int, int], **own: Any
-) -> "TrainingArguments":
+def training_arguments(config: TrainingConfig, steps: int, batch: tuple[int, int], **own: Any) -> "TrainingArguments":
     """transformers' TrainingArguments for `steps` optimiser steps of `batch` = (micro batch, accumulation).
 
     Raises:
@@ -103,9 +91,7 @@ def training_arguments(
     try:
         return TrainingArguments(**values)
     except TypeError as error:
-        raise InputError(
-            f"setting `trainer`: {error}; its keys are transformers' TrainingArguments"
-        ) from None
+        raise InputError(f"setting `trainer`: {error}; its keys are transformers' TrainingArguments") from None
 
 
 def train(trainer: "Trainer", run: "Run") -> dict[str, float]:

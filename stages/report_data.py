@@ -1,0 +1,264 @@
+"""What run directories hold, read forgivingly and grouped by model and seed.
+
+Nothing here raises on a partial or damaged run: what cannot be read becomes a sentence that the report shows.
+"""
+
+import json
+import math
+import os
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from diffclip.errors import InputError
+
+STAGES = ("language", "pretrain", "align", "instruct", "evaluate")
+POPE_SPLITS = ("random", "popular", "adversarial")
+# Groups whose average over their sets is a row of its own: key pattern with {} for the set.
+AVERAGED = ("linear_probe/{}/accuracy", "few_shot/{}/accuracy", "zero_shot/{}/top1", "shift/{}/top1")
+
+
+@dataclass
+class RunDir:
+    """One directory with a run.json; strings are printable, numbers in `metrics` are under flat keys."""
+
+    path: Path
+    record: dict[str, Any]
+    config: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
+    curve: list[dict[str, float]] = field(default_factory=list)  # of metrics.jsonl, by step
+
+    @property
+    def stage(self) -> str:
+        return str(self.record.get("stage", "unknown"))
+
+    @property
+    def state(self) -> str:
+        return str(self.record.get("state", "unknown"))
+
+    @property
+    def model(self) -> str:
+        """The model's name; "" for the language model, which belongs to all."""
+        return "" if self.stage == "language" else str(self.record.get("model") or self.path.parent.name)
+
+    @property
+    def seed(self) -> str:
+        return str(self.record.get("seed", "unknown"))
+
+    @property
+    def name(self) -> str:
+        return f"{self.stage} of {self.model or 'the language model'}, seed {self.seed}"
+
+    def get(self, key: str) -> dict[str, Any]:
+        """A mapping in run.json, {} if absent or something else."""
+        return as_dict(self.record.get(key))
+
+
+@dataclass
+class Arms:
+    """All runs; `models` in the report's order, the reference (CLIP) first."""
+
+    runs: list[RunDir]
+    problems: list[str]
+    models: list[str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        names = {run.model for run in self.runs if run.model}
+        # CLIP, DiffCLIP, DiffCLIP-star, DiffCLIP-dagger: the shorter name is the plainer variant
+        self.models = sorted(names, key=lambda n: (not n.startswith("CLIP"), len(n), n))
+
+    def seeds(self, model: str) -> list[str]:
+        found = {run.seed for run in self.runs if run.model == model}
+        return sorted(found, key=lambda s: (len(s), s))
+
+    def of(self, stage: str, model: str, seed: str | None = None) -> list[RunDir]:
+        """Runs of a stage, the newest last."""
+        found = [r for r in self.runs if (r.stage, r.model) == (stage, model) and seed in (None, r.seed)]
+        return sorted(found, key=lambda r: str(r.record.get("started", "")))
+
+    def latest(self, stage: str, model: str) -> list[RunDir]:
+        """One run a seed: the newest."""
+        return list({run.seed: run for run in self.of(stage, model)}.values())
+
+    def values(self, model: str, key: str) -> dict[str, float]:
+        """{seed: number} under `key` of the evaluate runs; later runs win where two hold the same key."""
+        found = {}
+        for run in self.of("evaluate", model):
+            if is_number(run.metrics.get(key)):
+                found[run.seed] = float(run.metrics[key])
+        return found
+
+    def fractions(self, model: str, key: str) -> dict[str, float]:
+        """Like `values`, without those that cannot be a share between 0 and 1."""
+        return {s: v for s, v in self.values(model, key).items() if -1e-9 <= v <= 1 + 1e-9}
+
+    def keys(self) -> list[str]:
+        """All keys of all evaluate runs in the order they were written."""
+        return list(dict.fromkeys(k for r in self.runs if r.stage == "evaluate" for k in r.metrics))
+
+    def why_missing(self, model: str, seed: str, key: str) -> str:
+        """One sentence: why there is no number under `key`."""
+        runs = self.of("evaluate", model, seed)
+        group = key.split("/")[0]
+        if not runs:
+            done = [s for s in STAGES[1:] if any(r.state == "finished" for r in self.of(s, model, seed))]
+            reached = f"finished there: {', '.join(done)}" if done else "no stage has finished there"
+            return f"no evaluate run of {model}, seed {seed}, was found; {reached}"
+        run = runs[-1]
+        if run.state != "finished":
+            return f"{run.name}, has not finished (state: {run.state})"
+        if key in run.metrics:
+            value = run.metrics[key]
+            return f"{run.name}: {key} is {value!r}, not a fraction between 0 and 1"
+        if not run.metrics:
+            return f"{run.name}: metrics.json holds no numbers"
+        role, what = ("mllm", "multimodal model") if group.startswith("pope") else ("clip", "dual encoder")
+        if run.get("inputs") and role not in run.get("inputs"):
+            return f"{run.name}, was started without a {what} (setting `{role}`)"
+        return f"{run.name}, finished without {group} numbers for this row"
+
+
+def gather(paths: list[Path]) -> Arms:
+    """Read every run directory at or below `paths`, and those that their inputs name.
+
+    Raises:
+        InputError: a path does not exist, or no run.json lies below any of them.
+    """
+    found: dict[Path, RunDir] = {}
+    problems: list[str] = []
+    queue = []
+    for path in paths:
+        if not path.exists():
+            raise InputError(f"{path}: no such run directory")
+        queue += sorted(path.rglob("run.json"))
+    while queue:
+        file = queue.pop(0)
+        directory = file.parent.resolve()
+        if directory in found:
+            continue
+        record = read_json(file, problems)
+        if not isinstance(record, dict):
+            continue
+        run = found[directory] = RunDir(file.parent, record)
+        run.config = read_yaml(file.parent / "config.yaml", problems)
+        if (file.parent / "metrics.json").is_file():
+            run.metrics = dict(flat(read_json(file.parent / "metrics.json", problems)))
+        run.curve = read_curve(file.parent / "metrics.jsonl")
+        # the language model or the vision tower may lie elsewhere: what was learnt from belongs to the report
+        inputs = [Path(str(as_dict(i).get("path", "?"))) / "run.json" for i in run.get("inputs").values()]
+        queue += [path for path in inputs if path.is_file()]
+    if not found:
+        raise InputError(f"no run.json below {', '.join(map(str, paths))}: give the output directories of stages")
+    arms = Arms(list(found.values()), problems)
+    for model in arms.models:
+        for stage in STAGES[1:-1]:
+            twice = [r for r in arms.of(stage, model) if r not in arms.latest(stage, model)]
+            problems += [f"{r.path}: an older run of {r.name}; only the newest is shown" for r in twice]
+    add_averages(arms)
+    return arms
+
+
+def add_averages(arms: Arms) -> None:
+    """Add `…/average/…` to each evaluate run that has every set of a group that has at least two."""
+    pope = [f"{group}/{{}}/accuracy" for group in ("pope", "pope_shuffled", "pope_blind", "pope_always_yes")]
+    keys = arms.keys()
+    for pattern in AVERAGED:
+        before, after = pattern.split("{}")
+        sets = [k for k in keys if k.startswith(before) and k.endswith(after) and "/average/" not in k]
+        if len(sets) >= 2:
+            _add_average(arms, sets, pattern.format("average"))
+    for pattern in [*pope, "pope/{}/f1"]:
+        _add_average(arms, [pattern.format(split) for split in POPE_SPLITS], pattern.format("mean"))
+
+
+def _add_average(arms: Arms, keys: list[str], name: str) -> None:
+    for run in arms.runs:
+        values = [run.metrics.get(k) for k in keys]
+        if run.stage == "evaluate" and name not in run.metrics and all(map(is_number, values)):
+            run.metrics[name] = statistics.fmean(values)
+
+
+def mean_sd(values: list[float]) -> tuple[float, float | None]:
+    """Mean and sample standard deviation (None for a single value)."""
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+
+
+# --- reading ----------------------------------------------------------------------------------------------------
+
+
+def read_json(path: Path, problems: list[str]) -> Any:  # noqa: ANN401
+    """Parsed and cleaned JSON; None, and a sentence in `problems`, if it cannot be read."""
+    try:
+        return clean(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, RecursionError) as error:
+        problems.append(f"{path}: cannot be read ({clean(str(error))[:120]}); left out")
+        return None
+
+
+def read_yaml(path: Path, problems: list[str]) -> dict[str, Any]:
+    try:
+        return as_dict(clean(yaml.safe_load(path.read_text(encoding="utf-8")))) if path.is_file() else {}
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        problems.append(f"{path}: cannot be read ({clean(str(error))[:120]}); left out")
+        return {}
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Every JSON object of a JSONL file; lines cut off by a crash are skipped."""
+    if not path.is_file():
+        return
+    with open(path, encoding="utf-8", errors="replace") as f:
+        for line in f:
+            try:
+                value = clean(json.loads(line))
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(value, dict):
+                yield value
+
+
+def read_curve(path: Path) -> list[dict[str, float]]:
+    """metrics.jsonl by step; after a resume the later line of a step counts."""
+    by_step = {line["step"]: line for line in read_lines(path) if is_number(line.get("step"))}
+    return [by_step[step] for step in sorted(by_step)]
+
+
+def flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:  # noqa: ANN401
+    """("a/b", leaf) of nested mappings."""
+    if not isinstance(value, dict):
+        if prefix:
+            yield prefix, value
+        return
+    for key, inner in value.items():
+        yield from flat(inner, f"{prefix}/{key}" if prefix else str(key))
+
+
+def clean(value: Any) -> Any:  # noqa: ANN401
+    """The same value with control characters, bidirectional overrides and lone surrogates made visible."""
+    if isinstance(value, str):
+        return "".join(c if c.isprintable() else " " if c.isspace() else "\ufffd" for c in value[:4000])
+    if isinstance(value, dict):
+        return {clean(str(k)): clean(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [clean(v) for v in value]
+    return value
+
+
+def is_number(value: Any) -> bool:  # noqa: ANN401
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def as_dict(value: Any) -> dict[str, Any]:  # noqa: ANN401
+    return value if isinstance(value, dict) else {}
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that a crash leaves either the old one or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)

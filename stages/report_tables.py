@@ -1,0 +1,439 @@
+"""The report's tables as plain rows of text, so that HTML, Markdown and the console show the same.
+
+Scores are percentages with one decimal, mean ± sample standard deviation over seeds; a dash carries the number of
+the note that says why the score is missing.
+"""
+
+import math
+import os
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from stages.report_data import POPE_SPLITS, STAGES, Arms, RunDir, as_dict, is_number, mean_sd
+
+MINUS, DASH = "\u2212", "\u2013"
+# (heading, pattern of the metric's key, label with the pattern's groups), in the order of the paper's tables.
+SECTIONS = (
+    ("Linear probe, accuracy", r"linear_probe/(.+)/accuracy", "{0}"),
+    ("Few-shot, accuracy", r"few_shot/(.+)/accuracy", "{0}"),
+    ("Zero-shot classification, top-1", r"zero_shot/(.+)/top1", "{0}"),
+    ("Zero-shot classification, top-5", r"zero_shot/(.+)/top5", "{0}"),
+    ("Zero-shot classification, mean per class", r"zero_shot/(.+)/mean_per_class", "{0}"),
+    ("Retrieval, text to image", r"retrieval/text_to_image/(R@\d+)", "{0}"),
+    ("Retrieval, image to text", r"retrieval/image_to_text/(R@\d+)", "{0}"),
+    ("Distribution shifts, zero-shot top-1", r"shift/(.+)/top1", "{0}"),
+    ("MMVP-VLM, pairs right", r"mmvp/(.+)", "{0}"),
+    ("POPE, accuracy", r"pope/(random|popular|adversarial|mean)/accuracy", "{0}"),
+    ("POPE, F1", r"pope/(random|popular|adversarial|mean)/f1", "{0}"),
+)
+POPE_GROUPS = ("pope", "pope_shuffled", "pope_blind", "pope_always_yes")
+POPE_ROWS = (
+    ("accuracy", "pope/{}/accuracy"),
+    ("control: best rule without the image", "pope_blind/{}/accuracy"),
+    ("control: images shuffled", "pope_shuffled/{}/accuracy"),
+    ("control: always yes", "pope_always_yes/{}/accuracy"),
+    ("precision", "pope/{}/precision"),
+    ("recall", "pope/{}/recall"),
+    ("F1", "pope/{}/f1"),
+    ("answers that are yes", "pope/{}/yes_rate"),
+    ("answers that are neither", "pope/{}/invalid_rate"),
+)
+# Settings that name files or the arm itself; everything else must be equal for the arms to be comparable.
+OWN_SETTINGS = {"model", "output_dir", "seed", "vision_tower", "language_model", "clip", "mllm"}
+DATA_SETTINGS = {"train_data", "val_data", "data", "image_root", "text", "clip_data", "pope"}
+
+
+@dataclass
+class Table:
+    """Rows of text under `columns`; a row with one cell is a heading. The first column is text, others numbers."""
+
+    columns: list[str]
+    rows: list[list[str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # "[1]" in a cell is notes[0]
+    prose: bool = False  # the other columns are text as well
+
+    def note(self, text: str) -> str:
+        """A dash that points at the note `text`."""
+        if text not in self.notes:
+            self.notes.append(text)
+        return f"{DASH} [{self.notes.index(text) + 1}]"
+
+
+def percent(values: Iterable[float], sign: bool = False) -> str:
+    """Fractions as "78.1 ± 1.2" (percent, mean and sd) or "78.1"; with `sign`, "+0.4" (percentage points)."""
+    mean, sd = mean_sd([100 * v for v in values])
+    text = f"{mean:+.1f}" if sign else f"{mean:.1f}"
+    text = text.replace("-", MINUS)
+    text = {f"{MINUS}0.0": "0.0", "+0.0": "0.0"}.get(text, text)
+    return text if sd is None else f"{text} ± {sd:.1f}"
+
+
+def order(key: str) -> tuple:
+    """Sets by name with averages last; R@1, R@5, R@10 by number; POPE's splits as published."""
+    name = key.split("/")[1] if not key.startswith("retrieval") else key.split("@")[-1].zfill(4)
+    splits = {split: str(i) for i, split in enumerate((*POPE_SPLITS, "mean"))}
+    return name in ("average", "mean"), splits.get(name, name) if key.startswith("pope") else name
+
+
+def comparison_keys(arms: Arms) -> list[tuple[str, list[tuple[str, str]]]]:
+    """[(heading, [(key, label)])] of everything the paper's tables hold; headings without a number stay, empty."""
+    keys = arms.keys()
+    sections = []
+    for heading, pattern, label in SECTIONS:
+        matches = [(k, m) for k in keys if (m := re.fullmatch(pattern, k))]
+        matches.sort(key=lambda pair: order(pair[0]))
+        sections.append((heading, [(k, label.format(*m.groups())) for k, m in matches]))
+    return sections
+
+
+def comparison(arms: Arms) -> Table:
+    """Benchmarks by models, and each model's difference from the first, paired by seed."""
+    first, *others = arms.models
+    table = Table(["Benchmark", *arms.models, *(f"{other} {MINUS} {first}" for other in others)])
+    for heading, keys in comparison_keys(arms):
+        table.rows.append([heading])
+        example = {h: p for h, p, _ in SECTIONS}[heading].split("/")[0]
+        for key, label in keys or [(f"{example}/", "(no run has numbers)")]:
+            cells = [score(arms, table, model, key) for model in arms.models]
+            for other in others:
+                pairs = paired_differences(arms, first, other, key)
+                cells.append(percent(pairs, sign=True) if pairs else DASH)
+            table.rows.append([label, *cells])
+    return table
+
+
+def score(arms: Arms, table: Table, model: str, key: str) -> str:
+    """The cell of `model` under `key`; missing seeds are explained in the table's notes."""
+    values = arms.fractions(model, key)
+    missing = [s for s in arms.seeds(model) if s not in values]
+    reasons = [table.note(arms.why_missing(model, seed, key)) for seed in missing]
+    if not values:
+        return DASH + "".join(reason.removeprefix(DASH) for reason in reasons)
+    return percent(values.values()) + "".join(reason.removeprefix(DASH) for reason in reasons)
+
+
+def paired_differences(arms: Arms, first: str, other: str, key: str) -> list[float]:
+    """other - first, as fractions, for every seed that both have."""
+    a, b = arms.fractions(first, key), arms.fractions(other, key)
+    return [b[seed] - a[seed] for seed in b if seed in a]
+
+
+def evidence(arms: Arms) -> str:
+    """What the number of seeds allows to be said about differences."""
+    seeds = {model: len(arms.seeds(model)) for model in arms.models}
+    if len(arms.models) < 2:
+        return "There is one model, so nothing is compared."
+    if min(seeds.values()) < 2:
+        return (
+            "With one seed, the differences between the arms are not significant evidence: another seed may turn "
+            "their sign. Run at least three seeds before reading anything into them."
+        )
+    return (
+        "Scores are mean ± sample standard deviation over seeds; a difference is taken seed by seed, then averaged. "
+        "No test of significance is made: a difference that is not several times its ± is not evidence."
+    )
+
+
+# --- POPE -------------------------------------------------------------------------------------------------------
+
+
+def pope(arms: Arms) -> Table:
+    """Every POPE measure and control, split by split, below each model's name."""
+    splits = (*POPE_SPLITS, "mean")
+    table = Table(["", *splits])
+    for model in arms.models:
+        table.rows.append([model])
+        for label, pattern in POPE_ROWS:
+            cells = [score(arms, table, model, pattern.format(split)) for split in splits[:-1]]
+            if arms.fractions(model, pattern.format("mean")):
+                cells.append(score(arms, table, model, pattern.format("mean")))
+            else:
+                each = [arms.fractions(model, pattern.format(split)) for split in POPE_SPLITS]
+                whole = [s for s in each[0] if all(s in values for values in each)]
+                cells.append(percent(sum(v[s] for v in each) / 3 for s in whole) if whole else DASH)
+            table.rows.append([label, *cells])
+        counts = [arms.values(model, f"pope/{split}/questions").values() for split in splits]
+        table.rows.append(["questions", *(distinct(f"{n:.0f}" for n in c) for c in counts)])
+    return table
+
+
+def pope_verdict(arms: Arms, model: str) -> tuple[bool | None, str]:
+    """(whether the model uses the image, None if that cannot be told; the sentence that says so).
+
+    The mean accuracy must exceed both controls, and the blind one by two standard errors of a proportion over
+    one split's questions (the splits share their positive questions, so they do not add up to more).
+    """
+    accuracy = arms.fractions(model, "pope/mean/accuracy")
+    blind = arms.fractions(model, "pope_blind/mean/accuracy")
+    shuffled = arms.fractions(model, "pope_shuffled/mean/accuracy")
+    seeds = [s for s in accuracy if s in blind]
+    if not accuracy:
+        return None, f"{model}: no POPE numbers for all three splits, so nothing is said about its use of the image."
+    if not seeds:
+        return None, f"{model}: no blind control, so it cannot be told whether it uses the image."
+    ours, rule = (mean_sd([values[s] for s in seeds])[0] for values in (accuracy, blind))
+    numbers = f"accuracy {100 * ours:.1f} against {100 * rule:.1f} for the best rule without the image"
+    mixed = [shuffled[s] for s in seeds if s in shuffled]
+    if mixed:
+        numbers += f" and {100 * mean_sd(mixed)[0]:.1f} with the images shuffled"
+    if ours <= rule or (mixed and ours <= mean_sd(mixed)[0]):
+        return False, f"{model} does not use the image: {numbers} (mean of the splits)."
+    counts = [arms.values(model, f"pope/{split}/questions") for split in POPE_SPLITS]
+    questions = min((sum(c.get(s, 0) for s in seeds) for c in counts), default=0)
+    if questions and ours - rule < 2 * math.sqrt(ours * (1 - ours) / questions):
+        return None, (
+            f"{model}: {numbers}; over {questions:.0f} questions that lead is within sampling noise, so it is not "
+            "shown that the model uses the image."
+        )
+    return True, f"{model} uses the image: {numbers} (mean of the splits)."
+
+
+# --- what was run -----------------------------------------------------------------------------------------------
+
+
+def setup(arms: Arms) -> Table:
+    """One column a model: data, budget, time and hardware of every stage."""
+    table = Table(["", *arms.models], prose=True)
+
+    def row(label: str, fact: Callable[[str], str]) -> None:
+        cells = [fact(model) for model in arms.models]
+        if any(cell != DASH for cell in cells):
+            table.rows.append([label, *cells])
+
+    def of(stage: str, *keys: str, show: Callable[[Any], str] = str) -> Callable[[str], str]:
+        def fact(model: str) -> str:
+            runs = arms.latest(stage, model)
+            values = [next((s[k] for s in (r.record, r.config) for k in keys if k in s), None) for r in runs]
+            return distinct(show(v) for v in values if v is not None)
+
+        return fact
+
+    count = number
+    table.rows.append(["seeds", *(distinct(arms.seeds(model)) for model in arms.models)])
+    table.rows.append(["Pretraining"])
+    row("initialisation", of("pretrain", "init"))
+    row("parameters", of("pretrain", "parameters", show=count))
+    row("data", lambda m: distinct(data_of(r) for r in arms.latest("pretrain", m)))
+    row("image-text pairs", of("pretrain", "pairs", show=count))
+    row("epochs", of("pretrain", "epochs"))
+    row("steps", of("pretrain", "steps", show=count))
+    row("batch", of("pretrain", "global_batch_size", show=count))
+    row("final loss", lambda m: final_loss(arms.latest("pretrain", m)))
+    table.rows.append(["Multimodal training"])
+    row("language model", lambda m: distinct(language_model(arms, r) for r in arms.latest("align", m)))
+    for stage in ("align", "instruct"):
+        row(f"{stage}: learns", lambda m, stage=stage: distinct(learns(r) for r in arms.latest(stage, m)))
+        row(f"{stage}: data", lambda m, stage=stage: distinct(data_of(r) for r in arms.latest(stage, m)))
+        row(f"{stage}: conversations", of(stage, "conversations", show=count))
+        row(f"{stage}: steps", of(stage, "steps", show=count))
+        row(f"{stage}: batch", of(stage, "global_batch_size", show=count))
+        row(f"{stage}: final loss", lambda m, stage=stage: final_loss(arms.latest(stage, m)))
+    table.rows.append(["Stages: state, mean time"])
+    for stage in STAGES[1:]:
+        table.rows.append([stage, *(progress(arms, stage, model) for model in arms.models)])
+    shared = [r for r in arms.runs if r.stage == "language"]
+    if shared:
+        times = distinct(f"{r.state}, {duration(r.record.get('wall_seconds'))}, seed {r.seed}" for r in shared)
+        table.rows.append(["language (shared by all)", *[times] * len(arms.models)])
+    table.rows.append(["Machine"])
+    every = {m: [r for r in arms.runs if r.model == m] for m in arms.models}
+    row("hardware", lambda m: distinct(str(r.record.get("hardware", "")) for r in every[m]))
+    row("source", lambda m: distinct(str(r.record.get("git", "")) for r in every[m]))
+    row("software", lambda m: distinct(versions(r) for r in every[m]))
+    headings = [i for i, r in enumerate(table.rows) if len(r) == 1]
+    empty = [i for i in headings if i + 1 == len(table.rows) or len(table.rows[i + 1]) == 1]
+    table.rows = [r for i, r in enumerate(table.rows) if i not in empty]
+    return table
+
+
+def checks(arms: Arms) -> list[tuple[bool, str]]:
+    """(passed, sentence) for what must hold before the arms may be compared."""
+    results = []
+    if len(arms.models) > 1:
+        seeds = {model: arms.seeds(model) for model in arms.models}
+        same = len({tuple(s) for s in seeds.values()}) == 1
+        listed = "; ".join(f"{m}: {', '.join(s)}" for m, s in seeds.items())
+        results.append((same, "Same seeds in every arm." if same else f"The arms have other seeds: {listed}."))
+        results += [equal_settings(arms), equal_data(arms), equal_machines(arms)]
+    frozen = [r for r in arms.runs if r.get("before") and r.get("after")]
+    wrong = [
+        f"{r.name}: {part}"
+        for r in frozen
+        for part, mark in r.get("before").items()
+        if (r.get("after").get(part) == mark) == (part in (r.record.get("learns") or []))
+    ]
+    if frozen:
+        good = "Parts that were frozen kept their fingerprints, parts that learnt changed theirs."
+        results.append((not wrong, good if not wrong else f"Fingerprints contradict what learnt: {'; '.join(wrong)}."))
+    unfinished = [r.name for r in arms.runs if r.state != "finished"]
+    good = "Every run that was found is finished."
+    results.append((not unfinished, good if not unfinished else f"Not finished: {'; '.join(unfinished)}."))
+    return results
+
+
+def equal_settings(arms: Arms) -> tuple[bool, str]:
+    differ = []
+    for stage in STAGES[1:]:
+        configs = [(r.model, r.config) for r in arms.runs if r.stage == stage and r.config]
+        for key in dict.fromkeys(k for _, c in configs for k in c):
+            values = {m: str(c.get(key)) for m, c in configs}
+            if key not in OWN_SETTINGS | DATA_SETTINGS and len({str(c.get(key)) for _, c in configs}) > 1:
+                differ.append(f"{stage} {key} ({', '.join(f'{m}: {v}' for m, v in values.items())})")
+    if differ:
+        return False, f"Settings differ between runs: {'; '.join(differ)}."
+    return True, "Same settings for every arm in every stage (the model, paths and seed apart)."
+
+
+def equal_data(arms: Arms) -> tuple[bool, str]:
+    seen: dict[tuple[str, str, str], set[str]] = {}
+    for run in arms.runs:
+        for role, value in run.get("inputs").items():
+            if role.split("[")[0] in DATA_SETTINGS and run.model:
+                seen.setdefault((run.stage, run.seed, role), set()).add(str(as_dict(value).get("digest")))
+    differ = sorted({f"{stage} {role.split('[')[0]}" for (stage, _, role), d in seen.items() if len(d) > 1})
+    if differ:
+        return False, f"At the same seed the arms read other data: {', '.join(differ)}."
+    return True, "Same data for every arm at the same seed (by digest)."
+
+
+def equal_machines(arms: Arms) -> tuple[bool, str]:
+    facts = {"hardware": lambda r: r.record.get("hardware"), "source": lambda r: r.record.get("git")}
+    facts["software"] = lambda r: sorted(r.get("versions").items())
+    differ = [name for name, fact in facts.items() if len({str(fact(r)) for r in arms.runs if r.model}) > 1]
+    if differ:
+        return False, f"The runs differ in {', '.join(differ)}: see the details of each run."
+    return True, "Same hardware, source and software versions for every run."
+
+
+def others(arms: Arms) -> Table:
+    """Numbers of the evaluate runs that no other table shows, as they were written."""
+    known = {key for _, keys in comparison_keys(arms) for key, _ in keys}
+    known |= {pattern.format(split) for _, pattern in POPE_ROWS for split in (*POPE_SPLITS, "mean")}
+    known |= {f"pope/{split}/questions" for split in (*POPE_SPLITS, "mean")}
+    table = Table(["Metric", *arms.models])
+    for key in sorted(k for k in arms.keys() if k not in known):
+        cells = []
+        for model in arms.models:
+            values = [r.metrics[key] for r in arms.latest("evaluate", model) if key in r.metrics]
+            numbers = [v for v in values if is_number(v)]
+            mean, sd = mean_sd(numbers) if numbers and len(numbers) == len(values) else (None, None)
+            text = distinct(map(str, values)) if mean is None else f"{mean:.4g}"
+            cells.append(text if sd is None else f"{text} ± {sd:.2g}")
+        table.rows.append([key, *cells])
+    return table
+
+
+def details(run: RunDir) -> Table:
+    """Everything run.json says about one run."""
+    table = Table(["", ""], prose=True)
+    add = table.rows.append
+    add(["directory", str(run.path)])
+    add(["state", f"{run.state}, started {run.record.get('started', DASH)}, {duration(run.record.get('wall_seconds'))}"])
+    add(["command", str(run.record.get("command", DASH))])
+    parameters = run.record.get("parameters")
+    if isinstance(parameters, dict):
+        learnt = run.record.get("learns") or []
+        for part, n in parameters.items():
+            before, after = run.get("before").get(part, DASH), run.get("after").get(part, DASH)
+            role = "learnt" if part in learnt else "frozen"
+            add([part, f"{role}, {number(n)} parameters, fingerprint {before} \u2192 {after}"])
+    elif parameters is not None:
+        add(["parameters", f"{number(parameters)}, all learnt"])
+    roles: dict[str, list[dict]] = {}
+    for role, value in run.get("inputs").items():
+        roles.setdefault(role.split("[")[0], []).append(as_dict(value))
+    for role, files in roles.items():
+        shown = [f"{f.get('path', DASH)} ({f.get('digest', DASH)})" for f in files]
+        more = [f"\u2026 {len(shown) - 4} more \u2026"] if len(shown) > 5 else shown[2:-2] if len(shown) == 5 else []
+        add([f"input {role}", ", ".join([*shown[:2], *more, *shown[-2:]] if len(shown) > 4 else shown)])
+    if run.stage != "evaluate" and run.metrics:
+        add(["metrics", ", ".join(f"{k} {v:.4g}" if is_number(v) else f"{k} {v}" for k, v in run.metrics.items())])
+    add(["hardware", str(run.record.get("hardware", DASH))])
+    add(["versions", ", ".join(f"{k} {v}" for k, v in run.get("versions").items()) or DASH])
+    add(["source", str(run.record.get("git") or DASH)])
+    return table
+
+
+# --- facts of runs ----------------------------------------------------------------------------------------------
+
+
+def distinct(values: Iterable[str]) -> str:
+    """The different values in order, or a dash."""
+    return ", ".join(dict.fromkeys(v for v in values if v)) or DASH
+
+
+def number(value: Any) -> str:  # noqa: ANN401
+    return f"{value:,}" if is_number(value) else str(value)
+
+
+def duration(seconds: Any) -> str:  # noqa: ANN401
+    """Seconds as "48 s", "3.4 min" or "2.1 h"."""
+    if not is_number(seconds):
+        return DASH
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def progress(arms: Arms, stage: str, model: str) -> str:
+    """ "finished, 2.1 min", or how many of the seeds got there."""
+    runs, seeds = arms.latest(stage, model), arms.seeds(model)
+    if not runs:
+        return "not run"
+    done = [r for r in runs if r.state == "finished"]
+    times = [r.record.get("wall_seconds") for r in done if is_number(r.record.get("wall_seconds"))]
+    time = f", {duration(mean_sd(times)[0])}" if times else ""
+    if len(done) == len(seeds):
+        return f"finished{time}"
+    rest = distinct(r.state for r in runs if r.state != "finished")
+    return f"{len(done)} of {len(seeds)} finished{time}" + (f"; {rest}" if rest != DASH else "")
+
+
+def learns(run: RunDir) -> str:
+    names = run.record.get("learns") or []
+    return " + ".join(f"{n} ({number(run.get('parameters').get(n, DASH))})" for n in names if isinstance(n, str))
+
+
+def final_loss(runs: list[RunDir]) -> str:
+    losses = [losses[-1] for r in runs if (losses := [x["loss"] for x in r.curve if is_number(x.get("loss"))])]
+    if not losses:
+        return DASH
+    mean, sd = mean_sd(losses)
+    return f"{mean:.3f}" if sd is None else f"{mean:.3f} ± {sd:.3f}"
+
+
+def data_of(run: RunDir) -> str:
+    """The training files of a run in a few words."""
+    inputs = run.get("inputs").items()
+    paths = [str(as_dict(v).get("path")) for k, v in inputs if k.split("[")[0] in ("train_data", "data")]
+    if len(paths) < 2:
+        return "".join(paths)
+    return f"{len(paths)} files, {os.path.dirname(paths[0])}/{os.path.basename(paths[0])} \u2026"
+
+
+def versions(run: RunDir) -> str:
+    shown = [n for n in ("python", "torch", "transformers", "deepspeed", "lmms-eval") if n in run.get("versions")]
+    return ", ".join(f"{n} {run.get('versions')[n]}" for n in shown)
+
+
+def language_model(arms: Arms, run: RunDir) -> str:
+    """The language model behind an align run; a stand-in is called one."""
+    given = run.config.get("language_model") or as_dict(run.get("inputs").get("language_model")).get("path")
+    if not given:
+        return ""
+    taught = {str(r.path.resolve()): r for r in arms.runs if r.stage == "language"}
+    same_seed = [r for r in taught.values() if r.seed == run.seed and r.path.name == os.path.basename(str(given))]
+    source = taught.get(os.path.realpath(str(given))) or (same_seed[0] if same_seed else None)
+    if source is None:
+        return str(given)
+    size = number(source.record.get("parameters", DASH))
+    if source.record.get("stand_in"):
+        return f"STAND-IN of {size} parameters taught on text by the language stage; not Qwen2.5-0.5B-Instruct"
+    return f"{given}, {size} parameters"
+
+
+def stand_in(arms: Arms) -> bool:
+    """Whether any multimodal model here rests on a stand-in language model."""
+    return any(language_model(arms, r).startswith("STAND-IN") for r in arms.runs if r.stage == "align")
