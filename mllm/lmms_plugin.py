@@ -4,8 +4,9 @@ Prompts are built from the conversation template that the model was trained with
 lmms-eval or the tokenizer might bring along.
 """
 
+import hashlib
+import json
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -59,28 +60,37 @@ class DiffCLIPLlavaForEvaluation(lmms):
         self.batch_size = int(batch_size)
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        """Greedy answers (unless the task asks to sample), in the order of the requests."""
-        answers = [""] * len(requests)
-        for members in self._batches(requests, group=lambda args: repr(sorted(args[1].items()))):
-            options = dict(requests[members[0]].args[1])
-            prompts, pictures = [], []
-            for i in members:
-                context, _, doc_to_visual, doc_id, task, split = requests[i].args
-                shown = self._pictures(doc_to_visual, doc_id, task, split)
-                prompts.append(self._prompt(context, len(shown)))
-                pictures += shown
-            texts = self._generate(prompts, pictures, options)
-            for i, text in zip(members, texts):
-                answers[i] = text
-        return answers
+        """Answers in the order of the requests; greedy unless the task asks to sample.
+
+        A question asked twice about the same picture, as POPE's three splits do, is answered once.
+        """
+        answers: dict[tuple, str] = {}  # by options, prompt and pictures
+        keys: list[tuple] = [()] * len(requests)
+        waiting: dict[tuple, list[Image.Image]] = {}
+        for i in self._in_order(requests):
+            context, options, doc_to_visual, doc_id, task, split = requests[i].args
+            pictures = self._pictures(doc_to_visual, doc_id, task, split)
+            seen = tuple(hashlib.sha256(p.tobytes()).digest() for p in pictures)
+            keys[i] = (json.dumps(options, sort_keys=True), self._prompt(context, len(pictures)), seen)
+            if _samples(options):
+                keys[i] += (i,)
+            if keys[i] in answers or keys[i] in waiting:
+                continue
+            if waiting and (len(waiting) == self.batch_size or next(iter(waiting))[0] != keys[i][0]):
+                answers |= self._answer(waiting)
+                waiting = {}
+            waiting[keys[i]] = pictures
+        answers |= self._answer(waiting)
+        return [answers[key] for key in keys]
 
     @torch.no_grad()
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """Log-probability of each continuation, without the end token, and whether greedy decoding writes it."""
         results: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         tokens, batch = image_tokens(self.processor), collate(self.processor)
-        for members in self._batches(requests, group=lambda args: ""):
-            examples = []
+        order = list(self._in_order(requests))
+        for start in range(0, len(order), self.batch_size):
+            members, examples = order[start : start + self.batch_size], []
             for i in members:
                 context, target, doc_to_visual, doc_id, task, split = requests[i].args
                 answer = target if isinstance(target, str) else target(self.task_dict[task][split][doc_id])
@@ -107,17 +117,10 @@ class DiffCLIPLlavaForEvaluation(lmms):
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
         raise RuntimeError("diffclip_llava answers tasks of one round only")
 
-    def _batches(self, requests: list[Instance], group: Callable[[tuple], str]) -> Iterator[list[int]]:
-        """Indices of requests that may share a batch, longest prompts first, with a progress bar."""
-        order = sorted(range(len(requests)), key=lambda i: (group(requests[i].args), -len(requests[i].args[0])))
-        bar = tqdm(total=len(order), desc=PROGRESS, unit="question", disable=self.rank != 0)
-        while order:
-            first = group(requests[order[0]].args)
-            members = [i for i in order[: self.batch_size] if group(requests[i].args) == first]
-            order = order[len(members) :]
-            yield members
-            bar.update(len(members))
-        bar.close()
+    def _in_order(self, requests: list[Instance]) -> Iterator[int]:
+        """Indices of the requests, those with equal options together and the longest first, under a bar."""
+        order = sorted(range(len(requests)), key=lambda i: (str(requests[i].args[1]), -len(requests[i].args[0])))
+        yield from tqdm(order, desc=PROGRESS, unit="question", disable=self.rank != 0)
 
     def _pictures(
         self, doc_to_visual: Callable[[dict], list | None], doc_id: int, task: str, split: str
@@ -143,20 +146,30 @@ class DiffCLIPLlavaForEvaluation(lmms):
         return pixels.to(self.model.dtype)
 
     @torch.no_grad()
-    def _generate(self, prompts: list[str], pictures: list[Image.Image], options: dict[str, Any]) -> list[str]:
-        stops = options.get("until") or []
-        sample = options.get("do_sample") or (options.get("temperature") or 0) > 0
-        inputs = self.processor(text=prompts, images=pictures or None, padding=True, return_tensors="pt")
-        inputs = inputs.to(self.device, self.model.dtype)
+    def _answer(self, waiting: dict[tuple, list[Image.Image]]) -> dict[tuple, str]:
+        """Answers to one batch of (options, prompt, ...) keys with their pictures."""
+        if not waiting:
+            return {}
+        options = json.loads(next(iter(waiting))[0])
+        pictures = [picture for shown in waiting.values() for picture in shown]
+        inputs = self.processor(
+            text=[key[1] for key in waiting], images=pictures or None, padding=True, return_tensors="pt"
+        ).to(self.device, self.model.dtype)
+        sample = _samples(options)
         tokens = self.model.generate(
             **inputs,
             max_new_tokens=options.get("max_new_tokens", 1024),
             num_beams=options.get("num_beams") or 1,
-            do_sample=bool(sample),
+            do_sample=sample,
             **({k: options[k] for k in ("temperature", "top_p") if options.get(k)} if sample else {}),
         )
         new = tokens[:, inputs["input_ids"].shape[1] :]
         texts = self.processor.tokenizer.batch_decode(new, skip_special_tokens=True)
+        stops = options.get("until") or []
         for stop in [stops] if isinstance(stops, str) else stops:
             texts = [text.split(stop)[0] if stop else text for text in texts]
-        return [text.strip() for text in texts]
+        return dict(zip(waiting, (text.strip() for text in texts)))
+
+
+def _samples(options: dict) -> bool:
+    return bool(options.get("do_sample") or (options.get("temperature") or 0) > 0)

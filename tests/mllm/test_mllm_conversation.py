@@ -45,9 +45,7 @@ def test_quoted_separator_keeps_its_supervision(records):
 def test_generation_prompt_is_the_training_prompt_without_the_last_answer(records):
     for record in records:
         if record["template"] == "qwen2_instruct":
-            assert prompt(record["conversation"][:-1], "vicuna") == record["generation_prompt"], record[
-                "name"
-            ]
+            assert prompt(record["conversation"][:-1], "vicuna") == record["generation_prompt"], record["name"]
 
 
 @pytest.mark.parametrize("template", ["plain", "vicuna", "chatml"])

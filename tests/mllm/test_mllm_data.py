@@ -91,9 +91,7 @@ def test_batch_pads_right_and_trains(folder, assembled):
 
 def test_prefix_keeps_a_subset_and_several_files_make_a_mixture(folder):
     file = write(folder / "rows.json", ROWS)
-    assert [r.pictures[0].file for r in load_rows([file], folder, image_prefix="coco/")] == [
-        str(folder / "coco/0.png")
-    ]
+    assert [r.pictures[0].file for r in load_rows([file], folder, image_prefix="coco/")] == [str(folder / "coco/0.png")]
     assert len(load_rows([file, file], folder)) == 6
     with pytest.raises(InputError, match="vg/"):
         load_rows([file], folder, image_prefix="vg/")
@@ -134,18 +132,14 @@ def test_two_pictures_in_two_questions(folder, assembled):
         "image": ["coco/0.png", "coco/1.png"],
         "conversations": turns("<image>\na", "yes", "<image>\nb", "no"),
     }
-    dataset = ConversationDataset(
-        load_rows([write(folder / "r.json", [row])], folder), assembled[1], template="vicuna"
-    )
+    dataset = ConversationDataset(load_rows([write(folder / "r.json", [row])], folder), assembled[1], template="vicuna")
     assert dataset[0]["pixel_values"].shape[0] == 2
     assert assembled[0].train()(**collate(assembled[1])([dataset[0]])).loss.isfinite()
 
 
 def test_plain_captions(folder, assembled):
     _, processor = assembled
-    dataset = ConversationDataset(
-        load_rows([write(folder / "r.json", ROWS[1:2])], folder), processor, template="plain"
-    )
+    dataset = ConversationDataset(load_rows([write(folder / "r.json", ROWS[1:2])], folder), processor, template="plain")
     example = dataset[0]
     assert example["input_ids"][:16].tolist() == [processor.image_token_id] * 16
     assert processor.tokenizer.decode(example["labels"][16:]) == "a small blue circle\n"

@@ -149,9 +149,7 @@ def test_save_and_auto_classes_give_the_same_model(assembled, picture, tmp_path)
 
 def test_image_token_takes_a_spare_row_or_grows_the_table(assembled, language_dir, tower_dir, tmp_path):
     model, processor = assembled
-    assert (
-        model.lm_head.weight.shape[0] == 409 and model.config.image_token_id == len(processor.tokenizer) - 1
-    )
+    assert model.lm_head.weight.shape[0] == 409 and model.config.image_token_id == len(processor.tokenizer) - 1
     tight = tmp_path / "tight"
     shutil.copytree(language_dir, tight)
     lm = AutoModelForCausalLM.from_pretrained(language_dir)
@@ -269,9 +267,7 @@ def test_tower_with_foreign_weights_is_refused(tower_dir, language_dir, tmp_path
 
 def test_processor_of_another_size_is_refused(tower_dir, language_dir, tmp_path):
     shutil.copytree(tower_dir, tmp_path, dirs_exist_ok=True)
-    CLIPImageProcessor(size={"shortest_edge": 48}, crop_size={"height": 48, "width": 48}).save_pretrained(
-        tmp_path
-    )
+    CLIPImageProcessor(size={"shortest_edge": 48}, crop_size={"height": 48, "width": 48}).save_pretrained(tmp_path)
     with pytest.raises(InputError, match="48x48"):
         assemble(tmp_path, language_dir)
 
@@ -308,9 +304,7 @@ def test_whole_clip_model_gives_its_vision_half(language_dir, tmp_path):
     )
     clip = CLIPModel(config)
     clip.save_pretrained(tmp_path)
-    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(
-        tmp_path
-    )
+    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(tmp_path)
     model, _ = assemble(tmp_path, language_dir)
     pixels = torch.rand(1, 3, 32, 32)
     with torch.no_grad():

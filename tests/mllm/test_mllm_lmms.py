@@ -1,0 +1,184 @@
+"""The real lmms-eval, offline, with a tiny random model: its answers against the model asked directly."""
+
+import json
+import random
+from importlib.metadata import entry_points
+
+import pytest
+import torch
+
+from diffclip.errors import InputError
+from mllm.conversation import prompt
+from mllm.model import save
+from mllm.pope import SPLITS, read, shuffle_images
+from mllm.pope_lmms import POST_PROMPT, evaluate_with_lmms, score_answers, write_parquet, write_tasks
+
+pytest.importorskip("lmms_eval")
+OBJECTS = ("red square", "small blue circle", "green star")
+
+
+@pytest.fixture
+def installed(tmp_path, monkeypatch):
+    """The entry point as an installation of this package would register it."""
+    if not any(e.name == "diffclip_llava" for e in entry_points(group="lmms_eval.models")):
+        info = tmp_path / "site" / "diffclip_stack-0.dist-info"
+        info.mkdir(parents=True)
+        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: diffclip-stack\nVersion: 0\n")
+        (info / "entry_points.txt").write_text("[lmms_eval.models]\ndiffclip_llava = mllm.lmms_plugin:manifest\n")
+        monkeypatch.syspath_prepend(str(info.parent))
+        monkeypatch.setenv("PYTHONPATH", str(info.parent))
+
+
+@pytest.fixture
+def pope_dir(tmp_path, picture):
+    coin = random.Random(0)
+    folder = tmp_path / "pope"
+    (folder / "images").mkdir(parents=True)
+    for i in range(4):
+        picture(i).save(folder / f"images/{i}.png")
+    for split in SPLITS:
+        with open(folder / f"scenes_pope_{split}.json", "w") as f:
+            for i in range(4):
+                for n, thing in enumerate(coin.sample(OBJECTS, 2)):
+                    row = {"question_id": 2 * i + n, "image": f"{i}.png", "text": f"Is there a {thing} in the image?"}
+                    f.write(json.dumps({**row, "label": coin.choice(("yes", "no"))}) + "\n")
+    return folder
+
+
+@pytest.fixture
+def run_dir(assembled, tmp_path):
+    save(*assembled, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def ask_directly(model, processor, picture, text):
+    turns = [{"from": "human", "value": f"<image>\n{text}{POST_PROMPT}"}]
+    inputs = processor(images=[picture], text=[prompt(turns, "vicuna")], return_tensors="pt")
+    tokens = model.generate(**inputs, max_new_tokens=16)[0, inputs["input_ids"].shape[1] :]
+    return processor.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+
+
+def test_lmms_eval_gives_the_models_own_answers(installed, assembled, run_dir, pope_dir, picture, tmp_path):
+    out = tmp_path / "out"
+    scores = evaluate_with_lmms(run_dir, pope_dir, pope_dir / "images", out, batch_size=5, seed=1)
+    questions = read(pope_dir)
+    passes = {"model": questions, "shuffled": shuffle_images(questions, seed=1)}
+    lines = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
+    given = {name: [line["answer"] for line in lines if line["pass"] == name] for name in passes}
+    for name, asked in passes.items():
+        direct = [ask_directly(*assembled, picture(int(q.shown[0])), q.text) for q in asked]
+        assert given[name] == direct
+        assert scores[name] == score_answers(asked, direct)
+    assert given["model"] != given["shuffled"]  # the model looks at what it is shown
+    assert scores["always_yes"]["mean"]["yes_rate"] == 1.0 and set(scores["blind"]) == {*SPLITS, "mean"}
+
+
+def test_an_lmms_eval_that_fails_is_an_error(installed, tmp_path, pope_dir):
+    (tmp_path / "run").mkdir()
+    with pytest.raises(InputError, match=r"no results.*no model"):
+        evaluate_with_lmms(tmp_path / "run", pope_dir, pope_dir / "images", tmp_path / "out", controls=())
+
+
+def test_unknown_controls_and_missing_pictures_are_refused(pope_dir, tmp_path):
+    with pytest.raises(InputError, match="mirrored"):
+        evaluate_with_lmms(tmp_path, pope_dir, pope_dir, tmp_path / "out", controls=("mirrored",))
+    with pytest.raises(InputError, match=r"4 pictures.*0\.png"):
+        write_parquet(read(pope_dir), pope_dir / "nowhere", tmp_path / "x.parquet")
+
+
+def test_parquet_has_the_hubs_columns_and_the_pictures(pope_dir, picture, tmp_path):
+    import datasets
+
+    questions = shuffle_images(read(pope_dir))
+    write_parquet(questions, pope_dir / "images", tmp_path / "x.parquet")
+    rows = datasets.load_dataset("parquet", data_files=str(tmp_path / "x.parquet"), split="train", cache_dir=tmp_path)
+    assert rows.column_names == ["question_id", "question", "answer", "image_source", "image", "category"]
+    for row, q in zip(rows, questions):
+        assert (row["category"], row["image_source"], row["question"]) == q.key and row["answer"] == q.label
+        assert row["image"].convert("RGB").tobytes() == picture(int(q.shown[0])).tobytes()
+
+
+def test_task_files_are_movable_and_name_functions_that_exist(tmp_path):
+    from lmms_eval.utils import load_yaml_config
+
+    assert write_tasks(tmp_path / "..", {}) == []
+    (tmp_path / "x.parquet").touch()
+    assert write_tasks(tmp_path, {"my_pope": tmp_path / "x.parquet"}, post_prompt="\nYes or no?") == ["my_pope"]
+    assert str(tmp_path) not in (tmp_path / "my_pope.yaml").read_text()
+    config = load_yaml_config(str(tmp_path / "my_pope.yaml"))
+    assert config["dataset_kwargs"]["data_files"]["test"] == str(tmp_path / "x.parquet")
+    kwargs = config["lmms_eval_specific_kwargs"]["default"]
+    assert config["doc_to_text"]({"question": "A?"}, kwargs) == "A?\nYes or no?"
+    record = config["process_results"]({"answer": "no"}, ["No"])
+    assert {m["metric"]: m["aggregation"]([record[m["metric"]]]) for m in config["metric_list"]} == {
+        "accuracy": 1.0, "precision": 0.0, "recall": 0.0, "f1": 0.0, "yes_rate": 0.0, "invalid_rate": 0.0
+    }  # fmt: skip
+
+
+@pytest.fixture
+def evaluation_model(run_dir):
+    from mllm.lmms_plugin import DiffCLIPLlavaForEvaluation
+
+    return DiffCLIPLlavaForEvaluation(str(run_dir), batch_size=2, device="cpu")
+
+
+def requests(kind, arguments):
+    from lmms_eval.api.instance import Instance
+
+    return [
+        Instance(request_type=kind, arguments=a, idx=0, metadata={"task": "t", "doc_id": i, "repeats": 1})
+        for i, a in enumerate(arguments)
+    ]
+
+
+def test_loglikelihood_is_the_sum_over_the_answers_tokens(evaluation_model, assembled, picture):
+    model, processor = assembled
+    docs = [{"image": picture(0)}, {"image": picture(1)}, {}]
+    evaluation_model.task_dict = {"t": {"test": docs}}
+    show = lambda doc: [doc["image"]] if doc else []  # noqa: E731
+    answers = ["yes", "no a small circle", "red"]
+    asked = [("Is there?", a, show, i, "t", "test") for i, a in enumerate(answers)]
+    got = evaluation_model.loglikelihood(requests("loglikelihood", asked))
+    for (value, _), doc, answer in zip(got, docs, answers):
+        turns = [{"from": "human", "value": "<image>\nIs there?" if doc else "Is there?"}]
+        head = prompt(turns, "vicuna")
+        pictures = [doc["image"]] if doc else None
+        before = processor(images=pictures, text=[head], return_tensors="pt")
+        whole = processor(images=pictures, text=[f"{head} {answer}"], return_tensors="pt")
+        start = before["input_ids"].shape[1]
+        with torch.no_grad():
+            logs = model(**whole).logits[0].log_softmax(-1)
+        ids = whole["input_ids"][0]
+        expected = sum(logs[t - 1, ids[t]].item() for t in range(start, len(ids)))
+        assert value == pytest.approx(expected, abs=1e-4)
+    greedy = ask_greedy_word(model, processor, picture(0))
+    again = evaluation_model.loglikelihood(requests("loglikelihood", [("Is there?", greedy, show, 0, "t", "test")]))
+    assert [flag for _, flag in got] == [False] * 3 and isinstance(again[0][1], bool)
+
+
+def ask_greedy_word(model, processor, shown):
+    inputs = processor(
+        images=[shown], text=[prompt([{"from": "human", "value": "<image>\nIs there?"}], "vicuna")], return_tensors="pt"
+    )
+    return processor.tokenizer.decode(model.generate(**inputs, max_new_tokens=1)[0, -1:])
+
+
+def test_equal_questions_are_answered_once_and_stop_words_cut(evaluation_model, assembled, picture, monkeypatch):
+    docs = [{"image": picture(i % 2)} for i in range(6)]
+    evaluation_model.task_dict = {"t": {"test": docs}}
+    show = lambda doc: [doc["image"]]  # noqa: E731
+    options = {"max_new_tokens": 6, "do_sample": False}
+    asked = [("Is there a red square?", options, show, i, "t", "test") for i in range(6)]
+    batches = []
+    generate = evaluation_model.model.generate
+    monkeypatch.setattr(
+        evaluation_model.model, "generate", lambda **k: batches.append(len(k["input_ids"])) or generate(**k)
+    )
+    answers = evaluation_model.generate_until(requests("generate_until", asked))
+    assert batches == [2]
+    assert answers[:2] * 3 == answers and answers[0] != answers[1]
+    stop = answers[0][1:3]
+    cut = evaluation_model.generate_until(
+        requests("generate_until", [("Is there a red square?", {**options, "until": [stop]}, show, 0, "t", "test")])
+    )
+    assert cut == [answers[0].split(stop)[0].strip()]
