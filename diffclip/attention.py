@@ -151,10 +151,10 @@ class HeadNorm(nn.RMSNorm):
 def faster_form(q: Tensor) -> str:
     """Return the form that is faster, forward and backward, for queries (batch, heads, tokens, d) like these.
 
-    On a CPU the maps of short sequences fit its caches, and its fused kernel is slow in reduced precision
-    (benchmarks/attention.py measures both). Elsewhere the maps are better left inside the kernel.
+    On a CPU writing out the maps wins up to some 200 tokens, and in reduced precision throughout, where the fused
+    kernel is slow (benchmarks/attention.py). Elsewhere the maps are better left inside the kernel.
     """
-    if q.device.type == "cpu" and (q.shape[-2] < 128 or q.dtype != torch.float32):
+    if q.device.type == "cpu" and (q.shape[-2] <= 256 or q.dtype != torch.float32):
         return "eager"
     return "fused"
 
