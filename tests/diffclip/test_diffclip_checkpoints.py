@@ -1,0 +1,238 @@
+"""Checkpoints: one directory loads both ways, official files come in and go out bit for bit, nothing loads partly."""
+
+import argparse
+import json
+import subprocess
+import sys
+
+import open_clip
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import diffclip
+from diffclip import checkpoints, models
+from diffclip.errors import InputError
+from diffclip.fingerprint import fingerprint
+
+
+@pytest.fixture(params=["CLIP-tiny", "DiffCLIP-tiny", "DiffCLIP-star-tiny", "DiffCLIP-dagger-tiny"])
+def model(request):
+    torch.manual_seed(0)
+    return models.build(request.param)
+
+
+@pytest.fixture
+def official(tmp_path):
+    """A file as the official trainer writes it, made from a tiny DiffCLIP; and the model."""
+    model = models.build("DiffCLIP-tiny", init="official")
+    state = {f"module.{name}": t for name, t in checkpoints.to_official(model.state_dict()).items()}
+    path = tmp_path / "checkpoint_best.pt"
+    torch.save({"epoch": 3, "state_dict": state, "best_acc1": 12.5, "args": argparse.Namespace(model="x")}, path)
+    return path, model
+
+
+def test_a_saved_directory_loads_the_same_model(model, tmp_path):
+    diffclip.save(model, tmp_path)
+    loaded, transform, tokenizer = diffclip.load(tmp_path)
+    assert fingerprint(loaded) == fingerprint(model)
+    assert loaded.model_config == model.model_config
+    assert not loaded.training
+    image, text = torch.randn(2, 3, 48, 48), tokenizer(["a red square", "two stars"])
+    with torch.no_grad():
+        assert torch.equal(loaded.encode_image(image), model.eval().encode_image(image))
+        assert torch.equal(loaded.encode_text(text), model.encode_text(text))
+    assert "48" in str(transform)
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_saving_again_replaces_every_file(tmp_path):
+    diffclip.save(models.build("CLIP-tiny"), tmp_path)
+    model = models.build("DiffCLIP-tiny")
+    diffclip.save(model, tmp_path)
+    assert fingerprint(diffclip.load(tmp_path)[0]) == fingerprint(model)
+    assert all(path.stat().st_mode & 0o444 == 0o444 for path in tmp_path.iterdir())
+
+
+def test_reduced_precision_is_kept(tmp_path):
+    model = models.build("DiffCLIP-tiny").bfloat16()
+    diffclip.save(model, tmp_path)
+    assert load_file(tmp_path / checkpoints.WEIGHTS)["logit_scale"].dtype == torch.bfloat16
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_full_size_baseline_loads_in_plain_open_clip(tmp_path):
+    """Without our package: the baseline's directory is an open_clip directory."""
+    torch.manual_seed(0)
+    model = models.build("CLIP-S-16").eval()
+    diffclip.save(model, tmp_path)
+    theirs, _, _ = open_clip.create_model_and_transforms(f"local-dir:{tmp_path}")
+    image = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        torch.testing.assert_close(theirs.eval().encode_image(image), model.encode_image(image), rtol=0, atol=2e-5)
+
+
+def test_plain_open_clip_directories_load(tmp_path):
+    config = {
+        "embed_dim": 16,
+        "vision_cfg": {"layers": 1, "width": 16, "head_width": 8, "image_size": 16, "patch_size": 8},
+        "text_cfg": {"layers": 1, "width": 16, "heads": 2, "context_length": 12},
+    }
+    theirs = open_clip.CLIP(**config).eval()
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {"size": 16}}))
+    save_file(theirs.state_dict(), tmp_path / "open_clip_model.safetensors")
+    model, _, tokenizer = diffclip.load(tmp_path)
+    text = tokenizer(["a cat"])
+    assert text.shape == (1, 12)
+    torch.testing.assert_close(model.encode_text(text), theirs.encode_text(text))
+
+
+def test_official_file_is_recognised_with_a_notice(official):
+    path, model = official
+    with pytest.warns(UserWarning, match="lambda_init: took 0.8"):
+        loaded, _, _ = diffclip.load(path)
+    assert fingerprint(loaded) == fingerprint(model)
+    options = loaded.model_config["diffclip"]
+    assert (options["variant"], options["vision_norm_eps"], options["init"]) == ("DiffCLIP", 1e-5, "imported")
+    image = torch.randn(1, 3, 48, 48)
+    with torch.no_grad():
+        assert torch.equal(loaded.encode_image(image), model.eval().encode_image(image))
+
+
+@pytest.mark.parametrize("variant", models.VARIANTS)
+def test_variant_is_recognised_by_its_keys(variant, tmp_path):
+    expected = models.MODELS[f"{variant}-tiny"]
+    state = checkpoints.to_official(models.build(expected).state_dict())
+    lambda_init = expected["diffclip"].get("lambda_init", 0.8)
+    config = checkpoints.official_config(state, lambda_init, heads=(4, 4))
+    assert config["diffclip"]["variant"] == variant
+    assert config["model_cfg"] == expected["model_cfg"]
+    assert config["preprocess_cfg"] == expected["preprocess_cfg"]
+
+
+def test_heads_of_ordinary_towers_are_assumed_with_a_notice():
+    state = checkpoints.to_official(models.build("CLIP-S-16").state_dict())
+    with pytest.warns(UserWarning) as notices:
+        config = checkpoints.official_config(state)
+    assert {str(n.message).split(": ")[1] for n in notices} == {"took 12", "took 8"}
+    assert config["model_cfg"]["vision_cfg"]["head_width"] == 32
+
+
+def test_round_trip_to_the_official_layout_is_bit_for_bit(official, tmp_path):
+    path, _ = official
+    checkpoints.convert(str(path), str(tmp_path / "run"), lambda_init=0.8)
+    checkpoints.convert(str(tmp_path / "run"), str(tmp_path / "back.pt"))
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        before, after = (torch.load(p, weights_only=True)["state_dict"] for p in (path, tmp_path / "back.pt"))
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert tensor.dtype == after[name].dtype and tensor.shape == after[name].shape
+        assert tensor.numpy().tobytes() == after[name].numpy().tobytes(), name
+
+
+@pytest.mark.parametrize("folder", ["03_tiny_diffclip", "04_tiny_slip_clip"])
+def test_published_form_of_the_checkpoint(golden, folder, tmp_path):
+    path = golden(folder) / "checkpoint_best.pt"
+    checkpoints.convert(str(path), str(tmp_path / "run"), lambda_init=0.8, heads=(4, 4))
+    model, _, _ = diffclip.load(tmp_path / "run")
+    inputs = load_file(golden(folder) / "inputs.safetensors")
+    expected = load_file(golden(folder) / "outputs.safetensors")
+    tolerances = json.loads((golden(folder) / "tolerances.json").read_text())
+    with torch.no_grad():
+        found = {"image_embed": model.encode_image(inputs["image"]), "text_embed": model.encode_text(inputs["text"])}
+    for name, value in found.items():
+        assert (value - expected[f"f32.{name}"]).abs().max() <= tolerances[name]["suggest_atol"]
+    weights = load_file(golden(folder) / "weights.safetensors")
+    back = checkpoints.to_official(model.state_dict())
+    assert all(torch.equal(back[name], tensor) for name, tensor in weights.items()) and back.keys() == weights.keys()
+
+
+# What must not load
+
+
+class Foreign:
+    """Something a checkpoint must not be able to run."""
+
+    def __reduce__(self):
+        return (sys.exit, (99,))
+
+
+def test_foreign_objects_are_not_run(tmp_path):
+    torch.save({"state_dict": {}, "args": Foreign()}, tmp_path / "evil.pt")
+    with pytest.raises(InputError, match=r"evil.pt: cannot be read as plain weights"):
+        diffclip.load(tmp_path / "evil.pt")
+
+
+def test_every_misfit_is_listed_and_nothing_is_loaded(official):
+    path, model = official
+    state = checkpoints.from_official(checkpoints._official_state(path))
+    before = fingerprint(model)
+    del state["ln_final.bias"], state["visual.trunk.norm.weight"]
+    state["visual.extra"] = torch.zeros(2)
+    state["logit_scale"] = torch.zeros(3)
+    state["ln_final.weight"] = torch.zeros(128)
+    with pytest.raises(InputError) as error:
+        checkpoints.load_strictly(model, state, "file.pt")
+    message = str(error.value)
+    assert message.startswith("file.pt: does not fit the model, nothing was loaded")
+    for part in ("missing ln_final.bias", "missing visual.trunk.norm.weight", "unexpected visual.extra", "[3]", "[1]"):
+        assert part in message
+    assert fingerprint(model) == before
+
+
+def test_an_official_file_without_a_layer_is_refused(official):
+    path, _ = official
+    data = torch.load(path, weights_only=False)
+    del data["state_dict"]["module.visual.blocks.1.mlp.fc1.weight"]
+    torch.save(data, path)
+    with pytest.raises(InputError, match=r"missing visual.trunk.blocks.1.mlp.fc1.weight"):
+        diffclip.load(path, lambda_init=0.8)
+
+
+def test_unreadable_inputs_are_one_sentence(tmp_path):
+    with pytest.raises(InputError, match="no such file or directory"):
+        diffclip.load(tmp_path / "absent")
+    with pytest.raises(InputError, match="nor a Hub repository in reach"):
+        diffclip.load("nobody/nothing")
+    with pytest.raises(InputError, match=r"no open_clip_config.json"):
+        diffclip.load(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(InputError, match="use AutoModel"):
+        diffclip.load(tmp_path)
+    (tmp_path / "broken.pt").write_bytes(b"not a checkpoint")
+    with pytest.raises(InputError, match=r"broken.pt"):
+        diffclip.load(tmp_path / "broken.pt")
+    save_file({"weight": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(InputError, match="not a file of the official"):
+        diffclip.load(tmp_path / "other.safetensors")
+    diffclip.save(models.build("CLIP-tiny"), tmp_path)
+    (tmp_path / checkpoints.WEIGHTS).write_bytes(b"cut short")
+    with pytest.raises(InputError, match=r"open_clip_model.safetensors: cannot be read"):
+        diffclip.load(tmp_path)
+    with pytest.raises(InputError, match="without model_config"):
+        diffclip.save(torch.nn.Linear(1, 1), tmp_path)
+
+
+def test_command_line(official, tmp_path, capsys):
+    path, model = official
+    checkpoints.main(["convert", str(path), str(tmp_path / "run"), "--lambda-init", "schedule"])
+    assert "wrote" in capsys.readouterr().out
+    loaded, _, _ = diffclip.load(tmp_path / "run")
+    assert loaded.model_config["diffclip"]["variant"] == "DiffCLIP-star"
+    assert loaded.visual.trunk.blocks[0].attn.lambda_init == pytest.approx(0.2)
+    assert fingerprint(loaded) == fingerprint(model)
+    for bad in (["convert", "absent.pt", "out"], ["convert", str(path), "out", "--lambda-init", "high"]):
+        with pytest.raises(SystemExit) as exit_:
+            checkpoints.main(bad)
+        assert exit_.value.code == 2
+        assert "error: " in capsys.readouterr().err
+
+
+def test_help_imports_nothing_heavy():
+    command = [sys.executable, "-X", "importtime", "-m", "diffclip.checkpoints", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "convert" in done.stdout
+    imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
+    assert "argparse" in imported and not imported & {"torch", "transformers", "open_clip"}
+        line.split("|")[-1].strip() for line in done.stderr.splitlines()
+    }

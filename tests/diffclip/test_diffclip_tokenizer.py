@@ -1,0 +1,71 @@
+"""The tokenizer: the official ids, two dimensions always, and the end token that the official one loses."""
+
+import json
+
+import pytest
+import torch
+
+from diffclip import models
+
+CONFIG = models.MODELS["CLIP-B-16"]
+END = 49407
+
+
+@pytest.fixture(scope="module")
+def records(golden):
+    return json.loads((golden("09_tokenizer") / "slip_simple_tokenizer.json").read_text())["records"]
+
+
+def test_legacy_ids_are_the_official_ones(records):
+    tokenize = models.tokenizer(CONFIG, legacy=True)
+    for record in records:
+        ids = tokenize(record["text"])[0]
+        assert ids[: len(record["ids"])].tolist() == record["ids"], record["text"]
+        assert not ids[len(record["ids"]) :].any()
+        assert int(ids.argmax()) == record["pooled_position"]
+        assert (END in ids) == record["has_eot"]
+
+
+def test_legacy_decodes_as_the_official_one(records):
+    tokenize = models.tokenizer(CONFIG, legacy=True)
+    for record in records:
+        assert tokenize.decode(tokenize.encode(record["text"])) == record["decoded"]
+
+
+def test_default_keeps_the_end_token_and_otherwise_equals_legacy(records):
+    tokenize, legacy, cut = models.tokenizer(CONFIG), models.tokenizer(CONFIG, legacy=True), 0
+    for record in records:
+        if "<|" in record["text"]:  # special tokens written out: open_clip gives them other names
+            continue
+        ours, theirs = tokenize(record["text"])[0], legacy(record["text"])[0]
+        assert (ours == END).sum() == 1
+        if record["has_eot"]:
+            assert torch.equal(ours, theirs)
+        else:
+            assert ours[-1] == END
+            assert torch.equal(ours[:-1], theirs[:-1])
+            cut += 1
+    assert cut > 0
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("name", ["CLIP-B-16", "DiffCLIP-tiny"])
+def test_always_two_dimensions(name, legacy):
+    config = models.MODELS[name]
+    context = config["model_cfg"]["text_cfg"]["context_length"]
+    tokenize = models.tokenizer(config, legacy=legacy)
+    for texts, rows in [("a cat", 1), (["a cat"], 1), (["a cat", "two dogs", ""], 3)]:
+        ids = tokenize(texts)
+        assert ids.shape == (rows, context)
+        assert ids.dtype == torch.long
+
+
+def test_long_captions_differ_in_their_embedding_only_with_the_end_token():
+    """Without it, every over-long caption is read at the start token and gets one and the same embedding."""
+    model = models.build("DiffCLIP-tiny").eval()
+    long = ["a red square and a blue circle " * 10, "many green stars on the left of it " * 10]
+    with torch.no_grad():
+        kept = model.encode_text(models.tokenizer(model.model_config)(long))
+        lost = model.encode_text(models.tokenizer(model.model_config, legacy=True)(long))
+    torch.testing.assert_close(lost[0], lost[1])
+    assert (kept[0] - kept[1]).abs().max() > 1e-3
