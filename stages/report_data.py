@@ -6,6 +6,7 @@ Nothing here raises on a partial or damaged run: what cannot be read becomes a s
 import json
 import math
 import os
+import re
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -18,8 +19,16 @@ from diffclip.errors import InputError
 
 STAGES = ("language", "pretrain", "align", "instruct", "evaluate")
 POPE_SPLITS = ("random", "popular", "adversarial")
-# Groups whose average over their sets is a row of its own: key pattern with {} for the set.
-AVERAGED = ("linear_probe/{}/accuracy", "few_shot/{}/accuracy", "zero_shot/{}/top1", "shift/{}/top1")
+POPE_CONTROLS = ("pope_blind", "pope_shuffled", "pope_always_yes")
+# Groups whose average over their sets is a row of its own: key pattern with {} for the set, key of the average.
+AVERAGED = (
+    ("linear_probe/{}/accuracy", "linear_probe/average/accuracy"),
+    ("few_shot/{}/accuracy", "few_shot/average/accuracy"),
+    ("zero_shot/{}/top1", "zero_shot/average/top1"),
+    ("shift/{}/top1", "shift/average"),
+)
+# Keys of evaluate's metrics.json that hold percentages.
+SCORE = re.compile(r"(zero_shot|shift|retrieval|linear_probe|few_shot|mmvp|pope\w*)/.*(?<!/questions)(?<!/C)")
 
 
 @dataclass
@@ -31,6 +40,7 @@ class RunDir:
     config: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
     curve: list[dict[str, float]] = field(default_factory=list)  # of metrics.jsonl, by step
+    skipped: dict[str, Any] = field(default_factory=dict)  # what the benchmarks left out, and why
 
     @property
     def stage(self) -> str:
@@ -84,19 +94,16 @@ class Arms:
         """One run a seed: the newest."""
         return list({run.seed: run for run in self.of(stage, model)}.values())
 
-    def values(self, model: str, key: str) -> dict[str, float]:
-        """{seed: number} under `key` of the evaluate runs; later runs win where two hold the same key."""
-        found = {}
-        for run in self.of("evaluate", model):
-            if is_number(run.metrics.get(key)):
-                found[run.seed] = float(run.metrics[key])
-        return found
+    def written(self, model: str, key: str) -> dict[str, Any]:
+        """{seed: whatever stands} under `key` of the evaluate runs; the newest counts where two hold the key."""
+        return {run.seed: run.metrics[key] for run in self.of("evaluate", model) if key in run.metrics}
 
-    def fractions(self, model: str, key: str) -> dict[str, float]:
-        """Like `values`, without those that cannot be a share between 0 and 1."""
-        return {s: v for s, v in self.values(model, key).items() if -1e-9 <= v <= 1 + 1e-9}
+    def scores(self, model: str, key: str) -> dict[str, float]:
+        """{seed: percentage}; what cannot be one is left out."""
+        written = self.written(model, key).items()
+        return {seed: float(v) for seed, v in written if is_number(v) and -1e-6 <= v <= 100 + 1e-6}
 
-    def keys(self) -> list[str]:
+    def metric_names(self) -> list[str]:
         """All keys of all evaluate runs in the order they were written."""
         return list(dict.fromkeys(k for r in self.runs if r.stage == "evaluate" for k in r.metrics))
 
@@ -108,15 +115,18 @@ class Arms:
             done = [s for s in STAGES[1:] if any(r.state == "finished" for r in self.of(s, model, seed))]
             reached = f"finished there: {', '.join(done)}" if done else "no stage has finished there"
             return f"no evaluate run of {model}, seed {seed}, was found; {reached}"
-        run = runs[-1]
+        role, what = ("mllm", "multimodal model") if group.startswith("pope") else ("clip", "dual encoder")
+        run = next((r for r in reversed(runs) if role in r.get("inputs")), runs[-1])
         if run.state != "finished":
             return f"{run.name}, has not finished (state: {run.state})"
         if key in run.metrics:
             value = run.metrics[key]
-            return f"{run.name}: {key} is {value!r}, not a fraction between 0 and 1"
+            return f"{run.name}: {key} is {value!r}, which is no percentage"
         if not run.metrics:
             return f"{run.name}: metrics.json holds no numbers"
-        role, what = ("mllm", "multimodal model") if group.startswith("pope") else ("clip", "dual encoder")
+        for name, reason in run.skipped.items():
+            if key.startswith(name) or name.startswith(key):
+                return f"{run.name}: {name} was left out: {reason}"
         if run.get("inputs") and role not in run.get("inputs"):
             return f"{run.name}, was started without a {what} (setting `{role}`)"
         return f"{run.name}, finished without {group} numbers for this row"
@@ -147,6 +157,11 @@ def gather(paths: list[Path]) -> Arms:
         run.config = read_yaml(file.parent / "config.yaml", problems)
         if (file.parent / "metrics.json").is_file():
             run.metrics = dict(flat(read_json(file.parent / "metrics.json", problems)))
+        if run.stage == "evaluate":
+            as_percent(run, problems)
+            if (file.parent / "clip_benchmarks.json").is_file():
+                about = read_json(file.parent / "clip_benchmarks.json", problems)
+                run.skipped = as_dict(as_dict(about).get("skipped"))
         run.curve = read_curve(file.parent / "metrics.jsonl")
         # the language model or the vision tower may lie elsewhere: what was learnt from belongs to the report
         inputs = [Path(str(as_dict(i).get("path", "?"))) / "run.json" for i in run.get("inputs").values()]
@@ -162,16 +177,23 @@ def gather(paths: list[Path]) -> Arms:
     return arms
 
 
+def as_percent(run: RunDir, problems: list[str]) -> None:
+    """Multiply scores by 100 if they were written as fractions: none of them exceeds 1."""
+    scores = {k: v for k, v in run.metrics.items() if SCORE.fullmatch(k) and is_number(v)}
+    if scores and 0 < max(scores.values()) <= 1:
+        run.metrics |= {k: 100 * v for k, v in scores.items()}
+        problems.append(f"{run.path}: no score exceeds 1, so all were read as fractions, not as percentages")
+
+
 def add_averages(arms: Arms) -> None:
-    """Add `…/average/…` to each evaluate run that has every set of a group that has at least two."""
-    pope = [f"{group}/{{}}/accuracy" for group in ("pope", "pope_shuffled", "pope_blind", "pope_always_yes")]
-    keys = arms.keys()
-    for pattern in AVERAGED:
+    """Add the averages to each evaluate run that has every set of a group that has at least two."""
+    keys = arms.metric_names()
+    for pattern, name in AVERAGED:
         before, after = pattern.split("{}")
-        sets = [k for k in keys if k.startswith(before) and k.endswith(after) and "/average/" not in k]
+        sets = [k for k in keys if k.startswith(before) and k.endswith(after) and k != name]
         if len(sets) >= 2:
-            _add_average(arms, sets, pattern.format("average"))
-    for pattern in [*pope, "pope/{}/f1"]:
+            _add_average(arms, sets, name)
+    for pattern in ("pope/{}/f1", *(f"{p}/{{}}/accuracy" for p in ("pope", *POPE_CONTROLS))):
         _add_average(arms, [pattern.format(split) for split in POPE_SPLITS], pattern.format("mean"))
 
 
@@ -190,7 +212,7 @@ def mean_sd(values: list[float]) -> tuple[float, float | None]:
 # --- reading ----------------------------------------------------------------------------------------------------
 
 
-def read_json(path: Path, problems: list[str]) -> Any:  # noqa: ANN401
+def read_json(path: Path, problems: list[str]) -> Any:
     """Parsed and cleaned JSON; None, and a sentence in `problems`, if it cannot be read."""
     try:
         return clean(json.loads(path.read_text(encoding="utf-8")))
@@ -227,7 +249,7 @@ def read_curve(path: Path) -> list[dict[str, float]]:
     return [by_step[step] for step in sorted(by_step)]
 
 
-def flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:  # noqa: ANN401
+def flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """("a/b", leaf) of nested mappings."""
     if not isinstance(value, dict):
         if prefix:
@@ -237,7 +259,7 @@ def flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:  # noqa: AN
         yield from flat(inner, f"{prefix}/{key}" if prefix else str(key))
 
 
-def clean(value: Any) -> Any:  # noqa: ANN401
+def clean(value: Any) -> Any:
     """The same value with control characters, bidirectional overrides and lone surrogates made visible."""
     if isinstance(value, str):
         return "".join(c if c.isprintable() else " " if c.isspace() else "\ufffd" for c in value[:4000])
@@ -248,11 +270,11 @@ def clean(value: Any) -> Any:  # noqa: ANN401
     return value
 
 
-def is_number(value: Any) -> bool:  # noqa: ANN401
+def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def as_dict(value: Any) -> dict[str, Any]:  # noqa: ANN401
+def as_dict(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 

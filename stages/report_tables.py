@@ -14,21 +14,22 @@ from typing import Any
 from stages.report_data import POPE_SPLITS, STAGES, Arms, RunDir, as_dict, is_number, mean_sd
 
 MINUS, DASH = "\u2212", "\u2013"
-# (heading, pattern of the metric's key, label with the pattern's groups), in the order of the paper's tables.
+# (heading, pattern of the metric's key, whether its absence is worth a line), in the order of the paper's tables.
+# The pattern's groups make the row's name; a key without any is an average.
 SECTIONS = (
-    ("Linear probe, accuracy", r"linear_probe/(.+)/accuracy", "{0}"),
-    ("Few-shot, accuracy", r"few_shot/(.+)/accuracy", "{0}"),
-    ("Zero-shot classification, top-1", r"zero_shot/(.+)/top1", "{0}"),
-    ("Zero-shot classification, top-5", r"zero_shot/(.+)/top5", "{0}"),
-    ("Zero-shot classification, mean per class", r"zero_shot/(.+)/mean_per_class", "{0}"),
-    ("Retrieval, text to image", r"retrieval/text_to_image/(R@\d+)", "{0}"),
-    ("Retrieval, image to text", r"retrieval/image_to_text/(R@\d+)", "{0}"),
-    ("Distribution shifts, zero-shot top-1", r"shift/(.+)/top1", "{0}"),
-    ("MMVP-VLM, pairs right", r"mmvp/(.+)", "{0}"),
-    ("POPE, accuracy", r"pope/(random|popular|adversarial|mean)/accuracy", "{0}"),
-    ("POPE, F1", r"pope/(random|popular|adversarial|mean)/f1", "{0}"),
+    ("Linear probe, accuracy", r"linear_probe/(.+)/accuracy", True),
+    ("Linear probe, mean per class", r"linear_probe/(.+)/mean_per_class", False),
+    ("Few-shot, accuracy", r"few_shot/(.+)/accuracy", True),
+    ("Zero-shot classification, top-1", r"zero_shot/(.+)/top1", True),
+    ("Zero-shot classification, top-5", r"zero_shot/(.+)/top5", False),
+    ("Zero-shot classification, mean per class", r"zero_shot/(.+)/mean_per_class", False),
+    ("Retrieval, text to image", r"retrieval/(?:(.+)/)?text_to_image/(R@\d+)", True),
+    ("Retrieval, image to text", r"retrieval/(?:(.+)/)?image_to_text/(R@\d+)", True),
+    ("Distribution shifts, zero-shot top-1", r"shift/(?:average|(.+)/top1)", True),
+    ("MMVP-VLM, pairs right", r"mmvp/(.+)", True),
+    ("POPE, accuracy", r"pope/(random|popular|adversarial|mean)/accuracy", True),
+    ("POPE, F1", r"pope/(random|popular|adversarial|mean)/f1", False),
 )
-POPE_GROUPS = ("pope", "pope_shuffled", "pope_blind", "pope_always_yes")
 POPE_ROWS = (
     ("accuracy", "pope/{}/accuracy"),
     ("control: best rule without the image", "pope_blind/{}/accuracy"),
@@ -54,38 +55,36 @@ class Table:
     notes: list[str] = field(default_factory=list)  # "[1]" in a cell is notes[0]
     prose: bool = False  # the other columns are text as well
 
-    def note(self, text: str) -> str:
-        """A dash that points at the note `text`."""
+    def note(self, text: str) -> int:
+        """The number of the note `text`, from 1."""
         if text not in self.notes:
             self.notes.append(text)
-        return f"{DASH} [{self.notes.index(text) + 1}]"
+        return self.notes.index(text) + 1
 
 
 def percent(values: Iterable[float], sign: bool = False) -> str:
-    """Fractions as "78.1 ± 1.2" (percent, mean and sd) or "78.1"; with `sign`, "+0.4" (percentage points)."""
-    mean, sd = mean_sd([100 * v for v in values])
+    """Percentages as "78.1 ± 1.2" (mean and sd) or "78.1"; with `sign`, points as "+0.4"."""
+    mean, sd = mean_sd(list(values))
     text = f"{mean:+.1f}" if sign else f"{mean:.1f}"
-    text = text.replace("-", MINUS)
-    text = {f"{MINUS}0.0": "0.0", "+0.0": "0.0"}.get(text, text)
+    text = {"-0.0": "0.0", "+0.0": "0.0"}.get(text, text).replace("-", MINUS)
     return text if sd is None else f"{text} ± {sd:.1f}"
 
 
-def order(key: str) -> tuple:
-    """Sets by name with averages last; R@1, R@5, R@10 by number; POPE's splits as published."""
-    name = key.split("/")[1] if not key.startswith("retrieval") else key.split("@")[-1].zfill(4)
-    splits = {split: str(i) for i, split in enumerate((*POPE_SPLITS, "mean"))}
-    return name in ("average", "mean"), splits.get(name, name) if key.startswith("pope") else name
-
-
 def comparison_keys(arms: Arms) -> list[tuple[str, list[tuple[str, str]]]]:
-    """[(heading, [(key, label)])] of everything the paper's tables hold; headings without a number stay, empty."""
-    keys = arms.keys()
+    """[(heading, [(key, row name)])] of what the paper's tables hold; headings without a number stay, empty."""
     sections = []
-    for heading, pattern, label in SECTIONS:
-        matches = [(k, m) for k in keys if (m := re.fullmatch(pattern, k))]
-        matches.sort(key=lambda pair: order(pair[0]))
-        sections.append((heading, [(k, label.format(*m.groups())) for k, m in matches]))
+    for heading, pattern, expected in SECTIONS:
+        matches = [(k, m) for k in arms.metric_names() if (m := re.fullmatch(pattern, k))]
+        rows = [(k, ", ".join(g for g in m.groups() if g) or "average") for k, m in matches]
+        if rows or expected:
+            sections.append((heading, sorted(rows, key=lambda row: _place(row[1]))))
     return sections
+
+
+def _place(name: str) -> tuple:
+    """Sets as their names sort, R@10 after R@5, POPE's splits as published, averages last."""
+    split = POPE_SPLITS.index(name) if name in POPE_SPLITS else 0
+    return name in ("average", "mean"), split, re.sub(r"\d+", lambda digits: digits[0].zfill(4), name)
 
 
 def comparison(arms: Arms) -> Table:
@@ -94,8 +93,8 @@ def comparison(arms: Arms) -> Table:
     table = Table(["Benchmark", *arms.models, *(f"{other} {MINUS} {first}" for other in others)])
     for heading, keys in comparison_keys(arms):
         table.rows.append([heading])
-        example = {h: p for h, p, _ in SECTIONS}[heading].split("/")[0]
-        for key, label in keys or [(f"{example}/", "(no run has numbers)")]:
+        group = {h: pattern for h, pattern, _ in SECTIONS}[heading].split("/")[0]
+        for key, label in keys or [(f"{group}/", "(no numbers)")]:
             cells = [score(arms, table, model, key) for model in arms.models]
             for other in others:
                 pairs = paired_differences(arms, first, other, key)
@@ -106,17 +105,16 @@ def comparison(arms: Arms) -> Table:
 
 def score(arms: Arms, table: Table, model: str, key: str) -> str:
     """The cell of `model` under `key`; missing seeds are explained in the table's notes."""
-    values = arms.fractions(model, key)
+    values = arms.scores(model, key)
     missing = [s for s in arms.seeds(model) if s not in values]
-    reasons = [table.note(arms.why_missing(model, seed, key)) for seed in missing]
-    if not values:
-        return DASH + "".join(reason.removeprefix(DASH) for reason in reasons)
-    return percent(values.values()) + "".join(reason.removeprefix(DASH) for reason in reasons)
+    notes = sorted({table.note(arms.why_missing(model, seed, key)) for seed in missing})
+    marks = "".join(f" [{n}]" for n in notes)
+    return (percent(values.values()) if values else DASH) + marks
 
 
 def paired_differences(arms: Arms, first: str, other: str, key: str) -> list[float]:
-    """other - first, as fractions, for every seed that both have."""
-    a, b = arms.fractions(first, key), arms.fractions(other, key)
+    """other - first, in points, for every seed that both have."""
+    a, b = arms.scores(first, key), arms.scores(other, key)
     return [b[seed] - a[seed] for seed in b if seed in a]
 
 
@@ -146,16 +144,9 @@ def pope(arms: Arms) -> Table:
     for model in arms.models:
         table.rows.append([model])
         for label, pattern in POPE_ROWS:
-            cells = [score(arms, table, model, pattern.format(split)) for split in splits[:-1]]
-            if arms.fractions(model, pattern.format("mean")):
-                cells.append(score(arms, table, model, pattern.format("mean")))
-            else:
-                each = [arms.fractions(model, pattern.format(split)) for split in POPE_SPLITS]
-                whole = [s for s in each[0] if all(s in values for values in each)]
-                cells.append(percent(sum(v[s] for v in each) / 3 for s in whole) if whole else DASH)
-            table.rows.append([label, *cells])
-        counts = [arms.values(model, f"pope/{split}/questions").values() for split in splits]
-        table.rows.append(["questions", *(distinct(f"{n:.0f}" for n in c) for c in counts)])
+            table.rows.append([label, *(score(arms, table, model, pattern.format(split)) for split in splits)])
+        counts = [arms.written(model, f"pope/{split}/questions").values() for split in splits]
+        table.rows.append(["questions", *(distinct(map(number, c)) for c in counts)])
     return table
 
 
@@ -165,27 +156,27 @@ def pope_verdict(arms: Arms, model: str) -> tuple[bool | None, str]:
     The mean accuracy must exceed both controls, and the blind one by two standard errors of a proportion over
     one split's questions (the splits share their positive questions, so they do not add up to more).
     """
-    accuracy = arms.fractions(model, "pope/mean/accuracy")
-    blind = arms.fractions(model, "pope_blind/mean/accuracy")
-    shuffled = arms.fractions(model, "pope_shuffled/mean/accuracy")
+    accuracy = arms.scores(model, "pope/mean/accuracy")
+    blind = arms.scores(model, "pope_blind/mean/accuracy")
+    shuffled = arms.scores(model, "pope_shuffled/mean/accuracy")
     seeds = [s for s in accuracy if s in blind]
     if not accuracy:
         return None, f"{model}: no POPE numbers for all three splits, so nothing is said about its use of the image."
     if not seeds:
         return None, f"{model}: no blind control, so it cannot be told whether it uses the image."
     ours, rule = (mean_sd([values[s] for s in seeds])[0] for values in (accuracy, blind))
-    numbers = f"accuracy {100 * ours:.1f} against {100 * rule:.1f} for the best rule without the image"
+    numbers = f"accuracy {ours:.1f} against {rule:.1f} for the best rule without the image"
     mixed = [shuffled[s] for s in seeds if s in shuffled]
     if mixed:
-        numbers += f" and {100 * mean_sd(mixed)[0]:.1f} with the images shuffled"
+        numbers += f" and {mean_sd(mixed)[0]:.1f} with the images shuffled"
     if ours <= rule or (mixed and ours <= mean_sd(mixed)[0]):
         return False, f"{model} does not use the image: {numbers} (mean of the splits)."
-    counts = [arms.values(model, f"pope/{split}/questions") for split in POPE_SPLITS]
-    questions = min((sum(c.get(s, 0) for s in seeds) for c in counts), default=0)
-    if questions and ours - rule < 2 * math.sqrt(ours * (1 - ours) / questions):
+    counts = [arms.written(model, f"pope/{split}/questions") for split in POPE_SPLITS]
+    questions = min(sum(c[s] for s in seeds if is_number(c.get(s))) for c in counts)
+    if questions and ours - rule < 2 * math.sqrt(ours * (100 - ours) / questions):
         return None, (
-            f"{model}: {numbers}; over {questions:.0f} questions that lead is within sampling noise, so it is not "
-            "shown that the model uses the image."
+            f"{model}: {numbers}; over {questions:,} questions a split that lead is within sampling noise, so it is "
+            "not shown that the model uses the image."
         )
     return True, f"{model} uses the image: {numbers} (mean of the splits)."
 
@@ -210,25 +201,24 @@ def setup(arms: Arms) -> Table:
 
         return fact
 
-    count = number
     table.rows.append(["seeds", *(distinct(arms.seeds(model)) for model in arms.models)])
     table.rows.append(["Pretraining"])
     row("initialisation", of("pretrain", "init"))
-    row("parameters", of("pretrain", "parameters", show=count))
+    row("parameters", of("pretrain", "parameters", show=number))
     row("data", lambda m: distinct(data_of(r) for r in arms.latest("pretrain", m)))
-    row("image-text pairs", of("pretrain", "pairs", show=count))
+    row("image-text pairs", of("pretrain", "pairs", show=number))
     row("epochs", of("pretrain", "epochs"))
-    row("steps", of("pretrain", "steps", show=count))
-    row("batch", of("pretrain", "global_batch_size", show=count))
+    row("steps", of("pretrain", "steps", show=number))
+    row("batch", of("pretrain", "global_batch_size", show=number))
     row("final loss", lambda m: final_loss(arms.latest("pretrain", m)))
     table.rows.append(["Multimodal training"])
     row("language model", lambda m: distinct(language_model(arms, r) for r in arms.latest("align", m)))
     for stage in ("align", "instruct"):
         row(f"{stage}: learns", lambda m, stage=stage: distinct(learns(r) for r in arms.latest(stage, m)))
         row(f"{stage}: data", lambda m, stage=stage: distinct(data_of(r) for r in arms.latest(stage, m)))
-        row(f"{stage}: conversations", of(stage, "conversations", show=count))
-        row(f"{stage}: steps", of(stage, "steps", show=count))
-        row(f"{stage}: batch", of(stage, "global_batch_size", show=count))
+        row(f"{stage}: conversations", of(stage, "conversations", show=number))
+        row(f"{stage}: steps", of(stage, "steps", show=number))
+        row(f"{stage}: batch", of(stage, "global_batch_size", show=number))
         row(f"{stage}: final loss", lambda m, stage=stage: final_loss(arms.latest(stage, m)))
     table.rows.append(["Stages: state, mean time"])
     for stage in STAGES[1:]:
@@ -313,10 +303,10 @@ def others(arms: Arms) -> Table:
     known |= {pattern.format(split) for _, pattern in POPE_ROWS for split in (*POPE_SPLITS, "mean")}
     known |= {f"pope/{split}/questions" for split in (*POPE_SPLITS, "mean")}
     table = Table(["Metric", *arms.models])
-    for key in sorted(k for k in arms.keys() if k not in known):
+    for key in sorted(k for k in arms.metric_names() if k not in known):
         cells = []
         for model in arms.models:
-            values = [r.metrics[key] for r in arms.latest("evaluate", model) if key in r.metrics]
+            values = list(arms.written(model, key).values())
             numbers = [v for v in values if is_number(v)]
             mean, sd = mean_sd(numbers) if numbers and len(numbers) == len(values) else (None, None)
             text = distinct(map(str, values)) if mean is None else f"{mean:.4g}"
@@ -330,7 +320,9 @@ def details(run: RunDir) -> Table:
     table = Table(["", ""], prose=True)
     add = table.rows.append
     add(["directory", str(run.path)])
-    add(["state", f"{run.state}, started {run.record.get('started', DASH)}, {duration(run.record.get('wall_seconds'))}"])
+    add(
+        ["state", f"{run.state}, started {run.record.get('started', DASH)}, {duration(run.record.get('wall_seconds'))}"]
+    )
     add(["command", str(run.record.get("command", DASH))])
     parameters = run.record.get("parameters")
     if isinstance(parameters, dict):
@@ -364,11 +356,11 @@ def distinct(values: Iterable[str]) -> str:
     return ", ".join(dict.fromkeys(v for v in values if v)) or DASH
 
 
-def number(value: Any) -> str:  # noqa: ANN401
+def number(value: Any) -> str:
     return f"{value:,}" if is_number(value) else str(value)
 
 
-def duration(seconds: Any) -> str:  # noqa: ANN401
+def duration(seconds: Any) -> str:
     """Seconds as "48 s", "3.4 min" or "2.1 h"."""
     if not is_number(seconds):
         return DASH
