@@ -1,6 +1,7 @@
 """DiffCLIP: CLIP with differential attention, for open_clip, timm and transformers.
 
-`import diffclip` makes transformers' Auto classes know our vision tower; names are imported when first used.
+`import diffclip` makes transformers' Auto classes know our vision tower (in the project's own commands it is
+`import diffclip.hf` that does, so that they start in a moment); other names are imported when first used.
 """
 
 import importlib
@@ -34,12 +35,11 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-def _help_or_own_command() -> bool:
-    """Whether this process is `python -m diffclip.x` or prints help, and should not wait for transformers."""
-    asks_help = not {"-h", "--help"}.isdisjoint(sys.argv)
+def _own_command() -> bool:
+    """Whether this process is one of the project's own `python -m` commands, which import what they need."""
     module = dict(zip(sys.orig_argv, sys.orig_argv[1:])).get("-m", "")
-    return asks_help or module.split(".")[0] == "diffclip"
+    return module.split(".")[0] in ("diffclip", "mllm", "stages")
 
 
-if not _help_or_own_command():
+if not _own_command():
     importlib.import_module("diffclip.hf")

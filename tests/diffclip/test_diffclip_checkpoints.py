@@ -234,5 +234,3 @@ def test_help_imports_nothing_heavy():
     assert "convert" in done.stdout
     imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
     assert "argparse" in imported and not imported & {"torch", "transformers", "open_clip"}
-        line.split("|")[-1].strip() for line in done.stderr.splitlines()
-    }
