@@ -10,8 +10,8 @@ import torch
 from diffclip.errors import InputError
 from mllm.conversation import prompt
 from mllm.model import save
-from mllm.pope import SPLITS, read, shuffle_images
-from mllm.pope_lmms import POST_PROMPT, evaluate_with_lmms, score_answers, write_parquet, write_tasks
+from mllm.pope import SPLITS, read, score, shuffle_images
+from mllm.pope_lmms import POST_PROMPT, _same, evaluate_with_lmms, score_answers, write_parquet, write_tasks
 
 pytest.importorskip("lmms_eval")
 OBJECTS = ("red square", "small blue circle", "green star")
@@ -73,10 +73,21 @@ def test_lmms_eval_gives_the_models_own_answers(installed, assembled, run_dir, p
     assert scores["always_yes"]["mean"]["yes_rate"] == 1.0 and set(scores["blind"]) == {*SPLITS, "mean"}
 
 
-def test_an_lmms_eval_that_fails_is_an_error(installed, tmp_path, pope_dir):
-    (tmp_path / "run").mkdir()
-    with pytest.raises(InputError, match=r"no results.*no model"):
+def test_an_lmms_eval_that_fails_is_an_error(installed, tmp_path, pope_dir, monkeypatch):
+    """lmms-eval prints its errors, writes nothing and exits with 0, like this stand-in."""
+    stand_in = tmp_path / "python"
+    stand_in.write_text("#!/bin/sh\necho 'Error during evaluation: it broke' >&2\n")
+    stand_in.chmod(0o755)
+    monkeypatch.setattr("mllm.pope_lmms.sys.executable", str(stand_in))
+    with pytest.raises(InputError, match=r"code 0 and no results.*it broke"):
         evaluate_with_lmms(tmp_path / "run", pope_dir, pope_dir / "images", tmp_path / "out", controls=())
+
+
+def test_scores_that_differ_from_lmms_evals_are_an_error():
+    scores = score(["yes", "no"], ["yes", "yes"])
+    _same(scores, dict(scores), "t")
+    with pytest.raises(RuntimeError, match="recall"):
+        _same(scores, {**scores, "recall": 1.0}, "t")
 
 
 def test_unknown_controls_and_missing_pictures_are_refused(pope_dir, tmp_path):
