@@ -5,6 +5,8 @@ Percent everywhere: every score is in [0, 100], so that it compares with the pub
 
 from typing import Any
 
+PROTOCOLS = ("zero_shot", "shift", "retrieval", "linear_probe", "few_shot", "mmvp")
+
 
 def __getattr__(name: str) -> Any:
     """Give `diffclip.benchmarks.evaluate_clip` without importing torch before it is wanted."""

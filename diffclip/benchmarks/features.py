@@ -96,7 +96,9 @@ class Encoder:
     def _cached(self, key: dict, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         if self.cache_dir is None:
             return compute()
-        key = {"format": FORMAT, "weights": self.fingerprint, "precision": self.precision, **key}
+        # lambda_init and the norms' epsilons are in the config only
+        model = [self.fingerprint, getattr(self.model, "model_config", None)]
+        key = {"format": FORMAT, "model": model, "precision": self.precision, **key}
         name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
         path = self.cache_dir / f"{name}.safetensors"
         if path.exists():

@@ -40,9 +40,7 @@ def draw(
     support_rows, query_rows = _rows_by_class(support_labels), _rows_by_class(query_labels)
     usable = [c for c, rows in support_rows.items() if len(rows) >= shot and c in query_rows]
     if len(usable) < way:
-        raise ValueError(
-            f"{way}-way {shot}-shot needs {way} classes with {shot} support rows, found {len(usable)}"
-        )
+        raise ValueError(f"{way}-way {shot}-shot needs {way} classes with {shot} support rows, found {len(usable)}")
     support_table = _table([support_rows[c] for c in usable])
     query_table = _table([query_rows[c] for c in usable])
     if query_table.shape[1] < queries:  # (classes, most rows of a class)

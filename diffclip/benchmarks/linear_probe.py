@@ -1,13 +1,15 @@
 """Linear probe as the paper's evaluation code (lgssl) defines it: softmax regression on frozen features.
 
-The strength of its regularisation is searched on validation rows; solver, objective and search are the
-official ones.
+The strength of its regularisation is searched on validation rows. `exact` is the official solver step for
+step, `fast` reaches the same minimum much sooner.
 """
 
+import math
 import random
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,6 +17,7 @@ from torch import Tensor
 from diffclip.benchmarks.zero_shot import mean_per_class
 
 METRICS = ("accuracy", "mean_per_class")
+MODES = ("exact", "fast")
 COARSE = tuple(float(10**power) for power in range(-6, 7, 2))
 
 Weights = tuple[Tensor, Tensor]  # (classes, width), (classes,)
@@ -35,6 +38,7 @@ def linear_probe(
     test: tuple[Tensor, Tensor],
     *,
     metric: str = "accuracy",
+    mode: str = "exact",
     refit_on_both: bool = True,
 ) -> Probe:
     """Choose C on the validation rows, refit, score the test rows.
@@ -46,13 +50,15 @@ def linear_probe(
         train, valid, test: (features (N, width), labels (N,)) each. Without valid, a fifth of each
             class of train is set aside by a fixed shuffle.
         metric: "accuracy", or "mean_per_class" for aircraft, pets, caltech101 and flowers.
+        mode: "exact" or "fast"; they part only where hardly any penalty is left (C of 1e4 and above on
+            separable rows), where the official fit stops before its minimum.
         refit_on_both: fit the final weights on train and valid together.
 
     Raises:
-        ValueError: unknown metric, or a test label that is not among the training labels.
+        ValueError: unknown metric or mode, or a test label that is not among the training labels.
     """
-    if metric not in METRICS:
-        raise ValueError(f"metric is one of {METRICS}, not {metric!r}")
+    if metric not in METRICS or mode not in MODES:
+        raise ValueError(f"metric is one of {METRICS} and mode one of {MODES}, not {metric!r} and {mode!r}")
     if not set(test[1].tolist()) <= set(train[1].tolist()):
         raise ValueError("the test set has classes without training rows")
     if valid is None:
@@ -60,12 +66,16 @@ def linear_probe(
         train, valid = (train[0][kept], train[1][kept]), (train[0][held], train[1][held])
     classes = int(max(train[1].max(), valid[1].max())) + 1
 
-    def validate(C: float) -> float:
-        return score(predict(valid[0], fit(*_float(train), C, classes)), valid[1], metric)
+    def solver(rows: tuple[Tensor, Tensor]) -> Callable[[float], Weights]:
+        features, labels = rows[0].float(), rows[1].long()
+        if mode == "fast":
+            return fast_solver(features, labels, classes)
+        return lambda C: fit(features, labels, C, classes)
 
-    C, visited = search(validate)
+    fit_train = solver(train)
+    C, visited = search(lambda C: score(predict(valid[0], fit_train(C)), valid[1], metric))
     final = (torch.cat([train[0], valid[0]]), torch.cat([train[1], valid[1]])) if refit_on_both else train
-    predicted = predict(test[0], fit(*_float(final), C, classes))
+    predicted = predict(test[0], solver(final)(C))
     return Probe(score(predicted, test[1], metric), predicted, C, visited)
 
 
@@ -169,5 +179,52 @@ def fit(features: Tensor, labels: Tensor, C: float, classes: int, max_iter: int 
     return W.detach(), b.detach()
 
 
-def _float(rows: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    return rows[0].float(), rows[1].long()
+def fast_solver(features: Tensor, labels: Tensor, classes: int, max_iter: int = 200) -> Callable[[float], Weights]:
+    """Return C -> weights that minimise `objective`, each fit started from the one with the nearest C so far.
+
+    Works in the eigenbasis of the features' covariance S, scaled by (S + 0.5/C)^(-1/2): the objective's
+    curvature there is about the same in all directions, which takes L-BFGS some tens of steps instead of a
+    thousand. float64 on the CPU. Where the official fit cannot leave zero this one stays there too.
+    """
+    from scipy.optimize import minimize
+
+    mean = features.double().mean(dim=0)
+    spread, basis = torch.linalg.eigh((features.double() - mean).T.cov(correction=0))
+    rotated = (features.double() - mean) @ basis  # (N, width); shifting by the mean only moves the bias
+    onehot = F.one_hot(labels, classes).double()
+    # gradient of the data term at zero, for the official features: the direction of the official first step
+    error = (1 / classes - onehot) / len(features)
+    first_W, first_b = error.T @ features.double(), error.sum(dim=0)
+    solved: dict[float, Weights] = {}  # in the rotated basis
+
+    def solve(C: float) -> Weights:
+        strength = 0.5 / C
+        if first_W.square().sum() + first_b.square().sum() <= strength * first_W.norm():
+            return features.new_zeros(classes, features.shape[1]), features.new_zeros(classes)
+        scale = (spread.clamp_min(0) + strength + 1e-9 * spread.max()).rsqrt()
+        inputs = rotated * scale
+
+        def value_and_gradient(flat: np.ndarray) -> tuple[float, np.ndarray]:
+            theta = torch.from_numpy(flat).view(classes, -1)  # (classes, width + 1), bias last
+            V, b = theta[:, :-1], theta[:, -1]
+            log_p = torch.addmm(b, inputs, V.T).log_softmax(dim=1)  # (N, classes)
+            error = (log_p.exp() - onehot) / len(inputs)
+            W = V * scale
+            slope = error.T @ inputs + strength * W * scale / W.norm().clamp_min(1e-12)
+            loss = -(log_p * onehot).sum() / len(inputs) + strength * W.norm()
+            return loss.item(), torch.cat([slope, error.sum(dim=0)[:, None]], dim=1).flatten().numpy()
+
+        if solved:
+            W, b = solved[min(solved, key=lambda done: abs(math.log(done / C)))]
+        else:  # just beside zero, where the norm has no gradient
+            W, b = -1e-3 * first_W @ basis / first_W.norm(), torch.zeros(classes, dtype=torch.float64)
+        start = torch.cat([W / scale, b[:, None]], dim=1).flatten().numpy()
+        options = {"maxiter": max_iter, "maxcor": 20, "ftol": 1e-11, "gtol": 1e-6}
+        found = minimize(value_and_gradient, start, jac=True, method="L-BFGS-B", options=options).x
+        theta = torch.from_numpy(found).view(classes, -1)
+        W, b = theta[:, :-1] * scale, theta[:, -1]
+        solved[C] = W, b
+        W = W @ basis.T
+        return W.to(features), (b - W @ mean).to(features)
+
+    return solve

@@ -43,9 +43,7 @@ def read_mmvp(folder: Path) -> Pairs:
         reader = csv.DictReader(file)
         rows = [{_plain(key): value for key, value in row.items()} for row in reader]
     if not rows or not {"questionid", "type", "statement"} <= rows[0].keys():
-        raise InputError(
-            f"{path} needs the columns Question ID, Type and Statement, and at least one question"
-        )
+        raise InputError(f"{path} needs the columns Question ID, Type and Statement, and at least one question")
 
     questions: dict[int, dict[str, str]] = {}
     for line, row in enumerate(rows, start=2):
@@ -71,9 +69,7 @@ def read_mmvp(folder: Path) -> Pairs:
         if len(found) > 1:
             found = [image for image in found if _plain(image.parent.name) == _plain(category)]
         if len(found) != 1:
-            raise InputError(
-                f"{folder}: question {number} ({category}) needs exactly one picture {number}.jpg"
-            )
+            raise InputError(f"{folder}: question {number} ({category}) needs exactly one picture {number}.jpg")
         files += found
         statements.append(questions[number]["statement"].strip())
         if number % 2:

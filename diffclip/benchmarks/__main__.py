@@ -1,0 +1,136 @@
+"""Score models on every CLIP benchmark found under a folder and print one table.
+
+python -m diffclip.benchmarks --model runs/clip runs/diffclip --data-root data/scenes --out results
+"""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from diffclip.benchmarks import PROTOCOLS
+from diffclip.errors import InputError, exit_on_input_error
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+SHOWN = ("top1", "R@1", "R@5", "R@10", "accuracy", "average")  # the last part of a score's name
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command line, without importing anything slow."""
+    summary, example = (__doc__ or "").split("\n\n")
+    p = argparse.ArgumentParser("python -m diffclip.benchmarks", description=summary, epilog=f"example: {example}")
+    p.add_argument(
+        "--model", nargs="+", required=True, help="run directories or checkpoints; the first is the reference"
+    )
+    p.add_argument(
+        "--data-root",
+        type=Path,
+        required=True,
+        help="folder with classification/, shifts/, retrieval/, mmvp/",
+    )
+    p.add_argument("--out", type=Path, required=True, help="where scores, outcomes and features go")
+    p.add_argument("--suite", type=Path, help="YAML file that names the folders instead of finding them by layout")
+    p.add_argument("--protocols", nargs="+", choices=PROTOCOLS, default=PROTOCOLS, help="which to run (all)")
+    p.add_argument("--templates", help="imagenet7, imagenet80 or a JSON file, instead of each set's own")
+    p.add_argument("--probe", choices=("fast", "exact"), default="fast", help="linear-probe solver (fast)")
+    p.add_argument("--episodes", type=int, default=5000, help="few-shot episodes (5000)")
+    p.add_argument("--seed", type=int, default=0, help="draws the few-shot episodes (0)")
+    p.add_argument("--precision", choices=("float32", "bfloat16", "float16"), default="float32")
+    p.add_argument("--batch-size", type=int, default=128)
+    p.add_argument("--workers", type=int, help="loader processes (up to 8 with a GPU, else none)")
+    p.add_argument("--device", help="cuda, cpu, ... (cuda where there is one)")
+    return p
+
+
+def main() -> None:
+    options = parser().parse_args()
+    with exit_on_input_error():
+        run(options)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Evaluate each model into out/<name>, then print scores and, against the first model, differences."""
+    import safetensors.numpy
+    import torch
+    from rich.console import Console
+
+    import diffclip
+    from diffclip.benchmarks import datasets
+    from diffclip.benchmarks.evaluate import METRICS_FILE, OUTCOMES_FILE, evaluate_clip
+    from diffclip.benchmarks.images import read_json
+
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    suite = datasets.read_suite_file(options.suite) if options.suite else None
+    names = model_names(options.model)
+    scores, outcomes, skipped = {}, {}, {}
+    for name, source in zip(names, options.model):
+        model, preprocess, tokenizer = diffclip.load(source)
+        out = options.out / name
+        scores[name] = evaluate_clip(
+            model.to(device),
+            preprocess,
+            tokenizer,
+            options.data_root,
+            out,
+            suite=suite,
+            protocols=options.protocols,
+            templates=options.templates,
+            probe=options.probe,
+            seed=options.seed,
+            episodes=options.episodes,
+            precision=options.precision,
+            batch_size=options.batch_size,
+            workers=options.workers,
+            cache_dir=options.out / "features",
+        )
+        outcomes[name] = safetensors.numpy.load_file(out / OUTCOMES_FILE)
+        skipped |= read_json(out / METRICS_FILE)["skipped"]
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=140)
+    console.print(table(scores, outcomes))
+    for what, why in skipped.items():
+        console.print(f"skipped {what}: {why}")
+    console.print(f"wrote {', '.join(str(options.out / name / METRICS_FILE) for name in names)}")
+
+
+def model_names(sources: list[str]) -> list[str]:
+    """Return a short name per model: the last part of its path."""
+    names = [Path(source).name or Path(source).resolve().name for source in sources]
+    if len(set(names)) != len(names):
+        raise InputError(f"--model: two models are called {max(names, key=names.count)}; rename one directory")
+    return names
+
+
+def table(scores: dict[str, dict[str, float]], outcomes: dict[str, dict]) -> "Table":
+    """Rows are scores in percent, columns models; from the second on with the difference to the first.
+
+    The difference carries its 95 % paired bootstrap interval; "n.s." says that the interval holds zero.
+    """
+    from rich.table import Table
+
+    from diffclip.benchmarks.significance import paired_bootstrap
+
+    (reference, first), *others = scores.items()
+    result = Table("percent", reference, title="CLIP benchmarks")
+    for name, _ in others:
+        result.add_column(name)
+        result.add_column(f"{name} - {reference}")
+    for key, value in first.items():
+        if key.rsplit("/", 1)[-1] not in SHOWN:
+            continue
+        cells = [key, f"{value:.1f}"]
+        for name, metrics in others:
+            difference = ""
+            if key in outcomes[reference] and key in outcomes[name]:
+                mean, low, high = paired_bootstrap(outcomes[reference][key], outcomes[name][key])
+                verdict = " n.s." if low <= 0 <= high else ""
+                difference = f"{100 * mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]{verdict}"
+            cells += [f"{metrics[key]:.1f}", difference]
+        result.add_row(*cells)
+    return result
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,195 @@
+"""All protocols on all data of a suite for one model: a flat dict of scores, each sample's outcome on disk.
+
+Every picture is encoded once; zero-shot and retrieval use features after the projection, probe and
+few-shot before.
+"""
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from diffclip.benchmarks import PROTOCOLS, datasets, few_shot, linear_probe, mmvp, retrieval, zero_shot
+from diffclip.benchmarks.features import Encoder, save_tensors
+
+METRICS_FILE = "clip_benchmarks.json"
+OUTCOMES_FILE = "clip_outcomes.safetensors"
+
+
+def evaluate_clip(
+    model: nn.Module,
+    preprocess: Callable[[Image.Image], Tensor],
+    tokenizer: Callable[[list[str]], Tensor],
+    data_root: str | Path,
+    out_dir: str | Path,
+    *,
+    suite: datasets.Suite | None = None,
+    protocols: Sequence[str] = PROTOCOLS,
+    templates: str | None = None,
+    probe: str = "fast",
+    seed: int = 0,
+    episodes: int = 5000,
+    precision: str = "float32",
+    batch_size: int = 128,
+    workers: int | None = None,
+    cache_dir: str | Path | None = None,
+    quiet: bool = False,
+) -> dict[str, float]:
+    """Run every protocol that the data allows and return the scores, all in percent.
+
+    Keys: zero_shot/SET/{top1,top5,mean_per_class}, shift/SET/{...} and shift/average,
+    retrieval/[SET/]{text_to_image,image_to_text}/R@{1,5,10}, linear_probe/SET/{accuracy,mean_per_class,C},
+    few_shot/SET/{accuracy,sd,ci95}, mmvp/CATEGORY and mmvp/average.
+
+    Writes `clip_benchmarks.json` (the scores, what they were made with, what was skipped and why) and
+    `clip_outcomes.safetensors` (one number per sample under the name of a score, its mean times 100 is
+    the score).
+
+    Args:
+        model, preprocess, tokenizer: what `diffclip.load` returns; the model may be on any device.
+        data_root: folder that holds the data, laid out as `datasets.suite_from_folder` finds it
+            unless `suite` says.
+        templates: "imagenet7", "imagenet80" or a file for all sets; None takes each set's own
+            templates.json, and imagenet7 where there is none.
+        probe: "exact" for the official linear-probe solver, "fast" for the same minimum in a fraction
+            of the time.
+        seed: draws the few-shot episodes; nothing else here is random.
+        cache_dir: where features are kept, out_dir/features when None.
+
+    Raises:
+        InputError: missing or malformed data, named; raised before any picture is encoded, but for
+        corrupt pictures.
+    """
+    data_root, out_dir = Path(data_root), Path(out_dir)
+    data = datasets.read(data_root, suite or datasets.suite_from_folder(data_root))
+    common = zero_shot.templates(templates) if templates else None
+    encoder = Encoder(
+        model,
+        preprocess,
+        tokenizer,
+        cache_dir=cache_dir or out_dir / "features",
+        precision=precision,
+        batch_size=batch_size,
+        workers=workers,
+        quiet=quiet,
+    )
+    metrics: dict[str, float] = {}
+    outcomes: dict[str, Tensor] = {}
+    skipped: dict[str, str] = {}
+
+    classifiers: dict[str, Tensor] = {}
+    for name, labelled in data.classification.items():
+        prompts = common or labelled.templates or zero_shot.templates("imagenet7")
+        if "zero_shot" in protocols or "shift" in protocols:
+            classifiers[name] = _classifier(encoder, labelled.classnames, prompts)
+        if "zero_shot" in protocols:
+            test = encoder.images(labelled.splits["test"], f"{name} test")
+            found = zero_shot.classify(test.after, classifiers[name], test.labels)
+            _add_classified(f"zero_shot/{name}", found, metrics, outcomes)
+
+    for name, shift in data.shifts.items() if "shift" in protocols else ():
+        shifted = encoder.images(shift.pictures, f"{name} shift")
+        # a shifted set often has fewer classes; only those compete, as is usual for ImageNet-A and -R
+        present, labels = shifted.labels.unique(return_inverse=True)
+        found = zero_shot.classify(shifted.after, classifiers[shift.of][present], labels)
+        _add_classified(f"shift/{name}", found, metrics, outcomes)
+    if data.shifts and "shift" in protocols:
+        metrics["shift/average"] = sum(metrics[f"shift/{name}/top1"] for name in data.shifts) / len(data.shifts)
+
+    for name, captioned in data.retrieval.items() if "retrieval" in protocols else ():
+        prefix = f"retrieval/{name}" if name else "retrieval"
+        ranks = retrieval.ranks(
+            encoder.images(captioned.images, f"{prefix} images").after,
+            encoder.texts(captioned.captions, f"{prefix} captions"),
+            torch.tensor(captioned.owner),
+        )
+        metrics |= {f"{prefix}/{key}": value for key, value in retrieval.recalls(ranks).items()}
+        for direction, rank in ranks._asdict().items():
+            outcomes |= {f"{prefix}/{direction}/R@{k}": rank < k for k in (1, 5, 10)}
+
+    for name, labelled in data.classification.items():
+        wanted = [protocol for protocol in ("linear_probe", "few_shot") if protocol in protocols]
+        if "train" not in labelled.splits:
+            skipped |= {f"{protocol}/{name}": "there is no train split" for protocol in wanted}
+            continue
+        if not wanted:
+            continue
+        rows = {
+            split: (features.before, features.labels)
+            for split, pictures in labelled.splits.items()
+            for features in [encoder.images(pictures, f"{name} {split}")]
+        }
+        if "linear_probe" in protocols:
+            fitted = linear_probe.linear_probe(
+                rows["train"], rows.get("val"), rows["test"], metric=labelled.metric, mode=probe
+            )
+            labels = rows["test"][1]
+            right = zero_shot.ZeroShot(fitted.predicted, labels, None)
+            metrics[f"linear_probe/{name}/accuracy"] = 100 * right.correct.double().mean().item()
+            metrics[f"linear_probe/{name}/mean_per_class"] = right.metrics()["mean_per_class"]
+            metrics[f"linear_probe/{name}/C"] = fitted.C
+            outcomes[f"linear_probe/{name}/accuracy"] = right.correct
+            outcomes[f"linear_probe/{name}/mean_per_class"] = _balanced(right.correct, labels)
+        if "few_shot" in protocols:
+            (train, train_labels), (test, labels) = rows["train"], rows["test"]
+            try:
+                drawn = few_shot.draw(train_labels, labels, episodes=episodes, seed=seed)
+            except ValueError as error:
+                skipped[f"few_shot/{name}"] = str(error)
+                continue
+            accuracy = few_shot.accuracies(train, test, train_labels, labels, drawn)
+            metrics |= {f"few_shot/{name}/{key}": value for key, value in few_shot.summary(accuracy).items()}
+            outcomes[f"few_shot/{name}/accuracy"] = accuracy
+
+    if data.mmvp and "mmvp" in protocols:
+        images = encoder.images(data.mmvp.images, "mmvp images").after
+        statements = [mmvp.PROMPT.replace("{c}", statement) for statement in data.mmvp.statements]
+        similarity = mmvp.similarities(images, encoder.texts(statements, "mmvp statements"))
+        right_pairs = mmvp.right_pairs(similarity)
+        by_category = mmvp.by_category(right_pairs, data.mmvp.categories)
+        metrics |= {f"mmvp/{category}": value for category, value in by_category.items()}
+        metrics["mmvp/average"] = sum(by_category.values()) / len(by_category)
+        numbers = torch.tensor([list(by_category).index(category) for category in data.mmvp.categories])
+        outcomes["mmvp/average"] = _balanced(right_pairs, numbers)
+
+    about = {
+        "weights": encoder.fingerprint,
+        "precision": precision,
+        "templates": templates or "each set's own, else imagenet7",
+        "linear_probe": probe,
+        "few_shot": {"way": 5, "shot": 5, "queries": 6, "episodes": episodes, "seed": seed},
+        "data": str(data_root),
+    }
+    save_tensors(outcomes, out_dir / OUTCOMES_FILE)
+    _write_json(out_dir / METRICS_FILE, {"metrics": metrics, "skipped": skipped, "about": about})
+    return metrics
+
+
+def _classifier(encoder: Encoder, classnames: list[str], templates: list[str]) -> Tensor:
+    features = encoder.texts(zero_shot.prompts(classnames, templates), "prompts")
+    return zero_shot.class_means(features.unflatten(0, (len(classnames), len(templates))))
+
+
+def _add_classified(
+    prefix: str, found: zero_shot.ZeroShot, metrics: dict[str, float], outcomes: dict[str, Tensor]
+) -> None:
+    metrics |= {f"{prefix}/{key}": value for key, value in found.metrics().items()}
+    outcomes[f"{prefix}/top1"] = found.correct
+    if found.top5 is not None:
+        outcomes[f"{prefix}/top5"] = found.top5
+    outcomes[f"{prefix}/mean_per_class"] = _balanced(found.correct, found.labels)
+
+
+def _balanced(correct: Tensor, labels: Tensor) -> Tensor:
+    """Weigh outcomes so that their plain mean is the mean over classes."""
+    return correct * zero_shot.balanced_weights(labels)
+
+
+def _write_json(path: Path, content: object) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(temporary, path)

@@ -1,0 +1,253 @@
+"""All protocols end to end: an oracle scores 100 on every format, a blind model is at chance, bad data is named."""
+
+import io
+import json
+import sys
+import tarfile
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import nn
+
+import diffclip
+from diffclip.benchmarks import __main__ as command
+from diffclip.benchmarks import datasets, evaluate_clip
+from diffclip.errors import InputError
+
+COLOURS = {
+    "red": (250, 0, 0),
+    "lime": (0, 250, 0),
+    "blue": (0, 0, 250),
+    "white": (250,) * 3,
+    "black": (0,) * 3,
+    "pink": (250, 0, 250),
+}
+
+
+class Oracle(nn.Module):
+    """Sees the colour of a picture and reads the colour word of a text; `blind` sees nothing."""
+
+    def __init__(self, blind=False):
+        super().__init__()
+        self.model_config = {"blind": blind}  # not in the weights, yet the feature cache must tell them apart
+        self.visual = nn.Module()
+        self.visual.trunk = lambda images: images.mean(dim=(2, 3)).sub(0.5) * (0 if blind else 1) + 0.01
+        self.visual.head = nn.Identity()
+        self.colours = nn.Parameter(torch.tensor([*COLOURS.values()]) / 250 - 0.5)
+
+    def encode_text(self, ids):
+        return self.colours[ids[:, 0]]
+
+
+def tokenizer(texts):
+    return torch.tensor([[next(i for i, colour in enumerate(COLOURS) if colour in text.split())] for text in texts])
+
+
+def preprocess(image):
+    return torch.tensor(list(image.resize((2, 2)).getdata()), dtype=torch.float32).T.reshape(3, 2, 2) / 250
+
+
+def paint(path, colour, shade=0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (8, 8), tuple(min(255, value + shade) for value in COLOURS[colour])).save(path)
+
+
+@pytest.fixture
+def root(tmp_path):
+    root = tmp_path / "data"
+    for split, count in (("train", 6), ("val", 2), ("test", 7)):
+        for colour in COLOURS:
+            for i in range(count):
+                paint(root / "classification" / "colour" / split / f"{colour}_thing" / f"{i}.png", colour, i)
+    (root / "classification/colour/classnames.json").write_text(json.dumps([f"{c} thing" for c in reversed(COLOURS)]))
+    (root / "classification/colour/templates.json").write_text('["a {c} here", "{c}"]')
+    for colour in ("lime", "pink", "black"):  # a subset of the classes
+        paint(root / "shifts" / "dim" / f"{colour}_thing" / "0.png", colour, 5)
+    (root / "retrieval").mkdir()
+    with tarfile.open(root / "retrieval/00000.tar", "w") as tar:
+        for number, (colour, value) in enumerate(COLOURS.items()):
+            buffer = io.BytesIO()
+            Image.new("RGB", (8, 8), value).save(buffer, "PNG")
+            texts = f"the {colour} one\nall {colour}\n".encode()
+            for suffix, content in (("png", buffer.getvalue()), ("txt", texts)):
+                info = tarfile.TarInfo(f"{number}.{suffix}")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    rows = ["Question ID,Type,Statement"]
+    for number, colour in enumerate(COLOURS, start=1):
+        category = "Warm" if number < 3 else "Cold"
+        paint(root / "mmvp" / "MMVP VLM Images" / category / f"{number}.png", colour)
+        rows.append(f"{number},{category},{colour}")
+    (root / "mmvp/Questions.csv").write_text("\n".join(rows))
+    return root
+
+
+def evaluate(root, out, model=None, **options):
+    return evaluate_clip(model or Oracle(), preprocess, tokenizer, root, out, quiet=True, episodes=50, **options)
+
+
+def test_an_oracle_scores_100_everywhere(root, tmp_path):
+    metrics = evaluate(root, tmp_path / "out")
+    scores = {key: value for key, value in metrics.items() if key.rsplit("/", 1)[-1] not in ("C", "sd", "ci95")}
+    assert set(scores.values()) == {100.0}
+    assert set(scores) == {
+        *(f"zero_shot/colour/{score}" for score in ("top1", "top5", "mean_per_class")),
+        *("shift/dim/top1", "shift/dim/mean_per_class", "shift/average"),
+        *(f"retrieval/{way}/R@{k}" for way in ("text_to_image", "image_to_text") for k in (1, 5, 10)),
+        *("linear_probe/colour/accuracy", "linear_probe/colour/mean_per_class", "few_shot/colour/accuracy"),
+        *("mmvp/Warm", "mmvp/Cold", "mmvp/average"),
+    }
+
+
+def test_a_blind_model_is_at_chance(root, tmp_path):
+    metrics = evaluate(root, tmp_path / "out", Oracle(blind=True))
+    assert metrics["zero_shot/colour/top1"] == pytest.approx(100 / 6)
+    assert metrics["zero_shot/colour/top5"] == pytest.approx(500 / 6)
+    assert metrics["shift/dim/top1"] == pytest.approx(100 / 3)
+    assert metrics["retrieval/text_to_image/R@1"] == pytest.approx(100 / 6)
+    assert metrics["linear_probe/colour/accuracy"] == pytest.approx(100 / 6)
+    assert metrics["few_shot/colour/accuracy"] == pytest.approx(20)
+    assert metrics["mmvp/average"] == 0
+
+
+def test_outcomes_average_to_the_scores_and_a_rerun_repeats_them(root, tmp_path):
+    metrics = evaluate(root, tmp_path / "out")
+    outcomes = load_file(tmp_path / "out/clip_outcomes.safetensors")
+    for key, values in outcomes.items():
+        assert 100 * values.double().mean().item() == pytest.approx(metrics[key])
+    assert len(outcomes["zero_shot/colour/top1"]) == 42
+    assert len(outcomes["retrieval/text_to_image/R@1"]) == 12
+    assert set(metrics) - set(outcomes) >= {"mmvp/Warm"}
+    stored = json.loads((tmp_path / "out/clip_benchmarks.json").read_text())
+    assert stored["metrics"] == metrics == evaluate(root, tmp_path / "out")
+
+
+def test_only_what_is_asked_and_possible_runs(root, tmp_path):
+    found = evaluate(root, tmp_path / "out", protocols=["shift", "mmvp"])
+    assert {key.split("/")[0] for key in found} == {"shift", "mmvp"}
+    for split in ("train", "val"):
+        (root / "classification/colour" / split).rename(tmp_path / split)
+    found = evaluate(root, tmp_path / "out")
+    assert "zero_shot/colour/top1" in found and "linear_probe/colour/accuracy" not in found
+    skipped = json.loads((tmp_path / "out/clip_benchmarks.json").read_text())["skipped"]
+    assert set(skipped) == {"linear_probe/colour", "few_shot/colour"}
+
+
+def test_a_suite_file_gives_the_same_as_the_layout(root, tmp_path):
+    (root / "classification/colour").rename(root / "elsewhere")
+    (root / "shifts/dim").rename(root / "other")
+    suite = tmp_path / "suite.yaml"
+    suite.write_text(
+        "classification: {colour: {folder: elsewhere, metric: mean_per_class}}\n"
+        "shifts: {dim: {folder: other, of: colour}}\n"
+        "retrieval: {flags: {path: retrieval/00000.tar}}\n"
+    )
+    found = evaluate(root, tmp_path / "out", suite=datasets.read_suite_file(suite))
+    assert (
+        found["zero_shot/colour/top1"] == found["shift/dim/top1"] == found["retrieval/flags/image_to_text/R@1"] == 100
+    )
+
+
+@pytest.mark.parametrize(
+    "suite,message",
+    [
+        ({"pictures": {}}, "unknown key pictures"),
+        ({"classification": {"a": {"folder": "x", "metrics": "y"}}}, "classification a: unknown key metrics"),
+        ({"retrieval": {"a": {}}}, "retrieval a: path is missing"),
+        ({"classification": {"a": {"folder": "gone"}}}, "gone does not exist"),
+        ({"shifts": {"a": {"folder": "shifts/dim"}}}, "no classification set has all of its classes"),
+        ({"shifts": {"a": {"folder": "shifts/dim", "of": "b"}}}, "not a classification set"),
+        ({"classification": {"a": {"folder": "classification/colour", "metric": "f1"}}}, "metric f1"),
+    ],
+)
+def test_bad_suites_are_named(root, suite, message):
+    with pytest.raises(InputError, match=message):
+        datasets.read(root, suite)
+
+
+def rename_class(root):
+    (root / "classification/colour/test/red_thing").rename(root / "classification/colour/test/green_thing")
+
+
+def empty_class(root):
+    (root / "classification/colour/val/novel").mkdir()
+    names = json.loads((root / "classification/colour/classnames.json").read_text())
+    (root / "classification/colour/classnames.json").write_text(json.dumps([*names, "novel"]))
+
+
+def no_prompt(root):
+    (root / "classification/colour/classnames.json").write_text('["red thing", ""]')
+
+
+def not_trained(root):
+    (root / "classification/colour/train/red_thing").rename(root / "moved")
+
+
+def no_data(root):
+    for part in ("classification", "shifts", "retrieval", "mmvp"):
+        (root / part).rename(root.parent / part)
+
+
+def corrupt(root):
+    (root / "shifts/dim/pink_thing/0.png").write_bytes(b"not a picture")
+
+
+@pytest.mark.parametrize(
+    "spoil,message",
+    [
+        (rename_class, "test/green_thing has no prompt name"),
+        (empty_class, "val/novel holds no images"),
+        (no_prompt, "classnames.json.*no prompt name"),
+        (not_trained, "train has no pictures of 'red thing'"),
+        (no_data, "holds none of classification/"),
+        (corrupt, "pink_thing/0.png cannot be read as an image"),
+    ],
+)
+def test_bad_data_is_named(root, tmp_path, spoil, message):
+    spoil(root)
+    with pytest.raises(InputError, match=message):
+        evaluate(root, tmp_path / "out")
+
+
+def test_class_names_as_an_object_and_without_a_file(root):
+    path = root / "classification/colour/classnames.json"
+    path.write_text(json.dumps({f"{c}_thing": f"a {c} THING" for c in COLOURS}))
+    read = datasets.read(root, datasets.suite_from_folder(root)).classification["colour"]
+    assert read.classnames[0] == "a red THING"
+    assert read.splits["test"].labels[-1] == 3  # the last folder is white_thing
+    path.unlink()
+    read = datasets.read(root, datasets.suite_from_folder(root)).classification["colour"]
+    assert read.classnames[0] == "black thing"
+
+
+def test_real_folders(shared_data):
+    root = shared_data("cifar10").parent
+    suite = {
+        "classification": {"cifar10": {"folder": "cifar10"}, "fashion": {"folder": "fashion/imagefolder"}},
+        "retrieval": {"flickr8k": {"path": "flickr8k/retrieval_dev/wds"}},
+    }
+    data = datasets.read(root, suite)
+    assert len(data.classification["cifar10"].classnames) == 10
+    assert "Casual Shoes" in data.classification["fashion"].classnames
+    assert len(data.classification["fashion"].splits["test"]) == 600
+    assert len(data.retrieval["flickr8k"].captions) == 5000
+
+
+def test_command_line_compares_models(root, tmp_path, monkeypatch, capsys):
+    models = {"sighted": Oracle(), "blind": Oracle(blind=True)}
+    monkeypatch.setattr(
+        diffclip, "load", lambda path: (models[path.split("/")[-1]], preprocess, tokenizer), raising=False
+    )
+    arguments = ["--model", "runs/sighted", "runs/blind", "--data-root", str(root), "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", ["benchmarks", *arguments, "--episodes", "50"])
+    command.main()
+    lines = capsys.readouterr().out.splitlines()
+    row = next(line for line in lines if "zero_shot/colour/top1" in line)
+    assert "100.0" in row and "16.7" in row and "-83.3 [" in row and "n.s." not in row
+    assert (tmp_path / "out/blind/clip_benchmarks.json").exists()
+    monkeypatch.setattr(sys, "argv", ["benchmarks", *arguments, "--data-root", "nowhere"])
+    with pytest.raises(SystemExit, match="2"):
+        command.main()
+    assert capsys.readouterr().err == "error: nowhere does not exist: give the folder that holds the benchmark data\n"
