@@ -19,7 +19,7 @@ class Ranks(NamedTuple):
 
 
 @torch.no_grad()
-def ranks(image_features: Tensor, text_features: Tensor, text_owner: Tensor, block: int = 1024) -> Ranks:
+def ranks(image_features: Tensor, text_features: Tensor, text_owner: Tensor, block: int = 256) -> Ranks:
     """Rank by cosine similarity; equal similarities are ordered by row, so a collapsed model stays at chance.
 
     Args:
