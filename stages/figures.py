@@ -40,6 +40,7 @@ STYLE = {
     "grid.color": GRID,
     "text.color": INK,
     "figure.facecolor": PAPER,
+    "figure.constrained_layout.use": True,  # every figure keeps its width, so text has one size on the page
     "legend.frameon": False,
     "legend.labelcolor": INK,
 }
@@ -73,11 +74,11 @@ def figures(arms: Arms, directory: Path) -> list[tuple[str, str, str]]:
             figure = draw()
             try:
                 svg = io.StringIO()
-                figure.savefig(svg, format="svg", bbox_inches="tight", metadata={"Date": None})
+                figure.savefig(svg, format="svg", metadata={"Date": None})
                 directory.mkdir(parents=True, exist_ok=True)
                 for suffix in ("svg", "png"):
                     temporary = directory / f"{name}.tmp"
-                    figure.savefig(temporary, format=suffix, dpi=300, bbox_inches="tight", metadata=_no_date(suffix))
+                    figure.savefig(temporary, format=suffix, dpi=300, metadata=_no_date(suffix))
                     os.replace(temporary, directory / f"{name}.{suffix}")
             finally:
                 plt.close(figure)
@@ -115,7 +116,7 @@ def _plans(arms: Arms) -> Iterator[tuple[str, str, Callable[[], "Figure"]]]:
             key, row = next((pair for pair in keys if pair[1] in ("average", "mean")), keys[0])
             tasks.append((f"{label}, {row}" if heading.startswith("Retrieval") else label, key))
     if tasks:
-        caption = "One number a task: the average where there are several sets, else the only one."
+        caption = "One number a task: the average over its sets, R@1 for retrieval."
         yield "tasks", caption, lambda: bars(arms, tasks)
     for heading, name, caption in (
         ("Distribution shifts, zero-shot top-1", "shifts", "Zero-shot accuracy on shifted versions of the test set."),
@@ -127,10 +128,11 @@ def _plans(arms: Arms) -> Iterator[tuple[str, str, Callable[[], "Figure"]]]:
         yield "pope", "POPE accuracy (bars) beside its controls (marks).", lambda: pope_bars(arms)
     for stage in STAGES:
         if any(r.curve for r in arms.runs if r.stage == stage):
-            caption = f"Training loss of {stage}" + (
-                ", each seed a line." if stage != "language" else ", each run a line."
+            yield (
+                f"loss-{stage}",
+                f"Training loss of {stage}, each run a line.",
+                lambda stage=stage: curves(arms, stage, "loss"),
             )
-            yield f"loss-{stage}", caption, lambda stage=stage: curves(arms, stage, "loss")
     if any("logit_scale" in line for r in arms.runs for line in r.curve):
         yield (
             "logit-scale",
@@ -174,11 +176,11 @@ def pope_bars(arms: Arms) -> "Figure":
     import matplotlib.pyplot as plt
     from matplotlib.lines import Line2D
 
-    figure, axes = plt.subplots(figsize=(WIDTH, 2.8))
+    figure, axes = plt.subplots(figsize=(WIDTH, 3.0))
     count = len(arms.models)
     width = 0.8 / count
     splits = (*POPE_SPLITS, "mean")
-    marks = (("pope_blind", "best rule without the image", "D"), ("pope_shuffled", "images shuffled", "o"))
+    marks = (("pope_blind", "blind rule", "D"), ("pope_shuffled", "images shuffled", "o"))
     for j, model in enumerate(arms.models):
         for i, split in enumerate(splits):
             x = i + (j - (count - 1) / 2) * width
@@ -188,7 +190,8 @@ def pope_bars(arms: Arms) -> "Figure":
                 axes.bar(x, mean, width * 0.9, color=colour_of(arms, model))
                 if sd is not None:
                     axes.errorbar(x, mean, yerr=sd, color=INK, linewidth=1, capsize=2)
-                axes.text(x, mean + (sd or 0) + 1.5, f"{mean:.1f}", ha="center", fontsize=7.5)
+                if count <= 3:  # more would overlap; the table has them
+                    axes.text(x, 3, f"{mean:.1f}", ha="center", fontsize=7.5, color=PAPER)
             for group, _, shape in marks:
                 control = list(arms.scores(model, f"{group}/{split}/accuracy").values())
                 if control:
@@ -197,7 +200,7 @@ def pope_bars(arms: Arms) -> "Figure":
     axes.set_xticks(range(len(splits)), splits)
     axes.tick_params(axis="x", length=0, labelcolor=INK)
     axes.tick_params(axis="y", labelcolor=MUTED)
-    axes.set_ylim(0, 109)
+    axes.set_ylim(0, 103)
     axes.set_yticks(range(0, 101, 25))
     axes.set_ylabel("accuracy, %")
     axes.grid(axis="y", linewidth=0.6)

@@ -69,7 +69,7 @@ def write_report(arms: Arms, out: Path) -> Path:
 
 
 def title(arms: Arms) -> str:
-    return " and ".join(arms.models) or "Runs without a model"
+    return " and ".join(arms.models)
 
 
 def subtitle(arms: Arms) -> str:
@@ -87,7 +87,11 @@ def markdown(arms: Arms, figures: list[tuple[str, str]]) -> str:
     if stand_in(arms):
         parts.append("**The language model is a stand-in taught on a little text; it is not Qwen2.5-0.5B-Instruct.**")
     parts += ["## What was run", _table(setup(arms))]
-    parts.append("\n".join(f"- {'ok' if ok else 'CAUTION'}: {_escape(text)}" for ok, text in checks(arms)))
+    parts.append(
+        "\n".join(
+            f"- {'ok' if ok else 'unknown' if ok is None else 'CAUTION'}: {_escape(text)}" for ok, text in checks(arms)
+        )
+    )
     if arms.problems:
         parts.append("\n".join(f"- {_escape(problem)}." for problem in arms.problems))
     parts += ["## Comparison", "Percentages; differences in points.", _table(comparison(arms))]
@@ -124,7 +128,7 @@ def _escape(text: str) -> str:
 
 def csv_table(arms: Arms) -> str:
     """The comparison for machines: percentages with four decimals, number of seeds, sd, differences."""
-    first, *rest = arms.models or [""]
+    first, *rest = arms.models
     columns = ["section", "benchmark", "metric"]
     columns += [f"{m} {what}" for m in arms.models for what in ("mean", "sd", "seeds")]
     columns += [f"{m} - {first} {what}" for m in rest for what in ("mean", "sd", "seeds")]
@@ -154,6 +158,8 @@ def print_table(arms: Arms) -> None:
 
     table = comparison(arms)
     shown = RichTable(title="Comparison (%)", title_justify="left")
+    if len(arms.models) == 2:
+        table.columns[-1] = "difference"  # leaves room on a narrow terminal
     for i, column in enumerate(table.columns):
         shown.add_column(Text(column), justify="right" if i else "left")
     for row in table.rows:

@@ -19,7 +19,6 @@ from diffclip.errors import InputError
 
 STAGES = ("language", "pretrain", "align", "instruct", "evaluate")
 POPE_SPLITS = ("random", "popular", "adversarial")
-POPE_CONTROLS = ("pope_blind", "pope_shuffled", "pope_always_yes")
 # Groups whose average over their sets is a row of its own: key pattern with {} for the set, key of the average.
 AVERAGED = (
     ("linear_probe/{}/accuracy", "linear_probe/average/accuracy"),
@@ -79,7 +78,7 @@ class Arms:
     def __post_init__(self) -> None:
         names = {run.model for run in self.runs if run.model}
         # CLIP, DiffCLIP, DiffCLIP-star, DiffCLIP-dagger: the shorter name is the plainer variant
-        self.models = sorted(names, key=lambda n: (not n.startswith("CLIP"), len(n), n))
+        self.models = sorted(names, key=lambda n: (not n.startswith("CLIP"), len(n), n)) or ["(no model yet)"]
 
     def seeds(self, model: str) -> list[str]:
         found = {run.seed for run in self.runs if run.model == model}
@@ -193,8 +192,10 @@ def add_averages(arms: Arms) -> None:
         sets = [k for k in keys if k.startswith(before) and k.endswith(after) and k != name]
         if len(sets) >= 2:
             _add_average(arms, sets, name)
-    for pattern in ("pope/{}/f1", *(f"{p}/{{}}/accuracy" for p in ("pope", *POPE_CONTROLS))):
-        _add_average(arms, [pattern.format(split) for split in POPE_SPLITS], pattern.format("mean"))
+    for key in keys:
+        if re.fullmatch(rf"pope\w*/{POPE_SPLITS[0]}/(?!questions)[^/]+", key):
+            parts = [key.replace(f"/{POPE_SPLITS[0]}/", f"/{split}/") for split in POPE_SPLITS]
+            _add_average(arms, parts, key.replace(f"/{POPE_SPLITS[0]}/", "/mean/"))
 
 
 def _add_average(arms: Arms, keys: list[str], name: str) -> None:

@@ -56,7 +56,8 @@ table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabu
 th, td { padding: .28rem .9rem .28rem 0; text-align: right; vertical-align: top; }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--paper);
   min-width: 7.5rem; font-weight: 400; }
-td { white-space: nowrap; } thead th { font-weight: 600; border-bottom: 2px solid var(--ink); vertical-align: bottom; }
+td { white-space: nowrap; }
+thead th, thead th:first-child { font-weight: 600; border-bottom: 2px solid var(--ink); vertical-align: bottom; }
 tbody tr:not(.heading) { border-bottom: 1px solid var(--grid); }
 tr.heading th { text-align: left; font-weight: 600; padding-top: .9rem; }
 table.prose td { white-space: normal; text-align: left; min-width: 9rem; max-width: 30rem; overflow-wrap: anywhere; }
@@ -64,6 +65,8 @@ table.prose thead th { text-align: left; }
 .notes { padding-left: 1.4rem; max-width: 46rem; }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 25rem), 1fr)); gap: 1.5rem 2rem;
   align-items: start; }
+.beside { display: grid; grid-template-columns: minmax(0, 1fr); gap: 0 2.5rem; align-items: start; }
+@media (min-width: 62rem) { .beside { grid-template-columns: minmax(0, max-content) minmax(22rem, 1fr); } }
 figure { margin: .6rem 0; min-width: 0; max-width: 34rem; }
 figure svg { width: 100%; height: auto; display: block; overflow: visible;
   font-family: system-ui, -apple-system, "Segoe UI", Roboto, "Liberation Sans", sans-serif; }
@@ -141,15 +144,16 @@ Qwen2.5-0.5B-Instruct, and its answers say nothing about what that model would r
 
 <h2 id="comparison">Comparison</h2>
 <p class="muted">Percentages; higher is better. Differences are in percentage points.</p>
-{{ grid(comparison, "Comparison") }}
-{{ chart(["tasks", "shifts", "mmvp"]) }}
+<div class="beside"><div>{{ grid(comparison, "Comparison") }}</div>
+{{ chart(["tasks", "shifts", "mmvp"]) }}</div>
 
 <h2 id="pope">POPE with its controls</h2>
-<p>Does the model see an object, or guess from its name? A model that looks at the picture beats the best rule that
-never sees one, and loses its lead when the pictures are shuffled among the questions.</p>
+<p>Does the model see an object, or guess from its name? A model that looks at the picture beats the blind rule, the
+best answer for each object's name without any picture, and loses its lead when the pictures are shuffled among the
+questions.</p>
 {{ marked(verdicts, "verdicts") }}
-{{ chart(["pope"]) }}
-{{ grid(pope, "POPE with its controls") }}
+<div class="beside"><div>{{ grid(pope, "POPE with its controls") }}</div>
+{{ chart(["pope"]) }}</div>
 
 <h2 id="curves">Training curves</h2>
 {% if figures|selectattr(0, "in", curve_names)|list %}{{ chart(["loss", "logit"]) }}

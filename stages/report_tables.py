@@ -30,16 +30,17 @@ SECTIONS = (
     ("POPE, accuracy", r"pope/(random|popular|adversarial|mean)/accuracy", True),
     ("POPE, F1", r"pope/(random|popular|adversarial|mean)/f1", False),
 )
+SHIFTS = ("v2", "a", "r", "sketch")  # as in the paper's Table 4
 POPE_ROWS = (
     ("accuracy", "pope/{}/accuracy"),
-    ("control: best rule without the image", "pope_blind/{}/accuracy"),
-    ("control: images shuffled", "pope_shuffled/{}/accuracy"),
-    ("control: always yes", "pope_always_yes/{}/accuracy"),
+    ("blind rule (control)", "pope_blind/{}/accuracy"),
+    ("images shuffled (control)", "pope_shuffled/{}/accuracy"),
+    ("always yes (control)", "pope_always_yes/{}/accuracy"),
     ("precision", "pope/{}/precision"),
     ("recall", "pope/{}/recall"),
     ("F1", "pope/{}/f1"),
-    ("answers that are yes", "pope/{}/yes_rate"),
-    ("answers that are neither", "pope/{}/invalid_rate"),
+    ("yes rate", "pope/{}/yes_rate"),
+    ("invalid rate", "pope/{}/invalid_rate"),
 )
 # Settings that name files or the arm itself; everything else must be equal for the arms to be comparable.
 OWN_SETTINGS = {"model", "output_dir", "seed", "vision_tower", "language_model", "clip", "mllm"}
@@ -82,9 +83,10 @@ def comparison_keys(arms: Arms) -> list[tuple[str, list[tuple[str, str]]]]:
 
 
 def _place(name: str) -> tuple:
-    """Sets as their names sort, R@10 after R@5, POPE's splits as published, averages last."""
-    split = POPE_SPLITS.index(name) if name in POPE_SPLITS else 0
-    return name in ("average", "mean"), split, re.sub(r"\d+", lambda digits: digits[0].zfill(4), name)
+    """Published order of POPE's splits and of the shifts, R@10 after R@5, else by name; averages last."""
+    known = (*POPE_SPLITS, *SHIFTS)
+    fixed = known.index(name) if name in known else len(known)
+    return name in ("average", "mean"), fixed, re.sub(r"\d+", lambda digits: digits[0].zfill(4), name)
 
 
 def comparison(arms: Arms) -> Table:
@@ -120,10 +122,13 @@ def paired_differences(arms: Arms, first: str, other: str, key: str) -> list[flo
 
 def evidence(arms: Arms) -> str:
     """What the number of seeds allows to be said about differences."""
-    seeds = {model: len(arms.seeds(model)) for model in arms.models}
     if len(arms.models) < 2:
         return "There is one model, so nothing is compared."
-    if min(seeds.values()) < 2:
+    evaluated = [{r.seed for r in arms.of("evaluate", model) if r.metrics} for model in arms.models]
+    common = min(len(evaluated[0] & other) for other in evaluated[1:])
+    if common == 0:
+        return "Not every model has been evaluated at a seed that the first model has, so the comparison has gaps."
+    if common == 1:
         return (
             "With one seed, the differences between the arms are not significant evidence: another seed may turn "
             "their sign. Run at least three seeds before reading anything into them."
@@ -193,54 +198,37 @@ def setup(arms: Arms) -> Table:
         if any(cell != DASH for cell in cells):
             table.rows.append([label, *cells])
 
-    def of(stage: str, *keys: str, show: Callable[[Any], str] = str) -> Callable[[str], str]:
-        def fact(model: str) -> str:
-            runs = arms.latest(stage, model)
-            values = [next((s[k] for s in (r.record, r.config) for k in keys if k in s), None) for r in runs]
-            return distinct(show(v) for v in values if v is not None)
-
-        return fact
+    def of(stage: str, fact: Callable[[RunDir], str]) -> Callable[[str], str]:
+        return lambda model: distinct(fact(run) for run in arms.latest(stage, model))
 
     table.rows.append(["seeds", *(distinct(arms.seeds(model)) for model in arms.models)])
-    table.rows.append(["Pretraining"])
-    row("initialisation", of("pretrain", "init"))
-    row("parameters", of("pretrain", "parameters", show=number))
-    row("data", lambda m: distinct(data_of(r) for r in arms.latest("pretrain", m)))
-    row("image-text pairs", of("pretrain", "pairs", show=number))
-    row("epochs", of("pretrain", "epochs"))
-    row("steps", of("pretrain", "steps", show=number))
-    row("batch", of("pretrain", "global_batch_size", show=number))
-    row("final loss", lambda m: final_loss(arms.latest("pretrain", m)))
-    table.rows.append(["Multimodal training"])
-    row("language model", lambda m: distinct(language_model(arms, r) for r in arms.latest("align", m)))
-    for stage in ("align", "instruct"):
-        row(f"{stage}: learns", lambda m, stage=stage: distinct(learns(r) for r in arms.latest(stage, m)))
-        row(f"{stage}: data", lambda m, stage=stage: distinct(data_of(r) for r in arms.latest(stage, m)))
-        row(f"{stage}: conversations", of(stage, "conversations", show=number))
-        row(f"{stage}: steps", of(stage, "steps", show=number))
-        row(f"{stage}: batch", of(stage, "global_batch_size", show=number))
-        row(f"{stage}: final loss", lambda m, stage=stage: final_loss(arms.latest(stage, m)))
-    table.rows.append(["Stages: state, mean time"])
+    row("parameters", of("pretrain", lambda r: number(r.record["parameters"]) if "parameters" in r.record else ""))
+    row("initialisation", of("pretrain", lambda r: str(r.config.get("init", ""))))
+    row("language model", of("align", lambda r: language_model(arms, r)))
     for stage in STAGES[1:]:
-        table.rows.append([stage, *(progress(arms, stage, model) for model in arms.models)])
+        table.rows.append([stage.capitalize()])
+        row("state, time", lambda model, stage=stage: progress(arms.latest(stage, model), len(arms.seeds(model))))
+        row("learns", of(stage, learns))
+        row("data", of(stage, data_of))
+        row("budget", of(stage, budget))
+        row("final loss", lambda model, stage=stage: final_loss(arms.latest(stage, model)))
     shared = [r for r in arms.runs if r.stage == "language"]
     if shared:
-        times = distinct(f"{r.state}, {duration(r.record.get('wall_seconds'))}, seed {r.seed}" for r in shared)
-        table.rows.append(["language (shared by all)", *[times] * len(arms.models)])
+        table.rows.append(["Language (shared by all models)"])
+        seeds = {seed for model in arms.models for seed in arms.seeds(model)}
+        for label, fact in (("state, time", progress(shared, len(seeds))), ("budget", distinct(map(budget, shared)))):
+            table.rows.append([label, *[fact] * len(arms.models)])
     table.rows.append(["Machine"])
     every = {m: [r for r in arms.runs if r.model == m] for m in arms.models}
     row("hardware", lambda m: distinct(str(r.record.get("hardware", "")) for r in every[m]))
     row("source", lambda m: distinct(str(r.record.get("git", "")) for r in every[m]))
     row("software", lambda m: distinct(versions(r) for r in every[m]))
-    headings = [i for i, r in enumerate(table.rows) if len(r) == 1]
-    empty = [i for i in headings if i + 1 == len(table.rows) or len(table.rows[i + 1]) == 1]
-    table.rows = [r for i, r in enumerate(table.rows) if i not in empty]
     return table
 
 
-def checks(arms: Arms) -> list[tuple[bool, str]]:
-    """(passed, sentence) for what must hold before the arms may be compared."""
-    results = []
+def checks(arms: Arms) -> list[tuple[bool | None, str]]:
+    """(passed or None for unknown, sentence) for what must hold before the arms may be compared."""
+    results: list[tuple[bool | None, str]] = []
     if len(arms.models) > 1:
         seeds = {model: arms.seeds(model) for model in arms.models}
         same = len({tuple(s) for s in seeds.values()}) == 1
@@ -263,7 +251,9 @@ def checks(arms: Arms) -> list[tuple[bool, str]]:
     return results
 
 
-def equal_settings(arms: Arms) -> tuple[bool, str]:
+def equal_settings(arms: Arms) -> tuple[bool | None, str]:
+    if unknown := [r.name for r in arms.runs if r.model and not r.config]:
+        return None, f"No settings (config.yaml) to compare in: {'; '.join(unknown)}."
     differ = []
     for stage in STAGES[1:]:
         configs = [(r.model, r.config) for r in arms.runs if r.stage == stage and r.config]
@@ -276,13 +266,15 @@ def equal_settings(arms: Arms) -> tuple[bool, str]:
     return True, "Same settings for every arm in every stage (the model, paths and seed apart)."
 
 
-def equal_data(arms: Arms) -> tuple[bool, str]:
+def equal_data(arms: Arms) -> tuple[bool | None, str]:
     seen: dict[tuple[str, str, str], set[str]] = {}
     for run in arms.runs:
         for role, value in run.get("inputs").items():
             if role.split("[")[0] in DATA_SETTINGS and run.model:
                 seen.setdefault((run.stage, run.seed, role), set()).add(str(as_dict(value).get("digest")))
     differ = sorted({f"{stage} {role.split('[')[0]}" for (stage, _, role), d in seen.items() if len(d) > 1})
+    if not seen:
+        return None, "No run recorded the data that it read."
     if differ:
         return False, f"At the same seed the arms read other data: {', '.join(differ)}."
     return True, "Same data for every arm at the same seed (by digest)."
@@ -369,23 +361,35 @@ def duration(seconds: Any) -> str:
     return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
-def progress(arms: Arms, stage: str, model: str) -> str:
+def progress(runs: list[RunDir], seeds: int) -> str:
     """ "finished, 2.1 min", or how many of the seeds got there."""
-    runs, seeds = arms.latest(stage, model), arms.seeds(model)
     if not runs:
         return "not run"
     done = [r for r in runs if r.state == "finished"]
     times = [r.record.get("wall_seconds") for r in done if is_number(r.record.get("wall_seconds"))]
     time = f", {duration(mean_sd(times)[0])}" if times else ""
-    if len(done) == len(seeds):
+    if len(done) >= seeds:
         return f"finished{time}"
     rest = distinct(r.state for r in runs if r.state != "finished")
-    return f"{len(done)} of {len(seeds)} finished{time}" + (f"; {rest}" if rest != DASH else "")
+    return f"{len(done)} of {seeds} finished{time}" + (f"; {rest}" if rest != DASH else "")
 
 
 def learns(run: RunDir) -> str:
     names = run.record.get("learns") or []
     return " + ".join(f"{n} ({number(run.get('parameters').get(n, DASH))})" for n in names if isinstance(n, str))
+
+
+def budget(run: RunDir) -> str:
+    """ "20,000 pairs × 3 epochs = 234 steps of 256", as far as the run says so."""
+    counts = [
+        f"{number(run.record[what])} {what}" for what in ("pairs", "conversations", "tokens") if what in run.record
+    ]
+    if counts and "epochs" in run.config:
+        counts[0] += f" × {run.config['epochs']} epochs"
+    steps = f"{number(run.record['steps'])} steps" if "steps" in run.record else ""
+    if steps and "global_batch_size" in run.config:
+        steps += f" of {number(run.config['global_batch_size'])}"
+    return " = ".join(filter(None, [*counts[:1], steps]))
 
 
 def final_loss(runs: list[RunDir]) -> str:

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -16,7 +17,8 @@ from PIL import Image
 from diffclip.errors import InputError
 from stages.report import build_report, main
 from stages.report_data import gather
-from stages.report_tables import comparison, percent, pope_verdict
+from stages.report_examples import picture
+from stages.report_tables import checks, comparison, evidence, percent, pope_verdict, setup, stand_in
 
 SPLITS = ("random", "popular", "adversarial")
 
@@ -157,7 +159,7 @@ class Page(HTMLParser):
 
     def handle_data(self, data):
         if not self.open or self.open[-1] not in ("style", "script"):
-            self.text += data
+            self.text += f" {data}"
 
     @property
     def words(self) -> str:
@@ -190,7 +192,365 @@ def test_page_shows_every_score_and_difference(quickstart):
     rows = rows_of(comparison(gather([runs])))
     assert rows["Zero-shot classification, top-1 / shape"] == ["60.0", "61.3", "+1.3"]
     assert rows["Zero-shot classification, top-1 / average"] == ["65.0", "66.3", "+1.3"]
+    assert rows["Distribution shifts, zero-shot top-1 / average"] == ["40.0", "41.3", "+1.3"]
     assert rows["POPE, accuracy / mean"] == ["79.0", "79.0", "0.0"]
     page = Page(out / "index.html")
     for name, cells in rows.items():
         assert " ".join([name.split(" / ")[1], *cells]) in page.words
+
+
+def test_sections_stand_in_the_papers_order(quickstart):
+    rows = list(rows_of(comparison(gather([quickstart[0]]))))
+    headings = list(dict.fromkeys(row.split(",")[0] for row in rows))
+    assert headings == [
+        "Linear probe",
+        "Few-shot",
+        "Zero-shot classification",
+        "Retrieval",
+        "Distribution shifts",
+        "MMVP-VLM",
+        "POPE",
+    ]
+    order = [row.split(" / ")[1] for row in rows if row.startswith(("Distribution", "Retrieval, text"))]
+    assert order == ["R@1", "R@5", "R@10", "v2", "a", "r", "sketch", "average"]
+    assert [r.split(" / ")[1] for r in rows if r.startswith("POPE, acc")] == [*SPLITS, "mean"]
+
+
+def test_page_needs_no_network_and_runs_no_script(quickstart):
+    page = Page(quickstart[1] / "index.html")
+    assert not {"script", "iframe", "object", "link"} & {tag for tag, _ in page.tags} - {"link"}
+    for tag, attributes in page.tags:
+        for name in ("src", "href", "xlink:href", "srcset", "action"):
+            target = attributes.get(name, "#")
+            assert target.startswith(("data:", "#")), f"<{tag} {name}={target[:60]}>"
+        assert not [name for name in attributes if name.startswith("on")]
+    assert "url(http" not in page.source and "@import" not in page.source
+    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    assert len(ids) == len(set(ids)), "figures share ids"
+    targets = {a["href"][1:] for tag, a in page.tags if tag == "a"} | set(re.findall(r"url\(#([^)]+)\)", page.source))
+    assert targets <= set(ids)
+
+
+def test_every_figure_is_on_the_page_and_beside_it(quickstart):
+    from xml.etree import ElementTree
+
+    out = quickstart[1]
+    names = {path.stem for path in (out / "figures").iterdir()}
+    stages = ("language", "pretrain", "align", "instruct")
+    assert names == {"tasks", "shifts", "mmvp", "pope", "logit-scale", *(f"loss-{stage}" for stage in stages)}
+    page = Page(out / "index.html")
+    assert sum(tag == "svg" for tag, _ in page.tags) == len(names)
+    for name in names:
+        text = (out / "figures" / f"{name}.svg").read_text(encoding="utf-8")
+        ElementTree.fromstring(text)
+        assert "CLIP-tiny" in text or name == "loss-language"
+        assert Image.open(out / "figures" / f"{name}.png").info["dpi"][0] == pytest.approx(300, abs=1)
+    # colours follow light and dark
+    figures = re.findall(r"<svg.*?</svg>", page.source, flags=re.DOTALL)
+    assert not any(re.search(r"#[0-9a-f]{6}", figure) for figure in figures)
+
+
+def test_markdown_and_csv_hold_the_comparison(quickstart):
+    out = quickstart[1]
+    text = (out / "report.md").read_text(encoding="utf-8")
+    assert "| shape | 60.0 | 61.3 | +1.3 |" in text
+    assert "not significant evidence" in text and "stand-in" in text
+    with open(out / "table.csv", encoding="utf-8", newline="") as f:
+        rows = {row["metric"]: row for row in csv.DictReader(f)}
+    row = rows["zero_shot/shape/top1"]
+    assert (row["CLIP-tiny mean"], row["CLIP-tiny sd"], row["CLIP-tiny seeds"]) == ("60.0000", "", "1")
+    assert row["DiffCLIP-tiny - CLIP-tiny mean"] == "1.2600"
+
+
+def test_page_says_what_was_run(quickstart):
+    words = Page(quickstart[1] / "index.html").words
+    assert "stand-in" in words and "not significant evidence" in words
+    assert "20,000 pairs × 3 epochs = 234 steps of 256" in words
+    for fact in ("matched", "9,000,000", "2 CPU cores", "torch 2.14.1", "abc1234", "finished, 2.0 min", "10 files"):
+        assert fact in words
+    # per run: what learnt, what was frozen, fingerprints, digests of inputs, the command
+    assert "projector learnt, 16,000 parameters, fingerprint 0000000000000001 → ffffffffffffffff" in words
+    assert "vision_tower frozen, 5,000,000 parameters, fingerprint 0000000000000000 → 0000000000000000" in words
+    assert "scenes/00000.tar (d00)" in words and "python -m stages.pretrain --seed=0" in words
+
+
+def test_numbers_outside_the_tables_are_shown_as_written(quickstart):
+    words = Page(quickstart[1] / "index.html").words
+    assert "linear_probe/shape/C 0.316 0.316" in words
+    assert "pope/random/accuracy_strict 80 80" in words
+
+
+def test_examples_show_both_answers_with_the_picture(quickstart):
+    page = Page(quickstart[1] / "index.html")
+    pictures = [a for tag, a in page.tags if tag == "img"]
+    assert len(pictures) == 24 and all(p["src"].startswith("data:image/png;base64,") and p["alt"] for p in pictures)
+    assert "24 of 36 stored" in page.words
+    for split in SPLITS:
+        assert page.words.count(f"label ({split}) yes CLIP-tiny yes (no) DiffCLIP-tiny yes (no)") == 8
+
+
+def test_same_runs_give_the_same_files(quickstart, tmp_path):
+    runs, out = quickstart
+    build_report([runs, runs / "seed0" / "CLIP-tiny"], tmp_path)  # given twice, counted once
+    for file in [p for p in out.rglob("*") if p.suffix in (".html", ".md", ".csv", ".svg")]:
+        assert file.read_bytes() == (tmp_path / file.relative_to(out)).read_bytes(), file.name
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_several_seeds_give_mean_and_sd_and_paired_differences(tmp_path):
+    clip, diff = [60.0, 64.0, 62.5], [61.0, 66.5, 62.0]
+    for seed, (a, b) in enumerate(zip(clip, diff)):
+        for model, value in (("CLIP-tiny", a), ("DiffCLIP-tiny", b)):
+            write_run(
+                tmp_path / f"{model}{seed}", "evaluate", model=model, seed=seed, metrics={"zero_shot/x/top1": value}
+            )
+    cells = rows_of(comparison(gather([tmp_path])))["Zero-shot classification, top-1 / x"]
+
+    def expected(values, sign=""):
+        mean = sum(values) / 3
+        sd = math.sqrt(sum((v - mean) ** 2 for v in values) / 2)
+        return f"{mean:{sign}.1f} ± {sd:.1f}"
+
+    differences = [b - a for a, b in zip(clip, diff)]
+    assert cells == [expected(clip), expected(diff), expected(differences, "+")]
+    assert evidence(gather([tmp_path])).startswith("Scores are mean ± sample standard deviation over seeds")
+
+
+def test_differences_use_only_common_seeds(tmp_path):
+    for model, seed, value in (("CLIP-tiny", 0, 50), ("CLIP-tiny", 1, 90), ("DiffCLIP-tiny", 0, 52)):
+        write_run(tmp_path / f"{model}{seed}", "evaluate", model=model, seed=seed, metrics={"mmvp/average": value})
+    arms = gather([tmp_path])
+    assert rows_of(comparison(arms))["MMVP-VLM, pairs right / average"] == ["70.0 ± 28.3", "52.0", "+2.0"]
+    assert "With one seed" in evidence(arms)
+    assert (False, "The arms have other seeds: CLIP-tiny: 0, 1; DiffCLIP-tiny: 0.") in checks(arms)
+
+
+def test_fractions_are_read_as_percentages_and_reported(tmp_path):
+    metrics = {k: v if k.endswith(("/questions", "/C")) else v / 100 for k, v in scores().items()}
+    write_run(tmp_path / "a", "evaluate", model="CLIP-a", metrics=metrics)
+    write_run(tmp_path / "b", "evaluate", model="CLIP-b", metrics=scores())
+    arms = gather([tmp_path])
+    for cells in rows_of(comparison(arms)).values():
+        assert cells[0] == cells[1] and cells[2] == "0.0"
+    assert [p for p in arms.problems if "fractions" in p] == [
+        f"{tmp_path}/a: no score exceeds 1, so all were read as fractions, not as percentages"
+    ]
+    assert arms.written("CLIP-a", "pope/random/questions") == {"0": 3000}
+
+
+def missing(tmp_path: Path, row: str) -> tuple[str, str]:
+    """(cell of model B, the note it points at) in a row that model A has."""
+    write_run(tmp_path / "a", "evaluate", model="A", metrics=scores())
+    table = comparison(gather([tmp_path]))
+    cell = rows_of(table)[row][1]
+    number = re.fullmatch(r"– \[(\d+)\]", cell)
+    assert number, cell
+    return cell, table.notes[int(number[1]) - 1]
+
+
+ZERO_SHOT = "Zero-shot classification, top-1 / shape"
+
+
+def test_a_missing_cell_says_that_nothing_was_evaluated(tmp_path):
+    write_run(tmp_path / "b", "pretrain", model="B")
+    _, note = missing(tmp_path, ZERO_SHOT)
+    assert note == "no evaluate run of B, seed 0, was found; finished there: pretrain"
+
+
+def test_a_missing_cell_says_that_the_run_is_not_finished(tmp_path):
+    write_run(tmp_path / "b", "evaluate", model="B", state="running")
+    assert missing(tmp_path, ZERO_SHOT)[1] == "evaluate of B, seed 0, has not finished (state: running)"
+
+
+def test_a_missing_cell_repeats_why_the_benchmark_was_skipped(tmp_path):
+    write_run(tmp_path / "b", "evaluate", model="B", metrics={"mmvp/average": 30})
+    skipped = {"skipped": {"few_shot/shape": "class 'star' has 3 pictures"}}
+    (tmp_path / "b" / "clip_benchmarks.json").write_text(json.dumps(skipped))
+    note = missing(tmp_path, "Few-shot, accuracy / shape")[1]
+    assert note == "evaluate of B, seed 0: few_shot/shape was left out: class 'star' has 3 pictures"
+
+
+def test_a_missing_cell_names_the_half_that_was_not_given(tmp_path):
+    inputs = {"clip": {"path": "c", "digest": "1"}}
+    write_run(tmp_path / "b", "evaluate", model="B", inputs=inputs, metrics={"zero_shot/shape/top1": 50})
+    note = missing(tmp_path, "POPE, accuracy / random")[1]
+    assert note == "evaluate of B, seed 0, was started without a multimodal model (setting `mllm`)"
+
+
+@pytest.mark.parametrize("value", [float("nan"), -3.0, 250.0, None, "many", True, [1]])
+def test_a_value_that_is_no_percentage_is_not_shown_as_one(tmp_path, value):
+    write_run(tmp_path / "b", "evaluate", model="B", metrics={"zero_shot/shape/top1": value, "mmvp/average": 30})
+    assert missing(tmp_path, ZERO_SHOT)[1].endswith("which is no percentage")
+
+
+def test_the_two_halves_of_an_evaluation_may_be_two_runs(tmp_path):
+    write_run(tmp_path / "clip", "evaluate", metrics={"zero_shot/shape/top1": 61.0})
+    write_run(tmp_path / "pope", "evaluate", metrics={f"pope/{s}/accuracy": 80.0 for s in SPLITS})
+    rows = rows_of(comparison(gather([tmp_path])))
+    assert rows[ZERO_SHOT] == ["61.0"] and rows["POPE, accuracy / mean"] == ["80.0"]
+
+
+def test_a_newer_run_of_the_same_stage_wins_and_the_older_is_named(tmp_path):
+    for name, started, steps in (("new", "2026-05-02", 20), ("old", "2026-05-01", 10)):
+        write_run(tmp_path / name, "pretrain", started=started, steps=steps)
+    arms = gather([tmp_path])
+    assert [run.path.name for run in arms.latest("pretrain", "CLIP-tiny")] == ["new"]
+    assert arms.problems == [f"{tmp_path}/old: an older run of pretrain of CLIP-tiny, seed 0; only the newest is shown"]
+
+
+def test_one_model_that_is_still_running(tmp_path):
+    write_run(tmp_path / "runs" / "pretrain", "pretrain", model="DiffCLIP-tiny", state="running", steps=100)
+    (tmp_path / "runs" / "broken").mkdir()
+    (tmp_path / "runs" / "broken" / "run.json").write_text('{"stage": "ali')
+    (tmp_path / "runs" / "list").mkdir()
+    (tmp_path / "runs" / "list" / "run.json").write_text("[1, 2]")
+    page = Page(build_report([tmp_path / "runs"], tmp_path / "report"))
+    assert "There is one model, so nothing is compared" in page.words
+    assert "0 of 1 finished; running" in page.words
+    assert "no evaluate run of DiffCLIP-tiny, seed 0, was found; no stage has finished there" in page.words
+    assert "broken/run.json: cannot be read" in page.words
+    assert (tmp_path / "report" / "figures" / "loss-pretrain.svg").exists()
+
+
+def test_only_the_language_model_so_far(tmp_path):
+    write_run(tmp_path / "language", "language", stand_in=True, parameters=10)
+    assert "(no model yet)" in Page(build_report([tmp_path], tmp_path / "report")).words
+
+
+@pytest.mark.parametrize("record", [{}, {"stage": None, "inputs": [1], "versions": "x", "learns": 3, "before": []}])
+def test_a_run_with_nothing_useful_in_it_does_not_stop_the_report(tmp_path, record):
+    (tmp_path / "runs" / "odd").mkdir(parents=True)
+    (tmp_path / "runs" / "odd" / "run.json").write_text(json.dumps(record))
+    (tmp_path / "runs" / "odd" / "config.yaml").write_text("a: [")
+    (tmp_path / "runs" / "odd" / "metrics.json").write_text("[]")
+    assert build_report([tmp_path / "runs"], tmp_path / "report").is_file()
+
+
+def test_runs_named_by_inputs_are_found(tmp_path):
+    arm = write_arm(tmp_path / "runs", "CLIP-tiny")
+    arms = gather([arm])  # the language model lies beside the arm, not below it
+    assert {run.stage for run in arms.runs} == {"language", "pretrain", "align", "instruct", "evaluate"}
+    assert stand_in(arms)
+
+
+def test_the_real_language_model_is_not_called_a_stand_in(tmp_path):
+    write_run(tmp_path / "align", "align", config={"language_model": "Qwen/Qwen2.5-0.5B-Instruct"})
+    arms = gather([tmp_path])
+    assert not stand_in(arms)
+    assert ["language model", "Qwen/Qwen2.5-0.5B-Instruct"] in setup(arms).rows
+
+
+def test_unequal_arms_are_told(tmp_path):
+    for model, rate, digest, hardware in (("CLIP-tiny", 1e-3, "aa", "cpu"), ("DiffCLIP-tiny", 2e-3, "bb", "gpu")):
+        write_run(
+            tmp_path / model,
+            "pretrain",
+            model=model,
+            config={"learning_rate": rate, "train_data": [model], "epochs": 3},
+            inputs={"train_data[0]": {"path": "x", "digest": digest}},
+            hardware=hardware,
+        )
+    failed = [text for ok, text in checks(gather([tmp_path])) if ok is False]
+    assert failed == [
+        "Settings differ between runs: pretrain learning_rate (CLIP-tiny: 0.001, DiffCLIP-tiny: 0.002).",
+        "At the same seed the arms read other data: pretrain train_data.",
+        "The runs differ in hardware: see the details of each run.",
+    ]
+
+
+@pytest.mark.parametrize(("learns", "after"), [(["projector"], "a"), ([], "b")])
+def test_fingerprints_that_contradict_what_learnt_are_told(tmp_path, learns, after):
+    write_run(tmp_path / "align", "align", learns=learns, before={"projector": "a"}, after={"projector": after})
+    assert (False, "Fingerprints contradict what learnt: align of CLIP-tiny, seed 0: projector.") in checks(
+        gather([tmp_path])
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "uses", "words"),
+    [
+        ({}, True, "uses the image"),
+        ({"pope_blind/{}/accuracy": 79.5}, False, "does not use the image"),
+        ({"pope/{}/accuracy": 70.0}, False, "does not use the image"),  # equal to its control
+        ({"pope_shuffled/{}/accuracy": 80.0}, False, "does not use the image"),
+        ({"pope/{}/questions": 30}, None, "within sampling noise"),
+        ({"pope_blind/{}/accuracy": None}, None, "no blind control"),
+        ({"pope/{}/accuracy": None}, None, "no POPE numbers"),
+    ],
+)
+def test_pope_verdict(tmp_path, change, uses, words):
+    metrics = scores(pope=80.0, blind=70.0)
+    for pattern, value in change.items():
+        metrics |= {pattern.format(split): value for split in SPLITS}
+    write_run(tmp_path / "evaluate", "evaluate", metrics=metrics)
+    verdict, sentence = pope_verdict(gather([tmp_path]), "CLIP-tiny")
+    assert verdict is uses and words in sentence
+
+
+HOSTILE = '<script>alert(1)</script>|`$x$_"&amp;\u202e\x1b[31m'
+
+
+def test_hostile_text_stays_text(tmp_path):
+    run = tmp_path / "runs" / "evaluate"
+    metrics = scores() | {f"mmvp/{HOSTILE}": 50.0, f"zero_shot/{HOSTILE}/top1": 50.0, f"odd{HOSTILE}": HOSTILE}
+    write_run(run, "evaluate", model=HOSTILE, command=HOSTILE, hardware=HOSTILE, git=HOSTILE, metrics=metrics)
+    write_run(tmp_path / "runs" / "pretrain", "pretrain", model=HOSTILE, config={"init": HOSTILE})
+    Image.new("RGB", (9, 9)).save(tmp_path / "secret.png")
+    write_examples(run, HOSTILE, question=HOSTILE, image="../../secret.png")
+    page = Page(build_report([tmp_path / "runs"], tmp_path / "report"))
+    assert not [tag for tag, _ in page.tags if tag in ("script", "img")]
+    assert "<script" not in page.source.lower() and "\u202e" not in page.source and "\x1b" not in page.source
+    assert page.words.count('<script>alert(1)</script>|`$x$_"&amp;') > 20
+    assert "The picture is missing or cannot be read" in page.words
+    text = (tmp_path / "report" / "report.md").read_text(encoding="utf-8")
+    assert "<script" not in text
+    tables = [line for line in text.splitlines() if line.startswith("| seeds")]
+    assert len(re.findall(r"(?<!\\)\|", tables[0])) == 3, "a name broke the table"
+
+
+def test_large_and_broken_pictures(tmp_path):
+    import numpy as np
+
+    run = tmp_path / "runs" / "evaluate"
+    write_run(run, "evaluate", metrics=scores())
+    write_examples(run, "no")
+    noise = np.random.default_rng(0).integers(0, 256, (1500, 2000, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(run / "examples" / "0.png")
+    index = build_report([tmp_path / "runs"], tmp_path / "report")
+    assert index.stat().st_size < 5e6 and "data:image/jpeg" in index.read_text()
+    (run / "examples" / "0.png").write_bytes(b"<svg onload=alert(1)>")
+    assert picture(run, "examples/0.png") == ("", 0)
+    assert picture(run, "") == picture(run, "/etc/hostname") == picture(run, "examples") == ("", 0)
+
+
+@pytest.mark.parametrize(
+    ("values", "text"), [([78.14], "78.1"), ([-0.04], "0.0"), ([-1.26], "−1.3"), ([1.0, 2.0], "1.5 ± 0.7")]
+)
+def test_percent(values, text):
+    assert percent(values) == text
+
+
+def test_command_prints_the_table_and_the_path(quickstart, tmp_path, capsys):
+    main([str(quickstart[0]), "--out", str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert "Linear probe" in printed and "+1.3" in printed and "uses the image" in printed
+    assert printed.splitlines()[-1] == f"Report: {tmp_path}/index.html"
+
+
+def test_user_errors_are_one_sentence(tmp_path):
+    with pytest.raises(InputError, match="nowhere: no such run directory"):
+        build_report([tmp_path / "nowhere"], tmp_path / "report")
+    with pytest.raises(InputError, match=r"no run\.json below"):
+        build_report([tmp_path], tmp_path / "report")
+    write_run(tmp_path / "run", "pretrain")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="file: is a file"):
+        build_report([tmp_path], tmp_path / "file")
+
+
+def test_the_command_does_not_import_torch(quickstart, tmp_path):
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("raise RuntimeError('torch was imported')")
+    command = [sys.executable, "-m", "stages.report", str(quickstart[0]), "--out", str(tmp_path / "report")]
+    root = Path(__file__).resolve().parents[2]
+    subprocess.run(command, check=True, cwd=root, env={**os.environ, "PYTHONPATH": str(tmp_path)})
