@@ -4,6 +4,7 @@ a process of its own, and its answers are scored here once more, so that a silen
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -26,6 +27,7 @@ def write_parquet(questions: Sequence[pope.Question], image_root: str | Path, pa
         InputError: a picture is not under `image_root`.
     """
     import datasets
+    import pyarrow.parquet
 
     from mllm.data import find_pictures
 
@@ -42,7 +44,8 @@ def write_parquet(questions: Sequence[pope.Question], image_root: str | Path, pa
         "category": [q.split for q in questions],
     }
     features = datasets.Features({name: datasets.Value("string") for name in columns} | {"image": datasets.Image()})
-    datasets.Dataset.from_dict(columns, features=features).to_parquet(path)
+    # Arrow writes it silently; the schema carries the features, so that `image` is read back as a picture.
+    pyarrow.parquet.write_table(datasets.Dataset.from_dict(columns, features=features).data.table, path)
 
 
 def write_tasks(folder: str | Path, parquets: Mapping[str, str | Path], post_prompt: str = POST_PROMPT) -> list[str]:
@@ -175,6 +178,7 @@ def run_lmms_eval(
         "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]),
     }
     code = _run_with_progress(command, environment, log)
+    shutil.rmtree(out_dir / "datasets_cache", ignore_errors=True)  # lmms-eval's copy of all pictures
     written = sorted(set(output.rglob("*_results.json")) - before)
     if not written:
         tail = " | ".join(log.read_text(encoding="utf-8", errors="replace").split("\n")[-12:])

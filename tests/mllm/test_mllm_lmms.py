@@ -133,6 +133,10 @@ def evaluation_model(run_dir):
     return DiffCLIPLlavaForEvaluation(str(run_dir), batch_size=2, device="cpu")
 
 
+def show(doc):
+    return [doc["image"]] if doc else []
+
+
 def requests(kind, arguments):
     from lmms_eval.api.instance import Instance
 
@@ -146,7 +150,6 @@ def test_loglikelihood_is_the_sum_over_the_answers_tokens(evaluation_model, asse
     model, processor = assembled
     docs = [{"image": picture(0)}, {"image": picture(1)}, {}]
     evaluation_model.task_dict = {"t": {"test": docs}}
-    show = lambda doc: [doc["image"]] if doc else []  # noqa: E731
     answers = ["yes", "no a small circle", "red"]
     asked = [("Is there?", a, show, i, "t", "test") for i, a in enumerate(answers)]
     got = evaluation_model.loglikelihood(requests("loglikelihood", asked))
@@ -162,22 +165,24 @@ def test_loglikelihood_is_the_sum_over_the_answers_tokens(evaluation_model, asse
         ids = whole["input_ids"][0]
         expected = sum(logs[t - 1, ids[t]].item() for t in range(start, len(ids)))
         assert value == pytest.approx(expected, abs=1e-4)
-    greedy = ask_greedy_word(model, processor, picture(0))
-    again = evaluation_model.loglikelihood(requests("loglikelihood", [("Is there?", greedy, show, 0, "t", "test")]))
-    assert [flag for _, flag in got] == [False] * 3 and isinstance(again[0][1], bool)
+    assert not any(is_greedy for _, is_greedy in got)
 
 
-def ask_greedy_word(model, processor, shown):
-    inputs = processor(
-        images=[shown], text=[prompt([{"from": "human", "value": "<image>\nIs there?"}], "vicuna")], return_tensors="pt"
+def test_loglikelihood_knows_what_greedy_decoding_would_write(evaluation_model, picture):
+    evaluation_model.task_dict = {"t": {"test": [{"image": picture(0)}]}}
+    (wanted,) = evaluation_model.processor.tokenizer(" yes")["input_ids"]
+    evaluation_model.model.lm_head.register_forward_hook(
+        lambda module, args, logits: logits + 1000 * torch.nn.functional.one_hot(torch.tensor(wanted), logits.shape[-1])
     )
-    return processor.tokenizer.decode(model.generate(**inputs, max_new_tokens=1)[0, -1:])
+    asked = [("Is there?", answer, show, 0, "t", "test") for answer in ("yes", "no", "yes yes", "yes no")]
+    got = evaluation_model.loglikelihood(requests("loglikelihood", asked))
+    assert [is_greedy for _, is_greedy in got] == [True, False, True, False]
+    assert got[0][0] == pytest.approx(0.0, abs=1e-6)
 
 
 def test_equal_questions_are_answered_once_and_stop_words_cut(evaluation_model, assembled, picture, monkeypatch):
     docs = [{"image": picture(i % 2)} for i in range(6)]
     evaluation_model.task_dict = {"t": {"test": docs}}
-    show = lambda doc: [doc["image"]]  # noqa: E731
     options = {"max_new_tokens": 6, "do_sample": False}
     asked = [("Is there a red square?", options, show, i, "t", "test") for i in range(6)]
     batches = []
