@@ -1,0 +1,51 @@
+"""Training and asking fit together: what was learnt from rows comes back through the evaluation prompt."""
+
+import json
+
+import torch
+
+from mllm.conversation import prompt
+from mllm.data import ConversationDataset, collate, load_rows
+from mllm.model import freeze
+
+
+def test_answers_that_depend_on_the_picture_are_learnt_and_come_back(assembled, picture, tmp_path):
+    model, processor = assembled
+    truth = {
+        (i, thing): ("Yes", "No")[(i + n) % 2] for i in range(4) for n, thing in enumerate(("red square", "green star"))
+    }
+    questions = {key: f"<image>\nIs there a {key[1]} in the image?" for key in truth}
+    for i in range(4):
+        picture(i).save(tmp_path / f"{i}.png")
+    rows = [
+        {
+            "id": str(key),
+            "image": f"{key[0]}.png",
+            "conversations": [{"from": "human", "value": questions[key]}, {"from": "gpt", "value": answer}],
+        }
+        for key, answer in truth.items()
+    ]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    dataset = ConversationDataset(load_rows([tmp_path / "rows.json"], tmp_path), processor, template="vicuna")
+    batch = collate(processor)([dataset[i] for i in range(len(dataset))])
+    freeze(model, {"projector", "language_model"})
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
+    model.train()
+    for _ in range(400):
+        loss = model(**batch).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if loss < 0.01:
+            break
+    model.eval()
+    processor.tokenizer.padding_side = "left"
+    inputs = processor(
+        images=[picture(i) for i, _ in truth],
+        text=[prompt([{"from": "human", "value": questions[key]}], "vicuna") for key in truth],
+        padding=True,
+        return_tensors="pt",
+    )
+    tokens = model.generate(**inputs, max_new_tokens=8)[:, inputs["input_ids"].shape[1] :]
+    answers = [a.strip() for a in processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+    assert answers == list(truth.values())
