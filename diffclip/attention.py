@@ -151,8 +151,9 @@ class HeadNorm(nn.RMSNorm):
 def faster_form(q: Tensor) -> str:
     """Return the form that is faster, forward and backward, for queries (batch, heads, tokens, d) like these.
 
-    On a CPU writing out the maps wins up to some 200 tokens, and in reduced precision throughout, where the fused
-    kernel is slow (benchmarks/attention.py). Elsewhere the maps are better left inside the kernel.
+    On a CPU, writing out the maps wins up to some 200 tokens, and in bfloat16 throughout (width 768, 197 tokens, one
+    core: 198 ms against 241 ms in float32, 76 ms against 108 ms in bfloat16). Elsewhere, not measured, the maps are
+    left inside the kernel.
     """
     if q.device.type == "cpu" and (q.shape[-2] <= 256 or q.dtype != torch.float32):
         return "eager"
