@@ -152,7 +152,7 @@ def faster_form(q: Tensor) -> str:
     """Return the form that is faster, forward and backward, for queries (batch, heads, tokens, d) like these.
 
     On a CPU, writing out the maps wins up to some 200 tokens, and in bfloat16 throughout (width 768, 197 tokens, one
-    core: 198 ms against 241 ms in float32, 76 ms against 108 ms in bfloat16). Elsewhere, not measured, the maps are
+    core: 198 ms against 241 ms in float32, 76 ms against 114 ms in bfloat16). Elsewhere, not measured, the maps are
     left inside the kernel.
     """
     if q.device.type == "cpu" and (q.shape[-2] <= 256 or q.dtype != torch.float32):
