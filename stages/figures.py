@@ -6,6 +6,7 @@ A chart never rests on colour alone: bars carry their numbers, curves their own 
 import io
 import os
 import re
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -160,7 +161,7 @@ def bars(arms: Arms, rows: list[tuple[str, str]]) -> "Figure":
             if sd is not None:
                 axes.errorbar(mean, y, xerr=sd, color=INK, linewidth=1, capsize=2)
             axes.text(mean + (sd or 0) + 1.5, y, f"{mean:.1f}", va="center", fontsize=7.5)
-    axes.set_yticks(range(len(rows)), [_short(label) for label, _ in rows])
+    axes.set_yticks(range(len(rows)), [textwrap.fill(_short(label, 40), 20) for label, _ in rows])
     axes.invert_yaxis()
     axes.set_xlim(0, 112)
     axes.set_xticks(range(0, 101, 20))
@@ -249,5 +250,5 @@ def _legend(axes: "Axes", arms: Arms, marks: Sequence = (), names: Sequence[str]
     axes.legend([*own, *marks], labels, **place, handlelength=1.6, columnspacing=1.2)
 
 
-def _short(text: str, limit: int = 24) -> str:
+def _short(text: str, limit: int) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "\u2026"

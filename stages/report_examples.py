@@ -25,7 +25,7 @@ class Example:
 
 
 def examples(arms: Arms) -> tuple[list[Example], int, str]:
-    """The first questions of each split at one seed, not chosen by outcome.
+    """Questions of each split at one seed, evenly spaced among those stored, so not chosen by outcome.
 
     Returns:
         (examples, how many distinct questions were stored, the seed they are of).
@@ -45,12 +45,17 @@ def examples(arms: Arms) -> tuple[list[Example], int, str]:
 
 
 def _spread(keys: list[tuple]) -> list[tuple]:
-    """Up to SHOWN keys, the same number of each split."""
+    """Up to SHOWN keys, the same number of each split, evenly spaced: neighbours often share a picture."""
     by_split: dict[str, list[tuple]] = {split: [] for split in POPE_SPLITS}
     for key in keys:
         by_split.setdefault(key[0], []).append(key)
     by_split = {split: found for split, found in by_split.items() if found}
-    return [key for found in by_split.values() for key in found[: max(1, SHOWN // len(by_split))]][:SHOWN]
+    each = max(1, SHOWN // max(1, len(by_split)))
+    chosen = []
+    for found in by_split.values():
+        count = min(each, len(found))
+        chosen += [found[i * len(found) // count] for i in range(count)]
+    return chosen[:SHOWN]
 
 
 def _example(key: tuple, rows: dict[str, tuple[dict[str, Any], Path]]) -> Example:

@@ -137,7 +137,7 @@ Qwen2.5-0.5B-Instruct, and its answers say nothing about what that model would r
 
 <h2 id="run">What was run</h2>
 {{ grid(setup, "What was run") }}
-<h3>May the arms be compared?</h3>
+<h3>{{ "May the arms be compared?" if models|length > 1 else "Checks" }}</h3>
 {{ marked(checks, "checks") }}
 {% if problems %}<h3>While reading the runs</h3>
 <ul class="notes">{% for p in problems %}<li>{{ p }}.</li>{% endfor %}</ul>{% endif %}
@@ -161,8 +161,8 @@ questions.</p>
 
 <h2 id="examples">Examples</h2>
 {% if examples %}
-<p class="muted">The first questions of each split at seed {{ seed }}, {{ examples|length }} of {{ stored }} stored, not
-chosen by outcome. In brackets: the answer to the same question with another picture.</p>
+<p class="muted">{{ examples|length }} of {{ stored }} stored questions of seed {{ seed }}, evenly spaced in each split,
+not chosen by outcome. In brackets: the answer to the same question with another picture.</p>
 <div class="examples">{% for e in examples %}
 <article class="example">
 {% if e.picture %}<img src="{{ e.picture }}" alt="The picture asked about" class="{{ 'small' if e.width <= 96 }}">

@@ -18,11 +18,8 @@ MINUS, DASH = "\u2212", "\u2013"
 # The pattern's groups make the row's name; a key without any is an average.
 SECTIONS = (
     ("Linear probe, accuracy", r"linear_probe/(.+)/accuracy", True),
-    ("Linear probe, mean per class", r"linear_probe/(.+)/mean_per_class", False),
     ("Few-shot, accuracy", r"few_shot/(.+)/accuracy", True),
     ("Zero-shot classification, top-1", r"zero_shot/(.+)/top1", True),
-    ("Zero-shot classification, top-5", r"zero_shot/(.+)/top5", False),
-    ("Zero-shot classification, mean per class", r"zero_shot/(.+)/mean_per_class", False),
     ("Retrieval, text to image", r"retrieval/(?:(.+)/)?text_to_image/(R@\d+)", True),
     ("Retrieval, image to text", r"retrieval/(?:(.+)/)?image_to_text/(R@\d+)", True),
     ("Distribution shifts, zero-shot top-1", r"shift/(?:average|(.+)/top1)", True),
@@ -42,8 +39,9 @@ POPE_ROWS = (
     ("yes rate", "pope/{}/yes_rate"),
     ("invalid rate", "pope/{}/invalid_rate"),
 )
-# Settings that name files or the arm itself; everything else must be equal for the arms to be comparable.
+# Settings that name the arm itself or decide no number; all others must be equal for the arms to be comparable.
 OWN_SETTINGS = {"model", "output_dir", "seed", "vision_tower", "language_model", "clip", "mllm"}
+OWN_SETTINGS |= {"logging_steps", "save_steps", "num_workers", "examples"}
 DATA_SETTINGS = {"train_data", "val_data", "data", "image_root", "text", "clip_data", "pope"}
 
 
@@ -385,7 +383,8 @@ def budget(run: RunDir) -> str:
         f"{number(run.record[what])} {what}" for what in ("pairs", "conversations", "tokens") if what in run.record
     ]
     if counts and "epochs" in run.config:
-        counts[0] += f" × {run.config['epochs']} epochs"
+        epochs = run.config["epochs"]
+        counts[0] += f" × {epochs:g} epoch{'s' * (epochs != 1)}" if is_number(epochs) else f" × {epochs} epochs"
     steps = f"{number(run.record['steps'])} steps" if "steps" in run.record else ""
     if steps and "global_batch_size" in run.config:
         steps += f" of {number(run.config['global_batch_size'])}"

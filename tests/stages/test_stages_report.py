@@ -15,7 +15,7 @@ import yaml
 from PIL import Image
 
 from diffclip.errors import InputError
-from stages.report import build_report, main
+from stages.report import build_report
 from stages.report_data import gather
 from stages.report_examples import picture
 from stages.report_tables import checks, comparison, evidence, percent, pope_verdict, setup, stand_in
@@ -530,13 +530,6 @@ def test_percent(values, text):
     assert percent(values) == text
 
 
-def test_command_prints_the_table_and_the_path(quickstart, tmp_path, capsys):
-    main([str(quickstart[0]), "--out", str(tmp_path)])
-    printed = capsys.readouterr().out
-    assert "Linear probe" in printed and "+1.3" in printed and "uses the image" in printed
-    assert printed.splitlines()[-1] == f"Report: {tmp_path}/index.html"
-
-
 def test_user_errors_are_one_sentence(tmp_path):
     with pytest.raises(InputError, match="nowhere: no such run directory"):
         build_report([tmp_path / "nowhere"], tmp_path / "report")
@@ -548,9 +541,13 @@ def test_user_errors_are_one_sentence(tmp_path):
         build_report([tmp_path], tmp_path / "file")
 
 
-def test_the_command_does_not_import_torch(quickstart, tmp_path):
+def test_command_prints_table_and_path_without_torch(quickstart, tmp_path):
     (tmp_path / "torch").mkdir()
     (tmp_path / "torch" / "__init__.py").write_text("raise RuntimeError('torch was imported')")
-    command = [sys.executable, "-m", "stages.report", str(quickstart[0]), "--out", str(tmp_path / "report")]
+    runs = [str(quickstart[0] / "seed0" / model / "evaluate") for model in ("CLIP-tiny", "DiffCLIP-tiny")]
+    command = [sys.executable, "-m", "stages.report", *runs, "--out", str(tmp_path / "report")]
     root = Path(__file__).resolve().parents[2]
-    subprocess.run(command, check=True, cwd=root, env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "COLUMNS": "100"}
+    done = subprocess.run(command, check=True, cwd=root, env=environment, capture_output=True, text=True)
+    assert "Linear probe" in done.stdout and "+1.3" in done.stdout and "uses the image" in done.stdout
+    assert done.stdout.splitlines()[-1] == f"Report: {tmp_path}/report/index.html"
