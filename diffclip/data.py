@@ -11,6 +11,7 @@ import json
 import os
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -234,13 +235,20 @@ class TrainingPairs(Dataset):
         if self._order[0] != epoch:
             self._order = (epoch, np.random.default_rng((self.seed, epoch)).permutation(len(self.table)))
         image, captions = self.table[int(self._order[1][position])]
-        with torch.random.fork_rng(devices=[]):  # torchvision draws its crops from the global generator
-            torch.manual_seed(self.seed * 1_000_003 + k)
+        with seeded(self.seed * 1_000_003 + k):
             caption = captions[int(torch.randint(len(captions), ()))]
             return {"image": self.transform(image), "text": self.tokenizer([caption])[0]}
 
 
-def batches(items: Sequence, size: int) -> Iterator[Sequence]:
-    """Consecutive slices of at most `size` items."""
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Let torch's global CPU generator, from which torchvision draws its crops, start at `seed`; restore it after.
+
+    `torch.manual_seed` would do, but records a stack trace for absent GPUs, a third of the cost of a small picture.
+    """
+    state = torch.random.get_rng_state()
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        torch.random.set_rng_state(state)
