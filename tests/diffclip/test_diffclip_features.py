@@ -40,9 +40,7 @@ PREPROCESS = transforms.Compose([transforms.Resize((16, 16)), transforms.ToTenso
 
 def encoder(model, cache=None, **options):
     tokenizer = open_clip.SimpleTokenizer(context_length=16)
-    return features.Encoder(
-        model, PREPROCESS, tokenizer, cache_dir=cache, batch_size=4, quiet=True, **options
-    )
+    return features.Encoder(model, PREPROCESS, tokenizer, cache_dir=cache, batch_size=4, quiet=True, **options)
 
 
 def pictures(folder):
@@ -128,9 +126,7 @@ def test_texts_are_cached_by_their_tokens(tmp_path):
     tokenizer = open_clip.SimpleTokenizer(context_length=16)
     found = encoder(model, tmp_path / "cache").texts(["a red circle", "two dogs", "a cat"] * 3)
     with torch.no_grad():
-        assert (
-            found - model.encode_text(tokenizer(["a red circle", "two dogs", "a cat"] * 3))
-        ).abs().max() < 1e-5
+        assert (found - model.encode_text(tokenizer(["a red circle", "two dogs", "a cat"] * 3))).abs().max() < 1e-5
     encoder(model, tmp_path / "cache").texts(["A red  circle", "two dogs", "a cat"] * 3)  # the same tokens
     assert len(list((tmp_path / "cache").iterdir())) == 1
     encoder(model, tmp_path / "cache").texts(["a red circle"])

@@ -45,9 +45,7 @@ def test_similarities_stand_statement_by_picture():
     found = mmvp.similarities(images, texts)
     assert found.shape == (3, 2, 2)
     for pair, statement, picture in [(0, 0, 1), (2, 1, 0)]:
-        want = torch.nn.functional.cosine_similarity(
-            texts[2 * pair + statement], images[2 * pair + picture], dim=0
-        )
+        want = torch.nn.functional.cosine_similarity(texts[2 * pair + statement], images[2 * pair + picture], dim=0)
         assert found[pair, statement, picture] == pytest.approx(want.item(), abs=1e-6)
 
 

@@ -21,12 +21,8 @@ def test_recall_matches_the_official_numbers(golden):
     ours = recall_at_k(features["ret_image"], features["ret_text"], features["ret_text_owner"])
     for k in (1, 5, 10):
         # clip-benchmark names the side that is retrieved
-        assert ours[f"text_to_image/R@{k}"] / 100 == pytest.approx(
-            expected[f"image_retrieval_recall@{k}"], abs=1e-6
-        )
-        assert ours[f"image_to_text/R@{k}"] / 100 == pytest.approx(
-            expected[f"text_retrieval_recall@{k}"], abs=1e-6
-        )
+        assert ours[f"text_to_image/R@{k}"] / 100 == pytest.approx(expected[f"image_retrieval_recall@{k}"], abs=1e-6)
+        assert ours[f"image_to_text/R@{k}"] / 100 == pytest.approx(expected[f"text_retrieval_recall@{k}"], abs=1e-6)
 
 
 def random_set(images, captions, width=6, seed=0):
@@ -156,9 +152,7 @@ def test_parquet_with_image_structs(tmp_path):
     import pyarrow.parquet
 
     rows = {"image": [{"bytes": png("red"), "path": "a"}, {"bytes": png("blue"), "path": "b"}]}
-    pyarrow.parquet.write_table(
-        pyarrow.table({**rows, "caption": [["x", "y"], ["z"]]}), tmp_path / "a.parquet"
-    )
+    pyarrow.parquet.write_table(pyarrow.table({**rows, "caption": [["x", "y"], ["z"]]}), tmp_path / "a.parquet")
     found = read_captioned(tmp_path)
     assert (found.captions, found.owner) == (["x", "y", "z"], [0, 0, 1])
     assert found.images[0][0].getpixel((0, 0)) == (255, 0, 0)

@@ -34,18 +34,12 @@ def test_scores_match_clip_benchmark(official, classes, case):
     features, _, expected = official
     keep = features["zs_target"] < classes
     vectors = zero_shot.class_means(features["zs_text"])[:classes]
-    found = zero_shot.classify(
-        features["zs_image"][keep], vectors, features["zs_target"][keep].long(), block=50
-    )
+    found = zero_shot.classify(features["zs_image"][keep], vectors, features["zs_target"][keep].long(), block=50)
     metrics = found.metrics()
     want = expected["classification_clip_benchmark"][case]
     assert metrics["top1"] / 100 == pytest.approx(want["acc1"], abs=1e-6)
     assert metrics["mean_per_class"] / 100 == pytest.approx(want["mean_per_class_recall"], abs=1e-6)
-    assert (
-        ("top5" not in metrics)
-        if classes < 5
-        else metrics["top5"] / 100 == pytest.approx(want["acc5"], abs=1e-6)
-    )
+    assert ("top5" not in metrics) if classes < 5 else metrics["top5"] / 100 == pytest.approx(want["acc5"], abs=1e-6)
 
 
 def test_slip_mean_per_class_where_it_is_defined(official):
@@ -57,9 +51,7 @@ def test_slip_mean_per_class_where_it_is_defined(official):
     rows = found.predicted != 11
     assert int((~rows).sum()) == expected["classification_slip"]["n_rows_predicted_11"]
     ours = zero_shot.mean_per_class(found.correct[rows], found.labels[rows])
-    assert ours == pytest.approx(
-        expected["classification_slip"]["mean_per_class_rows_not_predicted_11"], abs=1e-3
-    )
+    assert ours == pytest.approx(expected["classification_slip"]["mean_per_class_rows_not_predicted_11"], abs=1e-3)
 
 
 def test_classifier_equals_open_clips():
