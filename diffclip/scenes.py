@@ -42,11 +42,12 @@ COLORS = {
 DIRECTIONS = ("left", "right", "up", "down")  # of arrows
 BACKGROUNDS = ("plain", "grainy", "striped", "checkered", "shaded")
 RENDITIONS = ("mosaic", "dots", "hatched", "pastel")  # styles that training never shows
-CANVAS = 64  # units of all positions and sizes; pictures of any size in pixels are drawn from them
+CANVAS = 48  # units of all positions and sizes; pictures of any size in pixels are drawn from them
+CELL = 8  # objects start on this grid: placed anywhere, a small ViT hardly learns shapes in minutes
 
 
 class Thing(NamedTuple):
-    """One object: x, y are the top left corner of its square box of side d, in units of 1/64 picture."""
+    """One object: x, y are the top left corner of its square box of side d, in units of 1/48 picture."""
 
     shape: str
     color: str
@@ -64,7 +65,7 @@ class Thing(NamedTuple):
 
 class Background(NamedTuple):
     kind: str  # one of BACKGROUNDS
-    tone: str  # "light" | "dark"
+    tone: str  # "white" | "grey"
     rgb: tuple[int, int, int]
     contrast: int  # amplitude of the texture in grey levels
     period: int  # of stripes and checks, in units
@@ -85,10 +86,7 @@ def _next_weights() -> dict[str, tuple[float, ...]]:
     """For each shape, how much likelier or less likely every shape is beside it."""
     friends = {frozenset(pair) for pair in COMPANY}
     return {
-        a: tuple(
-            REPEAT_FACTOR if a == b else COMPANY_FACTOR if frozenset((a, b)) in friends else 1.0
-            for b in SHAPES
-        )
+        a: tuple(REPEAT_FACTOR if a == b else COMPANY_FACTOR if frozenset((a, b)) in friends else 1.0 for b in SHAPES)
         for a in SHAPES
     }
 
@@ -103,6 +101,14 @@ def sample_shapes(rng: random.Random, count: int) -> list[str]:
     return chosen
 
 
+def usual_colors(shape: str) -> list[int]:
+    """Weights of the colours for a shape: one in three has its favourite colour, one in six the next."""
+    favourite = 3 * SHAPES.index(shape)  # 3 and 8 share no divisor, so favourites differ
+    weights = [1] * len(COLORS)
+    weights[favourite % len(COLORS)], weights[(favourite + 1) % len(COLORS)] = 4, 2
+    return weights
+
+
 def _between(rng: random.Random, low: int, high: int) -> int:
     return low + int(rng.random() * (high - low + 1))
 
@@ -110,26 +116,20 @@ def _between(rng: random.Random, low: int, high: int) -> int:
 def make_thing(rng: random.Random, shape: str, color: str, size: str, d: int | None = None) -> Thing:
     """An object without a place (x = y = 0); its tint is jittered a little around the named colour."""
     if d is None:
-        d = _between(rng, 15, 19) if size == "small" else _between(rng, 23, 27)
+        d = _between(rng, 14, 16) if size == "small" else _between(rng, 20, 23)
     rgb = tuple(min(255, max(0, c + _between(rng, -10, 10))) for c in COLORS[color])
     direction = rng.choice(DIRECTIONS) if shape == "arrow" else ""
     return Thing(shape, color, size, direction, 0, 0, d, rgb)
 
 
 def arrange(rng: random.Random, things: list[Thing]) -> tuple[Thing, ...]:
-    """Random places such that boxes overlap by at most one unit."""
+    """Random places on the grid such that no boxes overlap."""
     while True:
         placed: list[Thing] = []
         for thing in things:
             for _ in range(25):
-                x, y = _between(rng, 1, CANVAS - 1 - thing.d), _between(rng, 1, CANVAS - 1 - thing.d)
-                if all(
-                    x + thing.d <= p.x + 1
-                    or p.x + p.d <= x + 1
-                    or y + thing.d <= p.y + 1
-                    or p.y + p.d <= y + 1
-                    for p in placed
-                ):
+                x, y = (CELL * _between(rng, 0, (CANVAS - thing.d) // CELL) for _ in range(2))
+                if all(x + thing.d <= p.x or p.x + p.d <= x or y + thing.d <= p.y or p.y + p.d <= y for p in placed):
                     placed.append(thing._replace(x=x, y=y))
                     break
             else:
@@ -139,12 +139,12 @@ def arrange(rng: random.Random, things: list[Thing]) -> tuple[Thing, ...]:
 
 
 def make_background(rng: random.Random) -> Background:
-    """A muted background: near grey, light or dark, plain or softly textured."""
-    tone = "light" if rng.random() < 0.6 else "dark"
-    grey = _between(rng, 195, 232) if tone == "light" else _between(rng, 28, 58)
-    rgb = (grey + _between(rng, -12, 12), grey + _between(rng, -12, 12), grey + _between(rng, -12, 12))
+    """A pale background, lighter than nearly every object: white or grey, a little tinted, plain or textured."""
+    tone = "white" if rng.random() < 0.6 else "grey"
+    grey = _between(rng, 228, 243) if tone == "white" else _between(rng, 188, 208)
+    rgb = (grey + _between(rng, -10, 10), grey + _between(rng, -10, 10), grey + _between(rng, -10, 10))
     kind = "plain" if rng.random() < 0.3 else rng.choice(BACKGROUNDS[1:])
-    return Background(kind, tone, rgb, _between(rng, 9, 16), _between(rng, 5, 9), rng.getrandbits(31))
+    return Background(kind, tone, rgb, _between(rng, 9, 16), _between(rng, 4, 7), rng.getrandbits(31))
 
 
 def stream_rng(seed: int, split: str, index: int) -> random.Random:
@@ -163,7 +163,8 @@ def make_scene(seed: int, split: str, index: int, min_shapes: int = 1) -> Scene:
     while sizes.count("large") > 2 and len(sizes) > 2:  # more than two large ones do not fit
         sizes[sizes.index("large")] = "small"
         rng.shuffle(sizes)
-    things = [make_thing(rng, s, rng.choice(tuple(COLORS)), size) for s, size in zip(shapes, sizes)]
+    colors = [rng.choices(tuple(COLORS), usual_colors(s))[0] for s in shapes]
+    things = [make_thing(rng, *parts) for parts in zip(shapes, colors, sizes)]
     return Scene(arrange(rng, things), make_background(rng))
 
 
@@ -178,13 +179,13 @@ def one_object(seed: int, split: str, index: int, shape: str = "", color: str = 
     thing = make_thing(rng, shape, color, rng.choice(("small", "large")))
     background = make_background(rng)
     if role == "a":
-        thing = make_thing(rng, shape, color, "small", d=_between(rng, 12, 15))
+        thing = make_thing(rng, shape, color, "small", d=_between(rng, 9, 11))
         near = tuple(round(0.5 * o + 0.5 * b) for o, b in zip(thing.rgb, background.rgb))
         kind = rng.choice(("grainy", "striped", "checkered"))
         background = background._replace(kind=kind, rgb=near, contrast=_between(rng, 20, 30))
     elif role == "sketch":
         thing = thing._replace(rgb=(_between(rng, 20, 70),) * 3)
-        background = background._replace(kind="plain", tone="light", rgb=(_between(rng, 238, 252),) * 3)
+        background = background._replace(kind="plain", tone="white", rgb=(_between(rng, 238, 252),) * 3)
     style = {"r": rng.choice(RENDITIONS), "sketch": "outline"}.get(role, "solid")
     return Scene(arrange(rng, [thing]), background, style)
 
@@ -220,9 +221,7 @@ def _contours(shape: str) -> list[list[tuple[float, float]]]:
         return [[(0.5 + u / 32, 0.46 - v / 31) for u, v in zip(x, y)]]
     if shape == "cross":
         a, b, c, d = 0.02, 0.34, 0.66, 0.98
-        return [
-            [(b, a), (c, a), (c, b), (d, b), (d, c), (c, c), (c, d), (b, d), (b, c), (a, c), (a, b), (b, b)]
-        ]
+        return [[(b, a), (c, a), (c, b), (d, b), (d, c), (c, c), (c, d), (b, d), (b, c), (a, c), (a, b), (b, b)]]
     if shape == "moon":
         # the outer circle's left part, then back along a circle shifted to the right
         outer = _arc(0.55, 0.5, 0.5, 50, 310)
@@ -279,9 +278,7 @@ def _paint_background(background: Background, size: int) -> np.ndarray:
     canvas = np.empty((size, size, 3), np.float32)
     canvas[:] = background.rgb
     if background.kind == "grainy":
-        noise = np.random.Generator(np.random.PCG64(background.seed)).standard_normal(
-            (size, size, 1), np.float32
-        )
+        noise = np.random.Generator(np.random.PCG64(background.seed)).standard_normal((size, size, 1), np.float32)
         canvas += (0.9 * background.contrast) * noise
     elif background.kind != "plain":
         pattern = _texture(background.kind, background.period, background.seed % 8, size)
@@ -305,12 +302,10 @@ def draw(scene: Scene, size: int = 64) -> np.ndarray:
         rgb = np.asarray(thing.rgb, np.float32)
         if scene.style in ("dots", "hatched"):
             y, x = np.mgrid[:side, :side] * (CANVAS / size)
-            holes = (x % 4 < 2) & (y % 4 < 2) if scene.style == "dots" else (x + y) % 5 < 2
+            holes = (x % 3 < 1.5) & (y % 3 < 1.5) if scene.style == "dots" else (x + y) % 4 < 1.6
             rgb = np.where(holes[:, :, None], 0.35 * rgb + 0.65 * 255, rgb)
         elif scene.style == "pastel":
-            soft = Image.fromarray((cover[:, :, 0] * 255).astype(np.uint8)).filter(
-                ImageFilter.GaussianBlur(side / 16)
-            )
+            soft = Image.fromarray((cover[:, :, 0] * 255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(side / 16))
             cover = np.asarray(soft, np.float32)[:, :, None] / 255
             rgb = 0.55 * rgb + 0.45 * 255
         patch = canvas[top : top + side, left : left + side]

@@ -22,7 +22,7 @@ from diffclip import scenes, scenes_questions, scenes_text
 from diffclip.errors import InputError, exit_on_input_error
 from diffclip.scenes import COLORS, SHAPES, Scene, make_scene, one_object, stream_rng
 
-VERSION = 1  # raised whenever the same options give other files
+VERSION = 2  # raised whenever the same options give other files
 SHARD = 1000  # pairs per tar
 SHIFTS = ("v2", "a", "r", "sketch")
 POPE_WAYS = ("random", "popular", "adversarial")
@@ -152,9 +152,7 @@ def write_llava(folder: Path, o: argparse.Namespace, tick: Tick) -> None:
             turns = scenes_questions.align_conversation(scene, stream_rng(o.seed, "llava/align", i))
             align.append({"id": f"align_{i:06d}", "image": image, "conversations": turns})
         if i < o.conversations:
-            turns = scenes_questions.instruct_conversation(
-                scene, stream_rng(o.seed, "llava/instruct", i), o.rounds
-            )
+            turns = scenes_questions.instruct_conversation(scene, stream_rng(o.seed, "llava/instruct", i), o.rounds)
             instruct.append({"id": f"instruct_{i:06d}", "image": image, "conversations": turns})
         tick()
     _dump(folder / "align.json", align)
@@ -176,9 +174,7 @@ def write_pope(folder: Path, o: argparse.Namespace, tick: Tick) -> None:
         (folder / "images" / image).write_bytes(png(scene, o.size))
         for way in POPE_WAYS:
             # the same generator for each way: the positive questions are the same in all three files
-            for text, label in scenes_questions.pope_questions(
-                scene, way, stream_rng(o.seed, "pope/questions", i)
-            ):
+            for text, label in scenes_questions.pope_questions(scene, way, stream_rng(o.seed, "pope/questions", i)):
                 row = {"question_id": len(rows[way]) + 1, "image": image, "text": text, "label": label}
                 rows[way].append(row)
         tick()
@@ -293,14 +289,10 @@ def export(directory: Path, options: argparse.Namespace) -> None:
         if value < (32 if name == "size" else 0 if name == "seed" else 1):
             raise InputError(f"--{name.replace('_', '-')} {value} is too small: give a larger number")
     if options.rounds > 20:
-        raise InputError(
-            f"--rounds {options.rounds} is too large: there are not that many questions, give at most 20"
-        )
+        raise InputError(f"--rounds {options.rounds} is too large: there are not that many questions, give at most 20")
     asked = options.only.split(",") if options.only else list(PARTS)
     if unknown := [part for part in asked if part not in PARTS]:
-        raise InputError(
-            f"--only {','.join(unknown)} is not a part of the export: choose from {', '.join(PARTS)}"
-        )
+        raise InputError(f"--only {','.join(unknown)} is not a part of the export: choose from {', '.join(PARTS)}")
     if directory.exists() and not directory.is_dir():
         raise InputError(f"{directory} is a file: give a folder to write the scenes to")
 
@@ -384,9 +376,7 @@ def show(path: Path, seed: int, count: int = 20) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m diffclip.scenes", description=scenes.__doc__.split("\n")[0]
-    )
+    parser = argparse.ArgumentParser(prog="python -m diffclip.scenes", description=scenes.__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     how = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter}
     to_files = commands.add_parser("export", help="write training and test sets to a folder", **how)

@@ -33,9 +33,7 @@ from diffclip.scenes_text import (
     sentence,
 )
 
-SHORT = (
-    "\nAnswer the question using a single word or phrase."  # LLaVA-1.5's suffix, also lmms-eval's for POPE
-)
+SHORT = "\nAnswer the question using a single word or phrase."  # LLaVA-1.5's suffix, also lmms-eval's for POPE
 
 # ---------------------------------------------------------------- POPE negatives
 
@@ -166,9 +164,7 @@ def ask_count(scene: Scene, rng: random.Random) -> Question:
         what = rng.choice(repeated or present) if rng.random() < 0.8 else rng.choice(SHAPES)
         n = present.count(what)
     else:
-        color = (
-            rng.choice([t.color for t in scene.things]) if rng.random() < 0.8 else rng.choice(tuple(COLORS))
-        )
+        color = rng.choice([t.color for t in scene.things]) if rng.random() < 0.8 else rng.choice(tuple(COLORS))
         n, what = sum(t.color == color for t in scene.things), f"{color} object"
     there = f"There is one {what}." if n == 1 else f"There are {NUMBERS[n]} {plural(what)}."
     return f"How many {plural(what)} are there in the image?", NUMBERS[n].capitalize() if n else "Zero", there
@@ -239,7 +235,7 @@ def ask_direction(scene: Scene, rng: random.Random) -> Question | None:
 def ask_background(scene: Scene, rng: random.Random) -> Question:
     kind, tone = scene.background.kind, scene.background.tone
     if rng.random() < 0.5:
-        return "Is the background light or dark?", tone.capitalize(), f"The background is {tone}."
+        return "Is the background white or grey?", tone.capitalize(), f"The background is {tone}."
     return "What does the background look like?", kind.capitalize(), f"The background is {kind}."
 
 

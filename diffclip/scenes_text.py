@@ -21,10 +21,9 @@ from diffclip.scenes import (
     stream_rng,
 )
 
+NAMES_ONLY = 0.4  # share of captions without attributes, without which colours outshine shapes in training
 NUMBERS = ("no", "one", "two", "three", "four")
-SHORT = (
-    "\nAnswer the question using a single word or phrase."  # LLaVA-1.5's suffix, also lmms-eval's for POPE
-)
+SHORT = "\nAnswer the question using a single word or phrase."  # LLaVA-1.5's suffix, also lmms-eval's for POPE
 BACKGROUND_WORDS = {
     "plain": ("plain", "even"),
     "grainy": ("grainy", "noisy"),
@@ -39,7 +38,7 @@ RELATIONS = {
     "below": ("below", "under"),
 }
 OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
-APART = 9  # units between centres from which on two objects count as left/right or above/below
+APART = 7  # units between centres from which on two objects count as left/right or above/below
 
 # ---------------------------------------------------------------- words
 
@@ -56,9 +55,7 @@ def join(parts: list[str]) -> str:
     return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
 
 
-def noun_phrase(
-    thing: Thing, rng: random.Random, size: float = 0.5, color: float = 0.9, direction: bool = True
-) -> str:
+def noun_phrase(thing: Thing, rng: random.Random, size: float = 0.5, color: float = 0.9, direction: bool = True) -> str:
     """A "large red star" with some words left out; an arrow sometimes says where it points."""
     words = []
     if rng.random() < size:
@@ -86,11 +83,7 @@ def place(thing: Thing) -> str:
 
 def at(thing: Thing) -> str:
     where = place(thing)
-    return (
-        "in the middle"
-        if where == "middle"
-        else f"{'on' if where in ('left', 'right') else 'at'} the {where}"
-    )
+    return "in the middle" if where == "middle" else f"{'on' if where in ('left', 'right') else 'at'} the {where}"
 
 
 def relation(one: Thing, other: Thing) -> str:
@@ -105,7 +98,7 @@ def relation(one: Thing, other: Thing) -> str:
 
 def reading_order(scene: Scene) -> list[Thing]:
     """Top rows first, left to right within a row."""
-    return sorted(scene.things, key=lambda t: (int(t.centre[1] // 22), t.centre[0]))
+    return sorted(scene.things, key=lambda t: (int(t.centre[1] // 16), t.centre[0]))
 
 
 def reference(thing: Thing, scene: Scene) -> str:
@@ -131,7 +124,11 @@ def background_phrase(scene: Scene, rng: random.Random) -> str:
 
 
 def caption(scene: Scene, rng: random.Random, detail: float = 0.5) -> str:
-    """One sentence that names every object; `detail` is the chance of each size word."""
+    """One sentence that names every object, as often as not by its shape alone; `detail` is the chance of each
+    size word in the others.
+    """
+    if rng.random() < NAMES_ONLY:
+        return names_caption(scene, rng)
     things = list(scene.things)
     rng.shuffle(things)
     pairs = [p for p in permutations(things, 2) if relation(*p)]
@@ -148,7 +145,7 @@ def caption(scene: Scene, rng: random.Random, detail: float = 0.5) -> str:
         text = f"{opening}{phrases[one]} {rng.choice(RELATIONS[relation(one, other)])} {phrases[other]}"
         if rest:
             text += rng.choice((", with ", " and also ", ", along with ")) + join(rest)
-    elif form < 0.7 and len(things) < 4:
+    elif form < 0.7 and len(things) < 3:
         text = join([f"{phrases[t]} {at(t)}" for t in things])
     elif form < 0.8:
         text = f"{NUMBERS[len(things)]} {rng.choice(('shapes', 'objects'))}: {join(list(phrases.values()))}"
@@ -161,6 +158,14 @@ def caption(scene: Scene, rng: random.Random, detail: float = 0.5) -> str:
         text = opening + join(list(phrases.values()))
     background = f" on {a(background_phrase(scene, rng))}" if rng.random() < 0.3 else ""
     return text + background + rng.choice((".", ""))
+
+
+def names_caption(scene: Scene, rng: random.Random) -> str:
+    """A short caption without attributes: "two stars and a moon"."""
+    counts = list(Counter(t.shape for t in scene.things).items())
+    rng.shuffle(counts)
+    opening = rng.choice(("", "", "there is ", "a picture of ", "we see "))
+    return opening + join([f"{NUMBERS[n]} {plural(s)}" if n > 1 else a(s) for s, n in counts])
 
 
 def captions(scene: Scene, rng: random.Random, count: int, detail: float = 0.5) -> list[str]:
@@ -181,9 +186,7 @@ def detailed_caption(scene: Scene, rng: random.Random) -> str:
     n = len(things)
     shows = f"The image shows {NUMBERS[n]} object{'s' * (n > 1)}: "
     sentences = [shows + join([f"{full_phrase(t)} {at(t)}" for t in things]) + "."]
-    pairs = [
-        (name, r, other) for (p, name), (q, other) in permutations(named(scene), 2) if (r := relation(p, q))
-    ]
+    pairs = [(name, r, other) for (p, name), (q, other) in permutations(named(scene), 2) if (r := relation(p, q))]
     if pairs:
         name, side, other = rng.choice(pairs)
         sentences.append(f"{name.capitalize()} is {rng.choice(RELATIONS[side])} {other}.")
@@ -219,10 +222,7 @@ def mmvp_pair(category: str, seed: int, index: int) -> list[tuple[Scene, str]]:
         arrow = make_thing(rng, "arrow", first.color, first.size, first.d)._replace(x=first.x, y=first.y)
         others = [t for t in others if t.shape != "arrow"]
         two = rng.sample(DIRECTIONS, 2)
-        return [
-            (scene._replace(things=(arrow._replace(direction=d), *others)), f"an arrow pointing {d}")
-            for d in two
-        ]
+        return [(scene._replace(things=(arrow._replace(direction=d), *others)), f"an arrow pointing {d}") for d in two]
     if category == "Presence of Specific Features":
         others = [t for t in others if t.shape != first.shape]
         rest = [a(t.shape) for t in others]
@@ -247,15 +247,14 @@ def mmvp_pair(category: str, seed: int, index: int) -> list[tuple[Scene, str]]:
     if category == "Positional and Relational Context":
         related = [(p, q) for p, q in combinations(scene.things, 2) if relation(p, q)]
         if not related:  # two objects alone, one beside the other
-            scene = scene._replace(things=(first._replace(x=4, y=18), others[0]._replace(x=36, y=18)))
+            scene = scene._replace(things=(first._replace(x=0, y=16), others[0]._replace(x=24, y=16)))
             related = [scene.things]
         one, other = rng.choice(related)
         name, other_name = (a(f"{t.color} {t.shape}") for t in (one, other))
         side = relation(one, other)
         across = side in ("left", "right")
         flipped = tuple(
-            t._replace(x=CANVAS - t.x - t.d) if across else t._replace(y=CANVAS - t.y - t.d)
-            for t in scene.things
+            t._replace(x=CANVAS - t.x - t.d) if across else t._replace(y=CANVAS - t.y - t.d) for t in scene.things
         )
         return [
             (scene, f"{name} {RELATIONS[side][0]} {other_name}"),

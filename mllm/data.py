@@ -70,7 +70,7 @@ def load_rows(files: Sequence[str | Path], image_root: str | Path, *, image_pref
     raw = [
         (f"{path}: row {number} (id {row.get('id', '?')})", row, _image_names(row))
         for path in files
-        for number, row in enumerate(_read(Path(path)))
+        for number, row in enumerate(read_json_rows(path))
     ]
     raw = [entry for entry in raw if not image_prefix or any(n.startswith(image_prefix) for n in entry[2])]
     if not raw:
@@ -198,8 +198,9 @@ def image_tokens(processor: "LlavaProcessor") -> int:
     return processor.replace_image_token(pixels, 0).count(IMAGE)
 
 
-def _read(path: Path) -> Iterator[dict]:
-    """Rows of a JSON array or of a file with one JSON object a line."""
+def read_json_rows(path: str | Path) -> Iterator[dict]:
+    """Rows of a JSON array or of a file with one JSON object a line; InputError for anything else."""
+    path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such file; give a LLaVA JSON or JSONL file")
     with open(path, encoding="utf-8") as f:

@@ -8,7 +8,7 @@ multimodal model built on it; either half may be left out.
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from diffclip.errors import InputError
+from diffclip.errors import InputError, exit_on_input_error
 from stages.config import parse, require
 
 if TYPE_CHECKING:
@@ -83,3 +83,64 @@ def clip_metrics(config: EvaluateConfig, run: "Run") -> dict[str, float]:
     )
     run.say(f"evaluate: {len(metrics)} scores of {config.clip} on {config.clip_data}")
     return metrics
+
+
+def pope_metrics(config: EvaluateConfig, run: "Run") -> dict[str, float]:
+    """POPE of the multimodal model and its controls in percent; keeps some answers with their pictures."""
+    from mllm.pope_lmms import evaluate_with_lmms
+
+    scores = evaluate_with_lmms(
+        config.mllm, config.pope, config.image_root, run.path / "pope", batch_size=config.batch_size, seed=config.seed
+    )
+    metrics: dict[str, float] = {}
+    for who, table in scores.items():
+        prefix = "pope" if who == "model" else f"pope_{who}"
+        for split, row in table.items():
+            metrics[f"{prefix}/{split}/questions"] = row.pop("n")
+            metrics |= {f"{prefix}/{split}/{name}": 100 * value for name, value in row.items()}
+    keep_examples(config, run)
+    run.say(
+        f"evaluate: POPE accuracy {metrics['pope/mean/accuracy']:.1f} (yes rate {metrics['pope/mean/yes_rate']:.1f}), "
+        f"with other pictures {metrics['pope_shuffled/mean/accuracy']:.1f}, "
+        f"blind {metrics['pope_blind/mean/accuracy']:.1f}"
+    )
+    return metrics
+
+
+def keep_examples(config: EvaluateConfig, run: "Run") -> None:
+    """Write examples.jsonl: questions of each split with both answers, and their pictures beside it."""
+    import json
+
+    from mllm.data import find_pictures
+
+    answers = [json.loads(line) for line in (run.path / "pope" / "answers.jsonl").read_text("utf-8").splitlines()]
+    shuffled = {(a["split"], a["image"], a["text"]): a["answer"] for a in answers if a["pass"] == "shuffled"}
+    kept: list[dict] = []
+    for split in ("random", "popular", "adversarial"):
+        asked = [a for a in answers if a["pass"] == "model" and a["split"] == split]
+        kept += asked[:: max(1, -(-len(asked) // (config.examples // 3)))]  # spread over the pictures
+    places = find_pictures(config.image_root, {a["image"] for a in kept})
+    folder = run.path / "examples"
+    folder.mkdir(exist_ok=True)
+    files = {name: f"examples/{number:03d}.png" for number, name in enumerate(sorted(places))}
+    for name, place in places.items():
+        picture = place.open()
+        picture.thumbnail((256, 256))
+        picture.save(run.path / files[name])
+    with open(run.path / "examples.jsonl", "w", encoding="utf-8") as f:
+        for a in kept:
+            row = {
+                "split": a["split"],
+                "question_id": a["question_id"],
+                "question": a["text"],
+                "label": a["label"],
+                "answer": a["answer"],
+                "answer_shuffled": shuffled.get((a["split"], a["image"], a["text"])),
+                "image": files[a["image"]],
+            }
+            f.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+if __name__ == "__main__":
+    with exit_on_input_error():
+        main()

@@ -34,6 +34,9 @@ class LanguageConfig(TrainingConfig):
     """Settings of the stand-in language model."""
 
     text: str = field(default="", metadata={"help": 'JSONL file of {"text": …}'})
+    conversations: list[str] = field(
+        default_factory=list, metadata={"help": "LLaVA JSON files whose text is read too, pictures left out"}
+    )
     vocabulary: int = field(default=1024, metadata={"help": "tokens of the BPE vocabulary, special ones included"})
     hidden_size: int = field(default=128, metadata={"help": "width"})
     layers: int = field(default=3, metadata={"help": "decoder layers"})
@@ -47,7 +50,9 @@ class LanguageConfig(TrainingConfig):
 
 def main(argv: list[str] | None = None) -> None:
     config = parse(LanguageConfig, __doc__, argv)
-    require(config, "output_dir", "text")
+    require(config, "output_dir")
+    if not (config.text or config.conversations):
+        raise InputError("nothing to read: give --text FILE.jsonl, --conversations FILE.json, or both")
     teach(config)
 
 
@@ -61,10 +66,12 @@ def teach(config: LanguageConfig) -> None:
     from stages.training import per_device_batch, train, training_arguments
 
     end_with_pipeline()
-    run = Run("language", config, {"text": config.text})
+    inputs = {f"conversations[{i}]": path for i, path in enumerate(config.conversations)}
+    run = Run("language", config, inputs | ({"text": config.text} if config.text else {}))
     if run.finished:
         return
-    texts = list(read_texts(config.text))
+    texts = list(read_texts(config.text)) if config.text else []
+    texts += [text for path in config.conversations for text in read_conversations(path)]
     tokenizer = train_tokenizer(texts, config.vocabulary)
     set_seed(config.seed)
     model = Qwen2ForCausalLM(
@@ -124,6 +131,23 @@ def read_texts(path: str) -> Iterator[str]:
             if not isinstance(text, str) or not text.strip():
                 raise InputError(f'{path}:{number}: expected a JSON object with a non-empty "text"')
             yield text
+
+
+def read_conversations(path: str) -> Iterator[str]:
+    """The text of each LLaVA row in the form that instruct will use, without system sentence and picture."""
+    from mllm.conversation import IMAGE
+    from mllm.data import read_json_rows
+
+    for row in read_json_rows(path):
+        turns = row.get("conversations") or []
+        words = [
+            f"USER: {turn['value'].replace(IMAGE, '').strip()} "
+            if turn.get("from") == "human"
+            else f"ASSISTANT: {turn['value']}<|im_end|>"
+            for turn in turns
+        ]
+        if words:
+            yield "".join(words)
 
 
 def train_tokenizer(texts: list[str], vocabulary: int) -> "PreTrainedTokenizerBase":

@@ -26,8 +26,6 @@ AVERAGED = (
     ("zero_shot/{}/top1", "zero_shot/average/top1"),
     ("shift/{}/top1", "shift/average"),
 )
-# Keys of evaluate's metrics.json that hold percentages.
-SCORE = re.compile(r"(zero_shot|shift|retrieval|linear_probe|few_shot|mmvp|pope\w*)/.*(?<!/questions)(?<!/C)")
 
 
 @dataclass
@@ -156,11 +154,9 @@ def gather(paths: list[Path]) -> Arms:
         run.config = read_yaml(file.parent / "config.yaml", problems)
         if (file.parent / "metrics.json").is_file():
             run.metrics = dict(flat(read_json(file.parent / "metrics.json", problems)))
-        if run.stage == "evaluate":
-            as_percent(run, problems)
-            if (file.parent / "clip_benchmarks.json").is_file():
-                about = read_json(file.parent / "clip_benchmarks.json", problems)
-                run.skipped = as_dict(as_dict(about).get("skipped"))
+        if run.stage == "evaluate" and (file.parent / "clip_benchmarks.json").is_file():
+            about = read_json(file.parent / "clip_benchmarks.json", problems)
+            run.skipped = as_dict(as_dict(about).get("skipped"))
         run.curve = read_curve(file.parent / "metrics.jsonl")
         # the language model or the vision tower may lie elsewhere: what was learnt from belongs to the report
         inputs = [Path(str(as_dict(i).get("path", "?"))) / "run.json" for i in run.get("inputs").values()]
@@ -174,14 +170,6 @@ def gather(paths: list[Path]) -> Arms:
             problems += [f"{r.path}: an older run of {r.name}; only the newest is shown" for r in twice]
     add_averages(arms)
     return arms
-
-
-def as_percent(run: RunDir, problems: list[str]) -> None:
-    """Multiply scores by 100 if they were written as fractions: none of them exceeds 1."""
-    scores = {k: v for k, v in run.metrics.items() if SCORE.fullmatch(k) and is_number(v)}
-    if scores and 0 < max(scores.values()) <= 1:
-        run.metrics |= {k: 100 * v for k, v in scores.items()}
-        problems.append(f"{run.path}: no score exceeds 1, so all were read as fractions, not as percentages")
 
 
 def add_averages(arms: Arms) -> None:

@@ -45,9 +45,7 @@ def one_rank(rank: int, world: int, folder: str, inputs: dict[str, torch.Tensor]
 
 def all_ranks(world: int, inputs: dict[str, torch.Tensor], with_grad: bool) -> dict[str, torch.Tensor]:
     with tempfile.TemporaryDirectory() as folder:
-        mp.start_processes(
-            one_rank, args=(world, folder, inputs, with_grad), nprocs=world, start_method="fork"
-        )
+        mp.start_processes(one_rank, args=(world, folder, inputs, with_grad), nprocs=world, start_method="fork")
         shares = [torch.load(Path(folder) / f"{r}.pt", weights_only=True) for r in range(world)]
     return {
         "losses": torch.stack([s["loss"] for s in shares]).flatten(),

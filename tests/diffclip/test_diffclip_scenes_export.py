@@ -163,10 +163,7 @@ def test_no_test_scene_is_a_training_scene():
             stream = f"classification/{what}/{split}"
             into |= {scenes_export.class_scene(0, what, stream, i)[0] for i in range(n[f"class-{split}"])}
     for role in scenes_export.SHIFTS:
-        test |= {
-            scenes_export.class_scene(0, "shape", f"shifts/{role}", i, role)[0]
-            for i in range(n["class-test"])
-        }
+        test |= {scenes_export.class_scene(0, "shape", f"shifts/{role}", i, role)[0] for i in range(n["class-test"])}
     assert len(train) == n["pairs"] + n["align"] + 3 * (n["class-train"] + n["class-val"])
     assert len(test) == n["pope"] + n["retrieval"] + n["segmentation"] + 7 * n["class-test"]
     assert not train & test

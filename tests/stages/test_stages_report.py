@@ -325,19 +325,6 @@ def test_differences_use_only_common_seeds(tmp_path):
     assert (False, "The arms have other seeds: CLIP-tiny: 0, 1; DiffCLIP-tiny: 0.") in checks(arms)
 
 
-def test_fractions_are_read_as_percentages_and_reported(tmp_path):
-    metrics = {k: v if k.endswith(("/questions", "/C")) else v / 100 for k, v in scores().items()}
-    write_run(tmp_path / "a", "evaluate", model="CLIP-a", metrics=metrics)
-    write_run(tmp_path / "b", "evaluate", model="CLIP-b", metrics=scores())
-    arms = gather([tmp_path])
-    for cells in rows_of(comparison(arms)).values():
-        assert cells[0] == cells[1] and cells[2] == "0.0"
-    assert [p for p in arms.problems if "fractions" in p] == [
-        f"{tmp_path}/a: no score exceeds 1, so all were read as fractions, not as percentages"
-    ]
-    assert arms.written("CLIP-a", "pope/random/questions") == {"0": 3000}
-
-
 def missing(tmp_path: Path, row: str) -> tuple[str, str]:
     """(cell of model B, the note it points at) in a row that model A has."""
     write_run(tmp_path / "a", "evaluate", model="A", metrics=scores())

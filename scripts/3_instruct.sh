@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Stage 3 under the deepspeed launcher: all arguments go to stages.instruct.
+#   ./scripts/3_instruct.sh --config stages/configs/paper/instruct.yaml --output_dir runs/diffclip/instruct ... (see --help)
+# DEVICES sets the number of processes (default: every visible GPU, or 1 without one).
+set -euo pipefail
+cd "$(dirname "$0")/.."
+devices=${DEVICES:-$(python -c 'import torch; print(max(1, torch.cuda.device_count()))')}
+exec deepspeed --num_gpus "$devices" --module stages.instruct "$@"

@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Stage 4: CLIP benchmarks and POPE through lmms-eval: all arguments go to stages.evaluate.
+#   ./scripts/4_evaluate.sh --clip runs/diffclip/pretrain --clip_data data/benchmarks \
+#       --mllm runs/diffclip/instruct --pope data/pope --image_root data/coco/val2014 --output_dir runs/diffclip/evaluate
+set -euo pipefail
+cd "$(dirname "$0")/.."
+exec python -m stages.evaluate "$@"

@@ -1,0 +1,192 @@
+"""The whole chain for real, at the smallest scale: every stage, the deepspeed launcher, lmms-eval, the report.
+
+Also what happens when it is killed: the same command goes on, and pretraining ends in the very same weights.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from diffclip.fingerprint import fingerprint
+
+ROOT = Path(__file__).parents[2]
+QUICKSTART = ROOT / "stages" / "configs" / "quickstart"
+SMALL = {"pairs": 256, "retrieval": 20, "class_train": 160, "class_val": 80, "class_test": 80, "align": 64}
+SMALL |= {"conversations": 64, "texts": 300, "pope": 12, "mmvp": 2, "segmentation": 2}
+PRETRAIN = ["--global_batch_size=32", "--epochs=2", "--save_steps=3", "--logging_steps=2"]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def run(*arguments: str, check: bool = True) -> subprocess.CompletedProcess:
+    ended = subprocess.run(
+        [sys.executable, "-m", *arguments], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=600
+    )
+    if check and ended.returncode:
+        pytest.fail(f"{arguments} ended with {ended.returncode}:\n{ended.stdout[-2000:]}\n{ended.stderr[-4000:]}")
+    return ended
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "scenes"
+    run(
+        "diffclip.scenes",
+        "export",
+        str(folder),
+        "--seed=0",
+        *(f"--{k.replace('_', '-')}={n}" for k, n in SMALL.items()),
+    )
+    return folder
+
+
+def pretrain_command(scenes: Path, out: Path) -> list[str]:
+    return [
+        "stages.pretrain",
+        f"--config={QUICKSTART / 'pretrain.yaml'}",
+        "--model=DiffCLIP-tiny",
+        f"--train_data={scenes}/pretrain/*.tar",
+        f"--val_data={scenes}/classification/shape",
+        f"--output_dir={out}",
+        *PRETRAIN,
+    ]
+
+
+def test_killed_pretraining_ends_in_the_weights_of_an_undisturbed_run(scenes, tmp_path):
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    run(*pretrain_command(scenes, undisturbed))
+    command = [sys.executable, "-m", *pretrain_command(scenes, killed)]
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.time() + 300
+    while not list(killed.glob("checkpoint-*/complete")) and time.time() < deadline:
+        assert process.poll() is None, "ended before it could be killed"
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    # a checkpoint that was being written when the power went: newer than any whole one, and unreadable
+    (killed / "checkpoint-99").mkdir()
+    (killed / "checkpoint-99" / "model.safetensors").write_bytes(b"half")
+    resumed = run(*pretrain_command(scenes, killed)).stdout
+    assert "resumes at step" in resumed
+    for name in ("open_clip_model.safetensors", "model.safetensors"):
+        a, b = load_file(undisturbed / name), load_file(killed / name)
+        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    again = run(*pretrain_command(scenes, killed)).stdout
+    assert "is finished, nothing to do" in again
+    refused = run(*pretrain_command(scenes, killed), "--learning_rate=0.1", check=False)
+    assert refused.returncode == 2 and "another learning_rate" in refused.stderr
+
+
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory) -> tuple[Path, list[str]]:
+    """Output directory and command of a finished pipeline for CLIP and DiffCLIP-dagger, interrupted once."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    small = {
+        "pretrain": {"global_batch_size": 64, "epochs": 1},
+        "language": {"global_batch_size": 16, "hidden_size": 32, "layers": 1},
+        "align": {"global_batch_size": 16},
+        "instruct": {"global_batch_size": 16, "epochs": 1},
+        "evaluate": {"few_shot_episodes": 20},
+    }
+    import yaml
+
+    settings: dict = {"variants": ["CLIP", "DiffCLIP-dagger"], "size": "tiny", "scenes": SMALL}
+    for stage, changes in small.items():
+        values = yaml.safe_load((QUICKSTART / f"{stage}.yaml").read_text()) | changes
+        (folder / f"{stage}.yaml").write_text(yaml.safe_dump(values))
+        settings[stage] = str(folder / f"{stage}.yaml")
+    (folder / "pipeline.yaml").write_text(yaml.safe_dump(settings))
+    command = ["stages.pipeline", f"--config={folder / 'pipeline.yaml'}", f"--output_dir={folder / 'out'}"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", *command], cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    deadline = time.time() + 300
+    while not (folder / "out" / "CLIP" / "align" / "run.json").exists() and time.time() < deadline:
+        time.sleep(0.1)
+    process.kill()  # as kill -9: what it started has to notice by itself
+    process.wait()
+    time.sleep(2)
+    running = [p.info["cmdline"] or [] for p in psutil.process_iter(["cmdline"])]
+    assert not [c for c in running if any(str(folder) in part for part in c)], "a killed pipeline left a stage running"
+    finished = run(*command)
+    (folder / "console.txt").write_text(finished.stdout)
+    return folder / "out", command
+
+
+def test_pipeline_ends_with_a_table_and_a_report(quickstart):
+    out, _ = quickstart
+    console = (out.parent / "console.txt").read_text()
+    assert "POPE" in console and str(out / "report" / "index.html") in console
+    page = (out / "report" / "index.html").read_text()
+    assert "CLIP-tiny" in page and "DiffCLIP-dagger-tiny" in page and "http://" not in page.split("<body")[0]
+    assert (out / "report" / "report.md").read_text().count("|") > 20
+    metrics = json.loads((out / "DiffCLIP-dagger" / "evaluate" / "metrics.json").read_text())
+    for key in (
+        "zero_shot/shape/top1",
+        "shift/sketch/top1",
+        "retrieval/text_to_image/R@1",
+        "linear_probe/color/accuracy",
+        "mmvp/average",
+        "pope/mean/accuracy",
+        "pope_shuffled/mean/accuracy",
+        "pope_blind/adversarial/accuracy",
+    ):
+        assert 0 <= metrics[key] <= 100
+    assert metrics["pope_always_yes/mean/accuracy"] == 50
+    assert metrics["pope/random/questions"] == 72
+
+
+def test_only_the_named_parts_learnt_and_the_tower_is_the_pretrained_one(quickstart):
+    out, _ = quickstart
+    from transformers import AutoModel
+
+    import diffclip.hf  # noqa: F401 - registers the tower
+
+    for variant in ("CLIP", "DiffCLIP-dagger"):
+        align, instruct = (
+            json.loads((out / variant / stage / "run.json").read_text()) for stage in ("align", "instruct")
+        )
+        for record, learns in ((align, {"projector"}), (instruct, {"projector", "language_model"})):
+            changed = {part for part in record["before"] if record["before"][part] != record["after"][part]}
+            assert changed == learns == set(record["learns"])
+        assert align["after"] == instruct["before"]
+        tower = AutoModel.from_pretrained(out / variant / "pretrain")
+        assert fingerprint(tower) == instruct["after"]["vision_tower"]
+
+
+def test_pipeline_called_again_trains_nothing(quickstart):
+    out, command = quickstart
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("*.safetensors")}
+    console = run(*command).stdout
+    assert console.count("nothing to do") == 9  # language, and four stages for each of two variants
+    assert {p: p.stat().st_mtime_ns for p in out.rglob("*.safetensors")} == before
+
+
+def test_two_ranks_give_the_losses_of_one(quickstart, tmp_path):
+    out, _ = quickstart
+    launcher = Path(sys.executable).parent / "deepspeed"
+    losses = []
+    for ranks in (1, 2):
+        command = [sys.executable, str(launcher), "--num_gpus", str(ranks), "--master_port", str(29600 + ranks)]
+        command += ["--module", "stages.instruct", f"--config={out.parent / 'instruct.yaml'}", "--logging_steps=1"]
+        command += [f"--model={out / 'CLIP' / 'align'}", f"--data={out / 'scenes' / 'llava' / 'instruct.json'}"]
+        command += [f"--image_root={out / 'scenes' / 'llava' / 'images'}", f"--output_dir={tmp_path / str(ranks)}"]
+        ended = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
+        assert ended.returncode == 0, ended.stderr[-3000:]
+        lines = (tmp_path / str(ranks) / "metrics.jsonl").read_text().splitlines()
+        losses.append([json.loads(line)["loss"] for line in lines])
+    assert len(losses[0]) == 4
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
