@@ -200,21 +200,3 @@ def fused_attention(
     v = v.repeat_interleave(2, dim=1)  # (batch, heads, tokens, 2d)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask, dropout, is_causal, scale=scale)
     return out[:, 0::2], out[:, 1::2]
-
-
-def attention_map(attention: nn.Module, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-    """Return the map that multiplies the values in this module, given its input x (batch, tokens, dim).
-
-    Args:
-        attention: `DifferentialAttention`, or timm's `Attention`.
-
-    Returns:
-        (batch, heads / 2, tokens, tokens) signed, rows summing to 1 - lambda, for differential attention;
-        (batch, heads, tokens, tokens) for ordinary attention.
-    """
-    if isinstance(attention, DifferentialAttention):
-        q, k, _ = attention.project(x)
-        first, second = softmax_maps(q, k, attn_mask, is_causal)
-        return first - attention.compute_lambda().to(q.dtype) * second
-    q, k, _ = attention.qkv(x).unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
-    return attention_scores(attention.q_norm(q), attention.k_norm(k), attn_mask, is_causal).softmax(dim=-1)

@@ -203,7 +203,13 @@ def from_official(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def to_official(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename our state dict to the official code's, bit for bit: the inverse of `from_official`."""
+    """Rename our state dict to the official code's, bit for bit: the inverse of `from_official`.
+
+    Raises:
+        InputError: for DiffCLIP-V2, which that code cannot hold.
+    """
+    if any(name.endswith("lambda_proj.weight") for name in state):
+        raise InputError("the official code has no second version of differential attention: write a directory instead")
     official = {name.replace("visual.trunk.", "visual."): tensor for name, tensor in state.items()}
     official["image_projection"] = official.pop("visual.head.proj.weight").T.contiguous()
     official["logit_scale"] = official["logit_scale"].reshape(())

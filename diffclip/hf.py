@@ -16,14 +16,17 @@ from transformers.image_processing_backends import PilBackend
 from transformers.image_utils import PILImageResampling
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from diffclip.attention import DifferentialAttention, attention_map
+from diffclip.attention import DifferentialAttention
+from diffclip.attention_maps import attention_map
+from diffclip.attention_v2 import DifferentialAttentionV2
 from diffclip.models import differentiate_tower, layer_lambda_inits, vision_trunk
 
 
 class DiffCLIPVisionConfig(PreTrainedConfig):
     """Shape of the vision tower.
 
-    `lambda_init` has one value per layer; None stands for ordinary attention, the CLIP baseline. With
+    `lambda_init` has one value per layer; None stands for ordinary attention, the CLIP baseline. `attention_version`
+    is 2 for Microsoft's second version of differential attention. With
     `stop_early`, a call that selects hidden states by index computes no block after the last one selected,
     and gives no last_hidden_state: LLaVA reads hidden_states[-2] alone, so its last block is wasted work.
     """
@@ -39,6 +42,7 @@ class DiffCLIPVisionConfig(PreTrainedConfig):
     patch_size: int = 16
     layer_norm_eps: float = 1e-6
     lambda_init: list[float] | None = None
+    attention_version: int = 1
     stop_early: bool = False
 
 
@@ -64,7 +68,7 @@ class DiffCLIPVisionModel(PreTrainedModel):
         }
         self.trunk = vision_trunk(vision_cfg, config.layer_norm_eps)
         if config.lambda_init is not None:
-            differentiate_tower(self.trunk, config.lambda_init)
+            differentiate_tower(self.trunk, config.lambda_init, config.attention_version)
         if config._attn_implementation == "eager":
             for block in self.trunk.blocks:
                 block.attn.attn_implementation, block.attn.fused_attn = "eager", False
@@ -82,7 +86,7 @@ class DiffCLIPVisionModel(PreTrainedModel):
             init.zeros_(module.bias)
         elif isinstance(module, (nn.LayerNorm, nn.RMSNorm, nn.Conv2d)):
             module.reset_parameters()
-        elif isinstance(module, DifferentialAttention):
+        elif isinstance(module, DifferentialAttention | DifferentialAttentionV2):
             module.reset_lambdas()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -101,7 +105,7 @@ class DiffCLIPVisionModel(PreTrainedModel):
         Args:
             pixel_values: (batch, 3, image_size, image_size), normalised.
             output_hidden_states: True for all, or indices (as LLaVA passes) for these alone, None elsewhere.
-            output_attentions: also give each layer's attention map (see `attention.attention_map`).
+            output_attentions: also give each layer's attention map (see `attention_maps.attention_map`).
 
         Returns:
             last_hidden_state (batch, 1 + patches, width) after the final norm; pooler_output (batch, width),
@@ -181,6 +185,7 @@ def vision_config(model_config: dict[str, Any]) -> DiffCLIPVisionConfig:
         patch_size=vision_cfg["patch_size"],
         layer_norm_eps=options["vision_norm_eps"],
         lambda_init=lambda_init,
+        attention_version=options.get("version", 1),
     )
 
 

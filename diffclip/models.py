@@ -26,14 +26,17 @@ from torchvision import transforms as T
 from torchvision.transforms.functional import InterpolationMode
 
 from diffclip.attention import DifferentialAttention, lambda_init_schedule
+from diffclip.attention_v2 import DifferentialAttentionV2, start_from
 from diffclip.errors import InputError
 
-# What is differential in each variant (section 3 and table 1 of the paper); the baseline has nothing.
+# What is differential in each variant (section 3 and table 1 of the paper); the baseline has nothing. V2 is not the
+# paper's: it has Microsoft's second version of differential attention.
 VARIANTS: dict[str, dict[str, Any]] = {
     "CLIP": {"towers": []},
     "DiffCLIP": {"towers": ["vision", "text"], "lambda_init": 0.8, "schedule_base": 0},
     "DiffCLIP-star": {"towers": ["vision", "text"], "lambda_init": "schedule", "schedule_base": 0},
     "DiffCLIP-dagger": {"towers": ["vision"], "lambda_init": 0.8, "schedule_base": 0},
+    "DiffCLIP-V2": {"towers": ["vision", "text"], "lambda_init": 0.5, "schedule_base": 0, "version": 2},
 }
 IMAGENET_PREPROCESS: dict[str, Any] = {
     "mean": [0.485, 0.456, 0.406],
@@ -102,8 +105,8 @@ class VisionTower(TimmModel):
         self.head = nn.Sequential(OrderedDict(drop=nn.Dropout(0.0), proj=projection))
 
 
-class TextDifferentialAttention(DifferentialAttention):
-    """Differential attention that is called, and answers, like `nn.MultiheadAttention` over one sequence."""
+class CalledLikeMultihead:
+    """Makes an attention module be called, and answer, like `nn.MultiheadAttention` over one sequence."""
 
     def forward(
         self,
@@ -122,6 +125,14 @@ class TextDifferentialAttention(DifferentialAttention):
         if attn_mask is not None and attn_mask.ndim == 3:
             attn_mask = attn_mask.unflatten(0, (-1, self.num_heads))
         return super().forward(query, attn_mask=attn_mask), None
+
+
+class TextDifferentialAttention(CalledLikeMultihead, DifferentialAttention):
+    """The first version, for open_clip's text blocks."""
+
+
+class TextDifferentialAttentionV2(CalledLikeMultihead, DifferentialAttentionV2):
+    """The second version, for open_clip's text blocks."""
 
 
 def vision_trunk(vision_cfg: dict[str, Any], norm_eps: float) -> VisionTransformer:
@@ -175,7 +186,8 @@ def build(name_or_config: str | dict[str, Any], *, init: str = "matched") -> CLI
 
     nn.init.normal_(model.visual.head.proj.weight, std=model.visual.trunk.embed_dim**-0.5)
     if options["towers"]:
-        differentiate(model, options["towers"], options["lambda_init"], options["schedule_base"])
+        version = options.get("version", 1)
+        differentiate(model, options["towers"], options["lambda_init"], options["schedule_base"], version, False)
     if init == "official":
         _official_init(model)
     return model
@@ -184,20 +196,26 @@ def build(name_or_config: str | dict[str, Any], *, init: str = "matched") -> CLI
 def differentiate(
     model: nn.Module,
     towers: Iterable[str] = ("vision", "text"),
-    lambda_init: float | str = 0.8,
+    lambda_init: float | str | None = None,
     schedule_base: int = 0,
+    version: int = 1,
+    preserve: bool = True,
 ) -> nn.Module:
     """Replace, in place, the self-attention of an open_clip model's blocks by differential attention.
 
     Works on open_clip's own transformers and on timm vision transformers (also SigLIP's; its pooling head
-    stays as it is). The projections keep their weights as a starting point, but the function changes: heads
-    now work in pairs, under a new norm.
+    stays as it is). In version 1 the projections keep their weights as a starting point, but the function changes:
+    heads now work in pairs, under a new norm. Version 2 is a warm start: the model computes what it did before, and
+    its new parameters learn from there.
 
     Args:
         model: any open_clip CLIP or CustomTextCLIP.
         towers: "vision", "text" or both.
-        lambda_init: one number for all layers, or "schedule" for `lambda_init_schedule`.
+        lambda_init: one number for all layers, or "schedule" for `lambda_init_schedule`; None is 0.8 in version 1,
+            0.5 in version 2, where it is where every token's lambda starts.
         schedule_base: what the schedule counts the first layer as, 0 or 1.
+        version: 1 for the paper's differential attention, 2 for Microsoft's second (`attention_v2`).
+        preserve: version 2 only: False draws its second queries anew, for training from scratch.
 
     Returns:
         the same model.
@@ -206,17 +224,23 @@ def differentiate(
         InputError: for a tower without blocks that are known here, or with an odd number of heads, or for a
             model that is differential already.
     """
+    if version not in (1, 2):
+        raise InputError(f"version of differential attention must be 1 or 2: got {version!r}")
+    if lambda_init is None:
+        lambda_init = 0.8 if version == 1 else 0.5
     towers = list(towers)
     for name in towers:
         if name not in ("vision", "text"):
             raise InputError(f"unknown tower {name!r}: choose vision or text")
         tower = model.visual if name == "vision" else getattr(model, "text", None) or model.transformer
         layers = len(_self_attention_blocks(tower))
-        differentiate_tower(tower, layer_lambda_inits(lambda_init, schedule_base, layers))
+        differentiate_tower(tower, layer_lambda_inits(lambda_init, schedule_base, layers), version, preserve)
     if isinstance(model, CLIP):
         options = model.model_config["diffclip"]
         options.update(towers=list(towers), lambda_init=lambda_init, schedule_base=schedule_base)
-        options["variant"] = variant_name(options["towers"], lambda_init)
+        if version == 2:
+            options["version"] = 2
+        options["variant"] = variant_name(options["towers"], lambda_init, version)
     return model
 
 
@@ -230,18 +254,19 @@ def layer_lambda_inits(lambda_init: float | str, schedule_base: int, layers: int
         raise InputError(f"lambda_init must be a number or 'schedule': got {lambda_init!r}") from None
 
 
-def variant_name(towers: list[str], lambda_init: float | str | None) -> str:
+def variant_name(towers: list[str], lambda_init: float | str | None, version: int = 1) -> str:
     """Return the variant's name in `VARIANTS`, or "custom"."""
     for name, options in VARIANTS.items():
-        if options["towers"] == towers and (not towers or options["lambda_init"] == lambda_init):
+        same = options["towers"] == towers and options.get("version", 1) == version
+        if same and (not towers or options["lambda_init"] == lambda_init):
             return name
     return "custom"
 
 
-def differentiate_tower(tower: nn.Module, lambda_inits: list[float]) -> None:
+def differentiate_tower(tower: nn.Module, lambda_inits: list[float], version: int = 1, preserve: bool = True) -> None:
     """Replace, in place, the self-attention of one tower's blocks; one lambda_init per block, in order."""
     blocks = _self_attention_blocks(tower)
-    if any(isinstance(block.attn, DifferentialAttention) for block in blocks):
+    if any(isinstance(block.attn, DifferentialAttention | DifferentialAttentionV2) for block in blocks):
         raise InputError(f"{type(tower).__name__} is differential already")
     if not blocks or len(blocks) != len(lambda_inits):
         raise InputError(
@@ -249,7 +274,7 @@ def differentiate_tower(tower: nn.Module, lambda_inits: list[float]) -> None:
             f"for {len(lambda_inits)} values of lambda_init"
         )
     for block, lambda_init in zip(blocks, lambda_inits):
-        block.attn = _differential_like(block.attn, lambda_init)
+        block.attn = _differential_like(block.attn, lambda_init, version, preserve)
 
 
 def _self_attention_blocks(tower: nn.Module) -> list[nn.Module]:
@@ -257,14 +282,17 @@ def _self_attention_blocks(tower: nn.Module) -> list[nn.Module]:
     return [block for block in blocks if not hasattr(block, "ln_1_kv")]  # which marks cross-attention
 
 
-def _differential_like(attention: nn.MultiheadAttention | Attention, lambda_init: float) -> DifferentialAttention:
+def _differential_like(
+    attention: nn.MultiheadAttention | Attention, lambda_init: float, version: int, preserve: bool
+) -> DifferentialAttention | DifferentialAttentionV2:
     """Return differential attention with an ordinary one's projections, on its device and in its dtype."""
     if isinstance(attention, nn.MultiheadAttention):
         qkv_weight, qkv_bias, out = attention.in_proj_weight, attention.in_proj_bias, attention.out_proj
-        kind, dropouts = TextDifferentialAttention, {"attn_drop": attention.dropout}
+        kind = TextDifferentialAttention if version == 1 else TextDifferentialAttentionV2
+        dropouts = {"attn_drop": attention.dropout}
     else:
         qkv_weight, qkv_bias, out = attention.qkv.weight, attention.qkv.bias, attention.proj
-        kind = DifferentialAttention
+        kind = DifferentialAttention if version == 1 else DifferentialAttentionV2
         dropouts = {"attn_drop": attention.attn_drop.p, "proj_drop": attention.proj_drop.p}
     new = kind(
         out.out_features,
@@ -273,6 +301,9 @@ def _differential_like(attention: nn.MultiheadAttention | Attention, lambda_init
         qkv_bias=qkv_bias is not None,
         **dropouts,
     ).to(qkv_weight)
+    if version == 2:
+        start_from(new, qkv_weight, qkv_bias, out, preserve)
+        return new.train(attention.training)
     with torch.no_grad():
         for projection, weight in zip((new.q_proj, new.k_proj, new.v_proj), qkv_weight.chunk(3)):
             projection.weight.copy_(weight)

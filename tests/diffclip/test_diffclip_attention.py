@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 from timm.layers import DiffAttention
 from torch import nn
 
-from diffclip.attention import DifferentialAttention, attention_map, faster_form, lambda_init_schedule, softmax_maps
+from diffclip.attention import DifferentialAttention, faster_form, lambda_init_schedule, softmax_maps
+from diffclip.attention_maps import attention_map
 from diffclip.errors import InputError
 
 FORMS = ("eager", "fused")

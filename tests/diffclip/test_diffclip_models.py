@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from diffclip import checkpoints, models
-from diffclip.attention import DifferentialAttention, attention_map, lambda_init_schedule
+from diffclip.attention import DifferentialAttention, lambda_init_schedule
+from diffclip.attention_maps import attention_map
 from diffclip.errors import InputError
 
 PARAMETERS = {

@@ -1,0 +1,160 @@
+"""Differential attention V2: twice the query heads on the same keys and values, and lambda chosen by each token.
+
+Source: Differential Transformer V2 (Ye et al., Microsoft, January 2026). Against the first version: no halved heads,
+no norm after the difference, no exponential parametrisation, and so a warm start from ordinary attention that
+computes the same function.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from diffclip.attention import FORMS, attention_scores, faster_form
+from diffclip.errors import InputError
+
+
+class DifferentialAttentionV2(nn.Module):
+    """Self-attention whose `num_heads` heads are each a difference of two softmax maps over one key and value.
+
+    With head width d = dim / num_heads there are 2 num_heads queries, and num_heads keys and values of width d.
+    Queries 2j and 2j + 1 both look at key and value j:
+
+        out_j = (A_2j - sigmoid(lambda_j(x)) A_2j+1) v_j
+
+    lambda_j(x) is a linear function of the token that asks. Ordinary attention has dim^2 + dim parameters less for
+    queries, and none of lambda's (dim + 1) num_heads.
+
+    Args:
+        dim: width of the tokens.
+        num_heads: number of differences; a divisor of dim.
+        lambda_init: what sigmoid(lambda) starts from for every token, in (0, 1).
+        attn_drop: dropout on the entries of each map, before the difference.
+        attn_implementation: "eager", "fused", or "auto" (see `attention.faster_form`).
+
+    Raises:
+        InputError: for a head count that does not divide dim, or a lambda_init outside (0, 1).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        lambda_init: float = 0.5,
+        qkv_bias: bool = True,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        attn_implementation: str = "auto",
+    ) -> None:
+        super().__init__()
+        if num_heads < 1 or dim % num_heads:
+            raise InputError(f"num_heads must divide the width: got num_heads={num_heads}, width={dim}")
+        if not 0 < lambda_init < 1:
+            raise InputError(f"lambda_init of version 2 is a sigmoid's value, between 0 and 1: got {lambda_init}")
+        if attn_implementation not in FORMS:
+            raise InputError(f"attn_implementation must be one of {', '.join(FORMS)}: got {attn_implementation!r}")
+        self.num_heads = num_heads
+        self.head_dim = dim // num_heads
+        self.lambda_init = lambda_init
+        self.attn_drop = attn_drop
+        self.attn_implementation = attn_implementation
+
+        self.q_proj = nn.Linear(dim, 2 * dim, bias=qkv_bias)
+        self.k_proj = nn.Linear(dim, dim, bias=qkv_bias)
+        self.v_proj = nn.Linear(dim, dim, bias=qkv_bias)
+        self.lambda_proj = nn.Linear(dim, num_heads)
+        self.out_proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+        self.reset_lambdas()
+
+    def reset_lambdas(self) -> None:
+        """Let sigmoid(lambda) be lambda_init for every token and head."""
+        nn.init.zeros_(self.lambda_proj.weight)
+        nn.init.constant_(self.lambda_proj.bias, math.log(self.lambda_init / (1 - self.lambda_init)))
+
+    def compute_lambda(self, x: Tensor) -> Tensor:
+        """Return sigmoid(lambda), (batch, heads, tokens, 1), for tokens x (batch, tokens, dim)."""
+        return self.lambda_proj(x).sigmoid().transpose(1, 2).unsqueeze(-1)
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return q, k, v, each (batch, 2 heads, tokens, d): keys and values stand beside both of their queries."""
+        q = self.q_proj(x).unflatten(-1, (2 * self.num_heads, self.head_dim)).transpose(1, 2)
+        k = self.k_proj(x).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+        v = self.v_proj(x).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+        return q, k.repeat_interleave(2, dim=1), v.repeat_interleave(2, dim=1)
+
+    def softmax_maps(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """Return all maps, (batch, 2 heads, tokens, tokens), for x (batch, tokens, dim)."""
+        q, k, _ = self.project(x)
+        return attention_scores(q, k, self.per_query(attn_mask), is_causal).softmax(dim=-1)
+
+    def per_query(self, attn_mask: Tensor | None) -> Tensor | None:
+        """Return a mask that has one plane per head with one plane per query instead, any other as it is."""
+        if attn_mask is not None and attn_mask.ndim == 4 and attn_mask.shape[1] == self.num_heads > 1:
+            return attn_mask.repeat_interleave(2, dim=1)
+        return attn_mask
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """Attend within x.
+
+        Args:
+            x: (batch, tokens, dim).
+            attn_mask: broadcastable to (batch, num_heads, tokens, tokens); boolean (True = attend) or additive.
+            is_causal: each token attends to itself and earlier ones. Not together with attn_mask.
+
+        Returns:
+            (batch, tokens, dim).
+        """
+        q, k, v = self.project(x)
+        attn_mask = self.per_query(attn_mask)
+        dropout = self.attn_drop if self.training else 0.0
+        form = self.attn_implementation
+        if form == "auto":
+            form = faster_form(q)
+        if form == "eager":
+            maps = F.dropout(attention_scores(q, k, attn_mask, is_causal).softmax(dim=-1), dropout)
+            difference = maps[:, 0::2] - self.compute_lambda(x) * maps[:, 1::2]  # (batch, heads, tokens, tokens)
+            out = difference @ v[:, 0::2]
+        else:
+            if attn_mask is not None and attn_mask.is_floating_point():
+                attn_mask = attn_mask.to(q.dtype)
+            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask, dropout, is_causal)
+            out = mixed[:, 0::2] - self.compute_lambda(x) * mixed[:, 1::2]
+        return self.proj_drop(self.out_proj(out.transpose(1, 2).flatten(2)))  # (batch, tokens, dim)
+
+    def extra_repr(self) -> str:
+        return f"num_heads={self.num_heads}, lambda_init={self.lambda_init:.4g}, form={self.attn_implementation}"
+
+
+@torch.no_grad()
+def start_from(new: DifferentialAttentionV2, qkv: Tensor, bias: Tensor | None, out: nn.Linear, preserve: bool) -> None:
+    """Take over the weights of ordinary attention with the same number of heads.
+
+    Args:
+        qkv, bias: its (3 dim, dim) weight and (3 dim) bias of queries, keys and values.
+        out: its output projection.
+        preserve: True makes the second query of each head a copy of the first and divides the output weights by
+            1 - lambda_init, so that the function is the same: (A - lambda A) / (1 - lambda) = A. The two queries part
+            in training, since their gradients differ in sign and size. False draws the second queries anew, with
+            the spread of the first ones, for training from scratch.
+    """
+    q, k, v = qkv.chunk(3)
+    new.k_proj.weight.copy_(k)
+    new.v_proj.weight.copy_(v)
+    second = q if preserve else torch.randn_like(q) * q.std()
+    new.q_proj.weight.copy_(interleave_heads(q, second, new.num_heads))
+    if bias is not None:
+        q_bias, k_bias, v_bias = bias.chunk(3)
+        new.k_proj.bias.copy_(k_bias)
+        new.v_proj.bias.copy_(v_bias)
+        new.q_proj.bias.copy_(interleave_heads(q_bias, q_bias, new.num_heads))
+    new.out_proj.weight.copy_(out.weight / (1 - new.lambda_init) if preserve else out.weight)
+    new.out_proj.bias.copy_(out.bias)
+
+
+def interleave_heads(first: Tensor, second: Tensor, heads: int) -> Tensor:
+    """Return (2 dim, ...) in which head j of `first` (dim, ...) is followed by head j of `second`."""
+    pairs = torch.stack([first.unflatten(0, (heads, -1)), second.unflatten(0, (heads, -1))], dim=1)
+    return pairs.flatten(0, 2)
