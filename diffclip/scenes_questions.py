@@ -22,7 +22,6 @@ from diffclip.scenes_text import (
     a,
     at,
     caption,
-    captions,
     detailed_caption,
     named,
     place,
@@ -239,7 +238,7 @@ def ask_background(scene: Scene, rng: random.Random) -> Question:
     return "What does the background look like?", kind.capitalize(), f"The background is {kind}."
 
 
-# Half of the rounds come from the deck of yes/no questions, the others from these, in these proportions.
+# Three quarters of the rounds come from the deck of yes/no questions, the others from these, in these proportions.
 ASK: dict[Callable[[Scene, random.Random], Question | None], float] = {
     ask_color: 1.5,
     ask_shape: 1.0,
@@ -251,7 +250,7 @@ ASK: dict[Callable[[Scene, random.Random], Question | None], float] = {
     ask_direction: 0.4,
     ask_background: 0.5,
 }
-DECK_SHARE, DETAIL_SHARE, CAPTION_SHARE = 0.63, 0.05, 0.03
+DECK_SHARE, DETAIL_SHARE, CAPTION_SHARE = 0.75, 0.03, 0.03
 CAPTION_REQUESTS = (
     "Describe the image in one sentence.",
     "What does this picture show?",
@@ -282,15 +281,18 @@ def rounds(scene: Scene, rng: random.Random, count: int) -> list[tuple[str, str]
             made = deck.pop() if ask_deck else rng.choices(asks, weights)[0](scene, rng)
             if made is None:
                 continue
-            question, short, long = made
-            style = rng.random()
-            # a single word or phrase is asked for in most rounds; a bare Yes or No also comes unasked
-            answer = short if style < 0.6 or (short in ("Yes", "No") and style < 0.8) else long
-            if style < 0.6:
-                question += SHORT
+            question, answer = worded(made, rng)
         if question.removesuffix(SHORT) not in {q.removesuffix(SHORT) for q in out}:
             out[question] = answer
     return list(out.items())
+
+
+def worded(made: Question, rng: random.Random) -> tuple[str, str]:
+    """The question, mostly asking for a single word or phrase, and its answer; a bare Yes or No comes unasked too."""
+    question, short, long = made
+    style = rng.random()
+    answer = short if style < 0.6 or (short in ("Yes", "No") and style < 0.8) else long
+    return question + SHORT * (style < 0.6), answer
 
 
 def align_conversation(scene: Scene, rng: random.Random) -> list[dict[str, str]]:
@@ -310,11 +312,13 @@ def _turns(pairs: list[tuple[str, str]]) -> list[dict[str, str]]:
     return [{"from": who, "value": text} for pair in pairs for who, text in zip(("human", "gpt"), pair)]
 
 
-def text_line(scene: Scene, rng: random.Random, count: int) -> str:
-    """Text alone: the scene in words and rounds about it in the vicuna form, or at times just captions."""
-    if rng.random() < 0.15:
-        return " ".join(sentence(c) for c in captions(scene, rng, 3)) + "<|im_end|>"
-    pairs = rounds(scene, rng, count)
+def text_line(scene: Scene, rng: random.Random) -> str:
+    """Text alone: the scene in words and one yes/no question about it in the vicuna form.
+
+    Among captions or other questions, or after other answers, a small model takes many times longer to discover
+    that an answer can be looked up in the scene.
+    """
+    question, answer = worded(presence_deck(scene, rng)[0], rng)
     # the words stand before the first round, or inside its question, where a picture will stand
     start = f"{scene_in_words(scene)} USER: " if rng.random() < 0.5 else f"USER: {scene_in_words(scene)}\n"
-    return start + "USER: ".join(f"{q} ASSISTANT: {answer}<|im_end|>" for q, answer in pairs)
+    return f"{start}{question} ASSISTANT: {answer}<|im_end|>"

@@ -9,6 +9,7 @@ conversations hold. Later stages load the result by path exactly as they load `Q
         --output_dir runs/language
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -18,15 +19,18 @@ from stages.config import parse, require
 from stages.training import TrainingConfig
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedTokenizerBase
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>")
+INITIALIZER_RANGE = 0.06  # Qwen's 0.02 is for a width of 896; narrow models start too slowly with it
 # Qwen's template without its tool calls; the default system sentence is Qwen2.5's role, not its wording.
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+
+
+ANSWER = re.compile(r" ?ASSISTANT:(.*?<\|im_end\|>|.*$)", re.DOTALL)
 
 
 @dataclass
@@ -37,15 +41,18 @@ class LanguageConfig(TrainingConfig):
     conversations: list[str] = field(
         default_factory=list, metadata={"help": "LLaVA JSON files whose text is read too, pictures left out"}
     )
+    vocabulary_from: list[str] = field(
+        default_factory=list, metadata={"help": "LLaVA JSON files whose words the tokenizer knows, but are not learnt"}
+    )
     vocabulary: int = field(default=1024, metadata={"help": "tokens of the BPE vocabulary, special ones included"})
     hidden_size: int = field(default=128, metadata={"help": "width"})
     layers: int = field(default=3, metadata={"help": "decoder layers"})
     heads: int = field(default=4, metadata={"help": "attention heads"})
-    block: int = field(default=128, metadata={"help": "tokens per training sequence (documents are packed)"})
+    max_tokens: int = field(default=256, metadata={"help": "longer texts are cut"})
     max_positions: int = field(default=1024, metadata={"help": "longest sequence the model will see"})
     epochs: float = field(default=1.0, metadata={"help": "passes over the text"})
-    global_batch_size: int = field(default=64, metadata={"help": "sequences per step"})
-    learning_rate: float = field(default=2e-3, metadata={"help": "peak learning rate"})
+    global_batch_size: int = field(default=64, metadata={"help": "texts per step"})
+    learning_rate: float = field(default=1e-3, metadata={"help": "peak learning rate"})
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -58,21 +65,24 @@ def main(argv: list[str] | None = None) -> None:
 
 def teach(config: LanguageConfig) -> None:
     """Train tokenizer and model; write a directory for `AutoTokenizer` and `AutoModelForCausalLM`."""
-    import torch
-    from transformers import Qwen2Config, Qwen2ForCausalLM, Trainer, set_seed
+    from transformers import DataCollatorForSeq2Seq, Qwen2Config, Qwen2ForCausalLM, Trainer, set_seed
 
+    from mllm.conversation import VICUNA_SYSTEM
     from stages.callbacks import Watch, end_with_pipeline
     from stages.run import Run
     from stages.training import per_device_batch, train, training_arguments
 
     end_with_pipeline()
     inputs = {f"conversations[{i}]": path for i, path in enumerate(config.conversations)}
+    inputs |= {f"vocabulary_from[{i}]": path for i, path in enumerate(config.vocabulary_from)}
     run = Run("language", config, inputs | ({"text": config.text} if config.text else {}))
     if run.finished:
         return
     texts = list(read_texts(config.text)) if config.text else []
     texts += [text for path in config.conversations for text in read_conversations(path)]
-    tokenizer = train_tokenizer(texts, config.vocabulary)
+    # the system sentence stands before every conversation later on: its words deserve tokens of their own
+    words = [text for path in config.vocabulary_from for text in read_conversations(path)]
+    tokenizer = train_tokenizer([*texts, *words, *[VICUNA_SYSTEM] * (1 + len(texts) // 10)], config.vocabulary)
     set_seed(config.seed)
     model = Qwen2ForCausalLM(
         Qwen2Config(
@@ -83,20 +93,22 @@ def teach(config: LanguageConfig) -> None:
             num_attention_heads=config.heads,
             num_key_value_heads=config.heads,
             max_position_embeddings=config.max_positions,
+            initializer_range=INITIALIZER_RANGE,
             tie_word_embeddings=True,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
             bos_token_id=None,
         )
     )
-    blocks = pack(texts, tokenizer, config.block)
-    steps = max(1, int(len(blocks) * config.epochs) // config.global_batch_size)
+    rows = [encode(text, tokenizer, config.max_tokens) for text in texts]
+    tokens = sum(len(row["input_ids"]) for row in rows)
+    steps = max(1, int(len(rows) * config.epochs) // config.global_batch_size)
     parameters = sum(p.numel() for p in model.parameters())
     run.say(
         f"language: stand-in Qwen2 with {parameters:,} parameters and {len(tokenizer):,} tokens, all learn; "
-        f"{len(texts):,} texts = {blocks.numel():,} tokens, {steps:,} steps of {config.global_batch_size}"
+        f"{len(texts):,} texts = {tokens:,} tokens, {steps:,} steps of {config.global_batch_size}"
     )
-    run.note(parameters=parameters, stand_in=True, tokens=blocks.numel(), steps=steps)
+    run.note(parameters=parameters, stand_in=True, tokens=tokens, steps=steps)
     trainer = Trainer(
         model=model,
         args=training_arguments(
@@ -107,8 +119,8 @@ def teach(config: LanguageConfig) -> None:
             warmup_steps=0.05,
             max_grad_norm=1.0,
         ),
-        train_dataset=[{"input_ids": row, "labels": row} for row in blocks],
-        data_collator=lambda rows: {k: torch.stack([r[k] for r in rows]) for k in rows[0]},
+        train_dataset=rows,
+        data_collator=DataCollatorForSeq2Seq(tokenizer),
         callbacks=[Watch(run, config.global_batch_size)],
     )
     metrics = train(trainer, run)
@@ -164,16 +176,17 @@ def train_tokenizer(texts: list[str], vocabulary: int) -> "PreTrainedTokenizerBa
     return tokenizer
 
 
-def pack(texts: list[str], tokenizer: "PreTrainedTokenizerBase", block: int) -> "torch.Tensor":
-    """Documents one after another, each closed by <|endoftext|>, cut into rows (rows, block) int64."""
-    import torch
+def encode(text: str, tokenizer: "PreTrainedTokenizerBase", max_tokens: int) -> dict[str, list[int]]:
+    """Token ids and labels of one text: of a conversation only the answers and their end tokens are learnt.
 
-    end = tokenizer.convert_tokens_to_ids("<|endoftext|>")
-    ids = [i for row in tokenizer(texts)["input_ids"] for i in (*row, end)]
-    rows = len(ids) // block
-    if rows == 0:
-        raise InputError(f"the text has {len(ids)} tokens, fewer than one block of {block}: give more text")
-    return torch.tensor(ids[: rows * block]).view(rows, block)
+    Learning the questions too, or several texts to a row, hides for many times longer what the answers depend on.
+    """
+    encoded = tokenizer(text, return_offsets_mapping=True, truncation=True, max_length=max_tokens)
+    ids, answers = encoded["input_ids"], [m.span(1) for m in ANSWER.finditer(text)]
+    learnt = [
+        not answers or any(start <= a and b <= end for start, end in answers) for a, b in encoded["offset_mapping"]
+    ]
+    return {"input_ids": ids, "labels": [i if yes else -100 for i, yes in zip(ids, learnt)]}
 
 
 if __name__ == "__main__":

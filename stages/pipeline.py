@@ -58,6 +58,7 @@ def main(argv: list[str] | None = None) -> None:
     python(
         ["stages.language", f"--config={config.language}", seed]
         + [f"--text={data}/llava/text.jsonl", f"--output_dir={out}/language"]
+        + ["--vocabulary_from", f"{data}/llava/align.json", f"{data}/llava/instruct.json"]
     )
     evaluated = []
     for variant in config.variants:

@@ -229,18 +229,18 @@ def test_conversations_have_the_public_form():
         assert instruct[0]["value"].startswith("<image>\n")
 
 
-def test_text_lines_are_the_same_rounds_about_the_written_scene():
-    rng, plain, inside = random.Random(7), 0, 0
+def test_text_lines_ask_and_answer_about_the_written_scene():
+    rng, inside, answers = random.Random(7), 0, Counter()
     for scene in SOME[:300]:
-        line = questions.text_line(scene, rng, 5)
+        line = questions.text_line(scene, rng)
         assert line.endswith("<|im_end|>")
-        if "USER: " not in line:
-            plain += 1
-            continue
         assert text.scene_in_words(scene) in line.split(" ASSISTANT:")[0]
         inside += line.startswith("USER: ")
-        assert len(re.findall(r"USER: ", line)) == len(re.findall(r" ASSISTANT: .+?<\|im_end\|>", line)) == 5
-    assert 20 < plain < 80 and 80 < inside < 170
+        [question] = re.findall(r"Is there an? .+? in the image\?", line)
+        [answer] = re.findall(r" ASSISTANT: (Yes|No)\b.*<\|im_end\|>", line)
+        assert oracle(scene, question) == answer
+        answers[answer] += 1
+    assert 80 < inside < 220 and 110 < answers["Yes"] < 190
 
 
 @pytest.mark.parametrize("category", text.MMVP_CATEGORIES)
