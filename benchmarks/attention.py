@@ -1,0 +1,107 @@
+"""Time and peak memory of attention modules, side by side in one run: CLIP, DiffCLIP eager and fused, V2.
+
+    python -m benchmarks.attention                 # on the CPU, or on the GPU where there is one
+    python -m benchmarks.attention --batch 64 --seconds 5
+
+B/16 shapes: 197 image tokens of width 768 in 12 heads, 77 text tokens of width 512 in 8 heads, causal. Ratios are to
+ordinary attention in the same dtype; rounds of all candidates take turns, so that a busy machine slows them alike.
+"""
+
+import argparse
+import time
+
+import torch
+from timm.layers import Attention
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from diffclip.attention import DifferentialAttention
+from diffclip.attention_v2 import DifferentialAttentionV2
+
+SHAPES = {"vision": (197, 768, 12, False), "text": (77, 512, 8, True)}
+
+
+class Ordinary(Attention):
+    """timm's attention, called like ours."""
+
+    def forward(self, x: torch.Tensor, is_causal: bool = False) -> torch.Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        x = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
+        return self.proj(x.transpose(1, 2).flatten(2))
+
+
+def candidates(width: int, heads: int) -> dict[str, nn.Module]:
+    return {
+        "CLIP, fused": Ordinary(width, heads, qkv_bias=True),
+        "DiffCLIP, eager": DifferentialAttention(width, heads, attn_implementation="eager"),
+        "DiffCLIP, fused": DifferentialAttention(width, heads, attn_implementation="fused"),
+        "V2, eager": DifferentialAttentionV2(width, heads, attn_implementation="eager"),
+        "V2, fused": DifferentialAttentionV2(width, heads, attn_implementation="fused"),
+    }
+
+
+def once(module: nn.Module, x: torch.Tensor, causal: bool, train: bool) -> float:
+    """Seconds of one forward pass, or of one forward and backward pass."""
+    if x.is_cuda:
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    with torch.set_grad_enabled(train):
+        out = module(x, is_causal=causal)
+        if train:
+            out.float().square().mean().backward()
+    if x.is_cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def saved_megabytes(module: nn.Module, x: torch.Tensor, causal: bool) -> float:
+    """Megabytes that a forward pass keeps for the backward pass, each storage once, weights left out."""
+    kept, weights = {}, {p.untyped_storage().data_ptr() for p in module.parameters()}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # held, so that no address is used twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        module(x, is_causal=causal)
+    return sum(size for size, _ in kept.values()) / 2**20
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--seconds", type=float, default=3.0, help="of measuring for each table")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    args = parser.parse_args()
+    print(f"{device}, {torch.get_num_threads()} threads, batch {args.batch}; median of rounds, ratio to CLIP")
+    for tower, (tokens, width, heads, causal) in SHAPES.items():
+        for dtype in (torch.float32, torch.bfloat16):
+            modules = {k: m.to(device, dtype) for k, m in candidates(width, heads).items()}
+            x = torch.randn(args.batch, tokens, width, device=device, dtype=dtype, requires_grad=True)
+            times: dict[tuple[str, bool], list[float]] = {(k, t): [] for k in modules for t in (False, True)}
+            for name, train in times:
+                once(modules[name], x, causal, train)
+            end = time.perf_counter() + args.seconds
+            while time.perf_counter() < end or min(map(len, times.values())) < 3:
+                for name, train in times:
+                    times[name, train].append(once(modules[name], x, causal, train))
+            print(f"\n{tower}, {tokens} tokens, {str(dtype).removeprefix('torch.')}")
+            medians = {key: sorted(values)[len(values) // 2] for key, values in times.items()}
+            memory = {name: saved_megabytes(module, x, causal) for name, module in modules.items()}
+            for name, module in modules.items():
+                with FlopCounterMode(display=False) as counter:
+                    module(x, is_causal=causal)
+                cells = [
+                    f"{1000 * medians[name, t]:8.1f} ms {medians[name, t] / medians['CLIP, fused', t]:5.2f}x"
+                    for t in (False, True)
+                ]
+                print(
+                    f"  {name:16} forward {cells[0]}   with backward {cells[1]}   kept {memory[name]:6.1f} MB "
+                    f"{memory[name] / memory['CLIP, fused']:5.2f}x   {counter.get_total_flops() / 1e9:6.1f} GFLOP"
+                )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""Time and peak memory of a contrastive training step at B/16, side by side in one run.
+
+    python -m benchmarks.train_step                        # tiny batch on the CPU, or a GPU where there is one
+    python -m benchmarks.train_step --batch 256 --steps 20 --dtype bfloat16
+
+Candidates take turns. Peak memory is the allocator's on a GPU; on a CPU it is what the forward pass keeps.
+Wanted: a DiffCLIP step within 1.10 of CLIP's in both.
+"""
+
+import argparse
+import time
+
+import torch
+from open_clip import ClipLoss
+from torch import nn
+
+from diffclip import models
+
+
+def make(name: str, form: str, device: str) -> nn.Module:
+    torch.manual_seed(0)
+    model = models.build(name).to(device)
+    for module in model.modules():
+        if hasattr(module, "attn_implementation"):
+            module.attn_implementation = form
+    return model
+
+
+def step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, images: torch.Tensor, texts: torch.Tensor, dtype: torch.dtype
+) -> None:
+    with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
+        found = model(images, texts)
+    loss = ClipLoss()(found[0].float(), found[1].float(), found[2])
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", default="B-16", help="S-16, B-32, B-16 or L-14")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=4, help="measured steps of each candidate")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    args = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = getattr(torch, args.dtype)
+    images = torch.randn(args.batch, 3, 224, 224, device=device)
+    texts = torch.randint(1, 49405, (args.batch, 77), device=device)
+    texts[:, -1] = 49407  # no caption ends early: the longest text there can be
+    named = [
+        ("CLIP", "auto"),
+        ("DiffCLIP", "eager"),
+        ("DiffCLIP", "fused"),
+        ("DiffCLIP", "auto"),
+        ("DiffCLIP-V2", "auto"),
+    ]
+    print(f"{args.size}, {device}, {torch.get_num_threads()} threads, batch {args.batch}, {args.dtype}")
+    times: dict[str, list[float]] = {f"{n}, {f}": [] for n, f in named}
+    peaks: dict[str, float] = {}
+    arms = {f"{n}, {f}": make(f"{n}-{args.size}", f, device) for n, f in named}
+    optimizers = {k: torch.optim.AdamW(m.parameters()) for k, m in arms.items()}
+    for turn in range(args.steps + 1):
+        for name, model in arms.items():
+            if device == "cuda":
+                torch.cuda.synchronize()
+                torch.cuda.reset_peak_memory_stats()
+                before = torch.cuda.memory_allocated()
+            start = time.perf_counter()
+            step(model, optimizers[name], images, texts, dtype)
+            if device == "cuda":
+                torch.cuda.synchronize()
+                peaks[name] = (torch.cuda.max_memory_allocated() - before) / 2**20
+            if turn:  # the first turn warms up
+                times[name].append(time.perf_counter() - start)
+    if device == "cpu":
+        peaks = {name: kept(model, images, texts, dtype) for name, model in arms.items()}
+    medians = {name: sorted(values)[len(values) // 2] for name, values in times.items()}
+    for name in arms:
+        print(
+            f"  {name:16} {1000 * medians[name]:9.0f} ms {medians[name] / medians['CLIP, auto']:5.2f}x   "
+            f"{peaks[name]:8.0f} MB {peaks[name] / peaks['CLIP, auto']:5.2f}x"
+        )
+
+
+def kept(model: nn.Module, images: torch.Tensor, texts: torch.Tensor, dtype: torch.dtype) -> float:
+    """Megabytes that the forward pass keeps for the backward pass, each storage once, weights left out."""
+    stored, weights = {}, {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            stored[storage.data_ptr()] = (storage.nbytes(), tensor)  # held, so that no address is used twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
+            found = model(images, texts)
+        ClipLoss()(found[0].float(), found[1].float(), found[2])
+    return sum(size for size, _ in stored.values()) / 2**20
+
+
+if __name__ == "__main__":
+    main()

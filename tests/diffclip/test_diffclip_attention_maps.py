@@ -1,0 +1,144 @@
+"""Attention maps and relevance against the modules' own outputs, finite differences and planted answers."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from diffclip import attention_maps, checkpoints, models, scenes, scenes_export
+from diffclip.benchmarks import localisation
+
+NAMES = ["CLIP-tiny", "DiffCLIP-tiny", "DiffCLIP-V2-tiny"]
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def model(request):
+    torch.manual_seed(0)
+    built = models.build(request.param).eval()
+    with torch.no_grad():
+        for block in built.visual.trunk.blocks:
+            for parameter in block.attn.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return built
+
+
+IMAGES = torch.randn(2, 3, 48, 48, generator=torch.Generator().manual_seed(1))
+TEXTS = torch.randint(1, 300, (2, 40), generator=torch.Generator().manual_seed(2))
+
+
+@pytest.mark.parametrize("layer", [0, -1])
+def test_recording_changes_nothing_and_maps_are_those_applied(model, layer):
+    attention = attention_maps.vision_attention(model, layer)
+    plain = model.encode_image(IMAGES)
+    with attention_maps.recorded(attention) as seen:
+        recorded = model.encode_image(IMAGES)
+    torch.testing.assert_close(recorded, plain, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(model.encode_image(IMAGES), plain, atol=0, rtol=0)  # back to its own forward
+    assert seen["map"].shape[-2:] == (37, 37)
+    maps = attention_maps.layer_maps(model, IMAGES, layer)
+    used = maps.get("difference", maps["A1"])
+    torch.testing.assert_close(used.flatten(2), seen["map"][:, :, 0, 1:])
+    heads = {"CLIP": 4, "DiffCLIP": 2, "DiffCLIP-V2": 4}[model.model_config["diffclip"]["variant"]]
+    assert used.shape == (2, heads, 6, 6)
+
+
+def test_relevance_is_map_times_gradient(model):
+    """Against finite differences: nudge one entry of the class token's row of the map, watch the similarity."""
+    model = model.double()
+    images = IMAGES.double()
+    found = attention_maps.relevance(model, images, TEXTS)
+    assert found.shape == (2, 6, 6) and found.min() >= 0 and found.max() > 0
+    attention = attention_maps.vision_attention(model, -1)
+    with torch.no_grad(), attention_maps.recorded(attention) as seen:
+        queries = model.encode_text(TEXTS, normalize=True)
+        model.encode_image(images)
+        x, base = seen["input"], seen["map"]
+        for patch in (0, 17, 35):
+            expected = torch.zeros(2)
+            for head in range(base.shape[1]):
+                ends = []
+                for step in (1e-5, -1e-5):
+                    nudged = base.clone()
+                    nudged[:, head, 0, 1 + patch] += step
+                    attention.forward = lambda x, *a, nudged=nudged, **k: attention_maps.apply_map(attention, x, nudged)
+                    ends.append((model.encode_image(images, normalize=True) * queries).sum(-1))
+                slope = (ends[0] - ends[1]) / 2e-5
+                expected += (slope * base[:, head, 0, 1 + patch]).clamp(min=0).float() / base.shape[1]
+            torch.testing.assert_close(found.flatten(1)[:, patch], expected, atol=1e-7, rtol=1e-3)
+        assert x.shape == (2, 37, 128)
+    model.float()
+
+
+def test_figure_is_drawn_for_several_models(tmp_path, capsys):
+    for name in NAMES[:2]:
+        checkpoints.save(models.build(name), tmp_path / name)
+    for i in range(2):
+        Image.fromarray(scenes.draw(scenes.make_scene(0, "figure", i), 64)).save(tmp_path / f"{i}.png")
+    arguments = [str(tmp_path / "0.png"), str(tmp_path / "1.png"), "--query", "a star", "--models"]
+    arguments += [str(tmp_path / name) for name in NAMES[:2]]
+    attention_maps.main([*arguments, "--out", str(tmp_path / "fig.png")])
+    assert np.asarray(Image.open(tmp_path / "fig.png").convert("L")).std() > 20
+    with pytest.raises(SystemExit) as ended:
+        attention_maps.main(
+            [*arguments[:2], "--query", "a", "b", "c", *arguments[4:], "--out", str(tmp_path / "x.png")]
+        )
+    assert ended.value.code == 2 and "3 queries for 2 images" in capsys.readouterr().err
+
+
+def test_scores_of_planted_maps():
+    mask = np.zeros((10, 10), bool)
+    mask[2:5, 3:7] = True
+    perfect = localisation.map_scores(mask.astype(float), mask)
+    assert perfect == {"pointing": 100, "energy": 100, "precision": 100, "area": 12}
+    assert localisation.map_scores(np.zeros((10, 10)), mask)["energy"] == pytest.approx(12)
+    wrong = localisation.map_scores((~mask).astype(float), mask)
+    assert wrong["pointing"] == wrong["energy"] == 0 and wrong["precision"] == pytest.approx(12)
+    half = np.zeros((10, 10))
+    half[2, 3], half[9, 9] = 1.0, 3.0
+    found = localisation.map_scores(half, mask)
+    assert found["pointing"] == 0 and found["energy"] == pytest.approx(25)
+
+
+def test_masks_are_those_of_the_scenes(tmp_path):
+    scenes_export.main(["export", str(tmp_path / "s"), "--only", "segmentation", "--segmentation", "6", "--seed", "3"])
+    folder = tmp_path / "s" / "segmentation"
+    items = list(localisation.read_masks(folder / "instances.json", folder / "images"))
+    wanted = []
+    for i in range(6):
+        scene = scenes.make_scene(3, "segmentation", i)
+        for shape in scenes.SHAPES:
+            visible = [m for t, m in zip(scene.things, scenes.masks(scene, 64)) if t.shape == shape]
+            if visible:
+                wanted.append((f"{i:06d}.png", shape, np.any(visible, axis=0)))
+    assert [(p.name, n) for p, n, _ in items] == [(p, n) for p, n, _ in wanted]
+    assert all(np.array_equal(a[2], b[2]) for a, b in zip(items, wanted))
+    (folder / "images" / "000003.png").unlink()
+    with pytest.raises(localisation.InputError, match=r"000003\.png: no such picture"):
+        list(localisation.read_masks(folder / "instances.json", folder / "images"))
+
+
+def test_command_compares_models_with_intervals(tmp_path):
+    scenes_export.main(["export", str(tmp_path / "s"), "--only", "segmentation", "--segmentation", "12"])
+    for name in NAMES[:2]:
+        checkpoints.save(models.build(name), tmp_path / name)
+    folder, out = tmp_path / "s" / "segmentation", tmp_path / "found.json"
+    arguments = ["--instances", str(folder / "instances.json"), "--images", str(folder / "images"), "--models"]
+    localisation.main([*arguments, *(str(tmp_path / n) for n in NAMES[:2]), "--out", str(out)])
+    found = json.loads(out.read_text())
+    one, other = found["models"].values()
+    assert found["pictures"] == 12 and one["area"] == other["area"]
+    for score in localisation.SCORES:
+        assert 0 <= one[score]["low"] <= one[score]["mean"] <= one[score]["high"] <= 100
+        assert other[f"{score}_difference"]["mean"] == pytest.approx(other[score]["mean"] - one[score]["mean"])
+
+
+def test_models_without_a_timm_tower_are_refused():
+    import open_clip
+
+    model = open_clip.CLIP(
+        16, {"layers": 1, "width": 32, "head_width": 8, "image_size": 16, "patch_size": 8}, {"layers": 1}
+    )
+    with pytest.raises(attention_maps.InputError, match="not a timm vision transformer"):
+        attention_maps.layer_maps(model, IMAGES[:, :, :16, :16])
