@@ -7,7 +7,7 @@ import math
 import torch
 from torch import nn
 
-MAX_LOGIT_SCALE = math.log(100)
+MAX_LOGIT_SCALE = 4.6052  # ln 100, rounded as in SLIP
 
 
 def decay_parameter_names(model: nn.Module) -> list[str]:

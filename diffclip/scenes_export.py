@@ -159,7 +159,8 @@ def write_llava(folder: Path, o: argparse.Namespace, tick: Tick) -> None:
     _dump(folder / "instruct.json", instruct)
     with open(folder / "text.jsonl", "w") as file:
         for i in range(o.texts):
-            text = scenes_questions.text_line(make_scene(o.seed, "text", i), stream_rng(o.seed, "text/words", i))
+            rng, late = stream_rng(o.seed, "text/words", i), i >= 0.7 * o.texts
+            text = scenes_questions.text_line(make_scene(o.seed, "text", i), rng, any_request=late)
             file.write(json.dumps({"text": text}) + "\n")
             tick()
 

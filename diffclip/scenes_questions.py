@@ -312,13 +312,19 @@ def _turns(pairs: list[tuple[str, str]]) -> list[dict[str, str]]:
     return [{"from": who, "value": text} for pair in pairs for who, text in zip(("human", "gpt"), pair)]
 
 
-def text_line(scene: Scene, rng: random.Random) -> str:
+def text_line(scene: Scene, rng: random.Random, any_request: bool = True) -> str:
     """Text alone: the scene in words and one yes/no question about it in the vicuna form.
 
-    Among captions or other questions, or after other answers, a small model takes many times longer to discover
-    that an answer can be looked up in the scene.
+    With `any_request`, half the lines have another request instead, two in three of them for a caption. Among
+    those a small model takes many times longer to discover that an answer can be looked up in the scene, so they
+    should come last.
     """
-    question, answer = worded(presence_deck(scene, rng)[0], rng)
+    if not any_request or rng.random() < 0.5:
+        question, answer = worded(presence_deck(scene, rng)[0], rng)
+    elif rng.random() < 0.67:
+        question, answer = rng.choice(CAPTION_REQUESTS), sentence(caption(scene, rng, 0.7))
+    else:
+        [(question, answer)] = rounds(scene, rng, 1)
     # the words stand before the first round, or inside its question, where a picture will stand
     start = f"{scene_in_words(scene)} USER: " if rng.random() < 0.5 else f"USER: {scene_in_words(scene)}\n"
     return f"{start}{question} ASSISTANT: {answer}<|im_end|>"
