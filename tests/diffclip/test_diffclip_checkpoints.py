@@ -99,7 +99,7 @@ def test_official_file_is_recognised_with_a_notice(official):
         assert torch.equal(loaded.encode_image(image), model.eval().encode_image(image))
 
 
-@pytest.mark.parametrize("variant", models.VARIANTS)
+@pytest.mark.parametrize("variant", [v for v in models.VARIANTS if v != "DiffCLIP-V2"])  # not in the official layout
 def test_variant_is_recognised_by_its_keys(variant, tmp_path):
     expected = models.MODELS[f"{variant}-tiny"]
     state = checkpoints.to_official(models.build(expected).state_dict())

@@ -15,6 +15,7 @@ from torch import nn
 from diffclip import checkpoints, models
 from diffclip.attention import DifferentialAttention, lambda_init_schedule
 from diffclip.attention_maps import attention_map
+from diffclip.attention_v2 import DifferentialAttentionV2
 from diffclip.errors import InputError
 
 PARAMETERS = {
@@ -46,11 +47,15 @@ def test_parameter_counts_at_full_size(name):
 
 @pytest.mark.parametrize("name", models.MODELS)
 def test_every_named_model_builds_and_counts(name):
-    """A differential layer has 4 d + 2 d more parameters than an ordinary one, whatever the size."""
+    """A differential layer has 4 d + 2 d more parameters than an ordinary one; in V2, second queries and lambdas."""
     baseline = "CLIP-" + next(size for size in models.SIZES if name.endswith(size))
     with torch.device("meta"):
         model, plain = models.build(name), models.build(baseline)
     extra = sum(6 * m.head_dim for m in model.modules() if isinstance(m, DifferentialAttention))
+    for m in model.modules():
+        if isinstance(m, DifferentialAttentionV2):
+            width = m.num_heads * m.head_dim
+            extra += width * width + width + (width + 1) * m.num_heads
     assert count(model) == count(plain) + extra
     assert model.logit_scale.shape == (1,)  # a 0-dim parameter crashes ZeRO
     assert json.loads(json.dumps(model.model_config)) == model.model_config
@@ -195,6 +200,7 @@ def test_matched_arms_start_from_the_same_weights():
         torch.manual_seed(7)
         states[variant] = models.build(f"{variant}-tiny").state_dict()
     plain, checked = states.pop("CLIP"), 0
+    del states["DiffCLIP-V2"]  # whose queries lie between others: test_diffclip_attention_v2 looks at them
     for state in states.values():
         for name, tensor in state.items():
             if name in plain:

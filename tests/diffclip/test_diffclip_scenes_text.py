@@ -232,7 +232,7 @@ def test_conversations_have_the_public_form():
 def test_text_lines_ask_and_answer_about_the_written_scene():
     rng, inside, answers = random.Random(7), 0, Counter()
     for scene in SOME[:300]:
-        line = questions.text_line(scene, rng)
+        line = questions.text_line(scene, rng, any_request=False)
         assert line.endswith("<|im_end|>")
         assert text.scene_in_words(scene) in line.split(" ASSISTANT:")[0]
         inside += line.startswith("USER: ")
@@ -241,6 +241,9 @@ def test_text_lines_ask_and_answer_about_the_written_scene():
         assert oracle(scene, question) == answer
         answers[answer] += 1
     assert 80 < inside < 220 and 110 < answers["Yes"] < 190
+    lines = [questions.text_line(scene, rng) for scene in SOME]
+    assert 0.4 < sum("Is there a" in line for line in lines) / len(lines) < 0.75
+    assert 0.2 < sum(any(r in line for r in questions.CAPTION_REQUESTS) for line in lines) / len(lines) < 0.5
 
 
 @pytest.mark.parametrize("category", text.MMVP_CATEGORIES)
