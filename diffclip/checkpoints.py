@@ -77,8 +77,8 @@ def load(
     """Return (model in evaluation mode, its transform for evaluation, its tokenizer), as open_clip does.
 
     Args:
-        path_or_id: a directory of ours or of open_clip, a checkpoint file of the official DiffCLIP or of SLIP,
-            or the Hub id of a directory.
+        path_or_id: a directory of ours, of open_clip or of transformers' CLIPModel, a checkpoint file of the
+            official DiffCLIP or of SLIP, or the Hub id of a directory.
         lambda_init, schedule_base: for files of the official code, which do not hold them (see
             `models.differentiate`); 0.8 with a notice if not given.
         heads: (vision, text) number of heads, for files of ordinary towers, which do not hold them either; 64
@@ -96,6 +96,8 @@ def load(
         model = models.build(config)
         load_strictly(model, from_official(state), str(path))
     else:
+        if not (path / CONFIG).is_file() and (found := _transformers_clip(path)):
+            return found
         config = _read_config(path)
         if "diffclip" not in config:
             return _load_open_clip(path)
@@ -132,6 +134,19 @@ def _read_config(directory: Path) -> dict[str, Any]:
         return json.loads((directory / CONFIG).read_text())
     except json.JSONDecodeError as error:
         raise InputError(f"{directory / CONFIG}: not valid JSON: {error}") from error
+
+
+def _transformers_clip(directory: Path) -> tuple[nn.Module, Callable, Callable] | None:
+    """Load a directory of transformers' CLIPModel; None if it is not one."""
+    try:
+        config = json.loads((directory / "config.json").read_text())
+    except (OSError, json.JSONDecodeError):
+        return None
+    if config.get("model_type") != "clip":
+        return None
+    from diffclip.hf_clip import load_transformers_clip
+
+    return load_transformers_clip(directory, config, _read_safetensors(directory / "model.safetensors"))
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ import sys
 import open_clip
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import diffclip
@@ -234,3 +235,47 @@ def test_help_imports_nothing_heavy():
     assert "convert" in done.stdout
     imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
     assert "argparse" in imported and not imported & {"torch", "transformers", "open_clip"}
+
+
+def transformers_clip(folder, act="quick_gelu"):
+    from transformers import CLIPConfig, CLIPModel
+
+    torch.manual_seed(0)
+    shared = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32, "intermediate_size": 64}
+    shared |= {"hidden_act": act}
+    vision = shared | {"image_size": 32, "patch_size": 8}
+    # with an end token of 2, transformers reads the embedding at the largest id, as open_clip does
+    text = shared | {"vocab_size": 49408, "max_position_embeddings": 20, "eos_token_id": 2}
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("act", ["quick_gelu", "gelu"])
+def test_directories_of_transformers_clip_give_its_features(tmp_path, act):
+    theirs = transformers_clip(tmp_path, act)
+    ours, transform, tokenize = checkpoints.load(tmp_path)
+    images, texts = torch.randn(2, 3, 32, 32), tokenize(["a red mug", "two dogs on a beach"])
+    out = theirs(input_ids=texts, pixel_values=images)
+    torch.testing.assert_close(ours.encode_image(images, normalize=True), out.image_embeds, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(ours.encode_text(texts, normalize=True), out.text_embeds, atol=1e-5, rtol=1e-4)
+    assert ours.logit_scale.item() == theirs.logit_scale.item()
+    assert transform(Image.new("RGB", (50, 40))).shape == (3, 32, 32)
+    before = ours.encode_image(images)
+    models.differentiate(ours, version=2)  # the warm start of what people have
+    torch.testing.assert_close(ours.encode_image(images), before, atol=1e-5, rtol=1e-4)
+
+
+def test_broken_directories_of_transformers_clip_list_every_key(tmp_path):
+    transformers_clip(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    del state["vision_model.encoder.layers.1.self_attn.k_proj.weight"]
+    state["text_model.surprise"] = torch.zeros(1)
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(InputError) as caught:
+        checkpoints.load(tmp_path)
+    assert "missing visual.transformer.resblocks.1.attn.in_proj_weight" in str(caught.value)
+    assert "unexpected text_model.surprise" in str(caught.value)
