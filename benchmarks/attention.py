@@ -9,6 +9,8 @@ ordinary attention in the same dtype; rounds of all candidates take turns, so th
 
 import argparse
 import time
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from timm.layers import Attention
@@ -54,9 +56,9 @@ def once(module: nn.Module, x: torch.Tensor, causal: bool, train: bool) -> float
     return time.perf_counter() - start
 
 
-def saved_megabytes(module: nn.Module, x: torch.Tensor, causal: bool) -> float:
-    """Megabytes that a forward pass keeps for the backward pass, each storage once, weights left out."""
-    kept, weights = {}, {p.untyped_storage().data_ptr() for p in module.parameters()}
+def kept_megabytes(model: nn.Module, forward: Callable[[], object]) -> float:
+    """Megabytes that `forward` keeps for the backward pass, each storage once, the model's weights left out."""
+    kept, weights = {}, {p.untyped_storage().data_ptr() for p in model.parameters()}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
@@ -65,7 +67,7 @@ def saved_megabytes(module: nn.Module, x: torch.Tensor, causal: bool) -> float:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        module(x, is_causal=causal)
+        forward()
     return sum(size for size, _ in kept.values()) / 2**20
 
 
@@ -89,7 +91,9 @@ def main() -> None:
                     times[name, train].append(once(modules[name], x, causal, train))
             print(f"\n{tower}, {tokens} tokens, {str(dtype).removeprefix('torch.')}")
             medians = {key: sorted(values)[len(values) // 2] for key, values in times.items()}
-            memory = {name: saved_megabytes(module, x, causal) for name, module in modules.items()}
+            memory = {
+                name: kept_megabytes(module, partial(module, x, is_causal=causal)) for name, module in modules.items()
+            }
             for name, module in modules.items():
                 with FlopCounterMode(display=False) as counter:
                     module(x, is_causal=causal)

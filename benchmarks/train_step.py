@@ -9,11 +9,13 @@ Wanted: a DiffCLIP step within 1.10 of CLIP's in both.
 
 import argparse
 import time
+from functools import partial
 
 import torch
 from open_clip import ClipLoss
 from torch import nn
 
+from benchmarks.attention import kept_megabytes
 from diffclip import models
 
 
@@ -26,15 +28,10 @@ def make(name: str, form: str, device: str) -> nn.Module:
     return model
 
 
-def step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, images: torch.Tensor, texts: torch.Tensor, dtype: torch.dtype
-) -> None:
+def loss_of(model: nn.Module, images: torch.Tensor, texts: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
         found = model(images, texts)
-    loss = ClipLoss()(found[0].float(), found[1].float(), found[2])
-    loss.backward()
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    return ClipLoss()(found[0].float(), found[1].float(), found[2])
 
 
 def main() -> None:
@@ -68,37 +65,24 @@ def main() -> None:
                 torch.cuda.reset_peak_memory_stats()
                 before = torch.cuda.memory_allocated()
             start = time.perf_counter()
-            step(model, optimizers[name], images, texts, dtype)
+            loss_of(model, images, texts, dtype).backward()
+            optimizers[name].step()
+            optimizers[name].zero_grad(set_to_none=True)
             if device == "cuda":
                 torch.cuda.synchronize()
                 peaks[name] = (torch.cuda.max_memory_allocated() - before) / 2**20
             if turn:  # the first turn warms up
                 times[name].append(time.perf_counter() - start)
     if device == "cpu":
-        peaks = {name: kept(model, images, texts, dtype) for name, model in arms.items()}
+        peaks = {
+            name: kept_megabytes(model, partial(loss_of, model, images, texts, dtype)) for name, model in arms.items()
+        }
     medians = {name: sorted(values)[len(values) // 2] for name, values in times.items()}
     for name in arms:
         print(
             f"  {name:16} {1000 * medians[name]:9.0f} ms {medians[name] / medians['CLIP, auto']:5.2f}x   "
             f"{peaks[name]:8.0f} MB {peaks[name] / peaks['CLIP, auto']:5.2f}x"
         )
-
-
-def kept(model: nn.Module, images: torch.Tensor, texts: torch.Tensor, dtype: torch.dtype) -> float:
-    """Megabytes that the forward pass keeps for the backward pass, each storage once, weights left out."""
-    stored, weights = {}, {p.untyped_storage().data_ptr() for p in model.parameters()}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            stored[storage.data_ptr()] = (storage.nbytes(), tensor)  # held, so that no address is used twice
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
-            found = model(images, texts)
-        ClipLoss()(found[0].float(), found[1].float(), found[2])
-    return sum(size for size, _ in stored.values()) / 2**20
 
 
 if __name__ == "__main__":

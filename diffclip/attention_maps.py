@@ -110,10 +110,13 @@ def layer_maps(model: nn.Module, images: Tensor, layer: int = -1) -> dict[str, T
         "A1", "A2" and "difference" = A1 - lambda A2, each (batch, maps, rows, columns); "A1" alone for
         ordinary attention.
     """
-    attention = vision_attention(model, layer)
-    with recorded(attention) as seen:
+    attention, inputs = vision_attention(model, layer), []
+    hook = attention.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+    try:
         model.encode_image(images)
-    first, second, lambda_ = both_maps(attention, seen["input"])
+    finally:
+        hook.remove()
+    first, second, lambda_ = both_maps(attention, inputs[0])
     maps = {"A1": first}
     if second is not None:
         maps |= {"A2": second, "difference": first - lambda_ * second}

@@ -23,7 +23,6 @@ from diffclip.scenes import (
 
 NAMES_ONLY = 0.4  # share of captions without attributes, without which colours outshine shapes in training
 NUMBERS = ("no", "one", "two", "three", "four")
-SHORT = "\nAnswer the question using a single word or phrase."  # LLaVA-1.5's suffix, also lmms-eval's for POPE
 BACKGROUND_WORDS = {
     "plain": ("plain", "even"),
     "grainy": ("grainy", "noisy"),
