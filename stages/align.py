@@ -11,6 +11,7 @@ from typing import Literal
 from diffclip.errors import exit_on_input_error
 from stages.config import parse, require
 from stages.mllm_training import ConversationConfig
+from stages.run import Run, end_with_pipeline, upstream_model
 
 
 @dataclass
@@ -27,6 +28,7 @@ class AlignConfig(ConversationConfig):
 
 
 def main(argv: list[str] | None = None) -> None:
+    end_with_pipeline()
     config = parse(AlignConfig, __doc__, argv)
     require(config, "output_dir", "vision_tower", "language_model", "data", "image_root")
     align(config)
@@ -37,11 +39,8 @@ def align(config: AlignConfig) -> None:
     from pathlib import Path
 
     from mllm.model import assemble
-    from stages.callbacks import end_with_pipeline
     from stages.mllm_training import data_inputs, train_on_conversations
-    from stages.run import Run, upstream_model
 
-    end_with_pipeline()
     inputs = {"vision_tower": config.vision_tower, **data_inputs(config)}
     if Path(config.language_model).exists():  # otherwise a Hub id
         inputs["language_model"] = config.language_model

@@ -1,12 +1,10 @@
 """What every training stage shows and keeps while it runs: a bar with rate and ETA, log lines, metrics.jsonl,
-the marker that a checkpoint is whole, and an end when the pipeline that started it is gone.
+and the marker that a checkpoint is whole.
 """
 
 import json
 import math
-import os
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -80,20 +78,3 @@ class Watch(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         self.bar.close()
-
-
-def end_with_pipeline() -> None:
-    """If a pipeline started this process (DIFFCLIP_PIPELINE_PID), exit within a second of its death.
-
-    The deepspeed launcher does not pass signals on, so without this a killed quickstart would train on unseen.
-    """
-    pid = os.environ.get("DIFFCLIP_PIPELINE_PID")
-    if pid is None:
-        return
-
-    def watch() -> None:
-        while os.path.exists(f"/proc/{pid}"):
-            time.sleep(0.5)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()

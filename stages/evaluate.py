@@ -6,13 +6,10 @@ multimodal model built on it; either half may be left out.
 """
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from diffclip.errors import InputError, exit_on_input_error
 from stages.config import parse, require
-
-if TYPE_CHECKING:
-    from stages.run import Run
+from stages.run import Run, end_with_pipeline, upstream_model
 
 
 @dataclass
@@ -35,6 +32,7 @@ class EvaluateConfig:
 
 
 def main(argv: list[str] | None = None) -> None:
+    end_with_pipeline()
     config = parse(EvaluateConfig, __doc__, argv)
     require(config, "output_dir")
     if not (config.clip or config.mllm):
@@ -45,10 +43,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def evaluate(config: EvaluateConfig) -> None:
     """Run what the settings name and write metrics.json (percent) and examples.jsonl."""
-    from stages.callbacks import end_with_pipeline
-    from stages.run import Run, upstream_model
 
-    end_with_pipeline()
     named = ("clip", "clip_data", "mllm", "pope", "image_root")
     run = Run("evaluate", config, {name: getattr(config, name) for name in named if getattr(config, name)})
     if run.finished:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from diffclip.errors import exit_on_input_error
 from stages.config import parse, require
 from stages.mllm_training import ConversationConfig
+from stages.run import Run, end_with_pipeline, upstream_model
 
 
 @dataclass
@@ -21,6 +22,7 @@ class InstructConfig(ConversationConfig):
 
 
 def main(argv: list[str] | None = None) -> None:
+    end_with_pipeline()
     config = parse(InstructConfig, __doc__, argv)
     require(config, "output_dir", "model", "data", "image_root")
     instruct(config)
@@ -29,11 +31,8 @@ def main(argv: list[str] | None = None) -> None:
 def instruct(config: InstructConfig) -> None:
     """Train projector and language model of an aligned model, write `config.output_dir`."""
     from mllm.model import load
-    from stages.callbacks import end_with_pipeline
     from stages.mllm_training import data_inputs, train_on_conversations
-    from stages.run import Run, upstream_model
 
-    end_with_pipeline()
     run = Run("instruct", config, {"model": config.model, **data_inputs(config)})
     if run.finished:
         return

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from diffclip.errors import InputError, exit_on_input_error
 from stages.config import parse, require
+from stages.run import Run, end_with_pipeline
 from stages.training import TrainingConfig
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ class LanguageConfig(TrainingConfig):
 
 
 def main(argv: list[str] | None = None) -> None:
+    end_with_pipeline()
     config = parse(LanguageConfig, __doc__, argv)
     require(config, "output_dir")
     if not (config.text or config.conversations):
@@ -68,11 +70,9 @@ def teach(config: LanguageConfig) -> None:
     from transformers import DataCollatorForSeq2Seq, Qwen2Config, Qwen2ForCausalLM, Trainer, set_seed
 
     from mllm.conversation import VICUNA_SYSTEM
-    from stages.callbacks import Watch, end_with_pipeline
-    from stages.run import Run
+    from stages.callbacks import Watch
     from stages.training import per_device_batch, train, training_arguments
 
-    end_with_pipeline()
     inputs = {f"conversations[{i}]": path for i, path in enumerate(config.conversations)}
     inputs |= {f"vocabulary_from[{i}]": path for i, path in enumerate(config.vocabulary_from)}
     run = Run("language", config, inputs | ({"text": config.text} if config.text else {}))

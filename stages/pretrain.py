@@ -10,6 +10,7 @@ from typing import Literal
 
 from diffclip.errors import exit_on_input_error
 from stages.config import parse, require
+from stages.run import Run, end_with_pipeline
 from stages.training import TrainingConfig
 
 
@@ -41,6 +42,7 @@ class PretrainConfig(TrainingConfig):
 
 
 def main(argv: list[str] | None = None) -> None:
+    end_with_pipeline()
     config = parse(PretrainConfig, __doc__, argv)
     require(config, "output_dir", "train_data")
     pretrain(config)
@@ -52,12 +54,10 @@ def pretrain(config: PretrainConfig) -> None:
 
     import diffclip
     from diffclip.data import PairTable, TrainingPairs, expand
-    from stages.callbacks import Watch, end_with_pipeline
+    from stages.callbacks import Watch
     from stages.contrastive import ContrastiveTrainer
-    from stages.run import Run
     from stages.training import per_device_batch, train, training_arguments
 
-    end_with_pipeline()
     sources = expand(config.train_data)
     inputs = {f"train_data[{i}]": path for i, path in enumerate(sources)}
     run = Run("pretrain", config, inputs | ({"val_data": config.val_data} if config.val_data else {}))

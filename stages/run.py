@@ -13,6 +13,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -148,6 +149,24 @@ class Run:
                 "choose another --output_dir or delete it"
             )
         return before
+
+
+def end_with_pipeline() -> None:
+    """If a pipeline started this process (DIFFCLIP_PIPELINE_PID), exit within a second of its death.
+
+    The deepspeed launcher does not pass signals on, so without this a killed quickstart would train on unseen.
+    Stages call it before their slow imports.
+    """
+    pid = os.environ.get("DIFFCLIP_PIPELINE_PID")
+    if pid is None:
+        return
+
+    def watch() -> None:
+        while os.path.exists(f"/proc/{pid}"):
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def upstream_model(path: str | Path) -> str:

@@ -90,6 +90,10 @@ def test_killed_pretraining_ends_in_the_weights_of_an_undisturbed_run(scenes, tm
     assert refused.returncode == 2 and "another learning_rate" in refused.stderr
 
 
+def names(folder: Path, cmdline: list[str] | None) -> bool:
+    return any(str(folder) in part for part in cmdline or [])
+
+
 @pytest.fixture(scope="module")
 def quickstart(tmp_path_factory) -> tuple[Path, list[str]]:
     """Output directory and command of a finished pipeline for CLIP and DiffCLIP-dagger, interrupted once."""
@@ -118,9 +122,10 @@ def quickstart(tmp_path_factory) -> tuple[Path, list[str]]:
         time.sleep(0.1)
     process.kill()  # as kill -9: what it started has to notice by itself
     process.wait()
-    time.sleep(2)
-    running = [p.info["cmdline"] or [] for p in psutil.process_iter(["cmdline"])]
-    assert not [c for c in running if any(str(folder) in part for part in c)], "a killed pipeline left a stage running"
+    deadline = time.time() + 60  # a launcher that was just starting takes seconds to come to its stage's first line
+    while left := [p.info["cmdline"] for p in psutil.process_iter(["cmdline"]) if names(folder, p.info["cmdline"])]:
+        assert time.time() < deadline, f"a killed pipeline left a stage running: {left}"
+        time.sleep(0.5)
     finished = run(*command)
     (folder / "console.txt").write_text(finished.stdout)
     return folder / "out", command
