@@ -11,10 +11,12 @@ import argparse
 import time
 from collections.abc import Callable
 from functools import partial
+from itertools import accumulate
 
 import torch
 from timm.layers import Attention
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffclip.attention import DifferentialAttention
@@ -56,19 +58,20 @@ def once(module: nn.Module, x: torch.Tensor, causal: bool, train: bool) -> float
     return time.perf_counter() - start
 
 
-def kept_megabytes(model: nn.Module, forward: Callable[[], object]) -> float:
-    """Megabytes that `forward` keeps for the backward pass, each storage once, the model's weights left out."""
-    kept, weights = {}, {p.untyped_storage().data_ptr() for p in model.parameters()}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # held, so that no address is used twice
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        forward()
-    return sum(size for size, _ in kept.values()) / 2**20
+def peak_megabytes(step: Callable[[], object], device: str) -> float:
+    """Most megabytes that tensors took at any moment of `step`, above what was there before it."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        torch.cuda.synchronize()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        step()
+    events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
+    sizes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]  # negative where memory was freed
+    return max(accumulate(sizes)) / 2**20
 
 
 def main() -> None:
@@ -92,7 +95,7 @@ def main() -> None:
             print(f"\n{tower}, {tokens} tokens, {str(dtype).removeprefix('torch.')}")
             medians = {key: sorted(values)[len(values) // 2] for key, values in times.items()}
             memory = {
-                name: kept_megabytes(module, partial(module, x, is_causal=causal)) for name, module in modules.items()
+                name: peak_megabytes(partial(once, module, x, causal, True), device) for name, module in modules.items()
             }
             for name, module in modules.items():
                 with FlopCounterMode(display=False) as counter:
@@ -102,7 +105,7 @@ def main() -> None:
                     for t in (False, True)
                 ]
                 print(
-                    f"  {name:16} forward {cells[0]}   with backward {cells[1]}   kept {memory[name]:6.1f} MB "
+                    f"  {name:16} forward {cells[0]}   with backward {cells[1]}   peak {memory[name]:6.1f} MB "
                     f"{memory[name] / memory['CLIP, fused']:5.2f}x   {counter.get_total_flops() / 1e9:6.1f} GFLOP"
                 )
 

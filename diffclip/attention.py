@@ -7,14 +7,17 @@ heads are paired, this follows the weights.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from diffclip.errors import InputError
 
 FORMS = ("auto", "eager", "fused")
+KEEP_BELOW = 64  # tokens
 
 
 def lambda_init_schedule(layer: int, base: int = 0) -> float:
@@ -117,9 +120,13 @@ class DifferentialAttention(nn.Module):
         Returns:
             (batch, tokens, dim).
         """
-        q, k, v = self.project(x)
-        lambda_ = self.compute_lambda().to(q.dtype)
         dropout = self.attn_drop if self.training else 0.0
+        mixed = recomputed(self.mix, *self.project(x), attn_mask, is_causal, dropout)
+        return self.proj_drop(self.out_proj(mixed))
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool, dropout: float) -> Tensor:
+        """Return the normalised differences of all pairs side by side, (batch, tokens, dim), for `project`'s output."""
+        lambda_ = self.compute_lambda().to(q.dtype)
         form = self.attn_implementation
         if form == "auto":
             form = faster_form(q)
@@ -130,8 +137,7 @@ class DifferentialAttention(nn.Module):
         else:
             first, second = fused_attention(q, k, v, attn_mask, is_causal, dropout)
             out = first - lambda_ * second  # (batch, pairs, tokens, 2d)
-        out = self.out_proj(self.diff_norm(out).transpose(1, 2).flatten(2))  # (batch, tokens, dim)
-        return self.proj_drop(out)
+        return self.diff_norm(out).transpose(1, 2).flatten(2)
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, lambda_init={self.lambda_init:.4g}, form={self.attn_implementation}"
@@ -146,6 +152,18 @@ class HeadNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.normalized_shape, (self.weight * self.scale).to(x.dtype), self.eps)
+
+
+def recomputed(mix: Callable[..., Tensor], q: Tensor, *args: Tensor | bool | float | None) -> Tensor:
+    """Return `mix(q, *args)`; of long sequences it is computed once more in the backward pass, not kept for it.
+
+    What lies between the projections is a few percent of a block's arithmetic, but two maps, or two mixed values,
+    and their difference are more memory than all that ordinary attention keeps. Of short sequences (q is (batch,
+    heads, tokens, d)) the maps are small, and in a small model the arithmetic is not.
+    """
+    if q.shape[-2] < KEEP_BELOW or not torch.is_grad_enabled():
+        return mix(q, *args)
+    return checkpoint(mix, q, *args, use_reentrant=False, determinism_check="none")
 
 
 def faster_form(q: Tensor) -> str:

@@ -63,7 +63,7 @@ def apply_map(attention: nn.Module, x: Tensor, map_: Tensor) -> Tensor:
     if isinstance(attention, DifferentialAttention):
         mixed = attention.diff_norm(map_ @ attention.project(x)[2])
     elif isinstance(attention, DifferentialAttentionV2):
-        mixed = map_ @ attention.project(x)[2][:, 0::2]
+        mixed = map_ @ attention.project(x)[2]
     else:
         mixed = map_ @ attention.qkv(x).unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)[2]
     mixed = mixed.transpose(1, 2).flatten(2)

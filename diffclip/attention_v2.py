@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffclip.attention import FORMS, attention_scores, faster_form
+from diffclip.attention import FORMS, attention_scores, faster_form, recomputed
 from diffclip.errors import InputError
 
 
@@ -79,15 +79,16 @@ class DifferentialAttentionV2(nn.Module):
         return self.lambda_proj(x).sigmoid().transpose(1, 2).unsqueeze(-1)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return q, k, v, each (batch, 2 heads, tokens, d): keys and values stand beside both of their queries."""
+        """Return q (batch, 2 heads, tokens, d), k and v (batch, heads, tokens, d)."""
         q = self.q_proj(x).unflatten(-1, (2 * self.num_heads, self.head_dim)).transpose(1, 2)
         k = self.k_proj(x).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
         v = self.v_proj(x).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
-        return q, k.repeat_interleave(2, dim=1), v.repeat_interleave(2, dim=1)
+        return q, k, v
 
     def softmax_maps(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Return all maps, (batch, 2 heads, tokens, tokens), for x (batch, tokens, dim)."""
         q, k, _ = self.project(x)
+        k = k.repeat_interleave(2, dim=1)
         return attention_scores(q, k, self.per_query(attn_mask), is_causal).softmax(dim=-1)
 
     def per_query(self, attn_mask: Tensor | None) -> Tensor | None:
@@ -107,22 +108,36 @@ class DifferentialAttentionV2(nn.Module):
         Returns:
             (batch, tokens, dim).
         """
-        q, k, v = self.project(x)
-        attn_mask = self.per_query(attn_mask)
         dropout = self.attn_drop if self.training else 0.0
+        mixed = recomputed(self.mix, *self.project(x), self.compute_lambda(x), attn_mask, is_causal, dropout)
+        return self.proj_drop(self.out_proj(mixed))
+
+    def mix(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        lambda_: Tensor,
+        attn_mask: Tensor | None,
+        is_causal: bool,
+        dropout: float,
+    ) -> Tensor:
+        """Return the differences of all heads side by side, (batch, tokens, dim)."""
+        attn_mask = self.per_query(attn_mask)
+        k = k.repeat_interleave(2, dim=1)  # beside both of its queries
         form = self.attn_implementation
         if form == "auto":
             form = faster_form(q)
         if form == "eager":
             maps = F.dropout(attention_scores(q, k, attn_mask, is_causal).softmax(dim=-1), dropout)
-            difference = maps[:, 0::2] - self.compute_lambda(x) * maps[:, 1::2]  # (batch, heads, tokens, tokens)
-            out = difference @ v[:, 0::2]
+            out = (maps[:, 0::2] - lambda_ * maps[:, 1::2]) @ v  # (batch, heads, tokens, d)
         else:
             if attn_mask is not None and attn_mask.is_floating_point():
                 attn_mask = attn_mask.to(q.dtype)
+            v = v.repeat_interleave(2, dim=1)
             mixed = F.scaled_dot_product_attention(q, k, v, attn_mask, dropout, is_causal)
-            out = mixed[:, 0::2] - self.compute_lambda(x) * mixed[:, 1::2]
-        return self.proj_drop(self.out_proj(out.transpose(1, 2).flatten(2)))  # (batch, tokens, dim)
+            out = mixed[:, 0::2] - lambda_ * mixed[:, 1::2]
+        return out.transpose(1, 2).flatten(2)
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, lambda_init={self.lambda_init:.4g}, form={self.attn_implementation}"

@@ -11,6 +11,7 @@ from torch import nn
 
 from diffclip.attention import DifferentialAttention, faster_form, lambda_init_schedule, softmax_maps
 from diffclip.attention_maps import attention_map
+from diffclip.attention_v2 import DifferentialAttentionV2
 from diffclip.errors import InputError
 
 FORMS = ("eager", "fused")
@@ -248,11 +249,38 @@ def test_autocast_gives_bfloat16_close_to_float32(form):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_compiles_without_graph_breaks(form):
+@pytest.mark.parametrize("tokens", [8, 70])  # below and above the length from which maps are recomputed
+def test_compiles_without_graph_breaks(form, tokens):
     module = random_attention(dtype=torch.float32, attn_implementation=form)
-    x = torch.randn(2, 8, 48)
+    x = torch.randn(2, tokens, 48)
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x, is_causal=True), module(x, is_causal=True))
+    found = []
+    for call in (compiled, module):
+        out = call(x, is_causal=True)
+        found.append([out, *torch.autograd.grad(out.square().sum(), list(module.parameters()))])
+    for one, other in zip(*found):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4 * float(other.detach().abs().max()))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", [DifferentialAttention, DifferentialAttentionV2])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_recomputing_changes_nothing_but_what_is_kept(kind, form, dropout, monkeypatch):
+    torch.manual_seed(0)
+    module = kind(48, 4, attn_drop=dropout, attn_implementation=form).double()
+    x = torch.randn(2, 65, 48, dtype=torch.float64, requires_grad=True)
+    found, kept = [], []
+    for keep_below in (1000, 64):
+        monkeypatch.setattr("diffclip.attention.KEEP_BELOW", keep_below)
+        shapes = []
+        torch.manual_seed(1)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: shapes.append(t.shape) or t, lambda t: t):
+            out = module(x, is_causal=True)
+        found.append([out, *torch.autograd.grad(out.square().sum(), [x, *module.parameters()])])
+        kept.append(sum(shape.numel() for shape in shapes))
+    assert kept[1] < 0.7 * kept[0]
+    for one, other in zip(*found):
+        assert torch.equal(one, other)
 
 
 def test_auto_takes_a_known_form():

@@ -136,7 +136,7 @@ def test_maps_multiply_the_values():
     module = random_attention()
     x = torch.randn(2, 6, 48, dtype=torch.float64)
     _, _, v = module.project(x)
-    mixed = attention_map(module, x) @ v[:, 0::2]
+    mixed = attention_map(module, x) @ v
     torch.testing.assert_close(module(x), module.out_proj(mixed.transpose(1, 2).flatten(2)))
     first, second, lambda_ = both_maps(module, x)
     torch.testing.assert_close(attention_map(module, x).sum(-1, keepdim=True), 1 - lambda_)
@@ -160,7 +160,7 @@ def test_saved_model_loads_as_encoder_and_as_tower_but_not_as_official_file(tmp_
 @pytest.mark.parametrize("form", FORMS)
 def test_compiles_without_graph_breaks(form):
     module = random_attention(dtype=torch.float32, attn_implementation=form)
-    x = torch.randn(2, 5, 48)
+    x = torch.randn(2, 70, 48)
     compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), module(x))
 
