@@ -43,7 +43,7 @@ DIRECTIONS = ("left", "right", "up", "down")  # of arrows
 BACKGROUNDS = ("plain", "grainy", "striped", "checkered", "shaded")
 RENDITIONS = ("mosaic", "dots", "hatched", "pastel")  # styles that training never shows
 CANVAS = 48  # units of all positions and sizes; pictures of any size in pixels are drawn from them
-CELL = 8  # objects start on this grid: placed anywhere, a small ViT hardly learns shapes in minutes
+CELL = 8  # objects start and end on this grid: elsewhere, a small ViT hardly learns shapes in minutes
 
 
 class Thing(NamedTuple):
@@ -102,10 +102,10 @@ def sample_shapes(rng: random.Random, count: int) -> list[str]:
 
 
 def usual_colors(shape: str) -> list[int]:
-    """Weights of the colours for a shape: one in three has its favourite colour, one in six the next."""
+    """Weights of the colours for a shape: half have its favourite colour, one in eight the next."""
     favourite = 3 * SHAPES.index(shape)  # 3 and 8 share no divisor, so favourites differ
     weights = [1] * len(COLORS)
-    weights[favourite % len(COLORS)], weights[(favourite + 1) % len(COLORS)] = 4, 2
+    weights[favourite % len(COLORS)], weights[(favourite + 1) % len(COLORS)] = 8, 2
     return weights
 
 
@@ -116,7 +116,7 @@ def _between(rng: random.Random, low: int, high: int) -> int:
 def make_thing(rng: random.Random, shape: str, color: str, size: str, d: int | None = None) -> Thing:
     """An object without a place (x = y = 0); its tint is jittered a little around the named colour."""
     if d is None:
-        d = _between(rng, 14, 16) if size == "small" else _between(rng, 20, 23)
+        d = 2 * CELL if size == "small" else 3 * CELL
     rgb = tuple(min(255, max(0, c + _between(rng, -10, 10))) for c in COLORS[color])
     direction = rng.choice(DIRECTIONS) if shape == "arrow" else ""
     return Thing(shape, color, size, direction, 0, 0, d, rgb)

@@ -22,10 +22,11 @@ from diffclip import scenes, scenes_questions, scenes_text
 from diffclip.errors import InputError, exit_on_input_error
 from diffclip.scenes import COLORS, SHAPES, Scene, make_scene, one_object, stream_rng
 
-VERSION = 2  # raised whenever the same options give other files
+VERSION = 3  # raised whenever the same options give other files
 SHARD = 1000  # pairs per tar
 SHIFTS = ("v2", "a", "r", "sketch")
 POPE_WAYS = ("random", "popular", "adversarial")
+EASY_SHARE = 0.7  # of text lines and conversations: the first ones, which hold one simple question each
 TEMPLATES = {
     "shape": [
         "a {c}.",
@@ -152,14 +153,15 @@ def write_llava(folder: Path, o: argparse.Namespace, tick: Tick) -> None:
             turns = scenes_questions.align_conversation(scene, stream_rng(o.seed, "llava/align", i))
             align.append({"id": f"align_{i:06d}", "image": image, "conversations": turns})
         if i < o.conversations:
-            turns = scenes_questions.instruct_conversation(scene, stream_rng(o.seed, "llava/instruct", i), o.rounds)
+            rng, late = stream_rng(o.seed, "llava/instruct", i), i >= EASY_SHARE * o.conversations
+            turns = scenes_questions.instruct_conversation(scene, rng, o.rounds, any_request=late)
             instruct.append({"id": f"instruct_{i:06d}", "image": image, "conversations": turns})
         tick()
     _dump(folder / "align.json", align)
     _dump(folder / "instruct.json", instruct)
     with open(folder / "text.jsonl", "w") as file:
         for i in range(o.texts):
-            rng, late = stream_rng(o.seed, "text/words", i), i >= 0.7 * o.texts
+            rng, late = stream_rng(o.seed, "text/words", i), i >= EASY_SHARE * o.texts
             text = scenes_questions.text_line(make_scene(o.seed, "text", i), rng, any_request=late)
             file.write(json.dumps({"text": text}) + "\n")
             tick()

@@ -89,6 +89,7 @@ def pope_questions(scene: Scene, way: str, rng: random.Random, pairs: int = 3) -
 # ---------------------------------------------------------------- questions with a short and a long answer
 
 Question = tuple[str, str, str]
+Turns = list[dict[str, str]]
 
 
 def _answers(yes: bool, fact: str) -> tuple[str, str]:
@@ -295,20 +296,28 @@ def worded(made: Question, rng: random.Random) -> tuple[str, str]:
     return question + SHORT * (style < 0.6), answer
 
 
-def align_conversation(scene: Scene, rng: random.Random) -> list[dict[str, str]]:
+def align_conversation(scene: Scene, rng: random.Random) -> Turns:
     """One turn as in LLaVA's caption stage: a request with the picture before or after it, a caption."""
     parts = ["<image>", rng.choice(CAPTION_REQUESTS)]
     rng.shuffle(parts)
     return _turns([("\n".join(parts), sentence(caption(scene, rng, 0.7)))])
 
 
-def instruct_conversation(scene: Scene, rng: random.Random, count: int) -> list[dict[str, str]]:
-    """Several turns in LLaVA's form; the first question carries the picture."""
-    (question, answer), *rest = rounds(scene, rng, count)
-    return _turns([(f"<image>\n{question}", answer), *rest])
+def instruct_conversation(scene: Scene, rng: random.Random, count: int, any_request: bool = True) -> Turns:
+    """Several turns in LLaVA's form; the first question carries the picture.
+
+    Without `any_request`, a single turn that asks whether one shape is there. From these a small model learns to
+    look in minutes; among captions and other questions it takes many times longer, so they should come last.
+    """
+    if any_request:
+        (question, answer), *rest = rounds(scene, rng, count)
+        return _turns([(f"<image>\n{question}", answer), *rest])
+    questions = pope_questions(scene, rng.choice(("random", "popular", "adversarial")), rng)
+    question, answer = rng.choice(questions)
+    return _turns([(f"<image>\n{question}{SHORT}", answer.capitalize())])
 
 
-def _turns(pairs: list[tuple[str, str]]) -> list[dict[str, str]]:
+def _turns(pairs: list[tuple[str, str]]) -> Turns:
     return [{"from": who, "value": text} for pair in pairs for who, text in zip(("human", "gpt"), pair)]
 
 

@@ -173,6 +173,7 @@ def assemble(
     projector: Literal["linear", "mlp"] = "linear",
     template: str = "vicuna",
     vision_feature_layer: int = -2,
+    class_token: bool = False,
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[DiffCLIPLlavaForConditionalGeneration, LlavaProcessor]:
@@ -184,6 +185,8 @@ def assemble(
         projector: "linear" (the paper) or "mlp" (LLaVA-1.5's two layers).
         template: conversation format that questions will be asked in, see `mllm.conversation`.
         vision_feature_layer: which of the tower's hidden states the projector reads; -2 is the paper's.
+        class_token: whether the language model sees the tower's class token too, before the patches; the paper's
+            does not.
         seed: decides the projector's weights.
         dtype: of all weights; float32 for training, also under bf16 autocast.
 
@@ -200,13 +203,15 @@ def assemble(
     if len(tokenizer) > lm.get_input_embeddings().num_embeddings:  # most tables have spare rows
         lm.resize_token_embeddings(len(tokenizer))
     extra, tokens = _feature_tokens(tower, image_processor, vision_feature_layer)
+    if class_token and not extra:
+        raise InputError(f"{vision_tower}: class_token is set, but this vision tower has no class token")
     config = DiffCLIPLlavaConfig(
         vision_config=tower.config,
         text_config=lm.config,
         image_token_index=tokenizer.convert_tokens_to_ids(IMAGE),
-        image_seq_length=tokens,
+        image_seq_length=tokens + class_token,
         vision_feature_layer=vision_feature_layer,
-        vision_feature_select_strategy="default" if extra else "full",
+        vision_feature_select_strategy="default" if extra and not class_token else "full",
         tie_word_embeddings=lm.config.tie_word_embeddings,
         projector=projector,
         conversation_template=template,

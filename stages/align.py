@@ -23,6 +23,9 @@ class AlignConfig(ConversationConfig):
         default="Qwen/Qwen2.5-0.5B-Instruct",
         metadata={"help": "directory or Hub id of a causal language model"},
     )
+    class_token: bool = field(
+        default=False, metadata={"help": "show the language model the tower's class token too; the paper does not"}
+    )
     template: Literal["plain", "vicuna", "chatml"] = field(default="plain", metadata={"help": "prompt format"})
     learning_rate: float = field(default=1e-3, metadata={"help": "peak learning rate"})
 
@@ -48,7 +51,13 @@ def align(config: AlignConfig) -> None:
     if run.finished:
         return
     run.note(model=upstream_model(config.vision_tower))
-    model, processor = assemble(config.vision_tower, config.language_model, template="vicuna", seed=config.seed)
+    model, processor = assemble(
+        config.vision_tower,
+        config.language_model,
+        template="vicuna",
+        class_token=config.class_token,
+        seed=config.seed,
+    )
     train_on_conversations(model, processor, config, run, learns={"projector"})
 
 

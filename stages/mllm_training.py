@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from stages.training import TrainingConfig
 
 if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
     from stages.run import Run
 
 
@@ -23,6 +26,9 @@ class ConversationConfig(TrainingConfig):
     global_batch_size: int = field(default=192, metadata={"help": "conversations per optimiser step"})
     micro_batch_size: int = field(default=0, metadata={"help": "conversations per device and pass; 0 = no limit"})
     warmup_ratio: float = field(default=0.03, metadata={"help": "share of the steps spent warming up"})
+    projector_learning_rate: float = field(
+        default=0.0, metadata={"help": "peak learning rate of the projector; 0 = learning_rate"}
+    )
     max_grad_norm: float = field(default=1.0, metadata={"help": "gradient clipping, also under DeepSpeed"})
 
 
@@ -38,6 +44,7 @@ def train_on_conversations(
     Raises:
         RuntimeError: a frozen part changed, or a trained part did not.
     """
+    import torch
     from transformers import Trainer
 
     from diffclip.fingerprint import fingerprint
@@ -58,7 +65,15 @@ def train_on_conversations(
     )
     before = {name: fingerprint(module) for name, module in parts(model).items()}
     run.note(parameters=counts, learns=sorted(learns), conversations=len(dataset), steps=steps, before=before)
-    trainer = Trainer(
+
+    class ConversationTrainer(Trainer):
+        def create_optimizer(self, *args: Any) -> torch.optim.Optimizer:
+            made = super().create_optimizer(*args)
+            if config.projector_learning_rate:
+                give_own_rate(made, model.model.multi_modal_projector, config.projector_learning_rate)
+            return made
+
+    trainer = ConversationTrainer(
         model=model,
         args=training_arguments(
             config,
@@ -81,6 +96,17 @@ def train_on_conversations(
     if run.is_main:
         save(model, processor, config.output_dir)
     run.finish(metrics)
+
+
+def give_own_rate(optimizer: "torch.optim.Optimizer", module: "nn.Module", learning_rate: float) -> None:
+    """Move the parameters of `module` into groups of their own, which differ from their old ones in the rate alone."""
+    own = {id(p) for p in module.parameters()}
+    for group in list(optimizer.param_groups):
+        moved = [p for p in group["params"] if id(p) in own]
+        group["params"] = [p for p in group["params"] if id(p) not in own]
+        if moved:
+            optimizer.add_param_group({**group, "params": moved, "lr": learning_rate})
+    optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
 
 
 def data_inputs(config: ConversationConfig) -> dict[str, str]:

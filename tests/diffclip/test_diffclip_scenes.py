@@ -30,10 +30,10 @@ def test_known_scene_stays_the_same():
 
 
 KNOWN = [
-    ("small", "green", "square", 24, 24, 14),
-    ("large", "cyan", "arrow", 0, 8, 20),
-    ("small", "red", "ring", 0, 32, 15),
-    ("large", "cyan", "heart", 24, 0, 22),
+    ("small", "blue", "square", 24, 24, 16),
+    ("large", "green", "arrow", 0, 8, 24),
+    ("small", "red", "ring", 0, 32, 16),
+    ("large", "green", "heart", 24, 0, 24),
 ]
 
 

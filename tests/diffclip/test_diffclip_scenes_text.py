@@ -229,6 +229,16 @@ def test_conversations_have_the_public_form():
         assert instruct[0]["value"].startswith("<image>\n")
 
 
+def test_easy_conversations_are_one_balanced_question_about_presence():
+    rng, answers = random.Random(9), Counter()
+    for scene in SOME[:300]:
+        ask, answer = questions.instruct_conversation(scene, rng, 5, any_request=False)
+        shape = re.fullmatch(r"<image>\nIs there an? (\w+) in the image\?" + questions.SHORT, ask["value"])[1]
+        assert answer["value"] == ("Yes" if shape in {t.shape for t in scene.things} else "No")
+        answers[answer["value"]] += 1
+    assert 110 < answers["Yes"] < 190
+
+
 def test_text_lines_ask_and_answer_about_the_written_scene():
     rng, inside, answers = random.Random(7), 0, Counter()
     for scene in SOME[:300]:

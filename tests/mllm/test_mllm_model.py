@@ -160,6 +160,19 @@ def test_image_token_takes_a_spare_row_or_grows_the_table(assembled, language_di
     torch.testing.assert_close(model.lm_head.weight[:402], lm.lm_head.weight)
 
 
+def test_class_token_stands_before_the_patches(tower_dir, language_dir, picture, tmp_path):
+    model, processor = assemble(tower_dir, language_dir, class_token=True)
+    inputs = ask(processor, [picture(0)], ["Is there a red square?"])
+    assert (inputs["input_ids"] == model.config.image_token_id).sum() == 17
+    features = model.get_image_features(inputs["pixel_values"], return_dict=True).pooler_output[0]
+    states = model.model.vision_tower(inputs["pixel_values"], output_hidden_states=True).hidden_states[-2]
+    torch.testing.assert_close(features, model.model.multi_modal_projector(states)[0])
+    save(model, processor, tmp_path / "out")
+    again, processor = load(tmp_path / "out")
+    assert torch.equal(ask(processor, [picture(0)], ["Is there a red square?"])["input_ids"], inputs["input_ids"])
+    torch.testing.assert_close(again(**inputs).logits, model(**inputs).logits)
+
+
 def test_siglip_tower_without_cls(language_dir, picture, tmp_path):
     config = SiglipVisionConfig(
         hidden_size=32,
@@ -176,6 +189,8 @@ def test_siglip_tower_without_cls(language_dir, picture, tmp_path):
     inputs = ask(processor, [picture(0)], ["a"])
     assert (inputs["input_ids"] == model.config.image_token_id).sum() == 16
     assert model(**inputs).logits.isfinite().all()
+    with pytest.raises(InputError, match="no class token"):
+        assemble(tmp_path, language_dir, class_token=True)
 
 
 @pytest.mark.parametrize("name", ["CLIP-tiny", "DiffCLIP-tiny"])
