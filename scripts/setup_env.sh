@@ -40,8 +40,4 @@ install_into_venv() {
         "$venv/bin/python" -m pip install --quiet --editable "$root[$extras]" || return
         echo "$wanted" >"$stamp"
     fi
-    if ! command -v g++ >/dev/null || ! command -v ninja >/dev/null; then
-        echo "note: g++ or ninja is missing. One process needs neither; DeepSpeed compiles its CPU communication" >&2
-        echo "      with them when several ranks run without GPUs (--ranks 2): apt-get install g++ ninja-build" >&2
-    fi
 }
