@@ -6,12 +6,15 @@ to speak the language model's tokens, on image-caption pairs (the paper: LAION-C
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from diffclip.errors import exit_on_input_error
 from stages.config import parse, require
 from stages.mllm_training import ConversationConfig
 from stages.run import Run, end_with_pipeline, upstream_model
+
+if TYPE_CHECKING:
+    from mllm.data import ConversationDataset
 
 
 @dataclass
@@ -25,6 +28,10 @@ class AlignConfig(ConversationConfig):
     )
     class_token: bool = field(
         default=False, metadata={"help": "show the language model the tower's class token too; the paper does not"}
+    )
+    projector_init: Literal["default", "whitened"] = field(
+        default="default",
+        metadata={"help": "what the projector starts from: torch's default, or the statistics of the tower's features"},
     )
     template: Literal["plain", "vicuna", "chatml"] = field(default="plain", metadata={"help": "prompt format"})
     learning_rate: float = field(default=1e-3, metadata={"help": "peak learning rate"})
@@ -41,7 +48,9 @@ def align(config: AlignConfig) -> None:
     """Assemble the multimodal model, train its projector, write `config.output_dir`."""
     from pathlib import Path
 
-    from mllm.model import assemble
+    import torch
+
+    from mllm.model import assemble, whiten_projector
     from stages.mllm_training import data_inputs, train_on_conversations
 
     inputs = {"vision_tower": config.vision_tower, **data_inputs(config)}
@@ -58,7 +67,14 @@ def align(config: AlignConfig) -> None:
         class_token=config.class_token,
         seed=config.seed,
     )
-    train_on_conversations(model, processor, config, run, learns={"projector"})
+
+    def start(dataset: "ConversationDataset") -> None:
+        if config.projector_init == "whitened":
+            pictures = [dataset[i] for i in range(0, len(dataset), max(1, len(dataset) // 128))]
+            pixels = [p["pixel_values"] for p in pictures if "pixel_values" in p]
+            whiten_projector(model, torch.cat(pixels[:128]), config.seed)
+
+    train_on_conversations(model, processor, config, run, learns={"projector"}, start=start)
 
 
 if __name__ == "__main__":

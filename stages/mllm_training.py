@@ -2,6 +2,7 @@
 comes from, which parts learn, and the recipe.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from mllm.data import ConversationDataset
     from stages.run import Run
 
 
@@ -33,13 +35,19 @@ class ConversationConfig(TrainingConfig):
 
 
 def train_on_conversations(
-    model: Any, processor: Any, config: ConversationConfig, run: "Run", learns: set[str]
+    model: Any,
+    processor: Any,
+    config: ConversationConfig,
+    run: "Run",
+    learns: set[str],
+    start: Callable[["ConversationDataset"], None] | None = None,
 ) -> None:
     """Train the parts of `model` named in `learns`, prove the others unchanged, and write `config.output_dir`.
 
     Args:
         model, processor: from `mllm.model.assemble` or `mllm.model.load`.
         learns: names out of {"vision_tower", "projector", "language_model"}.
+        start: called with the examples before training, e.g. to set weights from them.
 
     Raises:
         RuntimeError: a frozen part changed, or a trained part did not.
@@ -55,6 +63,8 @@ def train_on_conversations(
 
     rows = load_rows(config.data, config.image_root, image_prefix=config.image_prefix)
     dataset = ConversationDataset(rows, processor, template=config.template)
+    if start is not None:
+        start(dataset)
     batch = per_device_batch(config, config.micro_batch_size)
     steps = max(1, int(len(dataset) * config.epochs) // config.global_batch_size)
     counts = freeze(model, learns)

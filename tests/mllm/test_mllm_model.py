@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -23,7 +24,7 @@ import mllm.model as mllm_model
 from diffclip.errors import InputError
 from diffclip.fingerprint import fingerprint
 from mllm.conversation import IGNORE, NoSupervisionError, prompt
-from mllm.model import WeightsError, assemble, freeze, load, parts, save, verify
+from mllm.model import WeightsError, assemble, freeze, load, parts, save, verify, whiten_projector
 
 
 def ask(processor, pictures, questions):
@@ -171,6 +172,30 @@ def test_class_token_stands_before_the_patches(tower_dir, language_dir, picture,
     again, processor = load(tmp_path / "out")
     assert torch.equal(ask(processor, [picture(0)], ["Is there a red square?"])["input_ids"], inputs["input_ids"])
     torch.testing.assert_close(again(**inputs).logits, model(**inputs).logits)
+
+
+@pytest.mark.parametrize("class_token", [False, True])
+def test_whitened_projector_shows_all_directions_alike(tower_dir, language_dir, class_token):
+    from scipy.linalg import sqrtm
+
+    model, _ = assemble(tower_dir, language_dir, class_token=class_token)
+    pixels = torch.randn(40, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    whiten_projector(model, pixels, seed=3)
+    states = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states[-2]
+    features = states[:, 0 if class_token else 1 :].flatten(0, 1).double()
+    projector = model.model.multi_modal_projector
+    torch.testing.assert_close(projector(features.float()).mean(0), torch.zeros(32), atol=1e-4, rtol=0)
+    covariance = np.cov(features.detach().numpy().T)
+    covariance += 0.01 * np.linalg.eigvalsh(covariance).max() * np.eye(32)
+    mixing = projector.weight.detach().double().numpy() @ sqrtm(covariance).real
+    wanted = float(model.get_input_embeddings().weight.detach().std()) / 32**0.5
+    assert mixing.std() == pytest.approx(wanted, rel=0.1) and abs(mixing.mean()) < 0.2 * wanted
+    again, _ = assemble(tower_dir, language_dir, class_token=class_token)
+    whiten_projector(again, pixels, seed=3)
+    assert torch.equal(again.model.multi_modal_projector.weight, projector.weight)
+    deeper, _ = assemble(tower_dir, language_dir, projector="mlp")
+    with pytest.raises(InputError, match="linear projector"):
+        whiten_projector(deeper, pixels, seed=3)
 
 
 def test_siglip_tower_without_cls(language_dir, picture, tmp_path):
