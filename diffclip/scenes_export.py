@@ -26,7 +26,8 @@ VERSION = 3  # raised whenever the same options give other files
 SHARD = 1000  # pairs per tar
 SHIFTS = ("v2", "a", "r", "sketch")
 POPE_WAYS = ("random", "popular", "adversarial")
-EASY_SHARE = 0.7  # of text lines and conversations: the first ones, which hold one simple question each
+# Shares of text lines and of conversations that hold one simple question; these come first.
+EASY_TEXTS, EASY_CONVERSATIONS = 0.7, 0.85
 TEMPLATES = {
     "shape": [
         "a {c}.",
@@ -153,7 +154,7 @@ def write_llava(folder: Path, o: argparse.Namespace, tick: Tick) -> None:
             turns = scenes_questions.align_conversation(scene, stream_rng(o.seed, "llava/align", i))
             align.append({"id": f"align_{i:06d}", "image": image, "conversations": turns})
         if i < o.conversations:
-            rng, late = stream_rng(o.seed, "llava/instruct", i), i >= EASY_SHARE * o.conversations
+            rng, late = stream_rng(o.seed, "llava/instruct", i), i >= EASY_CONVERSATIONS * o.conversations
             turns = scenes_questions.instruct_conversation(scene, rng, o.rounds, any_request=late)
             instruct.append({"id": f"instruct_{i:06d}", "image": image, "conversations": turns})
         tick()
@@ -161,7 +162,7 @@ def write_llava(folder: Path, o: argparse.Namespace, tick: Tick) -> None:
     _dump(folder / "instruct.json", instruct)
     with open(folder / "text.jsonl", "w") as file:
         for i in range(o.texts):
-            rng, late = stream_rng(o.seed, "text/words", i), i >= EASY_SHARE * o.texts
+            rng, late = stream_rng(o.seed, "text/words", i), i >= EASY_TEXTS * o.texts
             text = scenes_questions.text_line(make_scene(o.seed, "text", i), rng, any_request=late)
             file.write(json.dumps({"text": text}) + "\n")
             tick()
