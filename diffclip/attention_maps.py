@@ -41,7 +41,8 @@ def both_maps(
         first, second = softmax_maps(q, k, attn_mask, is_causal)
         return first, second, attention.compute_lambda().to(q.dtype)
     if isinstance(attention, DifferentialAttentionV2):
-        maps = attention.softmax_maps(x, attn_mask, is_causal)
+        q, k, _ = attention.project(x)
+        maps = attention.softmax_maps(q, k, attn_mask, is_causal)
         return maps[:, 0::2], maps[:, 1::2], attention.compute_lambda(x)
     q, k, _ = attention.qkv(x).unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
     scores = attention_scores(attention.q_norm(q), attention.k_norm(k), attn_mask, is_causal)

@@ -85,10 +85,9 @@ class DifferentialAttentionV2(nn.Module):
         v = self.v_proj(x).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
         return q, k, v
 
-    def softmax_maps(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """Return all maps, (batch, 2 heads, tokens, tokens), for x (batch, tokens, dim)."""
-        q, k, _ = self.project(x)
-        k = k.repeat_interleave(2, dim=1)
+    def softmax_maps(self, q: Tensor, k: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """Return all maps, (batch, 2 heads, tokens, tokens), for `project`'s queries and keys."""
+        k = k.repeat_interleave(2, dim=1)  # beside both of its queries
         return attention_scores(q, k, self.per_query(attn_mask), is_causal).softmax(dim=-1)
 
     def per_query(self, attn_mask: Tensor | None) -> Tensor | None:
@@ -123,18 +122,17 @@ class DifferentialAttentionV2(nn.Module):
         dropout: float,
     ) -> Tensor:
         """Return the differences of all heads side by side, (batch, tokens, dim)."""
-        attn_mask = self.per_query(attn_mask)
-        k = k.repeat_interleave(2, dim=1)  # beside both of its queries
         form = self.attn_implementation
         if form == "auto":
             form = faster_form(q)
         if form == "eager":
-            maps = F.dropout(attention_scores(q, k, attn_mask, is_causal).softmax(dim=-1), dropout)
+            maps = F.dropout(self.softmax_maps(q, k, attn_mask, is_causal), dropout)
             out = (maps[:, 0::2] - lambda_ * maps[:, 1::2]) @ v  # (batch, heads, tokens, d)
         else:
+            attn_mask = self.per_query(attn_mask)
             if attn_mask is not None and attn_mask.is_floating_point():
                 attn_mask = attn_mask.to(q.dtype)
-            v = v.repeat_interleave(2, dim=1)
+            k, v = k.repeat_interleave(2, dim=1), v.repeat_interleave(2, dim=1)
             mixed = F.scaled_dot_product_attention(q, k, v, attn_mask, dropout, is_causal)
             out = mixed[:, 0::2] - lambda_ * mixed[:, 1::2]
         return out.transpose(1, 2).flatten(2)

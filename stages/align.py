@@ -70,9 +70,11 @@ def align(config: AlignConfig) -> None:
 
     def start(dataset: "ConversationDataset") -> None:
         if config.projector_init == "whitened":
-            pictures = [dataset[i] for i in range(0, len(dataset), max(1, len(dataset) // 128))]
-            pixels = [p["pixel_values"] for p in pictures if "pixel_values" in p]
-            whiten_projector(model, torch.cat(pixels[:128]), config.seed)
+            spread = range(0, len(dataset), max(1, len(dataset) // 128))[:128]
+            pixels = [
+                example["pixel_values"] for example in map(dataset.__getitem__, spread) if "pixel_values" in example
+            ]
+            whiten_projector(model, torch.cat(pixels), config.seed)
 
     train_on_conversations(model, processor, config, run, learns={"projector"}, start=start)
 

@@ -43,7 +43,6 @@ def main(argv: list[str] | None = None) -> None:
 
 def evaluate(config: EvaluateConfig) -> None:
     """Run what the settings name and write metrics.json (percent) and examples.jsonl."""
-
     named = ("clip", "clip_data", "mllm", "pope", "image_root")
     run = Run("evaluate", config, {name: getattr(config, name) for name in named if getattr(config, name)})
     if run.finished:
