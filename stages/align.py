@@ -8,7 +8,7 @@ to speak the language model's tokens, on image-caption pairs (the paper: LAION-C
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from diffclip.errors import exit_on_input_error
+from diffclip.errors import InputError, exit_on_input_error
 from stages.config import parse, require
 from stages.mllm_training import ConversationConfig
 from stages.run import Run, end_with_pipeline, upstream_model
@@ -74,6 +74,11 @@ def align(config: AlignConfig) -> None:
             pixels = [
                 example["pixel_values"] for example in map(dataset.__getitem__, spread) if "pixel_values" in example
             ]
+            if not pixels:
+                raise InputError(
+                    f"{', '.join(config.data)}: none of {len(spread)} rows looked at has a picture, which "
+                    "`projector_init: whitened` needs; give pictures or set `projector_init: default`"
+                )
             whiten_projector(model, torch.cat(pixels), config.seed)
 
     train_on_conversations(model, processor, config, run, learns={"projector"}, start=start)
