@@ -139,6 +139,10 @@ class DifferentialAttention(nn.Module):
             out = first - lambda_ * second  # (batch, pairs, tokens, 2d)
         return self.diff_norm(out).transpose(1, 2).flatten(2)
 
+    def mean_lambda(self) -> float:
+        """Lambda as a number, for logs."""
+        return self.compute_lambda().item()
+
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, lambda_init={self.lambda_init:.4g}, form={self.attn_implementation}"
 

@@ -78,6 +78,10 @@ class DifferentialAttentionV2(nn.Module):
         """Return sigmoid(lambda), (batch, heads, tokens, 1), for tokens x (batch, tokens, dim)."""
         return self.lambda_proj(x).sigmoid().transpose(1, 2).unsqueeze(-1)
 
+    def mean_lambda(self) -> float:
+        """Mean over the heads of the lambda that a token of zeros would have, for logs."""
+        return self.lambda_proj.bias.detach().sigmoid().mean().item()
+
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return q (batch, 2 heads, tokens, d), k and v (batch, heads, tokens, d)."""
         q = self.q_proj(x).unflatten(-1, (2 * self.num_heads, self.head_dim)).transpose(1, 2)

@@ -22,6 +22,7 @@ from open_clip.transformer import ResidualAttentionBlock
 from timm.layers import Attention
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torchvision import transforms as T
 from torchvision.transforms.functional import InterpolationMode
 
@@ -73,6 +74,22 @@ class CLIP(open_clip.CLIP):
         trunk = vision_trunk(vision_cfg, model_config["diffclip"]["vision_norm_eps"])
         self.visual = VisionTower(trunk, model_cfg["embed_dim"])
         self.model_config = copy.deepcopy(model_config)
+
+    def forward(
+        self, image: Tensor | None = None, text: Tensor | None = None, chunk: int = 0
+    ) -> tuple[Tensor | None, Tensor | None, Tensor]:
+        """Return unit-length features of image (batch, 3, H, W) and text (batch, context), and exp(logit_scale).
+
+        With `chunk`, that many samples are encoded at a time, and once more in the backward pass (gradient caching,
+        Gao et al. 2021): the gradients are those of the whole batch, the memory that of a chunk.
+        """
+        if not chunk:
+            return super().forward(image, text)
+        features = [
+            torch.cat([checkpoint(encode, part, True, use_reentrant=False) for part in batch.split(chunk)])
+            for encode, batch in ((self.encode_image, image), (self.encode_text, text))
+        ]
+        return *features, self.logit_scale.exp()
 
     def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:
         """Return (batch, embed_dim) for token ids (batch, up to context_length).
@@ -381,4 +398,4 @@ def transforms(
 
 def to_rgb(image: Any) -> Any:
     """Return a PIL image in RGB mode, before resizing, because palettes cannot be interpolated."""
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")

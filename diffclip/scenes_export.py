@@ -22,12 +22,12 @@ from diffclip import scenes, scenes_questions, scenes_text
 from diffclip.errors import InputError, exit_on_input_error
 from diffclip.scenes import COLORS, SHAPES, Scene, make_scene, one_object, stream_rng
 
-VERSION = 3  # raised whenever the same options give other files
+VERSION = 4  # raised whenever the same options give other files
 SHARD = 1000  # pairs per tar
 SHIFTS = ("v2", "a", "r", "sketch")
 POPE_WAYS = ("random", "popular", "adversarial")
-# Shares of text lines and of conversations that hold one simple question; these come first.
-EASY_TEXTS, EASY_CONVERSATIONS = 0.7, 0.85
+MIXED = 0.3  # of the conversations of the second half: captions, counting and all other kinds
+EASY_TEXTS = 0.7  # the share of lines, the first ones, that ask for presence alone
 TEMPLATES = {
     "shape": [
         "a {c}.",
@@ -154,8 +154,9 @@ def write_llava(folder: Path, o: argparse.Namespace, tick: Tick) -> None:
             turns = scenes_questions.align_conversation(scene, stream_rng(o.seed, "llava/align", i))
             align.append({"id": f"align_{i:06d}", "image": image, "conversations": turns})
         if i < o.conversations:
-            rng, late = stream_rng(o.seed, "llava/instruct", i), i >= EASY_CONVERSATIONS * o.conversations
-            turns = scenes_questions.instruct_conversation(scene, rng, o.rounds, any_request=late)
+            rng = stream_rng(o.seed, "llava/instruct", i)
+            mixed = i >= o.conversations // 2 and rng.random() < MIXED  # the first half asks for presence alone
+            turns = scenes_questions.instruct_conversation(scene, rng, o.rounds, any_request=mixed)
             instruct.append({"id": f"instruct_{i:06d}", "image": image, "conversations": turns})
         tick()
     _dump(folder / "align.json", align)

@@ -2,12 +2,12 @@
 and the marker that a checkpoint is whole.
 """
 
-import json
 import math
 import sys
 import time
 from pathlib import Path
 
+import torch.distributed as dist
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -55,15 +55,13 @@ class Watch(TrainerCallback):
         elapsed = time.time() - self.started
         rate = (state.global_step - self.first_step) * self.samples_per_step / elapsed
         left = (state.max_steps - state.global_step) * self.samples_per_step / max(rate, 1e-9)
-        line = " ".join(f"{k} {v:.4g}" for k, v in logs.items() if isinstance(v, float))
+        line = " ".join(f"{k} {v:.4g}" for k, v in logs.items() if isinstance(v, float) and "/" not in k)
         self.bar.clear()
         self.run.say(
             f"{self.run.stage} step {state.global_step}/{state.max_steps} {line} "
             f"| {rate:.0f} samples/s, {left:.0f} s left"
         )
-        record = {"step": state.global_step, "samples_per_second": round(rate, 1), **logs}
-        with open(self.run.path / "metrics.jsonl", "a", encoding="utf-8") as f:
-            f.write(json.dumps(record) + "\n")
+        self.run.append_metrics({"step": state.global_step, "samples_per_second": round(rate, 1), **logs})
         if not math.isfinite(logs["loss"]):
             raise InputError(
                 f"loss is {logs['loss']} at step {state.global_step}: lower the learning rate; "
@@ -71,6 +69,8 @@ class Watch(TrainerCallback):
             )
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
+        if dist.is_available() and dist.is_initialized():
+            dist.barrier()  # other ranks write their part of it too
         if self.run.is_main:
             (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
 

@@ -1,9 +1,13 @@
 """transformers' Trainer with the paper's recipe in it: loss over all ranks, parameter groups, schedule per
-iteration, bounded temperature, zero-shot validation after each epoch.
+iteration, bounded temperature, validation after each epoch, and what one wants to know while it runs.
 """
 
+import json
+import os
+import shutil
+import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import nn
@@ -11,10 +15,13 @@ from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 import diffclip
-from diffclip.benchmarks import datasets, zero_shot
+from diffclip.benchmarks import datasets, retrieval, zero_shot
 from diffclip.benchmarks.features import Encoder
+from diffclip.data import PairTable
+from diffclip.errors import InputError
 from diffclip.losses import contrastive_loss
 from diffclip.recipe import clamp_logit_scale, decay_parameter_names, learning_rate
+from stages.run import write_json
 
 if TYPE_CHECKING:
     from stages.pretrain import PretrainConfig
@@ -22,19 +29,37 @@ if TYPE_CHECKING:
 
 
 class ContrastiveTrainer(Trainer):
-    """Trains an open_clip-style model on batches of `image` (batch, 3, H, W) and `text` (batch, context)."""
+    """Trains an open_clip-style model on batches of `diffclip.training_pairs.TrainingPairs`."""
 
-    def __init__(self, *, config: "PretrainConfig", steps_per_epoch: int, run: "Run", **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *,
+        config: "PretrainConfig",
+        steps_per_epoch: int,
+        run: "Run",
+        val_pairs: PairTable | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
         self.config, self.steps_per_epoch, self.run = config, steps_per_epoch, run
         self.loss = contrastive_loss(config.gather_with_grad)
         self.tokenize = diffclip.tokenizer(self.model.model_config)
         self.eval_transform = diffclip.transforms(self.model.model_config, train=False)
         self.val_set = read_val_set(config.val_data) if config.val_data else None
+        self.val_pairs = val_pairs
+        self.lambdas = lambda_modules(self.model)
+        self.seen = self.bad = 0  # samples of this process, since it started
+        self.waited, self.last_log = 0.0, time.perf_counter()
         self.add_callback(AfterStep(self))
 
     def _get_train_sampler(self, *args: object) -> SequentialSampler:
         return SequentialSampler(self.train_dataset)  # TrainingPairs is already in training order
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Any]:
+        start = time.perf_counter()
+        batches = super().get_batch_samples(*args, **kwargs)
+        self.waited += time.perf_counter() - start
+        return batches
 
     def compute_loss(
         self,
@@ -43,8 +68,41 @@ class ContrastiveTrainer(Trainer):
         return_outputs: bool = False,
         **kwargs: object,
     ) -> torch.Tensor:
-        image_features, text_features, logit_scale = model(image=inputs["image"], text=inputs["text"])[:3]
-        return self.loss(image_features, text_features, logit_scale)
+        chunk = self.config.micro_batch_size
+        image, text, scale = model(
+            image=inputs["image"], text=inputs["text"], chunk=chunk if chunk < len(inputs["image"]) else 0
+        )[:3]
+        loss = self.loss(image, text, scale)
+        if not torch.isfinite(loss):
+            self.stop_at_non_finite(loss.item(), inputs["item"], image, text)
+        self.count_bad(inputs["bad"])
+        return loss
+
+    def stop_at_non_finite(self, loss: float, items: torch.Tensor, image: torch.Tensor, text: torch.Tensor) -> NoReturn:
+        """Name this rank's share of the batch in non_finite.jsonl, and raise InputError."""
+        pairs = self.train_dataset
+        keys = [pairs.table.key(pairs.row(int(k))) for k in items]
+        finite = torch.isfinite(image).all(dim=1) & torch.isfinite(text).all(dim=1)
+        culprits = [key for key, fine in zip(keys, finite.tolist()) if not fine]
+        step = self.state.global_step + 1
+        record = {"step": step, "rank": self.args.process_index, "loss": str(loss), "culprits": culprits, "keys": keys}
+        with open(self.run.path / "non_finite.jsonl", "a", encoding="utf-8") as f:
+            f.write(json.dumps(record, ensure_ascii=False) + "\n")
+        blame = f"the features of {culprits[0]} are not finite" if len(culprits) == 1 else "the model has diverged"
+        raise InputError(
+            f"loss is {loss} at step {step} ({blame}): the samples are named in {f.name}; lower the learning rate or "
+            f"remove them; the last good checkpoint is {self.run.resume_from or 'none'}"
+        )
+
+    def count_bad(self, bad: torch.Tensor) -> None:
+        """Stop when more than `max_bad_share` of the samples so far could not be read; looked at now and then."""
+        self.seen, self.bad = self.seen + len(bad), self.bad + int(bad.sum())
+        often_enough = self.seen >= 1000 or (self.state.global_step + 1) % self.steps_per_epoch == 0
+        if often_enough and self.bad > self.config.max_bad_share * (self.seen + self.bad):
+            raise InputError(
+                f"{self.bad} of {self.seen + self.bad} samples could not be read, more than max_bad_share "
+                f"{self.config.max_bad_share:g}: see {self.run.path / 'bad_samples.jsonl'}, mend the data or raise it"
+            )
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         return decay_parameter_names(model)
@@ -71,21 +129,75 @@ class ContrastiveTrainer(Trainer):
         return self.lr_scheduler
 
     def validate(self) -> dict[str, float]:
-        """Zero-shot accuracy on `val_data` in percent, {"val/top1": …}; {} if no such data was named."""
-        if self.val_set is None:
+        """Zero-shot accuracy on `val_data` and R@k on `val_pairs`, in percent; {} if neither was named.
+
+        The model of the best epoch so far, by top-1 or else by mean R@1, is kept in `best/`.
+        """
+        if self.val_set is None and self.val_pairs is None:
             return {}
-        model = self.accelerator.unwrap_model(self.model).eval()
-        prompts = self.val_set.templates or zero_shot.templates("imagenet7")
-        vectors = zero_shot.classifier(model, self.tokenize, self.val_set.classnames, prompts)
+        model = self.accelerator.unwrap_model(self.model)
         encoder = Encoder(model, self.eval_transform, self.tokenize, quiet=True)
-        pictures = self.val_set.splits.get("val", self.val_set.splits["test"])
-        features = encoder.images(pictures)
-        metrics = zero_shot.classify(features.after, vectors, features.labels).metrics()
-        return {f"val/{name}": value for name, value in metrics.items()}
+        metrics: dict[str, float] = {}
+        if self.val_set is not None:
+            prompts = self.val_set.templates or zero_shot.templates("imagenet7")
+            vectors = zero_shot.classifier(model, self.tokenize, self.val_set.classnames, prompts)
+            pictures = self.val_set.splits.get("val", self.val_set.splits["test"])
+            features = encoder.images(pictures)
+            metrics |= zero_shot.classify(features.after, vectors, features.labels).metrics()
+        if self.val_pairs is not None:
+            metrics |= retrieval_of_pairs(encoder, self.val_pairs)
+        model.train()
+        metrics = {f"val/{name}": value for name, value in metrics.items()}
+        self.run.append_metrics({"step": self.state.global_step, **metrics})
+        if self.run.is_main:
+            self.keep_if_best(model, metrics)
+        return metrics
+
+    def keep_if_best(self, model: nn.Module, metrics: dict[str, float]) -> None:
+        """Write `model` to `best/`, whole or not at all, if it is better than what is there."""
+        recalls = [metrics.get(f"val/{way}/R@1", 0.0) for way in ("text_to_image", "image_to_text")]
+        score = metrics.get("val/top1", sum(recalls) / 2)
+        best, temporary = self.run.path / "best", self.run.path / "best.tmp"
+        if (best / "metrics.json").is_file() and json.loads((best / "metrics.json").read_text())["score"] >= score:
+            return
+        shutil.rmtree(temporary, ignore_errors=True)
+        diffclip.save(model, temporary)
+        write_json(temporary / "metrics.json", {"score": score, "step": self.state.global_step, **metrics})
+        shutil.rmtree(best, ignore_errors=True)
+        os.replace(temporary, best)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        logs["logit_scale"] = self.model.logit_scale.detach().exp().item()
+        if "loss" in logs:
+            logs["logit_scale"] = self.model.logit_scale.detach().exp().item()
+            logs |= {f"lambda/{name}": m.mean_lambda() for name, m in self.lambdas.items()}
+            now = time.perf_counter()
+            logs["data_wait"] = self.waited / max(now - self.last_log, 1e-9)
+            self.waited, self.last_log = 0.0, now
         super().log(logs, start_time)
+
+
+def lambda_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The differential attention modules of a model by tower and layer, e.g. "vision.0"."""
+    towers = {"vision": model.visual, "text": model.transformer}
+    return {
+        f"{tower}.{layer}": module
+        for tower, part in towers.items()
+        for layer, module in enumerate(m for m in part.modules() if hasattr(m, "mean_lambda"))
+    }
+
+
+def retrieval_of_pairs(encoder: Encoder, pairs: PairTable) -> dict[str, float]:
+    """R@1/5/10 in percent over held-out pairs, each caption of a picture a query of its own."""
+    images, texts, owners = [], [], []
+    with torch.inference_mode():
+        for start in range(0, len(pairs), encoder.batch_size):
+            batch = [pairs[i] for i in range(start, min(start + encoder.batch_size, len(pairs)))]
+            pixels = torch.stack([encoder.preprocess(image) for image, _ in batch]).to(encoder.device)
+            images.append(encoder.model.encode_image(pixels).float().cpu())
+            for i, (_, captions) in enumerate(batch, start):
+                texts += captions
+                owners += [i] * len(captions)
+    return retrieval.recall_at_k(torch.cat(images), encoder.texts(texts), torch.tensor(owners))
 
 
 class AfterStep(TrainerCallback):
@@ -103,10 +215,14 @@ class AfterStep(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         epoch, rest = divmod(state.global_step, self.trainer.steps_per_epoch)
-        if rest == 0 and state.global_step < state.max_steps and self.trainer.val_set:
+        if rest == 0 and state.global_step < state.max_steps:
             metrics = self.trainer.validate()
-            self.trainer.run.say(f"pretrain epoch {epoch}: " + " ".join(f"{k} {v:.1f}" for k, v in metrics.items()))
-            self.trainer.log(metrics)
+            if metrics:
+                said = " ".join(f"{name} {value:.1f}" for name, value in metrics.items())
+                self.trainer.run.say(f"pretrain epoch {epoch}: {said}")
+                wanted = control.should_log
+                self.trainer.log(metrics)  # for TensorBoard; it takes the wish to log this step's loss for fulfilled
+                control.should_log = wanted
 
 
 def read_val_set(folder: str) -> datasets.Classification:

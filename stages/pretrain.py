@@ -5,13 +5,17 @@
     torchrun --nproc_per_node 8 -m stages.pretrain --config stages/configs/paper/pretrain_cc3m_diffclip.yaml ...
 """
 
+import json
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from diffclip.errors import exit_on_input_error
+from diffclip.errors import InputError, exit_on_input_error
 from stages.config import parse, require
 from stages.run import Run, end_with_pipeline
 from stages.training import TrainingConfig
+
+if TYPE_CHECKING:
+    from diffclip.data import PairTable
 
 
 @dataclass
@@ -23,7 +27,14 @@ class PretrainConfig(TrainingConfig):
         default="matched", metadata={"help": "initialise both arms alike, or each as its official code does"}
     )
     train_data: list[str] = field(
-        default_factory=list, metadata={"help": "webdataset shards (globs, braces), .csv, .tsv, .parquet"}
+        default_factory=list,
+        metadata={"help": "webdataset shards (globs, braces, URLs), .csv, .tsv, .parquet, hf:owner/name"},
+    )
+    train_weights: list[float] = field(
+        default_factory=list, metadata={"help": "times an epoch sees each source of train_data; empty = once"}
+    )
+    max_bad_share: float = field(
+        default=0.01, metadata={"help": "stop when more of the samples than this cannot be read"}
     )
     caption_member: Literal["txt", "json"] = field(
         default="txt", metadata={"help": "where shards keep captions; json draws one of `captions` each time"}
@@ -32,12 +43,19 @@ class PretrainConfig(TrainingConfig):
         default="",
         metadata={"help": "folder with val/ or test/ of class folders, classified zero-shot after each epoch"},
     )
+    val_pairs: list[str] = field(
+        default_factory=list, metadata={"help": "held-out pairs, forms as train_data: R@1/5/10 after each epoch"}
+    )
     epochs: int = field(default=40, metadata={"help": "passes over the data"})
     warmup_epochs: float = field(default=1.0, metadata={"help": "epochs of linear warm-up"})
     start_learning_rate: float = field(default=1e-6, metadata={"help": "at the first step"})
     end_learning_rate: float = field(default=1e-5, metadata={"help": "towards the last step"})
     weight_decay: float = field(default=0.5, metadata={"help": "decoupled (AdamW), on matrices and tables only"})
     min_crop: float = field(default=0.5, metadata={"help": "smallest share of the area in RandomResizedCrop"})
+    micro_batch_size: int = field(
+        default=0,
+        metadata={"help": "pairs encoded at once per device; the exact gradient of the whole batch; 0 = all"},
+    )
     gather_with_grad: bool = field(default=True, metadata={"help": "exact gradient over ranks; SLIP: false"})
 
 
@@ -53,30 +71,33 @@ def pretrain(config: PretrainConfig) -> None:
     from transformers import set_seed
 
     import diffclip
-    from diffclip.data import PairTable, TrainingPairs, expand
+    from diffclip.data import PairTable, expand
+    from diffclip.training_pairs import TrainingPairs
     from stages.callbacks import Watch
     from stages.contrastive import ContrastiveTrainer
     from stages.training import per_device_batch, train, training_arguments
 
-    sources = expand(config.train_data)
-    inputs = {f"train_data[{i}]": path for i, path in enumerate(sources)}
+    inputs = {f"train_data[{i}]": path for i, path in enumerate(expand(config.train_data))}
+    inputs |= {f"val_pairs[{i}]": path for i, path in enumerate(expand(config.val_pairs))}
     run = Run("pretrain", config, inputs | ({"val_data": config.val_data} if config.val_data else {}))
     if run.finished:
         return
-    table = PairTable(sources, config.caption_member)
+    table = PairTable(config.train_data, config.caption_member)
+    val_pairs = PairTable(config.val_pairs, config.caption_member) if config.val_pairs else None
 
     set_seed(config.seed)
     model = diffclip.build(config.model, init=config.init)
-    transform = diffclip.transforms(model.model_config, train=True, crop_scale=(config.min_crop, 1.0))
-    tokenizer = diffclip.tokenizer(model.model_config)
     pairs = TrainingPairs(
         table,
-        transform,
-        tokenizer,
+        diffclip.transforms(model.model_config, train=True, crop_scale=(config.min_crop, 1.0)),
+        diffclip.tokenizer(model.model_config),
         global_batch_size=config.global_batch_size,
         epochs=config.epochs,
         seed=config.seed,
+        weights=config.train_weights,
+        bad_samples=run.path / "bad_samples.jsonl",
     )
+    report_problems(table, config, run)
     batch = per_device_batch(config)
     steps = len(pairs) // config.global_batch_size
     parameters = sum(p.numel() for p in model.parameters())
@@ -95,13 +116,41 @@ def pretrain(config: PretrainConfig) -> None:
         config=config,
         steps_per_epoch=pairs.per_epoch // config.global_batch_size,
         run=run,
+        val_pairs=val_pairs,
         callbacks=[Watch(run, config.global_batch_size)],
     )
     metrics = train(trainer, run)
     metrics |= trainer.validate()
+    say_bad_samples(run)
     if run.is_main:
         diffclip.save(model, config.output_dir)
     run.finish(metrics)
+
+
+def report_problems(table: "PairTable", config: PretrainConfig, run: Run) -> None:
+    """Name the samples that lack a part and the shards that end early; InputError if there are too many."""
+    from diffclip.training_pairs import name_bad_samples
+
+    if not table.problems:
+        return
+    if run.is_main and run.resume_from is None:
+        name_bad_samples(run.path / "bad_samples.jsonl", table.problems)
+    share = len(table.problems) / (len(table) + len(table.problems))
+    if share > config.max_bad_share:
+        key, reason = table.problems[0]
+        raise InputError(
+            f"{len(table.problems)} of {len(table) + len(table.problems)} samples lack a part, e.g. {key} ({reason}), "
+            f"more than max_bad_share {config.max_bad_share:g}: mend the data or raise it"
+        )
+
+
+def say_bad_samples(run: Run) -> None:
+    """One line, and a note in run.json, on what was skipped and why, if anything."""
+    path = run.path / "bad_samples.jsonl"
+    if run.is_main and path.is_file():
+        bad = {s["key"]: s["reason"] for s in map(json.loads, path.read_text(encoding="utf-8").splitlines())}
+        run.say(f"pretrain: {len(bad):,} bad samples skipped, named in {path}")
+        run.note(bad_samples=len(bad))
 
 
 if __name__ == "__main__":

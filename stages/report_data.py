@@ -233,8 +233,11 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def read_curve(path: Path) -> list[dict[str, float]]:
-    """metrics.jsonl by step; after a resume the later line of a step counts."""
-    by_step = {line["step"]: line for line in read_lines(path) if is_number(line.get("step"))}
+    """metrics.jsonl by step, losses and validation in one; after a resume the later value of a step counts."""
+    by_step: dict[float, dict] = {}
+    for line in read_lines(path):
+        if is_number(line.get("step")):
+            by_step.setdefault(line["step"], {}).update(line)
     return [by_step[step] for step in sorted(by_step)]
 
 

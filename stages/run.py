@@ -36,6 +36,7 @@ PACKAGES = [
     "lmms-eval",
     "numpy",
 ]
+LONG_FILE = 1 << 28  # bytes
 COMPLETE = "complete"  # marker inside checkpoint-*/, written when everything else in it is on disk
 
 
@@ -58,7 +59,7 @@ class Run:
         self.is_main = int(os.environ.get("RANK", 0)) == 0
         self.start = time.time()
         for role, path in inputs.items():
-            if not Path(path).exists():
+            if not str(path).startswith("hf:") and not Path(path).exists():
                 raise InputError(f"{path}: no such file or directory (setting `{role}`)")
         self.record = {
             "stage": stage,
@@ -88,14 +89,16 @@ class Run:
     @property
     def resume_from(self) -> str | None:
         """The newest checkpoint that was written to its end, or None. Half-written ones are removed."""
-        whole = []
-        for path in self.path.glob("checkpoint-*"):
-            if (path / COMPLETE).exists():
-                whole.append(path)
-            elif self.is_main:
+        if self.is_main:
+            for path in self.half_written():
                 shutil.rmtree(path, ignore_errors=True)
+        whole = [path.parent for path in self.path.glob(f"checkpoint-*/{COMPLETE}")]
         newest = max(whole, key=lambda p: int(p.name.split("-")[1]), default=None)
         return None if newest is None else str(newest)
+
+    def half_written(self) -> list[Path]:
+        """Checkpoints whose writing did not come to its end."""
+        return [path for path in self.path.glob("checkpoint-*") if not (path / COMPLETE).exists()]
 
     def say(self, line: str) -> None:
         """Print a line and keep it in log.txt (rank 0 only)."""
@@ -109,6 +112,12 @@ class Run:
         """Add facts to run.json, e.g. parameter counts and fingerprints."""
         self.record.update(facts)
         self._write_record()
+
+    def append_metrics(self, record: Mapping[str, Any]) -> None:
+        """Add a line to metrics.jsonl (rank 0 only)."""
+        if self.is_main:
+            with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as f:
+                f.write(json.dumps(record) + "\n")
 
     def finish(self, metrics: Mapping[str, Any]) -> None:
         """Write the final numbers, mark the run as finished, drop the resume state and leave the process group."""
@@ -187,13 +196,21 @@ def write_json(path: Path, value: object) -> None:
 def digest(path: str | Path) -> str:
     """12 hex digits that change when the input changes.
 
-    A file counts with its content; a model directory with its weights; any other directory with the names and
-    sizes of its files, so that large data folders take milliseconds.
+    A file counts with its content, a long one (shards) with its size and three of its megabytes; a model directory
+    with its weights; any other directory with the names and sizes of its files, so that large data folders take
+    milliseconds.
     """
     path = Path(path)
     result = hashlib.sha256()
     if path.is_file():
         with open(path, "rb") as f:
+            size = os.path.getsize(path)
+            if size > LONG_FILE:
+                result.update(str(size).encode())
+                for start in (0, size // 2, size - (1 << 20)):
+                    f.seek(start)
+                    result.update(f.read(1 << 20))
+                return result.hexdigest()[:12]
             result.update(hashlib.file_digest(f, "sha256").digest() if sys.version_info >= (3, 11) else f.read())
         return result.hexdigest()[:12]
     weights = sorted(path.glob("*.safetensors"))

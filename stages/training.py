@@ -1,5 +1,6 @@
 """What the training stages share: their common settings, and how those become transformers' TrainingArguments."""
 
+import importlib.util
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,6 +25,10 @@ class TrainingConfig:
     num_workers: int = field(default=8, metadata={"help": "data loading processes per device; 0 = in the main one"})
     logging_steps: int = field(default=50, metadata={"help": "steps between log lines"})
     save_steps: int = field(default=500, metadata={"help": "steps between resume checkpoints"})
+    save_total_limit: int = field(default=2, metadata={"help": "resume checkpoints kept; at least 2"})
+    report_to: list[str] = field(
+        default_factory=lambda: ["tensorboard"], metadata={"help": "tensorboard, wandb, or none"}
+    )
     deepspeed: str = field(default="", metadata={"help": "DeepSpeed JSON, e.g. stages/configs/deepspeed/zero2.json"})
     use_cpu: bool = field(default=False, metadata={"help": "run on the CPU even where there is a GPU"})
     trainer: dict = field(default_factory=dict, metadata={"help": "any other TrainingArguments, as JSON"})
@@ -56,6 +61,10 @@ def training_arguments(config: TrainingConfig, steps: int, batch: tuple[int, int
     import torch
     from transformers import TrainingArguments
 
+    if config.save_total_limit < 2:
+        raise InputError("save_total_limit must be at least 2: one checkpoint is kept whole while the next is written")
+    if "wandb" in config.report_to and importlib.util.find_spec("wandb") is None:
+        raise InputError("report_to asks for wandb, which is not installed: pip install wandb")
     on_cpu = config.use_cpu or not torch.cuda.is_available()
     if config.deepspeed and on_cpu:
         import deepspeed.ops
@@ -80,8 +89,8 @@ def training_arguments(config: TrainingConfig, steps: int, batch: tuple[int, int
         "logging_nan_inf_filter": False,  # a NaN must be seen, not logged as 0
         "save_strategy": "steps",
         "save_steps": config.save_steps,
-        "save_total_limit": 2,
-        "report_to": ["tensorboard"],
+        "save_total_limit": config.save_total_limit,
+        "report_to": config.report_to,
         "disable_tqdm": True,  # stages.callbacks.Watch draws the bar
         "remove_unused_columns": False,
         "deepspeed": config.deepspeed or None,
@@ -95,11 +104,25 @@ def training_arguments(config: TrainingConfig, steps: int, batch: tuple[int, int
 
 
 def train(trainer: "Trainer", run: "Run") -> dict[str, float]:
-    """Train from the newest whole checkpoint, if any; returns Trainer's closing metrics."""
+    """Train from the newest whole checkpoint, if any; returns Trainer's closing metrics.
+
+    Raises:
+        InputError: a checkpoint could not be written, e.g. since the disk is full; the one before it is whole.
+    """
+    from safetensors import SafetensorError
     from transformers import PrinterCallback
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # of writing shards
     trainer.remove_callback(PrinterCallback)  # Watch says the same for people
-    result = trainer.train(resume_from_checkpoint=run.resume_from)
+    try:
+        result = trainer.train(resume_from_checkpoint=run.resume_from)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        half = run.half_written()
+        if not half:
+            raise
+        raise InputError(
+            f"{half[0]} could not be written ({str(error).splitlines()[0]}): free space on the disk and start the same "
+            f"command again, it goes on from {run.resume_from or 'the start'}"
+        ) from error
     return {k: v for k, v in result.metrics.items() if k != "total_flos"}

@@ -11,14 +11,16 @@ import torch
 from PIL import Image
 from torchvision.transforms import functional as F
 
-from diffclip.data import PairTable, TrainingPairs, expand
+from diffclip import shards as shards_module
+from diffclip.data import BadSample, PairTable, expand
 from diffclip.errors import InputError
+from diffclip.training_pairs import TrainingPairs
 
 PAIRS = 12
 
 
 def picture(i: int) -> Image.Image:
-    return Image.fromarray(np.full((8, 8, 3), 20 * i, dtype=np.uint8))
+    return Image.fromarray(np.full((8, 8, 3), 20 * (i % 12), dtype=np.uint8))
 
 
 def png(i: int) -> bytes:
@@ -140,3 +142,214 @@ def test_a_broken_picture_is_named(tmp_path):
             tar.addfile(info, io.BytesIO(content))
     with pytest.raises(InputError, match=r"x.tar/7: unreadable pair"):
         PairTable([str(tmp_path / "x.tar")])[0]
+
+
+# ---- mixtures
+
+
+def test_weights_say_how_often_an_epoch_sees_each_source(tmp_path):
+    write_shard(tmp_path / "many.tar", range(100))
+    write_shard(tmp_path / "few.tar", range(100, 110))
+    table = PairTable([str(tmp_path / "many.tar"), str(tmp_path / "few.tar")])
+    pairs = TrainingPairs(table, None, None, global_batch_size=1, epochs=2, seed=0, weights=[0.3, 2.5])
+    first, second = (pairs.order(epoch).tolist() for epoch in (0, 1))
+    assert len(pairs) == 2 * (30 + 25)
+    for order in (first, second):
+        many = [row for row in order if row < 100]
+        few = [row for row in order if row >= 100]
+        assert len(many) == len(set(many)) == 30
+        assert {few.count(row) for row in range(100, 110)} == {2, 3} and len(few) == 25
+    assert set(first) != set(second)  # another draw
+    assert [pairs.row(k) for k in range(55)] == first
+    with pytest.raises(InputError, match="1 weights for 2 data sources"):
+        TrainingPairs(table, None, None, global_batch_size=1, epochs=1, seed=0, weights=[1])
+
+
+# ---- dirty data
+
+
+def tar_of(path, members: dict[str, bytes]) -> str:
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return str(path)
+
+
+def encoded(image: Image.Image, kind: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def noise(*shape: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+
+
+def test_unusual_pictures_are_read_as_what_they_show(tmp_path):
+    grey = np.linspace(0, 255, 64, dtype=np.uint8).reshape(8, 8)
+    frames = [Image.fromarray(np.full((8, 8, 3), v, np.uint8)).quantize(4) for v in (200, 10)]
+    rgb = Image.fromarray(np.full((8, 8, 3), (250, 20, 20), np.uint8))
+    pictures = {
+        "cmyk.jpg": (encoded(rgb.convert("CMYK"), "JPEG", quality=95), np.asarray(rgb), 12),
+        "palette.png": (encoded(rgb.quantize(8), "PNG", transparency=0), np.asarray(rgb), 2),
+        "sixteen.png": (encoded(Image.fromarray(grey.astype(np.uint16) * 257), "PNG"), grey[..., None], 0),
+        "animated.webp": (encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]), np.uint8(200), 2),
+        "grey.jpg": (encoded(Image.fromarray(grey), "JPEG", quality=95), grey[..., None], 6),
+    }
+    members = {}
+    for name, (content, _, _) in pictures.items():
+        members |= {name: content, f"{name.split('.')[0]}.txt": b"a caption"}
+    table = PairTable([tar_of(tmp_path / "x.tar", members)])
+    assert len(table) == len(pictures)
+    for i, (name, (_, wanted, tolerance)) in enumerate(pictures.items()):
+        image, _ = table[i]
+        assert image.mode == "RGB" and image.size == (8, 8), name
+        assert np.abs(np.asarray(image).astype(int) - wanted.astype(int)).max() <= tolerance, name
+
+
+def test_what_cannot_be_used_is_named_with_the_reason(tmp_path, monkeypatch):
+    whole = encoded(Image.fromarray(noise(64, 64, 3)), "JPEG")
+    cases = {
+        "truncated": (whole[: len(whole) // 2], b"a caption", "truncated"),
+        "zero": (b"", b"a caption", "cannot identify"),
+        "html": (b"<html>404</html>", b"a caption", "cannot identify"),
+        "bomb": (encoded(Image.new("1", (400, 300)), "PNG"), b"a caption", "decompression bomb"),
+        "latin": (whole, "café".encode("latin-1"), "codec can't decode"),
+        "empty": (whole, b" \n", "empty caption"),
+    }
+    members = {}
+    for name, (picture_bytes, caption, _) in cases.items():
+        members |= {f"{name}.jpg": picture_bytes, f"{name}.txt": caption}
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100_000)
+    table = PairTable([tar_of(tmp_path / "x.tar", members)])
+    for i, (name, (_, _, reason)) in enumerate(cases.items()):
+        with pytest.raises(BadSample, match=f"x.tar/{name}: unreadable pair") as caught:
+            table[i]
+        assert reason in caught.value.reason
+
+
+def test_any_bytes_give_a_picture_or_a_bad_sample(tmp_path):
+    """Flip and cut real files at random: nothing but BadSample may come out."""
+    rng = np.random.default_rng(0)
+    sources = [
+        encoded(Image.fromarray(noise(24, 24, 3)), kind)
+        for kind in ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "PPM")
+    ]
+    members = {}
+    for i in range(400):
+        content = bytearray(sources[i % len(sources)])
+        for at in rng.integers(0, len(content), rng.integers(1, 8)):
+            content[at] = rng.integers(0, 256)
+        members |= {
+            f"{i:03d}.jpg": bytes(content[: rng.integers(1, len(content)) if i % 2 else None]),
+            f"{i:03d}.txt": b"a caption",
+        }
+    table = PairTable([tar_of(tmp_path / "x.tar", members)])
+    outcomes = {"read": 0, "bad": 0}
+    for i in range(len(table)):
+        try:
+            assert table[i][0].mode == "RGB"
+            outcomes["read"] += 1
+        except BadSample:
+            outcomes["bad"] += 1
+    assert min(outcomes.values()) > 20
+
+
+def test_a_bad_sample_is_replaced_and_named(tmp_path):
+    members = {}
+    for i in range(40):
+        members |= {f"{i:02d}.png": b"" if i in (3, 17) else png(i % 12), f"{i:02d}.txt": f"a {i % 12}".encode()}
+    named = tmp_path / "bad.jsonl"
+
+    def items():
+        return TrainingPairs(
+            PairTable([tar_of(tmp_path / "x.tar", members)]),
+            lambda image: F.pil_to_tensor(image)[0, :1, :1].float() // 20,
+            lambda texts: torch.tensor([[int(t.split()[1])] for t in texts]),
+            global_batch_size=4,
+            epochs=3,
+            seed=0,
+            bad_samples=named,
+        )
+
+    seen = [items()[k] for k in range(120)]
+    assert sum(item["bad"] for item in seen) >= 6  # two in each of three epochs, or more by replacements
+    assert all(int(item["image"]) == int(item["text"]) for item in seen)
+    once = [json.loads(line) for line in named.read_text().splitlines()]
+    assert {line["key"].rsplit("/")[-1] for line in once} == {"03", "17"}
+    again = items()
+    assert all(torch.equal(again[k]["image"], seen[k]["image"]) for k in reversed(range(120)))
+    assert len(named.read_text().splitlines()) >= 4  # another process names them again; keys say that they are the same
+
+
+def test_shards_that_lack_parts_or_end_early_keep_the_rest(tmp_path):
+    members = {f"{i}.{kind}": png(i) if kind == "png" else b"a caption" for i in range(4) for kind in ("png", "txt")}
+    whole = tmp_path / "whole.tar"
+    tar_of(whole, members | {"lost.txt": b"no picture", "mute.png": png(1)})
+    table = PairTable([str(whole)])
+    assert len(table) == 4
+    assert {(key.rsplit("/")[-1], reason) for key, reason in table.problems} == {
+        ("lost", "no picture"),
+        ("mute", "no .txt caption"),
+    }
+    content = whole.read_bytes()
+    with tarfile.open(whole) as tar:
+        places = {m.name: m.offset_data for m in tar}
+    for name, at in (("2.png", places["2.png"] + 10), ("2.png header", places["2.png"] - 100)):
+        cut = tmp_path / "cut.tar"
+        cut.write_bytes(content[:at])
+        table = PairTable([str(cut)])
+        assert len(table) == 2 and [captions for _, captions in (table[0], table[1])], name
+        assert "ends early" in table.problems[0][1], name
+
+
+def test_a_shard_that_vanishes_gives_bad_samples(tmp_path):
+    write_shard(tmp_path / "x.tar", range(4))
+    table = PairTable([str(tmp_path / "x.tar")])
+    content = (tmp_path / "x.tar").read_bytes()
+    (tmp_path / "x.tar").write_bytes(content[:100])
+    with pytest.raises(BadSample, match="shorter"):
+        table[2]
+    (tmp_path / "x.tar").unlink()
+    with pytest.raises(BadSample, match="No such file"):
+        table[2]
+
+
+@pytest.mark.parametrize("name", ["../evil.png", "/etc/evil.png", "a/../../evil.png"])
+def test_a_member_with_a_path_outside_is_refused(tmp_path, name):
+    with pytest.raises(InputError, match="leads outside"):
+        PairTable([tar_of(tmp_path / "x.tar", {name: png(1), "1.png": png(1), "1.txt": b"a"})])
+
+
+def test_an_index_from_the_cache_is_the_index(tmp_path, monkeypatch):
+    monkeypatch.setenv("DIFFCLIP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(shards_module, "CACHE_FROM", 0)
+    write_shard(tmp_path / "x.tar", range(5))
+    tar_of(tmp_path / "y.tar", {"1.png": png(1), "1.txt": b"a", "lost.txt": b"b"})
+    sources = [str(tmp_path / "x.tar"), str(tmp_path / "y.tar")]
+    walked = PairTable(sources)
+    assert len(list((tmp_path / "cache" / "index").glob("*.npz"))) == 2
+    monkeypatch.setattr(shards_module, "_walk", None)  # would fail if called
+    cached = PairTable(sources)
+    assert contents(cached) == contents(walked) and cached.problems == walked.problems != []
+    assert [cached.key(i) for i in range(6)] == [walked.key(i) for i in range(6)]
+    monkeypatch.undo()
+    monkeypatch.setenv("DIFFCLIP_CACHE", str(tmp_path / "cache"))
+    write_shard(tmp_path / "x.tar", range(3))  # another file under the same name is walked again
+    assert len(PairTable(sources)) == 4
+
+
+def test_a_dataset_folder_stands_for_one_of_the_hub(tmp_path, monkeypatch):
+    """`hf:` goes to `datasets.load_dataset`, which takes a local folder as it takes a Hub id."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = {"jpg": [{"bytes": png(i), "path": None} for i in range(3)], "txt": [f"a {i}" for i in range(3)]}
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    pq.write_table(pa.table(rows), tmp_path / "owner" / "name" / "train.parquet")
+    monkeypatch.chdir(tmp_path)
+    assert contents(PairTable(["hf:owner/name"])) == [(i, [f"a {i}"]) for i in range(3)]
+    with pytest.raises(InputError, match="hf:owner/other: `datasets` cannot read it"):
+        PairTable(["hf:owner/other"])

@@ -1,0 +1,127 @@
+"""The whole training run as one sequence of samples, decided by the seed alone."""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+
+from diffclip.data import BadSample, PairTable
+from diffclip.errors import InputError
+
+MOST_TRIES = 100
+
+
+class TrainingPairs(Dataset):
+    """Item k is the k-th sample that the optimiser will see.
+
+    Epoch e visits a fresh permutation of the table, drawn from (seed, e) and cut to whole global batches
+    (drop_last). Crop and caption choice of item k are drawn from (seed, k). So the stream depends on nothing but
+    the seed, and a resumed run, on any number of workers, sees the same pixels.
+
+    Items are {"image": (3, H, W) float, "text": (context,) int64, "item": k, "bad": n}: n pairs that could not be
+    read stood in this place before a random other one took it.
+    """
+
+    def __init__(
+        self,
+        table: PairTable,
+        transform: Callable[[Image.Image], torch.Tensor],
+        tokenizer: Callable[[list[str]], torch.Tensor],
+        *,
+        global_batch_size: int,
+        epochs: int,
+        seed: int,
+        weights: Sequence[float] = (),
+        bad_samples: Path | None = None,
+    ) -> None:
+        """
+        Args:
+            weights: how often an epoch sees each pair of each source (`table.ranges`): 2 is twice, 0.3 a random
+                30 % of them, a new draw in each epoch. Empty: once.
+            bad_samples: file that gets a line {"key", "reason"} for each unreadable pair; None: they raise.
+        """
+        if len(weights) not in (0, len(table.ranges)) or any(w < 0 for w in weights):
+            raise InputError(
+                f"{len(weights)} weights for {len(table.ranges)} data sources: give each source one, of 0 or more"
+            )
+        self.table, self.transform, self.tokenizer, self.seed = table, transform, tokenizer, seed
+        self.weights, self.bad_samples = list(weights), bad_samples
+        self._named: set[str] = set()
+        self._order: tuple[int, np.ndarray] = (-1, np.empty(0))
+        in_epoch = len(self.order(0))
+        self.per_epoch = in_epoch // global_batch_size * global_batch_size
+        if self.per_epoch == 0:
+            raise InputError(f"{in_epoch} pairs do not fill one batch of {global_batch_size}: lower global_batch_size")
+        self.epochs = epochs
+
+    def __len__(self) -> int:
+        return self.per_epoch * self.epochs
+
+    def order(self, epoch: int) -> np.ndarray:
+        """Rows of the table in the order in which an epoch visits them; int32, before the cut to whole batches."""
+        if self._order[0] != epoch:
+            rng = np.random.default_rng((self.seed, epoch))
+            rows = np.arange(len(self.table), dtype=np.int32)
+            if self.weights:
+                parts = [self._share(rows[a:b], w, rng) for (a, b), w in zip(self.table.ranges, self.weights)]
+                rows = np.concatenate(parts)
+            self._order = (epoch, rng.permutation(rows))
+        return self._order[1]
+
+    @staticmethod
+    def _share(rows: np.ndarray, weight: float, rng: np.random.Generator) -> np.ndarray:
+        whole, rest = divmod(weight, 1)
+        return np.concatenate([*[rows] * int(whole), rng.choice(rows, round(rest * len(rows)), replace=False)])
+
+    def row(self, k: int) -> int:
+        """The table's row that stands at place k."""
+        epoch, position = divmod(k, self.per_epoch)
+        return int(self.order(epoch)[position])
+
+    def __getitem__(self, k: int) -> dict[str, torch.Tensor | int]:
+        row, bad = self.row(k), 0
+        while True:
+            try:
+                image, captions = self.table[row]
+                break
+            except BadSample as error:
+                if self.bad_samples is None or bad == MOST_TRIES:
+                    raise
+                self._name(error)
+                bad += 1
+                row = int(np.random.default_rng((self.seed, k, bad)).integers(len(self.table)))
+        with seeded(self.seed * 1_000_003 + k):
+            caption = captions[int(torch.randint(len(captions), ()))]
+            return {"image": self.transform(image), "text": self.tokenizer([caption])[0], "item": k, "bad": bad}
+
+    def _name(self, error: BadSample) -> None:
+        if error.key in self._named:
+            return
+        self._named.add(error.key)
+        name_bad_samples(self.bad_samples, [(error.key, error.reason)])
+
+
+def name_bad_samples(path: Path, samples: Sequence[tuple[str, str]]) -> None:
+    """Append (key, reason) lines to a bad_samples.jsonl, in one write, since several processes share the file."""
+    lines = [json.dumps({"key": key, "reason": reason}, ensure_ascii=False) + "\n" for key, reason in samples]
+    with open(path, "a", encoding="utf-8") as f:
+        f.write("".join(lines))
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Let torch's global CPU generator, from which torchvision draws its crops, start at `seed`; restore it after.
+
+    `torch.manual_seed` would do, but records a stack trace for absent GPUs, a third of the cost of a small picture.
+    """
+    state = torch.random.get_rng_state()
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        torch.random.set_rng_state(state)

@@ -1,0 +1,51 @@
+"""Starting the project's commands as a user does, in processes of their own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+QUICKSTART = ROOT / "stages" / "configs" / "quickstart"
+TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc_per_node"]
+
+
+def environment(threads: int = 2) -> dict[str, str]:
+    settings = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+    return {**os.environ, **settings, "PYTHONPATH": str(ROOT)}
+
+
+def start(*arguments: str, threads: int = 2) -> subprocess.Popen:
+    """`python -m ARGUMENTS`, in a process group of its own, without waiting for it; stderr can be read at its end."""
+    return subprocess.Popen(
+        [sys.executable, "-m", *arguments],
+        cwd=ROOT,
+        env=environment(threads),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def run(*arguments: str, check: bool = True, threads: int = 2) -> subprocess.CompletedProcess:
+    """`python -m ARGUMENTS` to its end; with `check`, the test fails if it ends with an error."""
+    return run_program([sys.executable, "-m", *arguments], check, threads)
+
+
+def run_deepspeed(ranks: int, *arguments: str, threads: int = 1) -> subprocess.CompletedProcess:
+    """A stage under the deepspeed launcher; look at its result, since the launcher may hide that a rank failed."""
+    launcher = str(Path(sys.executable).parent / "deepspeed")
+    options = ["--num_gpus", str(ranks), "--log_level", "warning", "--module"]
+    return run_program([sys.executable, launcher, *options, *arguments], True, threads)
+
+
+def run_program(command: list[str], check: bool, threads: int) -> subprocess.CompletedProcess:
+    ended = subprocess.run(
+        command, cwd=ROOT, env=environment(threads), capture_output=True, text=True, timeout=600, start_new_session=True
+    )
+    if check and ended.returncode:
+        pytest.fail(f"{command} ended with {ended.returncode}:\n{ended.stdout[-2000:]}\n{ended.stderr[-4000:]}")
+    return ended

@@ -1,0 +1,281 @@
+"""Pretraining as a user starts it: one big batch whatever the hardware, the same weights whenever it is killed,
+every pair read once, and what happens when data, numbers or the disk are bad.
+"""
+
+import io
+import json
+import random
+import resource
+import tarfile
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from launch import QUICKSTART, ROOT, TORCHRUN, run, run_deepspeed, start
+from PIL import Image
+from safetensors.torch import load_file
+
+import diffclip
+
+WORDS = ["red", "green", "blue", "dark", "light", "small", "large", "round", "square", "soft"]
+
+
+def jpeg(rng: np.random.Generator) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(rng.integers(0, 256, (48, 48, 3), dtype=np.uint8)).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def write_shard(path: Path, pairs: int, seed: int = 0, replace: dict[int, bytes] | None = None) -> None:
+    """A tar of random pictures and captions; `replace` puts other bytes in the place of some pictures."""
+    rng = np.random.default_rng(seed)
+    with tarfile.open(path, "w") as tar:
+        for i in range(pairs):
+            picture, caption = jpeg(rng), " ".join(rng.choice(WORDS, 4))
+            for suffix, content in (("jpg", (replace or {}).get(i, picture)), ("txt", caption.encode())):
+                info = tarfile.TarInfo(f"{path.stem}_{i:04d}.{suffix}")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> str:
+    """Two shards of unequal length, 64 pairs."""
+    folder = tmp_path_factory.mktemp("shards")
+    write_shard(folder / "0.tar", 50, 1)
+    write_shard(folder / "1.tar", 14, 2)
+    return str(folder / "*.tar")
+
+
+def command(data: str, out: Path, *further: str, model: str = "DiffCLIP-tiny") -> list[str]:
+    return [
+        "stages.pretrain",
+        f"--config={QUICKSTART / 'pretrain.yaml'}",
+        f"--model={model}",
+        f"--train_data={data}",
+        f"--output_dir={out}",
+        "--caption_member=txt",
+        "--global_batch_size=16",
+        "--logging_steps=1",
+        *further,
+    ]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "open_clip_model.safetensors")
+
+
+# ---- the same gradients on any number of devices
+
+
+@pytest.fixture(scope="module")
+def updates(shards, tmp_path_factory):
+    """Run one step under a launcher and return each parameter's update.
+
+    With epsilon 1, AdamW's first update is -lr g / (|g| + 1): so updates agree as closely as gradients do.
+    """
+    folder = tmp_path_factory.mktemp("one_step")
+    start_weights = {}
+
+    def one_step(name: str, launch, *further: str, ranks: int = 1) -> dict[str, torch.Tensor]:
+        out = folder / name
+        options = ["--learning_rate=1", "--warmup_epochs=0", "--epochs=1", "--global_batch_size=64", "--weight_decay=0"]
+        launch(*command(shards, out, *options, '--trainer={"adam_epsilon": 1.0}', *further))
+        assert json.loads((out / "run.json").read_text())["state"] == "finished"
+        if not start_weights:
+            from transformers import set_seed
+
+            set_seed(0)
+            start_weights.update(diffclip.build("DiffCLIP-tiny").state_dict())
+        return {k: v - start_weights[k] for k, v in weights(out).items() if v.is_floating_point()}
+
+    return one_step
+
+
+@pytest.fixture(scope="module")
+def big_batch(updates):
+    found = updates("big", run)
+    assert sum(float(v.norm()) > 0 for v in found.values()) > 60
+    return found
+
+
+def torchrun(ranks: int):
+    return lambda *arguments: run(*TORCHRUN, str(ranks), "-m", *arguments, threads=1)
+
+
+def zero(stage: int):
+    config = ROOT / "stages" / "configs" / "deepspeed" / f"zero{stage}.json"
+    return lambda *arguments: run_deepspeed(2, *arguments, "--use_cpu=True", f"--deepspeed={config}")
+
+
+@pytest.mark.parametrize(
+    "name, launch, further",
+    [
+        ("chunks", run, ["--micro_batch_size=24"]),  # 24, 24, 16
+        ("2-ranks", torchrun(2), []),
+        ("2-ranks-chunks", torchrun(2), ["--micro_batch_size=8"]),
+        ("4-ranks-chunks", torchrun(4), ["--micro_batch_size=5"]),
+        ("zero-1", zero(1), []),
+        ("zero-2-chunks", zero(2), ["--micro_batch_size=8"]),
+    ],
+)
+def test_devices_and_chunks_give_the_gradients_of_one_big_batch(updates, big_batch, name, launch, further):
+    found = updates(name, launch, *further)
+    whole = torch.cat([v.flatten() for v in big_batch.values()]).norm()
+    assert found.keys() == big_batch.keys()
+    for key, wanted in big_batch.items():
+        # a tensor whose true gradient is zero (key biases) has rounding noise only, measured against the whole
+        assert float((found[key] - wanted).norm()) <= 1e-5 * float(wanted.norm()) + 1e-7 * float(whole), key
+
+
+def test_gathering_without_gradient_is_another_gradient(updates, big_batch):
+    found = updates("no-grad", torchrun(2), "--gather_with_grad=False")
+    wanted = big_batch["visual.head.proj.weight"]
+    assert float((found["visual.head.proj.weight"] - wanted).norm()) > 0.05 * float(wanted.norm())
+
+
+# ---- exact resume
+
+
+RESUME = ["--epochs=4", "--save_steps=3", "--warmup_epochs=0.5"]  # 16 steps, an epoch is 4
+
+
+def wait_for(condition, process, what: str) -> None:
+    deadline = time.time() + 120
+    while not condition():
+        assert process.poll() is None and time.time() < deadline, f"ended before {what}"
+        time.sleep(0.005)
+
+
+def kill(process) -> None:
+    """SIGKILL a started command and the ranks that it started, as when a machine loses power."""
+    started = psutil.Process(process.pid)
+    for each in [started, *started.children(recursive=True)]:
+        each.kill()
+    process.communicate()
+
+
+def steps_logged(out: Path) -> int:
+    path = out / "metrics.jsonl"
+    return len(path.read_text().splitlines()) if path.is_file() else 0
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_killed_at_any_step_it_ends_in_the_weights_of_an_undisturbed_run(shards, tmp_path, ranks):
+    launcher = [] if ranks == 1 else [*TORCHRUN, str(ranks), "-m"]
+    threads = 2 // ranks
+    run(*launcher, *command(shards, tmp_path / "calm", *RESUME), threads=threads)
+    out = tmp_path / "killed"
+    disturbed = [*launcher, *command(shards, out, *RESUME)]
+
+    process = start(*disturbed, threads=threads)  # in the middle of an epoch
+    at = random.randint(4, 7)
+    wait_for(lambda: steps_logged(out) >= at, process, f"step {at}")
+    kill(process)
+    first = steps_logged(out)
+
+    process = start(*disturbed, threads=threads)  # in the middle of writing a checkpoint
+    half = lambda: [p for p in out.glob("checkpoint-*") if not (p / "complete").exists()]  # noqa: E731
+    wait_for(lambda: steps_logged(out) > first and half(), process, "it wrote a checkpoint")
+    kill(process)
+    (out / "checkpoint-99").mkdir(exist_ok=True)  # whatever the timing above: newer than any, and unreadable
+    (out / "checkpoint-99" / "model.safetensors").write_bytes(b"half")
+
+    said = run(*disturbed, threads=threads).stdout
+    assert "resumes at step" in said
+    calm, killed = weights(tmp_path / "calm"), weights(out)
+    assert calm.keys() == killed.keys() and all(torch.equal(calm[k], killed[k]) for k in calm)
+    if ranks == 1:
+        assert "is finished, nothing to do" in run(*disturbed).stdout
+        refused = run(*disturbed, "--learning_rate=0.1", check=False)
+        assert refused.returncode == 2 and "another learning_rate" in refused.stderr
+
+
+def test_disk_full_while_saving_leaves_the_last_checkpoint_and_says_so(shards, tmp_path):
+    out = tmp_path / "run"
+    arguments = command(shards, out, *RESUME)
+    process = start(*arguments)
+    wait_for(lambda: (out / "checkpoint-3" / "complete").exists(), process, "the first checkpoint")
+    # a limit on file size ends a write as a full disk does
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (200_000, resource.RLIM_INFINITY))
+    message = process.communicate(timeout=120)[1].strip().splitlines()[-1]
+    assert process.returncode == 2 and message.startswith("error: ")
+    assert "could not be written" in message and "goes on from" in message
+    assert "resumes at step 3" in run(*arguments).stdout
+    assert json.loads((out / "run.json").read_text())["state"] == "finished"
+
+
+# ---- data
+
+
+def test_two_ranks_with_two_workers_see_every_pair_once_an_epoch(shards, tmp_path):
+    script = tmp_path / "collect.py"
+    script.write_text(
+        "import json, sys\n"
+        "from stages import contrastive, pretrain\n"
+        "keys = []\n"
+        "step = contrastive.ContrastiveTrainer.compute_loss\n"
+        "def watched(self, model, inputs, *rest, **named):\n"
+        "    pairs = self.train_dataset\n"
+        "    keys.extend(pairs.table.key(pairs.row(int(k))) for k in inputs['item'])\n"
+        "    return step(self, model, inputs, *rest, **named)\n"
+        "contrastive.ContrastiveTrainer.compute_loss = watched\n"
+        "pretrain.main(sys.argv[1:])\n"
+        "import os\n"
+        f"open({str(tmp_path)!r} + '/keys' + os.environ['RANK'], 'w').write(json.dumps(keys))\n"
+    )
+    arguments = command(shards, tmp_path / "run", "--epochs=2", "--num_workers=2")[1:]
+    run(*TORCHRUN, "2", str(script), *arguments, threads=1)
+    shares = [json.loads((tmp_path / f"keys{rank}").read_text()) for rank in (0, 1)]
+    assert [len(share) for share in shares] == [64, 64]
+    for epoch in range(2):
+        seen = [key for share in shares for key in share[epoch * 32 : epoch * 32 + 32]]
+        assert len(set(seen)) == 64
+    assert shares[0][:32] != shares[0][32:]
+
+
+def test_bad_pictures_are_skipped_and_named_until_they_are_too_many(tmp_path):
+    write_shard(tmp_path / "x.tar", 64, replace={5: b"", 9: b"no picture"})
+    out = tmp_path / "run"
+    refused = run(*command(str(tmp_path / "x.tar"), out), check=False)
+    assert refused.returncode == 2 and "could not be read, more than max_bad_share 0.01" in refused.stderr
+    assert len(refused.stderr.strip().splitlines()[-1]) < 500 and "Traceback" not in refused.stderr
+    allowed = run(*command(str(tmp_path / "x.tar"), tmp_path / "allowed", "--max_bad_share=0.1"))
+    assert "2 bad samples skipped" in allowed.stdout
+    lines = [json.loads(line) for line in (tmp_path / "allowed" / "bad_samples.jsonl").read_text().splitlines()]
+    assert {line["key"].rsplit("/", 1)[1] for line in lines} == {"x_0005", "x_0009"} and all(
+        line["reason"] for line in lines
+    )
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_and_samples(shards, tmp_path):
+    out = tmp_path / "run"
+    ended = run(*command(shards, out, "--learning_rate=1e30", "--warmup_epochs=0", "--save_steps=1"), check=False)
+    assert ended.returncode == 2 and "Traceback" not in ended.stderr
+    message = ended.stderr.strip().splitlines()[-1]
+    assert "at step 2" in message and "checkpoint-1" in message and "non_finite.jsonl" in message
+    record = json.loads((out / "non_finite.jsonl").read_text())
+    assert record["step"] == 2 and len(record["keys"]) == 16 and all(".tar/" in key for key in record["keys"])
+
+
+def test_log_shows_lambdas_validation_and_data_wait_and_best_is_kept(shards, tmp_path):
+    out = tmp_path / "run"
+    said = run(*command(shards, out, "--epochs=3", f"--val_pairs={shards}")).stdout
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    records, validations = [r for r in lines if "loss" in r], [r for r in lines if "val/text_to_image/R@1" in r]
+    assert [r["step"] for r in records] == list(range(1, 13)) and [r["step"] for r in validations] == [4, 8, 12]
+    model = diffclip.load(str(out / "best"))[0]
+    layers = len(model.visual.trunk.blocks) + len(model.transformer.resblocks)
+    for record in records:
+        lambdas = [value for name, value in record.items() if name.startswith("lambda/")]
+        assert len(lambdas) == layers and all(0.5 < value < 1.1 for value in lambdas)
+        assert record["grad_norm"] > 0 and 0 <= record["data_wait"] <= 1 and record["samples_per_second"] > 0
+    assert said.count("val/text_to_image/R@5") == 2  # after the first two epochs; the third is in metrics.json
+    final = json.loads((out / "metrics.json").read_text())
+    best = json.loads((out / "best" / "metrics.json").read_text())
+    assert final["val/text_to_image/R@1"] == validations[-1]["val/text_to_image/R@1"]
+    scores = [(v["val/text_to_image/R@1"] + v["val/image_to_text/R@1"]) / 2 for v in validations]
+    assert best["score"] == max(scores) and best["step"] == validations[scores.index(max(scores))]["step"]
