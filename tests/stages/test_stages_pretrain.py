@@ -116,7 +116,6 @@ def zero(stage: int):
     [
         ("chunks", run, ["--micro_batch_size=24"]),  # 24, 24, 16
         ("2-ranks", torchrun(2), []),
-        ("2-ranks-chunks", torchrun(2), ["--micro_batch_size=8"]),
         ("4-ranks-chunks", torchrun(4), ["--micro_batch_size=5"]),
         ("zero-1", zero(1), []),
         ("zero-2-chunks", zero(2), ["--micro_batch_size=8"]),
@@ -129,12 +128,6 @@ def test_devices_and_chunks_give_the_gradients_of_one_big_batch(updates, big_bat
     for key, wanted in big_batch.items():
         # a tensor whose true gradient is zero (key biases) has rounding noise only, measured against the whole
         assert float((found[key] - wanted).norm()) <= 1e-5 * float(wanted.norm()) + 1e-7 * float(whole), key
-
-
-def test_gathering_without_gradient_is_another_gradient(updates, big_batch):
-    found = updates("no-grad", torchrun(2), "--gather_with_grad=False")
-    wanted = big_batch["visual.head.proj.weight"]
-    assert float((found["visual.head.proj.weight"] - wanted).norm()) > 0.05 * float(wanted.norm())
 
 
 # ---- exact resume
