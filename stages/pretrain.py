@@ -62,8 +62,39 @@ class PretrainConfig(TrainingConfig):
 def main(argv: list[str] | None = None) -> None:
     end_with_pipeline()
     config = parse(PretrainConfig, __doc__, argv)
+    if config.dry_run:
+        return dry_run(config)
     require(config, "output_dir", "train_data")
     pretrain(config)
+
+
+def dry_run(config: PretrainConfig) -> None:
+    """Print what the run would take on `config.hardware`."""
+    from diffclip.data import PairTable
+    from stages.dry_run import count_pair, estimate, parse_hardware, say
+    from stages.training import zero_stage
+
+    name, hardware, devices = parse_hardware(config.hardware)
+    if not (config.samples or config.train_data):
+        raise InputError("a dry run needs --train_data, or the number of pairs as --samples (CC3M 2900000)")
+    pairs = config.samples or len(PairTable(config.train_data, config.caption_member))
+    steps = pairs // config.global_batch_size * config.epochs
+    share = -(-config.global_batch_size // devices)
+    batch = min(config.micro_batch_size or share, share)
+    parts, counted = count_pair(config.model, config.precision == "bf16")
+    found = estimate(
+        counted,
+        sum(parts.values()),
+        samples=steps * config.global_batch_size,
+        batch=batch,
+        chunked=batch < share,
+        bf16=config.precision == "bf16",
+        zero_stage=zero_stage(config),
+        hardware=hardware,
+        devices=devices,
+    )
+    title = f"{config.model}: {pairs:,} pairs x {config.epochs} epochs in batches of {config.global_batch_size}"
+    say(title, parts, steps, batch, found, name, devices)
 
 
 def pretrain(config: PretrainConfig) -> None:

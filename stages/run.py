@@ -146,7 +146,8 @@ class Run:
         before = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
         settings = read_yaml(self.path / "config.yaml", type(self.config))
         now = dataclasses.asdict(self.config)
-        changed = sorted(k for k in now if k != "output_dir" and settings.get(k, now[k]) != now[k])
+        decides_nothing = {"output_dir", "dry_run", "hardware", "samples"}
+        changed = sorted(k for k in now if k not in decides_nothing and settings.get(k, now[k]) != now[k])
         changed += sorted(
             role
             for role, entry in self.record["inputs"].items()

@@ -31,6 +31,9 @@ class TrainingConfig:
     )
     deepspeed: str = field(default="", metadata={"help": "DeepSpeed JSON, e.g. stages/configs/deepspeed/zero2.json"})
     use_cpu: bool = field(default=False, metadata={"help": "run on the CPU even where there is a GPU"})
+    dry_run: bool = field(default=False, metadata={"help": "print sizes, memory, hours and cost; train nothing"})
+    hardware: str = field(default="a100-80gb:8", metadata={"help": "dry run: device and how many of them"})
+    samples: int = field(default=0, metadata={"help": "dry run: size of the data, where it is not at hand"})
     trainer: dict = field(default_factory=dict, metadata={"help": "any other TrainingArguments, as JSON"})
 
 
@@ -50,6 +53,16 @@ def per_device_batch(config: TrainingConfig, micro_batch_size: int = 0) -> tuple
     if share % micro:
         raise InputError(f"each device's share of the batch, {share}, is not a multiple of micro_batch_size {micro}")
     return micro, share // micro
+
+
+def zero_stage(config: TrainingConfig) -> int:
+    """The ZeRO stage of `config.deepspeed`, 0 without DeepSpeed."""
+    import json
+
+    if not config.deepspeed:
+        return 0
+    with open(config.deepspeed, encoding="utf-8") as f:
+        return int(json.load(f).get("zero_optimization", {}).get("stage", 0))
 
 
 def training_arguments(config: TrainingConfig, steps: int, batch: tuple[int, int], **own: Any) -> "TrainingArguments":

@@ -1,0 +1,206 @@
+"""What a training run would take, without training: sizes, memory per device, steps, hours, cost.
+
+Arithmetic and activations are counted in one real step of one and of two samples on the CPU, in the run's precision;
+the rest is multiplication. What is assumed, not counted, is printed with the result.
+"""
+
+import re
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+from diffclip.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+# Share of the peak that a run reaches, loading and communication included. The paper's 10 A100-days for 40 epochs of
+# CC12M imply 0.2 for a B/16 step as counted here; nothing else is known about their runs.
+UTILISATION = 0.2
+FREE_SHARE = 0.9  # of a device's memory; the rest goes to the CUDA context, fragmentation and buffers
+
+
+class Hardware(NamedTuple):
+    """One device: FLOP/s without sparsity by precision, bytes, and what renting it for an hour may cost."""
+
+    bf16: float
+    fp32: float
+    memory: float
+    dollars: float  # assumed
+
+
+HARDWARE = {
+    "a100-40gb": Hardware(312e12, 19.5e12, 40e9, 1.5),
+    "a100-80gb": Hardware(312e12, 19.5e12, 80e9, 2.0),
+    "h100-80gb": Hardware(989e12, 67e12, 80e9, 3.0),
+    "h200-141gb": Hardware(989e12, 67e12, 141e9, 4.0),
+    "l40s-48gb": Hardware(362e12, 91.6e12, 48e9, 1.0),
+    "rtx4090-24gb": Hardware(165e12, 82.6e12, 24e9, 0.5),
+}
+
+
+class Counted(NamedTuple):
+    """What one sample costs in one training step."""
+
+    flops: float  # forward, backward and what is recomputed for it
+    forward_flops: float
+    activation_bytes: float  # kept for the backward pass
+
+
+class Estimate(NamedTuple):
+    """A run on `devices` devices; bytes are per device, hours are wall-clock."""
+
+    flops: float  # of the whole run
+    hours: float
+    device_days: float
+    dollars: float
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+
+    @property
+    def memory(self) -> float:
+        """Bytes per device, all together."""
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+
+def parse_hardware(text: str) -> tuple[str, Hardware, int]:
+    """("a100-80gb", its numbers, 4) of "a100-80gb:4"; one device without a number."""
+    name, _, count = text.partition(":")
+    if name not in HARDWARE or not re.fullmatch(r"[1-9]\d*|", count):
+        raise InputError(f"hardware {text!r} is unknown: use NAME or NAME:DEVICES with one of {', '.join(HARDWARE)}")
+    return name, HARDWARE[name], int(count or 1)
+
+
+def count(loss_of: Callable[[int], "Tensor"], model: "nn.Module", bf16: bool) -> Counted:
+    """Run `loss_of(n)`, the loss of n samples, forward and backward for n = 1 and 2, and take the difference.
+
+    The difference leaves out what does not grow with the batch, e.g. the bf16 copies of the weights.
+    """
+    import torch
+    from torch.utils import flop_counter
+
+    cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # torch counts its GPU brothers only
+    formulas = {
+        cpu: lambda q, k, v, *rest, **named: flop_counter.sdpa_flop_count(q, k, v),
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+            lambda grad, q, k, v, *rest, **named: flop_counter.sdpa_backward_flop_count(grad, q, k, v)
+        ),
+    }
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    found = []
+    for samples in (1, 2):
+        kept: dict[int, Tensor] = {}  # holds the tensors, so that no address is used twice
+
+        def keep(tensor: "Tensor", kept: dict = kept) -> "Tensor":
+            if tensor.untyped_storage().data_ptr() not in weights:
+                kept[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+
+        with (
+            flop_counter.FlopCounterMode(display=False, custom_mapping=formulas) as counter,
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        ):
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                loss = loss_of(samples)
+            forward, size = counter.get_total_flops(), sum(t.untyped_storage().nbytes() for t in kept.values())
+            loss.backward()
+        found.append((counter.get_total_flops(), forward, size))
+        model.zero_grad(set_to_none=True)
+    (total1, forward1, size1), (total2, forward2, size2) = found
+    return Counted(total2 - total1, forward2 - forward1, size2 - size1)
+
+
+def count_pair(name: str, bf16: bool) -> tuple[dict[str, int], Counted]:
+    """Parameters by part, and the cost of one image-text pair whose caption fills the context."""
+    import torch
+
+    import diffclip
+
+    model = diffclip.build(name)
+    config = model.model_config["model_cfg"]
+    for module in model.modules():
+        if hasattr(module, "attn_implementation"):
+            module.attn_implementation = "fused"  # what a GPU takes
+    size, context = config["vision_cfg"]["image_size"], config["text_cfg"]["context_length"]
+
+    def loss_of(samples: int) -> "Tensor":
+        text = torch.ones(samples, context, dtype=torch.long)
+        text[:, -1] = config["text_cfg"]["vocab_size"] - 1
+        image, text, _ = model(torch.zeros(samples, 3, size, size), text)
+        return image.float().sum() + text.float().sum()
+
+    vision = sum(p.numel() for p in model.visual.parameters())
+    parts = {"vision tower": vision, "text tower": sum(p.numel() for p in model.parameters()) - vision}
+    return parts, count(loss_of, model, bf16)
+
+
+def estimate(
+    counted: Counted,
+    parameters: int,
+    *,
+    samples: int,
+    batch: int,
+    chunked: bool,
+    bf16: bool,
+    zero_stage: int,
+    hardware: Hardware,
+    devices: int,
+) -> Estimate:
+    """Multiply out.
+
+    Args:
+        parameters: that learn; AdamW keeps two numbers for each.
+        samples: seen in the whole run.
+        batch: samples that a device holds activations of at once.
+        chunked: whether gradient caching computes every forward pass twice.
+        zero_stage: 0 to 3; from 1 on the optimiser's state is shared out, from 2 the gradients, from 3 the weights.
+    """
+    flops = samples * (counted.flops + (counted.forward_flops if chunked else 0))
+    seconds = flops / (devices * UTILISATION * (hardware.bf16 if bf16 else hardware.fp32))
+    share = [devices if zero_stage >= stage else 1 for stage in (1, 2, 3)]
+    copies = 2 if bf16 else 0  # autocast's copies of the weights
+    return Estimate(
+        flops=flops,
+        hours=seconds / 3600,
+        device_days=devices * seconds / 86400,
+        dollars=devices * seconds / 3600 * hardware.dollars,
+        weights=parameters * (4 / share[2] + copies),
+        gradients=parameters * 4 / share[1],
+        optimizer=parameters * 8 / share[0],
+        activations=batch * counted.activation_bytes,
+    )
+
+
+def say(title: str, parts: dict[str, int], steps: int, batch: int, found: Estimate, name: str, devices: int) -> None:
+    """Print the estimate as a table, with its assumptions and, if it does not fit, the remedy."""
+    from rich.console import Console
+    from rich.table import Table
+
+    device = HARDWARE[name]
+    table = Table(show_header=False)
+    for part, number in parts.items():
+        table.add_row(part, f"{number:,} parameters, {4 * number / 1e6:,.0f} MB")
+    table.add_section()
+    table.add_row("steps", f"{steps:,}")
+    table.add_row("arithmetic", f"{found.flops:.3g} FLOP")
+    table.add_row(f"time on {devices} x {name}", f"{found.hours:,.1f} h = {found.device_days:,.2f} device-days")
+    table.add_row("cost", f"${found.dollars:,.0f}")
+    table.add_section()
+    labels = {"weights": "weights", "gradients": "gradients", "optimizer": "optimizer's state"}
+    labels |= {"activations": f"activations of {batch}", "memory": "memory per device"}
+    for kind, label in labels.items():
+        table.add_row(label, f"{getattr(found, kind) / 1e9:,.1f} GB")
+    console = Console()
+    console.print(title, table, sep="\n", highlight=False)
+    console.print(
+        f"Assumed: {UTILISATION:.0%} of the device's peak, loading included; ${device.dollars:.2f} for a device-hour. "
+        "Counted: arithmetic and activations, in a step of this model.",
+        highlight=False,
+    )
+    if found.memory > FREE_SHARE * device.memory:
+        console.print(
+            f"This does not fit into {device.memory / 1e9:.0f} GB: set a smaller micro_batch_size, take more devices, "
+            "or DeepSpeed's ZeRO.",
+            style="bold",
+        )

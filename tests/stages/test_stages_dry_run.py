@@ -1,0 +1,93 @@
+"""What a run would take: arithmetic against a closed form, memory against a real step, the paper's figure."""
+
+import pytest
+import torch
+from launch import ROOT, run
+from open_clip import ClipLoss
+
+import diffclip
+from benchmarks.attention import peak_megabytes
+from diffclip.errors import InputError
+from stages.dry_run import HARDWARE, Counted, count_pair, estimate, parse_hardware
+
+PAPER = ROOT / "stages" / "configs" / "paper"
+
+
+def forward_flops(name: str) -> float:
+    """Multiplications and additions of a pair's forward pass: projections, MLP, attention, patches, heads."""
+    config = diffclip.MODELS[name]["model_cfg"]
+    vision, text, out = config["vision_cfg"], config["text_cfg"], config["embed_dim"]
+
+    def blocks(layers: int, tokens: int, width: int) -> float:
+        return layers * (2 * tokens * 12 * width**2 + 4 * tokens**2 * width)
+
+    patches = (vision["image_size"] // vision["patch_size"]) ** 2
+    image = blocks(vision["layers"], patches + 1, vision["width"])
+    image += 2 * patches * 3 * vision["patch_size"] ** 2 * vision["width"] + 2 * vision["width"] * out
+    words = blocks(text["layers"], text["context_length"], text["width"]) + 2 * text["width"] * out
+    return image + words
+
+
+@pytest.mark.parametrize("name", ["CLIP-tiny", "DiffCLIP-tiny", "CLIP-S-16"])
+def test_arithmetic_is_the_closed_form(name):
+    parts, counted = count_pair(name, bf16=False)
+    assert sum(parts.values()) == sum(p.numel() for p in diffclip.build(name).parameters())
+    wanted = forward_flops(name)
+    if name.startswith("Diff"):  # the fused form multiplies each map with values twice as wide, and twice
+        assert 1.0 <= counted.forward_flops / wanted < 1.1
+    else:
+        assert counted.forward_flops == pytest.approx(wanted, rel=1e-3)
+    assert 2.9 < counted.flops / counted.forward_flops < 3.1  # backward is twice forward
+
+
+@pytest.mark.parametrize("name", ["CLIP-tiny", "DiffCLIP-tiny"])
+def test_activations_are_what_a_real_step_keeps(name):
+    model = diffclip.build(name)
+    for module in model.modules():
+        if hasattr(module, "attn_implementation"):
+            module.attn_implementation = "fused"
+    text = torch.ones(64, model.context_length, dtype=torch.long)
+    text[:, -1] = model.vocab_size - 1
+
+    def step(samples: int) -> None:
+        image, words, scale = model(torch.randn(samples, 3, 48, 48), text[:samples])
+        ClipLoss()(image, words, scale).backward()
+        model.zero_grad(set_to_none=True)
+
+    measured = (peak_megabytes(lambda: step(64), "cpu") - peak_megabytes(lambda: step(32), "cpu")) * 1e6 / 32
+    assert count_pair(name, bf16=False)[1].activation_bytes == pytest.approx(measured, rel=0.25)
+
+
+def test_zero_and_chunks_share_and_repeat():
+    hardware = HARDWARE["a100-80gb"]
+    common = {"samples": 1000, "batch": 16, "bf16": True, "hardware": hardware, "devices": 4}
+    plain, chunked = (estimate(Counted(3e9, 1e9, 1e6), 100, chunked=c, zero_stage=0, **common) for c in (False, True))
+    assert plain.flops == 3e12 and chunked.flops == 4e12 and plain.activations == 16e6
+    shared = [estimate(Counted(3e9, 1e9, 1e6), 100, chunked=False, zero_stage=z, **common) for z in range(4)]
+    assert [e.optimizer for e in shared] == [800, 200, 200, 200]
+    assert [e.gradients for e in shared] == [400, 400, 100, 100]
+    assert [e.weights for e in shared] == [600, 600, 600, 300]
+    assert shared[0].device_days == pytest.approx(3e12 / (0.2 * 312e12) / 86400)
+
+
+def test_hardware_is_checked():
+    assert parse_hardware("h100-80gb:16")[1:] == (HARDWARE["h100-80gb"], 16)
+    for text in ("a100", "a100-80gb:x", "a100-80gb:0"):
+        with pytest.raises(InputError, match="is unknown: use NAME or NAME:DEVICES"):
+            parse_hardware(text)
+
+
+def test_the_papers_run_is_within_a_factor_and_nothing_is_written(tmp_path):
+    found = run(
+        "stages.pretrain",
+        f"--config={PAPER / 'pretrain_cc12m_diffclip.yaml'}",
+        "--dry-run",
+        "--samples=10900000",
+        "--hardware=a100-80gb:8",
+        f"--output_dir={tmp_path / 'run'}",
+    ).stdout
+    days = float(found.split(" device-days")[0].split()[-1])
+    assert 10 / 1.5 < days < 10 * 1.5  # the paper: 10 A100-days
+    assert "20% of the device's peak" in found and "memory per device" in found and not (tmp_path / "run").exists()
+    refused = run("stages.pretrain", "--dry-run", "--samples=1000000", "--hardware=abacus:2", check=False)
+    assert refused.returncode == 2 and "Traceback" not in refused.stderr and "abacus" in refused.stderr
