@@ -18,12 +18,13 @@ TIMEOUT = 60  # seconds without a byte
 BLOCK = 1 << 20
 
 
-def download(url: str, path: str | Path, *, sha256: str = "", wait: float = 1.0) -> None:
+def download(url: str, path: str | Path, *, sha256: str = "", wait: float = 1.0, quiet: bool = False) -> None:
     """Fetch `url` to `path` through `path.part`, which a later call continues; renamed when it is complete.
 
     Args:
         sha256: hex digest that the file must have; "" = not known, only the length is checked.
         wait: seconds before the second try, doubled for each further one.
+        quiet: no progress bar.
 
     Raises:
         InputError: the server refuses (404 and the like), keeps failing, sends something else than `sha256`, or the
@@ -36,7 +37,7 @@ def download(url: str, path: str | Path, *, sha256: str = "", wait: float = 1.0)
     while True:
         before = part.stat().st_size if part.exists() else 0
         try:
-            _continue(url, part)
+            _continue(url, part, quiet)
             break
         except urllib.error.HTTPError as error:
             if error.code < 500 and error.code not in (408, 429):
@@ -57,7 +58,7 @@ def download(url: str, path: str | Path, *, sha256: str = "", wait: float = 1.0)
     _tag(part).unlink(missing_ok=True)
 
 
-def _continue(url: str, part: Path) -> None:
+def _continue(url: str, part: Path, quiet: bool) -> None:
     """One connection: append to `part` what it lacks; OSError if the connection ends before the file does."""
     have = part.stat().st_size if part.exists() else 0
     tag = _tag(part).read_text() if have and _tag(part).exists() else ""
@@ -78,7 +79,7 @@ def _continue(url: str, part: Path) -> None:
                 initial=have,
                 unit="B",
                 unit_scale=True,
-                disable=not sys.stderr.isatty(),
+                disable=quiet or not sys.stderr.isatty(),
             ) as bar,
         ):
             _tag(part).write_text(tag)

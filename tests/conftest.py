@@ -1,8 +1,12 @@
 """Fixtures for all tests: no network, and the optional shared numbers and data that some tests compare with."""
 
+import hashlib
 import os
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -27,3 +31,49 @@ def golden() -> Callable[[str], Path]:
 def shared_data() -> Callable[[str], Path]:
     """Folder of one small set of real images and text, e.g. shared_data("fashion")."""
     return lambda name: _need(SHARED / "data" / name)
+
+
+class Server(BaseHTTPRequestHandler):
+    """Serves `files`, with Range and If-Range; breaks a connection off after `most` bytes, `failures` times 503."""
+
+    files: ClassVar[dict[str, bytes]] = {}
+    most = 0
+    failures = 0
+    address = ""
+    sent: ClassVar[list[int]] = []
+
+    def do_GET(self):
+        kind = type(self)
+        if kind.failures:
+            kind.failures -= 1
+            return self.send_error(503)
+        content = kind.files.get(self.path)
+        if content is None:
+            return self.send_error(404)
+        tag = f'"{hashlib.md5(content).hexdigest()}"'
+        start = 0
+        if "Range" in self.headers and self.headers.get("If-Range") == tag:
+            start = int(self.headers["Range"].removeprefix("bytes=").rstrip("-"))
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(len(content) - start))
+        self.send_header("ETag", tag)
+        self.end_headers()
+        rest = content[start : start + kind.most] if kind.most else content[start:]
+        self.wfile.write(rest)
+        kind.sent.append(len(rest))
+        self.close_connection = True
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def server() -> Iterator[type[Server]]:
+    """A Server of its own for the test; `server.address` is its http://127.0.0.1:PORT."""
+    kind = type("OneServer", (Server,), {"files": {}, "sent": []})
+    running = ThreadingHTTPServer(("127.0.0.1", 0), kind)
+    threading.Thread(target=running.serve_forever, daemon=True).start()
+    kind.address = f"http://127.0.0.1:{running.server_port}"
+    yield kind
+    running.shutdown()
+    running.server_close()

@@ -2,9 +2,6 @@
 
 import hashlib
 import random
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import ClassVar
 
 import pytest
 
@@ -15,48 +12,9 @@ from diffclip.errors import InputError
 CONTENT = random.Random(0).randbytes(300_000)
 
 
-class Server(BaseHTTPRequestHandler):
-    """Serves `files`, with Range and If-Range; breaks a connection off after `most` bytes, `failures` times 503."""
-
-    files: ClassVar[dict[str, bytes]] = {}
-    most = 0
-    failures = 0
-    sent: ClassVar[list[int]] = []
-
-    def do_GET(self):
-        kind = type(self)
-        if kind.failures:
-            kind.failures -= 1
-            return self.send_error(503)
-        content = kind.files.get(self.path)
-        if content is None:
-            return self.send_error(404)
-        tag = f'"{hashlib.md5(content).hexdigest()}"'
-        start = 0
-        if "Range" in self.headers and self.headers.get("If-Range") == tag:
-            start = int(self.headers["Range"].removeprefix("bytes=").rstrip("-"))
-        self.send_response(206 if start else 200)
-        self.send_header("Content-Length", str(len(content) - start))
-        self.send_header("ETag", tag)
-        self.end_headers()
-        rest = content[start : start + kind.most] if kind.most else content[start:]
-        self.wfile.write(rest)
-        kind.sent.append(len(rest))
-        self.close_connection = True
-
-    def log_message(self, *args):
-        pass
-
-
-@pytest.fixture
-def server():
-    kind = type("OneServer", (Server,), {"files": {"/a.bin": CONTENT}, "sent": []})
-    running = ThreadingHTTPServer(("127.0.0.1", 0), kind)
-    threading.Thread(target=running.serve_forever, daemon=True).start()
-    kind.address = f"http://127.0.0.1:{running.server_port}"
-    yield kind
-    running.shutdown()
-    running.server_close()
+@pytest.fixture(autouse=True)
+def file_to_serve(server):
+    server.files["/a.bin"] = CONTENT
 
 
 def test_a_file_arrives_whole(server, tmp_path):

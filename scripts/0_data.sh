@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Stage 0: fetch data. All arguments go to stages.fetch.
+#   ./scripts/0_data.sh cc3m pope --out data [--dry-run]
+#   ./scripts/0_data.sh pairs URLS.tsv --out data/mine     # img2dataset, in an environment of its own
+set -euo pipefail
+source "$(dirname "$0")/setup_env.sh"
+install_into_venv eval
+cd "$root"
+if [ "${1:-}" = pairs ] && ! command -v img2dataset >/dev/null; then
+    tool=${DIFFCLIP_IMG2DATASET:-$root/.venv-img2dataset}
+    if [ ! -x "$tool/bin/img2dataset" ]; then
+        echo "installing img2dataset into $tool"
+        python -m venv "$tool"
+        "$tool/bin/python" -m pip install --quiet 'img2dataset>=1.47,<2'
+    fi
+    export PATH="$PATH:$tool/bin"
+fi
+exec python -m stages.fetch "$@"

@@ -1,0 +1,359 @@
+"""Stage 0: get the data. What has arrived stays; the same command goes on with what is missing.
+
+    ./scripts/0_data.sh cc3m --out data            # webdataset shards from the Hub
+    ./scripts/0_data.sh pope --out data --dry-run   # what would be fetched, and from where
+    ./scripts/0_data.sh pairs URLS.tsv --out data/mine   # a list of addresses and captions, by img2dataset
+
+Each set gets a folder and in it manifest.json: sources, sizes, how much of it arrived.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tarfile
+import time
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+from diffclip.errors import InputError, exit_on_input_error
+
+
+class Hub(NamedTuple):
+    """Files of a Hugging Face dataset repository that match `files`; archives are unpacked."""
+
+    repo: str
+    files: str
+
+
+class Web(NamedTuple):
+    """One file; archives are unpacked."""
+
+    url: str
+    folder: str = ""  # inside the set's folder
+
+
+class Pictures(NamedTuple):
+    """The pictures that JSON-lines files already fetched name under "image", one by one."""
+
+    named_in: str
+    url: str
+
+
+class DataSet(NamedTuple):
+    """Where a set comes from, and how to count what arrived."""
+
+    sources: tuple[Hub | Web | Pictures, ...]
+    count: tuple[str, str]  # (unit, pattern of files): pairs in tars, rows of JSON, or files
+    expected: int  # when the set was published
+    size: str
+    then: str  # what reads it
+
+
+POPE = "https://raw.githubusercontent.com/AoiDragon/POPE/e3e39262c85a6a83f26cf5094022a782cb0df58d/output/coco/"
+COCO = "http://images.cocodataset.org/"
+
+
+def _clip_benchmark(name: str, images: int, size: str, then: str) -> DataSet:
+    return DataSet((Hub(f"clip-benchmark/wds_{name}", "*"),), ("pictures", "test/*.tar"), images, size, then)
+
+
+SETS = {
+    "cc3m": DataSet(
+        (Hub("pixparse/cc3m-wds", "cc3m-train-*.tar"),),
+        ("pairs", "cc3m-train-*.tar"),
+        3_318_333,
+        "240 GB",
+        "stages.pretrain --train_data 'DIR/cc3m-train-*.tar'",
+    ),
+    "cc12m": DataSet(
+        (Hub("pixparse/cc12m-wds", "cc12m-train-*.tar"),),
+        ("pairs", "cc12m-train-*.tar"),
+        12_423_374,
+        "1 TB",
+        "stages.pretrain --train_data 'DIR/cc12m-train-*.tar'",
+    ),
+    "llava-pretrain": DataSet(
+        (
+            Hub("liuhaotian/LLaVA-Pretrain", "blip_laion_cc_sbu_558k.json"),
+            Hub("liuhaotian/LLaVA-Pretrain", "images.zip"),
+        ),
+        ("files", "*/*.jpg"),
+        558_128,
+        "27 GB",
+        "stages.align --data DIR/blip_laion_cc_sbu_558k.json --image_root DIR",
+    ),
+    "llava-coco": DataSet(
+        (
+            Hub("liuhaotian/LLaVA-Instruct-150K", "llava_v1_5_mix665k.json"),
+            Web(f"{COCO}zips/train2017.zip", "coco"),
+        ),
+        ("files", "coco/train2017/*.jpg"),
+        118_287,
+        "20 GB",
+        "stages.instruct --data DIR/llava_v1_5_mix665k.json --image_prefix coco/ --image_root DIR",
+    ),
+    "pope": DataSet(
+        (
+            *(Web(f"{POPE}coco_pope_{split}.json") for split in ("random", "popular", "adversarial")),
+            Pictures("coco_pope_*.json", f"{COCO}val2014/"),
+        ),
+        ("files", "images/*.jpg"),
+        500,
+        "80 MB",
+        "stages.evaluate --pope DIR --image_root DIR/images",
+    ),
+    "imagenet": _clip_benchmark("imagenet1k", 50_000, "7 GB and the training set", "zero-shot, linear probe"),
+    "imagenet-v2": _clip_benchmark("imagenetv2", 10_000, "1.2 GB", "shift"),
+    "imagenet-a": _clip_benchmark("imagenet-a", 7_500, "0.7 GB", "shift"),
+    "imagenet-r": _clip_benchmark("imagenet-r", 30_000, "2.2 GB", "shift"),
+    "imagenet-sketch": _clip_benchmark("imagenet_sketch", 50_889, "7.6 GB", "shift"),
+    "flickr8k": _clip_benchmark("flickr8k", 1_000, "1.1 GB", "retrieval"),
+    "flickr30k": _clip_benchmark("flickr30k", 1_000, "4.4 GB", "retrieval"),
+    "coco": _clip_benchmark("mscoco_captions", 5_000, "15 GB", "retrieval"),
+    "mmvp": DataSet(
+        (Hub("MMVP/MMVP_VLM", "*"),),
+        ("files", "MLLM_VLM Images/*/*.jpg"),
+        270,
+        "50 MB",
+        "the mmvp/ folder of benchmarks",
+    ),
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="+", metavar="NAME", help=f"{', '.join(SETS)}; or: pairs LIST")
+    parser.add_argument("--out", default="data", help="folder that gets a folder for each set")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be fetched, fetch nothing")
+    parser.add_argument("--workers", type=int, default=16, help="connections for many small files")
+    options = parser.parse_args(argv)
+    out = Path(options.out)
+    if options.names[0] == "pairs":
+        if len(options.names) != 2:
+            raise InputError("pairs needs one list: pairs URLS.tsv (columns url and caption)")
+        return fetch_pairs(Path(options.names[1]), out, options.workers, options.dry_run)
+    for name in options.names:
+        if name not in SETS:
+            raise InputError(f"unknown data set {name!r}: choose from {', '.join(SETS)}, or pairs LIST")
+    for name in options.names:
+        fetch(name, out / name, options.workers, options.dry_run)
+
+
+def fetch(name: str, folder: Path, workers: int, dry_run: bool) -> None:
+    """Fetch one set into `folder`, count what is there, write the manifest.
+
+    Raises:
+        InputError: a source refuses or fails; what has arrived stays.
+    """
+    data = SETS[name]
+    print(f"{name}: about {data.size} into {folder}, then: {data.then.replace('DIR', str(folder))}")
+    for source in data.sources:
+        print(f"  from {_where(source)}")
+    if dry_run:
+        return
+    for source in data.sources:
+        match source:
+            case Hub():
+                fetch_hub(source, folder)
+            case Web():
+                fetch_web(source, folder)
+            case Pictures():
+                fetch_pictures(source, folder, workers)
+    unit, pattern = data.count
+    write_manifest(folder, name, [_where(s) for s in data.sources], unit, count(folder, unit, pattern), data.expected)
+
+
+def _where(source: Hub | Web | Pictures) -> str:
+    match source:
+        case Hub():
+            return f"hf.co/datasets/{source.repo}: {source.files}"
+        case Web():
+            return source.url
+        case Pictures():
+            return f"{source.url}: those named in {source.named_in}"
+
+
+def fetch_hub(source: Hub, folder: Path) -> None:
+    """Fetch files of a Hub dataset with `huggingface_hub`, which resumes and checks them."""
+    import huggingface_hub
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    try:
+        huggingface_hub.snapshot_download(
+            source.repo, repo_type="dataset", allow_patterns=[source.files], local_dir=folder
+        )
+    except GatedRepoError:
+        raise InputError(
+            f"{source.repo} wants its licence accepted: do so at https://huggingface.co/datasets/{source.repo}, "
+            "then `hf auth login`"
+        ) from None
+    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise InputError(f"{source.repo}: not fetched ({first}); start again to go on") from None
+    for archive in sorted(folder.glob(source.files)):
+        if archive.suffix == ".zip":
+            unpack(archive, folder)
+
+
+def fetch_web(source: Web, folder: Path) -> None:
+    """Fetch one file; an archive is unpacked and then deleted."""
+    from diffclip.download import download
+
+    into = folder / source.folder
+    path = into / source.url.rsplit("/", 1)[1]
+    if path.exists() or _unpacked(path).exists():
+        return
+    download(source.url, path)
+    if path.suffix == ".zip" or ".tar" in path.suffixes:
+        unpack(path, into)
+
+
+def fetch_pictures(source: Pictures, folder: Path, workers: int) -> None:
+    """Fetch what is missing of the pictures that JSON-lines files name."""
+    from tqdm import tqdm
+
+    from diffclip.download import download
+
+    lines = [line for file in sorted(folder.glob(source.named_in)) for line in file.read_text("utf-8").splitlines()]
+    names = sorted({json.loads(line)["image"] for line in lines if line.strip()})
+    missing = [name for name in names if not (folder / "images" / name).exists()]
+
+    def one(name: str) -> str:
+        try:
+            download(source.url + name, folder / "images" / name, quiet=True)
+            return ""
+        except InputError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(workers) as pool:
+        problems = [p for p in tqdm(pool.map(one, missing), "pictures", len(missing), unit="file") if p]
+    if problems:
+        print(f"{len(problems)} of {len(names)} pictures did not arrive, e.g. {problems[0]}", file=sys.stderr)
+
+
+def unpack(archive: Path, into: Path) -> None:
+    """Unpack a zip or tar into a folder beside and move its content into `into`; then delete the archive.
+
+    Raises:
+        InputError: a member would land outside, or the archive is broken.
+    """
+    temporary = archive.with_name(f"{archive.name}.unpacking")
+    shutil.rmtree(temporary, ignore_errors=True)
+    print(f"  unpacking {archive.name}")
+    try:
+        if archive.suffix == ".zip":
+            with zipfile.ZipFile(archive) as packed:
+                for name in packed.namelist():
+                    if name.startswith("/") or ".." in name.split("/"):
+                        raise InputError(f"{archive}: member {name!r} has a path that leads outside; not unpacked")
+                packed.extractall(temporary)
+        else:
+            with tarfile.open(archive) as packed:
+                packed.extractall(temporary, filter="data")
+    except (zipfile.BadZipFile, tarfile.TarError, EOFError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise InputError(f"{archive}: not unpacked ({error}); delete it and start again") from None
+    shutil.copytree(temporary, into, dirs_exist_ok=True, copy_function=shutil.move)
+    shutil.rmtree(temporary)
+    _unpacked(archive).touch()
+    archive.unlink()
+
+
+def _unpacked(archive: Path) -> Path:
+    return archive.with_name(f".{archive.name}.unpacked")
+
+
+def count(folder: Path, unit: str, pattern: str) -> int:
+    """Pairs (from the shards' indices, which pretraining uses too), pictures in tars, or files."""
+    from diffclip.shards import IMAGE_SUFFIXES, index_shards
+
+    files = sorted(folder.glob(pattern))
+    if unit == "files":
+        return len(files)
+    if unit == "pairs":
+        return sum(len(shard) for shard in index_shards([str(file) for file in files]))
+    total = 0
+    for file in files:
+        with tarfile.open(file) as tar:
+            total += sum(member.name.lower().endswith(IMAGE_SUFFIXES) for member in tar)
+    return total
+
+
+def write_manifest(folder: Path, name: str, sources: list[str], unit: str, arrived: int, expected: int) -> None:
+    """Print how much arrived and write manifest.json, whole or not at all."""
+    from stages.run import write_json
+
+    files = [
+        path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.startswith((".", "manifest"))
+    ]
+    share = arrived / expected if expected else 0.0
+    manifest = {
+        "name": name,
+        "sources": sources,
+        "date": time.strftime("%Y-%m-%d"),
+        "unit": unit,
+        "arrived": arrived,
+        "expected": expected,
+        "share": round(share, 4),
+        "bytes": sum(path.stat().st_size for path in files),
+        "files": {str(path.relative_to(folder)): path.stat().st_size for path in files[:5000]},
+    }
+    write_json(folder / "manifest.json", manifest)
+    print(f"{name}: {arrived:,} of {expected:,} {unit} ({share:.1%}) in {folder}")
+
+
+def fetch_pairs(urls: Path, out: Path, workers: int, dry_run: bool) -> None:
+    """Fetch a list of (url, caption) with img2dataset into shards that `stages.pretrain` reads.
+
+    Addresses die: what share arrived, and why the rest did not, is printed and kept.
+    """
+    if not urls.is_file():
+        raise InputError(f"{urls}: no such file; it must hold the columns url and caption")
+    kinds = {".tsv": "tsv", ".csv": "csv", ".parquet": "parquet"}
+    if urls.suffix not in kinds:
+        raise InputError(f"{urls}: unknown kind of list; use .tsv, .csv or .parquet with the columns url and caption")
+    command = [
+        *(_img2dataset(), f"--url_list={urls}", f"--input_format={kinds[urls.suffix]}"),
+        *("--url_col=url", "--caption_col=caption", "--output_format=webdataset", f"--output_folder={out}"),
+        *(
+            "--image_size=256",
+            "--resize_mode=keep_ratio",
+            "--resize_only_if_bigger=True",
+            "--incremental_mode=incremental",
+        ),
+        *(f"--thread_count={workers * 4}", "--processes_count=4", "--enable_wandb=False", "--retries=1"),
+    ]
+    print(" ".join(command))
+    if dry_run:
+        return
+    subprocess.run(command, check=True)
+    stats = [json.loads(path.read_text()) for path in sorted(out.glob("*_stats.json"))]
+    tried, arrived = sum(s["count"] for s in stats), sum(s["successes"] for s in stats)
+    reasons: dict[str, int] = {}
+    for shard in stats:
+        for reason, times in shard["status_dict"].items():
+            if reason != "success":
+                reasons[reason] = reasons.get(reason, 0) + times
+    for reason, times in sorted(reasons.items(), key=lambda item: -item[1])[:5]:
+        print(f"  {times:,} times: {reason}")
+    write_manifest(out, urls.stem, [str(urls)], "pairs", arrived, tried)
+
+
+def _img2dataset() -> str:
+    """The path of the program."""
+    found = shutil.which("img2dataset")
+    if found is None:
+        raise InputError(
+            "img2dataset is not on the path; its packages clash with ours, so give it an environment of its own "
+            "(./scripts/0_data.sh pairs … does)"
+        )
+    return found
+
+
+if __name__ == "__main__":
+    with exit_on_input_error():
+        main()
