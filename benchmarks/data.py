@@ -43,7 +43,7 @@ def render(folder: Path, shards: int = 4, per_shard: int = 250, size: int = 320)
                     info = tarfile.TarInfo(f"{shard:05d}{i:04d}.{suffix}")
                     info.size = len(content)
                     tar.addfile(info, io.BytesIO(content))
-    return str(folder / "{00000..%05d}.tar" % (shards - 1))
+    return str(folder / f"{{00000..{shards - 1:05d}}}.tar")
 
 
 def ours(pattern: str, config: dict) -> Iterator[dict[str, torch.Tensor]]:
