@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+TIE = 3e-7  # some units in the last place of a cosine in float32
+
 
 class Ranks(NamedTuple):
     """For each query how many wrong items come before the first right one (0 = a hit at 1)."""
@@ -19,14 +21,17 @@ class Ranks(NamedTuple):
 
 
 @torch.no_grad()
-def ranks(image_features: Tensor, text_features: Tensor, text_owner: Tensor, block: int = 256) -> Ranks:
-    """Rank by cosine similarity; equal similarities are ordered by row, so a collapsed model stays at chance.
+def ranks(image_features: Tensor, text_features: Tensor, text_owner: Tensor, block: int = 512) -> Ranks:
+    """Rank by cosine similarity, each product of a picture and a text computed once.
+
+    Similarities within `TIE` are equal, which is what float32 leaves of equal ones, and are ordered by row: so a
+    collapsed model stays at chance.
 
     Args:
         image_features: (I, width), any floating dtype, need not be normalised.
         text_features: (T, width).
         text_owner: (T,) integer, row of the picture that each caption belongs to.
-        block: queries per block; memory is block x max(I, T) floats, never I x T.
+        block: texts at a time; memory is two times block x I floats, never I x T.
 
     Raises:
         ValueError: an owner outside the pictures, or a picture without a caption.
@@ -38,25 +43,26 @@ def ranks(image_features: Tensor, text_features: Tensor, text_owner: Tensor, blo
     if len(owner) != len(texts) or len(owned) != len(images) or (owned == 0).any():
         raise ValueError("text_owner must give each caption one of the pictures, and each picture a caption")
 
-    image_rows = torch.arange(len(images), device=images.device)
-    text_rows = torch.arange(len(texts), device=images.device)
-    to_image = []
-    for rows, own in zip(texts.split(block), owner.split(block)):
+    own = torch.cat([(t * images[o]).sum(dim=1) for t, o in zip(texts.split(block), owner.split(block))])  # (T,)
+    best = own.new_full((len(images),), -torch.inf).scatter_reduce(0, owner, own, "amax")  # (I,) of its own captions
+    to_image, clear, equal = [], torch.zeros_like(best), torch.zeros_like(best)
+    compared = texts.new_empty(min(block, len(texts)), len(images))  # 1.0 where true: sums faster than booleans do
+    for rows, mine, place in zip(texts.split(block), own.split(block), owner.split(block)):
         similarity = rows @ images.T  # (block, I)
-        best = similarity.gather(1, own[:, None])
-        to_image.append(_before(similarity, best, own[:, None], image_rows))
-    to_text = []
-    for rows, number in zip(images.split(block), image_rows.split(block)):
-        similarity = rows @ texts.T  # (block, T)
-        own = owner == number[:, None]
-        best, place = similarity.masked_fill(~own, -torch.inf).max(dim=1, keepdim=True)
-        to_text.append(_before(similarity, best, place, text_rows))
-    return Ranks(torch.cat(to_image).cpu(), torch.cat(to_text).cpu())
-
-
-def _before(similarity: Tensor, best: Tensor, place: Tensor, rows: Tensor) -> Tensor:
-    """Count per row what stands before column `place`: larger values, and equal ones further left."""
-    return ((similarity > best) | ((similarity == best) & (rows < place))).sum(dim=1)
+        found = compared[: len(rows)]
+        before = torch.gt(similarity, mine[:, None] + TIE, out=found).sum(dim=1)
+        ties = torch.ge(similarity, mine[:, None] - TIE, out=found).sum(dim=1) > before + 1
+        for row in ties.nonzero()[:, 0].tolist():
+            before[row] += ((similarity[row] - mine[row]).abs() <= TIE)[: place[row]].sum()
+        to_image.append(before.long())
+        clear += torch.gt(similarity, best + TIE, out=found).sum(dim=0)
+        equal += torch.ge(similarity, best - TIE, out=found).sum(dim=0)
+    to_text = clear.long()
+    for tied in (equal > clear + 1).nonzero()[:, 0].split(block):
+        near = (images[tied] @ texts.T - best[tied, None]).abs() <= TIE  # (tied, T)
+        first_own = (near & (owner == tied[:, None])).int().argmax(dim=1)  # a picture's first caption among equals
+        to_text[tied] += (near & (torch.arange(len(texts), device=owner.device) < first_own[:, None])).sum(dim=1)
+    return Ranks(torch.cat(to_image).cpu(), to_text.cpu())
 
 
 def recall_at_k(
