@@ -14,14 +14,17 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import braceexpand
 import numpy as np
 from PIL import Image
-from torch.utils.data import Dataset
 
 from diffclip.errors import InputError
 from diffclip.shards import Shard, cache_dir, index_shards
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 IMAGE_COLUMNS = ("image", "jpg", "png", "filepath", "image_path", "file_name")
 CAPTION_COLUMNS = ("caption", "text", "txt", "title", "captions")
@@ -146,7 +149,7 @@ class Columns:
     """A table file read by `datasets`: one image column (picture or path) and one caption column."""
 
     path: str
-    rows: Dataset
+    rows: "Dataset"
     image: str
     caption: str
 

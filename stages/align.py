@@ -48,10 +48,7 @@ def align(config: AlignConfig) -> None:
     """Assemble the multimodal model, train its projector, write `config.output_dir`."""
     from pathlib import Path
 
-    import torch
-
-    from mllm.model import assemble, whiten_projector
-    from stages.mllm_training import data_inputs, train_on_conversations
+    from stages.mllm_training import data_inputs
 
     inputs = {"vision_tower": config.vision_tower, **data_inputs(config)}
     if Path(config.language_model).exists():  # otherwise a Hub id
@@ -59,6 +56,12 @@ def align(config: AlignConfig) -> None:
     run = Run("align", config, inputs)
     if run.finished:
         return
+
+    import torch
+
+    from mllm.model import assemble, whiten_projector
+    from stages.mllm_training import train_on_conversations
+
     run.note(model=upstream_model(config.vision_tower))
     model, processor = assemble(
         config.vision_tower,

@@ -30,12 +30,14 @@ def main(argv: list[str] | None = None) -> None:
 
 def instruct(config: InstructConfig) -> None:
     """Train projector and language model of an aligned model, write `config.output_dir`."""
-    from mllm.model import load
     from stages.mllm_training import data_inputs, train_on_conversations
 
     run = Run("instruct", config, {"model": config.model, **data_inputs(config)})
     if run.finished:
         return
+
+    from mllm.model import load
+
     run.note(model=upstream_model(config.model))
     model, processor = load(config.model)
     train_on_conversations(model, processor, config, run, learns={"projector", "language_model"})

@@ -67,17 +67,18 @@ def main(argv: list[str] | None = None) -> None:
 
 def teach(config: LanguageConfig) -> None:
     """Train tokenizer and model; write a directory for `AutoTokenizer` and `AutoModelForCausalLM`."""
+    inputs = {f"conversations[{i}]": path for i, path in enumerate(config.conversations)}
+    inputs |= {f"vocabulary_from[{i}]": path for i, path in enumerate(config.vocabulary_from)}
+    run = Run("language", config, inputs | ({"text": config.text} if config.text else {}))
+    if run.finished:
+        return
+
     from transformers import DataCollatorForSeq2Seq, Qwen2Config, Qwen2ForCausalLM, Trainer, set_seed
 
     from mllm.conversation import VICUNA_SYSTEM
     from stages.callbacks import Watch
     from stages.training import per_device_batch, train, training_arguments
 
-    inputs = {f"conversations[{i}]": path for i, path in enumerate(config.conversations)}
-    inputs |= {f"vocabulary_from[{i}]": path for i, path in enumerate(config.vocabulary_from)}
-    run = Run("language", config, inputs | ({"text": config.text} if config.text else {}))
-    if run.finished:
-        return
     texts = list(read_texts(config.text)) if config.text else []
     texts += [text for path in config.conversations for text in read_conversations(path)]
     # the system sentence stands before every conversation later on: its words deserve tokens of their own

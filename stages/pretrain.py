@@ -99,20 +99,22 @@ def dry_run(config: PretrainConfig) -> None:
 
 def pretrain(config: PretrainConfig) -> None:
     """Train `config.model` and write a directory that `diffclip.load` and `AutoModel` read."""
-    from transformers import set_seed
-
-    import diffclip
     from diffclip.data import PairTable, expand
-    from diffclip.training_pairs import TrainingPairs
-    from stages.callbacks import Watch
-    from stages.contrastive import ContrastiveTrainer
-    from stages.training import per_device_batch, train, training_arguments
 
     inputs = {f"train_data[{i}]": path for i, path in enumerate(expand(config.train_data))}
     inputs |= {f"val_pairs[{i}]": path for i, path in enumerate(expand(config.val_pairs))}
     run = Run("pretrain", config, inputs | ({"val_data": config.val_data} if config.val_data else {}))
     if run.finished:
         return
+
+    from transformers import set_seed
+
+    import diffclip
+    from diffclip.training_pairs import TrainingPairs
+    from stages.callbacks import Watch
+    from stages.contrastive import ContrastiveTrainer
+    from stages.training import per_device_batch, train, training_arguments
+
     table = PairTable(config.train_data, config.caption_member)
     val_pairs = PairTable(config.val_pairs, config.caption_member) if config.val_pairs else None
 

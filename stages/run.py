@@ -69,9 +69,6 @@ class Run:
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "wall_seconds": 0.0,
             "inputs": {role: {"path": str(p), "digest": digest(p)} for role, p in inputs.items()},
-            "versions": {"python": platform.python_version(), **installed_versions()},
-            "git": git_state(),
-            "hardware": hardware(),
         }
         previous = self._previous()
         self.finished = previous is not None and previous["state"] == "finished"
@@ -81,6 +78,11 @@ class Run:
         if self.finished:
             self.say(f"{stage}: {self.path} is finished, nothing to do")
             return
+        self.record |= {  # takes a second or two, which a finished run should not
+            "versions": {"python": platform.python_version(), **installed_versions()},
+            "git": git_state(),
+            "hardware": hardware(),
+        }
         self.path.mkdir(parents=True, exist_ok=True)
         if self.is_main:
             write_yaml(config, self.path / "config.yaml")
