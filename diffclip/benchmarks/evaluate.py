@@ -41,9 +41,9 @@ def evaluate_clip(
 ) -> dict[str, float]:
     """Run every protocol that the data allows and return the scores, all in percent.
 
-    Keys: zero_shot/SET/{top1,top5,mean_per_class}, shift/SET/{...} and shift/average,
+    Keys: zero_shot/SET/{top1,top5,mean_per_class}, shift/SET/{...}, shift/average, shift/average_with_base,
     retrieval/[SET/]{text_to_image,image_to_text}/R@{1,5,10}, linear_probe/SET/{accuracy,mean_per_class,C},
-    few_shot/SET/{accuracy,sd,ci95}, mmvp/CATEGORY and mmvp/average.
+    few_shot/SET/{accuracy,sd,ci95}, mmvp/CATEGORY, mmvp/average, mmvp/average7 (of the public nine categories).
 
     Writes `clip_benchmarks.json` (the scores, what they were made with, what was skipped and why) and
     `clip_outcomes.safetensors` (one number per sample under the name of a score, its mean times 100 is
@@ -98,7 +98,11 @@ def evaluate_clip(
         found = zero_shot.classify(shifted.after, classifiers[shift.of][present], labels)
         _add_classified(f"shift/{name}", found, metrics, outcomes)
     if data.shifts and "shift" in protocols:
-        metrics["shift/average"] = sum(metrics[f"shift/{name}/top1"] for name in data.shifts) / len(data.shifts)
+        shifted = [metrics[f"shift/{name}/top1"] for name in data.shifts]
+        metrics["shift/average"] = sum(shifted) / len(shifted)
+        bases = [metrics.get(f"zero_shot/{of}/top1") for of in sorted({shift.of for shift in data.shifts.values()})]
+        if None not in bases:
+            metrics["shift/average_with_base"] = (sum(shifted) + sum(bases)) / (len(shifted) + len(bases))
 
     for name, captioned in data.retrieval.items() if "retrieval" in protocols else ():
         prefix = f"retrieval/{name}" if name else "retrieval"
@@ -152,7 +156,7 @@ def evaluate_clip(
         right_pairs = mmvp.right_pairs(similarity)
         by_category = mmvp.by_category(right_pairs, data.mmvp.categories)
         metrics |= {f"mmvp/{category}": value for category, value in by_category.items()}
-        metrics["mmvp/average"] = sum(by_category.values()) / len(by_category)
+        metrics |= {f"mmvp/{name}": value for name, value in mmvp.averages(by_category).items()}
         numbers = torch.tensor([list(by_category).index(category) for category in data.mmvp.categories])
         outcomes["mmvp/average"] = _balanced(right_pairs, numbers)
 

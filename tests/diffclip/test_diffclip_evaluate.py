@@ -94,7 +94,7 @@ def test_an_oracle_scores_100_everywhere(root, tmp_path):
     assert set(scores.values()) == {100.0}
     assert set(scores) == {
         *(f"zero_shot/colour/{score}" for score in ("top1", "top5", "mean_per_class")),
-        *("shift/dim/top1", "shift/dim/mean_per_class", "shift/average"),
+        *("shift/dim/top1", "shift/dim/mean_per_class", "shift/average", "shift/average_with_base"),
         *(f"retrieval/{way}/R@{k}" for way in ("text_to_image", "image_to_text") for k in (1, 5, 10)),
         *("linear_probe/colour/accuracy", "linear_probe/colour/mean_per_class", "few_shot/colour/accuracy"),
         *("mmvp/Warm", "mmvp/Cold", "mmvp/average"),

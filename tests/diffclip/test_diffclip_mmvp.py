@@ -118,3 +118,9 @@ def test_bootstrap_interval_is_the_normal_one_for_many_items():
     assert paired_bootstrap(first, first) == (0, 0, 0)
     with pytest.raises(ValueError, match="same items"):
         paired_bootstrap(first, second[:10])
+
+
+def test_averages_over_nine_and_over_seven_categories():
+    nine = {f"c{i}": 10.0 * i for i in range(7)} | {"Text": 100.0, "Viewpoint and Perspective": 50.0}
+    assert mmvp.averages(nine) == {"average": 40.0, "average7": 30.0}
+    assert mmvp.averages({"a": 1.0, "b": 2.0}) == {"average": 1.5}
