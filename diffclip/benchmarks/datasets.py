@@ -17,9 +17,11 @@ from diffclip.benchmarks.images import (
     Captioned,
     Pictures,
     class_folders,
+    labelled_files,
     read_captioned,
     read_class_folders,
     read_json,
+    read_labelled,
 )
 from diffclip.benchmarks.mmvp import Pairs, read_mmvp
 from diffclip.benchmarks.zero_shot import templates as read_templates
@@ -132,32 +134,64 @@ def _classification(root: Path, name: str, entry: Mapping[str, str]) -> Classifi
     folder = root / entry["folder"]
     if not folder.is_dir():
         raise InputError(f"{folder} does not exist: expected class folders or train/, val/, test/ of such")
-    splits = {
-        split: folder / alias for split, aliases in SPLITS.items() for alias in aliases if (folder / alias).is_dir()
-    } or {"test": folder}
-    if "test" not in splits:  # sets whose test labels are withheld are scored on val
-        if "val" not in splits:
-            raise InputError(f"{folder} has neither test/ nor val/: nothing to score")
-        splits["test"] = splits.pop("val")
-
-    found = {split: class_folders(path) for split, path in splits.items()}
-    names = sorted(set().union(*found.values()))
-    classes = root / entry["classnames"] if "classnames" in entry else folder / "classnames.json"
-    if "classnames" in entry or classes.is_file():
-        classnames, labels = _classnames(classes, names)
-    else:
-        classnames, labels = [_spaced(folder_name) for folder_name in names], _numbered(names)
-    own = root / entry["templates"] if "templates" in entry else folder / "templates.json"
-    templates = read_templates(own) if "templates" in entry or own.is_file() else None
     metric = entry.get("metric", "mean_per_class" if name in MEAN_PER_CLASS else "accuracy")
     if metric not in ("accuracy", "mean_per_class"):
         raise InputError(f"suite: classification {name}: metric {metric} is neither accuracy nor mean_per_class")
-    pictures = {split: read_class_folders(path, labels) for split, path in splits.items()}
+    templates = _templates(root, folder, entry)
+    numbered = {alias: files for alias in sum(SPLITS.values(), ()) if (files := labelled_files(folder, alias))}
+    if numbered:
+        classnames = _numbered_classnames(root, folder, entry)
+        pictures = {
+            split: read_labelled(numbered[alias])
+            for split, aliases in SPLITS.items()
+            for alias in aliases
+            if alias in numbered
+        }
+        labels = {name: label for label, name in enumerate(classnames)}
+        beyond = max(label for split in pictures.values() for label in split.labels)
+        if beyond >= len(classnames):
+            raise InputError(f"{folder}: label {beyond} has no prompt name, there are {len(classnames)}")
+    else:
+        splits = {
+            split: folder / alias for split, aliases in SPLITS.items() for alias in aliases if (folder / alias).is_dir()
+        } or {"test": folder}
+        found = {split: class_folders(path) for split, path in splits.items()}
+        names = sorted(set().union(*found.values()))
+        classes = root / entry["classnames"] if "classnames" in entry else folder / "classnames.json"
+        if "classnames" in entry or classes.is_file():
+            classnames, labels = _classnames(classes, names)
+        else:
+            classnames, labels = [_spaced(folder_name) for folder_name in names], _numbered(names)
+        pictures = {split: read_class_folders(path, labels) for split, path in splits.items()}
+    if "test" not in pictures:  # sets whose test labels are withheld are scored on val
+        if "val" not in pictures:
+            raise InputError(f"{folder} has neither test/ nor val/: nothing to score")
+        pictures["test"] = pictures.pop("val")
     unseen = set(pictures["test"].labels) - set(pictures["train"].labels) if "train" in pictures else set()
     if unseen:
-        raise InputError(f"{splits['train']} has no pictures of {classnames[min(unseen)]!r}, but the test set has")
+        raise InputError(f"{folder}: train has no pictures of {classnames[min(unseen)]!r}, but the test set has")
     by_name = {_plain(name): label for name, label in labels.items()}
     return Classification(classnames, by_name, templates, metric, pictures)
+
+
+def _templates(root: Path, folder: Path, entry: Mapping[str, str]) -> list[str] | None:
+    """A set's own prompts: the file that is named, templates.json, or clip-benchmark's list; None without any."""
+    own = root / entry["templates"] if "templates" in entry else folder / "templates.json"
+    if "templates" in entry or own.is_file():
+        return read_templates(own)
+    lines = folder / "zeroshot_classification_templates.txt"
+    return [line for line in lines.read_text("utf-8").splitlines() if "{c}" in line] if lines.is_file() else None
+
+
+def _numbered_classnames(root: Path, folder: Path, entry: Mapping[str, str]) -> list[str]:
+    """Prompt names in the order of the labels, for sets whose labels are numbers."""
+    listed = folder / "classnames.txt"  # clip-benchmark's
+    if "classnames" not in entry and listed.is_file():
+        return [line.strip() for line in listed.read_text("utf-8").splitlines() if line.strip()]
+    path = root / entry["classnames"] if "classnames" in entry else folder / "classnames.json"
+    if not path.is_file():
+        raise InputError(f"{folder} has numbers as labels: put their names, in order, into classnames.json or .txt")
+    return _classnames(path, [])[0]
 
 
 def _classnames(path: Path, folders: list[str]) -> tuple[list[str], dict[str, int]]:
@@ -181,7 +215,8 @@ def _classnames(path: Path, folders: list[str]) -> tuple[list[str], dict[str, in
 
 
 def _shift(folder: Path, of: str | None, labelled: dict[str, Classification]) -> Shift:
-    folders = class_folders(folder)
+    numbered = labelled_files(folder, "test")
+    folders = _numbered_classnames(folder, folder, {}) if numbered else class_folders(folder)
     if of is not None and of not in labelled:
         raise InputError(f"suite: {folder} is said to be a shift of {of}, which is not a classification set")
     candidates = {}
@@ -191,7 +226,11 @@ def _shift(folder: Path, of: str | None, labelled: dict[str, Classification]) ->
     if not covering and of is None:
         raise InputError(f"{folder}: no classification set has all of its classes ({', '.join(folders[:3])}, ...)")
     of = of or min(covering, key=lambda name: len(labelled[name].classnames))
-    return Shift(of, read_class_folders(folder, candidates[of]))
+    if not numbered:
+        return Shift(of, read_class_folders(folder, candidates[of]))
+    pictures = read_labelled(numbered)
+    pictures.labels = [candidates[of][folders[label]] for label in pictures.labels]
+    return Shift(of, pictures)
 
 
 def _spaced(name: str) -> str:

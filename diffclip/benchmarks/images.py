@@ -129,6 +129,63 @@ def read_class_folders(folder: Path, labels: Mapping[str, int]) -> Pictures:
     return Pictures([str(path) for path in files], files, targets)
 
 
+def labelled_files(folder: Path, split: str) -> list[Path]:
+    """Return a split's files: `folder`/`split`/*.tar, `split`/*.parquet, `split`.parquet or `split`-*.parquet."""
+    for pattern in (f"{split}/*.tar", f"{split}/*.parquet", f"{split}.parquet", f"{split}-*.parquet"):
+        if files := sorted(folder.glob(pattern)):
+            return files
+    return []
+
+
+def read_labelled(files: Sequence[Path]) -> Pictures:
+    """Read pictures with numbers as labels: clip-benchmark's shards (KEY.webp + KEY.cls), or parquet (image, label).
+
+    Raises:
+        InputError: a file that cannot be read, or a picture without a label.
+    """
+    names, sources, labels = [], [], []
+    for file in files:
+        rows = _labelled_tar(file) if file.suffix == ".tar" else _labelled_parquet(file)
+        for name, source, label in rows:
+            names.append(name)
+            sources.append(source)
+            labels.append(label)
+    return Pictures(names, sources, labels)
+
+
+def _labelled_tar(path: Path) -> list[tuple[str, TarSlice, int]]:
+    pictures: dict[str, TarSlice] = {}
+    labels: dict[str, int] = {}
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                key, suffix = os.path.splitext(member.name)
+                if suffix.lower() in IMAGE_SUFFIXES:
+                    pictures[key] = TarSlice(path, member.offset_data, member.size)
+                elif suffix == ".cls" and (file := tar.extractfile(member)):
+                    labels[key] = int(file.read())
+    except (tarfile.TarError, ValueError) as error:
+        raise InputError(f"{path} cannot be read as a shard of pictures with .cls labels ({error})") from error
+    if missing := sorted(pictures.keys() - labels.keys()):
+        raise InputError(f"{path}: picture {missing[0]} has no .cls label beside it")
+    return [(f"{path}:{key}", picture, labels[key]) for key, picture in pictures.items()]
+
+
+def _labelled_parquet(path: Path) -> list[tuple[str, bytes, int]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.read_table(path, columns=["image", "label"])
+    except (pyarrow.ArrowException, OSError, KeyError) as error:
+        raise InputError(f"{path} cannot be read as parquet with the columns image and label ({error})") from error
+    pictures = [image["bytes"] if isinstance(image, dict) else image for image in table["image"].to_pylist()]
+    return [
+        (f"{path} row {n}", image, int(label))
+        for n, (image, label) in enumerate(zip(pictures, table["label"].to_pylist()))
+    ]
+
+
 class Captioned(NamedTuple):
     """A retrieval set: pictures, all captions, and for each caption the row of its picture."""
 

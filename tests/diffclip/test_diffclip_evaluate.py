@@ -101,6 +101,43 @@ def test_an_oracle_scores_100_everywhere(root, tmp_path):
     }
 
 
+@pytest.mark.parametrize("form", ["shards", "parquet"])
+def test_numbered_labels_give_the_same_scores_as_class_folders(root, tmp_path, form):
+    """The same pictures in clip-benchmark's shards, or in parquet, in another order."""
+    names = list(COLOURS)
+    sets = {("classification", "colour", split): names for split in ("train", "val", "test")}
+    sets[("shifts", "dim", "test")] = ["pink", "lime", "black"]
+    other = tmp_path / "other"
+    for (part, name, split), classes in sets.items():
+        folder = root / part / name / (split if part == "classification" else "")
+        rows = [(path.read_bytes(), c) for c, n in enumerate(classes) for path in (folder / f"{n}_thing").glob("*.png")]
+        target = other / part / name
+        (target / split).mkdir(parents=True)
+        if form == "parquet":
+            import pyarrow
+            import pyarrow.parquet
+
+            images, labels = zip(*rows)
+            table = pyarrow.table({"image": [{"bytes": data, "path": None} for data in images], "label": labels})
+            pyarrow.parquet.write_table(table, target / split / "0.parquet")
+        else:
+            with tarfile.open(target / split / "0.tar", "w") as tar:
+                for number, (data, label) in enumerate(rows):
+                    for suffix, content in (("webp", data), ("cls", str(label).encode())):
+                        info = tarfile.TarInfo(f"s{number:07d}.{suffix}")
+                        info.size = len(content)
+                        tar.addfile(info, io.BytesIO(content))
+        (target / "classnames.txt").write_text("\n".join(f"{n} thing" for n in classes))
+    (other / "classification/colour/zeroshot_classification_templates.txt").write_text("a {c} here\n{c}\n")
+    wanted, found = evaluate(root, tmp_path / "a"), evaluate(other, tmp_path / "b")
+    assert {key: wanted[key] for key in found} == found and found["shift/dim/top1"] == 100
+    blind = evaluate(other, tmp_path / "c", Oracle(blind=True))
+    assert blind["shift/dim/top1"] == pytest.approx(100 / 3)
+    (other / "classification/colour/classnames.txt").write_text("red thing\nlime thing")
+    with pytest.raises(InputError, match="label 5 has no prompt name, there are 2"):
+        evaluate(other, tmp_path / "d")
+
+
 def test_a_blind_model_is_at_chance(root, tmp_path):
     metrics = evaluate(root, tmp_path / "out", Oracle(blind=True))
     assert metrics["zero_shot/colour/top1"] == pytest.approx(100 / 6)
