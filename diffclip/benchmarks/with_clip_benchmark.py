@@ -1,0 +1,37 @@
+"""clip-benchmark's own command line with our models in it, for its other data sets and for a second opinion.
+
+    python -m diffclip.benchmarks.with_clip_benchmark eval --model diffclip --pretrained runs/diffclip/pretrain \
+        --dataset wds/imagenetv2 --dataset_root data/imagenet-v2 --no_amp --output scores.json
+
+All arguments are clip-benchmark's; `--pretrained` takes whatever `diffclip.load` reads.
+"""
+
+import sys
+from typing import Any
+
+
+def load_diffclip(model_name: str, pretrained: str, cache_dir: str | None = None, device: str = "cpu") -> tuple:
+    """Return (model, transform, tokenizer) of `pretrained`, in the form that clip-benchmark wants."""
+    import diffclip
+
+    model, transform, tokenizer = diffclip.load(pretrained)
+    return model.to(device).eval(), transform, tokenizer
+
+
+def add_model_type(models: Any) -> None:
+    """Make the module `clip_benchmark.models` know the type "diffclip"; the command line shares its list."""
+    models.TYPE2FUNC["diffclip"] = load_diffclip
+    models.MODEL_TYPES.append("diffclip")
+
+
+def main() -> None:
+    from clip_benchmark import cli, models
+
+    add_model_type(models)
+    if "eval" in sys.argv and "--model_type" not in sys.argv:
+        sys.argv += ["--model_type", "diffclip"]
+    cli.main()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""The installed clip-benchmark evaluates our models, and agrees with our own scores on the same shards."""
+
+import io
+import json
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import diffclip
+from diffclip.benchmarks import evaluate_clip
+
+NAMES = ["noise", "sky", "grass", "stone", "sand", "water"]
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """Sixty random pictures in clip-benchmark's layout."""
+    folder, rng = tmp_path / "data" / "classification" / "mine", np.random.default_rng(0)
+    (folder / "test").mkdir(parents=True)
+    with tarfile.open(folder / "test" / "0.tar", "w") as tar:
+        for number in range(60):
+            buffer = io.BytesIO()
+            coarse = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
+            coarse.resize((48, 48)).save(buffer, "PNG")
+            for suffix, content in (("png", buffer.getvalue()), ("cls", str(number % len(NAMES)).encode())):
+                info = tarfile.TarInfo(f"s{number:07d}.{suffix}")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    (folder / "test" / "nshards.txt").write_text("1")
+    (folder / "classnames.txt").write_text("\n".join(NAMES))
+    (folder / "zeroshot_classification_templates.txt").write_text("a photo of {c}.\n{c} in a picture.")
+    return folder
+
+
+def test_clip_benchmarks_command_gives_our_scores(shards, tmp_path):
+    torch.manual_seed(0)
+    diffclip.save(diffclip.build("DiffCLIP-tiny"), tmp_path / "model")
+    command = ["-m", "diffclip.benchmarks.with_clip_benchmark", "eval", "--model", "diffclip"]
+    command += ["--pretrained", str(tmp_path / "model"), "--dataset", "wds/mine", "--dataset_root", str(shards)]
+    command += ["--task", "zeroshot_classification", "--no_amp", "--num_workers", "0"]
+    command += ["--output", str(tmp_path / "scores.json")]
+    root = Path(__file__).parents[2]
+    ended = subprocess.run([sys.executable, *command], cwd=root, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    theirs = json.loads((tmp_path / "scores.json").read_text())["metrics"]
+    ours = evaluate_clip(*diffclip.load(str(tmp_path / "model")), tmp_path / "data", tmp_path / "out", quiet=True)
+    for name, key in (("top1", "acc1"), ("top5", "acc5"), ("mean_per_class", "mean_per_class_recall")):
+        assert ours[f"zero_shot/mine/{name}"] == pytest.approx(100 * theirs[key], abs=1e-6)
+    assert 0 < theirs["acc1"] < 1  # a random model: neither perfect nor at zero, so that agreement means something
