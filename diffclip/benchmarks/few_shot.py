@@ -65,7 +65,7 @@ def accuracies(
     center: bool = True,
     normalize: bool = True,
     average: bool = True,
-    block: int = 256,
+    block: int = 32,
 ) -> Tensor:
     """Return the accuracy of each episode, (E,) float64 in [0, 1].
 
@@ -74,23 +74,37 @@ def accuracies(
     support row instead.
     """
     support_features, query_features = support_features.float(), query_features.float()
+    if center:  # each episode's own centring follows; near zero, products of float32 lose least
+        middle = support_features.mean(dim=0)
+        support_features, query_features = support_features - middle, query_features - middle
+    support_squares, query_squares = support_features.square().sum(dim=1), query_features.square().sum(dim=1)
+
+    def inverse_length(squares: Tensor, along_mean: Tensor, mean: Tensor) -> Tensor:
+        """1 / |x - mean| from |x|^2 and x mean, (E, rows); ones without `normalize`."""
+        distances = (squares - 2 * along_mean + mean.square().sum(dim=2)).clamp_min(1e-12)
+        return distances.rsqrt() if normalize else torch.ones_like(distances)
+
     found = []
     for support, query in zip(episodes.support.split(block), episodes.query.split(block)):
-        s, q = support_features[support], query_features[query.clamp_min(0)]  # (E, rows, width)
-        labels = support_labels[support]  # (E, way * shot)
-        if center:
-            mean = s.mean(dim=1, keepdim=True)
-            s, q = s - mean, q - mean
-        if normalize:
-            s, q = F.normalize(s, dim=-1), F.normalize(q, dim=-1)
-        if average:
-            s = s.unflatten(1, (episodes.way, -1)).mean(dim=2)  # (E, way, width)
+        s = support_features[support]  # (E, way * shot, width)
+        labels = support_labels[support]
+        mean = s.mean(dim=1, keepdim=True) if center else torch.zeros_like(s[:, :1])
+        weight = inverse_length(support_squares[support], (s @ mean.transpose(1, 2))[..., 0], mean)[..., None]
+        if average:  # of all (s - mean) weight of a class, without ever writing these out
             labels = labels.unflatten(1, (episodes.way, -1))[:, :, 0]
-        # |q - s|^2 without |q|^2, which is the same for all classes
-        distance = s.square().sum(-1)[:, None] - 2 * q @ s.transpose(1, 2)  # (E, queries, way)
+            s, weight = s.unflatten(1, (episodes.way, -1)), weight.unflatten(1, (episodes.way, -1))
+            s = (weight.transpose(2, 3) @ s)[:, :, 0] / s.shape[2] - mean * weight.mean(dim=2)  # (E, way, width)
+        else:
+            s = (s - mean) * weight
+        # of a query q too only products are needed: |q - s|^2 without |q|^2, which is the same for all classes
+        rows = query.clamp_min(0)
+        products = query_features[rows] @ torch.cat([s, mean], dim=1).transpose(1, 2)  # (E, queries, way + 1)
+        along = products[..., :-1] - mean @ s.transpose(1, 2)  # (q - mean) s
+        along = along * inverse_length(query_squares[rows], products[..., -1], mean)[..., None]
+        distance = s.square().sum(-1)[:, None] - 2 * along  # (E, queries, way)
         predicted = labels.gather(1, distance.argmin(dim=2))
         real = query >= 0
-        right = (predicted == query_labels[query.clamp_min(0)]) & real
+        right = (predicted == query_labels[rows]) & real
         found.append(right.sum(1).double() / real.sum(1))
     return torch.cat(found)
 
