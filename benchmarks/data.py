@@ -49,13 +49,14 @@ def render(folder: Path, shards: int = 4, per_shard: int = 250, size: int = 320)
 def ours(pattern: str, config: dict) -> Iterator[dict[str, torch.Tensor]]:
     pairs = TrainingPairs(
         PairTable([pattern]),
-        diffclip.transforms(config, train=True),
+        diffclip.transforms(config, train=True, normalized=False),
         diffclip.tokenizer(config),
         global_batch_size=BATCH,
         epochs=100,
         seed=0,
     )
-    return iter(DataLoader(pairs, BATCH))
+    for batch in DataLoader(pairs, BATCH):
+        yield {**batch, "image": diffclip.normalize(config, batch["image"])}
 
 
 def open_clips(pattern: str, config: dict) -> Iterator[list[torch.Tensor]]:

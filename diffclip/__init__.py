@@ -17,6 +17,7 @@ _HOME = {
     "differentiate": "models",
     "tokenizer": "models",
     "transforms": "models",
+    "normalize": "models",
     "save": "checkpoints",
     "load": "checkpoints",
     "DiffCLIPVisionConfig": "hf",

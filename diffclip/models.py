@@ -380,12 +380,13 @@ class LegacyTokenizer(open_clip.SimpleTokenizer):
 
 
 def transforms(
-    model_config: dict[str, Any], train: bool, crop_scale: tuple[float, float] = (0.5, 1.0)
+    model_config: dict[str, Any], train: bool, crop_scale: tuple[float, float] = (0.5, 1.0), normalized: bool = True
 ) -> Callable[..., Tensor]:
     """Return the transform from a PIL image to a normalised (3, size, size) float tensor.
 
     Training: a random crop of `crop_scale` of the area, bilinear, no flip, as in SLIP.
     Otherwise: the shorter side to `size`, bilinear, then the centre.
+    With `normalized` False the tensor is uint8, and `normalize` does the rest for a whole batch.
     """
     cfg = model_config["preprocess_cfg"]
     interpolation = InterpolationMode(cfg["interpolation"])
@@ -393,7 +394,18 @@ def transforms(
         crop = [T.RandomResizedCrop(cfg["size"], scale=crop_scale, interpolation=interpolation)]
     else:
         crop = [T.Resize(cfg["size"], interpolation=interpolation), T.CenterCrop(cfg["size"])]
-    return T.Compose([to_rgb, *crop, T.ToTensor(), T.Normalize(cfg["mean"], cfg["std"])])
+    last = [T.ToTensor(), T.Normalize(cfg["mean"], cfg["std"])] if normalized else [T.PILToTensor()]
+    return T.Compose([to_rgb, *crop, *last])
+
+
+def normalize(model_config: dict[str, Any], pixels: Tensor) -> Tensor:
+    """Return floats for a batch of uint8 pixels (batch, 3, size, size), bit for bit what `transforms` gives one by one.
+
+    Batches travel between processes, and to a device, in a quarter of the bytes.
+    """
+    cfg = model_config["preprocess_cfg"]
+    mean, std = (torch.tensor(cfg[key], device=pixels.device)[:, None, None] for key in ("mean", "std"))
+    return pixels.float().div_(255).sub_(mean).div_(std)
 
 
 def to_rgb(image: Any) -> Any:

@@ -23,8 +23,8 @@ class TrainingPairs(Dataset):
     (drop_last). Crop and caption choice of item k are drawn from (seed, k). So the stream depends on nothing but
     the seed, and a resumed run, on any number of workers, sees the same pixels.
 
-    Items are {"image": (3, H, W) float, "text": (context,) int64, "item": k, "bad": n}: n pairs that could not be
-    read stood in this place before a random other one took it.
+    Items are {"image": what `transform` gives, "text": (context,) int64, "item": k, "bad": n}: n pairs that could not
+    be read stood in this place before a random other one took it.
     """
 
     def __init__(

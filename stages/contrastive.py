@@ -69,9 +69,8 @@ class ContrastiveTrainer(Trainer):
         **kwargs: object,
     ) -> torch.Tensor:
         chunk = self.config.micro_batch_size
-        image, text, scale = model(
-            image=inputs["image"], text=inputs["text"], chunk=chunk if chunk < len(inputs["image"]) else 0
-        )[:3]
+        pixels = diffclip.normalize(self.model.model_config, inputs["image"])
+        image, text, scale = model(image=pixels, text=inputs["text"], chunk=chunk if chunk < len(pixels) else 0)[:3]
         loss = self.loss(image, text, scale)
         if not torch.isfinite(loss):
             self.stop_at_non_finite(loss.item(), inputs["item"], image, text)

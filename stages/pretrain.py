@@ -122,7 +122,7 @@ def pretrain(config: PretrainConfig) -> None:
     model = diffclip.build(config.model, init=config.init)
     pairs = TrainingPairs(
         table,
-        diffclip.transforms(model.model_config, train=True, crop_scale=(config.min_crop, 1.0)),
+        diffclip.transforms(model.model_config, train=True, crop_scale=(config.min_crop, 1.0), normalized=False),
         diffclip.tokenizer(model.model_config),
         global_batch_size=config.global_batch_size,
         epochs=config.epochs,

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import functional as F
 
+import diffclip
 from diffclip import shards as shards_module
 from diffclip.data import BadSample, PairTable, expand
 from diffclip.errors import InputError
@@ -142,6 +143,15 @@ def test_a_broken_picture_is_named(tmp_path):
             tar.addfile(info, io.BytesIO(content))
     with pytest.raises(InputError, match=r"x.tar/7: unreadable pair"):
         PairTable([str(tmp_path / "x.tar")])[0]
+
+
+def test_a_batch_normalised_at_once_is_bit_for_bit_the_transform():
+    config = diffclip.MODELS["DiffCLIP-B-32"]
+    rng = np.random.default_rng(0)
+    images = [Image.fromarray(rng.integers(0, 256, (300, 260, 3), dtype=np.uint8)) for _ in range(3)]
+    one_by_one = torch.stack([diffclip.transforms(config, train=False)(image) for image in images])
+    pixels = torch.stack([diffclip.transforms(config, train=False, normalized=False)(image) for image in images])
+    assert pixels.dtype == torch.uint8 and torch.equal(diffclip.normalize(config, pixels), one_by_one)
 
 
 # ---- mixtures
