@@ -22,11 +22,12 @@ from diffclip import scenes, scenes_questions, scenes_text
 from diffclip.errors import InputError, exit_on_input_error
 from diffclip.scenes import COLORS, SHAPES, Scene, make_scene, one_object, stream_rng
 
-VERSION = 4  # raised whenever the same options give other files
+VERSION = 5  # raised whenever the same options give other files
 SHARD = 1000  # pairs per tar
 SHIFTS = ("v2", "a", "r", "sketch")
 POPE_WAYS = ("random", "popular", "adversarial")
-MIXED = 0.3  # of the conversations of the second half: captions, counting and all other kinds
+EASY_CONVERSATIONS = 0.6  # the share, the first ones, that ask for presence alone
+MIXED = 0.3  # of the conversations after that: captions, counting and all other kinds
 EASY_TEXTS = 0.7  # the share of lines, the first ones, that ask for presence alone
 TEMPLATES = {
     "shape": [
@@ -155,7 +156,7 @@ def write_llava(folder: Path, o: argparse.Namespace, tick: Tick) -> None:
             align.append({"id": f"align_{i:06d}", "image": image, "conversations": turns})
         if i < o.conversations:
             rng = stream_rng(o.seed, "llava/instruct", i)
-            mixed = i >= o.conversations // 2 and rng.random() < MIXED  # the first half asks for presence alone
+            mixed = i >= EASY_CONVERSATIONS * o.conversations and rng.random() < MIXED
             turns = scenes_questions.instruct_conversation(scene, rng, o.rounds, any_request=mixed)
             instruct.append({"id": f"instruct_{i:06d}", "image": image, "conversations": turns})
         tick()
