@@ -23,10 +23,10 @@ from diffclip.errors import InputError, exit_on_input_error
 
 
 class Hub(NamedTuple):
-    """Files of a Hugging Face dataset repository that match `files`; archives are unpacked."""
+    """Files of a Hugging Face dataset repository that match one of `files`; archives are unpacked."""
 
     repo: str
-    files: str
+    files: tuple[str, ...]
 
 
 class Web(NamedTuple):
@@ -57,20 +57,24 @@ POPE = "https://raw.githubusercontent.com/AoiDragon/POPE/e3e39262c85a6a83f26cf50
 COCO = "http://images.cocodataset.org/"
 
 
-def _clip_benchmark(name: str, images: int, size: str, then: str) -> DataSet:
-    return DataSet((Hub(f"clip-benchmark/wds_{name}", "*"),), ("pictures", "test/*.tar"), images, size, then)
+def _clip_benchmark(name: str, images: int, size: str, train: bool = False) -> DataSet:
+    files = ("test/*", "train/*", "*.txt") if train else ("test/*", "*.txt")
+    source = Hub(f"clip-benchmark/wds_{name}", files)
+    return DataSet(
+        (source,), ("pictures", "test/*.tar"), images, size, "diffclip.benchmarks --suite paper --data-root DIR/.."
+    )
 
 
 SETS = {
     "cc3m": DataSet(
-        (Hub("pixparse/cc3m-wds", "cc3m-train-*.tar"),),
+        (Hub("pixparse/cc3m-wds", ("cc3m-train-*.tar",)),),
         ("pairs", "cc3m-train-*.tar"),
         3_318_333,
         "240 GB",
         "stages.pretrain --train_data 'DIR/cc3m-train-*.tar'",
     ),
     "cc12m": DataSet(
-        (Hub("pixparse/cc12m-wds", "cc12m-train-*.tar"),),
+        (Hub("pixparse/cc12m-wds", ("cc12m-train-*.tar",)),),
         ("pairs", "cc12m-train-*.tar"),
         12_423_374,
         "1 TB",
@@ -78,8 +82,8 @@ SETS = {
     ),
     "llava-pretrain": DataSet(
         (
-            Hub("liuhaotian/LLaVA-Pretrain", "blip_laion_cc_sbu_558k.json"),
-            Hub("liuhaotian/LLaVA-Pretrain", "images.zip"),
+            Hub("liuhaotian/LLaVA-Pretrain", ("blip_laion_cc_sbu_558k.json",)),
+            Hub("liuhaotian/LLaVA-Pretrain", ("images.zip",)),
         ),
         ("files", "*/*.jpg"),
         558_128,
@@ -88,7 +92,7 @@ SETS = {
     ),
     "llava-coco": DataSet(
         (
-            Hub("liuhaotian/LLaVA-Instruct-150K", "llava_v1_5_mix665k.json"),
+            Hub("liuhaotian/LLaVA-Instruct-150K", ("llava_v1_5_mix665k.json",)),
             Web(f"{COCO}zips/train2017.zip", "coco"),
         ),
         ("files", "coco/train2017/*.jpg"),
@@ -106,16 +110,25 @@ SETS = {
         "80 MB",
         "stages.evaluate --pope DIR --image_root DIR/images",
     ),
-    "imagenet": _clip_benchmark("imagenet1k", 50_000, "7 GB and the training set", "zero-shot, linear probe"),
-    "imagenet-v2": _clip_benchmark("imagenetv2", 10_000, "1.2 GB", "shift"),
-    "imagenet-a": _clip_benchmark("imagenet-a", 7_500, "0.7 GB", "shift"),
-    "imagenet-r": _clip_benchmark("imagenet-r", 30_000, "2.2 GB", "shift"),
-    "imagenet-sketch": _clip_benchmark("imagenet_sketch", 50_889, "7.6 GB", "shift"),
-    "flickr8k": _clip_benchmark("flickr8k", 1_000, "1.1 GB", "retrieval"),
-    "flickr30k": _clip_benchmark("flickr30k", 1_000, "4.4 GB", "retrieval"),
-    "coco": _clip_benchmark("mscoco_captions", 5_000, "15 GB", "retrieval"),
+    "imagenet": _clip_benchmark("imagenet1k", 50_000, "7 GB"),
+    "imagenet-v2": _clip_benchmark("imagenetv2", 10_000, "1.2 GB"),
+    "imagenet-a": _clip_benchmark("imagenet-a", 7_500, "0.7 GB"),
+    "imagenet-r": _clip_benchmark("imagenet-r", 30_000, "2.2 GB"),
+    "imagenet-sketch": _clip_benchmark("imagenet_sketch", 50_889, "7.6 GB"),
+    "flickr8k": _clip_benchmark("flickr8k", 1_000, "0.2 GB"),
+    "flickr30k": _clip_benchmark("flickr30k", 1_000, "0.2 GB"),
+    "coco": _clip_benchmark("mscoco_captions", 5_000, "0.9 GB"),
+    "food101": _clip_benchmark("food101", 25_250, "5 GB", train=True),
+    "cifar10": _clip_benchmark("vtab-cifar10", 10_000, "0.2 GB", train=True),
+    "cifar100": _clip_benchmark("vtab-cifar100", 10_000, "0.2 GB", train=True),
+    "sun397": _clip_benchmark("sun397", 21_750, "20 GB", train=True),
+    "aircraft": _clip_benchmark("fgvc_aircraft", 3_333, "3 GB", train=True),
+    "dtd": _clip_benchmark("vtab-dtd", 1_880, "0.6 GB", train=True),
+    "pets": _clip_benchmark("vtab-pets", 3_669, "0.8 GB", train=True),
+    "caltech101": _clip_benchmark("vtab-caltech101", 6_084, "0.7 GB", train=True),
+    "flowers": _clip_benchmark("vtab-flowers", 6_149, "0.4 GB", train=True),
     "mmvp": DataSet(
-        (Hub("MMVP/MMVP_VLM", "*"),),
+        (Hub("MMVP/MMVP_VLM", ("*",)),),
         ("files", "MLLM_VLM Images/*/*.jpg"),
         270,
         "50 MB",
@@ -170,7 +183,7 @@ def fetch(name: str, folder: Path, workers: int, dry_run: bool) -> None:
 def _where(source: Hub | Web | Pictures) -> str:
     match source:
         case Hub():
-            return f"hf.co/datasets/{source.repo}: {source.files}"
+            return f"hf.co/datasets/{source.repo}: {', '.join(source.files)}"
         case Web():
             return source.url
         case Pictures():
@@ -184,7 +197,7 @@ def fetch_hub(source: Hub, folder: Path) -> None:
 
     try:
         huggingface_hub.snapshot_download(
-            source.repo, repo_type="dataset", allow_patterns=[source.files], local_dir=folder
+            source.repo, repo_type="dataset", allow_patterns=list(source.files), local_dir=folder
         )
     except GatedRepoError:
         raise InputError(
@@ -194,7 +207,7 @@ def fetch_hub(source: Hub, folder: Path) -> None:
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         first = str(error).strip().splitlines()[0]
         raise InputError(f"{source.repo}: not fetched ({first}); start again to go on") from None
-    for archive in sorted(folder.glob(source.files)):
+    for archive in [path for pattern in source.files for path in sorted(folder.glob(pattern))]:
         if archive.suffix == ".zip":
             unpack(archive, folder)
 

@@ -4,6 +4,7 @@ python -m diffclip.benchmarks --model runs/clip runs/diffclip --data-root data/s
 """
 
 import argparse
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,7 +31,7 @@ def parser() -> argparse.ArgumentParser:
         help="folder with classification/, shifts/, retrieval/, mmvp/",
     )
     p.add_argument("--out", type=Path, required=True, help="where scores, outcomes and features go")
-    p.add_argument("--suite", type=Path, help="YAML file that names the folders instead of finding them by layout")
+    p.add_argument("--suite", help="`paper`, or a YAML file that names the folders; else they are found by layout")
     p.add_argument("--protocols", nargs="+", choices=PROTOCOLS, default=PROTOCOLS, help="which to run (all)")
     p.add_argument("--templates", help="imagenet7, imagenet80 or a JSON file, instead of each set's own")
     p.add_argument("--probe", choices=("fast", "exact"), default="fast", help="linear-probe solver (fast)")
@@ -44,9 +45,27 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    options = parser().parse_args()
     with exit_on_input_error():
-        run(options)
+        if sys.argv[1:3] == ["data", "check"]:
+            return check_data(sys.argv[3:])
+        run(parser().parse_args())
+
+
+def check_data(arguments: list[str]) -> None:
+    """`data check`: list the paper's sets as complete, partial or missing, with how to get them."""
+    p = argparse.ArgumentParser("python -m diffclip.benchmarks data check")
+    p.add_argument("--data-root", type=Path, required=True, help="folder with a folder for each set")
+    root = p.parse_args(arguments).data_root
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from diffclip.benchmarks.paper import check
+
+    result = Table("set", "state", "test pictures", "how to get it", title=f"the paper's benchmarks in {root}")
+    for name, state, found, expected, how in check(root):
+        result.add_row(name, state, f"{found:,} of {expected:,}", how)
+    Console(width=None if sys.stdout.isatty() else 140).print(result)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -56,12 +75,18 @@ def run(options: argparse.Namespace) -> None:
     from rich.console import Console
 
     import diffclip
-    from diffclip.benchmarks import datasets
+    from diffclip.benchmarks import datasets, paper
     from diffclip.benchmarks.evaluate import METRICS_FILE, OUTCOMES_FILE, evaluate_clip
     from diffclip.benchmarks.images import read_json
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    suite = datasets.read_suite_file(options.suite) if options.suite else None
+    suite, missing = None, {}
+    if options.suite == "paper":
+        suite, missing = paper.suite(options.data_root)
+        if not suite:
+            raise InputError(f"{options.data_root} holds none of the paper's sets: see `data check`")
+    elif options.suite:
+        suite = datasets.read_suite_file(Path(options.suite))
     names = model_names(options.model)
     scores, outcomes, skipped = {}, {}, {}
     for name, source in zip(names, options.model):
@@ -74,6 +99,7 @@ def run(options: argparse.Namespace) -> None:
             options.data_root,
             out,
             suite=suite,
+            missing=missing,
             protocols=options.protocols,
             templates=options.templates,
             probe=options.probe,

@@ -6,7 +6,7 @@ few-shot before.
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -28,6 +28,7 @@ def evaluate_clip(
     out_dir: str | Path,
     *,
     suite: datasets.Suite | None = None,
+    missing: Mapping[str, str] | None = None,
     protocols: Sequence[str] = PROTOCOLS,
     templates: str | None = None,
     probe: str = "fast",
@@ -53,6 +54,7 @@ def evaluate_clip(
         model, preprocess, tokenizer: what `diffclip.load` returns; the model may be on any device.
         data_root: folder that holds the data, laid out as `datasets.suite_from_folder` finds it
             unless `suite` says.
+        missing: sets that belong to the suite but are not there, with the remedy; listed as skipped.
         templates: "imagenet7", "imagenet80" or a file for all sets; None takes each set's own
             templates.json, and imagenet7 where there is none.
         probe: "exact" for the official linear-probe solver, "fast" for the same minimum in a fraction
@@ -79,7 +81,7 @@ def evaluate_clip(
     )
     metrics: dict[str, float] = {}
     outcomes: dict[str, Tensor] = {}
-    skipped: dict[str, str] = {}
+    skipped: dict[str, str] = dict(missing or {})
 
     classifiers: dict[str, Tensor] = {}
     for name, labelled in data.classification.items():

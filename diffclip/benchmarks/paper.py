@@ -1,0 +1,95 @@
+"""The paper's benchmarks as one table: which sets, how they are scored, how large they are, and how to get them.
+
+A set lies in a folder of its name below the data root, in any form that `diffclip.benchmarks.datasets` reads. The nine
+classification sets are those of the linear-probe and few-shot tables; `0_data.sh` fetches them, and all others, in
+clip-benchmark's shards, whose splits are VTAB's for six of them: cifar10 and cifar100 train on 45,000 pictures there,
+not 50,000, and caltech101, dtd, flowers and pets on other pictures than TensorFlow Datasets' default splits.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from diffclip.benchmarks.datasets import MEAN_PER_CLASS, SPLITS, Suite
+from diffclip.benchmarks.images import images_in, labelled_files
+
+
+class PaperSet(NamedTuple):
+    """One set; `test` is how many pictures its test split had when it was published."""
+
+    part: str  # of a suite: classification, shifts, retrieval, mmvp
+    classes: int
+    test: int
+
+
+SETS = {
+    "food101": PaperSet("classification", 101, 25_250),
+    "cifar10": PaperSet("classification", 10, 10_000),
+    "cifar100": PaperSet("classification", 100, 10_000),
+    "sun397": PaperSet("classification", 397, 21_750),
+    "aircraft": PaperSet("classification", 100, 3_333),
+    "dtd": PaperSet("classification", 47, 1_880),
+    "pets": PaperSet("classification", 37, 3_669),
+    "caltech101": PaperSet("classification", 102, 6_084),
+    "flowers": PaperSet("classification", 102, 6_149),
+    "imagenet": PaperSet("classification", 1000, 50_000),
+    "imagenet-v2": PaperSet("shifts", 1000, 10_000),
+    "imagenet-a": PaperSet("shifts", 200, 7_500),
+    "imagenet-r": PaperSet("shifts", 200, 30_000),
+    "imagenet-sketch": PaperSet("shifts", 1000, 50_889),
+    "flickr30k": PaperSet("retrieval", 0, 1_000),
+    "flickr8k": PaperSet("retrieval", 0, 1_000),
+    "coco": PaperSet("retrieval", 0, 5_000),
+    "mmvp": PaperSet("mmvp", 0, 270),
+}
+
+
+def remedy(name: str, root: Path) -> str:
+    """One sentence on how to get a set."""
+    return f"{root / name} is missing: ./scripts/0_data.sh {name} --out {root}"
+
+
+def suite(root: Path) -> tuple[Suite, dict[str, str]]:
+    """Return the suite of those sets that lie under `root`, and for each of the others how to get it."""
+    found: Suite = {}
+    missing: dict[str, str] = {}
+    for name, about in SETS.items():
+        if not (root / name).is_dir():
+            missing[f"{about.part}/{name}"] = remedy(name, root)
+        elif about.part == "classification":
+            metric = "mean_per_class" if name in MEAN_PER_CLASS else "accuracy"
+            found.setdefault("classification", {})[name] = {"folder": name, "metric": metric}
+        elif about.part == "retrieval":
+            found.setdefault("retrieval", {})[name] = {
+                "path": f"{name}/test" if (root / name / "test").is_dir() else name
+            }
+        elif about.part == "mmvp":
+            found["mmvp"] = {"folder": name}
+        else:
+            found.setdefault("shifts", {})[name] = {"folder": name, "of": "imagenet"}
+    if "imagenet" not in found.get("classification", {}):
+        for name in found.pop("shifts", {}):
+            missing[f"shifts/{name}"] = f"needs imagenet for its class names: {remedy('imagenet', root)}"
+    return found, missing
+
+
+def check(root: Path) -> list[tuple[str, str, int, int, str]]:
+    """Return (name, "complete", "partial" or "missing", test pictures found, expected, remedy) of every set."""
+    rows = []
+    for name, about in SETS.items():
+        count = count_test(root / name, about.part)
+        state = "missing" if not count else "complete" if count >= about.test else "partial"
+        rows.append((name, state, count, about.test, "" if state == "complete" else remedy(name, root).split(": ")[1]))
+    return rows
+
+
+def count_test(folder: Path, part: str) -> int:
+    """Pictures of a set's test split, whatever its form; 0 if there is none."""
+    from diffclip.benchmarks.images import read_captioned, read_labelled
+
+    if not folder.is_dir():
+        return 0
+    inner = next((folder / alias for alias in SPLITS["test"] if (folder / alias).is_dir()), folder)
+    if part == "retrieval":
+        return len(read_captioned(inner).images)
+    files = labelled_files(folder, "test")
+    return len(read_labelled(files)) if files else len(images_in(inner))
