@@ -8,6 +8,7 @@ skipped and an interrupted one goes on from its last checkpoint, so the same com
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -104,10 +105,17 @@ def deepspeed(ranks: int, arguments: list[str]) -> None:
     if finished(out):  # the stage says so itself, in a tenth of the launcher's time
         return python(arguments)
     command = ["deepspeed", "--num_gpus", str(ranks), "--log_level", "warning", "--module", *arguments]
-    launcher = Path(sys.executable).parent / "deepspeed"
-    run([sys.executable, str(launcher), *command[1:]], shown=command)
+    launcher = [sys.executable, str(Path(sys.executable).parent / "deepspeed"), "--master_port", str(free_port())]
+    run([*launcher, *command[1:]], shown=command)
     if not finished(out):
         raise InputError(f"{arguments[0]} did not finish: see the lines above and {out}/log.txt, then start again")
+
+
+def free_port() -> int:
+    """A port that nobody listens on, so that two pipelines on one machine do not meet at DeepSpeed's fixed one."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def finished(out: Path) -> bool:

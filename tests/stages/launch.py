@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from stages.pipeline import free_port
+
 ROOT = Path(__file__).parents[2]
 QUICKSTART = ROOT / "stages" / "configs" / "quickstart"
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc_per_node"]
@@ -38,7 +40,7 @@ def run(*arguments: str, check: bool = True, threads: int = 2) -> subprocess.Com
 def run_deepspeed(ranks: int, *arguments: str, threads: int = 1) -> subprocess.CompletedProcess:
     """A stage under the deepspeed launcher; look at its result, since the launcher may hide that a rank failed."""
     launcher = str(Path(sys.executable).parent / "deepspeed")
-    options = ["--num_gpus", str(ranks), "--log_level", "warning", "--module"]
+    options = ["--num_gpus", str(ranks), "--master_port", str(free_port()), "--log_level", "warning", "--module"]
     return run_program([sys.executable, launcher, *options, *arguments], True, threads)
 
 
