@@ -70,7 +70,7 @@ SETS = {
         (Hub("pixparse/cc3m-wds", ("cc3m-train-*.tar",)),),
         ("pairs", "cc3m-train-*.tar"),
         3_318_333,
-        "240 GB",
+        "280 GB",
         "stages.pretrain --train_data 'DIR/cc3m-train-*.tar'",
     ),
     "cc12m": DataSet(
