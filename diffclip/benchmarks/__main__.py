@@ -1,9 +1,12 @@
 """Score models on every CLIP benchmark found under a folder and print one table.
 
 python -m diffclip.benchmarks --model runs/clip runs/diffclip --data-root data/scenes --out results
+
+With more devices: torchrun --nproc-per-node 8 -m diffclip.benchmarks ..., the same numbers.
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,8 +22,10 @@ SHOWN = ("top1", "R@1", "R@5", "R@10", "accuracy", "average")  # the last part o
 
 def parser() -> argparse.ArgumentParser:
     """Return the command line, without importing anything slow."""
-    summary, example = (__doc__ or "").split("\n\n")
-    p = argparse.ArgumentParser("python -m diffclip.benchmarks", description=summary, epilog=f"example: {example}")
+    summary, example, more = (__doc__ or "").split("\n\n")
+    p = argparse.ArgumentParser(
+        "python -m diffclip.benchmarks", description=summary, epilog=f"example: {example}. {more}"
+    )
     p.add_argument(
         "--model", nargs="+", required=True, help="run directories or checkpoints; the first is the reference"
     )
@@ -46,16 +51,29 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     with exit_on_input_error():
-        if sys.argv[1:3] == ["data", "check"]:
-            return check_data(sys.argv[3:])
+        if sys.argv[1:2] == ["data"]:
+            return data(sys.argv[2:])
         run(parser().parse_args())
 
 
-def check_data(arguments: list[str]) -> None:
-    """`data check`: list the paper's sets as complete, partial or missing, with how to get them."""
-    p = argparse.ArgumentParser("python -m diffclip.benchmarks data check")
+def data(arguments: list[str]) -> None:
+    """`data check` lists the paper's sets and how to get them, `data download SET...` lets torchvision fetch some."""
+    p = argparse.ArgumentParser("python -m diffclip.benchmarks data", description="The paper's sets.")
+    p.add_argument("action", choices=("check", "download"), help="list all sets, or fetch some with torchvision")
+    p.add_argument("sets", nargs="*", metavar="SET", help="what to fetch: food101, cifar10, ...")
     p.add_argument("--data-root", type=Path, required=True, help="folder with a folder for each set")
-    root = p.parse_args(arguments).data_root
+    options = p.parse_args(arguments)
+    root = options.data_root
+    if options.action == "download":
+        from diffclip.benchmarks.torchvision_sets import MARKERS, read_torchvision, torchvision_root
+
+        if not options.sets or not set(options.sets) <= set(MARKERS):
+            raise InputError(f"data download: name sets among {', '.join(MARKERS)}; 0_data.sh fetches the others")
+        for name in options.sets:
+            folder = torchvision_root(name, root / name, root) or root / name
+            splits = read_torchvision(name, folder, download=True)[1]
+            print(f"{name}: {', '.join(f'{len(rows):,} {split}' for split, rows in splits.items())}")
+        return
 
     from rich.console import Console
     from rich.table import Table
@@ -80,6 +98,9 @@ def run(options: argparse.Namespace) -> None:
     from diffclip.benchmarks.images import read_json
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if "WORLD_SIZE" in os.environ:  # torchrun
+        torch.distributed.init_process_group("gloo")  # features are gathered on the CPU
+        device = f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" else device
     suite, missing = None, {}
     if options.suite == "paper":
         suite, missing = paper.suite(options.data_root)
@@ -110,8 +131,12 @@ def run(options: argparse.Namespace) -> None:
             workers=options.workers,
             cache_dir=options.out / "features",
         )
+        if not scores[name]:  # another rank than 0 has only encoded
+            continue
         outcomes[name] = safetensors.numpy.load_file(out / OUTCOMES_FILE)
         skipped |= read_json(out / METRICS_FILE)["skipped"]
+    if not outcomes:
+        return
     console = Console()
     if not console.is_terminal:
         console = Console(width=140)

@@ -1,11 +1,12 @@
 """What to evaluate on: a suite is a plain dict of folders, written as YAML or found by a folder's layout.
 
-    classification: {NAME: {folder: PATH, metric: accuracy, classnames: FILE, templates: FILE}}
+    classification: {NAME: {folder: PATH, metric: accuracy, classnames: FILE, templates: FILE, torchvision: SET}}
     shifts:         {NAME: {folder: PATH, of: CLASSIFICATION NAME}}
     retrieval:      {NAME: {path: PATH}}
     mmvp:           {folder: PATH}
 
-Paths are relative to the data root; all but folder and path may be left out.
+Paths are relative to the data root; all but folder and path may be left out. `torchvision` says that the folder is
+torchvision's root for that set. Folders called n01440764 and the like are ImageNet's classes and need no names.
 """
 
 import re
@@ -24,17 +25,19 @@ from diffclip.benchmarks.images import (
     read_labelled,
 )
 from diffclip.benchmarks.mmvp import Pairs, read_mmvp
+from diffclip.benchmarks.torchvision_sets import read_torchvision
 from diffclip.benchmarks.zero_shot import templates as read_templates
 from diffclip.errors import InputError
 
 KEYS = {
-    "classification": {"folder", "metric", "classnames", "templates"},
+    "classification": {"folder", "metric", "classnames", "templates", "torchvision"},
     "shifts": {"folder", "of"},
     "retrieval": {"path"},
 }
 SPLITS = {"train": ("train",), "val": ("val", "valid", "validation", "dev"), "test": ("test",)}
 # The probe's metric in the paper's protocol; all other sets use accuracy.
 MEAN_PER_CLASS = {"aircraft", "caltech101", "flowers", "pets"}
+WNID = re.compile(r"n\d{8}")  # WordNet's number of an ImageNet class
 
 Suite = dict[str, Any]
 
@@ -139,7 +142,12 @@ def _classification(root: Path, name: str, entry: Mapping[str, str]) -> Classifi
         raise InputError(f"suite: classification {name}: metric {metric} is neither accuracy nor mean_per_class")
     templates = _templates(root, folder, entry)
     numbered = {alias: files for alias in sum(SPLITS.values(), ()) if (files := labelled_files(folder, alias))}
-    if numbered:
+    if "torchvision" in entry:
+        classnames, pictures = read_torchvision(entry["torchvision"], folder)
+        if "classnames" in entry:
+            classnames = _numbered_classnames(root, folder, entry)
+        labels = _numbered(classnames)
+    elif numbered:
         classnames = _numbered_classnames(root, folder, entry)
         pictures = {
             split: read_labelled(numbered[alias])
@@ -160,6 +168,8 @@ def _classification(root: Path, name: str, entry: Mapping[str, str]) -> Classifi
         classes = root / entry["classnames"] if "classnames" in entry else folder / "classnames.json"
         if "classnames" in entry or classes.is_file():
             classnames, labels = _classnames(classes, names)
+        elif all(WNID.fullmatch(name) for name in names):
+            classnames, labels = _imagenet()
         else:
             classnames, labels = [_spaced(folder_name) for folder_name in names], _numbered(names)
         pictures = {split: read_class_folders(path, labels) for split, path in splits.items()}
@@ -221,7 +231,12 @@ def _shift(folder: Path, of: str | None, labelled: dict[str, Classification]) ->
         raise InputError(f"suite: {folder} is said to be a shift of {of}, which is not a classification set")
     candidates = {}
     for name, base in labelled.items() if of is None else [(of, labelled[of])]:
-        candidates[name] = {one: base.labels[_plain(one)] for one in folders if _plain(one) in base.labels}
+        known = base.labels
+        if len(base.classnames) == 1000 and WNID.fullmatch(folders[0]):
+            known = _imagenet()[1]
+        elif all(one.isdecimal() for one in folders):  # ImageNet-V2 numbers its folders
+            known = _numbered([str(label) for label in range(len(base.classnames))])
+        candidates[name] = {one: known[_plain(one)] for one in folders if _plain(one) in known}
     covering = [name for name, labels in candidates.items() if len(labels) == len(folders)]
     if not covering and of is None:
         raise InputError(f"{folder}: no classification set has all of its classes ({', '.join(folders[:3])}, ...)")
@@ -231,6 +246,14 @@ def _shift(folder: Path, of: str | None, labelled: dict[str, Classification]) ->
     pictures = read_labelled(numbered)
     pictures.labels = [candidates[of][folders[label]] for label in pictures.labels]
     return Shift(of, pictures)
+
+
+def _imagenet() -> tuple[list[str], dict[str, int]]:
+    """The 1,000 classes of ImageNet: OpenAI's prompt names, and the label of each WordNet number."""
+    from open_clip import IMAGENET_CLASSNAMES
+    from timm.data import ImageNetInfo
+
+    return list(IMAGENET_CLASSNAMES), _numbered(ImageNetInfo().label_names())
 
 
 def _spaced(name: str) -> str:

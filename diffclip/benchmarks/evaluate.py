@@ -10,11 +10,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from PIL import Image
 from torch import Tensor, nn
 
 from diffclip.benchmarks import PROTOCOLS, datasets, few_shot, linear_probe, mmvp, retrieval, zero_shot
 from diffclip.benchmarks.features import Encoder, save_tensors
+from diffclip.benchmarks.images import Pictures
 
 METRICS_FILE = "clip_benchmarks.json"
 OUTCOMES_FILE = "clip_outcomes.safetensors"
@@ -50,6 +52,9 @@ def evaluate_clip(
     `clip_outcomes.safetensors` (one number per sample under the name of a score, its mean times 100 is
     the score).
 
+    Under torchrun (a process group that is initialised) all ranks encode; rank 0 alone scores and writes, and the
+    others return {} before it does.
+
     Args:
         model, preprocess, tokenizer: what `diffclip.load` returns; the model may be on any device.
         data_root: folder that holds the data, laid out as `datasets.suite_from_folder` finds it
@@ -79,6 +84,10 @@ def evaluate_clip(
         workers=workers,
         quiet=quiet,
     )
+    if dist.is_initialized():
+        encoder.images_together(_pictures(data, protocols))
+        if dist.get_rank() != 0:
+            return {}
     metrics: dict[str, float] = {}
     outcomes: dict[str, Tensor] = {}
     skipped: dict[str, str] = dict(missing or {})
@@ -173,6 +182,24 @@ def evaluate_clip(
     save_tensors(outcomes, out_dir / OUTCOMES_FILE)
     _write_json(out_dir / METRICS_FILE, {"metrics": metrics, "skipped": skipped, "about": about})
     return metrics
+
+
+def _pictures(data: datasets.Data, protocols: Sequence[str]) -> dict[str, Pictures]:
+    """Everything that the protocols look at, under the names that the progress bars show."""
+    wanted = {}
+    trained = {"linear_probe", "few_shot"} & set(protocols)
+    for name, labelled in data.classification.items():
+        trains = bool(trained) and "train" in labelled.splits
+        for split, pictures in labelled.splits.items():
+            if trains or (split == "test" and "zero_shot" in protocols):
+                wanted[f"{name} {split}"] = pictures
+    if "shift" in protocols:
+        wanted |= {f"{name} shift": shift.pictures for name, shift in data.shifts.items()}
+    if "retrieval" in protocols:
+        wanted |= {f"retrieval {name} images": captioned.images for name, captioned in data.retrieval.items()}
+    if data.mmvp and "mmvp" in protocols:
+        wanted["mmvp images"] = data.mmvp.images
+    return wanted
 
 
 def _classifier(encoder: Encoder, classnames: list[str], templates: list[str]) -> Tensor:

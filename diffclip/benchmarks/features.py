@@ -9,13 +9,14 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
 import safetensors.torch
 import torch
+import torch.distributed as dist
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -82,8 +83,7 @@ class Encoder:
         Raises:
             InputError: a picture that cannot be decoded, named.
         """
-        key = {"pictures": pictures.digest, "transform": _printed(self.preprocess), "kind": "image"}
-        stored = self._cached(key, lambda: self._encode_images(pictures, name))
+        stored = self._cached(self._images_key(pictures), lambda: _joined(self._encode_batches(pictures, name)))
         return ImageFeatures(stored["before"].float(), stored["after"].float(), stored["labels"])
 
     def texts(self, texts: Sequence[str], name: str = "texts") -> Tensor:
@@ -93,42 +93,76 @@ class Encoder:
         key = {"ids": digest, "shape": list(ids.shape), "kind": "text"}
         return self._cached(key, lambda: {"after": self._encode_ids(ids, name)})["after"].float()
 
+    def images_together(self, wanted: Mapping[str, Pictures]) -> None:
+        """Encode pictures on all ranks of the process group; afterwards `images` of rank 0 finds them stored.
+
+        Rank r encodes each batch r, r + ranks, ... of those that one process would make, so that the features are
+        the same bits on machines that are alike. Only rank 0 needs to see the cache.
+
+        Raises:
+            InputError: a picture that cannot be decoded, on every rank.
+        """
+        rank, ranks = dist.get_rank(), dist.get_world_size()
+        for name, pictures in wanted.items():
+            path, key = self._place(self._images_key(pictures))
+            stored = [path.exists()]
+            dist.broadcast_object_list(stored)
+            if stored[0]:
+                continue
+            try:
+                share: object = self._encode_batches(pictures, name, rank, ranks)
+            except InputError as error:  # told to all, so that none waits for this rank
+                share = error
+            shares: list = [None] * ranks
+            dist.all_gather_object(shares, share)
+            for other in shares:
+                if isinstance(other, InputError):
+                    raise other
+            if rank == 0:
+                rows = [shares[n % ranks][n // ranks] for n in range(sum(map(len, shares)))]
+                save_tensors(_joined(rows), path, {"key": key})
+
+    def _images_key(self, pictures: Pictures) -> dict:
+        return {"pictures": pictures.digest, "transform": _printed(self.preprocess), "kind": "image"}
+
+    def _place(self, key: dict) -> tuple[Path, str]:
+        # lambda_init and the norms' epsilons are in the config only
+        model = [self.fingerprint, getattr(self.model, "model_config", None)]
+        text = json.dumps({"format": FORMAT, "model": model, "precision": self.precision, **key}, sort_keys=True)
+        return self.cache_dir / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.safetensors", text
+
     def _cached(self, key: dict, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         if self.cache_dir is None:
             return compute()
-        # lambda_init and the norms' epsilons are in the config only
-        model = [self.fingerprint, getattr(self.model, "model_config", None)]
-        key = {"format": FORMAT, "model": model, "precision": self.precision, **key}
-        name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
-        path = self.cache_dir / f"{name}.safetensors"
+        path, text = self._place(key)
         if path.exists():
             return safetensors.torch.load_file(path)
         features = compute()
-        save_tensors(features, path, {"key": json.dumps(key, sort_keys=True)})
+        save_tensors(features, path, {"key": text})
         return features
 
     @torch.no_grad()
-    def _encode_images(self, pictures: Pictures, name: str) -> dict[str, Tensor]:
+    def _encode_batches(self, pictures: Pictures, name: str, first: int = 0, step: int = 1) -> list[dict[str, Tensor]]:
+        rows = range(len(pictures))
+        batches = [rows[i : i + self.batch_size] for i in rows[:: self.batch_size]][first::step]
         loader = DataLoader(
             _Transformed(pictures, self.preprocess),
-            self.batch_size,
+            batch_sampler=batches,
             num_workers=self.workers,
             collate_fn=_collate,
             pin_memory=self.device.type == "cuda",
         )
-        before, after, labels = [], [], []
-        with self._progress(len(pictures), name, "image") as bar:
+        encoded = []
+        with self._progress(sum(map(len, batches)), name, "image") as bar:
             for batch in loader:
                 if isinstance(batch, InputError):
                     raise batch
                 images, targets = batch  # (batch, 3, H, W), (batch,)
                 with self._autocast():
                     low, high = encode_image(self.model, images.to(self.device, non_blocking=True))
-                before.append(self._stored(low))
-                after.append(self._stored(high))
-                labels.append(targets)
+                encoded.append({"before": self._stored(low), "after": self._stored(high), "labels": targets})
                 bar.update(len(targets))
-        return {"before": torch.cat(before), "after": torch.cat(after), "labels": torch.cat(labels)}
+        return encoded
 
     @torch.no_grad()
     def _encode_ids(self, ids: Tensor, name: str) -> Tensor:
@@ -206,6 +240,10 @@ def _collate(items: list[tuple[Tensor, int] | InputError]) -> tuple[Tensor, Tens
             return item
     images, labels = zip(*items)
     return torch.stack(images), torch.tensor(labels)
+
+
+def _joined(batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {key: torch.cat([batch[key] for batch in batches]) for key in batches[0]}
 
 
 def _printed(transform: Callable) -> str:

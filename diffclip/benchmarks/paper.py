@@ -1,9 +1,10 @@
 """The paper's benchmarks as one table: which sets, how they are scored, how large they are, and how to get them.
 
-A set lies in a folder of its name below the data root, in any form that `diffclip.benchmarks.datasets` reads. The nine
-classification sets are those of the linear-probe and few-shot tables; `0_data.sh` fetches them, and all others, in
-clip-benchmark's shards, whose splits are VTAB's for six of them: cifar10 and cifar100 train on 45,000 pictures there,
-not 50,000, and caltech101, dtd, flowers and pets on other pictures than TensorFlow Datasets' default splits.
+A set lies in a folder of its name below the data root, in any form that `diffclip.benchmarks.datasets` reads, or where
+torchvision puts it when its root is that folder or the data root. The nine classification sets are those of the
+linear-probe and few-shot tables. `0_data.sh` fetches these and all others in clip-benchmark's shards, whose splits are
+VTAB's for six of them: cifar10 and cifar100 train on 45,000 pictures there, not 50,000, and caltech101, dtd, flowers
+and pets on other pictures than TensorFlow Datasets' default splits; `torchvision_sets` is nearer to those.
 """
 
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import NamedTuple
 
 from diffclip.benchmarks.datasets import MEAN_PER_CLASS, SPLITS, Suite
 from diffclip.benchmarks.images import images_in, labelled_files
+from diffclip.benchmarks.torchvision_sets import MARKERS, read_torchvision, torchvision_root
 
 
 class PaperSet(NamedTuple):
@@ -45,7 +47,8 @@ SETS = {
 
 def remedy(name: str, root: Path) -> str:
     """One sentence on how to get a set."""
-    return f"{root / name} is missing: ./scripts/0_data.sh {name} --out {root}"
+    other = f", or python -m diffclip.benchmarks data download {name} --data-root {root}" if name in MARKERS else ""
+    return f"{root / name} is missing: ./scripts/0_data.sh {name} --out {root}{other}"
 
 
 def suite(root: Path) -> tuple[Suite, dict[str, str]]:
@@ -53,11 +56,13 @@ def suite(root: Path) -> tuple[Suite, dict[str, str]]:
     found: Suite = {}
     missing: dict[str, str] = {}
     for name, about in SETS.items():
-        if not (root / name).is_dir():
+        unpacked = torchvision_root(name, root / name, root)
+        if not (root / name).is_dir() and not unpacked:
             missing[f"{about.part}/{name}"] = remedy(name, root)
         elif about.part == "classification":
             metric = "mean_per_class" if name in MEAN_PER_CLASS else "accuracy"
-            found.setdefault("classification", {})[name] = {"folder": name, "metric": metric}
+            where = {"folder": str(unpacked.relative_to(root)), "torchvision": name} if unpacked else {"folder": name}
+            found.setdefault("classification", {})[name] = {**where, "metric": metric}
         elif about.part == "retrieval":
             found.setdefault("retrieval", {})[name] = {
                 "path": f"{name}/test" if (root / name / "test").is_dir() else name
@@ -76,7 +81,8 @@ def check(root: Path) -> list[tuple[str, str, int, int, str]]:
     """Return (name, "complete", "partial" or "missing", test pictures found, expected, remedy) of every set."""
     rows = []
     for name, about in SETS.items():
-        count = count_test(root / name, about.part)
+        unpacked = torchvision_root(name, root / name, root)
+        count = len(read_torchvision(name, unpacked)[1]["test"]) if unpacked else count_test(root / name, about.part)
         state = "missing" if not count else "complete" if count >= about.test else "partial"
         rows.append((name, state, count, about.test, "" if state == "complete" else remedy(name, root).split(": ")[1]))
     return rows

@@ -9,7 +9,7 @@ import pytest
 
 from stages.pipeline import free_port
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 QUICKSTART = ROOT / "stages" / "configs" / "quickstart"
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc_per_node"]
 

@@ -1,0 +1,138 @@
+"""The nine classification sets as torchvision unpacks or downloads them, and rules for those it does not split.
+
+Splits, beside TensorFlow Datasets' (TFDS), which the official evaluation reads:
+
+- food101, aircraft, flowers, dtd (partition 1) and pets: the authors' own, as in TFDS; only the order within a split
+  may differ, on which few-shot episodes depend and nothing else.
+- cifar10, cifar100: the authors' own, all 50,000 pictures in train.
+- caltech101: 30 pictures a class to train on and the rest to test, as in TFDS, but other pictures (TFDS draws them with
+  numpy's generator), and without TFDS's 102nd class, the background clutter.
+- sun397: 70 / 10 / 20 % of each class; TFDS ships a random list in these shares of the whole.
+
+The rule for the last two: within each class pictures are ordered by the SHA-256 of their path below the set's folder,
+so the split depends neither on the order of the files nor on any library's random numbers. Sets without a
+validation split have a fifth of train set aside by `linear_probe.hold_out`.
+"""
+
+import hashlib
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from diffclip.benchmarks.images import Pictures
+from diffclip.errors import InputError
+
+# what torchvision's class finds below its root, by which the layout is recognised
+MARKERS = {
+    "food101": "food-101",
+    "cifar10": "cifar-10-batches-py",
+    "cifar100": "cifar-100-python",
+    "sun397": "SUN397",
+    "aircraft": "fgvc-aircraft-2013b",
+    "dtd": "dtd/dtd",
+    "pets": "oxford-iiit-pet",
+    "caltech101": "caltech101/101_ObjectCategories",
+    "flowers": "flowers-102",
+}
+
+
+def torchvision_root(name: str, *folders: Path) -> Path | None:
+    """Return the first of `folders` in which torchvision has unpacked the set, None without any."""
+    return next((folder for folder in folders if name in MARKERS and (folder / MARKERS[name]).is_dir()), None)
+
+
+def read_torchvision(name: str, root: Path, *, download: bool = False) -> tuple[list[str], dict[str, Pictures]]:
+    """Return the class names in the order of the labels, and the pictures of each split.
+
+    Args:
+        name: a key of `MARKERS`.
+        root: torchvision's root folder.
+        download: fetch what is missing by torchvision's own links and check it by its digests.
+
+    Raises:
+        InputError: unknown name, files missing or damaged, or a failed download.
+    """
+    from torchvision import datasets
+
+    if name not in MARKERS:
+        raise InputError(f"torchvision set {name!r} is unknown: use one of {', '.join(MARKERS)}")
+    root, keep = Path(root), {"download": download}
+    try:
+        match name:
+            case "food101":
+                found = {s: datasets.Food101(root, s, **keep) for s in ("train", "test")}
+            case "cifar10" | "cifar100":
+                kind = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
+                found = {s: kind(root, s == "train", **keep) for s in ("train", "test")}
+                return _spaced(found["train"].classes), {s: _cifar(one, f"{name} {s}") for s, one in found.items()}
+            case "aircraft":
+                found = {s: datasets.FGVCAircraft(root, s, **keep) for s in ("train", "val", "test")}
+            case "dtd":
+                found = {s: datasets.DTD(root, s, **keep) for s in ("train", "val", "test")}
+            case "pets":
+                found = {
+                    s: datasets.OxfordIIITPet(root, t, **keep) for s, t in (("train", "trainval"), ("test", "test"))
+                }
+            case "flowers":
+                found = {s: datasets.Flowers102(root, s, **keep) for s in ("train", "val", "test")}
+            case "sun397":
+                one = datasets.SUN397(root, **keep)
+                return _spaced(one.classes), _split(root / "SUN397", one._image_files, one._labels, _shares)
+            case "caltech101":
+                one = datasets.Caltech101(root, **keep)
+                base = root / MARKERS[name]
+                files = [base / one.categories[c] / f"image_{n:04d}.jpg" for c, n in zip(one.y, one.index)]
+                return _spaced(one.categories), _split(base, files, one.y, _thirty)
+    except (OSError, RuntimeError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(
+            f"{root / MARKERS[name]} cannot be read as torchvision's {name} ({reason}): download it again with "
+            f"python -m diffclip.benchmarks data download {name} --data-root {root}"
+        ) from error
+    splits = {}
+    for split, one in found.items():
+        files = one._images if name == "pets" else one._image_files
+        splits[split] = Pictures([str(file) for file in files], [Path(file) for file in files], one._labels)
+    return _spaced(found["train"].classes), splits
+
+
+def _cifar(data: Any, name: str) -> Pictures:
+    """CIFAR's pictures are rows of an array: each becomes a file in memory in the plainest format there is."""
+    height, width = data.data.shape[1:3]
+    sources = [b"P6 %d %d 255\n" % (width, height) + picture.tobytes() for picture in data.data]
+    return Pictures([f"{name} picture {n}" for n in range(len(sources))], sources, data.targets)
+
+
+def _split(
+    base: Path, files: Sequence[str | Path], labels: Sequence[int], cut: Callable[[int], dict[str, int]]
+) -> dict[str, Pictures]:
+    """Split by the rule of this module; `cut` says how many of a class's n pictures each split gets, in order."""
+    classes: dict[int, list[tuple[bytes, Path]]] = {}
+    for file, label in zip(map(Path, files), labels):
+        digest = hashlib.sha256(file.relative_to(base).as_posix().encode()).digest()
+        classes.setdefault(int(label), []).append((digest, file))
+    chosen: dict[str, list[tuple[Path, int]]] = {}
+    for label, members in sorted(classes.items()):
+        start = 0
+        ordered = [file for _, file in sorted(members)]
+        for split, count in cut(len(ordered)).items():
+            chosen.setdefault(split, []).extend((file, label) for file in sorted(ordered[start : start + count]))
+            start += count
+    return {
+        split: Pictures([str(file) for file, _ in rows], [file for file, _ in rows], [label for _, label in rows])
+        for split, rows in chosen.items()
+    }
+
+
+def _shares(n: int) -> dict[str, int]:
+    valid, test = n // 10, n // 5
+    return {"train": n - valid - test, "val": valid, "test": test}
+
+
+def _thirty(n: int) -> dict[str, int]:
+    return {"train": min(30, n - 1), "test": n - min(30, n - 1)}
+
+
+def _spaced(names: Sequence[str]) -> list[str]:
+    return [re.sub(r"[\s_/]+", " ", name).strip() for name in names]
