@@ -1,17 +1,23 @@
 """The fast linear probe beside the official solver, and vectorised few-shot beside a loop over episodes.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.probes [--features FILE.safetensors ...] [--rows 3000] [--episodes 2000]
+    OMP_NUM_THREADS=1 python -m benchmarks.probes [--model RUN ... --data-root DATA] [--rows 3000] [--episodes 2000]
 
-Without features of your own (a file of the feature cache has `before` and `labels`) it draws classes of unequal spread
-on features whose directions differ in scale a thousandfold, as a vision tower's do.
+Without models it draws classes of unequal spread on features whose directions differ in scale a thousandfold, as a
+vision tower's do. The official solver runs in float32, as published, and in float64: how far apart these two end is
+what rounding alone does to a score where few validation rows choose C.
 """
 
 import argparse
 import time
+from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
-from diffclip.benchmarks import few_shot, linear_probe
+import diffclip
+from diffclip.benchmarks import datasets, features, few_shot, linear_probe
+
+Rows = tuple[torch.Tensor, torch.Tensor]
 
 
 def draw(rows: int, width: int, classes: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -40,40 +46,77 @@ def episode_loop(s: torch.Tensor, q: torch.Tensor, ys: torch.Tensor, yq: torch.T
     return 100 * torch.stack(found).mean().item()
 
 
+def drawn(options: argparse.Namespace) -> Iterator[tuple[str, dict[str, Rows], str]]:
+    x, y = draw(2 * options.rows, options.width, options.classes)
+    yield "drawn", {"train": (x[: options.rows], y[: options.rows]), "test": (x[options.rows :], y[options.rows :])}, ""
+
+
+def of_models(options: argparse.Namespace) -> Iterator[tuple[str, dict[str, Rows], str]]:
+    """Every set with a train split under the data root, with the features of every model."""
+    data = datasets.read(options.data_root, datasets.suite_from_folder(options.data_root))
+    for source in options.model:
+        encoder = features.Encoder(*diffclip.load(source), cache_dir=options.cache, quiet=True)
+        for name, labelled in data.classification.items():
+            if "train" in labelled.splits:
+                found = {split: encoder.images(pictures, name) for split, pictures in labelled.splits.items()}
+                yield (
+                    f"{Path(source).name} {name}",
+                    {s: (f.before, f.labels) for s, f in found.items()},
+                    labelled.metric,
+                )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--features", nargs=2, metavar=("TRAIN", "TEST"), help="two files of the feature cache")
+    parser.add_argument("--model", nargs="*", help="towers whose features are probed, with --data-root")
+    parser.add_argument("--data-root", type=Path, help="folder with classification/")
+    parser.add_argument("--cache", type=Path, help="where their features are kept")
     parser.add_argument("--rows", type=int, default=3000)
     parser.add_argument("--width", type=int, default=192)
     parser.add_argument("--classes", type=int, default=20)
     parser.add_argument("--episodes", type=int, default=2000)
     options = parser.parse_args()
-    if options.features:
-        from safetensors.torch import load_file
-
-        train, test = ((f["before"].float(), f["labels"]) for f in map(load_file, options.features))
-    else:
-        x, y = draw(2 * options.rows, options.width, options.classes)
-        train, test = (x[: options.rows], y[: options.rows]), (x[options.rows :], y[options.rows :])
-    print(f"{len(train[0])} + {len(test[0])} rows of width {train[0].shape[1]}, {torch.get_num_threads()} threads")
-
-    seconds, scores = {}, {}
-    for mode in ("fast", "exact"):
+    print(f"{torch.get_num_threads()} threads; scores in percent, C in brackets")
+    print(
+        f"{'':32s} {'rows':>6s}  {'fast':>18s} {'exact':>18s} {'exact, float64':>18s}   few-shot: together, in a loop"
+    )
+    seconds: dict[str, list[float]] = {}
+    scores: dict[str, list[float]] = {}
+    for name, rows, metric in (of_models if options.model else drawn)(options):
+        cells = []
+        for mode in ("fast", "exact", "float64"):
+            given = {s: (x.double() if mode == "float64" else x, y) for s, (x, y) in rows.items()}
+            start = time.perf_counter()
+            found = linear_probe.linear_probe(
+                given["train"],
+                given.get("val"),
+                given["test"],
+                metric=metric or "accuracy",
+                mode="fast" if mode == "fast" else "exact",
+            )
+            seconds.setdefault(mode, []).append(time.perf_counter() - start)
+            scores.setdefault(mode, []).append(found.score)
+            cells.append(f"{found.score:5.2f} ({found.C:6.3g}) {seconds[mode][-1]:4.1f}s")
+        (train, y), (test, z) = rows["train"], rows["test"]
+        episodes = few_shot.draw(y, z, episodes=options.episodes)
         start = time.perf_counter()
-        found = linear_probe.linear_probe(train, None, test, mode=mode)
-        seconds[mode], scores[mode] = time.perf_counter() - start, found.score
-        print(f"probe, {mode:5s}  {seconds[mode]:7.2f} s   accuracy {found.score:.2f}   C {found.C:.3g}")
-    print(f"ratio {seconds['exact'] / seconds['fast']:.1f}, {abs(scores['fast'] - scores['exact']):.2f} points apart")
+        together = 100 * few_shot.accuracies(train, test, y, z, episodes).mean().item()
+        middle = time.perf_counter()
+        loop = episode_loop(train, test, y, z, episodes)
+        end = time.perf_counter()
+        cells.append(f"  {together:.2f} {middle - start:.2f}s, {loop:.2f} {end - middle:.2f}s")
+        seconds.setdefault("together", []).append(middle - start)
+        seconds.setdefault("loop", []).append(end - middle)
+        print(f"{name:32s} {len(y):6d}  {' '.join(cells)}", flush=True)
 
-    episodes = few_shot.draw(train[1], test[1], episodes=options.episodes)
-    arguments = (train[0], test[0], train[1], test[1], episodes)
-    start = time.perf_counter()
-    ours = 100 * few_shot.accuracies(*arguments).mean().item()
-    middle = time.perf_counter()
-    loop = episode_loop(*arguments)
-    end = time.perf_counter()
-    print(f"few-shot, together {middle - start:.2f} s, in a loop {end - middle:.2f} s ({ours:.2f} and {loop:.2f} %)")
-    print(f"ratio {(end - middle) / (middle - start):.1f}")
+    total = {mode: sum(times) for mode, times in seconds.items()}
+    exact = torch.tensor(scores["exact"])
+    for mode in ("fast", "float64"):
+        apart = torch.tensor(scores[mode]) - exact
+        print(f"{mode} - exact: mean {apart.mean():+.2f} points, mean size {apart.abs().mean():.2f}")
+    print(
+        f"probe: exact / fast = {total['exact'] / total['fast']:.1f}; few-shot: {total['loop'] / total['together']:.1f}"
+    )
 
 
 if __name__ == "__main__":

@@ -9,15 +9,9 @@ import argparse
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from diffclip.benchmarks import PROTOCOLS
 from diffclip.errors import InputError, exit_on_input_error
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
-SHOWN = ("top1", "R@1", "R@5", "R@10", "accuracy", "average")  # the last part of a score's name
 
 
 def parser() -> argparse.ArgumentParser:
@@ -27,7 +21,11 @@ def parser() -> argparse.ArgumentParser:
         "python -m diffclip.benchmarks", description=summary, epilog=f"example: {example}. {more}"
     )
     p.add_argument(
-        "--model", nargs="+", required=True, help="run directories or checkpoints; the first is the reference"
+        "--model",
+        nargs="+",
+        required=True,
+        metavar="PATH | NAME=PATH,...",
+        help="run directories or checkpoints, several paths for the seeds of one model; the first is the reference",
     )
     p.add_argument(
         "--data-root",
@@ -94,6 +92,7 @@ def run(options: argparse.Namespace) -> None:
 
     import diffclip
     from diffclip.benchmarks import datasets, paper
+    from diffclip.benchmarks.comparison import compare, markdown, model_groups, table
     from diffclip.benchmarks.evaluate import METRICS_FILE, OUTCOMES_FILE, evaluate_clip
     from diffclip.benchmarks.images import read_json
 
@@ -108,12 +107,16 @@ def run(options: argparse.Namespace) -> None:
             raise InputError(f"{options.data_root} holds none of the paper's sets: see `data check`")
     elif options.suite:
         suite = datasets.read_suite_file(Path(options.suite))
-    names = model_names(options.model)
-    scores, outcomes, skipped = {}, {}, {}
-    for name, source in zip(names, options.model):
+    groups = model_groups(options.model)
+    scores: dict[str, list[dict]] = {name: [] for name in groups}
+    outcomes: dict[str, list[dict]] = {name: [] for name in groups}
+    skipped, written = {}, []
+    for name, source in [(name, source) for name, sources in groups.items() for source in sources]:
         model, preprocess, tokenizer = diffclip.load(source)
         out = options.out / name
-        scores[name] = evaluate_clip(
+        if len(groups[name]) > 1:
+            out = out / str(len(scores[name]))
+        found = evaluate_clip(
             model.to(device),
             preprocess,
             tokenizer,
@@ -131,56 +134,22 @@ def run(options: argparse.Namespace) -> None:
             workers=options.workers,
             cache_dir=options.out / "features",
         )
-        if not scores[name]:  # another rank than 0 has only encoded
-            continue
-        outcomes[name] = safetensors.numpy.load_file(out / OUTCOMES_FILE)
-        skipped |= read_json(out / METRICS_FILE)["skipped"]
-    if not outcomes:
+        scores[name].append(found)
+        if found:  # another rank than 0 has only encoded
+            outcomes[name].append(safetensors.numpy.load_file(out / OUTCOMES_FILE))
+            skipped |= read_json(out / METRICS_FILE)["skipped"]
+            written.append(str(out / METRICS_FILE))
+    if not written:
         return
     console = Console()
     if not console.is_terminal:
-        console = Console(width=140)
-    console.print(table(scores, outcomes))
+        console = Console(width=200)
+    rows = compare(scores, outcomes)
+    (options.out / "comparison.md").write_text(markdown(rows), encoding="utf-8")
+    console.print(table(rows))
     for what, why in skipped.items():
         console.print(f"skipped {what}: {why}")
-    console.print(f"wrote {', '.join(str(options.out / name / METRICS_FILE) for name in names)}")
-
-
-def model_names(sources: list[str]) -> list[str]:
-    """Return a short name per model: the last part of its path."""
-    names = [Path(source).name or Path(source).resolve().name for source in sources]
-    if len(set(names)) != len(names):
-        raise InputError(f"--model: two models are called {max(names, key=names.count)}; rename one directory")
-    return names
-
-
-def table(scores: dict[str, dict[str, float]], outcomes: dict[str, dict]) -> "Table":
-    """Rows are scores in percent, columns models; from the second on with the difference to the first.
-
-    The difference carries its 95 % paired bootstrap interval; "n.s." says that the interval holds zero.
-    """
-    from rich.table import Table
-
-    from diffclip.benchmarks.significance import paired_bootstrap
-
-    (reference, first), *others = scores.items()
-    result = Table("percent", reference, title="CLIP benchmarks")
-    for name, _ in others:
-        result.add_column(name)
-        result.add_column(f"{name} - {reference}")
-    for key, value in first.items():
-        if key.rsplit("/", 1)[-1] not in SHOWN:
-            continue
-        cells = [key, f"{value:.1f}"]
-        for name, metrics in others:
-            difference = ""
-            if key in outcomes[reference] and key in outcomes[name]:
-                mean, low, high = paired_bootstrap(outcomes[reference][key], outcomes[name][key])
-                verdict = " n.s." if low <= 0 <= high else ""
-                difference = f"{100 * mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]{verdict}"
-            cells += [f"{metrics[key]:.1f}", difference]
-        result.add_row(*cells)
-    return result
+    console.print(f"wrote {options.out / 'comparison.md'}, {', '.join(written)}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
-"""Is the difference between two models on the same items more than chance? Paired tests on stored outcomes.
+"""Is the difference between two models more than chance? Paired tests over stored outcomes, and over seeds.
 
 Outcomes are one number per item (right or wrong, or an episode's accuracy) whose mean is the score.
 """
+
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -36,6 +38,16 @@ def mcnemar(first: np.ndarray, second: np.ndarray) -> float:
         raise ValueError("McNemar's test is for outcomes that are right or wrong")
     better, worse = int((difference == 1).sum()), int((difference == -1).sum())
     return float(binomtest(better, better + worse).pvalue) if better + worse else 1.0
+
+
+def over_seeds(differences: Sequence[float], level: float = 0.95) -> tuple[float, float, float]:
+    """Return (mean, lower, upper end of its interval by Student's t) of differences, one for each of >= 2 seeds."""
+    from scipy.stats import t
+
+    mean = float(np.mean(differences))
+    error = np.std(differences, ddof=1) / np.sqrt(len(differences))
+    half = float(t.ppf((1 + level) / 2, len(differences) - 1) * error)
+    return mean, mean - half, mean + half
 
 
 def _paired(a: np.ndarray, b: np.ndarray) -> np.ndarray:

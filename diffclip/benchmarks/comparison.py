@@ -1,0 +1,100 @@
+"""Models side by side: mean and standard deviation over seeds, and which differences are more than chance.
+
+A seed here is one that a model was pretrained with; the pictures and the few-shot episodes are the same for all. With
+one seed a model the doubt is in the sample of test items, with several also in the training, and it is the larger.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from diffclip.benchmarks.significance import mcnemar, over_seeds, paired_bootstrap
+from diffclip.errors import InputError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+SHOWN = ("top1", "R@1", "R@5", "R@10", "accuracy", "average", "average_with_base", "average7")  # ends of scores' names
+
+Scores = Mapping[str, float]
+Outcomes = Mapping[str, np.ndarray]
+
+
+def model_groups(sources: Sequence[str]) -> dict[str, list[str]]:
+    """Read `--model`: PATH, or NAME=PATH,PATH,... for the seeds of one model; the seeds in the order of the first's.
+
+    Raises:
+        InputError: two models of one name, or other numbers of seeds.
+    """
+    groups: dict[str, list[str]] = {}
+    for source in sources:
+        name, given, paths = source.partition("=")
+        if not given:
+            name, paths = Path(source).name or Path(source).resolve().name, source
+        if name in groups:
+            raise InputError(f"--model: two models are called {name}; write NAME=PATH to name them")
+        groups[name] = paths.split(",") if given else [paths]
+    counts = {len(paths) for paths in groups.values()}
+    if len(counts) > 1:
+        raise InputError("--model: all models need the same number of seeds, since differences are taken seed by seed")
+    return groups
+
+
+def compare(scores: Mapping[str, Sequence[Scores]], outcomes: Mapping[str, Sequence[Outcomes]]) -> list[list[str]]:
+    """Return a head and one row a score: the models' scores in percent, and after each model its lead on the first.
+
+    One seed: the difference in points, its 95 % interval (paired bootstrap over test items), and for right-or-wrong
+    items McNemar's p. Several: mean and sample standard deviation, and the 95 % interval of the mean difference of
+    seeds (t distribution). "n.s." where the interval holds zero.
+    """
+    (reference, first), *others = scores.items()
+    rows = [["percent", reference, *(cell for name, _ in others for cell in (name, f"{name} - {reference}"))]]
+    for key in first[0]:
+        if key.rsplit("/", 1)[-1] not in SHOWN:
+            continue
+        cells = [key, _mean_sd([seed[key] for seed in first])]
+        for name, seeds in others:
+            cells.append(_mean_sd([seed[key] for seed in seeds]))
+            if len(seeds) > 1:
+                cells.append(_interval(*over_seeds([b[key] - a[key] for a, b in zip(first, seeds)])))
+            else:
+                cells.append(_of_items(outcomes[reference][0].get(key), outcomes[name][0].get(key)))
+        rows.append(cells)
+    return rows
+
+
+def table(rows: Sequence[Sequence[str]]) -> "Table":
+    """The rows of `compare` for a console."""
+    from rich.table import Table
+
+    result = Table(title="CLIP benchmarks")
+    for number, name in enumerate(rows[0]):
+        result.add_column(name, no_wrap=number == 0)
+    for row in rows[1:]:
+        result.add_row(*row)
+    return result
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """The rows of `compare` as a Markdown table."""
+    lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
+    return "".join(f"| {' | '.join(row)} |\n" for row in lines)
+
+
+def _of_items(first: np.ndarray | None, second: np.ndarray | None) -> str:
+    if first is None or second is None:  # an average of scores has no items of its own
+        return ""
+    text = _interval(*(100 * value for value in paired_bootstrap(first, second)))
+    binary = all(np.isin(one, (0, 1)).all() for one in (first, second))
+    return f"{text} p={mcnemar(first, second):.2g}" if binary else text
+
+
+def _interval(mean: float, low: float, high: float) -> str:
+    return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]{' n.s.' if low <= 0 <= high else ''}"
+
+
+def _mean_sd(values: Sequence[float]) -> str:
+    mean = f"{np.mean(values):.1f}"
+    return f"{mean} ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else mean

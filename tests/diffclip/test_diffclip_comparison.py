@@ -1,0 +1,44 @@
+"""Tables of models and seeds: means, sample deviations, and intervals against scipy's own tests."""
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from diffclip.benchmarks.comparison import compare, markdown, model_groups
+from diffclip.benchmarks.significance import over_seeds
+from diffclip.errors import InputError
+
+
+def test_groups_of_seeds():
+    assert model_groups(["runs/clip", "new=a/0,b/1"][:1]) == {"clip": ["runs/clip"]}
+    assert model_groups(["CLIP=a/0,a/1", "D=b/0,b/1"]) == {"CLIP": ["a/0", "a/1"], "D": ["b/0", "b/1"]}
+    with pytest.raises(InputError, match="two models are called x"):
+        model_groups(["a/x", "b/x"])
+    with pytest.raises(InputError, match="the same number of seeds"):
+        model_groups(["CLIP=a/0,a/1", "D=b/0"])
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 8])
+def test_interval_over_seeds_is_students(seeds):
+    rng = np.random.default_rng(seeds)
+    differences = rng.normal(1, 2, seeds)
+    mean, low, high = over_seeds(differences)
+    wanted = stats.ttest_1samp(differences, 0).confidence_interval(0.95)
+    assert mean == pytest.approx(differences.mean()) and (low, high) == pytest.approx((wanted.low, wanted.high))
+
+
+def test_one_seed_is_judged_by_items_and_several_by_seeds():
+    right = np.array([1, 0] * 50, dtype=float)
+    better = np.maximum(right, np.arange(100) % 10 == 1)  # ten of the wrong ones right
+    outcomes = {"a": [{"zero_shot/x/top1": right}], "b": [{"zero_shot/x/top1": better}]}
+    scores = {"a": [{"zero_shot/x/top1": 50.0, "linear_probe/x/C": 3.0}], "b": [{"zero_shot/x/top1": 60.0}]}
+    head, row = compare(scores, outcomes)
+    assert head == ["percent", "a", "b", "b - a"] and row[:3] == ["zero_shot/x/top1", "50.0", "60.0"]
+    assert row[3].startswith("+10.0 [+") and "n.s." not in row[3]
+    assert row[3].endswith(f"p={stats.binomtest(10, 10).pvalue:.2g}")
+
+    scores = {"a": [{"s/top1": v} for v in (50.0, 54.0)], "b": [{"s/top1": v} for v in (51.0, 57.0)]}
+    row = compare(scores, {"a": [{}, {}], "b": [{}, {}]})[1]
+    assert row[:3] == ["s/top1", "52.0 ± 2.8", "54.0 ± 4.2"]
+    assert row[3] == "+2.0 [-10.7, +14.7] n.s."  # t(0.975, 1) = 12.706 and the error of (1, 3) is 1
+    assert markdown([["h", "a"], ["x", "1"]]) == "| h | a |\n| --- | --- |\n| x | 1 |\n"
