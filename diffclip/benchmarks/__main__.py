@@ -38,7 +38,15 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--protocols", nargs="+", choices=PROTOCOLS, default=PROTOCOLS, help="which to run (all)")
     p.add_argument("--templates", help="imagenet7, imagenet80 or a JSON file, instead of each set's own")
     p.add_argument("--probe", choices=("fast", "exact"), default="fast", help="linear-probe solver (fast)")
+    p.add_argument(
+        "--probe-features",
+        choices=("before", "after"),
+        default="before",
+        help="probe and few-shot before the projection, as the protocol has it, or after (before)",
+    )
     p.add_argument("--episodes", type=int, default=5000, help="few-shot episodes (5000)")
+    p.add_argument("--way", type=int, default=5, help="classes of a few-shot episode (5)")
+    p.add_argument("--shot", type=int, default=5, help="pictures of each class to learn from (5)")
     p.add_argument("--seed", type=int, default=0, help="draws the few-shot episodes (0)")
     p.add_argument("--precision", choices=("float32", "bfloat16", "float16"), default="float32")
     p.add_argument("--batch-size", type=int, default=128)
@@ -129,6 +137,9 @@ def run(options: argparse.Namespace) -> None:
             probe=options.probe,
             seed=options.seed,
             episodes=options.episodes,
+            way=options.way,
+            shot=options.shot,
+            probe_features=options.probe_features,
             precision=options.precision,
             batch_size=options.batch_size,
             workers=options.workers,

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from diffclip.benchmarks import PROTOCOLS, datasets, few_shot, linear_probe, mmvp, retrieval, zero_shot
 from diffclip.benchmarks.features import Encoder, save_tensors
 from diffclip.benchmarks.images import Pictures
+from diffclip.errors import InputError
 
 METRICS_FILE = "clip_benchmarks.json"
 OUTCOMES_FILE = "clip_outcomes.safetensors"
@@ -36,6 +37,9 @@ def evaluate_clip(
     probe: str = "fast",
     seed: int = 0,
     episodes: int = 5000,
+    way: int = 5,
+    shot: int = 5,
+    probe_features: str = "before",
     precision: str = "float32",
     batch_size: int = 128,
     workers: int | None = None,
@@ -65,12 +69,16 @@ def evaluate_clip(
         probe: "exact" for the official linear-probe solver, "fast" for the same minimum in a fraction
             of the time.
         seed: draws the few-shot episodes; nothing else here is random.
+        way, shot: classes of a few-shot episode, and pictures of each to learn from.
+        probe_features: linear probe and few-shot on features "before" the projection (the protocol) or "after" it.
         cache_dir: where features are kept, out_dir/features when None.
 
     Raises:
         InputError: missing or malformed data, named; raised before any picture is encoded, but for
         corrupt pictures.
     """
+    if probe_features not in ("before", "after"):
+        raise InputError(f"probe_features {probe_features!r} is neither before nor after")
     data_root, out_dir = Path(data_root), Path(out_dir)
     data = datasets.read(data_root, suite or datasets.suite_from_folder(data_root))
     common = zero_shot.templates(templates) if templates else None
@@ -134,7 +142,7 @@ def evaluate_clip(
         if not wanted:
             continue
         rows = {
-            split: (features.before, features.labels)
+            split: (getattr(features, probe_features), features.labels)
             for split, pictures in labelled.splits.items()
             for features in [encoder.images(pictures, f"{name} {split}")]
         }
@@ -152,7 +160,7 @@ def evaluate_clip(
         if "few_shot" in protocols:
             (train, train_labels), (test, labels) = rows["train"], rows["test"]
             try:
-                drawn = few_shot.draw(train_labels, labels, episodes=episodes, seed=seed)
+                drawn = few_shot.draw(train_labels, labels, way=way, shot=shot, episodes=episodes, seed=seed)
             except ValueError as error:
                 skipped[f"few_shot/{name}"] = str(error)
                 continue
@@ -176,7 +184,8 @@ def evaluate_clip(
         "precision": precision,
         "templates": templates or "each set's own, else imagenet7",
         "linear_probe": probe,
-        "few_shot": {"way": 5, "shot": 5, "queries": 6, "episodes": episodes, "seed": seed},
+        "probe_features": probe_features,
+        "few_shot": {"way": way, "shot": shot, "queries": 6, "episodes": episodes, "seed": seed},
         "data": str(data_root),
     }
     save_tensors(outcomes, out_dir / OUTCOMES_FILE)

@@ -101,6 +101,26 @@ def test_an_oracle_scores_100_everywhere(root, tmp_path):
     }
 
 
+def test_shots_ways_and_features_by_choice(root, tmp_path):
+    class Forget(nn.Identity):
+        def forward(self, features):
+            return features * 0 + 1
+
+    projected = Oracle()
+    projected.visual.head = Forget()
+
+    options = {"protocols": ["linear_probe", "few_shot"], "way": 3, "shot": 1}
+    seen = evaluate(root, tmp_path / "a", projected, **options)
+    lost = evaluate(root, tmp_path / "b", projected, probe_features="after", **options)
+    assert seen["few_shot/colour/accuracy"] == seen["linear_probe/colour/accuracy"] == 100
+    assert lost["few_shot/colour/accuracy"] == pytest.approx(100 / 3)  # three ways
+    assert lost["linear_probe/colour/accuracy"] == pytest.approx(100 / 6)
+    about = json.loads((tmp_path / "b/clip_benchmarks.json").read_text())["about"]
+    assert about["few_shot"]["shot"] == 1 and about["probe_features"] == "after"
+    with pytest.raises(InputError, match="neither before nor after"):
+        evaluate(root, tmp_path / "c", probe_features="middle")
+
+
 @pytest.mark.parametrize("form", ["shards", "parquet"])
 def test_numbered_labels_give_the_same_scores_as_class_folders(root, tmp_path, form):
     """The same pictures in clip-benchmark's shards, or in parquet, in another order."""
