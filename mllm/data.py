@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch.nn.utils.rnn import pad_sequence
@@ -167,6 +168,39 @@ class ConversationDataset(Dataset):
 
     def _segments(self, row: Row) -> list:
         return render(row.conversation, self.template, end_token=self.end_token)
+
+
+def training_order(dataset: ConversationDataset, kind: str, batch: int, steps: int, seed: int) -> list[int]:
+    """Return the rows of a whole run in the order in which the optimiser sees them, decided by the seed alone.
+
+    Args:
+        kind: "random"; "file" for the rows as they stand, epoch after epoch; "length" for batches of like length: each
+            epoch is shuffled and sorted within stretches of 64 batches, and the batches are then shuffled. The longest
+            batch comes first, so that memory runs out in the first step or never.
+        batch: conversations per optimiser step, over all devices.
+        steps: optimiser steps of the run.
+
+    Returns:
+        steps * batch indices; rows that fill no whole batch are left out of an epoch, unless the data is smaller.
+    """
+    rng = np.random.default_rng(seed)
+    rows = np.arange(len(dataset))
+    order: list[np.ndarray] = []
+    while sum(map(len, order)) < steps * batch:
+        epoch = rows if kind == "file" else rng.permutation(rows)
+        if kind == "length" and len(rows) >= batch:
+            lengths = np.asarray(dataset.lengths)
+            stretches = np.array_split(epoch, range(64 * batch, len(epoch), 64 * batch))
+            sorted_rows = np.concatenate([one[np.argsort(-lengths[one], kind="stable")] for one in stretches])
+            # the rows left out are a random stretch of it, not always the shortest
+            cut = rng.integers(0, len(rows) % batch + 1)
+            batches = rng.permutation(sorted_rows[cut : cut + len(rows) // batch * batch].reshape(-1, batch))
+            if not order:
+                longest = lengths[batches].max(axis=1).argmax()
+                batches[[0, longest]] = batches[[longest, 0]]
+            epoch = batches.reshape(-1)
+        order.append(epoch)
+    return np.concatenate(order)[: steps * batch].tolist()
 
 
 def collate(

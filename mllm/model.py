@@ -32,7 +32,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
+from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast, LlavaModelOutputWithPast
 
 import diffclip.hf  # noqa: F401 - registers the DiffCLIP vision tower for AutoModel
 from diffclip.errors import InputError
@@ -67,6 +67,26 @@ class DiffCLIPLlavaModel(LlavaModel):
         if config.projector == "linear":
             self.multi_modal_projector = nn.Linear(config.vision_config.hidden_size, config.text_config.hidden_size)
         self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> LlavaModelOutputWithPast:
+        """As transformers', except that a training step on text alone encodes a black picture, and adds nothing of it.
+
+        All ranks then run all parts in one order: DDP waits for every gradient, ZeRO-3 gathers weights part by part.
+        """
+        if self.training and pixel_values is None and inputs_embeds is None:
+            size = self.config.vision_config.image_size
+            height, width = size if isinstance(size, (list, tuple)) else (size, size)
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+            black = torch.zeros(1, 3, height, width, device=inputs_embeds.device, dtype=inputs_embeds.dtype)
+            features = torch.cat(self.get_image_features(black, return_dict=True).pooler_output)
+            input_ids, inputs_embeds = None, inputs_embeds + 0.0 * features.sum()
+        return super().forward(input_ids, pixel_values, inputs_embeds=inputs_embeds, **kwargs)
 
 
 class DiffCLIPLlavaForConditionalGeneration(LlavaForConditionalGeneration):
@@ -141,16 +161,7 @@ class DiffCLIPLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             vocab_size=self.config.text_config.vocab_size,
             num_items_in_batch=num_items_in_batch,
         )
-        if pixel_values is None:
-            loss = loss + 0.0 * self._blank_picture().sum()
         return LlavaCausalLMOutputWithPast(loss=loss)
-
-    def _blank_picture(self) -> torch.Tensor:
-        """Features of a black picture: on a batch of text alone every rank must still run every part."""
-        size = self.config.vision_config.image_size
-        height, width = size if isinstance(size, (list, tuple)) else (size, size)
-        pixels = torch.zeros(1, 3, height, width, device=self.device, dtype=self.dtype)
-        return torch.cat(self.get_image_features(pixels, return_dict=True).pooler_output)
 
     def train(self, mode: bool = True) -> "DiffCLIPLlavaForConditionalGeneration":
         """Set training mode, except that a frozen vision tower stays in evaluation mode."""

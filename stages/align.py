@@ -26,6 +26,9 @@ class AlignConfig(ConversationConfig):
         default="Qwen/Qwen2.5-0.5B-Instruct",
         metadata={"help": "directory or Hub id of a causal language model"},
     )
+    projector: Literal["linear", "mlp"] = field(
+        default="linear", metadata={"help": "one linear layer (the paper), or LLaVA-1.5's two"}
+    )
     class_token: bool = field(
         default=False, metadata={"help": "show the language model the tower's class token too; the paper does not"}
     )
@@ -34,6 +37,10 @@ class AlignConfig(ConversationConfig):
         metadata={"help": "what the projector starts from: torch's default, or the statistics of the tower's features"},
     )
     template: Literal["plain", "vicuna", "chatml"] = field(default="plain", metadata={"help": "prompt format"})
+    learns: list[str] = field(
+        default_factory=lambda: ["projector"],
+        metadata={"help": "parts that learn: vision_tower, projector, language_model"},
+    )
     learning_rate: float = field(default=1e-3, metadata={"help": "peak learning rate"})
 
 
@@ -66,6 +73,7 @@ def align(config: AlignConfig) -> None:
     model, processor = assemble(
         config.vision_tower,
         config.language_model,
+        projector=config.projector,
         template="vicuna",
         class_token=config.class_token,
         seed=config.seed,
@@ -84,7 +92,7 @@ def align(config: AlignConfig) -> None:
                 )
             whiten_projector(model, torch.cat(pixels), config.seed)
 
-    train_on_conversations(model, processor, config, run, learns={"projector"}, start=start)
+    train_on_conversations(model, processor, config, run, start=start)
 
 
 if __name__ == "__main__":

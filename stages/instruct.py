@@ -18,6 +18,10 @@ class InstructConfig(ConversationConfig):
     """Settings of the instruction stage; defaults from the paper's section 4."""
 
     model: str = field(default="", metadata={"help": "an alignment run"})
+    learns: list[str] = field(
+        default_factory=lambda: ["projector", "language_model"],
+        metadata={"help": "parts that learn: vision_tower, projector, language_model"},
+    )
     learning_rate: float = field(default=2e-5, metadata={"help": "peak learning rate"})
 
 
@@ -40,7 +44,7 @@ def instruct(config: InstructConfig) -> None:
 
     run.note(model=upstream_model(config.model))
     model, processor = load(config.model)
-    train_on_conversations(model, processor, config, run, learns={"projector", "language_model"})
+    train_on_conversations(model, processor, config, run)
 
 
 if __name__ == "__main__":

@@ -2,10 +2,12 @@
 comes from, which parts learn, and the recipe.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from diffclip.errors import InputError
 from stages.training import TrainingConfig
 
 if TYPE_CHECKING:
@@ -28,9 +30,31 @@ class ConversationConfig(TrainingConfig):
     global_batch_size: int = field(default=192, metadata={"help": "conversations per optimiser step"})
     micro_batch_size: int = field(default=0, metadata={"help": "conversations per device and pass; 0 = no limit"})
     warmup_ratio: float = field(default=0.03, metadata={"help": "share of the steps spent warming up"})
+    learns: list[str] = field(
+        default_factory=list, metadata={"help": "parts that learn: vision_tower, projector, language_model"}
+    )
+    vision_tower_learning_rate: float = field(
+        default=0.0, metadata={"help": "peak learning rate of the tower; 0 = learning_rate"}
+    )
     projector_learning_rate: float = field(
         default=0.0, metadata={"help": "peak learning rate of the projector; 0 = learning_rate"}
     )
+    language_model_learning_rate: float = field(
+        default=0.0, metadata={"help": "peak learning rate of the language model; 0 = learning_rate"}
+    )
+    lora_rank: int = field(
+        default=0, metadata={"help": "the language model learns by LoRA of this rank; 0 = all of it"}
+    )
+    lora_alpha: float = field(
+        default=0.0, metadata={"help": "scale of LoRA's output times its rank; 0 = 2 x lora_rank"}
+    )
+    lora_dropout: float = field(default=0.0, metadata={"help": "dropout before LoRA's matrices"})
+    lora_bits: Literal[4, 16] = field(default=16, metadata={"help": "4 = QLoRA: frozen weights in NF4 (GPU)"})
+    order: Literal["length", "random", "file"] = field(
+        default="length",
+        metadata={"help": "batches of like length, the longest first; any at random; or as the file has them"},
+    )
+    max_length: int = field(default=2048, metadata={"help": "longer conversations are cut, picture tokens counted"})
     max_grad_norm: float = field(default=1.0, metadata={"help": "gradient clipping, also under DeepSpeed"})
 
 
@@ -39,49 +63,71 @@ def train_on_conversations(
     processor: Any,
     config: ConversationConfig,
     run: "Run",
-    learns: set[str],
     start: Callable[["ConversationDataset"], None] | None = None,
 ) -> None:
-    """Train the parts of `model` named in `learns`, prove the others unchanged, and write `config.output_dir`.
+    """Train the parts of `model` named in `config.learns`, prove the others unchanged, and write `config.output_dir`.
 
     Args:
         model, processor: from `mllm.model.assemble` or `mllm.model.load`.
-        learns: names out of {"vision_tower", "projector", "language_model"}.
         start: called with the examples before training, e.g. to set weights from them.
 
     Raises:
         RuntimeError: a frozen part changed, or a trained part did not.
     """
     import torch
+    from torch.utils.data import SequentialSampler, Subset
     from transformers import Trainer
 
     from diffclip.fingerprint import fingerprint
-    from mllm.data import ConversationDataset, collate, load_rows
+    from mllm.data import ConversationDataset, collate, load_rows, training_order
+    from mllm.lora import add_lora, base_weights, merge, quantise, take_out
     from mllm.model import freeze, parts, save
     from stages.callbacks import Watch
-    from stages.training import per_device_batch, train, training_arguments
+    from stages.training import per_device_batch, train, training_arguments, training_device
 
+    learns = set(config.learns)
+    lora = bool(config.lora_rank)
+    if lora and "language_model" not in learns:
+        raise InputError("lora_rank: the language model does not learn; add language_model to `learns`")
     rows = load_rows(config.data, config.image_root, image_prefix=config.image_prefix)
-    dataset = ConversationDataset(rows, processor, template=config.template)
+    dataset = ConversationDataset(rows, processor, template=config.template, max_length=config.max_length)
     if start is not None:
         start(dataset)
     batch = per_device_batch(config, config.micro_batch_size)
     steps = max(1, int(len(dataset) * config.epochs) // config.global_batch_size)
-    counts = freeze(model, learns)
+    order = training_order(dataset, config.order, config.global_batch_size, steps, config.seed)
+    counts = freeze(model, learns - {"language_model"} if lora else learns)
+    before = {name: fingerprint(module) for name, module in parts(model).items()}
+    originals = quantise(model, training_device(config)) if lora and config.lora_bits == 4 else {}
+    adapter = (
+        add_lora(model, config.lora_rank, alpha=config.lora_alpha, dropout=config.lora_dropout, seed=config.seed)
+        if lora
+        else None
+    )
     run.say(
         f"{run.stage}: {len(dataset):,} conversations from {', '.join(config.data)}, {steps:,} steps of "
         f"{config.global_batch_size}; "
         + ", ".join(f"{name} {n:,} {'learns' if name in learns else 'frozen'}" for name, n in counts.items())
+        + (
+            f" by LoRA of rank {config.lora_rank}, {adapter.num_parameters(only_trainable=True):,} parameters"
+            if lora
+            else ""
+        )
     )
-    before = {name: fingerprint(module) for name, module in parts(model).items()}
     run.note(parameters=counts, learns=sorted(learns), conversations=len(dataset), steps=steps, before=before)
+    rates = {
+        name: getattr(config, f"{name}_learning_rate") for name in counts if getattr(config, f"{name}_learning_rate")
+    }
 
     class ConversationTrainer(Trainer):
         def create_optimizer(self, *args: Any) -> torch.optim.Optimizer:
             made = super().create_optimizer(*args)
-            if config.projector_learning_rate:
-                give_own_rate(made, model.model.multi_modal_projector, config.projector_learning_rate)
+            for name, rate in rates.items():
+                give_own_rate(made, parts(model)[name], rate)
             return made
+
+        def _get_train_sampler(self, *args: object) -> SequentialSampler:
+            return SequentialSampler(self.train_dataset)  # `order` holds the whole run, so that it resumes exactly
 
     trainer = ConversationTrainer(
         model=model,
@@ -93,19 +139,38 @@ def train_on_conversations(
             warmup_steps=config.warmup_ratio,
             max_grad_norm=config.max_grad_norm,
         ),
-        train_dataset=dataset,
+        train_dataset=Subset(dataset, order),
         data_collator=collate(processor),
         callbacks=[Watch(run, config.global_batch_size)],
     )
     metrics = train(trainer, run)
-    after = {name: fingerprint(module) for name, module in parts(model).items()}
-    for name in after:
-        if (after[name] == before[name]) == (name in learns):
-            raise RuntimeError(f"{name} {'did not change' if name in learns else 'changed'}: the run is not valid")
-    run.note(after=after)
-    if run.is_main:
-        save(model, processor, config.output_dir)
+    with whole_weights(model, config):
+        if lora:
+            if not originals and fingerprint(base_weights(model)) != before["language_model"]:
+                raise RuntimeError("weights of the language model beside LoRA's changed: the run is not valid")
+            merge(adapter, config.output_dir, originals) if run.is_main else take_out(adapter, originals)
+        after = {name: fingerprint(module) for name, module in parts(model).items()}
+        for name in after:
+            if (after[name] == before[name]) == (name in learns):
+                raise RuntimeError(f"{name} {'did not change' if name in learns else 'changed'}: the run is not valid")
+        run.note(after=after)
+        if run.is_main:
+            save(model, processor, config.output_dir)
     run.finish(metrics)
+
+
+@contextmanager
+def whole_weights(model: Any, config: ConversationConfig) -> Iterator[None]:
+    """Under ZeRO-3 gather on every rank the weights that training left in pieces."""
+    from stages.training import zero_stage
+
+    if zero_stage(config) < 3:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(list(model.parameters()), modifier_rank=None):
+        yield
 
 
 def give_own_rate(optimizer: "torch.optim.Optimizer", module: "nn.Module", learning_rate: float) -> None:

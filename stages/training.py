@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from diffclip.errors import InputError
 
 if TYPE_CHECKING:
+    import torch
     from transformers import Trainer, TrainingArguments
 
     from stages.run import Run
@@ -53,6 +54,16 @@ def per_device_batch(config: TrainingConfig, micro_batch_size: int = 0) -> tuple
     if share % micro:
         raise InputError(f"each device's share of the batch, {share}, is not a multiple of micro_batch_size {micro}")
     return micro, share // micro
+
+
+def training_device(config: TrainingConfig) -> "torch.device":
+    """Where this process trains."""
+    import os
+
+    import torch
+
+    on_cpu = config.use_cpu or not torch.cuda.is_available()
+    return torch.device("cpu") if on_cpu else torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
 
 
 def zero_stage(config: TrainingConfig) -> int:

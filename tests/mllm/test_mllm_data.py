@@ -3,13 +3,15 @@
 import io
 import json
 import tarfile
+from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 
 from diffclip.errors import InputError
 from mllm.conversation import IGNORE, NoSupervisionError, encode, render
-from mllm.data import ConversationDataset, collate, find_pictures, load_rows
+from mllm.data import ConversationDataset, collate, find_pictures, load_rows, training_order
 
 
 def turns(*values):
@@ -179,3 +181,45 @@ def test_real_rows_with_pictures_in_tars(shared_data, assembled):
     assert len(rows) == 8166
     in_tar = next(r for r in rows if r.pictures[0].file.endswith(".tar"))
     assert in_tar.pictures[0].open().mode == "RGB"
+
+
+class Rows(NamedTuple):
+    """Stands for a dataset: only the lengths matter."""
+
+    lengths: list[int]
+
+    def __len__(self):
+        return len(self.lengths)
+
+
+def padding(lengths, order, batch):
+    """Padded over real tokens of all batches."""
+    taken = np.asarray(lengths)[order].reshape(-1, batch)
+    return taken.max(axis=1).sum() * batch / taken.sum()
+
+
+def test_batches_of_like_length_cover_each_epoch_and_start_with_the_longest():
+    rng = np.random.default_rng(0)
+    lengths = np.concatenate([rng.integers(200, 260, 3000), rng.integers(300, 900, 2000), rng.integers(20, 60, 1003)])
+    rows, batch = Rows(rng.permutation(lengths).tolist()), 32
+    steps = 2 * (len(rows) // batch)
+    order = training_order(rows, "length", batch, steps, seed=5)
+    assert len(order) == steps * batch
+    for epoch in (order[: len(order) // 2], order[len(order) // 2 :]):
+        assert len(set(epoch)) == len(epoch) > len(rows) - batch
+    assert max(rows.lengths[k] for k in order[:batch]) == max(rows.lengths)
+    assert padding(rows.lengths, order, batch) <= 1.05
+    anywhere = training_order(rows, "random", batch, steps, seed=5)
+    assert padding(rows.lengths, anywhere[: steps * batch], batch) > 1.5
+    assert (
+        order == training_order(rows, "length", batch, steps, seed=5) != training_order(rows, "length", batch, steps, 6)
+    )
+    firsts = [np.mean([rows.lengths[k] for k in order[i : i + batch]]) for i in range(batch, len(order), batch)]
+    assert abs(np.corrcoef(firsts, np.arange(len(firsts)))[0, 1]) < 0.2  # short and long batches come mixed
+
+
+def test_order_of_the_file_and_data_smaller_than_a_batch():
+    rows = Rows([5, 6, 7])
+    assert training_order(rows, "file", 2, 3, seed=0) == [0, 1, 2, 0, 1, 2]
+    for kind in ("random", "length"):
+        assert sorted(training_order(rows, kind, 6, 1, seed=0)) == [0, 0, 1, 1, 2, 2]

@@ -1,0 +1,136 @@
+"""LoRA and QLoRA on the language model, by peft: small matrices learn beside weights that stay as they are.
+
+The adapter is written inside the run directory and merged into the language model before saving, so that a run trained
+this way loads like any other.
+"""
+
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from diffclip.errors import InputError
+from mllm.model import WeightsError
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # of Qwen2, Llama and their kin
+
+
+def add_lora(model: Any, rank: int, *, alpha: float = 0.0, dropout: float = 0.0, seed: int = 0) -> "PeftModel":
+    """Add adapters to the linear layers of `model`'s language model, in place; only they learn there.
+
+    Args:
+        model: from `mllm.model.assemble` or `load`.
+        rank: of the added matrices.
+        alpha: the adapters' output is scaled by alpha / rank; 0 means 2 * rank.
+        seed: decides their first weights (the second matrix of each pair starts at zero).
+
+    Raises:
+        InputError: the language model has no layers of the usual names.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    lm = model.model.language_model
+    found = {name.rsplit(".", 1)[-1] for name, _ in lm.named_modules()} & set(TARGETS)
+    if not found:
+        raise InputError(
+            f"lora_rank: the language model {type(lm).__name__} has none of the layers {', '.join(TARGETS)}"
+        )
+    config = LoraConfig(r=rank, lora_alpha=alpha or 2 * rank, lora_dropout=dropout, target_modules=sorted(found))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return get_peft_model(
+            lm, config, autocast_adapter_dtype=False
+        )  # under ZeRO-3 with bf16 all must be of one dtype
+
+
+def base_weights(model: Any) -> dict[str, torch.Tensor]:
+    """The language model's own weights under their own names, adapters left out."""
+    state = model.model.language_model.state_dict()
+    own = {name.replace(".base_layer", ""): w for name, w in state.items() if ".lora_" not in name}
+    return {**{f"model.{name}": w for name, w in own.items()}, "lm_head.weight": model.lm_head.weight}
+
+
+def merge(peft_model: "PeftModel", directory: str | Path, originals: Mapping[str, nn.Linear] | None = None) -> None:
+    """Write the adapter to `directory`/adapter, then add it to the weights and take the adapter layers out again.
+
+    Args:
+        originals: from `quantise`; the adapter is added to these, which were never rounded, and they go back in place.
+
+    Raises:
+        WeightsError: an adapter layer is left over.
+    """
+    peft_model.save_pretrained(Path(directory) / "adapter")
+    take_out(peft_model, originals)
+
+
+@torch.no_grad()
+def take_out(peft_model: "PeftModel", originals: Mapping[str, nn.Linear] | None = None) -> None:
+    """As `merge`, without writing anything."""
+    lm = peft_model.base_model.model
+    for name, original in (originals or {}).items():
+        layer = lm.get_submodule(name)
+        first, second = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        original.to(first.device).weight += (
+            layer.scaling["default"] * second.to(original.weight) @ first.to(original.weight)
+        )
+        _replace(lm, name, original)
+    peft_model.merge_and_unload()
+    left = [name for name, _ in lm.named_parameters() if ".lora_" in name or ".base_layer" in name]
+    if left:
+        raise WeightsError(f"merging left {', '.join(left[:3])} in the language model")
+
+
+def quantise(model: Any, device: torch.device) -> dict[str, nn.Linear]:
+    """Put 4-bit linear layers (NF4, doubly quantised) in place of the language model's own, for QLoRA.
+
+    Only layers named in `TARGETS`: embeddings and head keep their dtype.
+
+    Args:
+        device: where the model will train; weights become 4-bit there.
+
+    Returns:
+        the layers that were replaced, by name, for `merge`.
+
+    Raises:
+        InputError: bitsandbytes is not installed or does not work on this device.
+    """
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise InputError("lora_bits: 4 (QLoRA) needs bitsandbytes: pip install bitsandbytes, or set lora_bits: 16")
+    lm = model.model.language_model
+    originals = {
+        name: module
+        for name, module in lm.named_modules()
+        if isinstance(module, nn.Linear) and name.rsplit(".", 1)[-1] in TARGETS
+    }
+    for name, module in originals.items():
+        try:
+            _replace(lm, name, _four_bit(module, device))
+        except (RuntimeError, NotImplementedError, ValueError, ImportError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(
+                f"lora_bits: 4 (QLoRA): bitsandbytes has no backend for {device.type} ({reason}); set lora_bits: 16"
+            ) from error
+    return originals
+
+
+def _four_bit(module: nn.Linear, device: torch.device) -> nn.Module:
+    from bitsandbytes.nn import Linear4bit
+
+    options = {"compute_dtype": torch.bfloat16, "quant_type": "nf4", "compress_statistics": True}
+    made = Linear4bit(module.in_features, module.out_features, bias=module.bias is not None, **options)
+    made.load_state_dict(module.state_dict())
+    made.requires_grad_(False)
+    made.to(device)
+    made(torch.zeros(1, module.in_features, dtype=torch.bfloat16, device=device))  # fails here, not hours later
+    return made
+
+
+def _replace(root: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, own = name.rpartition(".")
+    setattr(root.get_submodule(parent), own, module)

@@ -1,0 +1,128 @@
+"""The two multimodal stages under the deepspeed launcher: LoRA, ZeRO-2 and 3, a killed rank, exact resume."""
+
+import json
+import time
+
+import psutil
+import pytest
+import torch
+from launch import ROOT, run, run_deepspeed, start
+from safetensors.torch import load_file
+
+from mllm.model import assemble, load, save
+from stages.pipeline import free_port
+
+STEPS = 6
+SETTINGS = [
+    f"--config={ROOT / 'stages/configs/paper/instruct.yaml'}",
+    "--image_prefix=",
+    "--use_cpu=true",
+    "--precision=fp32",
+    "--global_batch_size=8",
+    "--micro_batch_size=2",
+    "--learning_rate=1e-3",
+    "--num_workers=0",
+    "--logging_steps=1",
+    "--save_steps=2",
+    "--report_to=none",
+]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory, tower_dir, language_dir, picture):
+    """An assembled model and 48 conversations of unlike length, every third of them text alone."""
+    folder = tmp_path_factory.mktemp("inputs")
+    save(*assemble(tower_dir, language_dir, seed=3), folder / "model")
+    (folder / "images").mkdir()
+    rows = []
+    for n in range(8 * STEPS):
+        words = " ".join(["small blue circle"] * (1 + n % 7))
+        row = {"id": str(n), "conversations": [{"from": "human", "value": f"Is there a {words}?"}]}
+        if n % 3:
+            picture(n).save(folder / "images" / f"{n}.png")
+            row |= {"image": f"{n}.png"}
+            row["conversations"][0]["value"] = "<image>\n" + row["conversations"][0]["value"]
+        row["conversations"].append({"from": "gpt", "value": "Yes" if n % 2 else "No"})
+        rows.append(row)
+    (folder / "rows.json").write_text(json.dumps(rows))
+    return folder
+
+
+def command(inputs, out, zero, *more):
+    places = [f"--model={inputs / 'model'}", f"--data={inputs / 'rows.json'}", f"--image_root={inputs / 'images'}"]
+    zero_file = ROOT / f"stages/configs/deepspeed/zero{zero}.json"
+    return ["stages.instruct", *SETTINGS, *places, f"--deepspeed={zero_file}", f"--output_dir={out}", *more]
+
+
+def weights(out):
+    return load_file(out / "model.safetensors")
+
+
+def losses(out):
+    return [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def calm(inputs, tmp_path_factory):
+    """Undisturbed runs: LoRA with ZeRO-2 on one rank, and with ZeRO-3 on two."""
+    out = tmp_path_factory.mktemp("calm")
+    run_deepspeed(1, *command(inputs, out / "one", 2, "--lora_rank=4"))
+    run_deepspeed(2, *command(inputs, out / "two", 3, "--lora_rank=4"))
+    return out
+
+
+def test_two_ranks_with_zero_3_learn_what_one_with_zero_2_learns(calm, inputs):
+    one, two, before = weights(calm / "one"), weights(calm / "two"), weights(inputs / "model")
+    assert losses(calm / "two") == pytest.approx(
+        losses(calm / "one"), rel=1e-4
+    )  # tokens weigh alike, wherever they lie
+    assert one.keys() == two.keys() == before.keys()
+    changed = {key for key in one if not torch.equal(one[key], before[key])}
+    assert all("proj" in key for key in changed) and any("multi_modal_projector" in key for key in changed)
+    for key in changed:
+        assert (one[key] - two[key]).norm() <= 0.02 * (one[key] - before[key]).norm() + 1e-6, key
+    record = json.loads((calm / "two/run.json").read_text())
+    assert record["before"]["vision_tower"] == record["after"]["vision_tower"]
+    assert record["before"]["language_model"] != record["after"]["language_model"]
+    assert (calm / "two/adapter/adapter_model.safetensors").is_file()
+    load(calm / "two")  # checks the fingerprints
+
+
+def test_a_killed_rank_ends_the_launcher_and_the_command_goes_on_to_the_same_weights(calm, inputs, tmp_path):
+    out = tmp_path / "killed"
+    arguments = command(inputs, out, 3, "--lora_rank=4")
+    launcher = ["deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", str(free_port()), "--module"]
+    process = start(*launcher, *arguments, threads=1)
+    deadline = time.time() + 120
+    while not (out / "checkpoint-2/complete").exists():
+        assert process.poll() is None and time.time() < deadline
+        time.sleep(0.01)
+    ranks = [p for p in psutil.Process(process.pid).children(recursive=True) if "--local_rank=1" in p.cmdline()]
+    ranks[0].kill()
+    process.communicate(timeout=120)  # the launcher ends by itself, and the other rank with it
+    assert json.loads((out / "run.json").read_text())["state"] != "finished"
+    said = run_deepspeed(2, *arguments).stdout
+    assert "resumes at step" in said
+    found, wanted = weights(out), weights(calm / "two")
+    assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+
+
+def test_align_with_two_layers_and_a_rate_of_its_own_for_each_part(inputs, tower_dir, language_dir, tmp_path):
+    out = tmp_path / "align"
+    places = [f"--vision_tower={tower_dir}", f"--language_model={language_dir}", f"--data={inputs / 'rows.json'}"]
+    parts = ["--learns", "vision_tower", "projector", "--vision_tower_learning_rate=1e-5", "--projector=mlp"]
+    options = [*SETTINGS[1:], "--template=vicuna", f"--image_root={inputs / 'images'}", f"--output_dir={out}"]
+    run("stages.align", *places, *parts, *options, threads=1)
+    record = json.loads((out / "run.json").read_text())
+    changed = {name for name in record["before"] if record["before"][name] != record["after"][name]}
+    assert changed == {"vision_tower", "projector"} == set(record["learns"])
+    model, _ = load(out)
+    assert type(model.model.multi_modal_projector).__name__ == "LlavaMultiModalProjector"
+    tower, before = model.model.vision_tower.state_dict(), load_file(tower_dir / "model.safetensors")
+    steps = max(float((tower[k] - before[k]).abs().max()) for k in before if k in tower)
+    assert 0 < steps < 1.1e-5 * STEPS  # Adam moves by at most its rate
+
+
+def test_lora_without_a_learning_language_model_is_refused(inputs, tmp_path):
+    ended = run(*command(inputs, tmp_path / "x", 2, "--lora_rank=4", "--learns", "projector"), check=False)
+    assert ended.returncode == 2 and "add language_model to `learns`" in ended.stderr
