@@ -1,4 +1,7 @@
-"""LLaVA JSON and JSONL rows -> examples and batches; what a user can get wrong is found before training.
+"""Rows of LLaVA's JSON, checked once and kept memory-mapped; what a user can get wrong is found before training.
+
+    python -m mllm.data check rows.json --image_root images     # every fault, by row
+    python -m mllm.data stats rows.json --image_root images --model runs/align   # answers, lengths, what is supervised
 
 Pictures are opened when they are needed; they may be plain files or members of webdataset tars.
 """
@@ -6,23 +9,22 @@ Pictures are opened when they are needed; they may be plain files or members of 
 import io
 import json
 import os
+import sys
 import tarfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cached_property
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, overload
 
-import numpy as np
-import torch
-from PIL import Image, UnidentifiedImageError
-from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import Dataset
-
-from diffclip.errors import InputError
-from mllm.conversation import IGNORE, IMAGE, NoSupervisionError, encode, pair_turns, render
+from diffclip.errors import InputError, exit_on_input_error
+from mllm.conversation import IMAGE, pair_turns, render
 
 if TYPE_CHECKING:
-    from transformers import LlavaProcessor
+    from datasets import Dataset
+    from PIL import Image
+
+FORMAT = 1  # raise it when what `load_rows` keeps changes its meaning
 
 
 class Picture(NamedTuple):
@@ -40,8 +42,10 @@ class Picture(NamedTuple):
         finally:
             os.close(handle)
 
-    def open(self) -> Image.Image:
+    def open(self) -> "Image.Image":
         """Decode to RGB; OSError if that fails."""
+        from PIL import Image, UnidentifiedImageError
+
         try:
             return Image.open(io.BytesIO(self.read())).convert("RGB")
         except UnidentifiedImageError:
@@ -56,185 +60,141 @@ class Row(NamedTuple):
     pictures: list[Picture]
 
 
-def load_rows(files: Sequence[str | Path], image_root: str | Path, *, image_prefix: str = "") -> list[Row]:
+class Rows(Sequence[Row]):
+    """Checked rows in an Arrow file that is mapped into memory: any number of them opens at once and is shared."""
+
+    def __init__(self, table: "Dataset", image_root: str | Path) -> None:
+        self.table, self.image_root = table, str(image_root)
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Row]: ...
+    def __getitem__(self, index: int | slice) -> Row | list[Row]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        row = self.table[index]
+        places = find_pictures(self.image_root, row["images"])
+        gone = [name for name, place in places.items() if place is None]
+        if gone:
+            raise InputError(f"{row['key']}: picture {gone[0]} is no longer under {self.image_root}")
+        return Row(row["key"], json.loads(row["conversation"]), [places[name] for name in row["images"]])
+
+    def texts(self, indices: Sequence[int]) -> tuple[list[list[dict[str, str]]], list[int]]:
+        """Conversations and numbers of pictures of some rows, without looking for the pictures."""
+        some = self.table[indices]
+        return [json.loads(text) for text in some["conversation"]], [len(names) for names in some["images"]]
+
+
+def load_rows(
+    files: Sequence[str | Path], image_root: str | Path, *, image_prefix: str = "", template: str = "vicuna"
+) -> Rows:
     """Read rows `{"id", "image", "conversations": [{"from": "human" | "gpt", "value"}]}` and check them all.
 
+    What was checked is kept in the cache folder of `datasets`, so the same files open in a moment the next time, and
+    in every other process.
+
     Args:
-        files: JSON arrays or JSONL files; several make a mixture, in order.
+        files: JSON arrays, JSONL, parquet, or folders of `datasets.save_to_disk`; several make a mixture, in order.
         image_root: folder that the rows' `image` paths start from. A path that is no file there is looked for
             in the tars of its folder: `shots/train/7.jpg` as member `7.jpg` of a tar in `shots/train/`.
         image_prefix: keep only rows whose image path starts with this; "coco/" is LLaVA-665K's COCO subset.
+        template: the conversation format that the rows are to be written in, which decides how many pictures show.
 
     Raises:
-        InputError: unreadable file, missing picture, turns out of order, empty answer; names the row.
+        InputError: unreadable file, missing picture, turns out of order, empty answer, more or fewer pictures than the
+            conversation shows; names the row.
     """
-    raw = [
-        (f"{path}: row {number} (id {row.get('id', '?')})", row, _image_names(row))
-        for path in files
-        for number, row in enumerate(read_json_rows(path))
-    ]
-    raw = [entry for entry in raw if not image_prefix or any(n.startswith(image_prefix) for n in entry[2])]
-    if not raw:
-        kept = f" with an image path that starts with `{image_prefix}`" if image_prefix else ""
-        raise InputError(f"{', '.join(map(str, files))}: no rows{kept}; check the file and image_prefix")
-    pictures = find_pictures(image_root, {name for _, _, names in raw for name in names})
-    rows, problems = [], []
-    for key, row, names in raw:
-        missing = [name for name in names if pictures[name] is None]
-        problem = _turn_problem(row.get("conversations"))
-        if missing:
-            problem = f"picture {missing[0]} is not under {image_root}, nor in a tar there; check image_root"
+    from datasets import Dataset, Features, Value, disable_progress_bars, enable_progress_bars
+    from datasets.exceptions import DatasetGenerationError
+
+    sources = [(str(path), _state(Path(path))) for path in files]
+    settings = {"sources": json.dumps(sources), "image_root": str(image_root), "image_prefix": image_prefix}
+    features = Features({"key": Value("string"), "conversation": Value("string"), "images": [Value("string")]})
+    disable_progress_bars()
+    try:
+        table = Dataset.from_generator(
+            _checked_rows, features=features, gen_kwargs={**settings, "template": template, "version": FORMAT}
+        )
+    except DatasetGenerationError as error:
+        cause = error.__cause__ or error
+        raise (InputError(str(cause)) if isinstance(cause, InputError) else cause) from None
+    finally:
+        enable_progress_bars()
+    return Rows(table, image_root)
+
+
+def _state(path: Path) -> tuple[int, int]:
+    if not path.exists():
+        raise InputError(f"{path}: no such file; give a LLaVA JSON or JSONL file")
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns
+
+
+def _checked_rows(sources: str, image_root: str, image_prefix: str, template: str, version: int) -> Iterator[dict]:
+    """What `load_rows` keeps; raises InputError at the end if any row has a fault."""
+    files = [path for path, _ in json.loads(sources)]
+    problems, kept = [], 0
+    for key, row, problem in examine(files, image_root, image_prefix=image_prefix, template=template):
+        kept += 1
         if problem:
             problems.append(f"{key}: {problem}")
         else:
-            rows.append(Row(key, row["conversations"], [pictures[name] for name in names]))
-    _report(problems)
-    return rows
+            yield {"key": key, "conversation": json.dumps(row["conversations"]), "images": image_names(row)}
+    if not kept:
+        only = f" with an image path that starts with `{image_prefix}`" if image_prefix else ""
+        raise InputError(f"{', '.join(files)}: no rows{only}; check the file and image_prefix")
+    if problems:
+        rest = f" ({len(problems) - 1} more rows have problems: python -m mllm.data check)" if len(problems) > 1 else ""
+        raise InputError(problems[0] + rest)
+
+
+def examine(
+    files: Sequence[str | Path], image_root: str | Path, *, image_prefix: str = "", template: str = "vicuna"
+) -> Iterator[tuple[str, dict, str]]:
+    """Every row with its name, and what is wrong with it or ""; arguments as in `load_rows`."""
+    for path in files:
+        for number, row in enumerate(read_json_rows(path)):
+            names = image_names(row)
+            if image_prefix and not any(name.startswith(image_prefix) for name in names):
+                continue
+            places = find_pictures(image_root, names)
+            missing = [name for name in names if places[name] is None]
+            problem = _turn_problem(row.get("conversations"))
+            if missing:
+                problem = f"picture {missing[0]} is not under {image_root}, nor in a tar there; check image_root"
+            if not problem:
+                shown = sum(segment.text.count(IMAGE) for segment in render(row["conversations"], template))
+                if shown != len(names):
+                    problem = (
+                        f"has {len(names)} pictures, but its conversation shows {shown} in template `{template}`; "
+                        f"put one {IMAGE} into a question for each picture"
+                    )
+            yield f"{path}: row {number} (id {row.get('id', '?')})", row, problem
 
 
 def find_pictures(root: str | Path, names: Iterable[str]) -> dict[str, Picture | None]:
     """Each name's place under `root`, as a file or as a member of a tar in its folder, or None."""
     places: dict[str, Picture | None] = {}
-    tars: dict[str, dict[str, Picture]] = {}  # by folder, read only where files are missing
     for name in names:
         path = os.path.join(root, name)
         if os.path.isfile(path):
             places[name] = Picture(path)
             continue
         folder, base = os.path.split(path)
-        if folder not in tars:
-            tars[folder] = _tar_members(Path(folder))
-        places[name] = tars[folder].get(base)
+        places[name] = _tar_members(Path(folder), _tars_state(folder)).get(base)  # only where files are missing
     return places
-
-
-class ConversationDataset(Dataset):
-    """Examples for training.
-
-    `dataset[i]` holds input_ids and labels (tokens,) int64; with pictures, also pixel_values (n, 3, H, W).
-    """
-
-    def __init__(
-        self, rows: Sequence[Row], processor: "LlavaProcessor", *, template: str, max_length: int = 2048
-    ) -> None:
-        """
-        Args:
-            rows: from `load_rows`.
-            processor: of the model to train.
-            template: conversation format, see `mllm.conversation`.
-            max_length: longer examples are cut at the end, picture tokens counted.
-
-        Raises:
-            InputError: a row whose conversation shows more or fewer pictures than it has.
-        """
-        self.rows, self.processor = rows, processor
-        self.template, self.max_length = template, max_length
-        self.image_tokens = image_tokens(processor)
-        self.end_token = processor.tokenizer.eos_token
-        problems = []
-        for row in rows:
-            shown = sum(segment.text.count(IMAGE) for segment in self._segments(row))
-            if shown != len(row.pictures):
-                problems.append(
-                    f"{row.key}: has {len(row.pictures)} pictures, but its conversation shows {shown} in "
-                    f"template `{template}`; put one {IMAGE} into a question for each picture"
-                )
-        _report(problems)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        row = self.rows[index]
-        encoded = encode(self._segments(row), self.processor.tokenizer, self.image_tokens)
-        example = {name: torch.tensor(ids[: self.max_length]) for name, ids in encoded.items()}
-        if (example["labels"] == IGNORE).all():
-            raise NoSupervisionError(f"{row.key}: no supervised token in the first {self.max_length}; raise max_length")
-        shown = int((example["input_ids"] == self.processor.image_token_id).sum())
-        if shown != self.image_tokens * len(row.pictures):
-            raise InputError(f"{row.key}: max_length {self.max_length} cuts a picture off; raise it")
-        if row.pictures:
-            pixels = self.processor.image_processor([_open(p, row.key) for p in row.pictures], return_tensors="pt")
-            example["pixel_values"] = pixels["pixel_values"]
-        return example
-
-    @cached_property
-    def lengths(self) -> list[int]:
-        """Tokens of every example, picture tokens counted, for batches of equal length."""
-        texts = ["".join(s.text for s in self._segments(row)) for row in self.rows]
-        counts = [len(ids) for ids in self.processor.tokenizer(texts)["input_ids"]]
-        extra = self.image_tokens - 1
-        return [min(n + extra * len(r.pictures), self.max_length) for n, r in zip(counts, self.rows)]
-
-    def _segments(self, row: Row) -> list:
-        return render(row.conversation, self.template, end_token=self.end_token)
-
-
-def training_order(dataset: ConversationDataset, kind: str, batch: int, steps: int, seed: int) -> list[int]:
-    """Return the rows of a whole run in the order in which the optimiser sees them, decided by the seed alone.
-
-    Args:
-        kind: "random"; "file" for the rows as they stand, epoch after epoch; "length" for batches of like length: each
-            epoch is shuffled and sorted within stretches of 64 batches, and the batches are then shuffled. The longest
-            batch comes first, so that memory runs out in the first step or never.
-        batch: conversations per optimiser step, over all devices.
-        steps: optimiser steps of the run.
-
-    Returns:
-        steps * batch indices; rows that fill no whole batch are left out of an epoch, unless the data is smaller.
-    """
-    rng = np.random.default_rng(seed)
-    rows = np.arange(len(dataset))
-    order: list[np.ndarray] = []
-    while sum(map(len, order)) < steps * batch:
-        epoch = rows if kind == "file" else rng.permutation(rows)
-        if kind == "length" and len(rows) >= batch:
-            lengths = np.asarray(dataset.lengths)
-            stretches = np.array_split(epoch, range(64 * batch, len(epoch), 64 * batch))
-            sorted_rows = np.concatenate([one[np.argsort(-lengths[one], kind="stable")] for one in stretches])
-            # the rows left out are a random stretch of it, not always the shortest
-            cut = rng.integers(0, len(rows) % batch + 1)
-            batches = rng.permutation(sorted_rows[cut : cut + len(rows) // batch * batch].reshape(-1, batch))
-            if not order:
-                longest = lengths[batches].max(axis=1).argmax()
-                batches[[0, longest]] = batches[[longest, 0]]
-            epoch = batches.reshape(-1)
-        order.append(epoch)
-    return np.concatenate(order)[: steps * batch].tolist()
-
-
-def collate(
-    processor: "LlavaProcessor",
-) -> Callable[[list[dict[str, torch.Tensor]]], dict[str, torch.Tensor]]:
-    """A collator that pads on the right.
-
-    It returns input_ids, attention_mask, labels (batch, tokens) int64 and, unless all rows are text alone,
-    pixel_values (pictures of the batch in order, 3, height, width).
-    """
-    pad = processor.tokenizer.pad_token_id
-
-    def batch(examples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        ids = [e["input_ids"] for e in examples]
-        result = {
-            "input_ids": pad_sequence(ids, batch_first=True, padding_value=pad),
-            "attention_mask": pad_sequence([torch.ones_like(i) for i in ids], batch_first=True),
-            "labels": pad_sequence([e["labels"] for e in examples], batch_first=True, padding_value=IGNORE),
-        }
-        pixels = [e["pixel_values"] for e in examples if "pixel_values" in e]
-        return {**result, "pixel_values": torch.cat(pixels)} if pixels else result
-
-    return batch
-
-
-def image_tokens(processor: "LlavaProcessor") -> int:
-    """How many placeholders the processor writes for one picture."""
-    pixels = processor.image_processor([Image.new("RGB", (64, 64))], return_tensors="pt")
-    return processor.replace_image_token(pixels, 0).count(IMAGE)
 
 
 def read_json_rows(path: str | Path) -> Iterator[dict]:
     """Rows of a JSON array or of a file with one JSON object a line; InputError for anything else."""
     path = Path(path)
+    if path.is_dir() or path.suffix == ".parquet":
+        yield from _table_rows(path)
+        return
     if not path.is_file():
         raise InputError(f"{path}: no such file; give a LLaVA JSON or JSONL file")
     with open(path, encoding="utf-8") as f:
@@ -250,14 +210,21 @@ def read_json_rows(path: str | Path) -> Iterator[dict]:
         yield row
 
 
-def _open(picture: Picture, key: str) -> Image.Image:
+def _table_rows(path: Path) -> Iterator[dict]:
+    from datasets import Dataset, load_from_disk
+
     try:
-        return picture.open()
-    except OSError as error:
-        raise InputError(f"{key}: {picture.file}: {error}; mend the picture or drop the row") from None
+        table = load_from_disk(str(path)) if path.is_dir() else Dataset.from_parquet(str(path))
+        missing = {"conversations"} - set(table.column_names)
+    except Exception as error:
+        # any of a dozen kinds, by what is broken
+        raise InputError(f"{path}: cannot be read as a `datasets` folder or parquet file ({error})") from error
+    if missing:
+        raise InputError(f"{path}: has no column conversations; LLaVA's rows have id, image and conversations")
+    yield from table
 
 
-def _image_names(row: dict) -> list[str]:
+def image_names(row: dict) -> list[str]:
     image = row.get("image") or []
     return [image] if isinstance(image, str) else list(image)
 
@@ -277,14 +244,20 @@ def _turn_problem(conversation: object) -> str:
     return ""
 
 
-def _report(problems: list[str]) -> None:
-    if problems:
-        rest = f" ({len(problems) - 1} more rows have problems)" if len(problems) > 1 else ""
-        raise InputError(problems[0] + rest)
+def _tars_state(folder: str) -> tuple[tuple[str, int, int], ...]:
+    """Names, sizes and times of the tars in a folder, looked at again after each five seconds."""
+    return _tars_now(folder, int(time.monotonic() / 5))
 
 
-def _tar_members(folder: Path) -> dict[str, Picture]:
-    """Members of all tars in a folder by file name."""
+@lru_cache(maxsize=256)
+def _tars_now(folder: str, moment: int) -> tuple[tuple[str, int, int], ...]:
+    found = sorted(Path(folder).glob("*.tar"))
+    return tuple((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in found)
+
+
+@lru_cache(maxsize=64)
+def _tar_members(folder: Path, state: tuple) -> dict[str, Picture]:
+    """Members of all tars in a folder by file name; `state` makes a changed tar a new one."""
     members = {}
     for path in sorted(folder.glob("*.tar")):
         try:
@@ -296,3 +269,29 @@ def _tar_members(folder: Path) -> dict[str, Picture]:
         except tarfile.TarError as error:
             raise InputError(f"{path}: not a readable tar file ({error}); download or write it again") from None
     return members
+
+
+def main(argv: list[str] | None = None) -> None:
+    """`check` lists every fault, `stats` says what a model would learn from the rows."""
+    import argparse
+
+    parser = argparse.ArgumentParser(
+        "python -m mllm.data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("action", choices=("check", "stats"), help="find faults, or describe the rows")
+    parser.add_argument("files", nargs="+", help="LLaVA JSON, JSONL or parquet files")
+    parser.add_argument("--image_root", required=True, help="folder that the rows' image paths start from")
+    parser.add_argument("--image_prefix", default="", help="only rows whose image path starts with this")
+    parser.add_argument("--template", default="vicuna", choices=("plain", "vicuna", "chatml"), help="prompt format")
+    parser.add_argument("--model", default="", help="stats: a run of align or instruct, to count tokens")
+    parser.add_argument("--max_length", type=int, default=2048, help="longer rows are reported")
+    parser.add_argument("--out", default="", help="stats: folder for lengths.png and stats.json")
+    options = parser.parse_args(argv)
+    from mllm import data_report
+
+    sys.exit(data_report.check(options) if options.action == "check" else data_report.stats(options))
+
+
+if __name__ == "__main__":
+    with exit_on_input_error():
+        main()

@@ -17,7 +17,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from mllm.conversation import IGNORE, IMAGE, encode, prompt, render
-from mllm.data import collate, image_tokens
+from mllm.examples import collate, image_tokens
 from mllm.model import load
 
 PROGRESS = "diffclip_llava"  # what the progress bar begins with

@@ -14,7 +14,7 @@ from stages.mllm_training import ConversationConfig
 from stages.run import Run, end_with_pipeline, upstream_model
 
 if TYPE_CHECKING:
-    from mllm.data import ConversationDataset
+    from mllm.examples import ConversationDataset
 
 
 @dataclass

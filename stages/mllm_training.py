@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from mllm.data import ConversationDataset
+    from mllm.examples import ConversationDataset
     from stages.run import Run
 
 
@@ -79,7 +79,8 @@ def train_on_conversations(
     from transformers import Trainer
 
     from diffclip.fingerprint import fingerprint
-    from mllm.data import ConversationDataset, collate, load_rows, training_order
+    from mllm.data import load_rows
+    from mllm.examples import ConversationDataset, collate, training_order
     from mllm.lora import add_lora, base_weights, merge, quantise, take_out
     from mllm.model import freeze, parts, save
     from stages.callbacks import Watch
@@ -89,7 +90,7 @@ def train_on_conversations(
     lora = bool(config.lora_rank)
     if lora and "language_model" not in learns:
         raise InputError("lora_rank: the language model does not learn; add language_model to `learns`")
-    rows = load_rows(config.data, config.image_root, image_prefix=config.image_prefix)
+    rows = load_rows(config.data, config.image_root, image_prefix=config.image_prefix, template=config.template)
     dataset = ConversationDataset(rows, processor, template=config.template, max_length=config.max_length)
     if start is not None:
         start(dataset)

@@ -11,7 +11,8 @@ import torch
 
 from diffclip.errors import InputError
 from mllm.conversation import IGNORE, NoSupervisionError, encode, render
-from mllm.data import ConversationDataset, collate, find_pictures, load_rows, training_order
+from mllm.data import find_pictures, load_rows
+from mllm.examples import ConversationDataset, collate, training_order
 
 
 def turns(*values):

@@ -5,7 +5,8 @@ import json
 import torch
 
 from mllm.conversation import prompt
-from mllm.data import ConversationDataset, collate, load_rows
+from mllm.data import load_rows
+from mllm.examples import ConversationDataset, collate
 from mllm.model import freeze
 
 

@@ -1,0 +1,142 @@
+"""Rows of conversations -> examples, the order of a whole run, and batches."""
+
+from collections.abc import Callable
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Dataset
+
+from diffclip.errors import InputError
+from mllm.conversation import IGNORE, IMAGE, NoSupervisionError, encode, render
+from mllm.data import Picture, Row, Rows
+
+if TYPE_CHECKING:
+    from transformers import LlavaProcessor
+
+
+class ConversationDataset(Dataset):
+    """Examples for training.
+
+    `dataset[i]` holds input_ids and labels (tokens,) int64; with pictures, also pixel_values (n, 3, H, W).
+    """
+
+    def __init__(self, rows: Rows, processor: "LlavaProcessor", *, template: str, max_length: int = 2048) -> None:
+        """
+        Args:
+            rows: from `mllm.data.load_rows`, checked with the same template.
+            processor: of the model to train.
+            template: conversation format, see `mllm.conversation`.
+            max_length: longer examples are cut at the end, picture tokens counted.
+        """
+        self.rows, self.processor = rows, processor
+        self.template, self.max_length = template, max_length
+        self.image_tokens = image_tokens(processor)
+        self.end_token = processor.tokenizer.eos_token
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        row = self.rows[index]
+        encoded = encode(self._segments(row), self.processor.tokenizer, self.image_tokens)
+        example = {name: torch.tensor(ids[: self.max_length]) for name, ids in encoded.items()}
+        if (example["labels"] == IGNORE).all():
+            raise NoSupervisionError(f"{row.key}: no supervised token in the first {self.max_length}; raise max_length")
+        shown = int((example["input_ids"] == self.processor.image_token_id).sum())
+        if shown != self.image_tokens * len(row.pictures):
+            raise InputError(f"{row.key}: max_length {self.max_length} cuts a picture off; raise it")
+        if row.pictures:
+            pixels = self.processor.image_processor([_open(p, row.key) for p in row.pictures], return_tensors="pt")
+            example["pixel_values"] = pixels["pixel_values"]
+        return example
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        """Tokens of every example, picture tokens counted, for batches of equal length."""
+        found: list[int] = []
+        for first in range(0, len(self.rows), 4096):
+            chunk = range(first, min(first + 4096, len(self.rows)))
+            conversations, pictures = self.rows.texts(chunk)
+            texts = [
+                "".join(s.text for s in render(one, self.template, end_token=self.end_token)) for one in conversations
+            ]
+            counts = [len(ids) for ids in self.processor.tokenizer(texts)["input_ids"]]
+            extra = self.image_tokens - 1
+            found += [min(n + extra * shown, self.max_length) for n, shown in zip(counts, pictures)]
+        return found
+
+    def _segments(self, row: Row) -> list:
+        return render(row.conversation, self.template, end_token=self.end_token)
+
+
+def training_order(dataset: ConversationDataset, kind: str, batch: int, steps: int, seed: int) -> list[int]:
+    """Return the rows of a whole run in the order in which the optimiser sees them, decided by the seed alone.
+
+    Args:
+        kind: "random"; "file" for the rows as they stand, epoch after epoch; "length" for batches of like length: each
+            epoch is shuffled and sorted within stretches of 64 batches, and the batches are then shuffled. The longest
+            batch comes first, so that memory runs out in the first step or never.
+        batch: conversations per optimiser step, over all devices.
+        steps: optimiser steps of the run.
+
+    Returns:
+        steps * batch indices; rows that fill no whole batch are left out of an epoch, unless the data is smaller.
+    """
+    rng = np.random.default_rng(seed)
+    rows = np.arange(len(dataset))
+    order: list[np.ndarray] = []
+    while sum(map(len, order)) < steps * batch:
+        epoch = rows if kind == "file" else rng.permutation(rows)
+        if kind == "length" and len(rows) >= batch:
+            lengths = np.asarray(dataset.lengths)
+            stretches = np.array_split(epoch, range(64 * batch, len(epoch), 64 * batch))
+            sorted_rows = np.concatenate([one[np.argsort(-lengths[one], kind="stable")] for one in stretches])
+            # the rows left out are a random stretch of it, not always the shortest
+            cut = rng.integers(0, len(rows) % batch + 1)
+            batches = rng.permutation(sorted_rows[cut : cut + len(rows) // batch * batch].reshape(-1, batch))
+            if not order:
+                longest = lengths[batches].max(axis=1).argmax()
+                batches[[0, longest]] = batches[[longest, 0]]
+            epoch = batches.reshape(-1)
+        order.append(epoch)
+    return np.concatenate(order)[: steps * batch].tolist()
+
+
+def collate(
+    processor: "LlavaProcessor",
+) -> Callable[[list[dict[str, torch.Tensor]]], dict[str, torch.Tensor]]:
+    """A collator that pads on the right.
+
+    It returns input_ids, attention_mask, labels (batch, tokens) int64 and, unless all rows are text alone,
+    pixel_values (pictures of the batch in order, 3, height, width).
+    """
+    pad = processor.tokenizer.pad_token_id
+
+    def batch(examples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        ids = [e["input_ids"] for e in examples]
+        result = {
+            "input_ids": pad_sequence(ids, batch_first=True, padding_value=pad),
+            "attention_mask": pad_sequence([torch.ones_like(i) for i in ids], batch_first=True),
+            "labels": pad_sequence([e["labels"] for e in examples], batch_first=True, padding_value=IGNORE),
+        }
+        pixels = [e["pixel_values"] for e in examples if "pixel_values" in e]
+        return {**result, "pixel_values": torch.cat(pixels)} if pixels else result
+
+    return batch
+
+
+def image_tokens(processor: "LlavaProcessor") -> int:
+    """How many placeholders the processor writes for one picture."""
+    pixels = processor.image_processor([Image.new("RGB", (64, 64))], return_tensors="pt")
+    return processor.replace_image_token(pixels, 0).count(IMAGE)
+
+
+def _open(picture: Picture, key: str) -> Image.Image:
+    try:
+        return picture.open()
+    except OSError as error:
+        raise InputError(f"{key}: {picture.file}: {error}; mend the picture or drop the row") from None
