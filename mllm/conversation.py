@@ -7,6 +7,8 @@ tokenised a second time, so a template and a tokenizer cannot disagree about whe
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from diffclip.errors import InputError
 
 IMAGE = "<image>"
@@ -132,22 +134,15 @@ def encode(segments: Iterable[Segment], tokenizer: Any, image_tokens: int) -> di
         supervised if its last character lies in a supervised segment; placeholders never are.
     """
     segments = list(segments)
-    encoded = tokenizer("".join(s.text for s in segments), return_offsets_mapping=True)
-    image_id = tokenizer.convert_tokens_to_ids(IMAGE)
-    input_ids, labels = [], []
-    current, segment_end = -1, 0  # segment of the last token, and where that segment ends in the text
-    for token, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"]):
-        while end > segment_end:
-            current += 1
-            segment_end += len(segments[current].text)
-        if token == image_id:
-            input_ids += [token] * image_tokens
-            labels += [IGNORE] * image_tokens
-        else:
-            input_ids.append(token)
-            supervised = end > start and segments[current].supervised
-            labels.append(token if supervised else IGNORE)
-    return {"input_ids": input_ids, "labels": labels}
+    encoded = tokenizer.backend_tokenizer.encode("".join(s.text for s in segments))
+    ids = np.array(encoded.ids, dtype=np.int64)
+    starts, ends = np.array(encoded.offsets, dtype=np.int64).reshape(-1, 2).T
+    place = np.searchsorted(np.cumsum([len(s.text) for s in segments]), ends)  # each token's segment
+    is_image = ids == tokenizer.convert_tokens_to_ids(IMAGE)
+    supervised = np.array([s.supervised for s in segments])[place] & (ends > starts) & ~is_image
+    repeats = np.where(is_image, image_tokens, 1)
+    labels = np.where(supervised, ids, IGNORE)
+    return {"input_ids": ids.repeat(repeats).tolist(), "labels": labels.repeat(repeats).tolist()}
 
 
 def chat_template(template: str, end_token: str = "<|im_end|>") -> str | None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -9,6 +10,8 @@ from pathlib import Path
 from typing import ClassVar
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+# rows of the tests' files stay out of the user's cache
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="diffclip-tests-")
 
 import pytest
 

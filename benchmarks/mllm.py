@@ -1,0 +1,228 @@
+"""What the multimodal stages do to save time, each beside the usual way in one run, at sizes scaled to a CPU.
+
+    OMP_NUM_THREADS=1 python -m benchmarks.mllm [--steps 5] [--rows 2000]
+
+- logits: a training step with logits for supervised positions only, beside one with logits for all of them
+- batches: useful tokens a second in batches of like length, beside random ones
+- labels: text tokenised once and labels read off its spans, beside tokenising every turn again to find the answers
+- tower: the vision tower stopped at the layer that is read, beside all of its blocks
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+
+import diffclip
+from mllm.conversation import IGNORE, IMAGE, encode, render
+from mllm.examples import training_order
+from mllm.model import DiffCLIPLlavaConfig, DiffCLIPLlavaForConditionalGeneration, freeze
+
+WORDS = [
+    "is",
+    "there",
+    "a",
+    "small",
+    "red",
+    "large",
+    "blue",
+    "circle",
+    "star",
+    "left",
+    "of",
+    "the",
+    "picture",
+    "yes",
+    "no",
+]
+
+
+def side_by_side(ways: dict[str, Callable[[], object]], steps: int) -> dict[str, float]:
+    """Median seconds of each way; they take turns, so that a busy moment meets them all."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for step in range(steps + 1):
+        for name, do in ways.items():
+            start = time.perf_counter()
+            do()
+            if step:  # the first warms up
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+def say(what: str, seconds: dict[str, float], per: float = 1.0, unit: str = "ms", scale: float = 1e3) -> None:
+    (ours, a), (usual, b) = seconds.items()
+    print(
+        f"{what:8s} {ours} {a / per * scale:.1f} {unit}, {usual} {b / per * scale:.1f} {unit}: {b / a:.2f}x", flush=True
+    )
+
+
+def small_model(vocabulary: int) -> DiffCLIPLlavaForConditionalGeneration:
+    """DiffCLIP-tiny's tower, a linear projector, a Qwen2 of six layers of width 256."""
+    tower = diffclip.DiffCLIPVisionModel(
+        diffclip.DiffCLIPVisionConfig(
+            hidden_size=192,
+            num_hidden_layers=12,
+            num_attention_heads=4,
+            image_size=96,
+            patch_size=16,
+            lambda_init=[0.8] * 12,
+            stop_early=True,
+        )
+    )
+    text = Qwen2Config(
+        vocab_size=vocabulary,
+        hidden_size=256,
+        intermediate_size=1024,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    )
+    config = DiffCLIPLlavaConfig(
+        vision_config=tower.config,
+        text_config=text,
+        image_token_index=vocabulary - 1,
+        image_seq_length=36,
+        vision_feature_select_strategy="default",
+    )
+    model = DiffCLIPLlavaForConditionalGeneration(config)
+    model.model.vision_tower = tower
+    model.model.language_model = Qwen2ForCausalLM(text).model
+    model.tie_weights()
+    freeze(model, {"projector", "language_model"})
+    return model.train()
+
+
+def batch(lengths: list[int], vocabulary: int, supervised: float) -> dict[str, torch.Tensor]:
+    """Random conversations with one picture each, padded to the longest."""
+    longest = max(lengths)
+    ids = torch.randint(0, vocabulary - 1, (len(lengths), longest))
+    ids[:, :36] = vocabulary - 1
+    mask = torch.arange(longest) < torch.tensor(lengths)[:, None]
+    learnt = mask & (torch.arange(longest) >= torch.tensor([int(n * (1 - supervised)) for n in lengths])[:, None])
+    pixels = torch.randn(len(lengths), 3, 96, 96)
+    return {
+        "input_ids": ids,
+        "attention_mask": mask.long(),
+        "labels": ids.masked_fill(~learnt, IGNORE),
+        "pixel_values": pixels,
+    }
+
+
+def logits(steps: int, vocabulary: int = 32_000) -> None:
+    model = small_model(vocabulary)
+    inputs = batch([160] * 8, vocabulary, supervised=0.13)
+    labels = inputs["labels"]
+
+    def ours() -> None:
+        model(**inputs).loss.backward()
+
+    def full() -> None:
+        outputs = model.model(**{k: v for k, v in inputs.items() if k != "labels"})
+        scores = model.lm_head(outputs.last_hidden_state).float()  # (batch, tokens, vocabulary)
+        torch.nn.functional.cross_entropy(scores[:, :-1].flatten(0, 1), labels[:, 1:].flatten()).backward()
+
+    say("logits", side_by_side({"supervised only": ours, "all": full}, steps))
+
+
+class Lengths(list):
+    """Stands for a dataset in `training_order`."""
+
+    @property
+    def lengths(self) -> "Lengths":
+        return self
+
+
+def batches(steps: int, vocabulary: int = 4_000, size: int = 16) -> None:
+    """Lengths as on a mixture of captions, questions and long answers."""
+    model = small_model(vocabulary)
+    rng = np.random.default_rng(0)
+    lengths = Lengths(int(n) for n in np.clip(36 + rng.lognormal(4.2, 0.8, 4096), 50, 600))
+    useful, padded, seconds = {}, {}, {}
+    for kind in ("length", "random"):
+        order = training_order(lengths, kind, size, len(lengths) // size, seed=0)
+        chosen = np.asarray(lengths)[order].reshape(-1, size)
+        picked = chosen[np.linspace(1, len(chosen) - 1, 4 * steps).astype(int)]
+        useful[kind], padded[kind] = picked.sum(), picked.max(axis=1).sum() * size
+        model(**batch(picked[0].tolist(), vocabulary, 0.13)).loss.backward()
+        start = time.perf_counter()
+        for row in picked:
+            model(**batch(row.tolist(), vocabulary, 0.13)).loss.backward()
+        seconds[kind] = (time.perf_counter() - start) / useful[kind]
+        print(f"         {kind}: {padded[kind] / useful[kind]:.3f} tokens computed for each useful one")
+    ratio = seconds["random"] / seconds["length"]
+    print(
+        f"batches  {1 / seconds['length']:.0f} and {1 / seconds['random']:.0f} useful tokens/s: {ratio:.2f}x",
+        flush=True,
+    )
+
+
+def retokenised(
+    conversation: list[dict[str, str]], tokenizer: Qwen2Tokenizer, image_tokens: int
+) -> dict[str, list[int]]:
+    """The usual builder: tokenise the whole, then each turn with and without its answer to find where answers lie."""
+    segments = render(conversation, "vicuna")
+    ids = tokenizer("".join(s.text for s in segments))["input_ids"]
+    labels, position = list(ids), 0
+    for question, said in zip(segments[0::2], segments[1::2]):
+        turn = len(tokenizer(question.text + said.text)["input_ids"])
+        asked = len(tokenizer(question.text)["input_ids"])
+        labels[position : position + asked] = [IGNORE] * asked
+        position += turn
+    image = tokenizer.convert_tokens_to_ids(IMAGE)
+    repeat = [(i, one) for i, one in zip(ids, labels) for _ in range(image_tokens if i == image else 1)]
+    return {"input_ids": [i for i, _ in repeat], "labels": [IGNORE if i == image else one for i, one in repeat]}
+
+
+def labels(rows: int, steps: int) -> None:
+    """Conversations of one to ten turns, as in LLaVA-665K."""
+    tokenizer = Qwen2Tokenizer(vocab={}, merges=[]).train_new_from_iterator(
+        [" ".join(WORDS)] * 4, 600, show_progress=False
+    )
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>", IMAGE]})
+    rng = np.random.default_rng(0)
+    conversations = []
+    for _ in range(rows):
+        turns = []
+        for n in range(2 * int(rng.integers(1, 11))):
+            text = " ".join(rng.choice(WORDS, int(rng.integers(3, 20))))
+            turns.append({"from": ("human", "gpt")[n % 2], "value": text if n else f"{IMAGE}\n{text}"})
+        conversations.append(turns)
+    ways = {
+        "by spans": lambda: [encode(render(c, "vicuna"), tokenizer, 196) for c in conversations],
+        "re-tokenising": lambda: [retokenised(c, tokenizer, 196) for c in conversations],
+    }
+    say("labels", side_by_side(ways, steps), rows, "us a row", 1e6)
+
+
+def tower(steps: int) -> None:
+    model = small_model(4_000).model.vision_tower.eval()
+    pixels = torch.randn(32, 3, 96, 96)
+
+    @torch.no_grad()
+    def run(early: bool) -> None:
+        model.config.stop_early = early
+        model(pixels, output_hidden_states=True) if not early else model(pixels, output_hidden_states=[-2])
+
+    say("tower", side_by_side({"stopped": lambda: run(True), "whole": lambda: run(False)}, steps))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--rows", type=int, default=1000)
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    print(f"{torch.get_num_threads()} threads; the last number is how many times longer the usual way takes")
+    logits(options.steps)
+    batches(options.steps)
+    labels(options.rows, options.steps)
+    tower(options.steps)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+"""What `python -m mllm.data check` and `stats` print about rows of conversations."""
+
+import argparse
+import json
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from mllm.conversation import IGNORE
+from mllm.data import Picture, Rows, examine, find_pictures, image_names, load_rows
+
+
+def check(options: argparse.Namespace) -> int:
+    """Print every fault of every row; pictures are decoded, and each picture only once.
+
+    Returns:
+        0 without faults, else 2.
+    """
+    from tqdm import tqdm
+
+    faults: list[str] = []
+    rows = 0
+    seen: dict[Picture, str] = {}  # picture -> the first row that shows it
+    where = {"image_prefix": options.image_prefix, "template": options.template}
+    for key, row, problem in tqdm(examine(options.files, options.image_root, **where), unit="row", disable=None):
+        rows += 1
+        if problem:
+            faults.append(f"{key}: {problem}")
+        for place in find_pictures(options.image_root, image_names(row)).values():
+            if place:
+                seen.setdefault(place, key)
+    with ThreadPoolExecutor(8) as pool:
+        problems = pool.map(broken, seen)
+        for (place, key), problem in tqdm(zip(seen.items(), problems), total=len(seen), unit="picture", disable=None):
+            if problem:
+                faults.append(f"{key}: {place.file}: {problem}; mend the picture or drop the row")
+    if options.model and not faults:
+        lengths, supervised = tokens(options, load_rows(options.files, options.image_root, **where))
+        for number in np.flatnonzero((lengths > options.max_length) | (supervised == 0)):
+            name = load_rows(options.files, options.image_root, **where)[int(number)].key
+            what = f"{lengths[number]} tokens, more than max_length {options.max_length}"
+            faults.append(f"{name}: {what if supervised[number] else 'no supervised token'}")
+    for fault in faults:
+        print(fault)
+    print(f"{rows:,} rows, {len(seen):,} pictures: {f'{len(faults):,} faults' if faults else 'no fault found'}")
+    return 2 if faults else 0
+
+
+def broken(place: Picture) -> str:
+    """Why a picture cannot be decoded, or ""."""
+    try:
+        place.open()
+    except (OSError, ValueError, SyntaxError) as error:
+        return str(error) or type(error).__name__
+    return ""
+
+
+def kind(answer: str) -> str:
+    """yes, no, number, one word, short (up to five words) or long."""
+    words = answer.strip().rstrip(".").lower().split()
+    if not words:
+        return "empty"
+    if words[0].strip(",.") in ("yes", "no"):
+        return words[0].strip(",.")
+    if len(words) == 1:
+        return "number" if words[0].isdecimal() else "one word"
+    return "short" if len(words) <= 5 else "long"
+
+
+def describe(rows: Rows) -> dict:
+    """Counts of rows, pictures, turns and kinds of answers; shares in percent."""
+    kinds: Counter[str] = Counter()
+    common: Counter[str] = Counter()
+    turns, shown = [], []
+    for first in range(0, len(rows), 4096):
+        conversations, pictures = rows.texts(range(first, min(first + 4096, len(rows))))
+        shown += pictures
+        for conversation in conversations:
+            answers = [turn["value"] for turn in conversation if turn["from"] == "gpt"]
+            turns.append(len(answers))
+            kinds.update(map(kind, answers))
+            common.update(answer.strip() for answer in answers)
+    total = sum(kinds.values())
+    binary = kinds["yes"] + kinds["no"]
+    return {
+        "rows": len(rows),
+        "rows with no picture, one, more": [sum(n == 0 for n in shown), shown.count(1), sum(n > 1 for n in shown)],
+        "answers": total,
+        "answers a row": round(total / len(rows), 2),
+        "kinds of answers, %": {name: round(100 * n / total, 1) for name, n in kinds.most_common()},
+        "yes among yes and no, %": round(100 * kinds["yes"] / binary, 1) if binary else None,
+        "most common answers": common.most_common(5),
+    }
+
+
+def tokens(options: argparse.Namespace, rows: Rows) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens of each row, and how many of them are supervised, (rows,) int64 each; nothing is cut."""
+    from transformers import AutoProcessor
+
+    import mllm.model  # noqa: F401 - AutoProcessor must know the model's configuration
+    from mllm.conversation import encode, render
+    from mllm.examples import image_tokens
+
+    processor = AutoProcessor.from_pretrained(options.model)
+    pictures = image_tokens(processor)
+    counts = []
+    for first in range(0, len(rows), 4096):
+        for conversation in rows.texts(range(first, min(first + 4096, len(rows))))[0]:
+            segments = render(conversation, options.template, end_token=processor.tokenizer.eos_token)
+            labels = encode(segments, processor.tokenizer, pictures)["labels"]
+            counts.append((len(labels), sum(label != IGNORE for label in labels)))
+    lengths, supervised = np.array(counts).T
+    return lengths, supervised
+
+
+def stats(options: argparse.Namespace) -> int:
+    """Print `describe`, with --model also tokens; with --out write them as JSON, and the lengths as a picture."""
+    rows = load_rows(options.files, options.image_root, image_prefix=options.image_prefix, template=options.template)
+    found = describe(rows)
+    if options.model:
+        lengths, supervised = tokens(options, rows)
+        found |= {
+            "tokens a row: median, 95 %, longest": [int(np.quantile(lengths, q)) for q in (0.5, 0.95, 1)],
+            "supervised tokens, %": round(100 * float(supervised.sum() / lengths.sum()), 1),
+            "rows without a supervised token": int((supervised == 0).sum()),
+            f"rows longer than {options.max_length}": int((lengths > options.max_length).sum()),
+        }
+        print(*histogram(lengths), sep="\n")
+    for name, value in found.items():
+        print(f"{name}: {value}")
+    if options.out:
+        out = Path(options.out)
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "stats.json").write_text(json.dumps(found, indent=1, ensure_ascii=False), encoding="utf-8")
+        if options.model:
+            picture(lengths, supervised, out / "lengths.png")
+        print(f"wrote {out}")
+    return 0
+
+
+def histogram(lengths: np.ndarray, bins: int = 12, width: int = 50) -> Iterator[str]:
+    """Lines of a histogram for a console."""
+    counts, edges = np.histogram(lengths, bins=min(bins, max(1, int(np.ptp(lengths)))))
+    yield "tokens a row"
+    for count, low, high in zip(counts, edges, islice(edges, 1, None)):
+        yield f"{int(low):>6d} - {int(high):<6d} {'#' * round(width * count / counts.max()):{width}s} {count:,}"
+
+
+def picture(lengths: np.ndarray, supervised: np.ndarray, path: Path) -> None:
+    """Histograms of all and of the supervised tokens a row."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3), constrained_layout=True)
+    for axis, values, name in zip(axes, (lengths, supervised), ("all tokens", "supervised tokens")):
+        axis.hist(values, bins=40, color="#0072b2")
+        axis.set(xlabel=f"{name} a row", ylabel="rows")
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
