@@ -7,8 +7,6 @@ tokenised a second time, so a template and a tokenizer cannot disagree about whe
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from diffclip.errors import InputError
 
 IMAGE = "<image>"
@@ -134,15 +132,34 @@ def encode(segments: Iterable[Segment], tokenizer: Any, image_tokens: int) -> di
         supervised if its last character lies in a supervised segment; placeholders never are.
     """
     segments = list(segments)
-    encoded = tokenizer.backend_tokenizer.encode("".join(s.text for s in segments))
-    ids = np.array(encoded.ids, dtype=np.int64)
-    starts, ends = np.array(encoded.offsets, dtype=np.int64).reshape(-1, 2).T
-    place = np.searchsorted(np.cumsum([len(s.text) for s in segments]), ends)  # each token's segment
-    is_image = ids == tokenizer.convert_tokens_to_ids(IMAGE)
-    supervised = np.array([s.supervised for s in segments])[place] & (ends > starts) & ~is_image
-    repeats = np.where(is_image, image_tokens, 1)
-    labels = np.where(supervised, ids, IGNORE)
-    return {"input_ids": ids.repeat(repeats).tolist(), "labels": labels.repeat(repeats).tolist()}
+    text = "".join(s.text for s in segments)
+    encoded = tokenizer.backend_tokenizer.encode(text)
+    ids, labels, position = encoded.ids, [IGNORE] * len(encoded.ids), 0
+    for segment in segments:
+        end = position + len(segment.text)
+        if segment.supervised and segment.text:
+            first, last = (_first_token(encoded, place, len(text)) for place in (position, end))
+            labels[first:last] = ids[first:last]
+        position = end
+    image_id = tokenizer.convert_tokens_to_ids(IMAGE)
+    place = -1
+    for _ in range(ids.count(image_id)):
+        place = ids.index(image_id, place + 1)
+        ids[place : place + 1] = [image_id] * image_tokens
+        labels[place : place + 1] = [IGNORE] * image_tokens
+        place += image_tokens - 1
+    return {"input_ids": ids, "labels": labels}
+
+
+def _first_token(encoded: Any, position: int, text_length: int) -> int:
+    """The first token that ends behind a character position, found at the position and not among all tokens."""
+    token = encoded.char_to_token(position)
+    if token is None:  # the end of the text, or a character that no token covers
+        ends = [end for _, end in encoded.offsets] if position < text_length else []
+        return next((i for i, end in enumerate(ends) if end > position), len(encoded))
+    while token and encoded.token_to_chars(token - 1)[1] > position:  # a character of several tokens
+        token -= 1
+    return token
 
 
 def chat_template(template: str, end_token: str = "<|im_end|>") -> str | None:

@@ -2,11 +2,12 @@
 
 import json
 
+import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from mllm.conversation import IGNORE, IMAGE, chat_template, encode, prompt, render
+from mllm.conversation import IGNORE, IMAGE, Segment, chat_template, encode, prompt, render
 
 OFFICIAL_NAMES = {"pretrain": "plain", "qwen2_instruct": "vicuna"}
 
@@ -102,3 +103,26 @@ def test_turns_out_of_order_are_refused(roles):
 def test_unknown_template_is_refused():
     with pytest.raises(ValueError, match="vicuna"):
         render([{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}], "llama")
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_labels_are_those_of_a_walk_over_all_tokens(seed, assembled):
+    """The definition, token by token, on random text with characters of one to four bytes and many answers."""
+    tokenizer = assembled[1].tokenizer
+    rng = np.random.default_rng(seed)
+    letters = list("ab .,\n") + ["é", "人", "🙂", "yes ", " no", "<|im_end|>"]
+    segments = []
+    for n in range(int(rng.integers(1, 12))):
+        text = "".join(rng.choice(letters, int(rng.integers(0, 12))))
+        segments.append(Segment(text + (IMAGE if rng.random() < 0.2 and n % 2 == 0 else ""), n % 2 == 1))
+    found = encode(segments, tokenizer, image_tokens=3)
+    text = "".join(s.text for s in segments)
+    ends = np.cumsum([len(s.text) for s in segments])
+    ids, labels = [], []
+    whole = tokenizer(text, return_offsets_mapping=True)
+    for token, (_, end) in zip(whole["input_ids"], whole["offset_mapping"]):
+        image = token == tokenizer.convert_tokens_to_ids(IMAGE)
+        learnt = segments[int(np.searchsorted(ends, end))].supervised and not image
+        ids += [token] * (3 if image else 1)
+        labels += [token if learnt else IGNORE] * (3 if image else 1)
+    assert found == {"input_ids": ids, "labels": labels}
