@@ -256,6 +256,36 @@ def assemble(
     return model, processor
 
 
+def plan(
+    vision_tower: str | Path, language_model: str | Path, projector: str = "linear", class_token: bool = False
+) -> DiffCLIPLlavaConfig:
+    """The configuration that `assemble` would give, from the parts' configurations alone; no weights are read.
+
+    Args:
+        vision_tower, language_model: as in `assemble`; their config.json is enough.
+    """
+    vision, text = _from_pretrained(AutoConfig, vision_tower), _from_pretrained(AutoConfig, language_model)
+    vision = getattr(vision, "vision_config", None) or vision
+    return DiffCLIPLlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=text.vocab_size - 1,
+        image_seq_length=(vision.image_size // vision.patch_size) ** 2 + class_token,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="full" if class_token else "default",
+        tie_word_embeddings=text.tie_word_embeddings,
+        projector=projector,
+    )
+
+
+def planned(directory: str | Path) -> DiffCLIPLlavaConfig:
+    """The configuration of a multimodal run; InputError if it is none."""
+    config = _from_pretrained(AutoConfig, directory)
+    if not isinstance(config, DiffCLIPLlavaConfig):
+        raise InputError(f"{directory}: holds a {type(config).__name__}; give a run of align or instruct")
+    return config
+
+
 @torch.no_grad()
 def whiten_projector(model: DiffCLIPLlavaForConditionalGeneration, pixel_values: torch.Tensor, seed: int) -> None:
     """Start a linear projector such that all directions of the tower's features show alike, as widely as words do.

@@ -47,6 +47,12 @@ class AlignConfig(ConversationConfig):
 def main(argv: list[str] | None = None) -> None:
     end_with_pipeline()
     config = parse(AlignConfig, __doc__, argv)
+    if config.dry_run:
+        require(config, "vision_tower", "language_model")
+        from mllm.model import plan
+        from stages.mllm_training import dry_run
+
+        return dry_run(config, plan(config.vision_tower, config.language_model, config.projector, config.class_token))
     require(config, "output_dir", "vision_tower", "language_model", "data", "image_root")
     align(config)
 

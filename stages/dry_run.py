@@ -13,6 +13,8 @@ from diffclip.errors import InputError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from mllm.model import DiffCLIPLlavaConfig
+
 # Share of the peak that a run reaches, loading and communication included. The paper's 10 A100-days for 40 epochs of
 # CC12M imply 0.2 for a B/16 step as counted here; nothing else is known about their runs.
 UTILISATION = 0.2
@@ -135,10 +137,46 @@ def count_pair(name: str, bf16: bool) -> tuple[dict[str, int], Counted]:
     return parts, count(loss_of, model, bf16)
 
 
+def count_conversation(
+    llava_config: "DiffCLIPLlavaConfig", learns: set[str], text_tokens: int, lora_rank: int, bf16: bool
+) -> tuple[dict[str, int], int, Counted]:
+    """Parameters by part, how many of them learn, and the cost of a conversation about one picture.
+
+    The model is built from its configuration with random weights: nothing is loaded, and no weight decides a size.
+
+    Args:
+        text_tokens: of a conversation; an eighth of them are supervised.
+    """
+    import torch
+
+    from mllm.lora import add_lora
+    from mllm.model import DiffCLIPLlavaForConditionalGeneration, freeze
+
+    model = DiffCLIPLlavaForConditionalGeneration(llava_config)
+    if hasattr(model.model.vision_tower.config, "stop_early"):
+        model.model.vision_tower.config.stop_early = True
+    parts = freeze(model, learns - {"language_model"} if lora_rank else learns)
+    if lora_rank:
+        add_lora(model, lora_rank)
+    model.train()
+    size, shown = llava_config.vision_config.image_size, llava_config.image_seq_length
+
+    def loss_of(samples: int) -> "Tensor":
+        ids = torch.ones(samples, shown + text_tokens, dtype=torch.long)
+        ids[:, :shown] = llava_config.image_token_index
+        labels = ids.clone()
+        labels[:, : shown + text_tokens - max(1, text_tokens // 8)] = -100
+        return model(input_ids=ids, pixel_values=torch.zeros(samples, 3, size, size), labels=labels).loss * samples
+
+    learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return parts, learning, count(loss_of, model, bf16)
+
+
 def estimate(
     counted: Counted,
     parameters: int,
     *,
+    frozen: int = 0,
     samples: int,
     batch: int,
     chunked: bool,
@@ -151,6 +189,7 @@ def estimate(
 
     Args:
         parameters: that learn; AdamW keeps two numbers for each.
+        frozen: parameters that do not.
         samples: seen in the whole run.
         batch: samples that a device holds activations of at once.
         chunked: whether gradient caching computes every forward pass twice.
@@ -165,7 +204,7 @@ def estimate(
         hours=seconds / 3600,
         device_days=devices * seconds / 86400,
         dollars=devices * seconds / 3600 * hardware.dollars,
-        weights=parameters * (4 / share[2] + copies),
+        weights=(parameters + frozen) * (4 / share[2] + copies),
         gradients=parameters * 4 / share[1],
         optimizer=parameters * 8 / share[0],
         activations=batch * counted.activation_bytes,

@@ -28,6 +28,12 @@ class InstructConfig(ConversationConfig):
 def main(argv: list[str] | None = None) -> None:
     end_with_pipeline()
     config = parse(InstructConfig, __doc__, argv)
+    if config.dry_run:
+        require(config, "model")
+        from mllm.model import planned
+        from stages.mllm_training import dry_run
+
+        return dry_run(config, planned(config.model))
     require(config, "output_dir", "model", "data", "image_root")
     instruct(config)
 

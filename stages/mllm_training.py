@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from mllm.examples import ConversationDataset
+    from mllm.model import DiffCLIPLlavaConfig
     from stages.run import Run
 
 
@@ -54,6 +55,7 @@ class ConversationConfig(TrainingConfig):
         default="length",
         metadata={"help": "batches of like length, the longest first; any at random; or as the file has them"},
     )
+    tokens: int = field(default=0, metadata={"help": "dry run: text tokens of a conversation, in the mean"})
     max_length: int = field(default=2048, metadata={"help": "longer conversations are cut, picture tokens counted"})
     max_grad_norm: float = field(default=1.0, metadata={"help": "gradient clipping, also under DeepSpeed"})
 
@@ -158,6 +160,47 @@ def train_on_conversations(
         if run.is_main:
             save(model, processor, config.output_dir)
     run.finish(metrics)
+
+
+def dry_run(config: ConversationConfig, llava_config: "DiffCLIPLlavaConfig") -> None:
+    """Print what the run would take: steps, memory per device, hours and cost.
+
+    Args:
+        llava_config: of the model to train.
+    """
+    from stages.dry_run import count_conversation, estimate, parse_hardware, say
+    from stages.training import zero_stage
+
+    name, hardware, devices = parse_hardware(config.hardware)
+    samples, tokens = config.samples, config.tokens
+    if not (samples and tokens):
+        raise InputError(
+            "a dry run needs --samples and --tokens, the number of conversations and their mean length in text tokens: "
+            "558128 and 25 for LLaVA-Pretrain; python -m mllm.data stats counts your own"
+        )
+    if config.global_batch_size % devices:
+        raise InputError(f"global_batch_size {config.global_batch_size} is not a multiple of the {devices} devices")
+    bf16 = config.precision == "bf16"
+    parts, learning, counted = count_conversation(llava_config, set(config.learns), tokens, config.lora_rank, bf16)
+    share = config.global_batch_size // devices
+    batch = min(config.micro_batch_size or share, share)
+    steps = max(1, int(samples * config.epochs) // config.global_batch_size)
+    found = estimate(
+        counted,
+        learning,
+        frozen=sum(parts.values()) - (0 if config.lora_rank else learning),
+        samples=steps * config.global_batch_size,
+        batch=batch,
+        chunked=False,
+        bf16=bf16,
+        zero_stage=zero_stage(config),
+        hardware=hardware,
+        devices=devices,
+    )
+    title = (
+        f"{samples:,} conversations of {llava_config.image_seq_length} + {tokens} tokens, {learning:,} parameters learn"
+    )
+    say(title, parts, steps, batch, found, name, devices)
 
 
 @contextmanager

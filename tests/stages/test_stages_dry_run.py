@@ -91,3 +91,34 @@ def test_the_papers_run_is_within_a_factor_and_nothing_is_written(tmp_path):
     assert "20% of the device's peak" in found and "memory per device" in found and not (tmp_path / "run").exists()
     refused = run("stages.pretrain", "--dry-run", "--samples=1000000", "--hardware=abacus:2", check=False)
     assert refused.returncode == 2 and "Traceback" not in refused.stderr and "abacus" in refused.stderr
+
+
+@pytest.mark.parametrize("stage", ["align", "instruct"])
+def test_multimodal_dry_run_counts_what_learns(stage, tmp_path):
+    """A model small enough to count by hand: the projector's and the language model's parameters, AdamW's two each."""
+    import torch
+    from transformers import CLIPVisionConfig, Qwen2Config, Qwen2ForCausalLM
+
+    from mllm.model import plan
+
+    vision = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8
+    )
+    text = Qwen2Config(vocab_size=100, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    vision.save_pretrained(tmp_path / "tower")
+    text.save_pretrained(tmp_path / "language")
+    with torch.device("meta"):
+        language = sum(p.numel() for p in Qwen2ForCausalLM(text).parameters())
+    projector = 32 * 16 + 16
+    places = [f"--vision_tower={tmp_path / 'tower'}", f"--language_model={tmp_path / 'language'}"]
+    if stage == "instruct":
+        plan(tmp_path / "tower", tmp_path / "language").save_pretrained(tmp_path / "aligned")
+        places = [f"--model={tmp_path / 'aligned'}"]
+    config = ROOT / "stages/configs/paper" / f"{stage}.yaml"
+    options = ["--dry_run=true", "--samples=558128", "--tokens=25", "--hardware=a100-80gb:8"]
+    told = run(f"stages.{stage}", f"--config={config}", *places, *options).stdout
+    learning = projector + (language if stage == "instruct" else 0)
+    assert f"{learning:,} parameters learn" in told and f"{language:,} parameters" in told
+    assert "2,906" in told  # 558,128 // 192
+    refused = run(f"stages.{stage}", f"--config={config}", *places, "--dry_run=true", check=False)
+    assert refused.returncode == 2 and "--samples and --tokens" in refused.stderr

@@ -1,0 +1,151 @@
+"""The two multimodal stages at the paper's full size for two steps each, under deepspeed on whatever there is.
+
+    python -m benchmarks.full_size --tokenizer DIR --out DIR [--ranks 1] [--batch 4] [--micro 2]
+
+The tower of DiffCLIP-B/16 and a language model of Qwen2.5-0.5B's shape, with seeded random weights, the real tokenizer
+(a folder with tokenizer.json). Random pictures and text: what is shown is that the stages run at this size, how long a
+step takes, and how much memory beside what `--dry-run` predicts. Needs 16 GB of memory and 8 GB of disk.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+from PIL import Image
+from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+
+import diffclip
+from mllm.model import plan
+from stages.dry_run import HARDWARE, count_conversation, estimate
+from stages.pipeline import free_port
+
+QWEN = {
+    "vocab_size": 151_936,
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 14,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32_768,
+    "tie_word_embeddings": True,
+}
+ROOT = Path(__file__).parents[1]
+
+
+def make_parts(out: Path, tokenizer: str, rows: int) -> None:
+    torch.manual_seed(0)
+    if not (out / "tower").exists():
+        diffclip.save(diffclip.build("DiffCLIP-B-16"), out / "tower")
+    if not (out / "language").exists():
+        words = AutoTokenizer.from_pretrained(tokenizer)
+        model = Qwen2ForCausalLM(Qwen2Config(**QWEN, eos_token_id=words.eos_token_id, bos_token_id=None))
+        model.save_pretrained(out / "language")
+        words.save_pretrained(out / "language")
+    rng = np.random.default_rng(0)
+    (out / "images").mkdir(exist_ok=True)
+    told = []
+    for n in range(rows):
+        Image.fromarray(rng.integers(0, 256, (224, 224, 3), dtype=np.uint8)).save(out / f"images/{n}.png")
+        question = "<image>\nWhat is in the picture, and where? " + "Think of every object. " * int(rng.integers(1, 8))
+        answer = "There is a dog beside a red chair. " * int(rng.integers(1, 6))
+        turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer.strip()}]
+        told.append({"id": str(n), "image": f"{n}.png", "conversations": turns})
+    (out / "rows.json").write_text(json.dumps(told))
+
+
+def peak_memory(process: subprocess.Popen) -> float:
+    """Bytes at the worst moment, shared pages of the process and its children counted once."""
+    peak = 0
+    while process.poll() is None:
+        try:
+            family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+            peak = max(peak, sum(one.memory_full_info().pss for one in family))
+        except (psutil.Error, OSError):
+            pass
+        time.sleep(0.2)
+    return peak
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokenizer", required=True, help="folder with Qwen2.5's tokenizer.json")
+    parser.add_argument("--out", type=Path, required=True, help="where parts and runs go")
+    parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--micro", type=int, default=2)
+    parser.add_argument("--zero", type=int, default=2, choices=(0, 1, 2, 3))
+    options = parser.parse_args()
+    out = options.out
+    out.mkdir(parents=True, exist_ok=True)
+    make_parts(out, options.tokenizer, 2 * options.batch)
+    llava = plan(out / "tower", out / "language")
+    data = [f"--data={out / 'rows.json'}", f"--image_root={out / 'images'}", "--image_prefix="]
+    sizes = [f"--global_batch_size={options.batch}", f"--micro_batch_size={options.micro}", "--precision=fp32"]
+    common = ["--num_workers=0", "--logging_steps=1", "--report_to=none", "--save_steps=1000"]
+    common += [] if torch.cuda.is_available() else ["--use_cpu=true"]
+    stages = {
+        "align": [f"--vision_tower={out / 'tower'}", f"--language_model={out / 'language'}"],
+        "instruct": [f"--model={out / 'align'}"],
+    }
+    for stage, models in stages.items():
+        command = ["deepspeed", "--num_gpus", str(options.ranks), "--master_port", str(free_port()), "--module"]
+        config = [f"--config={ROOT / f'stages/configs/paper/{stage}.yaml'}", f"--output_dir={out / stage}"]
+        config += [f"--deepspeed={ROOT / f'stages/configs/deepspeed/zero{options.zero}.json'}"]
+        command[0] = str(Path(sys.executable).parent / "deepspeed")
+        log = open(out / f"{stage}.log", "w")  # noqa: SIM115 - the process writes to it until it ends
+        start = time.time()
+        process = subprocess.Popen(
+            [sys.executable, *command, f"stages.{stage}", *config, *models, *data, *sizes, *common],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stdout=log,
+            stderr=log,
+        )
+        found: list[float] = []
+        watcher = threading.Thread(target=lambda p=process, f=found: f.append(peak_memory(p)))
+        watcher.start()
+        process.wait()
+        watcher.join()
+        record = json.loads((out / stage / "run.json").read_text())
+        metrics = [json.loads(line) for line in (out / stage / "metrics.jsonl").read_text().splitlines()]
+        changed = [name for name in record["before"] if record["before"][name] != record["after"][name]]
+        losses = ", ".join(f"{row['loss']:.3f}" for row in metrics)
+        seconds = json.loads((out / stage / "metrics.json").read_text())["train_runtime"]
+        print(
+            f"{stage}: {record['state']} after {time.time() - start:.0f} s, losses {losses}; "
+            f"changed: {', '.join(changed)}; {seconds / len(metrics):.0f} s a step; "
+            f"peak {found[0] / 1e9:.1f} GB",
+            flush=True,
+        )
+        learns = {"projector"} | ({"language_model"} if stage == "instruct" else set())
+        parts, learning, counted = count_conversation(llava, learns, 120, 0, bf16=False)
+        guess = estimate(
+            counted,
+            learning,
+            frozen=sum(parts.values()) - learning,
+            samples=2 * options.batch,
+            batch=options.micro,
+            chunked=False,
+            bf16=False,
+            zero_stage=options.zero,
+            hardware=HARDWARE["a100-80gb"],
+            devices=options.ranks,
+        )
+        print(
+            f"   predicted for each rank: weights {guess.weights / 1e9:.1f}, gradients {guess.gradients / 1e9:.1f}, "
+            f"optimiser {guess.optimizer / 1e9:.1f}, activations {guess.activations / 1e9:.1f}, "
+            f"together {guess.memory / 1e9:.1f} GB, beside Python and its libraries",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
