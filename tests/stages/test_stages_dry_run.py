@@ -104,7 +104,14 @@ def test_multimodal_dry_run_counts_what_learns(stage, tmp_path):
     vision = CLIPVisionConfig(
         hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8
     )
-    text = Qwen2Config(vocab_size=100, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    text = Qwen2Config(
+        vocab_size=100,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+    )
     vision.save_pretrained(tmp_path / "tower")
     text.save_pretrained(tmp_path / "language")
     with torch.device("meta"):
