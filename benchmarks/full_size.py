@@ -12,7 +12,6 @@ import json
 import os
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -61,17 +60,22 @@ def make_parts(out: Path, tokenizer: str, rows: int) -> None:
     (out / "rows.json").write_text(json.dumps(told))
 
 
-def peak_memory(process: subprocess.Popen) -> float:
-    """Bytes at the worst moment, shared pages of the process and its children counted once."""
-    peak = 0
+def peaks(process: subprocess.Popen, out: Path) -> dict[str, float]:
+    """Gigabytes at the worst moments of loading, training and saving; pages that processes share are counted once."""
+    found = {"loading": 0.0, "training": 0.0, "saving": 0.0}
     while process.poll() is None:
         try:
             family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-            peak = max(peak, sum(one.memory_full_info().pss for one in family))
+            used = sum(one.memory_full_info().pss for one in family) / 1e9
+            logged = (out / "metrics.jsonl").read_text().count("\n") if (out / "metrics.jsonl").exists() else 0
+            # the first step has begun once the run record says how many there are
+            begun = (out / "run.json").exists() and '"steps"' in (out / "run.json").read_text()
+            phase = "saving" if logged == 2 else "training" if begun else "loading"
+            found[phase] = max(found[phase], used)
         except (psutil.Error, OSError):
             pass
         time.sleep(0.2)
-    return peak
+    return found
 
 
 def main() -> None:
@@ -109,11 +113,7 @@ def main() -> None:
             stdout=log,
             stderr=log,
         )
-        found: list[float] = []
-        watcher = threading.Thread(target=lambda p=process, f=found: f.append(peak_memory(p)))
-        watcher.start()
-        process.wait()
-        watcher.join()
+        found = peaks(process, out / stage)
         record = json.loads((out / stage / "run.json").read_text())
         metrics = [json.loads(line) for line in (out / stage / "metrics.jsonl").read_text().splitlines()]
         changed = [name for name in record["before"] if record["before"][name] != record["after"][name]]
@@ -122,7 +122,7 @@ def main() -> None:
         print(
             f"{stage}: {record['state']} after {time.time() - start:.0f} s, losses {losses}; "
             f"changed: {', '.join(changed)}; {seconds / len(metrics):.0f} s a step; "
-            f"peak {found[0] / 1e9:.1f} GB",
+            f"peak {', '.join(f'{phase} {size:.1f}' for phase, size in found.items())} GB",
             flush=True,
         )
         learns = {"projector"} | ({"language_model"} if stage == "instruct" else set())

@@ -107,22 +107,32 @@ def training_order(dataset: ConversationDataset, kind: str, batch: int, steps: i
 
 
 def collate(
-    processor: "LlavaProcessor",
+    processor: "LlavaProcessor", packing: bool = False
 ) -> Callable[[list[dict[str, torch.Tensor]]], dict[str, torch.Tensor]]:
-    """A collator that pads on the right.
+    """A collator that pads on the right, or packs.
 
-    It returns input_ids, attention_mask, labels (batch, tokens) int64 and, unless all rows are text alone,
-    pixel_values (pictures of the batch in order, 3, height, width).
+    It returns input_ids and labels (batch, tokens) int64, unless all rows are text alone pixel_values (pictures of the
+    batch in order, 3, height, width), and attention_mask (batch, tokens). With `packing` the examples stand in one row
+    behind each other, (1, tokens of all), without padding: position_ids start anew at each, from which transformers
+    tells that no example sees another.
     """
     pad = processor.tokenizer.pad_token_id
 
     def batch(examples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        ids = [e["input_ids"] for e in examples]
-        result = {
-            "input_ids": pad_sequence(ids, batch_first=True, padding_value=pad),
-            "attention_mask": pad_sequence([torch.ones_like(i) for i in ids], batch_first=True),
-            "labels": pad_sequence([e["labels"] for e in examples], batch_first=True, padding_value=IGNORE),
-        }
+        ids, labels = [e["input_ids"] for e in examples], [e["labels"] for e in examples]
+        if packing:
+            firsts = [torch.cat([one.new_full((1,), IGNORE), one[1:]]) for one in labels]  # nothing stands before them
+            result = {
+                "input_ids": torch.cat(ids)[None],
+                "labels": torch.cat(firsts)[None],
+                "position_ids": torch.cat([torch.arange(len(one)) for one in ids])[None],
+            }
+        else:
+            result = {
+                "input_ids": pad_sequence(ids, batch_first=True, padding_value=pad),
+                "attention_mask": pad_sequence([torch.ones_like(i) for i in ids], batch_first=True),
+                "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE),
+            }
         pixels = [e["pixel_values"] for e in examples if "pixel_values" in e]
         return {**result, "pixel_values": torch.cat(pixels)} if pixels else result
 

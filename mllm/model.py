@@ -152,7 +152,8 @@ class DiffCLIPLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             )
         if not self.training:
             return super().forward(**inputs, labels=labels, num_items_in_batch=num_items_in_batch)
-        outputs = self.model(**inputs)
+        # no cache: it would cost memory, and transformers takes packed examples for one text when there is one
+        outputs = self.model(**{**inputs, "use_cache": False})
         hidden = outputs.last_hidden_state[:, :-1][supervised]  # (supervised tokens, width)
         loss = self.loss_function(
             logits=self.lm_head(hidden),  # (supervised tokens, vocabulary)

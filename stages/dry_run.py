@@ -198,15 +198,23 @@ def estimate(
     flops = samples * (counted.flops + (counted.forward_flops if chunked else 0))
     seconds = flops / (devices * UTILISATION * (hardware.bf16 if bf16 else hardware.fp32))
     share = [devices if zero_stage >= stage else 1 for stage in (1, 2, 3)]
-    copies = 2 if bf16 else 0  # autocast's copies of the weights
+    everything = parameters + frozen
+    if zero_stage:  # DeepSpeed: weights in the run's precision, and beside them float32 copies of those that learn
+        size = 2 if bf16 else 4
+        weights = everything * size / share[2]
+        gradients = parameters * (size / share[1] + 4 / share[0])  # as they come, and summed up in float32
+        optimizer = parameters * 12 / share[0]  # the copy and AdamW's two numbers
+    else:
+        weights = everything * (4 + (2 if bf16 else 0))  # autocast keeps copies
+        gradients, optimizer = parameters * 4, parameters * 8
     return Estimate(
         flops=flops,
         hours=seconds / 3600,
         device_days=devices * seconds / 86400,
         dollars=devices * seconds / 3600 * hardware.dollars,
-        weights=(parameters + frozen) * (4 / share[2] + copies),
-        gradients=parameters * 4 / share[1],
-        optimizer=parameters * 8 / share[0],
+        weights=weights,
+        gradients=gradients,
+        optimizer=optimizer,
         activations=batch * counted.activation_bytes,
     )
 

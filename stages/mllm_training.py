@@ -55,6 +55,9 @@ class ConversationConfig(TrainingConfig):
         default="length",
         metadata={"help": "batches of like length, the longest first; any at random; or as the file has them"},
     )
+    packing: bool = field(
+        default=False, metadata={"help": "examples of a pass stand behind each other in one row, without padding"}
+    )
     tokens: int = field(default=0, metadata={"help": "dry run: text tokens of a conversation, in the mean"})
     max_length: int = field(default=2048, metadata={"help": "longer conversations are cut, picture tokens counted"})
     max_grad_norm: float = field(default=1.0, metadata={"help": "gradient clipping, also under DeepSpeed"})
@@ -143,7 +146,7 @@ def train_on_conversations(
             max_grad_norm=config.max_grad_norm,
         ),
         train_dataset=Subset(dataset, order),
-        data_collator=collate(processor),
+        data_collator=collate(processor, config.packing),
         callbacks=[Watch(run, config.global_batch_size)],
     )
     metrics = train(trainer, run)

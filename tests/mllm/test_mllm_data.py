@@ -13,6 +13,7 @@ from diffclip.errors import InputError
 from mllm.conversation import IGNORE, NoSupervisionError, encode, render
 from mllm.data import find_pictures, load_rows
 from mllm.examples import ConversationDataset, collate, training_order
+from mllm.model import freeze
 
 
 def turns(*values):
@@ -90,6 +91,29 @@ def test_batch_pads_right_and_trains(folder, assembled):
     counts = [(batch["labels"][i] != IGNORE).sum() for i in range(3)]
     alone = [model(**collate(processor)([dataset[i]])).loss * counts[i] for i in range(3)]
     torch.testing.assert_close(together, sum(alone) / sum(counts))  # a mean over tokens, blind to padding
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_packed_examples_have_the_loss_and_gradients_of_padded_ones(folder, assembled, attention):
+    model, processor = assembled
+    model.set_attn_implementation({"text_config": attention})
+    rows = [*ROWS, {"conversations": turns("Is there a red square? " * 5, "No", "a small green star", "yes")}]
+    dataset = ConversationDataset(load_rows([write(folder / "rows.json", rows)], folder), processor, template="vicuna")
+    examples = [dataset[i] for i in range(len(dataset))]
+    freeze(model, {"projector", "language_model"})
+    model.train()
+    found = []
+    for packing in (False, True):
+        inputs = collate(processor, packing)(examples)
+        model.zero_grad()
+        loss = model(**inputs).loss
+        loss.backward()
+        found.append((loss.item(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}))
+    assert inputs["input_ids"].shape == (1, sum(len(e["input_ids"]) for e in examples))
+    (padded, wanted), (packed, grads) = found
+    assert packed == pytest.approx(padded, rel=1e-5) and grads.keys() == wanted.keys()
+    for name in wanted:
+        assert (grads[name] - wanted[name]).norm() <= 1e-4 * wanted[name].norm() + 1e-7, name
 
 
 def test_prefix_keeps_a_subset_and_several_files_make_a_mixture(folder):
