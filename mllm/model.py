@@ -38,6 +38,7 @@ import diffclip.hf  # noqa: F401 - registers the DiffCLIP vision tower for AutoM
 from diffclip.errors import InputError
 from diffclip.fingerprint import fingerprint
 from mllm.conversation import IGNORE, IMAGE, TEMPLATES, NoSupervisionError, chat_template
+from mllm.image_modes import with_mode
 
 PARTS = ("vision_tower", "projector", "language_model")
 FINGERPRINTS = "fingerprints.json"  # beside the weights, written last
@@ -186,6 +187,7 @@ def assemble(
     template: str = "vicuna",
     vision_feature_layer: int = -2,
     class_token: bool = False,
+    image_mode: str = "crop",
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[DiffCLIPLlavaForConditionalGeneration, LlavaProcessor]:
@@ -199,6 +201,7 @@ def assemble(
         vision_feature_layer: which of the tower's hidden states the projector reads; -2 is the paper's.
         class_token: whether the language model sees the tower's class token too, before the patches; the paper's
             does not.
+        image_mode: how pictures become square, see `mllm.image_modes`; "crop" is the paper's.
         seed: decides the projector's weights.
         dtype: of all weights; float32 for training, also under bf16 autocast.
 
@@ -208,7 +211,7 @@ def assemble(
         WeightsError: a part's weights changed while assembling.
     """
     tower = _load_tower(vision_tower, dtype)
-    image_processor = AutoImageProcessor.from_pretrained(vision_tower)
+    image_processor = with_mode(AutoImageProcessor.from_pretrained(vision_tower), image_mode)
     tokenizer = _from_pretrained(AutoTokenizer, language_model)
     lm = _load_strictly(AutoModelForCausalLM, language_model, dtype=dtype)
     _prepare_tokenizer(tokenizer, template, language_model)

@@ -32,6 +32,9 @@ class AlignConfig(ConversationConfig):
     class_token: bool = field(
         default=False, metadata={"help": "show the language model the tower's class token too; the paper does not"}
     )
+    image_mode: Literal["crop", "squash", "pad"] = field(
+        default="crop", metadata={"help": "how pictures become square: the middle, all of it squashed, or with bars"}
+    )
     projector_init: Literal["default", "whitened"] = field(
         default="default",
         metadata={"help": "what the projector starts from: torch's default, or the statistics of the tower's features"},
@@ -82,6 +85,7 @@ def align(config: AlignConfig) -> None:
         projector=config.projector,
         template="vicuna",
         class_token=config.class_token,
+        image_mode=config.image_mode,
         seed=config.seed,
     )
 

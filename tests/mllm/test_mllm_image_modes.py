@@ -1,0 +1,61 @@
+"""Ways to make a picture square: what is seen, what is not, and that the choice is saved with the model."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoProcessor
+
+import diffclip
+from diffclip.errors import InputError
+from diffclip.hf import image_processor
+from mllm.image_modes import with_mode
+from mllm.model import assemble, load, save
+
+
+def picture():
+    """White, twice as wide as high, with a red stripe at the left and a blue one at the right end."""
+    pixels = np.full((60, 120, 3), 255, dtype=np.uint8)
+    pixels[:, :20], pixels[:, -20:] = (255, 0, 0), (0, 0, 255)
+    return Image.fromarray(pixels)
+
+
+def seen(processor):
+    """(3, H, W) in 0..1, as the tower gets it before normalisation."""
+    pixels = processor([picture()], return_tensors="pt")["pixel_values"][0]
+    mean, std = (torch.tensor(list(v))[:, None, None] for v in (processor.image_mean, processor.image_std))
+    return pixels * std + mean
+
+
+@pytest.mark.parametrize("kind", ["ours", "clip"])
+def test_what_each_mode_shows(kind, tower_dir):
+    if kind == "ours":
+        base = image_processor(diffclip.build("CLIP-tiny").model_config)
+    else:
+        base = AutoProcessor.from_pretrained(tower_dir)
+    side = base.crop_size["height"]
+    crop, squash, pad = (seen(with_mode(base, mode)) for mode in ("crop", "squash", "pad"))
+    assert crop.shape == squash.shape == pad.shape == (3, side, side)
+    red, blue = torch.tensor([1.0, 0, 0]), torch.tensor([0, 0, 1.0])
+    assert crop.min() > 0.9  # the stripes are beyond the middle square
+    for image, row in ((squash, 1), (squash, side - 2), (pad, side // 2)):
+        assert (image[:, row, 1] - red).abs().max() < 0.05 and (image[:, row, -2] - blue).abs().max() < 0.05
+    bars = pad[:, [0, 1, -2, -1]]
+    assert (bars - torch.tensor(list(base.image_mean))[:, None, None]).abs().max() < 0.01
+    assert (squash[:, 0] - squash[:, side // 2]).abs().max() < 0.05  # no bars
+
+
+@pytest.mark.parametrize("mode", ["squash", "pad"])
+def test_the_mode_is_saved_with_the_model(mode, tower_dir, language_dir, tmp_path):
+    model, processor = assemble(tower_dir, language_dir, image_mode=mode)
+    save(model, processor, tmp_path)
+    _, again = load(tmp_path)
+    assert torch.equal(seen(again.image_processor), seen(processor.image_processor))
+    text = "<image>\nIs there a red square?"
+    inputs = again(text=[text], images=[picture()], return_tensors="pt")
+    assert torch.isfinite(model(**inputs).logits).all()
+
+
+def test_an_unknown_mode_is_refused(tower_dir):
+    with pytest.raises(InputError, match="image_mode 'stretch' is unknown"):
+        with_mode(AutoProcessor.from_pretrained(tower_dir), "stretch")
