@@ -1,0 +1,73 @@
+"""Model cards state what the run directories say; the Hub is reached through one call, tested up to it."""
+
+import json
+
+import pytest
+from huggingface_hub import ModelCard
+from launch import run
+
+from diffclip.errors import InputError
+from stages import publish
+
+
+@pytest.fixture
+def finished(tmp_path):
+    folder = tmp_path / "home/secret/runs/instruct"
+    folder.mkdir(parents=True)
+    record = {
+        "stage": "instruct",
+        "state": "finished",
+        "seed": 7,
+        "model": "DiffCLIP-B-16",
+        "inputs": {"data[0]": {"path": "/home/secret/data/llava/rows.json", "digest": "abc123"}},
+        "parameters": {"vision_tower": 1234, "projector": 56},
+        "learns": ["projector"],
+        "after": {"projector": "beef"},
+        "versions": {"torch": "2.14"},
+        "hardware": "2 CPU cores",
+        "wall_seconds": 61.2,
+    }
+    (folder / "run.json").write_text(json.dumps(record))
+    (folder / "config.yaml").write_text("learning_rate: 2.0e-05\ndata: [/home/secret/data/llava/rows.json]\n")
+    (tmp_path / "evaluate").mkdir()
+    (tmp_path / "evaluate/metrics.json").write_text(json.dumps({"pope/mean/accuracy": 91.64, "wall": 3}))
+    return folder
+
+
+def test_card_states_data_recipe_and_scores(finished, tmp_path):
+    text = publish.card(finished, [tmp_path / "evaluate"], "me/my-model")
+    read = ModelCard(text)
+    assert read.data.pipeline_tag == "image-text-to-text" and "llava" in read.data.tags
+    for fact in ("llava/rows.json", "abc123", "learning_rate: 2.0e-05", "projector: 56 parameters, learnt", "beef"):
+        assert fact in text
+    assert "vision_tower: 1,234 parameters, frozen" in text and "| pope/mean/accuracy | 91.6 |" in text
+    assert "# my-model" in text and 'load("me/my-model")' in text and "/home/secret" not in text
+    assert "has not been evaluated" in publish.card(finished, [], "me/my-model")
+
+
+def test_an_unfinished_run_is_refused(finished):
+    record = json.loads((finished / "run.json").read_text())
+    (finished / "run.json").write_text(json.dumps(record | {"state": "running"}))
+    with pytest.raises(InputError, match="is no finished run of pretrain, align, instruct"):
+        publish.card(finished, [], "")
+
+
+def test_without_the_hub_the_card_stays_and_one_sentence_says_why(finished):
+    ended = run("stages.publish", str(finished), "--repo=me/my-model", check=False)
+    assert ended.returncode == 2 and (finished / "README.md").is_file()
+    assert "the Hub did not take it" in ended.stderr and len(ended.stderr.strip().splitlines()) == 1
+
+
+def test_what_is_sent_leaves_out_checkpoints_and_logs(finished, monkeypatch):
+    import huggingface_hub
+
+    calls = []
+    monkeypatch.setattr(huggingface_hub, "create_repo", lambda repo, **options: calls.append((repo, options)))
+    monkeypatch.setattr(huggingface_hub, "upload_folder", lambda **options: calls.append(options) or "address")
+    assert publish.send(finished, "me/my-model", private=True) == "address"
+    assert calls[0] == ("me/my-model", {"private": True, "exist_ok": True})
+    kept = huggingface_hub.utils.filter_repo_objects(
+        ["model.safetensors", "README.md", "checkpoint-3/optimizer.pt", "log.txt", "metrics.jsonl", "adapter/a.json"],
+        ignore_patterns=calls[1]["ignore_patterns"],
+    )
+    assert list(kept) == ["model.safetensors", "README.md", "adapter/a.json"]
