@@ -84,12 +84,14 @@ def data(arguments: list[str]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from diffclip.benchmarks.paper import check
+    from diffclip.benchmarks.paper import SETS, check
 
-    result = Table("set", "state", "test pictures", "how to get it", title=f"the paper's benchmarks in {root}")
+    title = f"the paper's benchmarks in {root}"
+    result = Table("set", "classes", "scored by", "state", "test pictures", "how to get it", title=title)
     for name, state, found, expected, how in check(root):
-        result.add_row(name, state, f"{found:,} of {expected:,}", how)
-    Console(width=None if sys.stdout.isatty() else 140).print(result)
+        classes = str(SETS[name].classes or "")
+        result.add_row(name, classes, SETS[name].metrics(name), state, f"{found:,} of {expected:,}", how)
+    Console(width=None if sys.stdout.isatty() else 180).print(result)
 
 
 def run(options: argparse.Namespace) -> None:

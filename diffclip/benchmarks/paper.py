@@ -22,6 +22,16 @@ class PaperSet(NamedTuple):
     classes: int
     test: int
 
+    def metrics(self, name: str) -> str:
+        """What the paper reports on the set."""
+        probe = "mean per class" if name in MEAN_PER_CLASS else "accuracy"
+        return {
+            "classification": f"linear probe: {probe}; few-shot: accuracy",
+            "shifts": "top-1",
+            "retrieval": "R@1, 5, 10",
+            "mmvp": "pairs right",
+        }[self.part if name != "imagenet" else "shifts"]
+
 
 SETS = {
     "food101": PaperSet("classification", 101, 25_250),
