@@ -22,7 +22,7 @@ from PIL import Image
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 import diffclip
-from mllm.model import plan
+from mllm.assemble import plan
 from stages.dry_run import HARDWARE, count_conversation, estimate
 from stages.pipeline import free_port
 

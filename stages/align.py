@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
     config = parse(AlignConfig, __doc__, argv)
     if config.dry_run:
         require(config, "vision_tower", "language_model")
-        from mllm.model import plan
+        from mllm.assemble import plan
         from stages.mllm_training import dry_run
 
         return dry_run(config, plan(config.vision_tower, config.language_model, config.projector, config.class_token))
@@ -75,7 +75,7 @@ def align(config: AlignConfig) -> None:
 
     import torch
 
-    from mllm.model import assemble, whiten_projector
+    from mllm.assemble import assemble, whiten_projector
     from stages.mllm_training import train_on_conversations
 
     run.note(model=upstream_model(config.vision_tower))

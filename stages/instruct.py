@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> None:
     config = parse(InstructConfig, __doc__, argv)
     if config.dry_run:
         require(config, "model")
-        from mllm.model import planned
+        from mllm.assemble import planned
         from stages.mllm_training import dry_run
 
         return dry_run(config, planned(config.model))

@@ -70,7 +70,7 @@ def language_dir(tmp_path_factory):
 @pytest.fixture
 def assembled(tower_dir, language_dir):
     """(model, processor), fresh for each test."""
-    from mllm.model import assemble
+    from mllm.assemble import assemble
 
     return assemble(tower_dir, language_dir, seed=3)
 

@@ -51,7 +51,7 @@ def test_pictures_and_placeholders_must_agree(assembled, picture):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory, tower_dir, language_dir, picture):
-    from mllm.model import assemble
+    from mllm.assemble import assemble
 
     folder = tmp_path_factory.mktemp("chat")
     save(*assemble(tower_dir, language_dir, seed=3), folder / "run")

@@ -9,8 +9,9 @@ from transformers import AutoProcessor
 import diffclip
 from diffclip.errors import InputError
 from diffclip.hf import image_processor
+from mllm.assemble import assemble
 from mllm.image_modes import with_mode
-from mllm.model import assemble, load, save
+from mllm.model import load, save
 
 
 def picture():

@@ -11,8 +11,9 @@ from transformers import AutoModel, AutoModelForCausalLM, Qwen2Config
 
 from diffclip.errors import InputError
 from diffclip.fingerprint import fingerprint
+from mllm.assemble import assemble
 from mllm.lora import add_lora, base_weights, merge, quantise
-from mllm.model import assemble, freeze, load, parts, save
+from mllm.model import freeze, load, parts, save
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10, 11, 12]])
 

@@ -20,11 +20,12 @@ from transformers import (
 )
 
 import diffclip
-import mllm.model as mllm_model
+import mllm.assemble as mllm_assemble
 from diffclip.errors import InputError
 from diffclip.fingerprint import fingerprint
+from mllm.assemble import assemble, whiten_projector
 from mllm.conversation import IGNORE, NoSupervisionError, prompt
-from mllm.model import WeightsError, assemble, freeze, load, parts, save, verify, whiten_projector
+from mllm.model import WeightsError, freeze, load, parts, save, verify
 
 
 def ask(processor, pictures, questions):
@@ -269,9 +270,9 @@ def test_a_tower_that_turns_random_while_assembling_is_found(tower_dir, language
             torch.nn.init.normal_(p)
         return original(skeleton, seed, dtype)
 
-    towers, original, load_tower = [], mllm_model._new_projector, mllm_model._load_tower
-    monkeypatch.setattr(mllm_model, "_load_tower", lambda *a: towers.append(load_tower(*a)) or towers[0])
-    monkeypatch.setattr(mllm_model, "_new_projector", reinitialise)
+    towers, original, load_tower = [], mllm_assemble._new_projector, mllm_assemble._load_tower
+    monkeypatch.setattr(mllm_assemble, "_load_tower", lambda *a: towers.append(load_tower(*a)) or towers[0])
+    monkeypatch.setattr(mllm_assemble, "_new_projector", reinitialise)
     with pytest.raises(WeightsError, match="vision_tower"):
         assemble(tower_dir, language_dir)
 
@@ -327,6 +328,7 @@ def test_verify_names_the_part(assembled, tmp_path):
     model, processor = assembled
     save(model, processor, tmp_path)
     prints = json.loads((tmp_path / "fingerprints.json").read_text())
+    del prints["transform"]  # of pictures, not of weights
     verify(model, prints)
     with torch.no_grad():
         parts(model)["projector"].bias[0] += 1
@@ -350,3 +352,18 @@ def test_whole_clip_model_gives_its_vision_half(language_dir, tmp_path):
     with torch.no_grad():
         expected = clip.eval().vision_model(pixels).last_hidden_state
         torch.testing.assert_close(model.model.vision_tower(pixels).last_hidden_state, expected)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"image_mean": [0.5, 0.5, 0.5]}, {"resample": 0}, {"do_center_crop": False}, {"size": {"shortest_edge": 40}}],
+)
+def test_another_transform_than_in_training_is_refused(assembled, tmp_path, change):
+    save(*assembled, tmp_path)
+    load(tmp_path)
+    file = tmp_path / "processor_config.json"
+    settings = json.loads(file.read_text())
+    settings["image_processor"] |= change
+    file.write_text(json.dumps(settings))
+    with pytest.raises(InputError, match=r"prepares pictures in another way than the model was trained"):
+        load(tmp_path)

@@ -6,8 +6,8 @@ import os
 import pytest
 from transformers import AutoTokenizer
 
+from mllm.assemble import _prepare_tokenizer
 from mllm.conversation import CHATML_SYSTEM, IGNORE, encode, render
-from mllm.model import _prepare_tokenizer
 
 
 @pytest.fixture(scope="module")

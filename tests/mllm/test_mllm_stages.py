@@ -9,7 +9,8 @@ import torch
 from launch import ROOT, run, run_deepspeed, start
 from safetensors.torch import load_file
 
-from mllm.model import assemble, load, save
+from mllm.assemble import assemble
+from mllm.model import load, save
 from stages.pipeline import free_port
 
 STEPS = 6

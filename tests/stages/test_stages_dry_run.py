@@ -100,7 +100,7 @@ def test_multimodal_dry_run_counts_what_learns(stage, tmp_path):
     """A model small enough to count by hand: the projector's and the language model's parameters, AdamW's two each."""
     from transformers import CLIPVisionConfig, Qwen2Config, Qwen2ForCausalLM
 
-    from mllm.model import plan
+    from mllm.assemble import plan
 
     vision = CLIPVisionConfig(
         hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8

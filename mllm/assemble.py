@@ -1,0 +1,243 @@
+"""A vision tower and a language model become one multimodal model; only the projector between them is new."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+from tokenizers import AddedToken
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LlavaProcessor,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from diffclip.errors import InputError
+from diffclip.fingerprint import fingerprint
+from mllm.conversation import IMAGE, TEMPLATES, chat_template
+from mllm.image_modes import with_mode
+from mllm.model import (
+    DiffCLIPLlavaConfig,
+    DiffCLIPLlavaForConditionalGeneration,
+    from_pretrained,
+    load_strictly,
+    verify,
+)
+
+
+def assemble(
+    vision_tower: str | Path,
+    language_model: str | Path,
+    *,
+    projector: Literal["linear", "mlp"] = "linear",
+    template: str = "vicuna",
+    vision_feature_layer: int = -2,
+    class_token: bool = False,
+    image_mode: str = "crop",
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[DiffCLIPLlavaForConditionalGeneration, LlavaProcessor]:
+    """Put a vision tower and a language model together; only the projector between them is new.
+
+    Args:
+        vision_tower: a pretraining run directory, or any CLIP / SigLIP model (directory or Hub id).
+        language_model: directory or Hub id of any causal language model.
+        projector: "linear" (the paper) or "mlp" (LLaVA-1.5's two layers).
+        template: conversation format that questions will be asked in, see `mllm.conversation`.
+        vision_feature_layer: which of the tower's hidden states the projector reads; -2 is the paper's.
+        class_token: whether the language model sees the tower's class token too, before the patches; the paper's
+            does not.
+        image_mode: how pictures become square, see `mllm.image_modes`; "crop" is the paper's.
+        seed: decides the projector's weights.
+        dtype: of all weights; float32 for training, also under bf16 autocast.
+
+    Raises:
+        InputError: a path that is no model, missing or unexpected weights, a template the tokenizer
+            cannot write.
+        WeightsError: a part's weights changed while assembling.
+    """
+    tower = _load_tower(vision_tower, dtype)
+    image_processor = with_mode(AutoImageProcessor.from_pretrained(vision_tower), image_mode)
+    tokenizer = from_pretrained(AutoTokenizer, language_model)
+    lm = load_strictly(AutoModelForCausalLM, language_model, dtype=dtype)
+    _prepare_tokenizer(tokenizer, template, language_model)
+    if len(tokenizer) > lm.get_input_embeddings().num_embeddings:  # most tables have spare rows
+        lm.resize_token_embeddings(len(tokenizer))
+    extra, tokens = _feature_tokens(tower, image_processor, vision_feature_layer)
+    if class_token and not extra:
+        raise InputError(f"{vision_tower}: class_token is set, but this vision tower has no class token")
+    config = DiffCLIPLlavaConfig(
+        vision_config=tower.config,
+        text_config=lm.config,
+        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE),
+        image_seq_length=tokens + class_token,
+        vision_feature_layer=vision_feature_layer,
+        vision_feature_select_strategy="default" if extra and not class_token else "full",
+        tie_word_embeddings=lm.config.tie_word_embeddings,
+        projector=projector,
+        conversation_template=template,
+    )
+    loaded = {"vision_tower": fingerprint(tower), "language_model": fingerprint(_with_head(lm))}
+    with torch.device("meta"):  # the skeleton costs no memory; real parts replace it
+        model = DiffCLIPLlavaForConditionalGeneration(config)
+    if hasattr(tower.config, "stop_early"):  # our tower skips the blocks after the layer that is read
+        tower.config.stop_early = True
+    model.model.vision_tower = tower
+    model.model.language_model = lm.base_model
+    model.lm_head = lm.get_output_embeddings()
+    model.model.multi_modal_projector = _new_projector(model.model.multi_modal_projector, seed, dtype)
+    model.tie_weights()
+    model.generation_config = GenerationConfig(
+        do_sample=False,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    verify(model, loaded)
+    model.eval()
+    processor = LlavaProcessor(
+        image_processor=image_processor,
+        tokenizer=tokenizer,
+        patch_size=tower.config.patch_size,
+        vision_feature_select_strategy=config.vision_feature_select_strategy,
+        num_additional_image_tokens=extra,
+        image_token=IMAGE,
+        chat_template=chat_template(template, tokenizer.eos_token),
+    )
+    return model, processor
+
+
+def plan(
+    vision_tower: str | Path, language_model: str | Path, projector: str = "linear", class_token: bool = False
+) -> DiffCLIPLlavaConfig:
+    """The configuration that `assemble` would give, from the parts' configurations alone; no weights are read.
+
+    Args:
+        vision_tower, language_model: as in `assemble`; their config.json is enough.
+    """
+    vision, text = from_pretrained(AutoConfig, vision_tower), from_pretrained(AutoConfig, language_model)
+    vision = getattr(vision, "vision_config", None) or vision
+    return DiffCLIPLlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=text.vocab_size - 1,
+        image_seq_length=(vision.image_size // vision.patch_size) ** 2 + class_token,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="full" if class_token else "default",
+        tie_word_embeddings=text.tie_word_embeddings,
+        projector=projector,
+    )
+
+
+def planned(directory: str | Path) -> DiffCLIPLlavaConfig:
+    """The configuration of a multimodal run; InputError if it is none."""
+    config = from_pretrained(AutoConfig, directory)
+    if not isinstance(config, DiffCLIPLlavaConfig):
+        raise InputError(f"{directory}: holds a {type(config).__name__}; give a run of align or instruct")
+    return config
+
+
+@torch.no_grad()
+def whiten_projector(model: DiffCLIPLlavaForConditionalGeneration, pixel_values: torch.Tensor, seed: int) -> None:
+    """Start a linear projector such that all directions of the tower's features show alike, as widely as words do.
+
+    In a few directions features vary a hundred times more than in those that tell shapes apart, and a projector that
+    starts at random takes most of a short run to find the latter. With mean m and covariance C of the features of
+    some pictures, and s the standard deviation of the word embeddings:
+
+        weight = P (C + 0.01 c I)^(-1/2),  bias = -weight m,  P_ij ~ N(0, s^2 / width),  c the largest eigenvalue of C
+
+    Args:
+        pixel_values: (pictures, 3, height, width); a hundred pictures are enough.
+        seed: decides P.
+
+    Raises:
+        InputError: the projector is not a single linear layer.
+    """
+    projector = model.model.multi_modal_projector
+    if not isinstance(projector, nn.Linear):
+        raise InputError("projector_init: whitened needs the linear projector; use default with the mlp")
+    pixel_values = pixel_values.to(projector.weight)
+    states = model.model.vision_tower(pixel_values, output_hidden_states=True).hidden_states
+    features = states[model.config.vision_feature_layer]
+    if model.config.vision_feature_select_strategy == "default":
+        features = features[:, 1:]  # without the class token
+    features = features.flatten(0, 1).double()  # (pictures x tokens, width)
+    values, vectors = torch.linalg.eigh(features.T.cov())
+    scale = (values.clamp(min=0) + 0.01 * values.max()).rsqrt()
+    spread = model.get_input_embeddings().weight.double().std()
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(projector.weight.shape, generator=generator, dtype=torch.float64).to(features.device)
+    weight = (spread * len(values) ** -0.5 * mixing) @ (vectors * scale) @ vectors.T
+    projector.weight.copy_(weight)
+    projector.bias.copy_(-weight @ features.mean(0))
+
+
+def _with_head(lm: PreTrainedModel) -> nn.ModuleDict:
+    return nn.ModuleDict({"model": lm.base_model, "lm_head": lm.get_output_embeddings()})
+
+
+def _load_tower(path: str | Path, dtype: torch.dtype) -> PreTrainedModel:
+    """The vision tower of a pretraining run or of any CLIP-like model, whose text half is left out."""
+    config = from_pretrained(AutoConfig, path)
+    vision = getattr(config, "vision_config", None)
+    only = "" if vision is None else "vision"
+    return load_strictly(AutoModel, path, only, config=vision or config, dtype=dtype).eval()
+
+
+def _prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, template: str, path: str | Path) -> None:
+    """Give the tokenizer `<image>`, a padding token, and as its eos the token that ends an answer."""
+    if template not in TEMPLATES:
+        raise InputError(f"unknown template `{template}`: use one of {', '.join(TEMPLATES)}")
+    if not tokenizer.is_fast:
+        raise InputError(f"{path}: needs a fast tokenizer (tokenizer.json), which knows where tokens begin and end")
+    tokenizer.add_tokens([AddedToken(IMAGE, special=True, normalized=False)], special_tokens=True)
+    vocabulary = tokenizer.get_vocab()
+    if template == "chatml" and not {"<|im_start|>", "<|im_end|>"} <= vocabulary.keys():
+        raise InputError(f"{path}: template chatml needs the tokens <|im_start|> and <|im_end|>; use vicuna")
+    if "<|im_end|>" in vocabulary:  # base models have it too, but stop at another token
+        tokenizer.eos_token = "<|im_end|>"
+    if tokenizer.eos_token is None:
+        raise InputError(f"{path}: the tokenizer has neither <|im_end|> nor an end-of-sequence token")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+
+
+@torch.no_grad()
+def _feature_tokens(tower: PreTrainedModel, image_processor: Any, layer: int) -> tuple[int, int]:
+    """(tokens that are no patches: 1 with CLS, 0 without; patch tokens), seen on a black picture.
+
+    Raises:
+        InputError: the processor's size is not the tower's, or the token count fits neither case.
+    """
+    pixels = image_processor(Image.new("RGB", (64, 64)), return_tensors="pt")["pixel_values"].to(tower.dtype)
+    height, width = pixels.shape[-2:]
+    size = tower.config.image_size
+    if (height, width) != (tuple(size) if isinstance(size, (list, tuple)) else (size, size)):
+        raise InputError(
+            f"the image processor makes pictures of {height}x{width}, but the vision tower takes {size}: "
+            "their preprocessor_config.json and config.json do not belong together"
+        )
+    patch = tower.config.patch_size
+    patches = (height // patch) * (width // patch)
+    tokens = tower(pixels, output_hidden_states=True).hidden_states[layer].shape[1]
+    if tokens - patches not in (0, 1):
+        raise InputError(f"the vision tower gives {tokens} tokens for {patches} patches; only one CLS token is known")
+    return tokens - patches, patches
+
+
+def _new_projector(skeleton: nn.Module, seed: int, dtype: torch.dtype) -> nn.Module:
+    """The projector with torch's own Linear initialisation, drawn from `seed`."""
+    projector = skeleton.to_empty(device="cpu").to(dtype)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for module in projector.modules():
+            if isinstance(module, nn.Linear):
+                module.reset_parameters()
+    return projector
