@@ -1,0 +1,53 @@
+"""What large models need: gradient checkpointing changes no gradient, weights in several files load as one."""
+
+import pytest
+import torch
+
+from mllm.assemble import assemble
+from mllm.conversation import encode, render
+from mllm.model import freeze, load, save
+
+
+def example(processor, picture):
+    turns = [{"from": "human", "value": "<image>\nIs there a red square?"}, {"from": "gpt", "value": "Yes"}]
+    encoded = encode(render(turns, "vicuna"), processor.tokenizer, 16)
+    pixels = processor.image_processor([picture(1)], return_tensors="pt")["pixel_values"]
+    return {**{k: torch.tensor([v]) for k, v in encoded.items()}, "pixel_values": pixels}
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_changes_no_gradient(assembled, picture, reentrant):
+    model, processor = assembled
+    freeze(model, {"projector", "language_model"})
+    inputs = example(processor, picture)
+    found = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            assert model.model.language_model.is_gradient_checkpointing
+        model.train()
+        model.zero_grad()
+        model(**inputs).loss.backward()
+        found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    plain, checkpointed = found
+    assert plain.keys() == checkpointed.keys() and len(plain) > 10
+    assert all(torch.allclose(plain[name], checkpointed[name], atol=1e-6) for name in plain)
+
+
+def test_weights_in_several_files_load_as_one(assembled, picture, tmp_path):
+    model, processor = assembled
+    save(model, processor, tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    model.save_pretrained(tmp_path, max_shard_size="40KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
+    again, _ = load(tmp_path)  # checks the fingerprints
+    inputs = example(processor, picture)
+    with torch.no_grad():
+        assert torch.equal(again(**inputs).logits, model.eval()(**inputs).logits)
+
+
+def test_weights_in_bfloat16_stay_so(tower_dir, language_dir, tmp_path):
+    save(*assemble(tower_dir, language_dir, dtype=torch.bfloat16), tmp_path)
+    model, _ = load(tmp_path)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert load(tmp_path, dtype=torch.float32)[0].dtype == torch.float32
