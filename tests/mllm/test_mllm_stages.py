@@ -89,6 +89,12 @@ def test_two_ranks_with_zero_3_learn_what_one_with_zero_2_learns(calm, inputs):
     load(calm / "two")  # checks the fingerprints
 
 
+def test_offloading_to_the_host_learns_the_same(calm, inputs, tmp_path):
+    out = tmp_path / "offload"
+    run_deepspeed(1, *command(inputs, out, "3_offload", "--lora_rank=4"))
+    assert losses(out) == pytest.approx(losses(calm / "one"), rel=1e-4)
+
+
 def test_a_killed_rank_ends_the_launcher_and_the_command_goes_on_to_the_same_weights(calm, inputs, tmp_path):
     out = tmp_path / "killed"
     arguments = command(inputs, out, 3, "--lora_rank=4")
