@@ -138,7 +138,7 @@ def _checked_rows(sources: str, image_root: str, image_prefix: str, template: st
     """What `load_rows` keeps; raises InputError at the end if any row has a fault."""
     files = [path for path, _ in json.loads(sources)]
     problems, kept = [], 0
-    for key, row, problem in examine(files, image_root, image_prefix=image_prefix, template=template):
+    for key, row, _, problem in examine(files, image_root, image_prefix=image_prefix, template=template):
         kept += 1
         if problem:
             problems.append(f"{key}: {problem}")
@@ -154,8 +154,8 @@ def _checked_rows(sources: str, image_root: str, image_prefix: str, template: st
 
 def examine(
     files: Sequence[str | Path], image_root: str | Path, *, image_prefix: str = "", template: str = "vicuna"
-) -> Iterator[tuple[str, dict, str]]:
-    """Every row with its name, and what is wrong with it or ""; arguments as in `load_rows`."""
+) -> Iterator[tuple[str, dict, dict[str, Picture | None], str]]:
+    """Every row with its name, its pictures' places, and what is wrong with it or ""; arguments as in `load_rows`."""
     for path in files:
         for number, row in enumerate(read_json_rows(path)):
             names = image_names(row)
@@ -173,7 +173,7 @@ def examine(
                         f"has {len(names)} pictures, but its conversation shows {shown} in template `{template}`; "
                         f"put one {IMAGE} into a question for each picture"
                     )
-            yield f"{path}: row {number} (id {row.get('id', '?')})", row, problem
+            yield f"{path}: row {number} (id {row.get('id', '?')})", row, places, problem
 
 
 def find_pictures(root: str | Path, names: Iterable[str]) -> dict[str, Picture | None]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from mllm.conversation import IGNORE
-from mllm.data import Picture, Rows, examine, find_pictures, image_names, load_rows
+from mllm.data import Picture, Rows, examine, load_rows
 
 
 def check(options: argparse.Namespace) -> int:
@@ -26,11 +26,12 @@ def check(options: argparse.Namespace) -> int:
     rows = 0
     seen: dict[Picture, str] = {}  # picture -> the first row that shows it
     where = {"image_prefix": options.image_prefix, "template": options.template}
-    for key, row, problem in tqdm(examine(options.files, options.image_root, **where), unit="row", disable=None):
+    examined = examine(options.files, options.image_root, **where)
+    for key, _, places, problem in tqdm(examined, unit="row", disable=None):
         rows += 1
         if problem:
             faults.append(f"{key}: {problem}")
-        for place in find_pictures(options.image_root, image_names(row)).values():
+        for place in places.values():
             if place:
                 seen.setdefault(place, key)
     with ThreadPoolExecutor(8) as pool:
@@ -39,11 +40,11 @@ def check(options: argparse.Namespace) -> int:
             if problem:
                 faults.append(f"{key}: {place.file}: {problem}; mend the picture or drop the row")
     if options.model and not faults:
-        lengths, supervised = tokens(options, load_rows(options.files, options.image_root, **where))
+        checked = load_rows(options.files, options.image_root, **where)
+        lengths, supervised = tokens(options, checked)
         for number in np.flatnonzero((lengths > options.max_length) | (supervised == 0)):
-            name = load_rows(options.files, options.image_root, **where)[int(number)].key
             what = f"{lengths[number]} tokens, more than max_length {options.max_length}"
-            faults.append(f"{name}: {what if supervised[number] else 'no supervised token'}")
+            faults.append(f"{checked[int(number)].key}: {what if supervised[number] else 'no supervised token'}")
     for fault in faults:
         print(fault)
     print(f"{rows:,} rows, {len(seen):,} pictures: {f'{len(faults):,} faults' if faults else 'no fault found'}")

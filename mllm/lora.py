@@ -25,7 +25,7 @@ def add_lora(model: Any, rank: int, *, alpha: float = 0.0, dropout: float = 0.0,
     """Add adapters to the linear layers of `model`'s language model, in place; only they learn there.
 
     Args:
-        model: from `mllm.model.assemble` or `load`.
+        model: from `mllm.assemble.assemble` or `mllm.model.load`.
         rank: of the added matrices.
         alpha: the adapters' output is scaled by alpha / rank; 0 means 2 * rank.
         seed: decides their first weights (the second matrix of each pair starts at zero).

@@ -73,7 +73,7 @@ def train_on_conversations(
     """Train the parts of `model` named in `config.learns`, prove the others unchanged, and write `config.output_dir`.
 
     Args:
-        model, processor: from `mllm.model.assemble` or `mllm.model.load`.
+        model, processor: from `mllm.assemble.assemble` or `mllm.model.load`.
         start: called with the examples before training, e.g. to set weights from them.
 
     Raises:

@@ -82,14 +82,13 @@ def training_arguments(config: TrainingConfig, steps: int, batch: tuple[int, int
     Raises:
         InputError: `config.trainer` holds a key that TrainingArguments does not know.
     """
-    import torch
     from transformers import TrainingArguments
 
     if config.save_total_limit < 2:
         raise InputError("save_total_limit must be at least 2: one checkpoint is kept whole while the next is written")
     if "wandb" in config.report_to and importlib.util.find_spec("wandb") is None:
         raise InputError("report_to asks for wandb, which is not installed: pip install wandb")
-    on_cpu = config.use_cpu or not torch.cuda.is_available()
+    on_cpu = training_device(config).type == "cpu"
     if config.deepspeed and on_cpu:
         import deepspeed.ops
 
