@@ -6,9 +6,20 @@ multimodal model built on it; either half may be left out.
 """
 
 from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
 
 from diffclip.errors import InputError, exit_on_input_error
 from stages.config import parse, require
+from stages.report_overlays import (
+    GRID,
+    Encoder,
+    heat_maps,
+    keep_attention,
+    localisation,
+    queries_from_masks,
+    query_of,
+)
 from stages.run import Run, end_with_pipeline, upstream_model
 
 
@@ -28,7 +39,11 @@ class EvaluateConfig:
     pope: str = field(default="", metadata={"help": "folder of POPE files (…random…, …popular…, …adversarial….json)"})
     image_root: str = field(default="", metadata={"help": "folder of POPE's pictures"})
     batch_size: int = field(default=64, metadata={"help": "pictures, or questions, at a time"})
-    examples: int = field(default=60, metadata={"help": "answers kept with their pictures for the report"})
+    examples: int = field(default=240, metadata={"help": "answers kept with their pictures for the report"})
+    masked_objects: int = field(
+        default=2000,
+        metadata={"help": "objects of clip_data's segmentation/ (COCO format) that attention is scored on"},
+    )
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -42,33 +57,39 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def evaluate(config: EvaluateConfig) -> None:
-    """Run what the settings name and write metrics.json (percent) and examples.jsonl."""
+    """Run what the settings name and write metrics.json (percent), examples.jsonl and attention.jsonl."""
     named = ("clip", "clip_data", "mllm", "pope", "image_root")
     run = Run("evaluate", config, {name: getattr(config, name) for name in named if getattr(config, name)})
     if run.finished:
         return
     run.note(model=upstream_model(config.clip or config.mllm))
     metrics: dict[str, float] = {}
-    if config.clip:
-        metrics |= clip_metrics(config, run)
+    encoder = load_encoder(config.clip) if config.clip else None
+    if encoder:
+        metrics |= clip_metrics(config, run, encoder)
+        metrics |= attention_metrics(config, run, encoder)
     if config.mllm:
         metrics |= pope_metrics(config, run)
+        keep_examples(config, run, encoder)
     run.finish(metrics)
 
 
-def clip_metrics(config: EvaluateConfig, run: "Run") -> dict[str, float]:
-    """Zero-shot, shifts, retrieval, linear probe, few-shot and MMVP-VLM on what `clip_data` holds, in percent."""
+def load_encoder(path: str) -> Encoder:
+    """A dual encoder, on the GPU if there is one."""
     import torch
 
     import diffclip
+
+    model, transform, tokenizer = diffclip.load(path)
+    return Encoder(model.to("cuda" if torch.cuda.is_available() else "cpu"), transform, tokenizer)
+
+
+def clip_metrics(config: EvaluateConfig, run: "Run", encoder: Encoder) -> dict[str, float]:
+    """Zero-shot, shifts, retrieval, linear probe, few-shot and MMVP-VLM on what `clip_data` holds, in percent."""
     from diffclip.benchmarks import evaluate_clip
 
-    model, preprocess, tokenizer = diffclip.load(config.clip)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
     metrics = evaluate_clip(
-        model,
-        preprocess,
-        tokenizer,
+        *encoder,
         config.clip_data,
         run.path,
         seed=config.seed,
@@ -79,8 +100,27 @@ def clip_metrics(config: EvaluateConfig, run: "Run") -> dict[str, float]:
     return metrics
 
 
+def attention_metrics(config: EvaluateConfig, run: "Run", encoder: Encoder) -> dict[str, float]:
+    """Attention maps for the report, and their scores against the masks of `clip_data`/segmentation, if there are."""
+    from diffclip.benchmarks.localisation import read_masks
+
+    folder = Path(config.clip_data) / "segmentation"
+    if not (folder / "instances.json").is_file():
+        run.note(attention=f"no attention maps: {folder}/instances.json is not there")
+        return {}
+    try:
+        items = list(islice(read_masks(folder / "instances.json", folder / "images"), config.masked_objects))
+    except ImportError:
+        run.note(attention="no attention maps: pycocotools is not installed (pip install '.[eval]')")
+        return {}
+    maps = keep_attention(encoder, queries_from_masks(items), run.path)
+    metrics = localisation(encoder, items, run.path)
+    run.say(f"evaluate: {maps} attention maps kept, {len(items)} objects compared with their masks")
+    return metrics
+
+
 def pope_metrics(config: EvaluateConfig, run: "Run") -> dict[str, float]:
-    """POPE of the multimodal model and its controls in percent; keeps some answers with their pictures."""
+    """POPE of the multimodal model and its controls in percent."""
     from mllm.pope_lmms import evaluate_with_lmms
 
     scores = evaluate_with_lmms(
@@ -92,7 +132,6 @@ def pope_metrics(config: EvaluateConfig, run: "Run") -> dict[str, float]:
         for split, row in table.items():
             metrics[f"{prefix}/{split}/questions"] = row.pop("n")
             metrics |= {f"{prefix}/{split}/{name}": 100 * value for name, value in row.items()}
-    keep_examples(config, run)
     run.say(
         f"evaluate: POPE accuracy {metrics['pope/mean/accuracy']:.1f} (yes rate {metrics['pope/mean/yes_rate']:.1f}), "
         f"with other pictures {metrics['pope_shuffled/mean/accuracy']:.1f}, "
@@ -101,8 +140,11 @@ def pope_metrics(config: EvaluateConfig, run: "Run") -> dict[str, float]:
     return metrics
 
 
-def keep_examples(config: EvaluateConfig, run: "Run") -> None:
-    """Write examples.jsonl: questions of each split with both answers, and their pictures beside it."""
+def keep_examples(config: EvaluateConfig, run: "Run", encoder: Encoder | None) -> None:
+    """Write examples.jsonl: questions of each split with both answers, and their pictures beside it.
+
+    With a dual encoder each row also has `heat`, the patches that speak for the object asked about.
+    """
     import json
 
     from mllm.data import find_pictures
@@ -117,12 +159,20 @@ def keep_examples(config: EvaluateConfig, run: "Run") -> None:
     folder = run.path / "examples"
     folder.mkdir(exist_ok=True)
     files = {name: f"examples/{number:03d}.png" for number, name in enumerate(sorted(places))}
-    for name, place in places.items():
-        picture = place.open()
-        picture.thumbnail((256, 256))
-        picture.save(run.path / files[name])
+    queries = [query_of(a["text"]) for a in kept]
+    heat: dict[int, GRID] = {}
+    names = list(files)
+    for start in range(0, len(names), 64):  # a few pictures in memory at a time
+        opened = {name: places[name].open() for name in names[start : start + 64]}
+        asked = [i for i, a in enumerate(kept) if encoder and a["image"] in opened and queries[i]]
+        if encoder and asked:
+            shown = [opened[kept[i]["image"]] for i in asked]
+            heat |= zip(asked, heat_maps(encoder, shown, [queries[i] for i in asked]))
+        for name, picture in opened.items():
+            picture.thumbnail((256, 256))
+            picture.save(run.path / files[name])
     with open(run.path / "examples.jsonl", "w", encoding="utf-8") as f:
-        for a in kept:
+        for i, a in enumerate(kept):
             row = {
                 "split": a["split"],
                 "question_id": a["question_id"],
@@ -131,6 +181,8 @@ def keep_examples(config: EvaluateConfig, run: "Run") -> None:
                 "answer": a["answer"],
                 "answer_shuffled": shuffled.get((a["split"], a["image"], a["text"])),
                 "image": files[a["image"]],
+                "query": queries[i],
+                "heat": heat.get(i),
             }
             f.write(json.dumps(row, ensure_ascii=False) + "\n")
 

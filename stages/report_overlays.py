@@ -1,0 +1,115 @@
+"""What evaluate leaves for the report about attention: heat maps for queries, and their scores against masks.
+
+A map is the gradient relevance of `diffclip.attention_maps` in the dual encoder's vision tower, kept as a grid of
+numbers from 0 to 255, so that the report can draw it without the model.
+"""
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import nn
+
+PICTURES = 8  # of the attention figures, two queries each
+SHOWN_SIDE = 224  # pixels of the kept pictures
+ASKED = re.compile(r"^\s*is there (?:(an?|the|any) )?(.+?) in (?:the|this) (?:image|picture|photo)\b", re.IGNORECASE)
+GRID = list[list[int]]
+
+
+class Encoder(NamedTuple):
+    """What `diffclip.load` returns."""
+
+    model: "nn.Module"
+    transform: Callable[["Image"], Any]
+    tokenizer: Callable[[list[str]], Any]
+
+
+def query_of(question: str) -> str:
+    """ "a red car" for "Is there a red car in the image?"; "" if the question asks for no object."""
+    match = ASKED.match(question)
+    if not match:
+        return ""
+    article, name = match.groups()
+    return f"{article.lower() if article and article.lower().startswith('a') and article != 'any' else 'a'} {name}"
+
+
+def heat_maps(
+    encoder: Encoder, pictures: Sequence["Image"], queries: Sequence[str], batch_size: int = 64
+) -> list[GRID]:
+    """One grid for each picture and query, its largest value 255 (all 0 where nothing speaks for the query)."""
+    import torch
+
+    from diffclip.attention_maps import relevance
+
+    device = next(encoder.model.parameters()).device
+    grids: list[GRID] = []
+    for start in range(0, len(pictures), batch_size):
+        batch = torch.stack([encoder.transform(p) for p in pictures[start : start + batch_size]]).to(device)
+        texts = encoder.tokenizer(list(queries[start : start + batch_size])).to(device)
+        heat = relevance(encoder.model, batch, texts)  # (pictures, rows, columns)
+        top = heat.amax(dim=(1, 2), keepdim=True).clamp(min=1e-12)
+        grids += (255 * heat / top).round().int().tolist()
+    return grids
+
+
+def keep_attention(encoder: Encoder, queries: Sequence[tuple[Path, list[str]]], folder: Path) -> int:
+    """Write attention.jsonl in `folder`, and each picture as the model's crop shows it. Returns the number of maps."""
+    from PIL import Image
+    from torchvision import transforms as T
+
+    size = encoder.model.model_config["preprocess_cfg"]["size"]
+    # small drawings keep their pixels: enlarged by a whole factor
+    enlarged = size * max(1, round(SHOWN_SIDE / size))
+    seen = T.Compose([T.Resize(size), T.CenterCrop(size), T.Resize(enlarged, T.InterpolationMode.NEAREST)])
+    (folder / "attention").mkdir(parents=True, exist_ok=True)
+    rows, pictures, texts = [], [], []
+    for number, (path, asked) in enumerate(queries):
+        with Image.open(path) as opened:
+            picture = opened.convert("RGB")
+        name = f"attention/{number:03d}.png"
+        seen(picture).save(folder / name)
+        for query in asked:
+            rows.append({"image": name, "file": path.name, "query": query})
+            pictures.append(picture)
+            texts.append(query)
+    grids = heat_maps(encoder, pictures, texts)
+    with open(folder / "attention.jsonl", "w", encoding="utf-8") as f:
+        for row, grid in zip(rows, grids):
+            f.write(json.dumps({**row, "heat": grid}, ensure_ascii=False) + "\n")
+    return len(rows)
+
+
+def queries_from_masks(items: Sequence[tuple[Path, str, Any]]) -> list[tuple[Path, list[str]]]:
+    """Two queries for each of the first pictures that hold two kinds of objects; items are those of `read_masks`."""
+    named: dict[Path, list[str]] = {}
+    for path, name, _ in items:
+        named.setdefault(path, []).append(f"a {name}")
+    return [(path, names[:2]) for path, names in named.items() if len(names) >= 2][:PICTURES]
+
+
+def localisation(encoder: Encoder, items: Sequence[tuple], folder: Path) -> dict[str, float]:
+    """Scores of the maps against masks in percent, `localisation/...`; those of each object go to localisation.json."""
+    import numpy as np
+
+    from diffclip.benchmarks.localisation import SCORES, localise
+
+    found = localise(*encoder, items)  # (objects, 4), NaN where the crop leaves an object out
+    kept = ~np.isnan(found).any(axis=1)
+    record = {
+        "pictures": [path.name for path, _, _ in items],
+        "objects": [name for _, name, _ in items],
+        "scores": {
+            name: [None if np.isnan(v) else round(float(v), 4) for v in found[:, i]]
+            for i, name in enumerate((*SCORES, "area"))
+        },
+    }
+    (folder / "localisation.json").write_text(json.dumps(record, ensure_ascii=False), encoding="utf-8")
+    if not kept.any():
+        return {}
+    means = found[kept].mean(axis=0)
+    scores = {f"localisation/{name}": float(mean) for name, mean in zip((*SCORES, "area"), means)}
+    return scores | {"localisation/objects": int(kept.sum())}
