@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from diffclip.attention import DifferentialAttention, attention_scores, softmax_maps
 from diffclip.attention_v2 import DifferentialAttentionV2
 from diffclip.errors import InputError, exit_on_input_error
+from diffclip.pictures import open_picture
 
 if TYPE_CHECKING:
     import numpy as np
@@ -179,7 +180,6 @@ def figure(images: Sequence[str | Path], queries: Sequence[str], models: Sequenc
     """
     import numpy as np
     from matplotlib.figure import Figure
-    from PIL import Image, UnidentifiedImageError
     from torchvision import transforms as T
 
     from diffclip import checkpoints
@@ -187,12 +187,7 @@ def figure(images: Sequence[str | Path], queries: Sequence[str], models: Sequenc
     if len(queries) not in (1, len(images)):
         raise InputError(f"{len(queries)} queries for {len(images)} images: give one for all, or one for each")
     rows = list(zip(images, list(queries) * (len(images) if len(queries) == 1 else 1)))
-    pictures = []
-    for path, _ in rows:
-        try:
-            pictures.append(Image.open(path).convert("RGB"))
-        except (OSError, UnidentifiedImageError) as error:
-            raise InputError(f"{path}: cannot be read as an image: {error}") from error
+    pictures = [open_picture(path, str(path)) for path, _ in rows]
     canvas = Figure(figsize=(2.2 * (1 + len(models)), 2.35 * len(rows)), layout="constrained")
     axes = canvas.subplots(len(rows), 1 + len(models), squeeze=False)
     for column, name in enumerate(models, 1):

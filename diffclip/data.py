@@ -5,12 +5,8 @@ gives the same random access. What cannot be read raises `BadSample`; `diffclip.
 """
 
 import glob
-import io
 import json
 import os
-import struct
-import warnings
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from diffclip.errors import InputError
+from diffclip.pictures import BROKEN, open_image
 from diffclip.shards import Shard, cache_dir, index_shards
 
 if TYPE_CHECKING:
@@ -28,16 +25,6 @@ if TYPE_CHECKING:
 
 IMAGE_COLUMNS = ("image", "jpg", "png", "filepath", "image_path", "file_name")
 CAPTION_COLUMNS = ("caption", "text", "txt", "title", "captions")
-BROKEN = (  # all that a decoder or parser may raise at bytes that it was not made for
-    OSError,
-    ValueError,
-    SyntaxError,
-    EOFError,
-    TypeError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-)
 
 
 class BadSample(InputError):
@@ -200,28 +187,6 @@ def _columns(path: str) -> Columns:
     if not isinstance(rows.features[image], datasets.Value):
         rows = rows.cast_column(image, datasets.Image(decode=False))
     return Columns(path, rows, image, caption)
-
-
-def open_image(source: bytes | str | Path) -> Image.Image:
-    """Decode a picture to RGB: the first frame, 16-bit greys scaled to 8, transparent parts as stored.
-
-    Raises:
-        OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError: it is broken, or has more pixels than
-            `PIL.Image.MAX_IMAGE_PIXELS`.
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of odd tags in a file that can be read; what cannot, raises
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        try:
-            image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
-            image.load()
-        except Image.DecompressionBombWarning as error:
-            raise Image.DecompressionBombError(str(error)) from None
-    if image.mode.startswith("I"):  # PIL would cut 16 bits at 255 instead of scaling
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).astype(np.uint8))
-    elif image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")
-    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def parse_captions(raw: bytes, member: str) -> list[str]:

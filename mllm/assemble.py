@@ -30,6 +30,7 @@ from mllm.model import (
     load_strictly,
     verify,
 )
+from mllm.open_clip_tower import PREFIX, from_open_clip
 
 
 def assemble(
@@ -47,7 +48,8 @@ def assemble(
     """Put a vision tower and a language model together; only the projector between them is new.
 
     Args:
-        vision_tower: a pretraining run directory, or any CLIP / SigLIP model (directory or Hub id).
+        vision_tower: a pretraining run directory, any CLIP / SigLIP model (directory or Hub id), or any model of
+            open_clip, see `mllm.open_clip_tower`.
         language_model: directory or Hub id of any causal language model.
         projector: "linear" (the paper) or "mlp" (LLaVA-1.5's two layers).
         template: conversation format that questions will be asked in, see `mllm.conversation`.
@@ -63,8 +65,8 @@ def assemble(
             cannot write.
         WeightsError: a part's weights changed while assembling.
     """
-    tower = _load_tower(vision_tower, dtype)
-    image_processor = with_mode(AutoImageProcessor.from_pretrained(vision_tower), image_mode)
+    tower, image_processor = _load_tower(vision_tower, dtype)
+    image_processor = with_mode(image_processor, image_mode)
     tokenizer = from_pretrained(AutoTokenizer, language_model)
     lm = load_strictly(AutoModelForCausalLM, language_model, dtype=dtype)
     _prepare_tokenizer(tokenizer, template, language_model)
@@ -119,9 +121,13 @@ def plan(
     """The configuration that `assemble` would give, from the parts' configurations alone; no weights are read.
 
     Args:
-        vision_tower, language_model: as in `assemble`; their config.json is enough.
+        vision_tower, language_model: as in `assemble`; their config.json is enough (open_clip's names are loaded).
     """
-    vision, text = from_pretrained(AutoConfig, vision_tower), from_pretrained(AutoConfig, language_model)
+    text = from_pretrained(AutoConfig, language_model)
+    if str(vision_tower).startswith(PREFIX):
+        vision = from_open_clip(str(vision_tower))[0].config
+    else:
+        vision = from_pretrained(AutoConfig, vision_tower)
     vision = getattr(vision, "vision_config", None) or vision
     return DiffCLIPLlavaConfig(
         vision_config=vision,
@@ -183,12 +189,16 @@ def _with_head(lm: PreTrainedModel) -> nn.ModuleDict:
     return nn.ModuleDict({"model": lm.base_model, "lm_head": lm.get_output_embeddings()})
 
 
-def _load_tower(path: str | Path, dtype: torch.dtype) -> PreTrainedModel:
-    """The vision tower of a pretraining run or of any CLIP-like model, whose text half is left out."""
+def _load_tower(path: str | Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Any]:
+    """The vision tower of a pretraining run or of any CLIP-like model, without its text half; its image processor."""
+    if str(path).startswith(PREFIX):
+        tower, image_processor = from_open_clip(str(path))
+        return tower.to(dtype), image_processor
     config = from_pretrained(AutoConfig, path)
     vision = getattr(config, "vision_config", None)
     only = "" if vision is None else "vision"
-    return load_strictly(AutoModel, path, only, config=vision or config, dtype=dtype).eval()
+    tower = load_strictly(AutoModel, path, only, config=vision or config, dtype=dtype).eval()
+    return tower, AutoImageProcessor.from_pretrained(path)
 
 
 def _prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, template: str, path: str | Path) -> None:
@@ -226,7 +236,12 @@ def _feature_tokens(tower: PreTrainedModel, image_processor: Any, layer: int) ->
         )
     patch = tower.config.patch_size
     patches = (height // patch) * (width // patch)
-    tokens = tower(pixels, output_hidden_states=True).hidden_states[layer].shape[1]
+    _, tokens, width = tower(pixels, output_hidden_states=True).hidden_states[layer].shape
+    if width != tower.config.hidden_size:
+        raise InputError(
+            f"layer {layer} of this vision tower is {width} wide and not {tower.config.hidden_size}: the stages of a "
+            "convolutional tower differ; set vision_feature_layer -1"
+        )
     if tokens - patches not in (0, 1):
         raise InputError(f"the vision tower gives {tokens} tokens for {patches} patches; only one CLS token is known")
     return tokens - patches, patches

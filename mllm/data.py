@@ -6,7 +6,6 @@
 Pictures are opened when they are needed; they may be plain files or members of webdataset tars.
 """
 
-import io
 import json
 import os
 import sys
@@ -42,14 +41,11 @@ class Picture(NamedTuple):
         finally:
             os.close(handle)
 
-    def open(self) -> "Image.Image":
-        """Decode to RGB; OSError if that fails."""
-        from PIL import Image, UnidentifiedImageError
+    def open(self, key: str = "") -> "Image.Image":
+        """Decode to RGB; InputError naming the row that shows it, if given, and the file when that fails."""
+        from diffclip.pictures import open_picture
 
-        try:
-            return Image.open(io.BytesIO(self.read())).convert("RGB")
-        except UnidentifiedImageError:
-            raise OSError("not a picture") from None
+        return open_picture(self.read, f"{key}: {self.file}" if key else self.file)
 
 
 class Row(NamedTuple):

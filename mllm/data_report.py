@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from diffclip.errors import InputError
 from mllm.conversation import IGNORE
 from mllm.data import Picture, Rows, examine, load_rows
 
@@ -35,10 +36,8 @@ def check(options: argparse.Namespace) -> int:
             if place:
                 seen.setdefault(place, key)
     with ThreadPoolExecutor(8) as pool:
-        problems = pool.map(broken, seen)
-        for (place, key), problem in tqdm(zip(seen.items(), problems), total=len(seen), unit="picture", disable=None):
-            if problem:
-                faults.append(f"{key}: {place.file}: {problem}; mend the picture or drop the row")
+        problems = pool.map(broken, seen, seen.values())
+        faults += filter(None, tqdm(problems, total=len(seen), unit="picture", disable=None))
     if options.model and not faults:
         checked = load_rows(options.files, options.image_root, **where)
         lengths, supervised = tokens(options, checked)
@@ -51,12 +50,12 @@ def check(options: argparse.Namespace) -> int:
     return 2 if faults else 0
 
 
-def broken(place: Picture) -> str:
-    """Why a picture cannot be decoded, or ""."""
+def broken(place: Picture, key: str) -> str:
+    """Why the picture that row `key` shows cannot be decoded, or ""."""
     try:
-        place.open()
-    except (OSError, ValueError, SyntaxError) as error:
-        return str(error) or type(error).__name__
+        place.open(key)
+    except InputError as error:
+        return str(error)
     return ""
 
 

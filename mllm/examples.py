@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from diffclip.errors import InputError
 from mllm.conversation import IGNORE, IMAGE, NoSupervisionError, encode, render
-from mllm.data import Picture, Row, Rows
+from mllm.data import Row, Rows
 
 if TYPE_CHECKING:
     from transformers import LlavaProcessor
@@ -50,7 +50,7 @@ class ConversationDataset(Dataset):
         if shown != self.image_tokens * len(row.pictures):
             raise InputError(f"{row.key}: max_length {self.max_length} cuts a picture off; raise it")
         if row.pictures:
-            pixels = self.processor.image_processor([_open(p, row.key) for p in row.pictures], return_tensors="pt")
+            pixels = self.processor.image_processor([p.open(row.key) for p in row.pictures], return_tensors="pt")
             example["pixel_values"] = pixels["pixel_values"]
         return example
 
@@ -143,10 +143,3 @@ def image_tokens(processor: "LlavaProcessor") -> int:
     """How many placeholders the processor writes for one picture."""
     pixels = processor.image_processor([Image.new("RGB", (64, 64))], return_tensors="pt")
     return processor.replace_image_token(pixels, 0).count(IMAGE)
-
-
-def _open(picture: Picture, key: str) -> Image.Image:
-    try:
-        return picture.open()
-    except OSError as error:
-        raise InputError(f"{key}: {picture.file}: {error}; mend the picture or drop the row") from None

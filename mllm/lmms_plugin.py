@@ -16,7 +16,8 @@ from lmms_eval.models.registry_v2 import ModelManifest
 from PIL import Image
 from tqdm import tqdm
 
-from mllm.conversation import IGNORE, IMAGE, encode, prompt, render
+from mllm.chat import prompts, question_turn, write
+from mllm.conversation import IGNORE, IMAGE, encode, render
 from mllm.examples import collate, image_tokens
 from mllm.model import load
 
@@ -55,7 +56,6 @@ class DiffCLIPLlavaForEvaluation(lmms):
         self.device = torch.device(device) if device and self._world_size == 1 else self.accelerator.device
         model, self.processor = load(pretrained, dtype=getattr(torch, dtype) if dtype else None)
         self.model = model.to(self.device)
-        self.processor.tokenizer.padding_side = "left"
         self.template = model.config.conversation_template
         self.batch_size = int(batch_size)
 
@@ -95,7 +95,7 @@ class DiffCLIPLlavaForEvaluation(lmms):
                 context, target, doc_to_visual, doc_id, task, split = requests[i].args
                 answer = target if isinstance(target, str) else target(self.task_dict[task][split][doc_id])
                 shown = self._pictures(doc_to_visual, doc_id, task, split)
-                turns = [*self._question(context, len(shown)), {"from": "gpt", "value": answer.strip()}]
+                turns = [question_turn(context, len(shown)), {"from": "gpt", "value": answer.strip()}]
                 end = self.processor.tokenizer.eos_token
                 encoded = encode(render(turns, self.template, end_token=end), self.processor.tokenizer, tokens)
                 example = {name: torch.tensor(ids) for name, ids in encoded.items()}
@@ -130,13 +130,8 @@ class DiffCLIPLlavaForEvaluation(lmms):
             raise ValueError(f"task {task} shows something that is no picture; diffclip_llava sees pictures only")
         return pictures
 
-    def _question(self, context: str, pictures: int) -> list[dict[str, str]]:
-        if IMAGE not in context:
-            context = f"{IMAGE}\n" * pictures + context
-        return [{"from": "human", "value": context}]
-
     def _prompt(self, context: str, pictures: int) -> str:
-        text = prompt(self._question(context, pictures), self.template, self.processor.tokenizer.eos_token)
+        (text,) = prompts(self.model, self.processor, [[question_turn(context, pictures)]])
         if text.count(IMAGE) != pictures:
             raise ValueError(f"template {self.template} shows {text.count(IMAGE)} of {pictures} pictures")
         return text
@@ -152,19 +147,17 @@ class DiffCLIPLlavaForEvaluation(lmms):
             return {}
         options = json.loads(next(iter(waiting))[0])
         pictures = [picture for shown in waiting.values() for picture in shown]
-        inputs = self.processor(
-            text=[key[1] for key in waiting], images=pictures or None, padding=True, return_tensors="pt"
-        ).to(self.device, self.model.dtype)
         sample = _samples(options)
-        tokens = self.model.generate(
-            **inputs,
+        texts = write(
+            self.model,
+            self.processor,
+            [key[1] for key in waiting],
+            pictures,
             max_new_tokens=options.get("max_new_tokens", 1024),
             num_beams=options.get("num_beams") or 1,
             do_sample=sample,
             **({k: options[k] for k in ("temperature", "top_p") if options.get(k)} if sample else {}),
         )
-        new = tokens[:, inputs["input_ids"].shape[1] :]
-        texts = self.processor.tokenizer.batch_decode(new, skip_special_tokens=True)
         stops = options.get("until") or []
         for stop in [stops] if isinstance(stops, str) else stops:
             texts = [text.split(stop)[0] if stop else text for text in texts]

@@ -241,11 +241,11 @@ def freeze(model: DiffCLIPLlavaForConditionalGeneration, train: Collection[str])
     """Let only the parts named in `train` learn; returns the number of parameters of every part.
 
     Raises:
-        ValueError: a name that is none of vision_tower, projector, language_model.
+        InputError: a name that is none of vision_tower, projector, language_model.
     """
     unknown = sorted(set(train) - set(PARTS))
     if unknown:
-        raise ValueError(f"unknown parts {unknown}: use {', '.join(PARTS)}")
+        raise InputError(f"learns: there is no part {', '.join(unknown)}; use {', '.join(PARTS)}")
     for name, module in parts(model).items():
         module.requires_grad_(name in train)
     model.train(model.training)  # a frozen tower goes to evaluation mode

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class AlignConfig(ConversationConfig):
     """Settings of the alignment stage; defaults from the paper's section 4."""
 
-    vision_tower: str = field(default="", metadata={"help": "a pretraining run, or any CLIP vision model"})
+    vision_tower: str = field(default="", metadata={"help": "a pretraining run, any CLIP / SigLIP model, or open_clip:NAME@WEIGHTS"})
     language_model: str = field(
         default="Qwen/Qwen2.5-0.5B-Instruct",
         metadata={"help": "directory or Hub id of a causal language model"},
@@ -31,6 +31,9 @@ class AlignConfig(ConversationConfig):
     )
     class_token: bool = field(
         default=False, metadata={"help": "show the language model the tower's class token too; the paper does not"}
+    )
+    vision_feature_layer: int = field(
+        default=-2, metadata={"help": "which of the tower's hidden states is projected; the paper: the last but one"}
     )
     image_mode: Literal["crop", "squash", "pad"] = field(
         default="crop", metadata={"help": "how pictures become square: the middle, all of it squashed, or with bars"}
@@ -66,9 +69,10 @@ def align(config: AlignConfig) -> None:
 
     from stages.mllm_training import data_inputs
 
-    inputs = {"vision_tower": config.vision_tower, **data_inputs(config)}
-    if Path(config.language_model).exists():  # otherwise a Hub id
-        inputs["language_model"] = config.language_model
+    inputs = data_inputs(config)
+    for part in ("vision_tower", "language_model"):
+        if Path(getattr(config, part)).exists():  # otherwise a Hub id, or open_clip's name
+            inputs[part] = getattr(config, part)
     run = Run("align", config, inputs)
     if run.finished:
         return
@@ -84,6 +88,7 @@ def align(config: AlignConfig) -> None:
         config.language_model,
         projector=config.projector,
         template="vicuna",
+        vision_feature_layer=config.vision_feature_layer,
         class_token=config.class_token,
         image_mode=config.image_mode,
         seed=config.seed,

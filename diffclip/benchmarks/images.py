@@ -4,7 +4,6 @@ Every reader gives a `Pictures` data set of (PIL image, label); nothing is decod
 """
 
 import hashlib
-import io
 import json
 import os
 import tarfile
@@ -16,6 +15,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from diffclip.errors import InputError
+from diffclip.pictures import open_picture
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".gif", ".tif", ".tiff")
 
@@ -26,6 +26,12 @@ class TarSlice(NamedTuple):
     path: Path
     offset: int
     size: int
+
+    def read(self) -> bytes:
+        """The encoded picture; OSError if it cannot be read."""
+        with open(self.path, "rb") as file:
+            file.seek(self.offset)
+            return file.read(self.size)
 
 
 class Pictures(Dataset):
@@ -49,7 +55,9 @@ class Pictures(Dataset):
         return len(self.names)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return open_picture(self.sources[index], self.names[index]), self.labels[index]
+        source = self.sources[index]
+        encoded = source.read if isinstance(source, TarSlice) else source
+        return open_picture(encoded, self.names[index]), self.labels[index]
 
     @property
     def digest(self) -> str:
@@ -66,20 +74,6 @@ class Pictures(Dataset):
                 content = (str(path.resolve()), state[path], place)
             digest.update(repr((name, label, content)).encode())
         return digest.hexdigest()
-
-
-def open_picture(source: Path | TarSlice | bytes, name: str) -> Image.Image:
-    """Decode one picture to RGB; `InputError` naming it when it is missing or broken."""
-    try:
-        if isinstance(source, TarSlice):
-            with open(source.path, "rb") as file:
-                file.seek(source.offset)
-                source = file.read(source.size)
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            return image.convert("RGB")
-    # Pillow reports broken files as OSError, SyntaxError (PNG) or ValueError, by format
-    except (OSError, SyntaxError, ValueError) as error:
-        raise InputError(f"{name} cannot be read as an image ({error}): replace or remove it") from error
 
 
 def read_json(path: Path) -> object:

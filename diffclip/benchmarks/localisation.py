@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 
 from diffclip.errors import InputError, exit_on_input_error
+from diffclip.pictures import open_picture
 
 SCORES = ("pointing", "energy", "precision")
 PROMPT = "a {}"
@@ -103,7 +104,7 @@ def localise(model: Any, transform: Any, tokenizer: Any, items: Sequence[tuple],
     rows = []
     for start in range(0, len(items), batch_size):
         batch = items[start : start + batch_size]
-        pictures = torch.stack([transform(Image.open(path)) for path, _, _ in batch]).to(device)
+        pictures = torch.stack([transform(open_picture(path, str(path))) for path, _, _ in batch]).to(device)
         texts = tokenizer([PROMPT.format(name) for _, name, _ in batch]).to(device)
         heats = upsample(relevance(model, pictures, texts), (size, size)).cpu().numpy()
         for heat, (_, _, mask) in zip(heats, batch):

@@ -93,9 +93,22 @@ def test_a_conversation_on_the_console(saved):
 
 def test_what_is_wrong_is_said_in_one_sentence(saved, tmp_path):
     for arguments, words in [
-        ([str(saved / "run"), "--image=absent.png", "Is it?"], "absent.png: cannot be read as a picture"),
+        ([str(saved / "run"), "--image=absent.png", "Is it?"], "absent.png cannot be read as an image"),
         ([str(saved / "run"), "--batch=x.jsonl"], "--batch and --out go together"),
         ([str(tmp_path), "Is it?"], "no model that"),
     ]:
         ended = run("mllm.chat", *arguments, check=False, threads=1)
         assert ended.returncode == 2 and words in ended.stderr and "Traceback" not in ended.stderr, ended.stderr
+
+
+def test_closing_a_stream_ends_the_generation(assembled, picture):
+    model, processor = assembled
+    passes = []
+    model.lm_head.register_forward_hook(lambda *_: passes.append(1))
+    pieces = chat.stream(model, processor, [chat.question_turn(QUESTIONS[0], 1)], [picture(0)], max_new_tokens=400)
+    next(pieces)
+    pieces.close()
+    done = len(passes)
+    assert done < 400
+    assert chat.answer(model, processor, [[chat.question_turn(QUESTIONS[0], 1)]], [picture(0)], max_new_tokens=1)
+    assert len(passes) == done + 1  # nothing went on behind

@@ -42,7 +42,7 @@ def test_check_names_every_fault_and_ends_with_2(folder):
     assert told.returncode == 2 and lines[-1] == "6 rows, 2 pictures: 5 faults"
     for number, words in [
         (1, "absent.png is not under"),
-        (2, "broken.jpg: "),
+        (2, "broken.jpg cannot be read as an image"),
         (3, "a question has no answer"),
         (4, "has 1 pictures, but its conversation shows 0"),
         (5, "an answer is empty"),

@@ -2,23 +2,44 @@
 
 import pytest
 import torch
+from test_mllm_open_clip_tower import open_clip_name
 
+import diffclip
 from mllm.assemble import assemble
 from mllm.conversation import encode, render
+from mllm.examples import image_tokens
 from mllm.model import freeze, load, save
 
 
 def example(processor, picture):
     turns = [{"from": "human", "value": "<image>\nIs there a red square?"}, {"from": "gpt", "value": "Yes"}]
-    encoded = encode(render(turns, "vicuna"), processor.tokenizer, 16)
+    encoded = encode(render(turns, "vicuna"), processor.tokenizer, image_tokens(processor))
     pixels = processor.image_processor([picture(1)], return_tensors="pt")["pixel_values"]
     return {**{k: torch.tensor([v]) for k, v in encoded.items()}, "pixel_values": pixels}
 
 
+def tower_in(kind, tower_dir, tmp_path):
+    if kind == "ours":
+        diffclip.save(diffclip.build("DiffCLIP-tiny"), tmp_path / "pretrain")
+        return tmp_path / "pretrain"
+    return tower_dir if kind == "clip" else open_clip_name(tmp_path, "vit")
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_gradient_checkpointing_changes_no_gradient(assembled, picture, reentrant):
-    model, processor = assembled
-    freeze(model, {"projector", "language_model"})
+@pytest.mark.parametrize(
+    "kind, learns",
+    [
+        ("clip", {"projector", "language_model"}),
+        ("clip", {"vision_tower", "projector"}),
+        ("ours", {"vision_tower", "projector", "language_model"}),
+        ("open_clip", {"vision_tower", "projector", "language_model"}),
+    ],
+)
+def test_gradient_checkpointing_changes_no_gradient(
+    tower_dir, language_dir, picture, tmp_path, reentrant, kind, learns
+):
+    model, processor = assemble(tower_in(kind, tower_dir, tmp_path), language_dir, seed=3)
+    freeze(model, learns)
     inputs = example(processor, picture)
     found = []
     for checkpointing in (False, True):
