@@ -140,7 +140,6 @@ class DiffCLIPLlavaForEvaluation(lmms):
         pixels = self.processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
         return pixels.to(self.model.dtype)
 
-    @torch.no_grad()
     def _answer(self, waiting: dict[tuple, list[Image.Image]]) -> dict[tuple, str]:
         """Answers to one batch of (options, prompt, ...) keys with their pictures."""
         if not waiting:
