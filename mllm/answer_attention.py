@@ -83,7 +83,7 @@ def eager(language: Any) -> Iterator[None]:
         language.set_attn_implementation(usual)
 
 
-def look(
+def overlays(
     model: Any, processor: Any, turns: Sequence[dict[str, str]], pictures: Sequence[Image.Image]
 ) -> list[tuple[Image.Image, float]]:
     """Each picture of a conversation as the tower sees it, with where the last answer looks laid over it.

@@ -7,7 +7,7 @@ from PIL import Image
 from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
 
 from mllm import chat
-from mllm.answer_attention import answer_attention, as_seen, look, picture_positions
+from mllm.answer_attention import answer_attention, as_seen, overlays, picture_positions
 from mllm.assemble import assemble
 from mllm.image_modes import with_mode
 
@@ -103,11 +103,11 @@ def test_overlays_are_of_the_last_answer(two_pictures):
     model, processor, turns, pictures = two_pictures
     ids, pixels, first = whole_conversation(model, processor, turns, pictures)
     wanted = answer_attention(model, ids, pixels, first, (4, 4)).mean(0).sum((1, 2)).tolist()
-    found = look(model, processor, [*turns, {"from": "gpt", "value": ANSWER}], pictures)
+    found = overlays(model, processor, [*turns, {"from": "gpt", "value": ANSWER}], pictures)
     assert [share for _, share in found] == pytest.approx(wanted, abs=1e-6)
     assert all(shown.size == (352, 352) for shown, _ in found)  # 32 px, eleven times
     earlier = [*turns, {"from": "gpt", "value": "no no no"}, {"from": "human", "value": "Is there a blue circle?"}]
-    again = look(model, processor, [*earlier, {"from": "gpt", "value": ANSWER}], pictures)
+    again = overlays(model, processor, [*earlier, {"from": "gpt", "value": ANSWER}], pictures)
     ids, pixels, first = whole_conversation(model, processor, earlier, pictures)
     wanted = answer_attention(model, ids, pixels, first, (4, 4)).mean(0).sum((1, 2)).tolist()
     assert [share for _, share in again] == pytest.approx(wanted, abs=1e-6)

@@ -1,0 +1,162 @@
+"""The chat page in a real browser: answers equal mllm.chat's, where they look is shown, and nobody else is called."""
+
+import signal
+import subprocess
+import sys
+from argparse import Namespace
+from contextlib import contextmanager
+from itertools import pairwise
+
+import psutil
+import pytest
+from browser import open_page
+from launch import ROOT, environment, run_program
+
+from diffclip.errors import InputError
+from diffclip.pictures import open_image
+from mllm import app, chat
+from mllm.answer_attention import overlays
+from mllm.assemble import assemble
+from mllm.model import load, save
+from stages.pipeline import free_port
+
+pytest.importorskip("gradio")
+QUESTIONS = ["Is there a red square in the image?", "a small blue circle left of the green star <b>?</b>"]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory, tower_dir, language_dir, picture):
+    folder = tmp_path_factory.mktemp("app")
+    save(*assemble(tower_dir, language_dir, seed=3), folder / "run")
+    picture(0, (300, 200)).save(folder / "scene.png")
+    (folder / "broken.png").write_bytes(b"no picture")
+    return folder
+
+
+@contextmanager
+def running(*arguments, errors):
+    """The app in a process of its own, which tells its address when it is up; ended as by Ctrl-C."""
+    server = subprocess.Popen(
+        [sys.executable, "-m", "mllm.app", *arguments],
+        cwd=ROOT,
+        env=environment(1),
+        stdout=subprocess.PIPE,
+        stderr=errors,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        yield server
+    finally:
+        server.send_signal(signal.SIGINT)
+        server.communicate(timeout=30)
+
+
+def listening(pid):
+    """Where a process and its children can be reached."""
+    own = psutil.Process(pid)
+    ends = [one for process in (own, *own.children(recursive=True)) for one in process.net_connections("inet")]
+    return [tuple(one.laddr) for one in ends if one.status == psutil.CONN_LISTEN]
+
+
+def plain(text):
+    return " ".join(text.replace("\0", "").split())  # pages drop zeros, and a tiny random model may write any byte
+
+
+def wait_until(page, holds):
+    for _ in range(600):
+        if holds():
+            return
+        page.wait_for_timeout(50)
+    raise AssertionError(f"never came to be; the page shows: {page.locator('body').inner_text()}")
+
+
+@pytest.fixture(scope="module")
+def wanted(saved):
+    """[(answer, caption of its overlay)] by mllm.chat and mllm.answer_attention, and the answer without a picture."""
+    model, processor = load(saved / "run")
+    pictures, turns, found = [open_image(saved / "scene.png")], [], []
+    for question in QUESTIONS:
+        turns.append(chat.question_turn(question, 0 if turns else 1))
+        (text,) = chat.answer(model, processor, [turns], pictures, max_new_tokens=12)
+        turns.append({"from": "gpt", "value": text})
+        ((_, share),) = overlays(model, processor, turns, pictures)
+        found.append((text, f"{share:.1%} of the attention"))
+    return found, chat.answer(model, processor, [[chat.question_turn(QUESTIONS[0], 0)]], [], max_new_tokens=12)[0]
+
+
+def test_a_conversation_in_the_browser(saved, wanted, tmp_path):
+    port = free_port()
+    arguments = [str(saved / "run"), f"--port={port}", "--max_new_tokens=12"]
+    with (
+        open(tmp_path / "errors", "w+") as errors,
+        running(*arguments, errors=errors) as server,
+        open_page(viewport={"width": 1280, "height": 800}) as (page, complaints),
+    ):
+        address = server.stdout.readline().strip()
+        assert address == f"http://127.0.0.1:{port}", (tmp_path / "errors").read_text()
+        assert listening(server.pid) == [("127.0.0.1", port)]
+        called = []
+        page.on("request", lambda request: called.append(request.url))
+        page.goto(address)
+        box, said = page.get_by_placeholder("Ask about the picture"), page.get_by_test_id("bot")
+        files, maps = page.get_by_label("File thumbnail"), page.get_by_label("Thumbnail 1 of 1")
+
+        def ask(question, *paths):
+            if paths:
+                page.locator("input[type=file]").set_input_files(paths)
+                files.first.wait_for()
+            box.fill(question)
+            page.get_by_label("Submit").click()
+
+        ask("Is it?", saved / "broken.png")
+        page.get_by_text("broken.png cannot be read as an image (not a picture)").wait_for()
+        assert said.count() == 0 and box.input_value() == "Is it?"  # to be mended and asked again
+        page.get_by_label("Remove file").click()
+        files.wait_for(state="detached")
+        for number, (text, caption) in enumerate(wanted[0]):
+            ask(QUESTIONS[number], *[saved / "scene.png"][number:])
+            wait_until(page, lambda: maps.count() and maps.inner_text() == caption)  # noqa: B023
+            assert plain(said.nth(number).inner_text()) == plain(text)
+        assert said.count() == 2 and page.get_by_test_id("user").last.inner_text() == QUESTIONS[1]
+        assert maps.locator("img").evaluate("image => [image.naturalWidth, image.naturalHeight]") == [352, 352]
+        page.screenshot(path=tmp_path / "page.png")
+        page.get_by_role("button", name="Clear", exact=True).last.click()
+        wait_until(page, lambda: not said.count() and not maps.count())
+        ask(QUESTIONS[0])
+        wait_until(page, lambda: said.count() and plain(said.inner_text()) == plain(wanted[1]))
+        assert not complaints
+        assert [url for url in called if not url.startswith((address, "data:", "blob:"))] == []
+    assert "Traceback" not in (tmp_path / "errors").read_text()
+
+
+def test_answers_grow_and_questions_that_cannot_be_asked_change_nothing(saved, wanted):
+    model, processor = load(saved / "run")
+    asked, options = {"text": QUESTIONS[0], "files": [str(saved / "scene.png")]}, {"max_new_tokens": 12}
+    steps = list(app.respond(model, processor, options, asked, [], ([], []), True))
+    texts = [shown[-1]["content"] for shown, *_ in steps]
+    assert len(set(texts)) > 3 and all(after.startswith(before) for before, after in pairwise(texts))
+    _, talk, maps, box = steps[-1]
+    assert talk[0][-1]["value"] == wanted[0][0][0] and maps[0][1] == wanted[0][0][1] and box is None
+    assert all(step[2] is None for step in steps[:-1])
+    for question, words in [({"text": " ", "files": []}, "write a question"), (asked, "shows 1 pictures, but 2")]:
+        twice = {**question, "files": question["files"] * 2}
+        with pytest.raises(InputError, match=words):
+            list(app.respond(model, processor, options, twice, [], ([], []), True))
+
+
+def test_what_is_missing_is_said_in_one_sentence(tmp_path, monkeypatch):
+    options = Namespace(run=str(tmp_path), dtype=None)
+    with pytest.raises(InputError, match="no model that"):
+        app.serve(options)
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    with pytest.raises(InputError, match=r"pip install 'diffclip-stack\[app\]'"):
+        app.serve(options)
+
+
+def test_help_answers_at_once():
+    """Without importing what is slow to import."""
+    told = run_program([sys.executable, "-X", "importtime", "-m", "mllm.app", "--help"], check=True, threads=1)
+    assert "--host" in told.stdout and not {"torch", "transformers", "gradio"} & {
+        line.split("|")[-1].strip() for line in told.stderr.splitlines()
+    }
