@@ -1,4 +1,4 @@
-"""The report's figures: matplotlib charts, small enough to be read on a phone, colour-blind safe.
+"""The report's figures: which there are, in the paper's order, and how they are drawn, saved and put into the page.
 
 A chart never rests on colour alone: bars carry their numbers, curves their own dashes, controls their own marks.
 """
@@ -6,64 +6,49 @@ A chart never rests on colour alone: bars carry their numbers, curves their own 
 import io
 import os
 import re
-import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stages.report_data import POPE_SPLITS, STAGES, Arms, is_number, mean_sd
-from stages.report_tables import comparison_keys
+from stages import figures_bars, figures_curves, figures_maps
+from stages.figures_style import COLOURS, GRID, INK, MUTED, PAPER, STYLE
+from stages.report_beyond import costs
+from stages.report_data import POPE_SPLITS, STAGES, Arms
+from stages.report_layout import Column, mmvp_columns, shift_columns, six_tasks
+from stages.report_maps import Map, attention_maps
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure as Drawing
 
-# After Okabe and Ito, darkened to a contrast of 3 on white; the page swaps them for lighter ones in the dark.
-COLOURS = ("#0072b2", "#d55e00", "#00846a", "#b4508c", "#6b6b00", "#6a51a3")
-DASHES = ("-", "--", "-.", ":")
-INK, MUTED, GRID, PAPER = "#1d2127", "#5c6470", "#dcdfe4", "#fefefe"
-STYLE = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "report",
-    "text.parse_math": False,  # a dollar sign in a name is a dollar sign
-    "font.family": "sans-serif",
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": GRID,
-    "axes.labelcolor": MUTED,
-    "axes.facecolor": "none",
-    "axes.axisbelow": True,
-    "xtick.color": GRID,
-    "ytick.color": GRID,
-    "xtick.labelcolor": MUTED,
-    "ytick.labelcolor": INK,
-    "grid.color": GRID,
-    "text.color": INK,
-    "figure.facecolor": PAPER,
-    "figure.constrained_layout.use": True,  # every figure keeps its width, so text has one size on the page
-    "legend.frameon": False,
-    "legend.labelcolor": INK,
-}
-WIDTH = 5.0  # inches; 360 units in the page
-TASKS = {  # the overview's rows: heading of the comparison table, label
-    "Linear probe, accuracy": "Linear probe",
-    "Few-shot, accuracy": "Few-shot",
-    "Zero-shot classification, top-1": "Zero-shot",
-    "Retrieval, text to image": "Text to image",
-    "Retrieval, image to text": "Image to text",
-    "Distribution shifts, zero-shot top-1": "Shifts",
-    "MMVP-VLM, pairs right": "MMVP-VLM",
-    "POPE, accuracy": "POPE",
-}
+PAIRS_SHOWN = 2  # pictures of figure 2, as in the paper; the others make figure 6
+ATTENTION = "Where each model looks for a text: the patches that speak for it, by gradient, in the last layer"
 
 
-def figures(arms: Arms, directory: Path) -> list[tuple[str, str, str]]:
-    """Draw every figure that the runs have numbers for, also as SVG and PNG files in `directory`.
+@dataclass
+class Figure:
+    """A figure on the page and its files; `absent` says why there is none."""
 
-    Returns:
-        [(name, caption, SVG text)] in the report's order.
-    """
+    name: str
+    title: str
+    caption: str
+    svg: str = ""
+    absent: str = ""
+
+
+@dataclass
+class Plan:
+    """A figure to draw, or the reason that it cannot be drawn."""
+
+    name: str
+    title: str
+    caption: str
+    draw: Callable[[], "Drawing"] | None
+    why: str = ""
+
+
+def figures(arms: Arms, directory: Path) -> list[Figure]:
+    """Draw every figure that the runs have numbers for, also as SVG and PNG files (300 dpi) in `directory`."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -71,19 +56,25 @@ def figures(arms: Arms, directory: Path) -> list[tuple[str, str, str]]:
 
     drawn = []
     with plt.rc_context(STYLE):
-        for name, caption, draw in _plans(arms):
-            figure = draw()
+        for plan in plans(arms):
+            if plan.draw is None:
+                drawn.append(Figure(plan.name, plan.title, plan.caption, absent=plan.why))
+                continue
+            figure = plan.draw()
             try:
                 svg = io.StringIO()
                 figure.savefig(svg, format="svg", metadata={"Date": None})
                 directory.mkdir(parents=True, exist_ok=True)
                 for suffix in ("svg", "png"):
-                    temporary = directory / f"{name}.tmp"
-                    figure.savefig(temporary, format=suffix, dpi=300, metadata=_no_date(suffix))
-                    os.replace(temporary, directory / f"{name}.{suffix}")
+                    temporary = directory / f"{plan.name}.tmp"
+                    if suffix == "svg":
+                        temporary.write_text(svg.getvalue(), encoding="utf-8")
+                    else:
+                        figure.savefig(temporary, format="png", dpi=300)
+                    os.replace(temporary, directory / f"{plan.name}.{suffix}")
             finally:
                 plt.close(figure)
-            drawn.append((name, caption, svg.getvalue()))
+            drawn.append(Figure(plan.name, plan.title, plan.caption, inline(svg.getvalue(), plan.name)))
     return drawn
 
 
@@ -101,154 +92,149 @@ def inline(svg: str, name: str) -> str:
     return re.sub(r'<svg ([^>]*?)height="[^"]*"([^>]*?)width="[^"]*"', r"<svg \1\2", svg, count=1)
 
 
-def colour_of(arms: Arms, model: str) -> str:
-    return COLOURS[arms.models.index(model) % len(COLOURS)]
+def plans(arms: Arms) -> list[Plan]:
+    """Every figure in the paper's order, then those that the paper does not have."""
+    maps = attention_maps(arms)
+    return [*_of_the_paper(arms, maps), *_of_pope(arms), *_beyond(arms)]
 
 
-def _no_date(suffix: str) -> dict[str, None]:
-    return {"Date": None} if suffix == "svg" else {}
-
-
-def _plans(arms: Arms) -> Iterator[tuple[str, str, Callable[[], "Figure"]]]:
-    sections = dict(comparison_keys(arms))
-    tasks = []
-    for heading, label in TASKS.items():
-        if keys := sections.get(heading):
-            key, row = next((pair for pair in keys if pair[1] in ("average", "mean")), keys[0])
-            tasks.append((f"{label}, {row}" if heading.startswith("Retrieval") else label, key))
-    if tasks:
-        caption = "One number a task: the average over its sets, R@1 for retrieval."
-        yield "tasks", caption, lambda: bars(arms, tasks)
-    for heading, name, caption in (
-        ("Distribution shifts, zero-shot top-1", "shifts", "Zero-shot accuracy on shifted versions of the test set."),
-        ("MMVP-VLM, pairs right", "mmvp", "MMVP-VLM: share of pairs with both pictures right, by visual pattern."),
-    ):
-        if keys := sections.get(heading):
-            yield name, caption, lambda keys=keys: bars(arms, [(label, key) for key, label in keys])
-    if any(arms.scores(m, f"pope/{s}/accuracy") for m in arms.models for s in POPE_SPLITS):
-        yield "pope", "POPE accuracy (bars) beside its controls (marks).", lambda: pope_bars(arms)
-    for stage in STAGES:
-        if any(r.curve for r in arms.runs if r.stage == stage):
-            yield (
-                f"loss-{stage}",
-                f"Training loss of {stage}, each run a line.",
-                lambda stage=stage: curves(arms, stage, "loss"),
-            )
-    if any("logit_scale" in line for r in arms.runs for line in r.curve):
-        yield (
-            "logit-scale",
-            "Logit scale (inverse temperature) in pretraining.",
-            lambda: curves(arms, "pretrain", "logit_scale"),
+def _of_the_paper(arms: Arms, maps: list[Map]) -> list[Plan]:
+    tasks = six_tasks(arms)
+    scored = [t for t in tasks if not t.key.endswith("/")]
+    pair = arms.models[:2]
+    plans = [
+        Plan(
+            "figure1",
+            f"Figure 1. {' and '.join(pair)} on six tasks",
+            "Percent, with the difference from the first model in brackets; retrieval is R@5, sets are averaged.",
+            (lambda: figures_bars.bars(arms, scored, pair)) if scored else None,
+            "no evaluate run has scores of the dual encoder",
         )
-
-
-def bars(arms: Arms, rows: list[tuple[str, str]]) -> "Figure":
-    """Horizontal bars for (label, metric key) rows, one bar a model, whiskers of one sd, the number at its end."""
-    import matplotlib.pyplot as plt
-
-    count = len(arms.models)
-    figure, axes = plt.subplots(figsize=(WIDTH, 0.55 + len(rows) * (0.2 + 0.19 * count)))
-    height = 0.8 / count
-    for j, model in enumerate(arms.models):
-        for i, (_, key) in enumerate(rows):
-            y = i + (j - (count - 1) / 2) * height
-            values = list(arms.scores(model, key).values())
-            if not values:
-                axes.text(1, y, "no number", va="center", fontsize=7.5, color=MUTED)
-                continue
-            mean, sd = mean_sd(values)
-            axes.barh(y, mean, height * 0.9, color=colour_of(arms, model))
-            if sd is not None:
-                axes.errorbar(mean, y, xerr=sd, color=INK, linewidth=1, capsize=2)
-            axes.text(mean + (sd or 0) + 1.5, y, f"{mean:.1f}", va="center", fontsize=7.5)
-    axes.set_yticks(range(len(rows)), [textwrap.fill(_short(label, 40), 20) for label, _ in rows])
-    axes.invert_yaxis()
-    axes.set_xlim(0, 112)
-    axes.set_xticks(range(0, 101, 20))
-    axes.set_xlabel("%")
-    axes.grid(axis="x", linewidth=0.6)
-    axes.tick_params(axis="y", length=0)
-    _legend(axes, arms)
-    return figure
-
-
-def pope_bars(arms: Arms) -> "Figure":
-    """POPE accuracy by split, each bar with the marks of its blind and shuffled controls."""
-    import matplotlib.pyplot as plt
-    from matplotlib.lines import Line2D
-
-    figure, axes = plt.subplots(figsize=(WIDTH, 3.0))
-    count = len(arms.models)
-    width = 0.8 / count
-    splits = (*POPE_SPLITS, "mean")
-    marks = (("pope_blind", "blind rule", "D"), ("pope_shuffled", "images shuffled", "o"))
-    for j, model in enumerate(arms.models):
-        for i, split in enumerate(splits):
-            x = i + (j - (count - 1) / 2) * width
-            values = list(arms.scores(model, f"pope/{split}/accuracy").values())
-            if values:
-                mean, sd = mean_sd(values)
-                axes.bar(x, mean, width * 0.9, color=colour_of(arms, model))
-                if sd is not None:
-                    axes.errorbar(x, mean, yerr=sd, color=INK, linewidth=1, capsize=2)
-                if count <= 3:  # more would overlap; the table has them
-                    axes.text(x, 3, f"{mean:.1f}", ha="center", fontsize=7.5, color=PAPER)
-            for group, _, shape in marks:
-                control = list(arms.scores(model, f"{group}/{split}/accuracy").values())
-                if control:
-                    axes.plot(x, mean_sd(control)[0], shape, markersize=5, markerfacecolor=PAPER, color=INK)
-    axes.axhline(50, color=MUTED, linewidth=0.8, linestyle=":")
-    axes.set_xticks(range(len(splits)), splits)
-    axes.tick_params(axis="x", length=0, labelcolor=INK)
-    axes.tick_params(axis="y", labelcolor=MUTED)
-    axes.set_ylim(0, 103)
-    axes.set_yticks(range(0, 101, 25))
-    axes.set_ylabel("accuracy, %")
-    axes.grid(axis="y", linewidth=0.6)
-    shapes = [
-        Line2D([], [], marker=shape, linestyle="", markersize=5, markerfacecolor=PAPER, color=INK)
-        for _, _, shape in marks
     ]
-    _legend(axes, arms, shapes, [label for _, label, _ in marks])
-    return figure
+    pictures = list(dict.fromkeys(m.picture for m in maps))
+    first = [m for m in maps if m.picture in pictures[:PAIRS_SHOWN]]
+    rest = [m for m in maps if m.picture in pictures[PAIRS_SHOWN : PAIRS_SHOWN + 4]]
+    why = (
+        "no evaluate run kept attention maps (attention.jsonl): it needs a dual encoder and segmentation/ in clip_data"
+    )
+    note = "Bright is much, each map against its own maximum. Pictures are the first with two kinds of objects."
+    plans.append(
+        Plan(
+            "figure2",
+            "Figure 2. Attention maps for queries",
+            f"{ATTENTION}. {note}",
+            (lambda: figures_maps.attention(arms, first)) if first else None,
+            why,
+        )
+    )
+    shifts = [c for c in shift_columns(arms) if not c.key.endswith("/")]
+    plans.append(
+        Plan(
+            "figure3",
+            "Figure 3. Out of distribution",
+            "Zero-shot accuracy on shifted versions of the test set.",
+            (lambda: figures_bars.bars(arms, shifts)) if shifts else None,
+            "no evaluate run has scores on distribution shifts",
+        )
+    )
+    patterns = mmvp_columns(arms)
+    chart = figures_maps.radar if len(patterns) > 2 else figures_bars.bars
+    plans.append(
+        Plan(
+            "figure4",
+            "Figure 4. MMVP-VLM",
+            "Share of pairs with both pictures right, by visual pattern.",
+            (lambda: chart(arms, patterns)) if patterns else None,
+            "no evaluate run has MMVP-VLM scores",
+        )
+    )
+    enough = len(arms.models) > 2
+    plans.append(
+        Plan(
+            "figure5",
+            "Figure 5. Variants on the six tasks",
+            "As Figure 1, for every variant.",
+            (lambda: figures_bars.bars(arms, scored)) if scored and enough else None,
+            f"there {'are' if len(arms.models) > 1 else 'is'} only {' and '.join(arms.models)} here, as in Figure 1; "
+            "DiffCLIP-star and DiffCLIP-dagger were not run"
+            if not enough
+            else "no evaluate run has scores of the dual encoder",
+        )
+    )
+    plans.append(
+        Plan(
+            "figure6",
+            "Figure 6. More attention maps",
+            "As Figure 2, for the pictures after it.",
+            (lambda: figures_maps.attention(arms, rest)) if rest else None,
+            f"{why}, with more than {PAIRS_SHOWN} pictures" if not maps else "no more pictures were kept",
+        )
+    )
+    return plans
 
 
-def curves(arms: Arms, stage: str, key: str) -> "Figure":
-    """`key` of metrics.jsonl over the steps, one line a run, colour and dashes by model."""
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(WIDTH, 2.5))
-    for run in (r for r in arms.runs if r.stage == stage):
-        points = [(line["step"], line[key]) for line in run.curve if is_number(line.get(key))]
-        index = arms.models.index(run.model) if run.model else -1
-        colour = COLOURS[index % len(COLOURS)] if run.model else MUTED
-        dashes = DASHES[index % len(DASHES)] if run.model else "-"
-        marker = "o" if len(points) == 1 else ""
-        axes.plot(*zip(*points), dashes, color=colour, linewidth=1.4, alpha=0.9, marker=marker) if points else None
-    axes.set_xlabel("step")
-    axes.set_ylabel(key.replace("_", " "))
-    axes.tick_params(axis="y", labelcolor=MUTED)
-    axes.grid(linewidth=0.6)
-    if stage != "language":
-        _legend(axes, arms, lines=True)
-    return figure
-
-
-def _legend(axes: "Axes", arms: Arms, marks: Sequence = (), names: Sequence[str] = (), lines: bool = False) -> None:
-    """Models, and further marks with their names, above the plot."""
-    from matplotlib.lines import Line2D
-    from matplotlib.patches import Patch
-
-    own = [
-        Line2D([], [], color=colour_of(arms, m), linestyle=DASHES[i % len(DASHES)])
-        if lines
-        else Patch(facecolor=colour_of(arms, m))
-        for i, m in enumerate(arms.models)
+def _of_pope(arms: Arms) -> list[Plan]:
+    scored = any(arms.scores(m, f"pope/{s}/accuracy") for m in arms.models for s in POPE_SPLITS)
+    return [
+        Plan(
+            "pope",
+            "POPE with its controls",
+            "Accuracy (bars) beside its controls (marks); the dotted line is a yes to every question.",
+            (lambda: figures_bars.pope_bars(arms)) if scored else None,
+            "no evaluate run has POPE scores",
+        )
     ]
-    labels = [_short(m, 30) for m in arms.models] + [*names]
-    place = {"loc": "lower left", "bbox_to_anchor": (0, 1.0), "ncols": 2, "borderaxespad": 0.3, "fontsize": 8}
-    axes.legend([*own, *marks], labels, **place, handlelength=1.6, columnspacing=1.2)
 
 
-def _short(text: str, limit: int) -> str:
-    return text if len(text) <= limit else text[: limit - 1] + "\u2026"
+def _beyond(arms: Arms) -> list[Plan]:
+    """Localisation, curves of training, cost."""
+    names = {"pointing": "Pointing game", "energy": "Energy inside", "precision": "Pixel average precision"}
+    located = [Column(title, f"localisation/{name}") for name, title in names.items()]
+    has_masks = any(arms.scores(m, c.key) for m in arms.models for c in located)
+    plans = [
+        Plan(
+            "localisation",
+            "Localisation",
+            "Relevance against the masks of the objects; the dashed line is what a map of noise has.",
+            (lambda: figures_bars.bars(arms, located, baseline="localisation/area")) if has_masks else None,
+            "no evaluate run compared attention with masks: it needs segmentation/ in clip_data",
+        )
+    ]
+    for stage in STAGES[:-1]:
+        curve = any("loss" in line for r in arms.runs if r.stage == stage for line in r.curve)
+        ran = any(r.stage == stage for r in arms.runs)
+        title = f"Training loss of {stage}"
+        why = f"the {stage} runs hold no metrics.jsonl with steps in it" if ran else f"no {stage} run was found"
+        draw = (lambda stage=stage: figures_curves.curves(arms, stage, "loss")) if curve else None
+        plans.append(Plan(f"loss-{stage}", title, "Each run is a line.", draw, why))
+    lambdas = any(key.startswith("lambda/") for r in arms.runs for line in r.curve for key in line)
+    plans.append(
+        Plan(
+            "lambda",
+            "Lambda by layer in pretraining",
+            "The weight of the second attention map; faint is the first layer, strong the last. One seed a model.",
+            (lambda: figures_curves.lambdas(arms)) if lambdas else None,
+            "no pretrain run logged lambda/… (plain CLIP has none)",
+        )
+    )
+    scales = any("logit_scale" in line for r in arms.runs for line in r.curve)
+    plans.append(
+        Plan(
+            "logit-scale",
+            "Logit scale in pretraining",
+            "The inverse temperature, clamped at 100.",
+            (lambda: figures_curves.curves(arms, "pretrain", "logit_scale")) if scales else None,
+            "no pretrain run logged logit_scale",
+        )
+    )
+    timed = any(c.seconds for c in costs(arms))
+    plans.append(
+        Plan(
+            "cost",
+            "Cost",
+            "Wall-clock time of each stage, means over seeds.",
+            (lambda: figures_bars.cost_bars(arms)) if timed else None,
+            "no run has finished",
+        )
+    )
+    return plans

@@ -1,7 +1,8 @@
-"""Stage 5: report. One page, one Markdown file and one CSV table from any set of run directories.
+"""Stage 5: report. The paper's tables and figures, and what lies behind them, from any set of run directories.
 
 Every directory with a run.json at or below the given paths is read and grouped by model and seed. Partial runs are
-welcome: what is missing is shown as a dash with the reason. Nothing is computed anew, so it takes seconds.
+welcome: what is missing is shown as a dash with the reason. No model is run, so it takes seconds. Written are
+index.html (one self-contained page), report.md, figures/ (SVG, PNG), tables/ (CSV, LaTeX) and table.csv.
 
     python -m stages.report runs/quickstart --out report/
 """
@@ -10,23 +11,16 @@ import argparse
 import csv
 import io
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from diffclip.errors import InputError, exit_on_input_error
 from stages.report_data import Arms, gather, mean_sd, write_text
-from stages.report_tables import (
-    Table,
-    checks,
-    comparison,
-    comparison_keys,
-    details,
-    evidence,
-    others,
-    paired_differences,
-    pope,
-    pope_verdict,
-    setup,
-    stand_in,
-)
+from stages.report_pope import pope_verdict
+from stages.report_setup import checks, details, stand_in
+from stages.report_tables import comparison, comparison_keys, evidence, paired_differences
+
+if TYPE_CHECKING:
+    from stages.report_html import Section
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -43,7 +37,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def build_report(runs: list[Path], out: Path) -> Path:
-    """Write index.html, report.md, table.csv and figures/ into `out` from all run directories at or below `runs`.
+    """Write the report of all run directories at or below `runs` into `out`.
 
     Returns:
         The path of index.html.
@@ -57,14 +51,16 @@ def build_report(runs: list[Path], out: Path) -> Path:
 def write_report(arms: Arms, out: Path) -> Path:
     """The files of `build_report`, each written whole or not at all."""
     from stages.figures import figures
-    from stages.report_html import page
+    from stages.report_export import write_tables
+    from stages.report_html import page, sections
 
     if out.exists() and not out.is_dir():
         raise InputError(f"{out}: is a file; give --out a directory")
-    drawn = figures(arms, out / "figures")
+    parts = sections(arms, figures(arms, out / "figures"))
+    write_tables([table for part in parts for table in part.tables], out / "tables")
     write_text(out / "table.csv", csv_table(arms))
-    write_text(out / "report.md", markdown(arms, [(name, caption) for name, caption, _ in drawn]))
-    write_text(out / "index.html", page(arms, title(arms), subtitle(arms), drawn))
+    write_text(out / "report.md", markdown(arms, parts))
+    write_text(out / "index.html", page(arms, title(arms), subtitle(arms), parts))
     return out / "index.html"
 
 
@@ -80,50 +76,32 @@ def subtitle(arms: Arms) -> str:
     return f"{len(arms.runs)} runs, started {days}; seed{'s' * (len(seeds) != 1)} {', '.join(seeds) or 'unknown'}."
 
 
-def markdown(arms: Arms, figures: list[tuple[str, str]]) -> str:
+def markdown(arms: Arms, parts: list["Section"]) -> str:
     """The report without its examples, for places where only text goes."""
-    verdicts = [pope_verdict(arms, model)[1] for model in arms.models]
-    parts = [f"# {_escape(title(arms))}", _escape(subtitle(arms)), f"**{_escape(evidence(arms))}**"]
+    from stages.report_export import as_markdown
+    from stages.report_export import markdown as escape
+
+    text = [f"# {escape(title(arms))}", escape(subtitle(arms)), f"**{escape(evidence(arms))}**"]
     if stand_in(arms):
-        parts.append("**The language model is a stand-in taught on a little text; it is not Qwen2.5-0.5B-Instruct.**")
-    parts += ["## What was run", _table(setup(arms))]
-    parts.append(
-        "\n".join(
-            f"- {'ok' if ok else 'unknown' if ok is None else 'CAUTION'}: {_escape(text)}" for ok, text in checks(arms)
-        )
-    )
-    if arms.problems:
-        parts.append("\n".join(f"- {_escape(problem)}." for problem in arms.problems))
-    parts += ["## Comparison", "Percentages; differences in points.", _table(comparison(arms))]
-    parts += ["## POPE with its controls", "\n".join(f"- {_escape(v)}" for v in verdicts), _table(pope(arms))]
-    if figures:
-        parts += ["## Figures", "\n\n".join(f"![{caption}](figures/{name}.svg)" for name, caption in figures)]
-    if (rest := others(arms)).rows:
-        parts += ["## Other numbers", _table(rest)]
-    parts.append("## Every run")
+        text.append("**The language model is a stand-in taught on a little text; it is not Qwen2.5-0.5B-Instruct.**")
+    for part in parts:
+        if part.anchor == "examples":
+            continue
+        text.append(f"## {escape(part.title)}")
+        text += [escape(part.text)] if part.text else []
+        text += ["\n".join(f"- {escape(sentence)}" for _, sentence in part.verdicts)] if part.verdicts else []
+        for figure in part.figures:
+            shown = f"![{escape(figure.caption)}](figures/{figure.name}.svg)"
+            text += [f"### {escape(figure.title)}", f"Not drawn: {escape(figure.absent)}." if figure.absent else shown]
+        for table in part.tables:
+            text += [f"### {escape(table.title)}{' (not ours)' if table.published else ''}", as_markdown(table)]
+        if part.anchor == "run":
+            marks = {True: "ok", False: "CAUTION", None: "unknown"}
+            text.append("\n".join(f"- {marks[ok]}: {escape(sentence)}" for ok, sentence in checks(arms)))
+            text += ["\n".join(f"- {escape(problem)}." for problem in arms.problems)] if arms.problems else []
     for run in arms.runs:
-        parts += [f"### {_escape(run.name)}", _table(details(run))]
-    return "\n\n".join(parts) + "\n"
-
-
-def _table(table: Table) -> str:
-    """A Markdown table; headings inside it are bold rows, notes follow it."""
-    rule = ["---"] + ["---" if table.prose else "--:"] * (len(table.columns) - 1)
-    lines = [[_escape(c) for c in table.columns], rule]
-    for row in table.rows:
-        cells = [_escape(c) for c in row]
-        lines.append([f"**{cells[0]}**"] + [""] * (len(table.columns) - 1) if len(row) == 1 else cells)
-    text = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-    notes = "\n".join(f"{i}. {_escape(note)}." for i, note in enumerate(table.notes, 1))
-    return f"{text}\n\n{notes}" if notes else text
-
-
-def _escape(text: str) -> str:
-    """Text of a run as Markdown that shows it literally."""
-    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    for character in "\\`*_[]|#":
-        text = text.replace(character, "\\" + character)
-    return text
+        text += [f"### {escape(run.name)}", as_markdown(details(run))]
+    return "\n\n".join(text) + "\n"
 
 
 def csv_table(arms: Arms) -> str:
@@ -157,9 +135,9 @@ def print_table(arms: Arms) -> None:
     from rich.text import Text
 
     table = comparison(arms)
-    shown = RichTable(title="Comparison (%)", title_justify="left")
+    shown = RichTable(title="Scores (%)", title_justify="left")
     if len(arms.models) == 2:
-        table.columns[-1] = "difference"  # leaves room on a narrow terminal
+        table.columns[3] = "difference"  # leaves room on a narrow terminal
     for i, column in enumerate(table.columns):
         shown.add_column(Text(column), justify="right" if i else "left")
     for row in table.rows:

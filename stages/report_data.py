@@ -25,6 +25,11 @@ AVERAGED = (
     ("few_shot/{}/accuracy", "few_shot/average/accuracy"),
     ("zero_shot/{}/top1", "zero_shot/average/top1"),
     ("shift/{}/top1", "shift/average"),
+    *(
+        (f"retrieval/{{}}/{way}/R@{k}", f"retrieval/average/{way}/R@{k}")
+        for way in ("text_to_image", "image_to_text")
+        for k in (1, 5, 10)
+    ),
 )
 
 

@@ -1,37 +1,56 @@
-"""Questions with their picture and the answers of every model side by side, from the evaluate runs' examples.jsonl."""
+"""Questions with their picture, and answers and attention of every model, from the evaluate runs' examples.jsonl.
+
+The page's script shows them; what it gets is bounded, so that ten thousand examples make no page that freezes.
+"""
 
 import base64
 import io
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from stages.report_data import POPE_SPLITS, Arms, read_lines
+from stages.report_maps import grid, open_inside
 
-SHOWN = 24
-LARGEST = 320  # pixels; larger pictures are scaled down, so that the page stays small
+MOST_TEXT = 5_000_000  # characters of all examples without their pictures
+MOST_PICTURES = 8_000_000  # characters of all pictures
+LONGEST = 300  # characters of a question or an answer
+# up to so many pictures are shown with so many pixels a side
+SIDES = ((60, 320), (300, 224), (1200, 128))
+SMALLEST = 96
+
+Rows = dict[str, tuple[dict[str, Any], Path]]  # model: line of examples.jsonl, its run's directory
 
 
 @dataclass
-class Example:
-    """One question; `answers` maps the model to (answer, answer with another picture, right or not)."""
+class Gallery:
+    """What the page's script gets: `items` as `item` makes them, `pictures` as {u: data URI, w, h}."""
 
-    split: str
-    question: str
-    label: str
-    picture: str  # data URI, "" where it cannot be shown
-    width: int = 0
-    answers: dict[str, tuple[str, str, bool]] = field(default_factory=dict)
+    models: list[str]
+    seed: str = ""
+    stored: int = 0
+    items: list[dict[str, Any]] = field(default_factory=list)
+    pictures: list[dict[str, Any]] = field(default_factory=list)
+    without_picture: int = 0  # left out for the size of the page
+
+    def script_data(self) -> str:
+        """JSON that may stand inside a script element: nothing in it can end the element."""
+        data = {"models": self.models, "items": self.items, "pictures": self.pictures}
+        text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+        for character in "<>&\u2028\u2029":
+            text = text.replace(character, f"\\u{ord(character):04x}")
+        return text
 
 
-def examples(arms: Arms) -> tuple[list[Example], int, str]:
-    """Questions of each split at one seed, evenly spaced among those stored, so not chosen by outcome.
+def examples(arms: Arms) -> Gallery:
+    """The questions of the first seed that stored any, all of them as far as the page's size allows.
 
-    Returns:
-        (examples, how many distinct questions were stored, the seed they are of).
+    What has to be left out is left out evenly in every split, so not by outcome.
     """
     for seed in dict.fromkeys(s for model in arms.models for s in arms.seeds(model)):
-        rows: dict[tuple, dict[str, tuple[dict[str, Any], Path]]] = {}
+        rows: dict[tuple, Rows] = {}
         for model in arms.models:
             for run in arms.of("evaluate", model, seed):
                 for row in read_lines(run.path / "examples.jsonl"):
@@ -39,56 +58,95 @@ def examples(arms: Arms) -> tuple[list[Example], int, str]:
                     key = tuple(_text(row, name) for name in ("split", "question_id", "question", "label"))
                     rows.setdefault(key, {})[model] = (row, run.path)
         if rows:
-            chosen = _spread(list(rows))
-            return [_example(key, rows[key]) for key in chosen], len(rows), seed
-    return [], 0, ""
+            return _gallery(arms, seed, rows)
+    return Gallery(arms.models)
 
 
-def _spread(keys: list[tuple]) -> list[tuple]:
-    """Up to SHOWN keys, the same number of each split, evenly spaced: neighbours often share a picture."""
-    by_split: dict[str, list[tuple]] = {split: [] for split in POPE_SPLITS}
-    for key in keys:
-        by_split.setdefault(key[0], []).append(key)
-    by_split = {split: found for split, found in by_split.items() if found}
-    each = max(1, SHOWN // max(1, len(by_split)))
-    chosen = []
-    for found in by_split.values():
-        count = min(each, len(found))
-        chosen += [found[i * len(found) // count] for i in range(count)]
-    return chosen[:SHOWN]
-
-
-def _example(key: tuple, rows: dict[str, tuple[dict[str, Any], Path]]) -> Example:
-    split, _, question, label = key
-    uris = (picture(directory, _text(row, "image")) for row, directory in rows.values())
-    uri, width = next((found for found in uris if found[0]), ("", 0))
-    result = Example(split, question, label, uri, width)
-    for model, (row, _) in rows.items():
-        answer = _text(row, "answer")
-        right = answer.strip().rstrip(".").lower() == label.strip().lower()
-        result.answers[model] = (answer, _text(row, "answer_shuffled"), right)
+def _gallery(arms: Arms, seed: str, rows: dict[tuple, Rows]) -> Gallery:
+    result = Gallery(arms.models, seed, len(rows))
+    items = {key: item(arms.models, key, found) for key, found in rows.items()}
+    size = sum(map(_length, items.values()))
+    chosen = spread(list(items), len(items) if size <= MOST_TEXT else int(len(items) * MOST_TEXT / size))
+    pictures = {key: _places(rows[key]) for key in chosen}
+    count = len({places[0] for places in pictures.values() if places})
+    side = next((side for most, side in SIDES if count <= most), SMALLEST)
+    numbers: dict[tuple[Path, str], int] = {}
+    used = 0
+    for key in chosen:
+        places = pictures[key]
+        if not places:
+            continue
+        if places[0] not in numbers:
+            if used > MOST_PICTURES:
+                result.without_picture += 1
+                continue
+            found = next((shown for folder, name in places if (shown := picture(folder, name, side))), None)
+            numbers[places[0]] = len(result.pictures) if found else -1
+            if found:
+                result.pictures.append(found)
+                used += len(found["u"])
+        items[key]["p"] = numbers[places[0]]
+    result.items = [items[key] for key in chosen]
     return result
 
 
-def picture(directory: Path, name: str) -> tuple[str, int]:
-    """(data URI, width in pixels) of a picture inside `directory`; ("", 0) if it is elsewhere or unreadable."""
-    from PIL import Image
+def spread(keys: Sequence[tuple], count: int) -> list[tuple]:
+    """Up to `count` keys in their order, evenly spaced in every split: neighbours often share a picture."""
+    by_split: dict[str, list[tuple]] = {split: [] for split in POPE_SPLITS}
+    for key in keys:
+        by_split.setdefault(key[0], []).append(key)
+    chosen: list[tuple] = []
+    for found in by_split.values():
+        share = -(-len(found) * count // max(1, len(keys)))
+        chosen += [found[i * len(found) // share] for i in range(min(share, len(found)))]
+    return chosen
 
-    path = (directory / name).resolve()
-    if not name or directory.resolve() not in path.parents:
-        return "", 0
-    try:
-        with Image.open(path) as image:
-            image = image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        return "", 0
-    image.thumbnail((LARGEST, LARGEST))
-    kind = "png" if max(image.size) <= 96 else "jpeg"  # small drawings keep their pixels
+
+def item(models: Sequence[str], key: tuple, rows: Rows) -> dict[str, Any]:
+    """One question for the script: s(plit), q(uestion), l(abel), t(ext of the query), p(icture's number), and for
+    each model, or null, in a(nswers) [answer, answer with another picture, right or not] and in h(eat) [columns,
+    values in base64].
+    """
+    split, _, question, label = key
+    answers, heats, query = [], [], ""
+    for model in models:
+        row = rows[model][0] if model in rows else None
+        if row is None:
+            answers.append(None)
+            heats.append(None)
+            continue
+        answer = _text(row, "answer")
+        # as the scores take it: anything but the very word is wrong
+        right = answer.strip().lower() == label.strip().lower()
+        answers.append([answer, _text(row, "answer_shuffled"), right])
+        heat = grid(row.get("heat"))
+        values = base64.b64encode(bytes(v for line in heat for v in line)).decode() if heat else ""
+        heats.append([len(heat[0]), values] if heat else None)
+        query = query or _text(row, "query")
+    return {"s": split, "q": question, "l": label, "t": query, "p": -1, "a": answers, "h": heats}
+
+
+def _length(one: dict[str, Any]) -> int:
+    return len(json.dumps(one, ensure_ascii=False))
+
+
+def _places(rows: Rows) -> list[tuple[Path, str]]:
+    return [(folder, name) for row, folder in rows.values() if (name := _text(row, "image"))]
+
+
+def picture(directory: Path, name: str, side: int = SIDES[0][1]) -> dict[str, Any] | None:
+    """{u: data URI, w, h} of a picture inside `directory`; None if it is elsewhere or unreadable."""
+    image = open_inside(directory, name)
+    if image is None:
+        return None
+    image.thumbnail((side, side))
+    kind = "png" if max(image.size) <= 64 else "jpeg"  # small drawings keep their pixels
     data = io.BytesIO()
-    image.save(data, kind, quality=85)
-    return f"data:image/{kind};base64,{base64.b64encode(data.getvalue()).decode()}", image.width
+    image.save(data, kind, quality=80)
+    uri = f"data:image/{kind};base64,{base64.b64encode(data.getvalue()).decode()}"
+    return {"u": uri, "w": image.width, "h": image.height}
 
 
 def _text(row: dict[str, Any], name: str) -> str:
     value = row.get(name)
-    return "" if value is None else str(value)[:500]
+    return "" if value is None else str(value)[:LONGEST]

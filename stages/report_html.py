@@ -1,111 +1,66 @@
-"""The report as one self-contained page: inline style, figures and pictures, no script, nothing from the network.
+"""The report as one self-contained page: inline style, figures and pictures, one script of its own, no network.
 
-The template escapes everything that comes from runs; only our own figures are passed through as markup.
+The template escapes everything that comes from runs; only our own figures are passed through as markup. The page's
+policy lets no script run but ours, by its hash.
 """
 
-from stages.figures import inline
+import base64
+import hashlib
+import re
+from dataclasses import dataclass, field
+
+from stages.figures import Figure
+from stages.report_beyond import cost, cost_verdict, localisation
+from stages.report_cells import Table
 from stages.report_data import Arms
-from stages.report_examples import SHOWN, examples
-from stages.report_tables import (
-    Table,
-    checks,
-    comparison,
-    details,
-    evidence,
-    others,
-    pope,
-    pope_verdict,
-    setup,
-    stand_in,
-)
-
-CSS = """
-:root { color-scheme: light dark;
-  --paper: #ffffff; --ink: #1d2127; --muted: #5c6470; --grid: #dcdfe4; --soft: #f4f5f7; --accent: #0b5cad;
-  --good: #0a6b45; --bad: #a8321a; --warn-paper: #fff6e0; --warn-edge: #d09a1c;
-  --model-0: #0072b2; --model-1: #d55e00; --model-2: #00846a; --model-3: #b4508c; --model-4: #6b6b00;
-  --model-5: #6a51a3; }
-@media (prefers-color-scheme: dark) { :root {
-  --paper: #15181d; --ink: #e8eaee; --muted: #a3abb8; --grid: #343a44; --soft: #1d2128; --accent: #7db8f5;
-  --good: #5cc795; --bad: #ff9079; --warn-paper: #2b2513; --warn-edge: #b98a1e;
-  --model-0: #4fa8e8; --model-1: #f58b45; --model-2: #36b899; --model-3: #e08cc0; --model-4: #c3c04a;
-  --model-5: #b09be6; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--paper); color: var(--ink); line-height: 1.5; overflow-wrap: anywhere;
-  font-family: system-ui, -apple-system, "Segoe UI", Roboto, "Liberation Sans", sans-serif; font-size: 16px; }
-main, header, footer { max-width: 68rem; margin: 0 auto; padding: 0 1.25rem; }
-header { padding-top: 2rem; }
-h1 { font-size: 1.75rem; line-height: 1.2; margin: 0 0 .4rem; letter-spacing: -.01em; }
-h2 { font-size: 1.25rem; margin: 2.75rem 0 .6rem; padding-top: .6rem; border-top: 1px solid var(--grid); }
-h3 { font-size: 1rem; margin: 1.5rem 0 .4rem; }
-p { margin: .5rem 0; max-width: 46rem; }
-a { color: var(--accent); }
-a:focus-visible, summary:focus-visible, .scroll:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
-.muted, figcaption, .notes { color: var(--muted); font-size: .875rem; }
-nav ul { display: flex; flex-wrap: wrap; gap: .2rem 1.1rem; padding: 0; margin: .8rem 0 0; list-style: none;
-  font-size: .9rem; }
-.callout { border-left: 4px solid var(--warn-edge); background: var(--warn-paper); padding: .6rem .9rem;
-  margin: .8rem 0; max-width: 46rem; border-radius: 0 4px 4px 0; }
-.verdicts, .checks { list-style: none; padding: 0; margin: .6rem 0; max-width: 46rem; }
-.verdicts li, .checks li { padding-left: 1.6rem; position: relative; margin: .3rem 0; }
-.verdicts li::before, .checks li::before { position: absolute; left: 0; font-weight: 700; }
-.yes::before { content: "\\2713"; color: var(--good); } .no::before { content: "\\2717"; color: var(--bad); }
-.unknown::before { content: "?"; color: var(--muted); }
-.scroll { overflow-x: auto; margin: .8rem 0; }
-table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums; overflow-wrap: normal; }
-th, td { padding: .28rem .9rem .28rem 0; text-align: right; vertical-align: top; }
-th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--paper);
-  min-width: 7.5rem; font-weight: 400; }
-td { white-space: nowrap; }
-thead th, thead th:first-child { font-weight: 600; border-bottom: 2px solid var(--ink); vertical-align: bottom; }
-tbody tr:not(.heading) { border-bottom: 1px solid var(--grid); }
-tr.heading th { text-align: left; font-weight: 600; padding-top: .9rem; }
-table.prose td { white-space: normal; text-align: left; min-width: 9rem; max-width: 30rem; overflow-wrap: anywhere; }
-table.prose thead th { text-align: left; }
-.notes { padding-left: 1.4rem; max-width: 46rem; }
-.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 25rem), 1fr)); gap: 1.5rem 2rem;
-  align-items: start; }
-.beside { display: grid; grid-template-columns: minmax(0, 1fr); gap: 0 2.5rem; align-items: start; }
-@media (min-width: 62rem) { .beside { grid-template-columns: minmax(0, max-content) minmax(22rem, 1fr); } }
-figure { margin: .6rem 0; min-width: 0; max-width: 34rem; }
-figure svg { width: 100%; height: auto; display: block; overflow: visible;
-  font-family: system-ui, -apple-system, "Segoe UI", Roboto, "Liberation Sans", sans-serif; }
-.examples { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 15.5rem), 1fr)); gap: 1rem; }
-.example { border: 1px solid var(--grid); border-radius: 6px; padding: .8rem; font-size: .9rem; min-width: 0; }
-.example img { display: block; width: 9rem; max-width: 100%; height: auto; border-radius: 3px; }
-.example img.small { image-rendering: pixelated; }
-.example p { margin: .5rem 0 .4rem; } .example .nopicture { color: var(--muted); }
-.example dl { display: grid; grid-template-columns: auto 1fr; gap: .1rem .8rem; margin: 0; }
-.example dt { color: var(--muted); } .example dd { margin: 0; }
-.right::after { content: " \\2713"; color: var(--good); } .wrong::after { content: " \\2717"; color: var(--bad); }
-details { border-bottom: 1px solid var(--grid); } summary { cursor: pointer; padding: .45rem 0; }
-footer { margin: 3rem auto 2rem; }
-@media (max-width: 40rem) { body { font-size: 15px; } table { font-size: .85rem; }
-  th, td { padding-right: .7rem; } th:first-child, td:first-child { min-width: 5.5rem; max-width: 38vw;
-  white-space: normal; } }
-@media print { nav { display: none; } .scroll { overflow: visible; } h2 { break-after: avoid; }
-  figure, .example, tr { break-inside: avoid; } }
-"""
+from stages.report_examples import examples
+from stages.report_layout import mmvp, table1, table2, table3, table4, table5
+from stages.report_paper import paper_figure4, paper_table1, paper_table2, paper_table3
+from stages.report_pope import pope, pope_pairs, pope_verdict
+from stages.report_script import SCRIPT
+from stages.report_setup import checks, details, setup, stand_in
+from stages.report_style import CSS
+from stages.report_tables import comparison, evidence, others, tally
 
 TEMPLATE = """
 {%- macro grid(table, label) -%}
 <div class="scroll" tabindex="0" role="region" aria-label="{{ label }}">
 <table{% if table.prose %} class="prose"{% endif %}>
-<thead><tr>{% for c in table.columns %}<th scope="col">{{ c }}</th>{% endfor %}</tr></thead>
+<thead>{% if table.groups %}<tr>{% for text, width in table.groups %}
+{%- if text %}<th class="group" scope="colgroup" colspan="{{ width }}">{{ text }}</th>
+{%- else %}<td colspan="{{ width }}"></td>{% endif %}{% endfor %}</tr>{% endif %}
+<tr>{% for c in table.columns %}{% if c %}<th scope="col">{{ c }}</th>{% else %}<td></td>{% endif %}
+{%- endfor %}</tr></thead>
 <tbody>
 {% for row in table.rows -%}
 {% if row|length == 1 %}<tr class="heading"><th colspan="{{ table.columns|length }}">{{ row[0] }}</th></tr>
-{% else %}<tr><th scope="row">{{ row[0] }}</th>{% for c in row[1:] %}<td>{{ c }}</td>{% endfor %}</tr>
+{% elif table.prose and row|length > 2 and row[1:]|unique|list|length == 1 -%}
+<tr><th scope="row">{{ row[0] }}</th><td colspan="{{ row|length - 1 }}">{{ row[1] }}</td></tr>
+{% else %}<tr><th scope="row">{{ row[0] }}</th>{% for c in row[1:] %}<td>{{ c|deltas }}</td>{% endfor %}</tr>
 {% endif %}{% endfor -%}
 </tbody></table></div>
 {% if table.notes %}<ol class="notes" aria-label="Why numbers are missing">
 {% for n in table.notes %}<li>{{ n }}.</li>{% endfor %}
 </ol>{% endif %}
 {%- endmacro -%}
-{%- macro chart(names) -%}
-<div class="figures">{% for name, caption, svg in figures if name in names or name.split("-")[0] in names %}
-<figure role="img" aria-label="{{ caption }}">{{ svg|safe }}<figcaption>{{ caption }}</figcaption></figure>
-{% endfor %}</div>
+{%- macro files(folder, name, kinds) -%}
+<span class="files">{% for kind in kinds -%}
+<a href="{{ folder }}/{{ name }}.{{ kind }}">{{ kind|upper }}</a> {% endfor %}</span>
+{%- endmacro -%}
+{%- macro show_table(table) -%}
+{% if table.published %}<div class="theirs"><details open><summary>{{ table.title }} (not ours)
+{{ files("tables", table.name, ["csv", "tex"]) }}</summary>
+<p class="caption">{{ table.caption }}</p>{{ grid(table, table.title) }}</details></div>
+{% else %}<section class="table" id="{{ table.name }}"><h3>{{ table.title }}
+{{ files("tables", table.name, ["csv", "tex"]) }}</h3>
+<p class="caption">{{ table.caption }}</p>{{ grid(table, table.title) }}</section>{% endif %}
+{%- endmacro -%}
+{%- macro show_figure(f) -%}
+{% if f.absent %}<figure class="figure absent" id="{{ f.name }}"><h3>{{ f.title }}</h3>
+<figcaption>Not drawn: {{ f.absent }}.</figcaption></figure>
+{% else %}<figure class="figure" id="{{ f.name }}"><h3>{{ f.title }} {{ files("figures", f.name, ["svg", "png"]) }}</h3>
+<div role="img" aria-label="{{ f.title }}: {{ f.caption }}">{{ f.svg|safe }}</div>
+<figcaption>{{ f.caption }}</figcaption></figure>{% endif %}
 {%- endmacro -%}
 {%- macro marked(items, cls) -%}
 <ul class="{{ cls }}">{% for ok, text in items %}
@@ -117,118 +72,179 @@ TEMPLATE = """
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline';
+ script-src 'sha256-{{ script_hash }}'; base-uri 'none'; form-action 'none'">
 <title>{{ title }}</title>
 <link rel="icon" href="data:,">
 <style>{{ css|safe }}</style>
 </head>
 <body>
+<a class="skip" href="#main">Skip to the report</a>
 <header>
 <h1>{{ title }}</h1>
 <p class="muted">{{ subtitle }}</p>
-<nav aria-label="Sections"><ul>
-{% for anchor, name in sections %}<li><a href="#{{ anchor }}">{{ name }}</a></li>{% endfor %}
-</ul></nav>
 </header>
-<main>
+<nav aria-label="Sections"><ul>
+{% for s in sections %}<li><a href="#{{ s.anchor }}">{{ s.short }}</a></li>{% endfor %}
+</ul></nav>
+<main id="main">
 {% if stand_in %}<p class="callout">The language model is a stand-in, taught on a little text for this run. It is not
 Qwen2.5-0.5B-Instruct, and its answers say nothing about what that model would reach.</p>{% endif %}
 <p class="callout">{{ evidence }}</p>
-
-<h2 id="run">What was run</h2>
-{{ grid(setup, "What was run") }}
+{% for s in sections %}
+<h2 id="{{ s.anchor }}">{{ s.title }}</h2>
+{% if s.text %}<p>{{ s.text }}</p>{% endif %}
+{% if s.verdicts %}{{ marked(s.verdicts, "verdicts") }}{% endif %}
+{% if s.beside %}<div class="beside"><div>{% endif %}
+{% if s.figures %}<div class="figures">{% for f in s.figures %}{{ show_figure(f) }}
+{% endfor %}</div>{% endif %}
+{% if s.beside %}</div><div>{% endif %}
+{% for table in s.tables %}{{ show_table(table) }}
+{% if s.beside == loop.index %}</div></div>{% endif %}
+{% endfor %}
+{% if s.anchor == "run" %}
 <h3>{{ "May the arms be compared?" if models|length > 1 else "Checks" }}</h3>
 {{ marked(checks, "checks") }}
 {% if problems %}<h3>While reading the runs</h3>
 <ul class="notes">{% for p in problems %}<li>{{ p }}.</li>{% endfor %}</ul>{% endif %}
-
-<h2 id="comparison">Comparison</h2>
-<p class="muted">Percentages; higher is better. Differences are in percentage points.</p>
-<div class="beside"><div>{{ grid(comparison, "Comparison") }}</div>
-{{ chart(["tasks", "shifts", "mmvp"]) }}</div>
-
-<h2 id="pope">POPE with its controls</h2>
-<p>Does the model see an object, or guess from its name? A model that looks at the picture beats the blind rule, the
-best answer for each object's name without any picture, and loses its lead when the pictures are shuffled among the
-questions.</p>
-{{ marked(verdicts, "verdicts") }}
-<div class="beside"><div>{{ grid(pope, "POPE with its controls") }}</div>
-{{ chart(["pope"]) }}</div>
-
-<h2 id="curves">Training curves</h2>
-{% if figures|selectattr(0, "in", curve_names)|list %}{{ chart(["loss", "logit"]) }}
-{% else %}<p class="muted">No run holds a metrics.jsonl with steps in it.</p>{% endif %}
-
-<h2 id="examples">Examples</h2>
-{% if examples %}
-<p class="muted">{{ examples|length }} of {{ stored }} stored questions of seed {{ seed }}, evenly spaced in each split,
-not chosen by outcome. In brackets: the answer to the same question with another picture.</p>
-<div class="examples">{% for e in examples %}
-<article class="example">
-{% if e.picture %}<img src="{{ e.picture }}" alt="The picture asked about" class="{{ 'small' if e.width <= 96 }}">
-{% else %}<p class="nopicture">The picture is missing or cannot be read.</p>{% endif %}
-<p>{{ e.question }}</p>
-<dl><dt>label ({{ e.split }})</dt><dd>{{ e.label }}</dd>
-{% for model in models %}<dt>{{ model }}</dt>
-{% if model in e.answers %}{% set answer, other, right = e.answers[model] %}
-<dd><span class="{{ 'right' if right else 'wrong' }}">{{ answer or "(empty)" }}</span>
-{% if other %} <span class="muted">({{ other }})</span>{% endif %}</dd>
-{% else %}<dd class="muted">not stored</dd>{% endif %}{% endfor %}</dl>
-</article>{% endfor %}</div>
+{% elif s.anchor == "examples" %}
+{% if gallery.items %}
+<p class="muted">{{ "{:,}".format(gallery.items|length) }} of {{ "{:,}".format(gallery.stored) }} stored questions of
+seed {{ gallery.seed }}, not chosen by outcome. Point at an example, or reach it with Tab and the arrow keys.
+{% if gallery.without_picture %}{{ "{:,}".format(gallery.without_picture) }} stand without their picture, which would
+make this page too large.{% endif %}</p>
+<div class="filters">
+<label>Show <select id="filter-outcome"></select></label>
+<label>Split <select id="filter-split"></select></label>
+<label>Question contains <input id="filter-words" type="search" maxlength="80"></label>
+<span id="example-count" class="muted" role="status"></span>
+</div>
+<div class="viewer"><div id="panel" role="region" aria-label="The example in hand" tabindex="0"></div>
+<div><div id="tiles" role="group" aria-label="Examples"></div>
+<button id="more" type="button" hidden></button></div></div>
+<noscript><p class="muted">The examples need the page's own script; they are in examples.jsonl of the evaluate
+runs.</p></noscript>
+<script type="application/json" id="example-data">{{ gallery.script_data()|safe }}</script>
 {% else %}<p class="muted">No evaluate run stored examples (examples.jsonl).</p>{% endif %}
-
-{% if others.rows %}<h2 id="other">Other numbers</h2>
-<p class="muted">Whatever else the evaluate runs wrote, as it stands there.</p>
-{{ grid(others, "Other numbers") }}{% endif %}
-
-<h2 id="details">Every run</h2>
-<p class="muted">What learnt, what was frozen, fingerprints of the weights before and after, digests of the inputs.</p>
+{% elif s.anchor == "details" %}
 {% for run, table in details %}
 <details><summary>{{ run.name }}: {{ run.state }}</summary>{{ grid(table, run.name) }}</details>{% endfor %}
+{% endif %}
+{% endfor %}
 </main>
 <footer class="muted">Written by <code>python -m stages.report</code> from run directories alone. The figures lie
-beside this page in <code>figures/</code>, the comparison in
-<code>table.csv</code>, the text in <code>report.md</code>.</footer>
+beside this page in <code>figures/</code> (SVG, and PNG of 300 dpi), the tables in <code>tables/</code> (CSV, LaTeX),
+the scores for machines in <code>table.csv</code>, the text in <code>report.md</code>.</footer>
+<script>{{ script|safe }}</script>
 </body></html>
 """
 
 
-def page(arms: Arms, title: str, subtitle: str, figures: list[tuple[str, str, str]]) -> str:
-    """The whole page as text; `figures` are (name, caption, SVG) from `stages.figures`."""
+@dataclass
+class Section:
+    """A heading of the report and what stands under it, in this order."""
+
+    anchor: str
+    short: str
+    title: str
+    text: str = ""
+    verdicts: list[tuple[bool | None, str]] = field(default_factory=list)
+    figures: list[Figure] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
+    beside: int = 0  # so many of the tables stand beside the figures where there is room
+
+
+def sections(arms: Arms, drawn: list[Figure]) -> list[Section]:
+    """The report in the paper's order; then what the paper does not have."""
+    figure = {f.name: f for f in drawn}
+    curves = [f for f in drawn if f.name.startswith("loss-") or f.name in ("lambda", "logit-scale")]
+    pairs = pope_pairs(arms)
+    rest = others(arms)
+    found = [
+        Section("run", "Runs", "What was run", tables=[setup(arms)]),
+        Section("tasks", "Fig. 1", "Six tasks at a glance", " ".join(tally(arms)), figures=[figure["figure1"]]),
+        Section(
+            "attention",
+            "Fig. 2",
+            "Attention maps",
+            "Does differential attention look at what is asked for? Each map is made from the model's own gradient.",
+            figures=[figure["figure2"]],
+        ),
+        Section("classification", "Tab. 1", "Linear probing and few-shot", tables=[table1(arms), paper_table1()]),
+        Section("retrieval", "Tab. 2", "Retrieval and zero-shot", tables=[table2(arms), paper_table2()]),
+        Section("shifts", "Fig. 3", "Out of distribution", figures=[figure["figure3"]]),
+        Section(
+            "mmvp-vlm",
+            "Fig. 4",
+            "Fine-grained vision: MMVP-VLM",
+            figures=[figure["figure4"]],
+            tables=[mmvp(arms), paper_figure4()],
+            beside=2,
+        ),
+        Section("variants", "Fig. 5", "Variants", figures=[figure["figure5"]]),
+        Section(
+            "hallucination",
+            "Tab. 3",
+            "Object hallucination: POPE",
+            "Does the model see an object, or guess from its name? A model that looks at the picture beats the blind "
+            "rule, the best answer for each object's name without any picture, and loses its lead when the pictures "
+            "are shuffled among the questions.",
+            verdicts=[pope_verdict(arms, model) for model in arms.models],
+            figures=[figure["pope"]],
+            tables=[table3(arms), paper_table3(), pope(arms), *([pairs] if pairs else [])],
+            beside=2,
+        ),
+        Section("appendix", "Tab. 4, 5", "The numbers behind Figures 3 and 5", tables=[table4(arms), table5(arms)]),
+        Section("more-attention", "Fig. 6", "More attention maps", figures=[figure["figure6"]]),
+        Section(
+            "localisation-part",
+            "Localisation",
+            "Localisation, measured",
+            figures=[figure["localisation"]],
+            tables=[localisation(arms)],
+            beside=1,
+        ),
+        Section("curves", "Curves", "Training curves", figures=curves),
+        Section("cost-part", "Cost", "Cost", cost_verdict(arms), figures=[figure["cost"]], tables=[cost(arms)]),
+        Section("examples", "Examples", "Examples"),
+        Section("all-scores", "Scores", "All scores", tables=[comparison(arms)]),
+    ]
+    if rest.rows:
+        found.append(Section("other", "Other", "Other numbers", tables=[rest]))
+    text = "What learnt, what was frozen, fingerprints of the weights before and after, digests of the inputs."
+    return [*found, Section("details", "Each run", "Every run", text)]
+
+
+def page(arms: Arms, title: str, subtitle: str, parts: list[Section]) -> str:
+    """The whole page as text."""
     from jinja2 import Environment
 
-    shown, stored, seed = examples(arms)
-    other: Table = others(arms)
-    sections = ["run", "comparison", "pope", "curves", "examples", *(["other"] if other.rows else []), "details"]
-    names = {
-        "run": "What was run",
-        "comparison": "Comparison",
-        "pope": "POPE",
-        "curves": "Curves",
-        "examples": "Examples",
-        "other": "Other numbers",
-        "details": "Every run",
-    }
     environment = Environment(autoescape=True, trim_blocks=True)
-    return environment.from_string(TEMPLATE).render(
+    environment.filters["deltas"] = deltas
+    html = environment.from_string(TEMPLATE).render(
         title=title,
         subtitle=subtitle,
         css=CSS,
-        sections=[(anchor, names[anchor]) for anchor in sections],
+        script=SCRIPT,
+        script_hash=base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode(),
+        sections=parts,
         stand_in=stand_in(arms),
         evidence=evidence(arms),
         models=arms.models,
-        setup=setup(arms),
         checks=checks(arms),
         problems=arms.problems,
-        comparison=comparison(arms),
-        pope=pope(arms),
-        verdicts=[pope_verdict(arms, model) for model in arms.models],
-        figures=[(name, caption, inline(svg, name)) for name, caption, svg in figures],
-        curve_names=[name for name, _, _ in figures if name.startswith(("loss-", "logit-"))],
-        examples=shown[:SHOWN],
-        stored=stored,
-        seed=seed,
-        others=other,
+        gallery=examples(arms),
         details=[(run, details(run)) for run in arms.runs],
     )
+    return html.replace("95 %", "95\u00a0%")  # not to be parted at the end of a line
+
+
+def deltas(cell: str) -> str:
+    """The cell, escaped, its difference in brackets coloured by its sign."""
+    from markupsafe import Markup, escape
+
+    def coloured(match: re.Match) -> str:
+        kind = {"+": "up", "\u2212": "down"}.get(match[1][0], "level")
+        return f'<span class="{kind}">({match[1]})</span>'
+
+    return Markup(re.sub(r"\(([+\u2212]?\d+\.\d+\*?)\)", coloured, str(escape(cell))))

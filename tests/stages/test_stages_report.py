@@ -16,9 +16,11 @@ from PIL import Image
 
 from diffclip.errors import InputError
 from stages.report import build_report
+from stages.report_cells import percent
 from stages.report_data import gather
-from stages.report_examples import picture
-from stages.report_tables import checks, comparison, evidence, percent, pope_verdict, setup, stand_in
+from stages.report_pope import pope_verdict
+from stages.report_setup import checks, setup, stand_in
+from stages.report_tables import comparison, evidence
 
 SPLITS = ("random", "popular", "adversarial")
 
@@ -51,6 +53,9 @@ def write_run(
         lines = [{"step": s, "loss": 5 / s + 0.1 * seed, "learning_rate": 1e-3} for s in (1, 10, 20, 30)]
         if stage == "pretrain":
             lines = [line | {"logit_scale": 14 + line["step"] / 10} for line in lines]
+            if "Diff" in model:
+                layers = {f"lambda/{tower}.{i}": 0.8 - 0.01 * i for tower in ("vision", "text") for i in range(3)}
+                lines = [line | layers for line in lines]
         (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 4')
 
 
@@ -70,6 +75,7 @@ def scores(lift=0.0, pope=80.0, blind=70.0) -> dict[str, float]:
         "few_shot/shape/ci95": 0.5,
         "mmvp/Color": 40 + lift,
         "mmvp/Count": 20 + lift,
+        "mmvp/Orientation and Direction": 10 + lift,
         "mmvp/average": 30 + lift,
     }
     for direction in ("text_to_image", "image_to_text"):
@@ -96,11 +102,26 @@ def write_examples(path: Path, answer: str, question="Is there a red circle in t
             "answer": answer,
             "answer_shuffled": "no",
             "image": image,
+            "query": "a red circle",
+            "heat": [[0, 40], [255, 90]],
         }
         for split in SPLITS
         for i in range(12)
     ]
     (path / "examples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_attention(path: Path, pictures: int = 3):
+    """Maps and scores of objects as `stages.report_overlays` writes them."""
+    (path / "attention").mkdir(parents=True, exist_ok=True)
+    rows = []
+    for i in range(pictures):
+        Image.new("RGB", (48, 48), (30, 60 * i, 200)).save(path / "attention" / f"{i:03d}.png")
+        for query in ("a circle", "a star"):
+            heat = [[0, 10, 20], [30, 255, 40], [0, 0, 5]]
+            row = {"image": f"attention/{i:03d}.png", "file": f"{i}.png", "query": query, "heat": heat}
+            rows.append(json.dumps(row) + "\n")
+    (path / "attention.jsonl").write_text("".join(rows))
 
 
 def write_arm(root: Path, model: str, seed=0, lift=0.0, **evaluated):
@@ -137,6 +158,7 @@ def write_arm(root: Path, model: str, seed=0, lift=0.0, **evaluated):
     inputs = {"clip": {"path": "c", "digest": "1"}, "mllm": {"path": "m", "digest": "2"}}
     write_run(arm / "evaluate", "evaluate", **own, inputs=inputs, metrics=scores(lift, **evaluated))
     write_examples(arm / "evaluate", "yes")
+    write_attention(arm / "evaluate")
     return arm
 
 
@@ -190,10 +212,10 @@ def quickstart(tmp_path_factory) -> tuple[Path, Path]:
 def test_page_shows_every_score_and_difference(quickstart):
     runs, out = quickstart
     rows = rows_of(comparison(gather([runs])))
-    assert rows["Zero-shot classification, top-1 / shape"] == ["60.0", "61.3", "+1.3"]
-    assert rows["Zero-shot classification, top-1 / average"] == ["65.0", "66.3", "+1.3"]
-    assert rows["Distribution shifts, zero-shot top-1 / average"] == ["40.0", "41.3", "+1.3"]
-    assert rows["POPE, accuracy / mean"] == ["79.0", "79.0", "0.0"]
+    assert rows["Zero-shot classification, top-1 / shape"][:3] == ["60.0", "61.3", "+1.3"]
+    assert rows["Zero-shot classification, top-1 / average"][:3] == ["65.0", "66.3", "+1.3"]
+    assert rows["Distribution shifts, zero-shot top-1 / average"][:3] == ["40.0", "41.3", "+1.3"]
+    assert rows["POPE, accuracy / mean"][:3] == ["79.0", "79.0", "0.0"]
     page = Page(out / "index.html")
     for name, cells in rows.items():
         assert " ".join([name.split(" / ")[1], *cells]) in page.words
@@ -216,44 +238,10 @@ def test_sections_stand_in_the_papers_order(quickstart):
     assert [r.split(" / ")[1] for r in rows if r.startswith("POPE, acc")] == [*SPLITS, "mean"]
 
 
-def test_page_needs_no_network_and_runs_no_script(quickstart):
-    page = Page(quickstart[1] / "index.html")
-    assert not {"script", "iframe", "object", "link"} & {tag for tag, _ in page.tags} - {"link"}
-    for tag, attributes in page.tags:
-        for name in ("src", "href", "xlink:href", "srcset", "action"):
-            target = attributes.get(name, "#")
-            assert target.startswith(("data:", "#")), f"<{tag} {name}={target[:60]}>"
-        assert not [name for name in attributes if name.startswith("on")]
-    assert "url(http" not in page.source and "@import" not in page.source
-    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
-    assert len(ids) == len(set(ids)), "figures share ids"
-    targets = {a["href"][1:] for tag, a in page.tags if tag == "a"} | set(re.findall(r"url\(#([^)]+)\)", page.source))
-    assert targets <= set(ids)
-
-
-def test_every_figure_is_on_the_page_and_beside_it(quickstart):
-    from xml.etree import ElementTree
-
-    out = quickstart[1]
-    names = {path.stem for path in (out / "figures").iterdir()}
-    stages = ("language", "pretrain", "align", "instruct")
-    assert names == {"tasks", "shifts", "mmvp", "pope", "logit-scale", *(f"loss-{stage}" for stage in stages)}
-    page = Page(out / "index.html")
-    assert sum(tag == "svg" for tag, _ in page.tags) == len(names)
-    for name in names:
-        text = (out / "figures" / f"{name}.svg").read_text(encoding="utf-8")
-        ElementTree.fromstring(text)
-        assert "CLIP-tiny" in text or name == "loss-language"
-        assert Image.open(out / "figures" / f"{name}.png").info["dpi"][0] == pytest.approx(300, abs=1)
-    # colours follow light and dark
-    figures = re.findall(r"<svg.*?</svg>", page.source, flags=re.DOTALL)
-    assert not any(re.search(r"#[0-9a-f]{6}", figure) for figure in figures)
-
-
 def test_markdown_and_csv_hold_the_comparison(quickstart):
     out = quickstart[1]
     text = (out / "report.md").read_text(encoding="utf-8")
-    assert "| shape | 60.0 | 61.3 | +1.3 |" in text
+    assert "| shape | 60.0 | 61.3 | +1.3 |" in text and "![" in text and "(figures/figure1.svg)" in text
     assert "not significant evidence" in text and "stand-in" in text
     with open(out / "table.csv", encoding="utf-8", newline="") as f:
         rows = {row["metric"]: row for row in csv.DictReader(f)}
@@ -280,15 +268,6 @@ def test_numbers_outside_the_tables_are_shown_as_written(quickstart):
     assert "pope/random/accuracy_strict 80 80" in words
 
 
-def test_examples_show_both_answers_with_the_picture(quickstart):
-    page = Page(quickstart[1] / "index.html")
-    pictures = [a for tag, a in page.tags if tag == "img"]
-    assert len(pictures) == 24 and all(p["src"].startswith("data:image/png;base64,") and p["alt"] for p in pictures)
-    assert "24 of 36 stored" in page.words
-    for split in SPLITS:
-        assert page.words.count(f"label ({split}) yes CLIP-tiny yes (no) DiffCLIP-tiny yes (no)") == 8
-
-
 def test_same_runs_give_the_same_files(quickstart, tmp_path):
     runs, out = quickstart
     build_report([runs, runs / "seed0" / "CLIP-tiny"], tmp_path)  # given twice, counted once
@@ -312,7 +291,7 @@ def test_several_seeds_give_mean_and_sd_and_paired_differences(tmp_path):
         return f"{mean:{sign}.1f} ± {sd:.1f}"
 
     differences = [b - a for a, b in zip(clip, diff)]
-    assert cells == [expected(clip), expected(diff), expected(differences, "+")]
+    assert cells[:3] == [expected(clip), expected(diff), expected(differences, "+")]
     assert evidence(gather([tmp_path])).startswith("Scores are mean ± sample standard deviation over seeds")
 
 
@@ -320,7 +299,13 @@ def test_differences_use_only_common_seeds(tmp_path):
     for model, seed, value in (("CLIP-tiny", 0, 50), ("CLIP-tiny", 1, 90), ("DiffCLIP-tiny", 0, 52)):
         write_run(tmp_path / f"{model}{seed}", "evaluate", model=model, seed=seed, metrics={"mmvp/average": value})
     arms = gather([tmp_path])
-    assert rows_of(comparison(arms))["MMVP-VLM, pairs right / average"] == ["70.0 ± 28.3", "52.0", "+2.0"]
+    assert rows_of(comparison(arms))["MMVP-VLM, pairs right / average"] == [
+        "70.0 ± 28.3",
+        "52.0",
+        "+2.0",
+        "– [16]",
+        "–",
+    ]
     assert "With one seed" in evidence(arms)
     assert (False, "The arms have other seeds: CLIP-tiny: 0, 1; DiffCLIP-tiny: 0.") in checks(arms)
 
@@ -441,7 +426,7 @@ def test_unequal_arms_are_told(tmp_path):
     assert failed == [
         "Settings differ between runs: pretrain learning_rate (CLIP-tiny: 0.001, DiffCLIP-tiny: 0.002).",
         "At the same seed the arms read other data: pretrain train_data.",
-        "The runs differ in hardware: see the details of each run.",
+        "The arms differ in hardware (pretrain): see the details of each run.",
     ]
 
 
@@ -472,42 +457,6 @@ def test_pope_verdict(tmp_path, change, uses, words):
     write_run(tmp_path / "evaluate", "evaluate", metrics=metrics)
     verdict, sentence = pope_verdict(gather([tmp_path]), "CLIP-tiny")
     assert verdict is uses and words in sentence
-
-
-HOSTILE = '<script>alert(1)</script>|`$x$_"&amp;\u202e\x1b[31m'
-
-
-def test_hostile_text_stays_text(tmp_path):
-    run = tmp_path / "runs" / "evaluate"
-    metrics = scores() | {f"mmvp/{HOSTILE}": 50.0, f"zero_shot/{HOSTILE}/top1": 50.0, f"odd{HOSTILE}": HOSTILE}
-    write_run(run, "evaluate", model=HOSTILE, command=HOSTILE, hardware=HOSTILE, git=HOSTILE, metrics=metrics)
-    write_run(tmp_path / "runs" / "pretrain", "pretrain", model=HOSTILE, config={"init": HOSTILE})
-    Image.new("RGB", (9, 9)).save(tmp_path / "secret.png")
-    write_examples(run, HOSTILE, question=HOSTILE, image="../../secret.png")
-    page = Page(build_report([tmp_path / "runs"], tmp_path / "report"))
-    assert not [tag for tag, _ in page.tags if tag in ("script", "img")]
-    assert "<script" not in page.source.lower() and "\u202e" not in page.source and "\x1b" not in page.source
-    assert page.words.count('<script>alert(1)</script>|`$x$_"&amp;') > 20
-    assert "The picture is missing or cannot be read" in page.words
-    text = (tmp_path / "report" / "report.md").read_text(encoding="utf-8")
-    assert "<script" not in text
-    tables = [line for line in text.splitlines() if line.startswith("| seeds")]
-    assert len(re.findall(r"(?<!\\)\|", tables[0])) == 3, "a name broke the table"
-
-
-def test_large_and_broken_pictures(tmp_path):
-    import numpy as np
-
-    run = tmp_path / "runs" / "evaluate"
-    write_run(run, "evaluate", metrics=scores())
-    write_examples(run, "no")
-    noise = np.random.default_rng(0).integers(0, 256, (1500, 2000, 3), dtype=np.uint8)
-    Image.fromarray(noise).save(run / "examples" / "0.png")
-    index = build_report([tmp_path / "runs"], tmp_path / "report")
-    assert index.stat().st_size < 5e6 and "data:image/jpeg" in index.read_text()
-    (run / "examples" / "0.png").write_bytes(b"<svg onload=alert(1)>")
-    assert picture(run, "examples/0.png") == ("", 0)
-    assert picture(run, "") == picture(run, "/etc/hostname") == picture(run, "examples") == ("", 0)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,132 @@
+"""What the paper does not measure: whether attention lies on the object, and what the runs cost."""
+
+import statistics
+from typing import NamedTuple
+
+from stages.report_cells import DASH, Table, duration, number, percent, score
+from stages.report_data import STAGES, Arms, RunDir, is_number, mean_sd
+from stages.report_significance import difference
+from stages.report_tables import difference_cells, paired_differences
+
+LOCALISATION = (
+    ("pointing game", "pointing"),
+    ("energy inside", "energy"),
+    ("pixel average precision", "precision"),
+    ("area of the masks", "area"),
+)
+
+
+def localisation(arms: Arms) -> Table:
+    """Do the patches that speak for a text lie on the object's mask?"""
+    first, *others = arms.models
+    table = Table(["", *arms.models], name="localisation", title="Localisation")
+    for other in others:
+        table.columns += [f"{other} − {first}", "95 % interval"]
+    for label, name in LOCALISATION:
+        key = f"localisation/{name}"
+        cells = [score(arms, table, model, key) for model in arms.models]
+        for other in others:
+            if name == "area":  # of the masks, not of a model
+                cells += [DASH, DASH]
+                continue
+            differences = paired_differences(arms, first, other, key)
+            cells += difference_cells(table, difference(arms, first, other, key), differences)[:2]
+        table.rows.append([label, *cells])
+    objects = {int(v) for m in arms.models for v in arms.written(m, "localisation/objects").values() if is_number(v)}
+    counted = f" Over {' or '.join(f'{n:,}' for n in sorted(objects))} objects." if objects else ""
+    table.caption = (
+        "Percentages, higher is better: is the most relevant pixel inside the mask, how much of all relevance lies "
+        "inside, and how well relevance ranks the pixels. A map of noise has the area of the masks in all three."
+        + counted
+    )
+    return table
+
+
+class Cost(NamedTuple):
+    """What one stage of one model took, as means over its finished runs; None where the runs do not say."""
+
+    model: str
+    stage: str
+    seconds: float | None
+    runs: int
+    seen: float | None  # pictures, conversations or texts in training
+    rate: float | None  # of them a second
+    energy: float | None  # kWh
+    hardware: str
+
+
+def costs(arms: Arms) -> list[Cost]:
+    """Finished runs by model and stage; the shared language model stands first, under no model."""
+    groups = [("", "language", [r for r in arms.runs if r.stage == "language"])]
+    groups += [(model, stage, arms.latest(stage, model)) for model in arms.models for stage in STAGES[1:]]
+    found = []
+    for model, stage, runs in groups:
+        done = [r for r in runs if r.state == "finished"]
+        if done:
+            facts = [_mean(values) for values in zip(*(_facts(r) for r in done))]
+            hardware = ", ".join(dict.fromkeys(str(r.record.get("hardware", "")) for r in done))
+            found.append(Cost(model, stage, facts[0], len(done), *facts[1:], hardware))
+    return found
+
+
+def _facts(run: RunDir) -> tuple[float | None, ...]:
+    """(seconds, samples seen, samples a second, kWh) of one run."""
+    steps, batch = run.record.get("steps"), run.config.get("global_batch_size")
+    seen = float(steps * batch) if is_number(steps) and is_number(batch) else None
+    rates = [line["samples_per_second"] for line in run.curve if is_number(line.get("samples_per_second"))]
+    seconds, energy = run.record.get("wall_seconds"), run.record.get("energy_kwh")
+    rate = statistics.median(rates) if rates else None
+    return (seconds if is_number(seconds) else None, seen, rate, energy if is_number(energy) else None)
+
+
+def _mean(values: tuple[float | None, ...]) -> float | None:
+    known = [v for v in values if v is not None]
+    return mean_sd(known)[0] if known else None
+
+
+def cost(arms: Arms) -> Table:
+    """Time, pictures and energy of every stage."""
+    columns = ["", "runs", "time", "samples seen", "samples a second", "energy", "hardware"]
+    table = Table(columns, name="cost", title="Cost")
+    unknown = "no energy meter: run.json has no energy_kwh"
+    shown = ""
+    for one in costs(arms):
+        if one.model != shown or not table.rows:
+            table.rows.append([one.model or "Shared by all models"])
+            shown = one.model
+        untrained = f"{one.stage} trains nothing" if one.stage == "evaluate" else "metrics.jsonl or run.json do not say"
+        table.rows.append(
+            [
+                one.stage,
+                str(one.runs),
+                duration(one.seconds),
+                number(round(one.seen)) if one.seen is not None else table.missing(untrained),
+                number(round(one.rate)) if one.rate is not None else table.missing(untrained),
+                f"{one.energy:.3g} kWh" if one.energy is not None else table.missing(unknown),
+                one.hardware or DASH,
+            ]
+        )
+    for model in arms.models:
+        known = [c.seconds for c in costs(arms) if c.model == model and c.seconds is not None]
+        if known:
+            table.rows.append([f"{model}, all its stages", "", duration(sum(known)), "", "", "", ""])
+    table.caption = (
+        "Of finished runs, means over seeds. Samples are pictures in pretraining, conversations after it; their rate "
+        "is the median of the log's, so without start-up and evaluation."
+    )
+    return table
+
+
+def cost_verdict(arms: Arms) -> str:
+    """How much longer the other models trained, in one sentence; "" if it cannot be said."""
+    first, *others = arms.models
+    seconds = {(c.model, c.stage): c.seconds for c in costs(arms) if c.stage != "evaluate"}
+    sentences = []
+    for other in others:
+        stages = [s for s in STAGES[1:-1] if seconds.get((first, s)) and seconds.get((other, s))]
+        if stages:
+            ratio = sum(seconds[other, s] for s in stages) / sum(seconds[first, s] for s in stages)
+            word = "more" if ratio >= 1 else "less"
+            more = percent([abs(100 * (ratio - 1))])
+            sentences.append(f"{other} took {more} % {word} wall-clock time than {first} ({', '.join(stages)}).")
+    return " ".join(sentences) + (" Other jobs on the machine are in these times." if sentences else "")

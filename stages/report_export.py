@@ -1,0 +1,111 @@
+"""The report's tables as Markdown, CSV and LaTeX (booktabs), with all that comes from runs shown literally."""
+
+import csv
+import io
+from pathlib import Path
+
+from stages.report_cells import MINUS, Table
+from stages.report_data import write_text
+
+LATEX = {
+    "\\": r"\textbackslash{}",
+    "{": r"\{",
+    "}": r"\}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    **{character: f"\\{character}" for character in "&%$#_"},
+    MINUS: "$-$",
+    "\u2013": "--",
+    "±": r"$\pm$",
+    "\u2192": r"$\rightarrow$",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    "×": r"$\times$",
+}
+
+
+def write_tables(tables: list[Table], directory: Path) -> None:
+    """NAME.csv and NAME.tex of every table."""
+    for table in tables:
+        write_text(directory / f"{table.name}.csv", as_csv(table))
+        write_text(directory / f"{table.name}.tex", as_latex(table))
+
+
+def as_csv(table: Table) -> str:
+    """Rows as displayed; a heading inside the table becomes a column of its own, so that every row stands alone."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    sectioned = any(len(row) == 1 for row in table.rows)
+    writer.writerow([*(["section"] if sectioned else []), *table.named_columns()])
+    heading = ""
+    for row in table.rows:
+        if len(row) == 1:
+            heading = row[0]
+        else:
+            writer.writerow([_inert(c) for c in [*([heading] if sectioned else []), *row]])
+    for number, note in enumerate(table.notes, 1):
+        writer.writerow([f"[{number}] {note}"])
+    return text.getvalue()
+
+
+def _inert(cell: str) -> str:
+    """Text that a spreadsheet does not take for a formula."""
+    return f"'{cell}" if cell[:1] in ("=", "@") else cell
+
+
+def as_latex(table: Table) -> str:
+    """A booktabs table with caption and notes; needs \\usepackage{booktabs}, for wide ones graphicx."""
+    count = len(table.columns)
+    lines = [
+        "% needs \\usepackage{booktabs,graphicx}",
+        r"\begin{table}",
+        r"\centering",
+        rf"\caption{{{latex(' '.join(filter(None, [f'{table.title}.', table.caption])))}}}",
+        rf"\label{{tab:{table.name}}}",
+        r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%",
+        rf"\begin{{tabular}}{{l{('l' if table.prose else 'r') * (count - 1)}}}",
+        r"\toprule",
+    ]
+    if table.groups:
+        cells, rules, start = [], [], 1
+        for text, width in table.groups:
+            cells.append(rf"\multicolumn{{{width}}}{{c}}{{{latex(text)}}}" if text else " & " * (width - 1))
+            rules += [rf"\cmidrule(lr){{{start}-{start + width - 1}}}"] if text else []
+            start += width
+        lines += [" & ".join(cells) + r" \\", " ".join(rules)]
+    lines += [" & ".join(latex(c) for c in table.columns) + r" \\", r"\midrule"]
+    for row in table.rows:
+        if len(row) == 1:
+            lines.append(rf"\multicolumn{{{count}}}{{l}}{{\textbf{{{latex(row[0])}}}}} \\")
+        else:
+            lines.append(" & ".join(latex(cell) for cell in row) + r" \\")
+    lines += [r"\bottomrule", r"\end{tabular}}"]
+    lines += [rf"\\{{\footnotesize [{i}] {latex(note)}.}}" for i, note in enumerate(table.notes, 1)]
+    return "\n".join([*lines, r"\end{table}", ""])
+
+
+def latex(text: str) -> str:
+    """Text of a run that LaTeX prints literally."""
+    return "".join(LATEX.get(character, character) for character in text)
+
+
+def as_markdown(table: Table) -> str:
+    """A Markdown table; headings inside it are bold rows, caption and notes follow it."""
+    rule = ["---"] + ["---" if table.prose else "--:"] * (len(table.columns) - 1)
+    lines = [[markdown(c) for c in table.named_columns()], rule]
+    for row in table.rows:
+        cells = [markdown(c) for c in row]
+        lines.append([f"**{cells[0]}**"] + [""] * (len(table.columns) - 1) if len(row) == 1 else cells)
+    parts = ["\n".join(f"| {' | '.join(cells)} |" for cells in lines)]
+    if table.notes:
+        parts.append("\n".join(f"{i}. {markdown(note)}." for i, note in enumerate(table.notes, 1)))
+    return "\n\n".join([*([f"*{markdown(table.caption)}*"] if table.caption else []), *parts])
+
+
+def markdown(text: str) -> str:
+    """Text of a run as Markdown that shows it literally."""
+    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    for character in "\\`*_[]|#":
+        text = text.replace(character, "\\" + character)
+    return text

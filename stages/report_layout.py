@@ -1,0 +1,223 @@
+"""Tables 1 to 5 and the six tasks as the paper lays them out: a model a row, a benchmark a column, deltas in brackets.
+
+Sets that the paper has stand under its names and in its order, others behind them by their own.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from stages.report_cells import Table, number, percent, score
+from stages.report_data import POPE_SPLITS, Arms
+from stages.report_setup import distinct
+from stages.report_significance import difference
+
+PAPER_SETS = {  # folder in diffclip.benchmarks.paper: name in the paper, in its order
+    "classification": {
+        "caltech101": "Caltech-101",
+        "dtd": "DTD",
+        "pets": "Pets",
+        "flowers": "Flowers",
+        "sun397": "SUN397",
+        "aircraft": "Aircraft",
+        "cifar10": "CIFAR10",
+        "cifar100": "CIFAR100",
+        "food101": "Food-101",
+    },
+    "retrieval": {"flickr30k": "Flickr30k", "flickr8k": "Flickr8k", "coco": "MSCOCO"},
+    "zero_shot": {"imagenet": "ImageNet"},
+    "shifts": {
+        "imagenet-v2": "ImageNet-V2",
+        "imagenet-a": "ImageNet-A",
+        "imagenet-r": "ImageNet-R",
+        "imagenet-sketch": "ImageNet-Sketch",
+    },
+}
+SIGN = "*"  # behind a difference whose 95 % interval leaves zero out
+
+
+class Column(NamedTuple):
+    """A column of scores under the metric `key`, which ends in "/" where no run wrote one of this kind."""
+
+    title: str
+    key: str
+
+
+def sets_of(arms: Arms, pattern: str, published: dict[str, str], average: str = "") -> list[Column]:
+    """The columns of a group: every set that `pattern` finds, the paper's first, then their average."""
+    named = {m[1] or "": key for key in arms.metric_names() if (m := re.fullmatch(pattern, key)) and m[1] != "average"}
+    order = [*(name for name in published if name in named), *(n for n in named if n not in published)]
+    columns = [Column(published.get(name, name or "held-out pairs"), named[name]) for name in order]
+    if average and len(columns) > 1:
+        columns.append(Column("Avg.", average))
+    return columns or [Column("(no set)", f"{pattern.split('/')[0]}/")]
+
+
+def rows_of(arms: Arms, table: Table, columns: Sequence[Column]) -> list[list[str]]:
+    """One row a model: score, and from the second model on the difference from the first in brackets."""
+    return [[model, *(cell(arms, table, model, column) for column in columns)] for model in arms.models]
+
+
+def cell(arms: Arms, table: Table, model: str, column: Column) -> str:
+    """ "61.3 (+1.3*)", "61.3 ± 0.4 (+1.3)", or a dash with a note."""
+    text = score(arms, table, model, column.key)
+    first = arms.models[0]
+    if model != first and arms.scores(model, column.key):
+        found = difference(arms, first, model, column.key)
+        if found.mean is not None:
+            text += f" ({percent([found.mean], sign=True)}{SIGN if found.significant else ''})"
+    return text
+
+
+def absent(published: dict[str, str], columns: Sequence[Column]) -> str:
+    """Which of the paper's sets are not among the columns, in a sentence."""
+    missing = [name for name in published.values() if name not in [column.title for column in columns]]
+    if len(missing) == len(published) > 1:
+        return f"None of the paper's sets ({', '.join(missing)}) was evaluated here."
+    return f"Not evaluated here: {', '.join(missing)}." if missing else ""
+
+
+def table1(arms: Arms) -> Table:
+    """Linear probing and few-shot classification."""
+    published = PAPER_SETS["classification"]
+    groups = [
+        ("Linear probing", sets_of(arms, r"linear_probe/(.+)/accuracy", published, "linear_probe/average/accuracy")),
+        ("Few-shot", sets_of(arms, r"few_shot/(.+)/accuracy", published, "few_shot/average/accuracy")),
+    ]
+    titles = list(dict.fromkeys(c.title for _, columns in groups for c in columns if c.title != "Avg."))
+    if any(c.title == "Avg." for _, columns in groups for c in columns):
+        titles.append("Avg.")
+    table = Table(["Model", *titles], name="table1", title="Table 1. Classification: linear probing and few-shot")
+    for heading, columns in groups:
+        by_title = {c.title: c for c in columns}
+        kind = columns[0].key.split("/")[0]
+        table.rows.append([heading])
+        table.rows += rows_of(arms, table, [by_title.get(t, Column(t, f"{kind}/{t}/accuracy")) for t in titles])
+    table.caption = captioned("Accuracy in percent; few-shot is 5-way 5-shot.", arms, absent(published, groups[0][1]))
+    return table
+
+
+def table2(arms: Arms) -> Table:
+    """Retrieval at 5 and zero-shot classification."""
+    ways = [("Image retrieval (R@5)", "text_to_image"), ("Text retrieval (R@5)", "image_to_text")]
+    published = PAPER_SETS["retrieval"]
+    groups = [
+        (heading, sets_of(arms, rf"retrieval/(?:(.+)/)?{way}/R@5", published, f"retrieval/average/{way}/R@5"))
+        for heading, way in ways
+    ]
+    zero = sets_of(arms, r"zero_shot/(.+)/top1", PAPER_SETS["zero_shot"], "zero_shot/average/top1")
+    groups.append(("Zero-shot", zero))
+    columns = [c for _, group in groups for c in group]
+    table = Table(["Model", *(c.title for c in columns)], name="table2")
+    table.title = "Table 2. Retrieval and zero-shot classification"
+    table.groups = [("", 1), *((heading, len(group)) for heading, group in groups)]
+    table.rows = rows_of(arms, table, columns)
+    missing = f"{absent(published, groups[0][1])} {absent(PAPER_SETS['zero_shot'], zero)}"
+    table.caption = captioned(
+        "Image retrieval is text to image, text retrieval image to text; R@1 and R@10 are among all scores.",
+        arms,
+        missing.strip(),
+    )
+    return table
+
+
+def table3(arms: Arms) -> Table:
+    """POPE: accuracy, precision and recall of each model, split by split."""
+    measures = ("accuracy", "precision", "recall")
+    table = Table([""], name="table3", title="Table 3. POPE object hallucination")
+    table.groups = [("", 1), *((model, len(measures)) for model in arms.models)]
+    table.columns = ["POPE", *(measure.capitalize() for _ in arms.models for measure in measures)]
+    for split in (*POPE_SPLITS, "mean"):
+        columns = [Column(measure, f"pope/{split}/{measure}") for measure in measures]
+        cells = [cell(arms, table, model, column) for model in arms.models for column in columns]
+        table.rows.append([split.capitalize(), *cells])
+    table.caption = captioned("The mean row is not in the paper.", arms)
+    return table
+
+
+def table4(arms: Arms) -> Table:
+    """Distribution shifts, the numbers behind figure 3."""
+    table = Table([], name="table4", title="Table 4. Zero-shot accuracy out of distribution")
+    columns = shift_columns(arms)
+    table.columns = ["Model", *(c.title for c in columns)]
+    table.rows = rows_of(arms, table, columns)
+    table.caption = captioned(
+        "Top-1 in percent: the numbers behind Figure 3.", arms, absent(PAPER_SETS["shifts"], columns)
+    )
+    return table
+
+
+def shift_columns(arms: Arms) -> list[Column]:
+    """ImageNet itself where it was evaluated, its shifted versions, their average."""
+    base = [Column("ImageNet", "zero_shot/imagenet/top1")] if "zero_shot/imagenet/top1" in arms.metric_names() else []
+    shifts = sets_of(arms, r"shift/(.+)/top1", PAPER_SETS["shifts"], "shift/average")
+    order = ("v2", "a", "r", "sketch")  # as in the paper, whatever was shifted
+    place = {f"shift/{prefix}{name}/top1": i for i, name in enumerate(order) for prefix in ("", "imagenet-")}
+    shifts.sort(key=lambda c: (c.title == "Avg.", place.get(c.key, len(order))))
+    with_base = "shift/average_with_base"
+    more = [Column("Avg. with its base", with_base)] if with_base in arms.metric_names() else []
+    return [*base, *shifts, *more]
+
+
+def table5(arms: Arms) -> Table:
+    """All variants on the six tasks, the numbers behind figures 1 and 5."""
+    tasks = six_tasks(arms)
+    table = Table(["Model", "Parameters", *(t.title for t in tasks)], name="table5")
+    table.title = "Table 5. Variants on the six tasks"
+    for model, row in zip(arms.models, rows_of(arms, table, tasks)):
+        sizes = [number(r.record["parameters"]) for r in arms.latest("pretrain", model) if "parameters" in r.record]
+        size = distinct(sizes) if sizes else table.missing(f"no pretrain run of {model} was found")
+        table.rows.append([row[0], size, *row[1:]])
+    table.caption = captioned("The numbers behind Figures 1 and 5.", arms)
+    return table
+
+
+def six_tasks(arms: Arms) -> list[Column]:
+    """Linear probing, few-shot, image and text retrieval, zero-shot and shifts: one score each, averaged over sets."""
+    names = arms.metric_names()
+
+    def one(title: str, average: str, pattern: str, published: dict[str, str] | None = None) -> Column:
+        columns = sets_of(arms, pattern, published or {}, average)
+        return Column(title, columns[-1].key)
+
+    zero = one("Zero-shot", "zero_shot/average/top1", r"zero_shot/(.+)/top1")
+    if "zero_shot/imagenet/top1" in names:  # as in the paper
+        zero = Column("Zero-shot ImageNet", "zero_shot/imagenet/top1")
+    return [
+        one("Linear probing", "linear_probe/average/accuracy", r"linear_probe/(.+)/accuracy"),
+        one("Few-shot", "few_shot/average/accuracy", r"few_shot/(.+)/accuracy"),
+        one("Image retrieval", "retrieval/average/text_to_image/R@5", r"retrieval/(?:(.+)/)?text_to_image/R@5"),
+        one("Text retrieval", "retrieval/average/image_to_text/R@5", r"retrieval/(?:(.+)/)?image_to_text/R@5"),
+        zero,
+        one("Zero-shot OOD", "shift/average", r"shift/(.+)/top1"),
+    ]
+
+
+def mmvp(arms: Arms) -> Table:
+    """MMVP-VLM by visual pattern, the numbers behind figure 4."""
+    columns = mmvp_columns(arms)
+    averages = {"average": "Avg.", "average7": "Avg. of the paper's 7"}
+    more = [Column(title, f"mmvp/{key}") for key, title in averages.items() if f"mmvp/{key}" in arms.metric_names()]
+    columns = [*columns, *more] or [Column("(no set)", "mmvp/")]
+    table = Table(["Model", *(c.title for c in columns)], name="mmvp", title="MMVP-VLM, the numbers of Figure 4")
+    table.rows = rows_of(arms, table, columns)
+    table.caption = captioned("Share of pairs with both pictures right, in percent.", arms)
+    return table
+
+
+def mmvp_columns(arms: Arms) -> list[Column]:
+    """The visual patterns of MMVP-VLM, without averages."""
+    keys = [k for k in arms.metric_names() if k.startswith("mmvp/") and not k.startswith("mmvp/average")]
+    return [Column(key.split("/", 1)[1], key) for key in keys]
+
+
+def captioned(text: str, arms: Arms, *more: str) -> str:
+    """A caption with what the brackets mean, as far as there are any."""
+    parts = [text]
+    if len(arms.models) > 1:
+        parts.append(
+            f"In brackets the difference from {arms.models[0]}, with {SIGN} where its 95 % interval leaves zero out."
+        )
+    if any(len(arms.seeds(model)) > 1 for model in arms.models):
+        parts.append("± is the standard deviation over seeds.")
+    return " ".join([*parts, *filter(None, more)])

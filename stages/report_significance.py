@@ -1,0 +1,204 @@
+"""Is a difference between two models more than chance? Over seeds where there are several, else over test items.
+
+With one seed a model the doubt is in the sample of test items; with several it is also in the training, which is the
+larger, so that the items are no longer asked.
+"""
+
+import math
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from stages.report_data import POPE_SPLITS, Arms, RunDir, as_dict, is_number, read_json, read_lines
+
+RESAMPLES = 4000
+
+
+class Difference(NamedTuple):
+    """other - first in points, its 95 % interval and p; None, and `why`, where there is no test."""
+
+    mean: float | None
+    low: float | None = None
+    high: float | None = None
+    p: float | None = None
+    how: str = ""
+    why: str = ""
+
+    @property
+    def significant(self) -> bool:
+        """Whether the interval leaves zero out."""
+        return self.low is not None and self.high is not None and not self.low <= 0 <= self.high
+
+
+def difference(arms: Arms, first: str, other: str, key: str) -> Difference:
+    """The difference under a metric's key, by the best test that the runs allow."""
+    a, b = arms.scores(first, key), arms.scores(other, key)
+    seeds = [seed for seed in b if seed in a]
+    if not seeds:
+        return Difference(None, why="no seed that both models have")
+    differences = [b[seed] - a[seed] for seed in seeds]
+    mean = sum(differences) / len(differences)
+    if len(seeds) > 1:
+        return _over_seeds(differences)
+    ours, theirs = (_run_with(arms, model, seeds[0], key) for model in (first, other))
+    if ours is None or theirs is None:
+        return Difference(mean, why="the runs that hold it were not found")
+    if key.startswith("pope/"):
+        return _pope(ours.path, theirs.path, key, mean)
+    if key.startswith("localisation/"):
+        return _localisation(ours.path, theirs.path, key, mean)
+    return _items(ours, theirs, key, mean)
+
+
+def _over_seeds(differences: list[float]) -> Difference:
+    from scipy.stats import ttest_1samp
+
+    from diffclip.benchmarks.significance import over_seeds
+
+    if len(set(differences)) == 1:
+        return Difference(
+            differences[0], why="the differences of all seeds are the same, so they have no spread to test"
+        )
+    mean, low, high = over_seeds(differences)
+    p = float(ttest_1samp(differences, 0).pvalue)
+    return Difference(mean, low, high, p, f"t test over {len(differences)} seeds")
+
+
+def _items(ours: RunDir, theirs: RunDir, key: str, mean: float) -> Difference:
+    """Paired bootstrap over the test items of a CLIP benchmark, and McNemar's exact test for right-or-wrong ones."""
+    from diffclip.benchmarks.significance import mcnemar, paired_bootstrap
+
+    first, second = (outcomes(run.path).get(key) for run in (ours, theirs))
+    if first is None or second is None:
+        averaged = key.endswith(("average", "average/accuracy", "average/top1", "average7", "average_with_base"))
+        averaged = averaged or "/average/" in key
+        what = "an average of scores has no items of its own" if averaged else "outcomes of single items are not stored"
+        return Difference(mean, why=what)
+    if len(first) != len(second) or _digest(ours) != _digest(theirs):
+        return Difference(mean, why="the models were not evaluated on the same items")
+    _, low, high = (100 * v for v in paired_bootstrap(first, second, resamples=RESAMPLES))
+    binary = all(np.isin(one, (0, 1)).all() for one in (first, second))
+    p = mcnemar(first, second) if binary else None
+    return Difference(mean, low, high, p, "bootstrap over test items" + (", McNemar's exact p" if binary else ""))
+
+
+@lru_cache(maxsize=64)
+def outcomes(folder: Path) -> dict[str, np.ndarray]:
+    """{key of a score: one number per test item} of an evaluate run; {} if it stored none that can be read."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        return {key: value.astype(np.float64) for key, value in load_file(folder / "clip_outcomes.safetensors").items()}
+    except (OSError, SafetensorError, ValueError, TypeError):
+        return {}
+
+
+def _digest(run: RunDir) -> Any:
+    return as_dict(run.get("inputs").get("clip_data")).get("digest")
+
+
+def _run_with(arms: Arms, model: str, seed: str, key: str) -> RunDir | None:
+    """The run whose value `Arms.scores` shows."""
+    return next((r for r in reversed(arms.of("evaluate", model, seed)) if key in r.metrics), None)
+
+
+# --- POPE: answers met by (split, picture, question) --------------------------------------------------------------
+
+
+class Answers(NamedTuple):
+    """One split, both models on the same questions, in one order."""
+
+    first: np.ndarray  # right or wrong
+    second: np.ndarray
+    pictures: np.ndarray  # number of each question's picture
+
+
+@lru_cache(maxsize=64)
+def pope_answers(folder: Path) -> dict[tuple[str, str, str], bool]:
+    """{(split, picture, question): right} of the model's own pass; anything but yes or no is wrong, as in lmms-eval."""
+    found = {}
+    for row in read_lines(folder / "pope" / "answers.jsonl"):
+        if row.get("pass") == "model":
+            key = tuple(str(row.get(name)) for name in ("split", "image", "text"))
+            found[key] = str(row.get("answer")).strip().lower() == str(row.get("label")).strip().lower()
+    return found
+
+
+def paired_answers(first: Path, second: Path, split: str) -> Answers | None:
+    """Both models' answers to a split ("mean": to all); None if they were not asked the same questions."""
+    ours, theirs = pope_answers(first), pope_answers(second)
+    splits = POPE_SPLITS if split == "mean" else (split,)
+    keys = [key for key in ours if key[0] in splits]
+    if not keys or set(keys) != {key for key in theirs if key[0] in splits}:
+        return None
+    _, pictures = np.unique([key[1] for key in keys], return_inverse=True)
+    return Answers(np.array([ours[k] for k in keys]), np.array([theirs[k] for k in keys]), pictures)
+
+
+def _pope(first: Path, second: Path, key: str, mean: float) -> Difference:
+    split, name = key.split("/")[1:3]
+    if name != "accuracy":
+        return Difference(mean, why="only accuracies of POPE are tested, since they are means over questions")
+    answers = paired_answers(first, second, split)
+    if answers is None:
+        return Difference(mean, why="pope/answers.jsonl with the same questions is not in both runs")
+    found = answers.second.astype(float) - answers.first
+    if not math.isclose(100 * found.mean(), mean, abs_tol=0.05):
+        return Difference(mean, why="the stored answers do not give the stored scores")
+    low, high = by_cluster(100 * found, answers.pictures)
+    if split == "mean":  # its yes-questions stand in every split, so that it has no independent pairs to count
+        return Difference(mean, low, high, None, "bootstrap over pictures")
+    return Difference(mean, low, high, mcnemar_p(answers), "bootstrap over pictures, McNemar's exact p")
+
+
+def mcnemar_p(answers: Answers) -> float:
+    from diffclip.benchmarks.significance import mcnemar
+
+    return mcnemar(answers.first, answers.second)
+
+
+# --- localisation: scores of single objects -------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=64)
+def object_scores(folder: Path) -> tuple[tuple[tuple[str, str], ...], dict[str, np.ndarray]]:
+    """((picture, object) of every item, {score: one number per item, NaN where there is none})."""
+    record = as_dict(read_json(folder / "localisation.json", []))
+    pictures, objects = (
+        record.get(name) if isinstance(record.get(name), list) else [] for name in ("pictures", "objects")
+    )
+    items = tuple((str(p), str(o)) for p, o in zip(pictures, objects))
+    scores = {
+        name: np.array([float(v) if is_number(v) else math.nan for v in values])
+        for name, values in as_dict(record.get("scores")).items()
+        if isinstance(values, list) and len(values) == len(items)
+    }
+    return items, scores
+
+
+def _localisation(first: Path, second: Path, key: str, mean: float) -> Difference:
+    (items, ours), (others, theirs) = object_scores(first), object_scores(second)
+    name = key.split("/")[1]
+    if not items or items != others or name not in ours or name not in theirs:
+        return Difference(mean, why="scores of the same objects are not stored for both models (localisation.json)")
+    found = theirs[name] - ours[name]
+    kept = ~np.isnan(found)
+    _, pictures = np.unique([picture for picture, _ in items], return_inverse=True)
+    low, high = by_cluster(found[kept], pictures[kept])
+    return Difference(mean, low, high, None, "bootstrap over pictures")
+
+
+def by_cluster(values: np.ndarray, clusters: np.ndarray, level: float = 0.95) -> tuple[float, float]:
+    """Percentile interval of the mean, resampling whole clusters: what is asked about one picture goes together."""
+    _, clusters = np.unique(clusters, return_inverse=True)
+    sums, counts = np.bincount(clusters, values), np.bincount(clusters)
+    generator = np.random.default_rng(0)
+    means = []
+    for _ in range(RESAMPLES // 500):  # in parts, so that ten thousand pictures need no gigabyte
+        drawn = generator.integers(len(sums), size=(500, len(sums)))
+        means.append(sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1))
+    low, high = np.quantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
