@@ -56,10 +56,11 @@ def build(model: Any, processor: Any, generation: dict) -> "Blocks":
                 )
                 clear = gr.Button("Clear")
             with gr.Column(scale=2):
+                gr.Markdown("Where the last answer looks")  # the gallery's own label would cover the picture
                 maps = gr.Gallery(
-                    label="Where the last answer looks",
+                    show_label=False,
                     columns=1,
-                    height=520,
+                    height=480,
                     object_fit="contain",
                     format="png",
                     buttons=["fullscreen"],

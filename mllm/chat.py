@@ -106,7 +106,8 @@ def prepare(model: Any, processor: Any, texts: Sequence[str], pictures: Sequence
     if shown != len(pictures):
         template = model.config.conversation_template
         raise InputError(
-            f"in template `{template}` the conversation shows {shown} pictures, but {len(pictures)} are given"
+            f"in template `{template}` the conversation shows {shown} pictures, but {len(pictures)} are given "
+            "(vicuna and plain show one a question)"
         )
     processor.tokenizer.padding_side = "left"
     made = processor(text=texts, images=list(pictures) or None, padding=True, return_tensors="pt")
