@@ -1,245 +1,228 @@
-"""POPE (Li et al. 2023, "Evaluating Object Hallucination in Large Vision-Language Models"): files, scores and
-controls. Answers meet labels by (split, picture, question), never by their place in a file: a wrong order of lines
-gives a perfect model 50 %, and looks like a model that hallucinates.
+"""POPE on the command line.
+
+python -m mllm.pope check POPE --image_root IMAGES              # which release, are its pictures there
+python -m mllm.pope score POPE ANSWERS.jsonl                    # answers of any program, matched by question
+python -m mllm.pope margins RUN --pope POPE --image_root IMAGES --out DIR   # exact yes/no scores, without generating
+python -m mllm.pope compare EVALUATE_A EVALUATE_B               # the paper's table 3 with McNemar's test
+python -m mllm.pope diagnose RUN --pope POPE --image_root IMAGES  # why is the score at chance?
 """
 
+import argparse
 import json
-import random
-import re
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import os
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any
 
-from diffclip.errors import InputError
-
-SPLITS = ("random", "popular", "adversarial")
-SCORES = ("accuracy", "precision", "recall", "f1", "yes_rate", "invalid_rate")
-
-
-class Question(NamedTuple):
-    """One yes/no question about one picture."""
-
-    split: str  # random, popular or adversarial: how its negatives were chosen
-    image: str  # file name of the picture it asks about
-    text: str  # without LLaVA's "Answer the question using a single word or phrase."
-    label: str  # "yes", "no", or "" where the file has no labels
-    question_id: str
-    shown: str  # file name of the picture the model sees; differs from `image` only in controls
-
-    @property
-    def key(self) -> tuple[str, str, str]:
-        """What makes a question one and the same in any file."""
-        return self.split, self.image, self.text
+from diffclip.errors import InputError, exit_on_input_error
+from mllm.pope_files import (
+    SPLITS,
+    carries_images,
+    find_images,
+    read,
+    read_answers,
+    unpack_images,
+    version,
+)
+from mllm.pope_scores import PARSERS, SCORES, blind, intervals, score, score_splits
 
 
-Keyed = TypeVar("Keyed")
+def table_of(scores: dict[str, dict[str, float]], columns: Sequence[str]) -> list[list[str]]:
+    """Rows of percentages for the console: a split each."""
+    return [[split, *(f"{100 * row[name]:.1f}" for name in columns)] for split, row in scores.items()]
 
 
-def read(path: str | Path) -> list[Question]:
-    """Read POPE questions.
+def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table."""
+    from rich.console import Console
+    from rich.table import Table
 
-    Args:
-        path: a folder with the official three files (one JSON object `{question_id, image, text, label}` a
-            line, the split in the file's name), or LLaVA's single JSONL file, whose lines have a `category` and
-            no label.
+    table = Table(title=title, title_justify="left")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="right" if i else "left")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
 
-    Raises:
-        InputError: a split is missing or there twice, a bad line, an unknown label, a question asked twice.
-    """
-    path = Path(path)
-    if path.is_file():
-        questions = list(_lines(path, split=None))
-    elif path.is_dir():
-        questions = [q for split in SPLITS for q in _lines(_file_of(path, split), split)]
+
+def check_files(options: argparse.Namespace) -> None:
+    """Which release the files are, whether an oracle scores 100 on them, whether their pictures are there."""
+    questions = read(options.pope, options.labels)
+    print(version(questions))
+    if all(q.label for q in questions):
+        oracle = score_splits(questions, [q.label for q in questions])["mean"]["accuracy"]
+        blind_rule = score_splits(questions, blind(questions))
+        shown = ", ".join(f"{split} {100 * row['accuracy']:.1f}" for split, row in blind_rule.items())
+        print(f"an oracle scores {100 * oracle:.1f}; the best rule that sees no picture: {shown}")
     else:
-        raise InputError(f"{path}: no such file or folder; give POPE's folder of three files, or LLaVA's file")
-    if not questions:
-        raise InputError(f"{path}: holds no questions")
-    index(questions, lambda q: q.key, str(path))
-    return questions
+        print("no labels: give --labels, the official files")
+    if options.image_root:
+        print(f"{len(find_images(questions, options.image_root)):,} pictures found under {options.image_root}")
 
 
-def index(items: Iterable[Keyed], key: Callable[[Keyed], tuple], name: str) -> dict[tuple, Keyed]:
-    """Items by key; InputError if two share one."""
-    result: dict[tuple, Keyed] = {}
-    for item in items:
-        if key(item) in result:
-            raise InputError(f"{name}: asked twice: {' | '.join(map(str, key(item)))}; drop one of the lines")
-        result[key(item)] = item
-    return result
-
-
-def join(
-    questions: Sequence[Question],
-    others: Iterable[Keyed],
-    key: Callable[[Keyed], tuple] = lambda other: other.key,
-    name: str = "the answers",
-) -> list[Keyed]:
-    """`others` in the order of `questions`, matched by `Question.key`.
-
-    Raises:
-        InputError: a key is missing, left over, or there twice.
-    """
-    found = index(others, key, name)
-    wanted = {q.key for q in questions}
-    missing, extra = wanted - found.keys(), found.keys() - wanted
-    if missing or extra:
-        example = " | ".join(map(str, min(missing or extra)))
-        raise InputError(
-            f"{name} do not fit the questions: {len(missing)} missing, {len(extra)} left over "
-            f"(e.g. {example}); use files of one and the same POPE version"
+def score_file(options: argparse.Namespace) -> None:
+    """Scores of a file of answers by every parser, intervals, and the blind rule beside them."""
+    questions = read(options.pope, options.labels)
+    if not all(q.label for q in questions):
+        raise InputError(f"{options.pope}: has no labels; give --labels, the official files")
+    answers = read_answers(options.answers, questions)
+    print(version(questions))
+    for name, parser in PARSERS.items():
+        said = [parser(answer) for answer in answers]
+        show(
+            f"{options.answers}, parser {name} (%)", ["split", *SCORES], table_of(score_splits(questions, said), SCORES)
         )
-    return [found[q.key] for q in questions]
+        if name == options.parser:
+            for split, ends in intervals(questions, said).items():
+                low, high = ends["accuracy"]
+                print(f"{split}: accuracy between {100 * low:.1f} and {100 * high:.1f} (95 %, pictures resampled)")
+            verdict = uses_image(score_splits(questions, said), score_splits(questions, blind(questions)))
+    print(verdict)
 
 
-def with_labels(questions: Sequence[Question], labelled: Iterable[Question]) -> list[Question]:
-    """Questions of LLaVA's file with the labels of the official files."""
-    matched = join(questions, labelled, name="the labelled files")
-    return [q._replace(label=m.label) for q, m in zip(questions, matched)]
+def uses_image(model: dict[str, dict[str, float]], blind_rule: dict[str, dict[str, float]]) -> str:
+    """One sentence: whether a model beats the best rule that sees no picture."""
+    own, other = 100 * model["mean"]["accuracy"], 100 * blind_rule["mean"]["accuracy"]
+    verdict = "uses the image" if own > other else "does not use the image"
+    return f"the model {verdict}: accuracy {own:.1f} against {other:.1f} of the best rule that sees no picture"
 
 
-# Parsers: the model's words -> "yes", "no" or "invalid".
+def compare_runs(options: argparse.Namespace) -> None:
+    """The paper's table 3 for two evaluations, with McNemar's exact test for every split."""
+    import numpy as np
+
+    from diffclip.benchmarks.significance import mcnemar
+
+    def answered(folder: Path) -> dict[tuple, tuple[str, str]]:
+        file = folder / "pope" / "answers.jsonl" if folder.is_dir() else folder
+        if not file.is_file():
+            raise InputError(f"{file}: no such file; give a run of stages.evaluate that had POPE")
+        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        rows = [row for row in rows if row.get("pass", "model") == "model"]
+        return {(r["split"], r["image"], r["text"]): (r["label"], PARSERS[options.parser](r["answer"])) for r in rows}
+
+    first, second = answered(options.runs[0]), answered(options.runs[1])
+    if first.keys() != second.keys():
+        raise InputError(
+            f"{options.runs[0]} and {options.runs[1]} answer different questions; evaluate both on the same"
+        )
+    rows = []
+    for split in SPLITS:
+        keys = [key for key in first if key[0] == split]
+        right = [np.array([one[key][0] == one[key][1] for key in keys]) for one in (first, second)]
+        p = mcnemar(*right)
+        for name, one in zip(options.runs, (first, second)):
+            found = score([one[key][1] for key in keys], [one[key][0] for key in keys])
+            rows.append([split, str(name), *(f"{100 * found[s]:.1f}" for s in SCORES[:5]), f"{p:.2g}"])
+    show("POPE (%)", ["split", "run", "accuracy", "precision", "recall", "f1", "yes", "McNemar p"], rows)
 
 
-def parse_lmms_eval(answer: str) -> str:
-    """lmms-eval's rule: the whole answer, stripped and in lower case, is yes or no ("Yes." is invalid)."""
-    word = answer.lower().strip()
-    return word if word in ("yes", "no") else "invalid"
+def score_margins_of(options: argparse.Namespace) -> None:
+    """Exact yes/no scores of a model with all controls, into margins.json and margins.jsonl."""
+    from mllm import pope_margins
+    from mllm.pope_lmms import CONTROLS
+
+    model, processor, questions, open_image = load_with_questions(options)
+    options.out.mkdir(parents=True, exist_ok=True)
+    scores: dict[str, Any] = {}
+    lines = []
+    for name in ("model", *CONTROLS):
+        asked = CONTROLS[name](questions, 0) if name in CONTROLS else questions
+        values = pope_margins.margins(model, processor, asked, open_image, batch_size=options.batch_size)
+        scores[name] = pope_margins.score_margins(asked, values)
+        lines += [{"pass": name, **q._asdict(), "margin": value} for q, value in zip(asked, values.tolist())]
+        columns = pope_margins.MARGIN_SCORES
+        show(f"{name} (%)", ["split", *columns], table_of(scores[name], columns))
+    scores["blind"] = score_splits(questions, blind(questions))
+    print(uses_image(scores["model"], scores["blind"]))
+    if options.generate:
+        answers = pope_margins.generate(model, processor, questions, open_image, batch_size=options.batch_size)
+        scores["generated"] = score_splits(questions, [PARSERS["lmms_eval"](answer) for answer in answers])
+        show("generated answers (%)", ["split", *SCORES], table_of(scores["generated"], SCORES))
+        lines += [{"pass": "generated", **q._asdict(), "answer": said} for q, said in zip(questions, answers)]
+    write_whole(options.out / "margins.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    write_whole(options.out / "margins.json", json.dumps({"version": version(questions), **scores}, indent=1))
+    print(f"wrote {options.out / 'margins.json'}")
 
 
-def parse_strict(answer: str) -> str:
-    """One word, yes or no, whatever its case and closing punctuation."""
-    return parse_lmms_eval(answer.strip().rstrip(".,!"))
+def load_with_questions(options: argparse.Namespace) -> tuple[Any, Any, list[Any], Callable[[str], Any]]:
+    """Model and processor on their device, the labelled questions, and what opens their pictures."""
+    import torch
+    from transformers.utils import logging
+
+    from mllm.model import load
+
+    questions = read(options.pope)
+    if not all(q.label for q in questions):
+        raise InputError(f"{options.pope}: has no labels; give the official files")
+    places = find_images(questions, picture_folder(options))
+    logging.disable_progress_bar()
+    model, processor = load(options.run)
+    model.to(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return model, processor, questions, lambda name: places[name].open()
 
 
-def parse_official(answer: str) -> str:
-    """The rule of POPE's own script: no if a word of the first sentence is No, no or not; all else is yes."""
-    words = answer.split(".")[0].replace(",", "").split(" ")
-    return "no" if {"No", "no", "not"} & set(words) else "yes"
+def picture_folder(options: argparse.Namespace) -> Path:
+    """Where the pictures are: given, or unpacked from the parquet that holds them."""
+    if options.image_root:
+        return options.image_root
+    if not carries_images(options.pope):
+        raise InputError("--image_root is missing: the folder of POPE's pictures (val2014 for COCO)")
+    return unpack_images(options.pope, options.out / "images" if hasattr(options, "out") else Path("pope_images"))
 
 
-PARSERS: dict[str, Callable[[str], str]] = {
-    "lmms_eval": parse_lmms_eval,
-    "strict": parse_strict,
-    "official": parse_official,
-}
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that a crash leaves the old one or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
 
 
-def score(predictions: Sequence[str], labels: Sequence[str]) -> dict[str, float]:
-    """Scores in [0, 1], yes being the positive class; an invalid prediction is wrong and is no "yes".
+def diagnose(options: argparse.Namespace) -> int:
+    """Walk the causes of a score at chance and name the first that fails; exit code 1 where there is one."""
+    from mllm.pope_diagnose import run
 
-    Args:
-        predictions: "yes", "no" or "invalid".
-        labels: "yes" or "no", one for each prediction.
-
-    Returns:
-        accuracy, precision, recall, f1 (0 where undefined), yes_rate and invalid_rate of the predictions, n.
-    """
-    if len(predictions) != len(labels) or not labels:
-        raise ValueError(f"{len(predictions)} predictions for {len(labels)} labels")
-    pairs = Counter(zip(predictions, labels))
-    true_yes, said_yes = pairs["yes", "yes"], pairs["yes", "yes"] + pairs["yes", "no"]
-    is_yes = sum(label == "yes" for label in labels)
-    precision = true_yes / said_yes if said_yes else 0.0
-    recall = true_yes / is_yes if is_yes else 0.0
-    return {
-        "accuracy": (true_yes + pairs["no", "no"]) / len(labels),
-        "precision": precision,
-        "recall": recall,
-        "f1": 2 * precision * recall / (precision + recall) if true_yes else 0.0,
-        "yes_rate": said_yes / len(labels),
-        "invalid_rate": sum(p not in ("yes", "no") for p in predictions) / len(labels),
-        "n": len(labels),
-    }
+    return run(options)
 
 
-def score_splits(questions: Sequence[Question], predictions: Sequence[str]) -> dict[str, dict[str, float]]:
-    """`score` for every split that occurs, and under "mean" their plain average."""
-    groups: dict[str, tuple[list[str], list[str]]] = defaultdict(lambda: ([], []))
-    for question, prediction in zip(questions, predictions, strict=True):
-        groups[question.split][0].append(prediction)
-        groups[question.split][1].append(question.label)
-    table = {split: score(*groups[split]) for split in SPLITS if split in groups}
-    mean = {name: sum(row[name] for row in table.values()) / len(table) for name in SCORES}
-    return {**table, "mean": {**mean, "n": len(questions)}}
+def main(argv: list[str] | None = None) -> int | None:
+    parser = argparse.ArgumentParser(
+        "python -m mllm.pope", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, call: Callable[[Any], Any], *positional: str) -> argparse.ArgumentParser:
+        one = commands.add_parser(name, help=call.__doc__.split("\n")[0], description=call.__doc__)
+        one.set_defaults(call=call)
+        for argument in positional:
+            one.add_argument(argument, type=Path, metavar=argument.upper())
+        return one
+
+    for one in (command("check", check_files, "pope"), command("score", score_file, "pope", "answers")):
+        one.add_argument("--labels", type=Path, help="the official files, where POPE has no labels")
+        if "check" in one.prog:
+            one.add_argument("--image_root", type=Path, help="folder of the pictures")
+        else:
+            one.add_argument("--parser", choices=PARSERS, default="lmms_eval", help="for the intervals (lmms_eval)")
+    one = command("compare", compare_runs)
+    one.add_argument("runs", nargs=2, type=Path, metavar="RUN", help="two runs of stages.evaluate")
+    one.add_argument("--parser", choices=PARSERS, default="lmms_eval", help="how answers are read (lmms_eval)")
+    for one in (command("margins", score_margins_of, "run"), command("diagnose", diagnose, "run")):
+        one.add_argument("--pope", type=Path, help="POPE's files", required="margins" in one.prog)
+        one.add_argument("--image_root", type=Path, help="folder of the pictures (not for parquet)")
+        one.add_argument("--device", help="cuda, cpu, ... (cuda where there is one)")
+        if "margins" in one.prog:
+            one.add_argument("--out", type=Path, required=True, help="folder to write")
+            one.add_argument("--batch_size", type=int, default=16, help="pictures at a time (16)")
+            one.add_argument("--generate", action="store_true", help="answers by greedy generation, too")
+        else:
+            one.add_argument("--answers", type=Path, help="an answers.jsonl with labels to check (pope/ of evaluate)")
+            one.add_argument("--pictures", type=int, default=64, help="how many pictures to ask about (64)")
+    options = parser.parse_args(argv)
+    return options.call(options)
 
 
-# Controls: what a score is worth without looking.
-
-
-def blind(questions: Sequence[Question], folds: int = 5, seed: int = 0) -> list[str]:
-    """Predictions of the best rule that sees no picture: the usual answer to this question, in this split.
-
-    Pictures are divided into folds; the answers for one fold come from the others. A question that these never
-    ask gets the answer that is more common among them.
-    """
-    pictures = sorted({q.image for q in questions})
-    random.Random(seed).shuffle(pictures)
-    fold_of = {picture: i % folds for i, picture in enumerate(pictures)}
-    predictions = [""] * len(questions)
-    for fold in range(folds):
-        votes: dict[tuple[str, ...], int] = Counter()  # yes minus no
-        for q in questions:
-            if fold_of[q.image] != fold:
-                vote = 1 if q.label == "yes" else -1
-                votes[q.split, q.text] += vote
-                votes[q.split,] += vote
-        for i, q in enumerate(questions):
-            if fold_of[q.image] == fold:
-                usual = votes[q.split, q.text] or votes[q.split,]
-                predictions[i] = "yes" if usual >= 0 else "no"
-    return predictions
-
-
-def always_yes(questions: Sequence[Question]) -> list[str]:
-    """Predictions of a model that says yes to everything."""
-    return ["yes"] * len(questions)
-
-
-def shuffle_images(questions: Sequence[Question], seed: int = 0) -> list[Question]:
-    """The same questions shown with other pictures: no picture stays in its place, each is used for another."""
-    pictures = sorted({q.image for q in questions})
-    if len(pictures) < 2:
-        raise InputError("shuffling needs questions about at least two pictures")
-    random.Random(seed).shuffle(pictures)
-    other = dict(zip(pictures, [*pictures[1:], pictures[0]]))  # one cycle, so nothing stays in place
-    return [q._replace(shown=other[q.image]) for q in questions]
-
-
-def plain(text: str) -> str:
-    """A question without LLaVA's instruction on the next line."""
-    return text.split("\n")[0].strip()
-
-
-def _file_of(folder: Path, split: str) -> Path:
-    pattern = re.compile(rf"(^|[^a-z]){split}([^a-z]|$)")
-    found = [p for p in sorted(folder.iterdir()) if p.suffix in (".json", ".jsonl") and pattern.search(p.stem)]
-    if len(found) != 1:
-        names = ", ".join(p.name for p in found) or "none"
-        raise InputError(f"{folder}: needs exactly one *{split}*.json file, found {names}")
-    return found[0]
-
-
-def _lines(path: Path, split: str | None) -> Iterator[Question]:
-    """Questions of one file; `split` None means that each line has a `category` and may lack a label."""
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row: Mapping = json.loads(line)
-            question = Question(
-                split=split or row["category"],
-                image=row["image"],
-                text=plain(row["text"]),
-                label=row["label"] if split else row.get("label", ""),
-                question_id=str(row["question_id"]),
-                shown=row["image"],
-            )
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{path}:{number}: not a POPE question ({error!r}); see mllm.pope.read") from None
-        if question.split not in SPLITS:
-            raise InputError(f"{path}:{number}: unknown category `{question.split}`; use {', '.join(SPLITS)}")
-        if question.label not in ("yes", "no") and (split or question.label):
-            raise InputError(f'{path}:{number}: label is `{question.label}`; it must be "yes" or "no"')
-        yield question
+if __name__ == "__main__":
+    with exit_on_input_error():
+        sys.exit(main())

@@ -2,6 +2,7 @@
 a process of its own, and its answers are scored here once more, so that a silent failure cannot pass for a result.
 """
 
+import io
 import json
 import os
 import shutil
@@ -11,16 +12,24 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import entry_points
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from diffclip.errors import InputError
-from mllm import pope
+from mllm import pope_files, pope_scores
+from mllm.pope_files import POST_PROMPT, SPLITS, Question
+from mllm.pope_scores import GREY, grey_images, grey_picture, no_images, shuffle_images
 
-POST_PROMPT = "\nAnswer the question using a single word or phrase."  # lmms-eval's own, and LLaVA's in training
-CONTROLS = ("shuffled",)
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+CONTROLS = {
+    "shuffled": shuffle_images,
+    "grey": lambda questions, seed: grey_images(questions),
+    "no_image": lambda questions, seed: no_images(questions),
+}
 
 
-def write_parquet(questions: Sequence[pope.Question], image_root: str | Path, path: str | Path) -> None:
+def write_parquet(questions: Sequence[Question], image_root: str | Path, path: str | Path) -> None:
     """Write questions and their pictures in the columns of the Hub's lmms-lab/POPE.
 
     Raises:
@@ -29,18 +38,15 @@ def write_parquet(questions: Sequence[pope.Question], image_root: str | Path, pa
     import datasets
     import pyarrow.parquet
 
-    from mllm.data import find_pictures
-
-    places = find_pictures(image_root, {q.shown for q in questions})
-    missing = sorted(name for name, place in places.items() if place is None)
-    if missing:
-        raise InputError(f"{len(missing)} pictures of POPE are not under {image_root}, e.g. {missing[0]}")
+    places = pope_files.find_images([q for q in questions if q.shown != GREY], image_root)
+    encoded = {name: {"bytes": place.read(), "path": name} for name, place in places.items()}
+    encoded |= {GREY: {"bytes": _png(grey_picture()), "path": GREY}, "": None}
     columns = {
         "question_id": [q.question_id for q in questions],
         "question": [q.text for q in questions],
         "answer": [q.label for q in questions],
         "image_source": [q.image for q in questions],
-        "image": [{"bytes": places[q.shown].read(), "path": q.shown} for q in questions],
+        "image": [encoded[q.shown] for q in questions],
         "category": [q.split for q in questions],
     }
     features = datasets.Features({name: datasets.Value("string") for name in columns} | {"image": datasets.Image()})
@@ -77,7 +83,7 @@ def evaluate_with_lmms(
     image_root: str | Path,
     out_dir: str | Path,
     *,
-    controls: Sequence[str] = CONTROLS,
+    controls: Sequence[str] = tuple(CONTROLS),
     batch_size: int = 64,
     device: str | None = None,
     seed: int = 0,
@@ -86,15 +92,17 @@ def evaluate_with_lmms(
 
     Args:
         run_dir: a run of stages.instruct.
-        pope_dir: POPE's three files, see `mllm.pope.read`.
+        pope_dir: POPE's files with labels, see `mllm.pope_files.read`.
         image_root: folder of their pictures.
         out_dir: gets task files, lmms-eval's results and log, and answers.jsonl.
-        controls: further passes of the model; "shuffled" shows each question with another picture.
+        controls: further passes of the model, of `CONTROLS`: each question with another picture, with a grey one, with
+            none.
         seed: of the shuffling and of the blind rule's folds.
 
     Returns:
-        {"model" | "shuffled" | "blind" | "always_yes": {split or "mean": scores}}; the model's rows also hold
-        accuracy_strict and accuracy_official, see `mllm.pope.PARSERS`.
+        {"model" | a control | "blind" | "always_yes": {split or "mean": scores}}; rows of the model and its controls
+        also hold accuracy_strict and accuracy_official, see `mllm.pope_scores.PARSERS`, and the model's accuracy_low
+        and accuracy_high, f1_low and f1_high, see `mllm.pope_scores.intervals`.
 
     Raises:
         InputError: bad files, unknown control, or lmms-eval ended without results.
@@ -102,17 +110,15 @@ def evaluate_with_lmms(
     unknown = set(controls) - set(CONTROLS)
     if unknown:
         raise InputError(f"unknown POPE controls {sorted(unknown)}: use {', '.join(CONTROLS)}")
-    questions = pope.read(pope_dir)
-    passes = {"model": questions}
-    if "shuffled" in controls:
-        passes["shuffled"] = pope.shuffle_images(questions, seed)
+    questions = pope_files.read(pope_dir)
+    passes = {"model": questions, **{name: CONTROLS[name](questions, seed) for name in controls}}
     out_dir = Path(out_dir).resolve()
     tasks = out_dir / "tasks"
     tasks.mkdir(parents=True, exist_ok=True)
     parts = {
         f"diffclip_pope_{name}_{split}": [q for q in asked if q.split == split]
         for name, asked in passes.items()
-        for split in pope.SPLITS
+        for split in SPLITS
     }
     for task, part in parts.items():
         write_parquet(part, image_root, tasks / f"{task}.parquet")
@@ -121,24 +127,35 @@ def evaluate_with_lmms(
     scores: dict[str, Any] = {}
     with open(out_dir / "answers.jsonl", "w", encoding="utf-8") as f:
         for name in passes:
-            names = [f"diffclip_pope_{name}_{split}" for split in pope.SPLITS]
+            names = [f"diffclip_pope_{name}_{split}" for split in SPLITS]
             asked = [q for task in names for q in parts[task]]
             given = [answer for task in names for answer in answers[task]]
             scores[name] = score_answers(asked, given)
-            for split, task in zip(pope.SPLITS, names):
+            for split, task in zip(SPLITS, names):
                 _same(scores[name][split], results[task], task)
+            if name == "model":
+                said = [pope_scores.parse_lmms_eval(one) for one in given]
+                for split, ends in pope_scores.intervals(asked, said, seed=seed).items():
+                    for score, (low, high) in ends.items():
+                        scores[name][split] |= {f"{score}_low": low, f"{score}_high": high}
             for q, answer in zip(asked, given):
                 f.write(json.dumps({"pass": name, **q._asdict(), "answer": answer}, ensure_ascii=False) + "\n")
-    scores["blind"] = pope.score_splits(questions, pope.blind(questions, seed=seed))
-    scores["always_yes"] = pope.score_splits(questions, pope.always_yes(questions))
+    scores["blind"] = pope_scores.score_splits(questions, pope_scores.blind(questions, seed=seed))
+    scores["always_yes"] = pope_scores.score_splits(questions, pope_scores.always_yes(questions))
     return scores
 
 
-def score_answers(questions: Sequence[pope.Question], answers: Sequence[str]) -> dict[str, dict[str, float]]:
-    """`mllm.pope.score_splits` by lmms-eval's rule, with the accuracies of the other parsers beside it."""
-    table = pope.score_splits(questions, [pope.parse_lmms_eval(a) for a in answers])
+def _png(picture: "Image") -> bytes:
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    return file.getvalue()
+
+
+def score_answers(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, dict[str, float]]:
+    """`mllm.pope_scores.score_splits` by lmms-eval's rule, with the accuracies of the other parsers beside it."""
+    table = pope_scores.score_splits(questions, [pope_scores.parse_lmms_eval(a) for a in answers])
     for parser in ("strict", "official"):
-        other = pope.score_splits(questions, [pope.PARSERS[parser](a) for a in answers])
+        other = pope_scores.score_splits(questions, [pope_scores.PARSERS[parser](a) for a in answers])
         for split, row in table.items():
             row[f"accuracy_{parser}"] = other[split]["accuracy"]
     return table
@@ -209,6 +226,6 @@ def _run_with_progress(command: list[str], environment: dict[str, str], log: Pat
 
 
 def _same(ours: Mapping[str, float], theirs: Mapping[str, float], task: str) -> None:
-    for name in pope.SCORES:
+    for name in pope_scores.SCORES:
         if abs(ours[name] - theirs[name]) > 1e-9:
             raise RuntimeError(f"{task}: {name} is {ours[name]} here and {theirs[name]} in lmms-eval")

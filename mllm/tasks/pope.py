@@ -4,14 +4,14 @@ from typing import Any
 
 from PIL import Image
 
-from mllm.pope import SCORES, parse_lmms_eval, score
+from mllm.pope_scores import SCORES, parse_lmms_eval, score
 
 Records = list[dict[str, str]]
 
 
 def visual(doc: dict[str, Any]) -> list[Image.Image]:
-    """The picture of a question."""
-    return [doc["image"].convert("RGB")]
+    """The picture of a question; none in the control without pictures."""
+    return [doc["image"].convert("RGB")] if doc["image"] else []
 
 
 def text(doc: dict[str, Any], lmms_eval_specific_kwargs: dict[str, str] | None = None) -> str:

@@ -10,8 +10,18 @@ import torch
 from diffclip.errors import InputError
 from mllm.conversation import prompt
 from mllm.model import save
-from mllm.pope import SPLITS, read, score, shuffle_images
-from mllm.pope_lmms import POST_PROMPT, _same, evaluate_with_lmms, score_answers, write_parquet, write_tasks
+from mllm.pope_files import POST_PROMPT, SPLITS, read
+from mllm.pope_lmms import _same, evaluate_with_lmms, score_answers, write_parquet, write_tasks
+from mllm.pope_scores import (
+    GREY,
+    grey_images,
+    grey_picture,
+    intervals,
+    no_images,
+    parse_lmms_eval,
+    score,
+    shuffle_images,
+)
 
 pytest.importorskip("lmms_eval")
 OBJECTS = ("red square", "small blue circle", "green star")
@@ -52,8 +62,8 @@ def run_dir(assembled, tmp_path):
 
 
 def ask_directly(model, processor, picture, text):
-    turns = [{"from": "human", "value": f"<image>\n{text}{POST_PROMPT}"}]
-    inputs = processor(images=[picture], text=[prompt(turns, "vicuna")], return_tensors="pt")
+    turns = [{"from": "human", "value": f"{'<image>' if picture else ''}\n{text}{POST_PROMPT}".lstrip()}]
+    inputs = processor(images=[picture] if picture else None, text=[prompt(turns, "vicuna")], return_tensors="pt")
     tokens = model.generate(**inputs, max_new_tokens=16)[0, inputs["input_ids"].shape[1] :]
     return processor.tokenizer.decode(tokens, skip_special_tokens=True).strip()
 
@@ -63,12 +73,18 @@ def test_lmms_eval_gives_the_models_own_answers(installed, assembled, run_dir, p
     scores = evaluate_with_lmms(run_dir, pope_dir, pope_dir / "images", out, batch_size=5, seed=1)
     questions = read(pope_dir)
     passes = {"model": questions, "shuffled": shuffle_images(questions, seed=1)}
+    passes |= {"grey": grey_images(questions), "no_image": no_images(questions)}
+    shown = {q.image: picture(int(q.image[0])) for q in questions} | {GREY: grey_picture(), "": None}
     lines = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
     given = {name: [line["answer"] for line in lines if line["pass"] == name] for name in passes}
     for name, asked in passes.items():
-        direct = [ask_directly(*assembled, picture(int(q.shown[0])), q.text) for q in asked]
+        direct = [ask_directly(*assembled, shown[q.shown], q.text) for q in asked]
         assert given[name] == direct
-        assert scores[name] == score_answers(asked, direct)
+        for split, row in score_answers(asked, direct).items():
+            assert scores[name][split] | row == scores[name][split]
+    said = [parse_lmms_eval(answer) for answer in given["model"]]
+    low, high = intervals(questions, said, seed=1)["mean"]["accuracy"]
+    assert (scores["model"]["mean"]["accuracy_low"], scores["model"]["mean"]["accuracy_high"]) == (low, high)
     assert given["model"] != given["shuffled"]  # the model looks at what it is shown
     assert scores["always_yes"]["mean"]["yes_rate"] == 1.0 and set(scores["blind"]) == {*SPLITS, "mean"}
 
@@ -105,7 +121,7 @@ def test_parquet_has_the_hubs_columns_and_the_pictures(pope_dir, picture, tmp_pa
     rows = datasets.load_dataset("parquet", data_files=str(tmp_path / "x.parquet"), split="train", cache_dir=tmp_path)
     assert rows.column_names == ["question_id", "question", "answer", "image_source", "image", "category"]
     for row, q in zip(rows, questions):
-        assert (row["category"], row["image_source"], row["question"]) == q.key and row["answer"] == q.label
+        assert (row["category"], row["image_source"], row["question"]) == (q.split, q.image, q.text) and row["answer"] == q.label
         assert row["image"].convert("RGB").tobytes() == picture(int(q.shown[0])).tobytes()
 
 

@@ -3,24 +3,33 @@
 import json
 import random
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from diffclip.errors import InputError
-from mllm.pope import (
-    PARSERS,
+from mllm.pope_files import (
     SPLITS,
     Question,
+    find_images,
+    join,
+    read,
+    read_answers,
+    unpack_images,
+    version,
+    with_labels,
+)
+from mllm.pope_scores import (
+    PARSERS,
     always_yes,
     blind,
-    join,
+    intervals,
     parse_lmms_eval,
     parse_official,
     parse_strict,
-    read,
     score,
     score_splits,
     shuffle_images,
-    with_labels,
 )
 
 OBJECTS = ("cat", "dog", "clock", "airplane")
@@ -54,7 +63,7 @@ def write(path, lines):
 def llava_file(path, shuffled=False):
     lines = [
         {
-            "question_id": 1000 + n,
+            "question_id": 1000 * SPLITS.index(split) + n,
             "image": row["image"],
             "text": row["text"] + "\nAnswer the question using a single word or phrase.",
             "category": split,
@@ -235,3 +244,115 @@ def test_shuffling_moves_every_picture_and_keeps_the_questions(folder):
 
 def test_strict_parser_takes_punctuation():
     assert [parse_strict(a) for a in ("Yes!", "no.", "yes no", "Yes, sir")] == ["yes", "no", "invalid", "invalid"]
+
+
+def parquet(path, split_files):
+    """The Hub's layout: a row for each question with its picture, named without an extension."""
+    lines = [(split, row) for split in SPLITS for row in rows(split)]
+    columns = {
+        "question_id": [str(row["question_id"]) for _, row in lines],
+        "question": [row["text"] for _, row in lines],
+        "answer": [row["label"] for _, row in lines],
+        "image_source": [row["image"].removesuffix(".png") for _, row in lines],
+        "image": [{"bytes": f"picture {row['image']}".encode(), "path": None} for _, row in lines],
+        "category": [split for split, _ in lines],
+    }
+    path.mkdir()
+    table = pyarrow.table(columns)
+    if not split_files:
+        pyarrow.parquet.write_table(table, path / "test-00000-of-00001.parquet")
+        return
+    for split in SPLITS:
+        part = table.filter(pyarrow.array([category == split for category in columns["category"]]))
+        pyarrow.parquet.write_table(part, path / f"{split}-00000-of-00001.parquet")
+
+
+@pytest.mark.parametrize("split_files", [False, True])
+def test_the_hubs_parquet_holds_the_same_questions(folder, tmp_path, split_files):
+    parquet(tmp_path / "hub", split_files)
+    hub, official = read(tmp_path / "hub"), read(folder)
+    assert [q.label for q in join(official, hub)] == [q.label for q in official]
+    assert version(hub) == version(official)
+    unpacked = unpack_images(tmp_path / "hub", tmp_path / "images")
+    places = find_images(hub, unpacked)
+    assert places["3"].read() == b"picture 3.png" and len(list(unpacked.iterdir())) == 6
+    (tmp_path / "hub" / "other.parquet").write_bytes(b"PAR1")
+    with pytest.raises(InputError, match=r"other\.parquet"):
+        read(tmp_path / "hub")
+
+
+def test_llavas_file_takes_its_labels_from_the_official_ones(folder, tmp_path):
+    asked = read(llava_file(tmp_path / "llava.jsonl", shuffled=True), labels=folder)
+    assert score_splits(asked, [q.label for q in asked])["mean"]["accuracy"] == 1
+    assert version(asked) == version(read(folder))
+
+
+@pytest.mark.parametrize("form", ["llava", "official", "without split"])
+def test_answers_of_other_programs_are_matched_by_question(folder, tmp_path, form):
+    asked = read(llava_file(tmp_path / "llava.jsonl"), labels=folder)
+    lines = [
+        {"question_id": q.question_id, "prompt": q.text + "\nAnswer the question.", "text": q.label.title()}
+        if form == "llava"
+        else {"image": q.image, "question": q.text, "answer": q.label.title()}
+        | ({"category": q.split} if form == "official" else {})
+        for q in asked
+    ]
+    if form == "without split":
+        lines = [line for i, line in enumerate(lines) if line not in lines[:i]]
+        assert len(lines) < len(asked)  # each question is in all three splits of these files
+    random.Random(2).shuffle(lines)
+    write(tmp_path / "answers.jsonl", lines)
+    said = [parse_strict(answer) for answer in read_answers(tmp_path / "answers.jsonl", asked)]
+    assert score_splits(asked, said)["mean"]["accuracy"] == 1
+    write(tmp_path / "answers.jsonl", lines[1:])
+    with pytest.raises(InputError, match="missing"):
+        read_answers(tmp_path / "answers.jsonl", asked)
+    wrong = {"question_id": "7", "prompt": "Is there?", "text": ""} if form == "llava" else {"image": "x.png"}
+    write(tmp_path / "answers.jsonl", [*lines, wrong])
+    with pytest.raises(InputError, match=f":{len(lines) + 1}: "):
+        read_answers(tmp_path / "answers.jsonl", asked)
+
+
+def test_releases_are_told_by_their_counts_and_digests_ignore_order():
+    def release(random_lines):
+        counts = {"random": random_lines, "popular": 3000, "adversarial": 3000}
+        return [
+            Question(split, f"COCO_val2014_{i // 6:012}.jpg", f"Is there a {i} in the image?", "yes", str(i), "")
+            for split, n in counts.items()
+            for i in range(n)
+        ]
+
+    assert "LLaVA distributes" in version(release(2910)) and "lmms-lab/POPE" in version(release(3000))
+    assert "no release" in version(release(2999))
+    assert version(release(3000)) == version(release(3000)[::-1])
+    other = release(3000)
+    other[7] = other[7]._replace(label="no")
+    assert version(other) != version(release(3000))
+
+
+@pytest.mark.parametrize("place", ["{}", "val2014/{}", "val2017/000000000009.jpg", "000000000009.jpg"])
+def test_coco_pictures_are_found_in_its_usual_folders(tmp_path, place):
+    name = "COCO_val2014_000000000009.jpg"
+    file = tmp_path / place.format(name)
+    file.parent.mkdir(exist_ok=True)
+    file.write_bytes(b"x")
+    question = Question("random", name, "Is there a cat in the image?", "yes", "1", name)
+    assert find_images([question], tmp_path)[name].file == str(file)
+    with pytest.raises(InputError, match="1 pictures"):
+        find_images([question._replace(shown="COCO_val2014_000000000010.jpg")], tmp_path)
+
+
+def test_intervals_are_the_binomials_when_questions_are_independent():
+    coin = random.Random(0)
+    asked = [Question("random", f"{i}.png", "Is there a cat?", "yes", str(i), f"{i}.png") for i in range(400)]
+    said = [coin.choice(("yes", "yes", "yes", "no")) for _ in asked]
+    low, high = intervals(asked, said, resamples=4000)["random"]["accuracy"]
+    share = said.count("yes") / 400
+    spread = 1.96 * (share * (1 - share) / 400) ** 0.5
+    assert low == pytest.approx(share - spread, abs=0.006) and high == pytest.approx(share + spread, abs=0.006)
+    # four times the same picture and answer are no more evidence than one
+    copies = [q._replace(image=f"{i % 100}.png", question_id=str(i)) for i, q in enumerate(asked)]
+    wider = intervals(copies, said[:100] * 4, resamples=4000)["random"]["accuracy"]
+    assert wider[1] - wider[0] == pytest.approx(2 * (high - low), rel=0.15)
+    assert wider[0] < score(said[:100], ["yes"] * 100)["accuracy"] < wider[1]
+    assert intervals(asked, ["yes"] * 400)["mean"] == {"accuracy": (1.0, 1.0), "f1": (1.0, 1.0)}

@@ -1,0 +1,279 @@
+"""POPE's questions (Li et al. 2023, "Evaluating Object Hallucination in Large Vision-Language Models") in every layout
+that is passed around. Answers meet labels by (split, picture, question), never by their place in a file: a wrong
+order of lines gives a perfect model 50 %, and looks like a model that hallucinates.
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from diffclip.errors import InputError
+
+SPLITS = ("random", "popular", "adversarial")
+POST_PROMPT = "\nAnswer the question using a single word or phrase."  # lmms-eval's own, and LLaVA's in training
+COCO_NAME = re.compile(r"COCO_(?:val|train)2014_(\d{12})$")
+COCO_FOLDERS = ("", "val2014", "images", "val2017", "train2017", "train2014")
+
+
+class Question(NamedTuple):
+    """One yes/no question about one picture."""
+
+    split: str  # random, popular or adversarial: how its negatives were chosen
+    image: str  # file name of the picture it asks about
+    text: str  # without LLaVA's "Answer the question using a single word or phrase."
+    label: str  # "yes", "no", or "" where the file has no labels
+    question_id: str
+    shown: str  # file name of the picture the model sees; differs from `image` only in controls, "" for none
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """What makes a question one and the same in any file; the Hub's set names pictures without .jpg."""
+        return self.split, os.path.splitext(self.image)[0], self.text
+
+
+Keyed = TypeVar("Keyed")
+
+
+def read(path: str | Path, labels: str | Path | None = None) -> list[Question]:
+    """Read POPE questions.
+
+    Args:
+        path: the official three files' folder (one JSON object `{question_id, image, text, label}` a line, the split
+            in the file's name), LLaVA's single JSONL file (lines with a `category` and no label), or the Hub's
+            lmms-lab/POPE as parquet, a file or a folder of them.
+        labels: for LLaVA's file, any of the others, which knows the labels.
+
+    Raises:
+        InputError: a split is missing or there twice, a bad line, an unknown label, a question asked twice, questions
+            of `labels` that are not those of `path`.
+    """
+    path = Path(path)
+    tables = _parquets(path)
+    if tables:
+        questions = [q for table in tables for q in _table(table)]
+    elif path.is_file():
+        questions = list(_lines(path, split=None))
+    elif path.is_dir():
+        questions = [q for split in SPLITS for q in _lines(_file_of(path, split), split)]
+    else:
+        raise InputError(f"{path}: no such file or folder; give POPE's folder of three files, LLaVA's file, or parquet")
+    if not questions:
+        raise InputError(f"{path}: holds no questions")
+    questions.sort(key=lambda q: SPLITS.index(q.split))  # stable: the order inside a split stays
+    index(questions, lambda q: q.key, str(path))
+    return with_labels(questions, read(labels), str(labels)) if labels else questions
+
+
+def version(questions: Sequence[Question]) -> str:
+    """Which of the known releases these are, told by their counts, and a digest of keys and labels in any order."""
+    counts = {split: sum(q.split == split for q in questions) for split in SPLITS}
+    coco = all(COCO_NAME.search(os.path.splitext(q.image)[0]) for q in questions)
+    known = {
+        (2910, 3000, 3000): "the 8,910 questions that LLaVA distributes (2,910 in random)",
+        (3000, 3000, 3000): "the 9,000 questions of the authors' repository and of lmms-lab/POPE",
+    }
+    name = known.get(tuple(counts.values())) if coco else None
+    text = "\n".join(sorted(json.dumps([*q.key, q.label]) for q in questions))
+    shown = ", ".join(f"{split} {n:,}" for split, n in counts.items())
+    return f"{name or 'no release of COCO that is known here'}: {shown}; digest {_digest(text)}"
+
+
+def index(items: Iterable[Keyed], key: Callable[[Keyed], tuple], name: str) -> dict[tuple, Keyed]:
+    """Items by key; InputError if two share one."""
+    result: dict[tuple, Keyed] = {}
+    for item in items:
+        if key(item) in result:
+            raise InputError(f"{name}: asked twice: {' | '.join(map(str, key(item)))}; drop one of the lines")
+        result[key(item)] = item
+    return result
+
+
+def join(
+    questions: Sequence[Question],
+    others: Iterable[Keyed],
+    key: Callable[[Keyed], tuple] = lambda other: other.key,
+    name: str = "the answers",
+) -> list[Keyed]:
+    """`others` in the order of `questions`, matched by `Question.key`.
+
+    Raises:
+        InputError: a key is missing, left over, or there twice.
+    """
+    found = index(others, key, name)
+    wanted = {q.key for q in questions}
+    missing, extra = wanted - found.keys(), found.keys() - wanted
+    if missing or extra:
+        examples = "; ".join(" | ".join(map(str, one)) for one in sorted(missing or extra)[:3])
+        raise InputError(
+            f"{name} do not fit the questions: {len(missing)} missing, {len(extra)} left over "
+            f"(e.g. {examples}); use files of one and the same POPE version"
+        )
+    return [found[q.key] for q in questions]
+
+
+def with_labels(
+    questions: Sequence[Question], labelled: Iterable[Question], name: str = "the labelled files"
+) -> list[Question]:
+    """Questions of LLaVA's file with the labels of the official files."""
+    matched = join(questions, labelled, name=name)
+    return [q._replace(label=m.label) for q, m in zip(questions, matched)]
+
+
+def read_answers(path: str | Path, questions: Sequence[Question]) -> list[str]:
+    """A model's answers in the order of `questions`.
+
+    Args:
+        path: JSONL of rows that name their question by `image` and `text` or `question` (and `category` or `split`
+            where a question is in several), the answer in `answer`; or, as LLaVA writes them, by `question_id` and
+            `prompt`, the answer in `text`.
+
+    Raises:
+        InputError: a line that names no question, answers that do not fit the questions one to one.
+    """
+    by_id, wanted = {q.question_id: q for q in questions}, {q.key for q in questions}
+    keyed: list[tuple[tuple, str]] = []
+    for number, row in _rows(Path(path)):
+        try:
+            if "prompt" in row:
+                question = by_id.get(str(row["question_id"]))
+                if len(by_id) < len(questions) or question is None or plain(row["prompt"]) != question.text:
+                    raise InputError(
+                        f"{path}:{number}: question_id {row['question_id']} names no question, or another one, of "
+                        "these files; score it with the question file that it was asked from"
+                    )
+                keyed.append((question.key, row["text"]))
+                continue
+            split = row.get("category") or row.get("split")
+            rest = (os.path.splitext(row["image"])[0], plain(row["question"] if "question" in row else row["text"]))
+            keys = [(one, *rest) for one in ([split] if split else SPLITS)]
+            keys = [key for key in keys if key in wanted] or keys[:1]  # one that fits nothing is told of by `join`
+            keyed += [(key, row["answer"]) for key in keys]
+        except (KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{path}:{number}: not an answer ({error!r}); see mllm.pope_files.read_answers") from None
+    return [answer for _, answer in join(questions, keyed, lambda pair: pair[0], str(path))]
+
+
+def find_images(questions: Sequence[Question], image_root: str | Path) -> dict[str, Any]:
+    """Where the pictures that `questions` show lie: a `mllm.data.Picture` for each name.
+
+    COCO's names of 2014 and of 2017 stand for the same picture, and its usual folders may lie under `image_root`.
+
+    Raises:
+        InputError: pictures that are not there, with the first of them.
+    """
+    from mllm.data import Picture, find_pictures
+
+    places: dict[str, Any] = {}
+    for name in sorted({q.shown for q in questions if q.shown}):
+        stem = os.path.splitext(name)[0]
+        coco = COCO_NAME.search(stem)
+        names = [name, f"{stem}.jpg", *([f"{coco[1]}.jpg"] if coco else [])]
+        files = (os.path.join(image_root, folder, one) for folder in COCO_FOLDERS for one in names)
+        file = next(filter(os.path.isfile, files), None)
+        places[name] = Picture(file) if file else find_pictures(image_root, [name])[name]
+    missing = [name for name, place in places.items() if place is None]
+    if missing:
+        raise InputError(f"{len(missing)} pictures of POPE are not under {image_root}, e.g. {missing[0]}")
+    return places
+
+
+def unpack_images(path: str | Path, folder: str | Path) -> Path:
+    """Write the pictures that a parquet layout carries as files, each once; returns `folder`."""
+    import pyarrow.parquet
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for table in _parquets(Path(path)):
+        for batch in pyarrow.parquet.ParquetFile(table).iter_batches(256, columns=["image_source", "image"]):
+            for row in batch.to_pylist():
+                file = folder / f"{os.path.splitext(row['image_source'])[0]}.jpg"
+                if not file.exists():
+                    temporary = file.with_suffix(".tmp")
+                    temporary.write_bytes(row["image"]["bytes"])
+                    os.replace(temporary, file)
+    return folder
+
+
+def carries_images(path: str | Path) -> bool:
+    """Whether the questions' files hold the pictures too, as the Hub's parquet does."""
+    return bool(_parquets(Path(path)))
+
+
+def plain(text: str) -> str:
+    """A question without LLaVA's instruction on the next line."""
+    return text.split("\n")[0].strip()
+
+
+def _parquets(path: Path) -> list[Path]:
+    if path.suffix == ".parquet" and path.is_file():
+        return [path]
+    return sorted(path.rglob("*.parquet")) if path.is_dir() and not list(path.glob("*.json*")) else []
+
+
+def _table(path: Path) -> Iterator[Question]:
+    import pyarrow.parquet
+
+    columns = ["question_id", "question", "answer", "image_source", "category"]
+    try:
+        rows = pyarrow.parquet.read_table(path, columns=columns).to_pylist()
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: not lmms-lab's POPE ({' '.join(str(error).split())[:200]})") from None
+    for number, row in enumerate(rows):
+        given = {"text": row["question"], "label": row["answer"], "image": row["image_source"]}
+        yield _question({**row, **given}, row["category"], f"{path}: row {number}", labelled=True)
+
+
+def _file_of(folder: Path, split: str) -> Path:
+    pattern = re.compile(rf"(^|[^a-z]){split}([^a-z]|$)")
+    found = [p for p in sorted(folder.iterdir()) if p.suffix in (".json", ".jsonl") and pattern.search(p.stem)]
+    if len(found) != 1:
+        names = ", ".join(p.name for p in found) or "none"
+        raise InputError(f"{folder}: needs exactly one *{split}*.json file, found {names}")
+    return found[0]
+
+
+def _lines(path: Path, split: str | None) -> Iterator[Question]:
+    """Questions of one file; `split` None means that each line has a `category` and may lack a label."""
+    for number, row in _rows(path):
+        yield _question(row, split, f"{path}:{number}", labelled=split is not None)
+
+
+def _rows(path: Path) -> Iterator[tuple[int, Mapping]]:
+    """(line number, object) of a JSONL file."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                yield number, json.loads(line)
+            except ValueError as error:
+                raise InputError(f"{path}:{number}: not a JSON object ({error}); mend or drop the line") from None
+
+
+def _question(row: Mapping, split: str | None, where: str, labelled: bool) -> Question:
+    try:
+        question = Question(
+            split=split or row["category"],
+            image=row["image"],
+            text=plain(row["text"]),
+            label=row["label"] if labelled else row.get("label", ""),
+            question_id=str(row["question_id"]),
+            shown=row["image"],
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{where}: not a POPE question ({error!r}); see mllm.pope_files.read") from None
+    if question.split not in SPLITS:
+        raise InputError(f"{where}: unknown category `{question.split}`; use {', '.join(SPLITS)}")
+    if question.label not in ("yes", "no") and (labelled or question.label):
+        raise InputError(f'{where}: label is `{question.label}`; it must be "yes" or "no"')
+    return question
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]

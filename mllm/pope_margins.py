@@ -1,0 +1,232 @@
+"""POPE without generating: how much likelier the model is to begin with yes than with no.
+
+All questions about a picture stand in one row behind their common beginning (system prompt, picture, first words),
+which is computed once: a mask lets each question see that beginning and itself, as if it were asked alone.
+"""
+
+from collections.abc import Callable, Sequence
+from itertools import takewhile
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from diffclip.errors import InputError
+from mllm.chat import answer, question_turn
+from mllm.conversation import IGNORE, encode, render
+from mllm.examples import image_tokens
+from mllm.pope_files import POST_PROMPT, SPLITS, Question
+from mllm.pope_scores import GREY, fold_of_pictures, grey_picture
+
+MARGIN_SCORES = ("accuracy", "auc", "ap", "accuracy_tuned", "yes_rate")
+
+
+def yes_no_tokens(model: Any, processor: Any) -> tuple[list[int], list[int]]:
+    """First tokens of "Yes" and "yes", and of "No" and "no", as the model was trained to write them.
+
+    Raises:
+        InputError: the tokenizer begins yes and no with the same token, so that the first does not decide.
+    """
+    found = []
+    for words in (("Yes", "yes"), ("No", "no")):
+        firsts = set()
+        for word in words:
+            turns = [{"from": "human", "value": "?"}, {"from": "gpt", "value": word}]
+            template, end = model.config.conversation_template, processor.tokenizer.eos_token
+            labels = encode(render(turns, template, end_token=end), processor.tokenizer, 1)["labels"]
+            firsts.add(next(label for label in labels if label != IGNORE))
+        found.append(sorted(firsts))
+    if set(found[0]) & set(found[1]):
+        raise InputError("yes and no begin with the same token of this tokenizer: score generated answers instead")
+    return found[0], found[1]
+
+
+def margins(
+    model: Any,
+    processor: Any,
+    questions: Sequence[Question],
+    open_image: Callable[[str], Image.Image],
+    *,
+    post_prompt: str = POST_PROMPT,
+    batch_size: int = 16,
+    most: int = 32,
+) -> np.ndarray:
+    """log P(yes) - log P(no) at the first token of the answer, for every question.
+
+    Args:
+        model, processor: from `mllm.model.load`.
+        questions: one that is asked again about the same picture, as in several splits, is computed once.
+        open_image: gives the picture of a name; not called for "" (no picture) and `mllm.pope_scores.GREY`.
+        post_prompt: follows each question.
+        batch_size: pictures at a time.
+        most: questions in one row.
+
+    Returns:
+        (questions,) float64, in their order.
+    """
+    yes, no = yes_no_tokens(model, processor)
+    asked: dict[str, dict[str, None]] = {}
+    for q in questions:
+        asked.setdefault(q.shown, {})[q.text] = None
+    rows = [
+        (shown, list(texts)[first : first + most])
+        for shown, texts in asked.items()
+        for first in range(0, len(texts), most)
+    ]
+    rows.sort(key=lambda row: (row[0] == "", len(row[1])))  # alike in length; those without a picture by themselves
+    found: dict[tuple[str, str], float] = {}
+    with tqdm(total=len(rows), desc="pope margins", unit="picture", disable=None) as bar:
+        start = 0
+        while start < len(rows):
+            batch = [row for row in rows[start : start + batch_size] if (row[0] == "") == (rows[start][0] == "")]
+            for row, values in zip(batch, _batch_margins(model, processor, batch, open_image, post_prompt, yes, no)):
+                found |= {(row[0], text): value for text, value in zip(row[1], values)}
+            start += len(batch)
+            bar.update(len(batch))
+    return np.array([found[q.shown, q.text] for q in questions])
+
+
+@torch.no_grad()
+def _batch_margins(
+    model: Any,
+    processor: Any,
+    rows: Sequence[tuple[str, list[str]]],
+    open_image: Callable[[str], Image.Image],
+    post_prompt: str,
+    yes: list[int],
+    no: list[int],
+) -> list[list[float]]:
+    """Margins of rows (picture, questions), all with a picture or all without."""
+    tokens, template = image_tokens(processor), model.config.conversation_template
+    end = processor.tokenizer.eos_token
+    packed = []
+    for shown, texts in rows:
+        turns = [question_turn(text + post_prompt, 1 if shown else 0) for text in texts]
+        packed.append(
+            pack([encode(render([t], template, True, end), processor.tokenizer, tokens)["input_ids"] for t in turns])
+        )
+    length = max(len(ids) for ids, _, _, _ in packed)
+    ids = torch.full((len(rows), length), processor.tokenizer.pad_token_id)
+    positions = torch.zeros_like(ids)
+    allowed = torch.eye(length, dtype=torch.bool).repeat(
+        len(rows), 1, 1
+    )  # padding sees itself, so that no row is empty
+    for i, (row_ids, row_positions, row_allowed, _) in enumerate(packed):
+        ids[i, : len(row_ids)], positions[i, : len(row_ids)] = row_ids, row_positions
+        allowed[i, : len(row_ids), : len(row_ids)] = row_allowed
+    device, dtype = model.device, model.dtype
+    mask = torch.zeros(allowed.shape, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)[:, None]
+    inputs = {"input_ids": ids, "position_ids": positions, "attention_mask": mask}
+    if rows[0][0]:
+        pictures = [picture_of(shown, open_image) for shown, _ in rows]
+        pixels = processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
+        inputs["pixel_values"] = pixels.to(dtype)
+    states = model.model(**{name: tensor.to(device) for name, tensor in inputs.items()}, use_cache=False)
+    result = []
+    for i, (_, _, _, lasts) in enumerate(packed):
+        logits = model.lm_head(states.last_hidden_state[i, lasts]).double()  # (questions, vocabulary)
+        result.append((logits[:, yes].logsumexp(-1) - logits[:, no].logsumexp(-1)).tolist())
+    return result
+
+
+def pack(prompts: Sequence[list[int]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[int]]:
+    """Lay prompts behind their common beginning in one row.
+
+    Args:
+        prompts: token ids; each keeps at least its last token to itself.
+
+    Returns:
+        ids (tokens,) int64; position_ids (tokens,), which go on from the beginning in each prompt; (tokens, tokens)
+        bool, what each token sees; the place of each prompt's last token.
+    """
+    columns = zip(*(ids[:-1] for ids in prompts))
+    shared = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
+    ids, positions, owner, lasts = list(prompts[0][:shared]), list(range(shared)), [-1] * shared, []
+    for number, prompt in enumerate(prompts):
+        ids += prompt[shared:]
+        positions += range(shared, len(prompt))
+        owner += [number] * (len(prompt) - shared)
+        lasts.append(len(ids) - 1)
+    owners = torch.tensor(owner)
+    causal = torch.ones(len(ids), len(ids), dtype=torch.bool).tril()
+    allowed = causal & ((owners[None] == owners[:, None]) | (owners[None] == -1))
+    return torch.tensor(ids), torch.tensor(positions), allowed, lasts
+
+
+def score_margins(questions: Sequence[Question], values: np.ndarray, folds: int = 5, seed: int = 0) -> dict[str, dict]:
+    """Scores of margins for every split that occurs, and under "mean" their plain average.
+
+    accuracy at margin 0; auc, the share of (yes, no) pairs of questions in the right order; ap, the average precision;
+    accuracy_tuned, at the threshold that is best in the other folds of pictures; yes_rate at 0. All in [0, 1].
+    """
+    from sklearn.metrics import average_precision_score, roc_auc_score
+
+    fold_of = fold_of_pictures(questions, folds, seed)
+    table: dict[str, dict[str, float]] = {}
+    for split in SPLITS:
+        chosen = [i for i, q in enumerate(questions) if q.split == split]
+        if not chosen:
+            continue
+        margin = np.asarray(values)[chosen]
+        is_yes = np.array([questions[i].label == "yes" for i in chosen])
+        fold = np.array([fold_of[questions[i].image] for i in chosen])
+        right = 0
+        for one in set(fold.tolist()):
+            threshold = best_threshold(margin[fold != one], is_yes[fold != one])
+            right += int(((margin[fold == one] > threshold) == is_yes[fold == one]).sum())
+        both = is_yes.any() and not is_yes.all()
+        table[split] = {
+            "accuracy": float(((margin > 0) == is_yes).mean()),
+            "auc": float(roc_auc_score(is_yes, margin)) if both else float("nan"),
+            "ap": float(average_precision_score(is_yes, margin)) if is_yes.any() else float("nan"),
+            "accuracy_tuned": right / len(chosen),
+            "yes_rate": float((margin > 0).mean()),
+            "n": len(chosen),
+        }
+    mean = {name: float(np.mean([row[name] for row in table.values()])) for name in MARGIN_SCORES}
+    return {**table, "mean": {**mean, "n": len(questions)}}
+
+
+def best_threshold(margin: np.ndarray, is_yes: np.ndarray) -> float:
+    """The threshold with the most right answers when yes is said above it; 0 where there is nothing to learn from."""
+    if not len(margin):
+        return 0.0
+    order = np.argsort(margin)
+    margin, is_yes = margin[order], is_yes[order]
+    right = np.concatenate([[is_yes.sum()], is_yes.sum() + np.cumsum(np.where(is_yes, -1, 1))])  # no up to place i
+    ends = np.concatenate([[margin[0] - 1], (margin[1:] + margin[:-1]) / 2, [margin[-1] + 1]])
+    possible = np.concatenate([[True], margin[1:] > margin[:-1], [True]])  # equal margins cannot be told apart
+    return float(ends[np.where(possible, right, -1).argmax()])
+
+
+def predictions(values: np.ndarray, threshold: float = 0.0) -> list[str]:
+    """Margins as yes or no, for `mllm.pope_scores.score_splits`."""
+    return ["yes" if value > threshold else "no" for value in values]
+
+
+def generate(
+    model: Any,
+    processor: Any,
+    questions: Sequence[Question],
+    open_image: Callable[[str], Image.Image],
+    *,
+    post_prompt: str = POST_PROMPT,
+    batch_size: int = 16,
+    max_new_tokens: int = 16,
+) -> list[str]:
+    """Greedy answers to questions, each asked once about a picture; arguments as in `margins`."""
+    asked = list(dict.fromkeys((q.shown, q.text) for q in questions))
+    found: dict[tuple[str, str], str] = {}
+    for first in tqdm(range(0, len(asked), batch_size), desc="pope answers", disable=None):
+        some = asked[first : first + batch_size]
+        turns = [[question_turn(text + post_prompt, bool(shown))] for shown, text in some]
+        pictures = [picture_of(shown, open_image) for shown, _ in some if shown]
+        found |= dict(zip(some, answer(model, processor, turns, pictures, max_new_tokens=max_new_tokens)))
+    return [found[q.shown, q.text] for q in questions]
+
+
+def picture_of(shown: str, open_image: Callable[[str], Image.Image]) -> Image.Image:
+    """The picture of a question, or the grey one of the control."""
+    return grey_picture() if shown == GREY else open_image(shown)
