@@ -35,6 +35,11 @@ class Figure:
     svg: str = ""
     absent: str = ""
 
+    @property
+    def anchor(self) -> str:
+        """Its id on the page, where tables have names like "pope" too."""
+        return self.name if self.name.startswith("figure") else f"figure-{self.name}"
+
 
 @dataclass
 class Plan:
@@ -64,6 +69,7 @@ def figures(arms: Arms, directory: Path) -> list[Figure]:
             try:
                 svg = io.StringIO()
                 figure.savefig(svg, format="svg", metadata={"Date": None})
+                figure.set_layout_engine("none")  # it is laid out now
                 directory.mkdir(parents=True, exist_ok=True)
                 for suffix in ("svg", "png"):
                     temporary = directory / f"{plan.name}.tmp"
@@ -82,6 +88,7 @@ def inline(svg: str, name: str) -> str:
     """matplotlib's SVG for use inside a page: ids of its own, the page's fonts, colours as CSS variables."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'\bid="image[0-9a-f]+"', "", svg)  # equal pictures have equal ones, and nothing points at them
     svg = re.sub(r'\bid="', f'id="{name}-', svg)
     svg = re.sub(r'(url\(#|href="#)', rf"\g<1>{name}-", svg)
     svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", svg)

@@ -263,6 +263,8 @@ def clean(value: Any) -> Any:
     if isinstance(value, dict):
         return {clean(str(k)): clean(v) for k, v in value.items()}
     if isinstance(value, list):
+        if all(type(v) is int for v in value):  # heat maps: ten thousand of them take no time then
+            return value
         return [clean(v) for v in value]
     return value
 

@@ -56,9 +56,10 @@ TEMPLATE = """
 <p class="caption">{{ table.caption }}</p>{{ grid(table, table.title) }}</section>{% endif %}
 {%- endmacro -%}
 {%- macro show_figure(f) -%}
-{% if f.absent %}<figure class="figure absent" id="{{ f.name }}"><h3>{{ f.title }}</h3>
+{% if f.absent %}<figure class="figure absent" id="{{ f.anchor }}"><h3>{{ f.title }}</h3>
 <figcaption>Not drawn: {{ f.absent }}.</figcaption></figure>
-{% else %}<figure class="figure" id="{{ f.name }}"><h3>{{ f.title }} {{ files("figures", f.name, ["svg", "png"]) }}</h3>
+{% else %}<figure class="figure" id="{{ f.anchor }}">
+<h3>{{ f.title }} {{ files("figures", f.name, ["svg", "png"]) }}</h3>
 <div role="img" aria-label="{{ f.title }}: {{ f.caption }}">{{ f.svg|safe }}</div>
 <figcaption>{{ f.caption }}</figcaption></figure>{% endif %}
 {%- endmacro -%}

@@ -33,6 +33,7 @@ PAPER_SETS = {  # folder in diffclip.benchmarks.paper: name in the paper, in its
         "imagenet-sketch": "ImageNet-Sketch",
     },
 }
+NONE = "(no set)"  # a column where there is nothing to show
 SIGN = "*"  # behind a difference whose 95 % interval leaves zero out
 
 
@@ -50,7 +51,7 @@ def sets_of(arms: Arms, pattern: str, published: dict[str, str], average: str = 
     columns = [Column(published.get(name, name or "held-out pairs"), named[name]) for name in order]
     if average and len(columns) > 1:
         columns.append(Column("Avg.", average))
-    return columns or [Column("(no set)", f"{pattern.split('/')[0]}/")]
+    return columns or [Column(NONE, f"{pattern.split('/')[0]}/")]
 
 
 def rows_of(arms: Arms, table: Table, columns: Sequence[Column]) -> list[list[str]]:
@@ -84,7 +85,8 @@ def table1(arms: Arms) -> Table:
         ("Linear probing", sets_of(arms, r"linear_probe/(.+)/accuracy", published, "linear_probe/average/accuracy")),
         ("Few-shot", sets_of(arms, r"few_shot/(.+)/accuracy", published, "few_shot/average/accuracy")),
     ]
-    titles = list(dict.fromkeys(c.title for _, columns in groups for c in columns if c.title != "Avg."))
+    titles = list(dict.fromkeys(c.title for _, columns in groups for c in columns if c.title not in ("Avg.", NONE)))
+    titles = titles or [NONE]
     if any(c.title == "Avg." for _, columns in groups for c in columns):
         titles.append("Avg.")
     table = Table(["Model", *titles], name="table1", title="Table 1. Classification: linear probing and few-shot")
@@ -198,7 +200,7 @@ def mmvp(arms: Arms) -> Table:
     columns = mmvp_columns(arms)
     averages = {"average": "Avg.", "average7": "Avg. of the paper's 7"}
     more = [Column(title, f"mmvp/{key}") for key, title in averages.items() if f"mmvp/{key}" in arms.metric_names()]
-    columns = [*columns, *more] or [Column("(no set)", "mmvp/")]
+    columns = [*columns, *more] or [Column(NONE, "mmvp/")]
     table = Table(["Model", *(c.title for c in columns)], name="mmvp", title="MMVP-VLM, the numbers of Figure 4")
     table.rows = rows_of(arms, table, columns)
     table.caption = captioned("Share of pairs with both pictures right, in percent.", arms)

@@ -65,7 +65,9 @@ def grid(value: Any) -> list[list[int]] | None:
     for row in value:
         if not isinstance(row, list) or len(row) != len(value[0]) or not 0 < len(row) <= LARGEST_GRID:
             return None
-        if not all(isinstance(v, int) and not isinstance(v, bool) and 0 <= v <= 255 for v in row):
+        try:
+            bytes(row)
+        except (TypeError, ValueError):
             return None
     return value
 

@@ -165,6 +165,7 @@ SCRIPT = """
     tiles.replaceChildren();
     shown = 0;
     grow();
+    pinned = -1;
     if (!found.length) return panel.replaceChildren(make("p", "muted", "No example passes these filters."));
     pinned = found[0];
     show(pinned);

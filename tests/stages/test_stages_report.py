@@ -23,6 +23,7 @@ from stages.report_setup import checks, setup, stand_in
 from stages.report_tables import comparison, evidence
 
 SPLITS = ("random", "popular", "adversarial")
+HOSTILE = '<script>alert(1)</script>|`$x$_"&amp;\u202e\x1b[31m'
 
 
 def write_run(
