@@ -94,7 +94,8 @@ Qwen2.5-0.5B-Instruct, and its answers say nothing about what that model would r
 <p class="callout">{{ evidence }}</p>
 {% for s in sections %}
 <h2 id="{{ s.anchor }}">{{ s.title }}</h2>
-{% if s.text %}<p>{{ s.text }}</p>{% endif %}
+{% if s.text %}{% for paragraph in s.text.split("\n") %}<p>{{ paragraph }}</p>{% endfor %}{% endif %}
+
 {% if s.verdicts %}{{ marked(s.verdicts, "verdicts") }}{% endif %}
 {% if s.beside %}<div class="beside"><div>{% endif %}
 {% if s.figures %}<div class="figures">{% for f in s.figures %}{{ show_figure(f) }}
@@ -163,24 +164,21 @@ def sections(arms: Arms, drawn: list[Figure]) -> list[Section]:
     rest = others(arms)
     found = [
         Section("run", "Runs", "What was run", tables=[setup(arms)]),
-        Section("tasks", "Fig. 1", "Six tasks at a glance", " ".join(tally(arms)), figures=[figure["figure1"]]),
         Section(
-            "attention",
-            "Fig. 2",
-            "Attention maps",
-            "Does differential attention look at what is asked for? Each map is made from the model's own gradient.",
-            figures=[figure["figure2"]],
+            "glance",
+            "Fig. 1, 2",
+            "At a glance",
+            "\n".join(tally(arms)),
+            figures=[figure["figure1"], figure["figure2"]],
         ),
         Section("classification", "Tab. 1", "Linear probing and few-shot", tables=[table1(arms), paper_table1()]),
         Section("retrieval", "Tab. 2", "Retrieval and zero-shot", tables=[table2(arms), paper_table2()]),
-        Section("shifts", "Fig. 3", "Out of distribution", figures=[figure["figure3"]]),
         Section(
-            "mmvp-vlm",
-            "Fig. 4",
-            "Fine-grained vision: MMVP-VLM",
-            figures=[figure["figure4"]],
+            "robustness",
+            "Fig. 3, 4",
+            "Out of distribution, and fine-grained vision",
+            figures=[figure["figure3"], figure["figure4"]],
             tables=[mmvp(arms), paper_figure4()],
-            beside=2,
         ),
         Section("variants", "Fig. 5", "Variants", figures=[figure["figure5"]]),
         Section(

@@ -28,8 +28,9 @@ POPE_ROWS = (
     ("exact scoring: area under ROC", "pope_margin/{}/auc", None),
     ("exact scoring: average precision", "pope_margin/{}/ap", None),
 )
-ENDS = ("pope/{}/accuracy_low", "pope/{}/accuracy_high")
-POPE_KEYS = (*(pattern for _, pattern, _ in POPE_ROWS), *ENDS, "pope/{}/questions")
+ENDS = ("low", "high")  # of an interval, behind the measure
+POPE_KEYS = (*(pattern for _, pattern, _ in POPE_ROWS), "pope/{}/questions")
+POPE_KEYS += tuple(f"pope/{{}}/{measure}_{end}" for measure in ("accuracy", "f1") for end in ENDS)
 CONTROLS = (("pope_blind", "blind rule"), ("pope_shuffled", "images shuffled"))
 CONTROLS += (("pope_grey", "images grey"), ("pope_no_image", "no image"))
 
@@ -49,8 +50,8 @@ def pope(arms: Arms) -> Table:
         table.rows.append([model])
         for label, pattern, _ in shown:
             table.rows.append([label, *(score(arms, table, model, pattern.format(split)) for split in SPLITS)])
-            if label == "accuracy" and any(map(interval(arms, model).get, SPLITS)):
-                table.rows.append(["accuracy, 95 % interval", *(interval(arms, model).get(s) or DASH for s in SPLITS)])
+            if pattern.startswith("pope/") and (ends := interval(arms, model, pattern)):
+                table.rows.append([f"{label}, 95 % interval", *(ends.get(split, DASH) for split in SPLITS)])
         counts = [arms.written(model, f"pope/{split}/questions").values() for split in SPLITS]
         table.rows.append(["questions", *(distinct(map(number, c)) for c in counts)])
     table.caption = "Percentages; yes is the positive class, and an answer that is neither yes nor no is wrong."
@@ -59,11 +60,11 @@ def pope(arms: Arms) -> Table:
     return table
 
 
-def interval(arms: Arms, model: str) -> dict[str, str]:
-    """{split: interval of the accuracy} of a model with one seed; with several, the ± says more."""
+def interval(arms: Arms, model: str, pattern: str) -> dict[str, str]:
+    """{split: interval of the score} of a model with one seed, as far as written; with several, the ± says more."""
     found = {}
     for split in SPLITS:
-        ends = [list(arms.scores(model, pattern.format(split)).values()) for pattern in ENDS]
+        ends = [list(arms.scores(model, f"{pattern.format(split)}_{end}").values()) for end in ENDS]
         if all(len(end) == 1 for end in ends):
             found[split] = f"[{percent(ends[0])}, {percent(ends[1])}]"
     return found

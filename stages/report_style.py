@@ -98,13 +98,16 @@ img.small { image-rendering: pixelated; }
 .tile:hover { border-color: var(--accent); }
 .tile[aria-pressed="true"] { border-color: var(--accent); box-shadow: 0 0 0 1px var(--accent); }
 .question { display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 3; overflow: hidden; flex: 1; }
-.marks { display: flex; gap: .7rem; } .right { color: var(--good); } .wrong { color: var(--bad); }
+.marks { display: flex; flex-wrap: wrap; gap: 0 .7rem; } .marks > span { white-space: nowrap; }
+.right { color: var(--good); } .wrong { color: var(--bad); }
 .nopicture { color: var(--muted); font-size: .85rem; }
 #more { margin: .9rem 0; }
 .beside { display: grid; grid-template-columns: minmax(0, 1fr); gap: 0 2.5rem; align-items: start; }
 @media (min-width: 62rem) { .beside { grid-template-columns: minmax(0, 31rem) minmax(0, 1fr); } }
 @media (min-width: 60rem) { .viewer { grid-template-columns: minmax(22rem, 5fr) 7fr; }
   #panel { position: sticky; top: 3.4rem; max-height: calc(100vh - 4.5rem); overflow-y: auto; } }
+@media (max-width: 60rem) { #panel { position: sticky; top: 2.7rem; max-height: 52vh; overflow-y: auto; z-index: 2;
+  box-shadow: 0 6px 14px -8px rgba(0, 0, 0, .5); } }
 details { border-bottom: 1px solid var(--grid); } summary { cursor: pointer; padding: .45rem 0; }
 footer { margin: 3rem auto 2rem; }
 @media (max-width: 40rem) { body { font-size: 15px; } table { font-size: .85rem; }

@@ -97,9 +97,9 @@ def tally(arms: Arms) -> list[str]:
         sentences.append(
             f"Of {len(found)} scores, {other} is higher than {first} on {len(higher)} (on "
             f"{sum(d.significant for d in higher)} of them the 95 % interval leaves zero out) and lower on "
-            f"{len(lower)} (on {sum(d.significant for d in lower)}). By chance alone one interval in twenty does."
+            f"{len(lower)} (on {sum(d.significant for d in lower)})."
         )
-    return sentences
+    return [*sentences, "By chance alone one interval in twenty leaves zero out."] if sentences else []
 
 
 def evidence(arms: Arms) -> str:
