@@ -27,6 +27,7 @@ from transformers import (
 )
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast, LlavaModelOutputWithPast
 
+import diffclip.hf  # noqa: F401 - registers the DiffCLIP vision tower for AutoModel
 import mllm.open_clip_tower  # noqa: F401 - registers open_clip's
 from diffclip.errors import InputError
 from diffclip.fingerprint import fingerprint

@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffclip.errors import InputError
-from mllm import pope_files, pope_scores
+from mllm import pope_scores
 from mllm.pope_files import POST_PROMPT, SPLITS, Question
 from mllm.pope_scores import GREY, grey_images, grey_picture, no_images, shuffle_images
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+    from mllm.data import Picture
 
 CONTROLS = {
     "shuffled": shuffle_images,
@@ -29,17 +31,13 @@ CONTROLS = {
 }
 
 
-def write_parquet(questions: Sequence[Question], image_root: str | Path, path: str | Path) -> None:
-    """Write questions and their pictures in the columns of the Hub's lmms-lab/POPE.
-
-    Raises:
-        InputError: a picture is not under `image_root`.
-    """
+def write_parquet(questions: Sequence[Question], images: Mapping[str, "Picture"], path: str | Path) -> None:
+    """Write questions and their pictures, from `mllm.pope_files.find_images`, in the columns of lmms-lab/POPE."""
     import datasets
     import pyarrow.parquet
 
-    places = pope_files.find_images([q for q in questions if q.shown != GREY], image_root)
-    encoded = {name: {"bytes": place.read(), "path": name} for name, place in places.items()}
+    shown = {q.shown for q in questions} - {GREY, ""}
+    encoded = {name: {"bytes": images[name].read(), "path": name} for name in shown}
     encoded |= {GREY: {"bytes": _png(grey_picture()), "path": GREY}, "": None}
     columns = {
         "question_id": [q.question_id for q in questions],
@@ -79,8 +77,8 @@ def write_tasks(folder: str | Path, parquets: Mapping[str, str | Path], post_pro
 
 def evaluate_with_lmms(
     run_dir: str | Path,
-    pope_dir: str | Path,
-    image_root: str | Path,
+    questions: Sequence[Question],
+    images: Mapping[str, "Picture"],
     out_dir: str | Path,
     *,
     controls: Sequence[str] = tuple(CONTROLS),
@@ -92,8 +90,8 @@ def evaluate_with_lmms(
 
     Args:
         run_dir: a run of stages.instruct.
-        pope_dir: POPE's files with labels, see `mllm.pope_files.read`.
-        image_root: folder of their pictures.
+        questions: with labels, from `mllm.pope_files.read`.
+        images: their pictures, from `mllm.pope_files.find_images`.
         out_dir: gets task files, lmms-eval's results and log, and answers.jsonl.
         controls: further passes of the model, of `CONTROLS`: each question with another picture, with a grey one, with
             none.
@@ -105,12 +103,13 @@ def evaluate_with_lmms(
         and accuracy_high, f1_low and f1_high, see `mllm.pope_scores.intervals`.
 
     Raises:
-        InputError: bad files, unknown control, or lmms-eval ended without results.
+        InputError: questions without labels, unknown control, or lmms-eval ended without results.
     """
     unknown = set(controls) - set(CONTROLS)
     if unknown:
         raise InputError(f"unknown POPE controls {sorted(unknown)}: use {', '.join(CONTROLS)}")
-    questions = pope_files.read(pope_dir)
+    if not all(q.label for q in questions):
+        raise InputError("POPE's questions have no labels; give the official files, too")
     passes = {"model": questions, **{name: CONTROLS[name](questions, seed) for name in controls}}
     out_dir = Path(out_dir).resolve()
     tasks = out_dir / "tasks"
@@ -121,7 +120,7 @@ def evaluate_with_lmms(
         for split in SPLITS
     }
     for task, part in parts.items():
-        write_parquet(part, image_root, tasks / f"{task}.parquet")
+        write_parquet(part, images, tasks / f"{task}.parquet")
     write_tasks(tasks, {task: tasks / f"{task}.parquet" for task in parts})
     results, answers = run_lmms_eval(run_dir, tasks, list(parts), out_dir, batch_size, device)
     scores: dict[str, Any] = {}

@@ -5,9 +5,11 @@ multimodal model built on it; either half may be left out.
         --pope data/pope --image_root data/pope/images --output_dir runs/evaluate
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from diffclip.errors import InputError, exit_on_input_error
 from stages.config import parse, require
@@ -21,6 +23,10 @@ from stages.report_overlays import (
     query_of,
 )
 from stages.run import Run, end_with_pipeline, upstream_model
+
+if TYPE_CHECKING:
+    from mllm.data import Picture
+    from mllm.pope_files import Question
 
 
 @dataclass
@@ -36,8 +42,9 @@ class EvaluateConfig:
     )
     few_shot_episodes: int = field(default=5000, metadata={"help": "5-way 5-shot episodes"})
     mllm: str = field(default="", metadata={"help": "an instruction run"})
-    pope: str = field(default="", metadata={"help": "folder of POPE files (…random…, …popular…, …adversarial….json)"})
-    image_root: str = field(default="", metadata={"help": "folder of POPE's pictures"})
+    pope: str = field(default="", metadata={"help": "POPE: the official folder, LLaVA's file, or the Hub's parquet"})
+    pope_labels: str = field(default="", metadata={"help": "the official folder, where `pope` is LLaVA's file"})
+    image_root: str = field(default="", metadata={"help": "folder of POPE's pictures (parquet has them inside)"})
     batch_size: int = field(default=64, metadata={"help": "pictures, or questions, at a time"})
     examples: int = field(default=240, metadata={"help": "answers kept with their pictures for the report"})
     masked_objects: int = field(
@@ -52,13 +59,13 @@ def main(argv: list[str] | None = None) -> None:
     require(config, "output_dir")
     if not (config.clip or config.mllm):
         raise InputError("nothing to evaluate: give --clip RUN and --clip_data, or --mllm RUN, --pope and --image_root")
-    require(config, *(["clip_data"] if config.clip else []), *(["pope", "image_root"] if config.mllm else []))
+    require(config, *(["clip_data"] if config.clip else []), *(["pope"] if config.mllm else []))
     evaluate(config)
 
 
 def evaluate(config: EvaluateConfig) -> None:
     """Run what the settings name and write metrics.json (percent), examples.jsonl and attention.jsonl."""
-    named = ("clip", "clip_data", "mllm", "pope", "image_root")
+    named = ("clip", "clip_data", "mllm", "pope", "pope_labels", "image_root")
     run = Run("evaluate", config, {name: getattr(config, name) for name in named if getattr(config, name)})
     if run.finished:
         return
@@ -69,8 +76,10 @@ def evaluate(config: EvaluateConfig) -> None:
         metrics |= clip_metrics(config, run, encoder)
         metrics |= attention_metrics(config, run, encoder)
     if config.mllm:
-        metrics |= pope_metrics(config, run)
-        keep_examples(config, run, encoder)
+        questions, images = pope_questions(config, run)
+        metrics |= margin_metrics(config, run, questions, images)
+        metrics |= pope_metrics(config, run, questions, images)
+        keep_examples(config, run, images, encoder)
     run.finish(metrics)
 
 
@@ -119,12 +128,26 @@ def attention_metrics(config: EvaluateConfig, run: "Run", encoder: Encoder) -> d
     return metrics
 
 
-def pope_metrics(config: EvaluateConfig, run: "Run") -> dict[str, float]:
-    """POPE of the multimodal model and its controls in percent."""
+def pope_questions(config: EvaluateConfig, run: "Run") -> tuple[list["Question"], dict[str, "Picture"]]:
+    """POPE's questions with labels, and their pictures."""
+    from mllm.pope_files import carries_images, find_images, read, unpack_images, version
+
+    questions = read(config.pope, config.pope_labels or None)
+    if not config.image_root and not carries_images(config.pope):
+        raise InputError("image_root is missing: give --image_root, the folder of POPE's pictures")
+    run.note(pope=version(questions))
+    folder = config.image_root or unpack_images(config.pope, run.path / "pope" / "images")
+    return questions, find_images(questions, folder)
+
+
+def pope_metrics(
+    config: EvaluateConfig, run: "Run", questions: Sequence["Question"], images: Mapping[str, "Picture"]
+) -> dict[str, float]:
+    """POPE of the multimodal model and its controls in percent, by generated answers."""
     from mllm.pope_lmms import evaluate_with_lmms
 
     scores = evaluate_with_lmms(
-        config.mllm, config.pope, config.image_root, run.path / "pope", batch_size=config.batch_size, seed=config.seed
+        config.mllm, questions, images, run.path / "pope", batch_size=config.batch_size, seed=config.seed
     )
     metrics: dict[str, float] = {}
     for who, table in scores.items():
@@ -140,14 +163,40 @@ def pope_metrics(config: EvaluateConfig, run: "Run") -> dict[str, float]:
     return metrics
 
 
-def keep_examples(config: EvaluateConfig, run: "Run", encoder: Encoder | None) -> None:
+def margin_metrics(
+    config: EvaluateConfig, run: "Run", questions: Sequence["Question"], images: Mapping[str, "Picture"]
+) -> dict[str, float]:
+    """POPE by the margin between yes and no, in percent; the margins themselves go to pope/margins.jsonl."""
+    import json
+
+    import torch
+
+    from mllm.model import load
+    from mllm.pope_margins import margins, score_margins
+
+    model, processor = load(config.mllm)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        values = margins(model, processor, questions, lambda name: images[name].open(), batch_size=config.batch_size)
+    except InputError as error:  # a tokenizer that begins yes and no alike; generated answers tell all the same
+        run.note(pope_margin=f"no margins: {error}")
+        return {}
+    lines = (json.dumps({**q._asdict(), "margin": float(v)}, ensure_ascii=False) for q, v in zip(questions, values))
+    (run.path / "pope" / "margins.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return {
+        f"pope_margin/{split}/{name}": 100 * value
+        for split, row in score_margins(questions, values, seed=config.seed).items()
+        for name, value in row.items()
+        if name != "n"
+    }
+
+
+def keep_examples(config: EvaluateConfig, run: "Run", images: Mapping[str, "Picture"], encoder: Encoder | None) -> None:
     """Write examples.jsonl: questions of each split with both answers, and their pictures beside it.
 
     With a dual encoder each row also has `heat`, the patches that speak for the object asked about.
     """
     import json
-
-    from mllm.data import find_pictures
 
     answers = [json.loads(line) for line in (run.path / "pope" / "answers.jsonl").read_text("utf-8").splitlines()]
     shuffled = {(a["split"], a["image"], a["text"]): a["answer"] for a in answers if a["pass"] == "shuffled"}
@@ -155,7 +204,7 @@ def keep_examples(config: EvaluateConfig, run: "Run", encoder: Encoder | None) -
     for split in ("random", "popular", "adversarial"):
         asked = [a for a in answers if a["pass"] == "model" and a["split"] == split]
         kept += asked[:: max(1, -(-len(asked) // (config.examples // 3)))]  # spread over the pictures
-    places = find_pictures(config.image_root, {a["image"] for a in kept})
+    places = {a["image"]: images[a["image"]] for a in kept}
     folder = run.path / "examples"
     folder.mkdir(exist_ok=True)
     files = {name: f"examples/{number:03d}.png" for number, name in enumerate(sorted(places))}

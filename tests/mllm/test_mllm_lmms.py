@@ -10,7 +10,7 @@ import torch
 from diffclip.errors import InputError
 from mllm.conversation import prompt
 from mllm.model import save
-from mllm.pope_files import POST_PROMPT, SPLITS, read
+from mllm.pope_files import POST_PROMPT, SPLITS, find_images, read
 from mllm.pope_lmms import _same, evaluate_with_lmms, score_answers, write_parquet, write_tasks
 from mllm.pope_scores import (
     GREY,
@@ -61,6 +61,12 @@ def run_dir(assembled, tmp_path):
     return tmp_path / "run"
 
 
+def asked_about(pope_dir):
+    """POPE's questions and their pictures."""
+    questions = read(pope_dir)
+    return questions, find_images(questions, pope_dir / "images")
+
+
 def ask_directly(model, processor, picture, text):
     turns = [{"from": "human", "value": f"{'<image>' if picture else ''}\n{text}{POST_PROMPT}".lstrip()}]
     inputs = processor(images=[picture] if picture else None, text=[prompt(turns, "vicuna")], return_tensors="pt")
@@ -70,8 +76,8 @@ def ask_directly(model, processor, picture, text):
 
 def test_lmms_eval_gives_the_models_own_answers(installed, assembled, run_dir, pope_dir, picture, tmp_path):
     out = tmp_path / "out"
-    scores = evaluate_with_lmms(run_dir, pope_dir, pope_dir / "images", out, batch_size=5, seed=1)
-    questions = read(pope_dir)
+    questions, images = asked_about(pope_dir)
+    scores = evaluate_with_lmms(run_dir, questions, images, out, batch_size=5, seed=1)
     passes = {"model": questions, "shuffled": shuffle_images(questions, seed=1)}
     passes |= {"grey": grey_images(questions), "no_image": no_images(questions)}
     shown = {q.image: picture(int(q.image[0])) for q in questions} | {GREY: grey_picture(), "": None}
@@ -96,7 +102,7 @@ def test_an_lmms_eval_that_fails_is_an_error(installed, tmp_path, pope_dir, monk
     stand_in.chmod(0o755)
     monkeypatch.setattr("mllm.pope_lmms.sys.executable", str(stand_in))
     with pytest.raises(InputError, match=r"code 0 and no results.*it broke"):
-        evaluate_with_lmms(tmp_path / "run", pope_dir, pope_dir / "images", tmp_path / "out", controls=())
+        evaluate_with_lmms(tmp_path / "run", *asked_about(pope_dir), tmp_path / "out", controls=())
 
 
 def test_scores_that_differ_from_lmms_evals_are_an_error():
@@ -108,20 +114,24 @@ def test_scores_that_differ_from_lmms_evals_are_an_error():
 
 def test_unknown_controls_and_missing_pictures_are_refused(pope_dir, tmp_path):
     with pytest.raises(InputError, match="mirrored"):
-        evaluate_with_lmms(tmp_path, pope_dir, pope_dir, tmp_path / "out", controls=("mirrored",))
+        evaluate_with_lmms(tmp_path, *asked_about(pope_dir), tmp_path / "out", controls=("mirrored",))
     with pytest.raises(InputError, match=r"4 pictures.*0\.png"):
-        write_parquet(read(pope_dir), pope_dir / "nowhere", tmp_path / "x.parquet")
+        find_images(read(pope_dir), pope_dir / "nowhere")
+    questions, images = asked_about(pope_dir)
+    with pytest.raises(InputError, match="no labels"):
+        evaluate_with_lmms(tmp_path, [q._replace(label="") for q in questions], images, tmp_path / "out")
 
 
 def test_parquet_has_the_hubs_columns_and_the_pictures(pope_dir, picture, tmp_path):
     import datasets
 
-    questions = shuffle_images(read(pope_dir))
-    write_parquet(questions, pope_dir / "images", tmp_path / "x.parquet")
+    questions, images = asked_about(pope_dir)
+    questions = shuffle_images(questions)
+    write_parquet(questions, images, tmp_path / "x.parquet")
     rows = datasets.load_dataset("parquet", data_files=str(tmp_path / "x.parquet"), split="train", cache_dir=tmp_path)
     assert rows.column_names == ["question_id", "question", "answer", "image_source", "image", "category"]
     for row, q in zip(rows, questions):
-        assert (row["category"], row["image_source"], row["question"]) == (q.split, q.image, q.text) and row["answer"] == q.label
+        assert (row["category"], row["image_source"], row["question"], row["answer"]) == (q[:4])
         assert row["image"].convert("RGB").tobytes() == picture(int(q.shown[0])).tobytes()
 
 
