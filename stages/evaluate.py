@@ -182,6 +182,7 @@ def margin_metrics(
         run.note(pope_margin=f"no margins: {error}")
         return {}
     lines = (json.dumps({**q._asdict(), "margin": float(v)}, ensure_ascii=False) for q, v in zip(questions, values))
+    (run.path / "pope").mkdir(exist_ok=True)
     (run.path / "pope" / "margins.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return {
         f"pope_margin/{split}/{name}": 100 * value
