@@ -35,6 +35,8 @@ from mllm.conversation import IGNORE, NoSupervisionError
 
 PARTS = ("vision_tower", "projector", "language_model")
 FINGERPRINTS = "fingerprints.json"  # beside the weights, written last
+# settings that change what the same weights compute
+TRAINED_WITH = ("vision_feature_layer", "vision_feature_select_strategy", "conversation_template", "projector")
 
 
 class WeightsError(RuntimeError):
@@ -179,6 +181,7 @@ def save(model: DiffCLIPLlavaForConditionalGeneration, processor: LlavaProcessor
     processor.save_pretrained(directory)
     prints = {name: fingerprint(module) for name, module in parts(model).items()}
     prints["transform"] = transform_fingerprint(processor)
+    prints["settings"] = {name: getattr(model.config, name) for name in TRAINED_WITH}
     temporary = directory / (FINGERPRINTS + ".tmp")
     temporary.write_text(json.dumps(prints, indent=1), encoding="utf-8")
     os.replace(temporary, directory / FINGERPRINTS)
@@ -194,8 +197,8 @@ def load(
         dtype: cast the weights to this after checking them; by default they stay as stored.
 
     Raises:
-        InputError: not such a directory, weights missing or left over, or pictures would be prepared in another way
-            than in training.
+        InputError: not such a directory, weights missing or left over, pictures would be prepared in another way or
+            features taken from another layer than in training.
         WeightsError: the weights differ from those that were saved.
     """
     model = load_strictly(AutoModelForImageTextToText, directory, dtype="auto")
@@ -205,7 +208,14 @@ def load(
     file = Path(directory) / FINGERPRINTS
     if file.is_file():
         prints = json.loads(file.read_text(encoding="utf-8"))
-        transform = prints.pop("transform", None)
+        transform, settings = prints.pop("transform", None), prints.pop("settings", {})
+        for name, value in settings.items():
+            found = getattr(model.config, name)
+            if found != value:
+                raise InputError(
+                    f"{directory}: {name} is {found} in its config.json, but the model was trained with {value}; "
+                    "put the file back that the training wrote"
+                )
         verify(model, prints)
         if transform not in (None, transform_fingerprint(processor)):
             raise InputError(

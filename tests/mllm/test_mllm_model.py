@@ -91,7 +91,7 @@ def test_only_the_named_parts_get_gradients_and_the_frozen_tower_stays_in_eval(a
     freeze(model, {"projector", "vision_tower"})
     model.train()
     assert model.model.vision_tower.training
-    with pytest.raises(ValueError, match="projector"):
+    with pytest.raises(InputError, match="projector"):
         freeze(model, {"proyector"})
 
 
@@ -266,7 +266,7 @@ def test_placeholder_count_mismatch_raises(assembled, picture):
 
 def test_a_tower_that_turns_random_while_assembling_is_found(tower_dir, language_dir, monkeypatch):
     def reinitialise(skeleton, seed, dtype):
-        for p in towers[0].parameters():
+        for p in towers[0][0].parameters():
             torch.nn.init.normal_(p)
         return original(skeleton, seed, dtype)
 
@@ -328,7 +328,7 @@ def test_verify_names_the_part(assembled, tmp_path):
     model, processor = assembled
     save(model, processor, tmp_path)
     prints = json.loads((tmp_path / "fingerprints.json").read_text())
-    del prints["transform"]  # of pictures, not of weights
+    del prints["transform"], prints["settings"]  # not of weights
     verify(model, prints)
     with torch.no_grad():
         parts(model)["projector"].bias[0] += 1
@@ -366,4 +366,13 @@ def test_another_transform_than_in_training_is_refused(assembled, tmp_path, chan
     settings["image_processor"] |= change
     file.write_text(json.dumps(settings))
     with pytest.raises(InputError, match=r"prepares pictures in another way than the model was trained"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("name, value", [("vision_feature_layer", -1), ("conversation_template", "chatml")])
+def test_other_settings_than_in_training_are_refused(assembled, tmp_path, name, value):
+    save(*assembled, tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), name: value}))
+    with pytest.raises(InputError, match=f"{name} is {value} in its config.json"):
         load(tmp_path)

@@ -1,0 +1,307 @@
+"""Why is a POPE score at chance? The causes, each looked at by itself, in the order in which one would hide another."""
+
+import argparse
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from diffclip.errors import InputError
+from diffclip.fingerprint import fingerprint
+from mllm import pope_scores
+from mllm.model import FINGERPRINTS, parts, transform_fingerprint
+from mllm.pope_files import Question
+
+
+class Finding(NamedTuple):
+    """What one look at a run saw."""
+
+    cause: str
+    fine: bool | None  # None: could not be looked at
+    seen: str
+    remedy: str = ""
+
+
+CAUSES = (
+    "wrong transform",
+    "wrong layer or template",
+    "random or swapped tower",
+    "unloaded projector",
+    "swapped language model",
+    "no supervised tokens",
+    "no yes/no data",
+    "label misalignment",
+    "ignored image",
+    "pure yes-bias",
+    "parser",
+)
+
+
+def diagnose(
+    directory: str | Path,
+    questions: Sequence[Question] = (),
+    images: dict[str, Any] | None = None,
+    answers: Sequence[dict] = (),
+    *,
+    pictures: int = 64,
+    device: str = "cpu",
+) -> Iterator[Finding]:
+    """Look at a run of instruct for every cause of a chance score; each of `CAUSES` is found at most once.
+
+    Args:
+        directory: the run; what training wrote beside the weights (run.json, config.yaml) is used where it is there.
+        questions: POPE with labels, from `mllm.pope_files.read`; without it the model is not asked anything.
+        images: their pictures, from `mllm.pope_files.find_images`.
+        answers: rows {split, image, text, label, answer} of an earlier evaluation, to be checked against `questions`.
+        pictures: how many pictures the model is asked about.
+    """
+    directory = Path(directory)
+    prints = read_json(directory / FINGERPRINTS)
+    record = read_json(directory / "run.json")
+    config = _config(directory)
+    yield transform(directory, prints)
+    yield settings(directory, prints)
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(directory).eval().to(device)
+        processor = AutoProcessor.from_pretrained(directory)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{directory}: no model ({' '.join(str(error).split())[:200]}); give a run") from None
+    found = {name: fingerprint(module) for name, module in parts(model).items()}
+    upstream = read_json(Path(record.get("inputs", {}).get("model", {}).get("path", "")) / "run.json")
+    yield tower(model, found, prints, record, upstream)
+    yield projector(model, found, prints, record, upstream)
+    yield language_model(found, prints, record)
+    yield from training_data(model, processor, config)
+    if not questions:
+        unknown = "not looked at: give --pope and --image_root"
+        yield from (Finding(cause, None, unknown) for cause in CAUSES[-4:])
+        return
+    yield from behaviour(model, processor, questions, images or {}, answers, pictures)
+
+
+def transform(directory: Path, prints: dict) -> Finding:
+    """Are pictures prepared as in training?"""
+    expected = prints.get("transform")
+    if expected is None:
+        return Finding("wrong transform", None, f"{FINGERPRINTS} says nothing of the training's")
+    same = transform_fingerprint(AutoProcessor.from_pretrained(directory)) == expected
+    seen = "as in training" if same else "processor_config.json was changed after training"
+    return Finding("wrong transform", same, seen, "put back the processor_config.json that the training wrote")
+
+
+def settings(directory: Path, prints: dict) -> Finding:
+    """Are features taken from the layer, and prompts written in the template, of the training?"""
+    cause, expected = "wrong layer or template", prints.get("settings")
+    if expected is None:
+        return Finding(cause, None, f"{FINGERPRINTS} says nothing of the training's")
+    config = read_json(directory / "config.json")
+    wrong = [f"{name} is {config.get(name)}, was {value}" for name, value in expected.items() if config[name] != value]
+    seen = "; ".join(wrong) or f"layer {expected['vision_feature_layer']}, {expected['conversation_template']}"
+    return Finding(cause, not wrong, seen, "put back the config.json that the training wrote")
+
+
+def tower(model: nn.Module, found: dict, prints: dict, record: dict, upstream: dict) -> Finding:
+    """Is the vision tower trained, and the one that the run was made with?"""
+    cause, remedy = "random or swapped tower", "run align and instruct again with the pretrained tower"
+    trained = trained_norms(parts(model)["vision_tower"])
+    if trained is False:
+        return Finding(cause, False, "all of its norms have weight 1 and bias 0: it was never trained", remedy)
+    wrong = _mismatch("vision_tower", found, prints, record, upstream)
+    if wrong:
+        return Finding(cause, False, wrong, remedy)
+    return Finding(cause, True, "trained, and the one of the run" if record else "trained; there is no run.json")
+
+
+def projector(model: nn.Module, found: dict, prints: dict, record: dict, upstream: dict) -> Finding:
+    """Is the projector the one that was trained?"""
+    cause, remedy = "unloaded projector", "run instruct again from the finished align run"
+    start = upstream.get("before", {}).get("projector")
+    if found["projector"] == start:
+        return Finding(cause, False, "it is the one that align started from: nothing was learnt into it", remedy)
+    wrong = _mismatch("projector", found, prints, record, upstream)
+    if wrong:
+        return Finding(cause, False, wrong, remedy)
+    if not record and not start:
+        return Finding(cause, None, "there is no run.json to compare it with")
+    return Finding(cause, True, "the one that was trained")
+
+
+def language_model(found: dict, prints: dict, record: dict) -> Finding:
+    """Is the language model the one that was trained?"""
+    wrong = _mismatch("language_model", found, prints, record, {})
+    remedy = "put back the weights that the training wrote"
+    return Finding("swapped language model", not wrong, wrong or "the one that was trained", remedy)
+
+
+def training_data(model: Any, processor: Any, config: dict, most: int = 400) -> Iterator[Finding]:
+    """Did the rows of the training have supervised tokens, and questions to be answered with yes or no?"""
+    from mllm.conversation import NoSupervisionError
+    from mllm.data import load_rows
+    from mllm.examples import ConversationDataset
+
+    data = config.get("data") or []
+    if not data or not all(Path(path).exists() for path in data):
+        unknown = "the training's data is not there: run it where the paths of config.yaml hold"
+        yield Finding("no supervised tokens", None, unknown)
+        yield Finding("no yes/no data", None, unknown)
+        return
+    template = config.get("template", model.config.conversation_template)
+    rows = load_rows(data, config.get("image_root", ""), image_prefix=config.get("image_prefix", ""), template=template)
+    dataset = ConversationDataset(rows, processor, template=template, max_length=config.get("max_length", 2048))
+    chosen = range(0, len(rows), max(1, len(rows) // most))
+    empty, answers = 0, []
+    for i in chosen:
+        answers += [turn["value"] for turn in rows[i].conversation if turn["from"] == "gpt"]
+        try:
+            dataset[i]
+        except NoSupervisionError:
+            empty += 1
+        except InputError:  # a picture that is gone says nothing of labels
+            continue
+    share = 100 * empty / len(chosen)
+    remedy = "raise max_length, or mend the answers; python -m mllm.data check names the rows"
+    yield Finding("no supervised tokens", empty == 0, f"{share:.0f} % of {len(chosen)} rows have none", remedy)
+    said = [pope_scores.parse_strict(answer) for answer in answers]
+    kinds = {kind: said.count(kind) for kind in ("yes", "no")}
+    fine = min(kinds.values()) > 0
+    seen = f"{kinds['yes']} yes and {kinds['no']} no among {len(said):,} answers"
+    yield Finding("no yes/no data", fine, seen, "instruct on rows whose answers are Yes and No, both")
+
+
+def behaviour(
+    model: Any,
+    processor: Any,
+    questions: Sequence[Question],
+    images: dict[str, Any],
+    answers: Sequence[dict],
+    pictures: int,
+) -> Iterator[Finding]:
+    """What the model answers: labels, use of the picture, bias, parser."""
+    from mllm.pope_margins import generate, margins, score_margins
+
+    names = list(dict.fromkeys(q.image for q in questions))
+    chosen = set(names[:: max(1, -(-len(names) // pictures))])
+    asked = [q for q in questions if q.image in chosen]
+    own = margins(model, processor, asked, lambda name: images[name].open())
+    yield labels(asked, questions, answers, own)
+    other = margins(model, processor, pope_scores.shuffle_images(asked), lambda name: images[name].open())
+    moved = float(np.abs(own - other).max())
+    remedy = "align longer, look at the loss of align, and at the projector's learning rate"
+    seen = f"another picture moves log P(yes) / P(no) by {np.abs(own - other).mean():.3g} in the mean"
+    yield Finding("ignored image", moved > 1e-3 * max(1.0, float(np.abs(own).mean())), seen, remedy)
+    exact = score_margins(asked, own)["mean"]
+    rate = exact["yes_rate"]
+    seen = (
+        f"yes to {100 * rate:.0f} % by the likelier word, auc {100 * exact['auc']:.0f}, accuracy "
+        f"{100 * exact['accuracy']:.0f}, and {100 * exact['accuracy_tuned']:.0f} with a threshold from other pictures"
+    )
+    yield Finding("pure yes-bias", 0.02 < rate < 0.98, seen, "balance yes and no in the training; or score by margins")
+    sample = asked[:: max(1, len(asked) // 64)]
+    said = generate(model, processor, sample, lambda name: images[name].open())
+    yield parser([row["answer"] for row in answers] or said)
+
+
+def labels(
+    asked: Sequence[Question], questions: Sequence[Question], answers: Sequence[dict], own: np.ndarray
+) -> Finding:
+    """Do an earlier evaluation's labels belong to its questions, and its answers to this model?"""
+    cause, remedy = "label misalignment", "match answers and labels by picture and question, as mllm.pope score does"
+    rows = [row for row in answers if row.get("pass", "model") == "model"]
+    if not rows:
+        return Finding(cause, None, "not looked at: give --answers, the answers.jsonl of an evaluation")
+    truth = {q.key: q.label for q in questions}
+    keys = [(row["split"], row["image"].rsplit(".", 1)[0], row["text"]) for row in rows]
+    unknown = sum(key not in truth for key in keys)
+    if unknown:
+        return Finding(cause, False, f"{unknown} of {len(rows)} rows ask what these files do not", remedy)
+    wrong = sum(row["label"] != truth[key] for row, key in zip(rows, keys))
+    if wrong:
+        return Finding(cause, False, f"{wrong} of {len(rows)} labels are not those of their question", remedy)
+    given = {key: pope_scores.parse_strict(row["answer"]) for key, row in zip(keys, rows)}
+    read = [(given.get(q.key), "yes" if value > 0 else "no") for q, value in zip(asked, own)]
+    same = [said == likelier for said, likelier in read if said in ("yes", "no")]
+    share = float(np.mean(same)) if same else 1.0
+    seen = f"{100 * share:.0f} % of its answers are what this model answers to the same question"
+    return Finding(cause, share > 0.8, seen, remedy)
+
+
+def parser(answers: Sequence[str]) -> Finding:
+    """Are the model's words read as it means them?"""
+    invalid = {
+        name: float(np.mean([rule(a) == "invalid" for a in answers])) for name, rule in pope_scores.PARSERS.items()
+    }
+    examples = list(dict.fromkeys(a for a in answers if pope_scores.parse_lmms_eval(a) == "invalid"))[:3]
+    fine = invalid["lmms_eval"] < 0.05
+    seen = f"lmms-eval's rule cannot read {100 * invalid['lmms_eval']:.0f} % of {len(answers)} answers"
+    if invalid["strict"] < invalid["lmms_eval"]:
+        seen += f", {100 * invalid['strict']:.0f} % without regard to punctuation"
+    seen += f": {', '.join(map(repr, examples))}" if examples else ""
+    return Finding("parser", fine, seen, "score with --parser strict, or ask for one word as in the training")
+
+
+def trained_norms(module: nn.Module) -> bool | None:
+    """Whether any norm of the module has learnt weights; None if it has no norms with weights."""
+    norms = [
+        m
+        for m in module.modules()
+        if isinstance(m, (nn.LayerNorm, nn.BatchNorm2d, nn.RMSNorm)) and getattr(m, "weight", None) is not None
+    ]
+    if not norms:
+        return None
+    biases = [m.bias for m in norms if getattr(m, "bias", None) is not None]
+    return not (all(torch.all(m.weight == 1) for m in norms) and all(torch.all(bias == 0) for bias in biases))
+
+
+def _mismatch(part: str, found: dict, prints: dict, record: dict, upstream: dict) -> str:
+    """What a part's fingerprint contradicts, in words, or ""."""
+    if prints.get(part, found[part]) != found[part]:
+        return "its weights are not those that were saved"
+    if record.get("after", {}).get(part, found[part]) != found[part]:
+        return "its weights are not those that the training ended with (run.json)"
+    start, end = record.get("before", {}).get(part), upstream.get("after", {}).get(part)
+    if start and end and start != end:
+        return "instruct did not start from what align ended with"
+    return ""
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object, or nothing where there is no such file."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _config(directory: Path) -> dict:
+    import yaml
+
+    file = directory / "config.yaml"
+    return yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the findings as a table; 1 if a cause was found, with the first of them named."""
+    from mllm.pope import show
+    from mllm.pope_files import carries_images, find_images, read, unpack_images
+
+    questions: list[Question] = read(options.pope) if options.pope else []
+    images: dict[str, Any] = {}
+    if questions:
+        if not options.image_root and not carries_images(options.pope):
+            raise InputError("--image_root is missing: the folder of POPE's pictures")
+        images = find_images(questions, options.image_root or unpack_images(options.pope, "pope_images"))
+    answers = []
+    if options.answers:
+        answers = [json.loads(line) for line in options.answers.read_text(encoding="utf-8").splitlines() if line]
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    findings = list(diagnose(options.run, questions, images, answers, pictures=options.pictures, device=device))
+    marks = {True: "ok", False: "FOUND", None: "?"}
+    show(f"{options.run}", ["", "cause", "seen"], [[marks[f.fine], f.cause, f.seen] for f in findings])
+    wrong = next((f for f in findings if f.fine is False), None)
+    if wrong is None:
+        print("no cause found; what remains is training: more data, more steps, a better tower")
+        return 0
+    print(f"{wrong.cause}: {wrong.seen}. Remedy: {wrong.remedy}.")
+    return 1

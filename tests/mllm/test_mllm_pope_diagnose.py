@@ -1,0 +1,259 @@
+"""Every cause of a POPE score at chance, planted in a model that answers well, and found by name."""
+
+import json
+import shutil
+
+import pytest
+import torch
+import yaml
+from test_mllm_pope import write
+
+from diffclip.fingerprint import fingerprint
+from mllm.assemble import assemble
+from mllm.data import load_rows
+from mllm.examples import ConversationDataset, collate
+from mllm.model import freeze, parts, save
+from mllm.pope import main
+from mllm.pope_diagnose import CAUSES, diagnose
+from mllm.pope_files import POST_PROMPT, SPLITS, find_images, read
+from mllm.pope_margins import generate
+
+THINGS = ("red square", "small blue circle", "green star")
+
+
+def text(thing):
+    return f"Is there a {thing} in the image?"
+
+
+def is_there(i, n):
+    return (i + n) % 2 == 0
+
+
+@pytest.fixture(scope="module")
+def healthy(tmp_path_factory, picture, tower_dir, language_dir):
+    """A folder with run/ and align/ as training leaves them, of a model that answers POPE's questions, and pope/."""
+    torch.set_num_threads(1)
+    root = tmp_path_factory.mktemp("healthy")
+    for folder in ("images", "pope", "run", "align"):
+        (root / folder).mkdir()
+    for i in range(4):
+        picture(i).save(root / f"images/{i}.png")
+    for split in SPLITS:
+        lines = [
+            {"question_id": 3 * i + n, "image": f"{i}.png", "text": text(thing), "label": ("no", "yes")[is_there(i, n)]}
+            for i in range(4)
+            for n, thing in enumerate(THINGS)
+        ]
+        write(root / f"pope/x_pope_{split}.json", lines)
+    rows = [
+        {
+            "id": f"{i}{n}",
+            "image": f"{i}.png",
+            "conversations": [
+                {"from": "human", "value": f"<image>\n{text(thing)}{POST_PROMPT}"},
+                {"from": "gpt", "value": ("No", "Yes")[is_there(i, n)]},
+            ],
+        }
+        for i in range(4)
+        for n, thing in enumerate(THINGS)
+    ]
+    (root / "rows.json").write_text(json.dumps(rows))
+    model, processor = assemble(tower_dir, language_dir, seed=3)
+    with torch.no_grad():  # as pretraining leaves a tower
+        for module in parts(model)["vision_tower"].modules():
+            if isinstance(module, torch.nn.LayerNorm):
+                module.weight.mul_(1.01)
+    record = {"before": {name: fingerprint(part) for name, part in parts(model).items()}}
+    (root / "align" / "run.json").write_text(json.dumps({**record, "after": record["before"]}))
+    teach(model, processor, root / "rows.json", root / "images")
+    keep(model, processor, root, record["before"])
+    return root
+
+
+def teach(model, processor, rows, images, steps=400):
+    dataset = ConversationDataset(load_rows([rows], images), processor, template="vicuna")
+    batch = collate(processor)([dataset[i] for i in range(len(dataset))])
+    freeze(model, {"projector", "language_model"})
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
+    model.train()
+    for _ in range(steps):
+        loss = model(**batch).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if loss < 0.01:
+            break
+    model.eval()
+
+
+def keep(model, processor, root, before):
+    """Save the model with what a stage writes beside it."""
+    save(model, processor, root / "run")
+    after = {name: fingerprint(part) for name, part in parts(model).items()}
+    inputs = {"model": {"path": str(root / "align")}}
+    (root / "run" / "run.json").write_text(json.dumps({"before": before, "after": after, "inputs": inputs}))
+    settings = {"data": [str(root / "rows.json")], "image_root": str(root / "images"), "template": "vicuna"}
+    (root / "run" / "config.yaml").write_text(yaml.safe_dump({**settings, "max_length": 2048}))
+
+
+@pytest.fixture
+def root(healthy, tmp_path):
+    """A copy to plant a fault in."""
+    shutil.copytree(healthy, tmp_path / "copy")
+    record = json.loads((tmp_path / "copy/run/run.json").read_text())
+    record["inputs"]["model"]["path"] = str(tmp_path / "copy/align")
+    (tmp_path / "copy/run/run.json").write_text(json.dumps(record))
+    settings = (tmp_path / "copy/run/config.yaml").read_text()
+    (tmp_path / "copy/run/config.yaml").write_text(settings.replace(str(healthy), str(tmp_path / "copy")))
+    return tmp_path / "copy"
+
+
+def evaluated(root, change=lambda rows: rows):
+    """Rows of an evaluation of the model, changed."""
+    from mllm.model import load
+
+    model, processor = load(root / "run")
+    questions = read(root / "pope")
+    images = find_images(questions, root / "images")
+    answers = generate(model, processor, questions, lambda name: images[name].open())
+    return change([{**q._asdict(), "answer": answer} for q, answer in zip(questions, answers)])
+
+
+def found(root, answers=()):
+    """(the first cause, all findings) of the run, as the command line names it."""
+    questions = read(root / "pope")
+    findings = list(diagnose(root / "run", questions, find_images(questions, root / "images"), answers))
+    assert [f.cause for f in findings] == list(CAUSES)
+    return next((f.cause for f in findings if f.fine is False), None), findings
+
+
+def edit(file, **changes):
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def change_weights(root, change, saved=True):
+    """Change the saved model; with `saved`, its fingerprints tell of the new weights, as after a careless save."""
+    from mllm.model import load
+
+    model, processor = load(root / "run")
+    with torch.no_grad():
+        change(parts(model), model, processor)
+    (save if saved else lambda *a: model.save_pretrained(a[-1]))(model, processor, root / "run")
+
+
+def forget_training(root):
+    """As if the run's records had been lost: only what the model does can tell."""
+    (root / "run" / "run.json").unlink()
+    shutil.rmtree(root / "align")
+
+
+def test_a_healthy_run_has_no_cause(root):
+    cause, findings = found(root, evaluated(root))
+    assert cause is None and all(f.fine for f in findings)
+
+
+def test_wrong_transform(root):
+    file = root / "run" / "processor_config.json"
+    settings = json.loads(file.read_text())
+    edit(file, image_processor={**settings["image_processor"], "image_mean": [0.1, 0.1, 0.1]})
+    assert found(root)[0] == "wrong transform"
+
+
+def test_wrong_layer(root):
+    edit(root / "run" / "config.json", vision_feature_layer=-1)
+    assert found(root)[0] == "wrong layer or template"
+
+
+@pytest.mark.parametrize("kind", ["random", "random without records", "swapped", "swapped on disk"])
+def test_random_or_swapped_tower(root, kind):
+    def change(part, model, processor):
+        for module in part["vision_tower"].modules():
+            if isinstance(module, torch.nn.LayerNorm) and kind.startswith("random"):
+                module.reset_parameters()
+            elif hasattr(module, "weight") and not isinstance(module, torch.nn.LayerNorm):
+                torch.nn.init.normal_(module.weight, std=0.05)
+
+    change_weights(root, change, saved=kind != "swapped on disk")
+    if kind == "random without records":
+        forget_training(root)
+    cause, findings = found(root)
+    assert cause == "random or swapped tower"
+    assert ("never trained" in findings[2].seen) == kind.startswith("random")
+
+
+@pytest.mark.parametrize("kind", ["as align started", "drawn anew"])
+def test_unloaded_projector(root, kind, tower_dir, language_dir):
+    def change(part, model, processor):
+        seed = 3 if kind == "as align started" else 4
+        fresh = assemble(tower_dir, language_dir, seed=seed)[0].model.multi_modal_projector
+        part["projector"].load_state_dict(fresh.state_dict())
+
+    change_weights(root, change)
+    if kind == "as align started":  # the run's own record agrees: it saved a projector that it never loaded
+        record = json.loads((root / "run/run.json").read_text())
+        edit(root / "run/run.json", after={**record["after"], "projector": record["before"]["projector"]})
+    assert found(root)[0] == "unloaded projector"
+
+
+def test_no_supervised_tokens(root):
+    settings = yaml.safe_load((root / "run/config.yaml").read_text())
+    (root / "run/config.yaml").write_text(yaml.safe_dump({**settings, "max_length": 30}))
+    assert found(root)[0] == "no supervised tokens"
+
+
+def test_no_yes_no_data(root):
+    rows = json.loads((root / "rows.json").read_text())
+    for row in rows:
+        row["conversations"][1]["value"] = "a red square"
+    (root / "rows.json").write_text(json.dumps(rows))
+    assert found(root)[0] == "no yes/no data"
+
+
+@pytest.mark.parametrize("kind", ["labels", "answers"])
+def test_label_misalignment(root, kind):
+    """Labels, or answers, taken from the lines of a file in another order."""
+
+    def moved(rows):
+        name = {"labels": "label", "answers": "answer"}[kind]
+        return [{**row, name: other[name]} for row, other in zip(rows, rows[1:] + rows[:1])]
+
+    cause, findings = found(root, evaluated(root, moved))
+    assert (cause == "label misalignment" and "not those of their question" in findings[7].seen) or kind == "answers"
+
+
+def test_ignored_image(root):
+    change_weights(root, lambda part, *_: part["projector"].weight.zero_())
+    forget_training(root)
+    assert found(root)[0] == "ignored image"
+
+
+def test_pure_yes_bias(root):
+    """Taught on yes alone behind its other lessons: it still looks, and says yes."""
+    rows = json.loads((root / "rows.json").read_text())
+    for row in rows:
+        row["conversations"][1]["value"] = "Yes"
+    (root / "yes.json").write_text(json.dumps(rows))
+    change_weights(root, lambda part, model, processor: tilt(model, processor, root))
+    forget_training(root)
+    cause, findings = found(root)
+    assert cause == "pure yes-bias" and "yes to 100 %" in findings[9].seen
+
+
+def tilt(model, processor, root):
+    with torch.enable_grad():
+        for _ in range(40):
+            teach(model, processor, root / "yes.json", root / "images", steps=1)
+
+
+def test_parser(root):
+    dotted = evaluated(root, lambda rows: [{**row, "answer": row["answer"] + "."} for row in rows])
+    cause, findings = found(root, dotted)
+    assert cause == "parser" and "0 % without regard to punctuation" in findings[10].seen
+
+
+def test_command_line_names_the_cause(root, capsys):
+    edit(root / "run" / "config.json", vision_feature_layer=-1)
+    command = ["diagnose", str(root / "run"), "--pope", str(root / "pope"), "--image_root", str(root / "images")]
+    assert main([*command, "--device", "cpu"]) == 1
+    assert "wrong layer or template: vision_feature_layer is -1, was -2. Remedy: " in capsys.readouterr().out
+    assert main(["diagnose", str(root / "run"), "--device", "cpu"]) == 1
