@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 class AlignConfig(ConversationConfig):
     """Settings of the alignment stage; defaults from the paper's section 4."""
 
-    vision_tower: str = field(default="", metadata={"help": "a pretraining run, any CLIP / SigLIP model, or open_clip:NAME@WEIGHTS"})
+    vision_tower: str = field(
+        default="", metadata={"help": "a pretraining run, any CLIP / SigLIP model, or open_clip:NAME@WEIGHTS"}
+    )
     language_model: str = field(
         default="Qwen/Qwen2.5-0.5B-Instruct",
         metadata={"help": "directory or Hub id of a causal language model"},
