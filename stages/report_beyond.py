@@ -89,27 +89,26 @@ def cost(arms: Arms) -> Table:
     columns = ["", "runs", "time", "samples seen", "samples a second", "energy", "hardware"]
     table = Table(columns, name="cost", title="Cost")
     unknown = "no energy meter: run.json has no energy_kwh"
-    shown = ""
-    for one in costs(arms):
-        if one.model != shown or not table.rows:
-            table.rows.append([one.model or "Shared by all models"])
-            shown = one.model
-        untrained = f"{one.stage} trains nothing" if one.stage == "evaluate" else "metrics.jsonl or run.json do not say"
-        table.rows.append(
-            [
-                one.stage,
-                str(one.runs),
-                duration(one.seconds),
-                number(round(one.seen)) if one.seen is not None else table.missing(untrained),
-                number(round(one.rate)) if one.rate is not None else table.missing(untrained),
-                f"{one.energy:.3g} kWh" if one.energy is not None else table.missing(unknown),
-                one.hardware or DASH,
-            ]
-        )
-    for model in arms.models:
-        known = [c.seconds for c in costs(arms) if c.model == model and c.seconds is not None]
-        if known:
-            table.rows.append([f"{model}, all its stages", "", duration(sum(known)), "", "", "", ""])
+    found = costs(arms)
+    for model in dict.fromkeys(one.model for one in found):
+        stages = [one for one in found if one.model == model]
+        table.rows.append([model or "Shared by all models"])
+        for one in stages:
+            untrained = "evaluate trains nothing" if one.stage == "evaluate" else "metrics.jsonl or run.json do not say"
+            table.rows.append(
+                [
+                    one.stage,
+                    str(one.runs),
+                    duration(one.seconds),
+                    number(round(one.seen)) if one.seen is not None else table.missing(untrained),
+                    number(round(one.rate)) if one.rate is not None else table.missing(untrained),
+                    f"{one.energy:.3g} kWh" if one.energy is not None else table.missing(unknown),
+                    one.hardware or DASH,
+                ]
+            )
+        if len(stages) > 1:
+            total = sum(one.seconds for one in stages if one.seconds is not None)
+            table.rows.append(["all these stages", "", duration(total), "", "", "", ""])
     table.caption = (
         "Of finished runs, means over seeds. Samples are pictures in pretraining, conversations after it; their rate "
         "is the median of the log's, so without start-up and evaluation."

@@ -103,7 +103,7 @@ img.small { image-rendering: pixelated; }
 .nopicture { color: var(--muted); font-size: .85rem; }
 #more { margin: .9rem 0; }
 .beside { display: grid; grid-template-columns: minmax(0, 1fr); gap: 0 2.5rem; align-items: start; }
-@media (min-width: 62rem) { .beside { grid-template-columns: minmax(0, 31rem) minmax(0, 1fr); } }
+@media (min-width: 62rem) { .beside { grid-template-columns: minmax(0, 26rem) minmax(0, 1fr); } }
 @media (min-width: 60rem) { .viewer { grid-template-columns: minmax(22rem, 5fr) 7fr; }
   #panel { position: sticky; top: 3.4rem; max-height: calc(100vh - 4.5rem); overflow-y: auto; } }
 @media (max-width: 60rem) { #panel { position: sticky; top: 2.7rem; max-height: 52vh; overflow-y: auto; z-index: 2;
