@@ -5,6 +5,7 @@ python -m mllm.pope score POPE ANSWERS.jsonl                    # answers of any
 python -m mllm.pope margins RUN --pope POPE --image_root IMAGES --out DIR   # exact yes/no scores, without generating
 python -m mllm.pope compare EVALUATE_A EVALUATE_B               # the paper's table 3 with McNemar's test
 python -m mllm.pope diagnose RUN --pope POPE --image_root IMAGES  # why is the score at chance?
+python -m mllm.pope audit 50.14 50.07 98.21 --questions 2910 3000   # which counts stand behind published scores
 """
 
 import argparse
@@ -186,6 +187,13 @@ def diagnose(options: argparse.Namespace) -> int:
     return run(options)
 
 
+def audit_scores(options: argparse.Namespace) -> None:
+    """The whole numbers that published accuracy, precision and recall allow."""
+    from mllm.pope_audit import audit
+
+    audit(options)
+
+
 def main(argv: list[str] | None = None) -> int | None:
     parser = argparse.ArgumentParser(
         "python -m mllm.pope", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -219,6 +227,10 @@ def main(argv: list[str] | None = None) -> int | None:
         else:
             one.add_argument("--answers", type=Path, help="an answers.jsonl with labels to check (pope/ of evaluate)")
             one.add_argument("--pictures", type=int, default=64, help="how many pictures to ask about (64)")
+    one = command("audit", audit_scores)
+    for name in ("accuracy", "precision", "recall"):
+        one.add_argument(name, type=float, help="in percent, with two decimals")
+    one.add_argument("--questions", type=int, nargs="+", default=[2910, 3000], help="how many there were (2910 3000)")
     options = parser.parse_args(argv)
     return options.call(options)
 
