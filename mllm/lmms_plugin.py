@@ -4,9 +4,12 @@ Prompts are built from the conversation template that the model was trained with
 lmms-eval or the tokenizer might bring along.
 """
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -16,10 +19,11 @@ from lmms_eval.models.registry_v2 import ModelManifest
 from PIL import Image
 from tqdm import tqdm
 
+from diffclip.fingerprint import fingerprint
 from mllm.chat import prompts, question_turn, write
 from mllm.conversation import IGNORE, IMAGE, encode, render
 from mllm.examples import collate, image_tokens
-from mllm.model import load
+from mllm.model import load, parts
 
 PROGRESS = "diffclip_llava"  # what the progress bar begins with
 
@@ -41,6 +45,7 @@ class DiffCLIPLlavaForEvaluation(lmms):
         device: str | None = None,
         dtype: str | None = None,
         max_batch_size: int | str | None = None,
+        answers: str | None = None,
     ) -> None:
         """
         Args:
@@ -49,6 +54,8 @@ class DiffCLIPLlavaForEvaluation(lmms):
             device: e.g. "cuda:0"; by default the process's own.
             dtype: "bfloat16", "float32", ...; by default as stored.
             max_batch_size: given by lmms-eval, of no use here.
+            answers: a file that generated answers are added to as they come (with the rank behind its name); the same
+                command, started again after a kill, takes them from there.
         """
         super().__init__()
         self.accelerator = Accelerator()
@@ -58,13 +65,15 @@ class DiffCLIPLlavaForEvaluation(lmms):
         self.model = model.to(self.device)
         self.template = model.config.conversation_template
         self.batch_size = int(batch_size)
+        self.answers = Path(answers) if answers else None
+        self.weights = hashlib.sha256("".join(map(fingerprint, parts(model).values())).encode()).hexdigest()
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """Answers in the order of the requests; greedy unless the task asks to sample.
 
         A question asked twice about the same picture, as POPE's three splits do, is answered once.
         """
-        answers: dict[tuple, str] = {}  # by options, prompt and pictures
+        answers = Kept(self.answers, self.weights, self._rank)  # by options, prompt and pictures
         keys: list[tuple] = [()] * len(requests)
         waiting: dict[tuple, list[Image.Image]] = {}
         for i in self._in_order(requests):
@@ -77,10 +86,10 @@ class DiffCLIPLlavaForEvaluation(lmms):
             if keys[i] in answers or keys[i] in waiting:
                 continue
             if waiting and (len(waiting) == self.batch_size or next(iter(waiting))[0] != keys[i][0]):
-                answers |= self._answer(waiting)
+                answers.add(self._answer(waiting))
                 waiting = {}
             waiting[keys[i]] = pictures
-        answers |= self._answer(waiting)
+        answers.add(self._answer(waiting))
         return [answers[key] for key in keys]
 
     @torch.no_grad()
@@ -161,6 +170,41 @@ class DiffCLIPLlavaForEvaluation(lmms):
         for stop in [stops] if isinstance(stops, str) else stops:
             texts = [text.split(stop)[0] if stop else text for text in texts]
         return dict(zip(waiting, (text.strip() for text in texts)))
+
+
+class Kept(dict[tuple, str]):
+    """Answers by (options, prompt, pictures), kept in a file, if there is one, from one start to the next."""
+
+    def __init__(self, file: Path | None, weights: str, rank: int) -> None:
+        """
+        Args:
+            file: what the files of all ranks are named after.
+            weights: of the model; answers of another one in the file are not taken.
+        """
+        super().__init__()
+        self.weights, self.known = weights, {}
+        self.file = file.with_name(f"{file.name}.{rank}") if file else None
+        for old in sorted(file.parent.glob(f"{file.name}.*")) if file else ():
+            for line in old.read_text(encoding="utf-8").splitlines():
+                with contextlib.suppress(ValueError):  # half a line, left by a kill
+                    self.known |= json.loads(line)
+
+    def __contains__(self, key: object) -> bool:
+        digest = self._digest(key)
+        if not super().__contains__(key) and digest in self.known:
+            self[key] = self.known[digest]
+        return super().__contains__(key)
+
+    def add(self, answers: dict[tuple, str]) -> None:
+        """Take answers in, and write them down."""
+        self.update(answers)
+        if self.file and answers:
+            lines = {self._digest(key): text for key, text in answers.items()}
+            with open(self.file, "a", encoding="utf-8") as f:
+                f.write("\n" + json.dumps(lines, ensure_ascii=False))
+
+    def _digest(self, key: Any) -> str:
+        return hashlib.sha256(repr((self.weights, key)).encode()).hexdigest()
 
 
 def _samples(options: dict) -> bool:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from mllm.data import Picture
 
+ANSWERED = "answered.jsonl"  # what a killed evaluation had answered
 CONTROLS = {
     "shuffled": shuffle_images,
     "grey": lambda questions, seed: grey_images(questions),
@@ -84,6 +85,7 @@ def evaluate_with_lmms(
     controls: Sequence[str] = tuple(CONTROLS),
     batch_size: int = 64,
     device: str | None = None,
+    processes: int = 1,
     seed: int = 0,
 ) -> dict[str, Any]:
     """POPE scores of a trained model, with controls beside them.
@@ -95,6 +97,9 @@ def evaluate_with_lmms(
         out_dir: gets task files, lmms-eval's results and log, and answers.jsonl.
         controls: further passes of the model, of `CONTROLS`: each question with another picture, with a grey one, with
             none.
+        batch_size: questions at a time, in each process.
+        device: of a single process, e.g. "cuda:0"; by default its own.
+        processes: that share the questions, one a GPU.
         seed: of the shuffling and of the blind rule's folds.
 
     Returns:
@@ -114,24 +119,23 @@ def evaluate_with_lmms(
     out_dir = Path(out_dir).resolve()
     tasks = out_dir / "tasks"
     tasks.mkdir(parents=True, exist_ok=True)
-    parts = {
-        f"diffclip_pope_{name}_{split}": [q for q in asked if q.split == split]
-        for name, asked in passes.items()
-        for split in SPLITS
-    }
+    # lmms-eval scores the model split by split; one task for each control is enough
+    parts = {f"diffclip_pope_model_{split}": [q for q in questions if q.split == split] for split in SPLITS}
+    parts |= {f"diffclip_pope_{name}": passes[name] for name in controls}
     for task, part in parts.items():
         write_parquet(part, images, tasks / f"{task}.parquet")
     write_tasks(tasks, {task: tasks / f"{task}.parquet" for task in parts})
-    results, answers = run_lmms_eval(run_dir, tasks, list(parts), out_dir, batch_size, device)
+    results, answers = run_lmms_eval(run_dir, tasks, list(parts), out_dir, batch_size, device, processes)
     scores: dict[str, Any] = {}
     with open(out_dir / "answers.jsonl", "w", encoding="utf-8") as f:
         for name in passes:
-            names = [f"diffclip_pope_{name}_{split}" for split in SPLITS]
+            names = [task for task in parts if task.startswith(f"diffclip_pope_{name}")]
             asked = [q for task in names for q in parts[task]]
             given = [answer for task in names for answer in answers[task]]
             scores[name] = score_answers(asked, given)
-            for split, task in zip(SPLITS, names):
-                _same(scores[name][split], results[task], task)
+            for task in names:
+                read = [pope_scores.parse_lmms_eval(one) for one in answers[task]]
+                _same(pope_scores.score(read, [q.label for q in parts[task]]), results[task], task)
             if name == "model":
                 said = [pope_scores.parse_lmms_eval(one) for one in given]
                 for split, ends in pope_scores.intervals(asked, said, seed=seed).items():
@@ -139,6 +143,8 @@ def evaluate_with_lmms(
                         scores[name][split] |= {f"{score}_low": low, f"{score}_high": high}
             for q, answer in zip(asked, given):
                 f.write(json.dumps({"pass": name, **q._asdict(), "answer": answer}, ensure_ascii=False) + "\n")
+    for file in out_dir.glob(f"{ANSWERED}.*"):
+        file.unlink()
     scores["blind"] = pope_scores.score_splits(questions, pope_scores.blind(questions, seed=seed))
     scores["always_yes"] = pope_scores.score_splits(questions, pope_scores.always_yes(questions))
     return scores
@@ -167,8 +173,12 @@ def run_lmms_eval(
     out_dir: Path,
     batch_size: int = 64,
     device: str | None = None,
+    processes: int = 1,
 ) -> tuple[dict[str, dict[str, float]], dict[str, list[str]]]:
-    """Run `python -m lmms_eval` offline; returns its scores and the model's answers in file order, by task.
+    """Run `python -m lmms_eval` offline, under torchrun where there are several processes.
+
+    Returns:
+        Its scores, and the model's answers in file order, by task.
 
     Raises:
         InputError: lmms-eval is missing or does not know our model, or wrote no results (it exits 0 on errors);
@@ -177,12 +187,14 @@ def run_lmms_eval(
     run_dir = Path(run_dir).resolve()
     if not {"diffclip_llava"} <= {e.name for e in entry_points(group="lmms_eval.models")}:
         raise InputError("lmms-eval cannot find diffclip_llava: install this package with pip install '.[eval]'")
-    if {",", "="} & set(str(run_dir)):
-        raise InputError(f"{run_dir}: lmms-eval splits its arguments at , and =; move the run")
+    for path in (run_dir, out_dir):
+        if {",", "="} & set(str(path)):
+            raise InputError(f"{path}: lmms-eval splits its arguments at , and =; use another folder")
     output, log = out_dir / "lmms_eval", out_dir / "lmms_eval.log"
     before = set(output.rglob("*_results.json"))
-    command = [sys.executable, "-m", "lmms_eval", "--model", "diffclip_llava"]
-    command += ["--model_args", f"pretrained={run_dir}", "--tasks", ",".join(tasks)]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command = [sys.executable, *(launcher if processes > 1 else []), "-m", "lmms_eval", "--model", "diffclip_llava"]
+    command += ["--model_args", f"pretrained={run_dir},answers={out_dir / ANSWERED}", "--tasks", ",".join(tasks)]
     command += ["--include_path", str(tasks_dir), "--batch_size", str(batch_size)]
     command += ["--output_path", str(output), "--log_samples"]
     command += ["--device", device] if device else []

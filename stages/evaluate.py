@@ -46,6 +46,7 @@ class EvaluateConfig:
     pope_labels: str = field(default="", metadata={"help": "the official folder, where `pope` is LLaVA's file"})
     image_root: str = field(default="", metadata={"help": "folder of POPE's pictures (parquet has them inside)"})
     batch_size: int = field(default=64, metadata={"help": "pictures, or questions, at a time"})
+    processes: int = field(default=0, metadata={"help": "of lmms-eval, sharing the questions; 0: one a GPU"})
     examples: int = field(default=240, metadata={"help": "answers kept with their pictures for the report"})
     masked_objects: int = field(
         default=2000,
@@ -144,10 +145,18 @@ def pope_metrics(
     config: EvaluateConfig, run: "Run", questions: Sequence["Question"], images: Mapping[str, "Picture"]
 ) -> dict[str, float]:
     """POPE of the multimodal model and its controls in percent, by generated answers."""
+    import torch
+
     from mllm.pope_lmms import evaluate_with_lmms
 
     scores = evaluate_with_lmms(
-        config.mllm, questions, images, run.path / "pope", batch_size=config.batch_size, seed=config.seed
+        config.mllm,
+        questions,
+        images,
+        run.path / "pope",
+        batch_size=config.batch_size,
+        processes=config.processes or max(1, torch.cuda.device_count()),
+        seed=config.seed,
     )
     metrics: dict[str, float] = {}
     for who, table in scores.items():

@@ -74,10 +74,12 @@ def ask_directly(model, processor, picture, text):
     return processor.tokenizer.decode(tokens, skip_special_tokens=True).strip()
 
 
-def test_lmms_eval_gives_the_models_own_answers(installed, assembled, run_dir, pope_dir, picture, tmp_path):
+def test_lmms_eval_on_two_processes_gives_the_models_own_answers(
+    installed, assembled, run_dir, pope_dir, picture, tmp_path
+):
     out = tmp_path / "out"
     questions, images = asked_about(pope_dir)
-    scores = evaluate_with_lmms(run_dir, questions, images, out, batch_size=5, seed=1)
+    scores = evaluate_with_lmms(run_dir, questions, images, out, batch_size=5, processes=2, seed=1)
     passes = {"model": questions, "shuffled": shuffle_images(questions, seed=1)}
     passes |= {"grey": grey_images(questions), "no_image": no_images(questions)}
     shown = {q.image: picture(int(q.image[0])) for q in questions} | {GREY: grey_picture(), "": None}
@@ -224,3 +226,47 @@ def test_equal_questions_are_answered_once_and_stop_words_cut(evaluation_model, 
         requests("generate_until", [("Is there a red square?", {**options, "until": [stop]}, show, 0, "t", "test")])
     )
     assert cut == [answers[0].split(stop)[0].strip()]
+
+
+def test_a_killed_evaluation_goes_on_from_what_it_had_answered(run_dir, assembled, picture, tmp_path, monkeypatch):
+    from mllm.lmms_plugin import DiffCLIPLlavaForEvaluation
+
+    docs = [{"image": picture(i)} for i in range(5)]
+    options = {"max_new_tokens": 6, "do_sample": False}
+    asked = requests("generate_until", [("Is there a star?", options, show, i, "t", "test") for i in range(5)])
+
+    def started(run=run_dir):
+        model = DiffCLIPLlavaForEvaluation(str(run), batch_size=2, device="cpu", answers=str(tmp_path / "answered"))
+        model.task_dict = {"t": {"test": docs}}
+        batches = []
+        generate = model.model.generate
+
+        def counted(**inputs):
+            if len(batches) == limit:
+                raise KeyboardInterrupt
+            batches.append(len(inputs["input_ids"]))
+            return generate(**inputs)
+
+        monkeypatch.setattr(model.model, "generate", counted)
+        return model, batches
+
+    limit = 2
+    with pytest.raises(KeyboardInterrupt):
+        started()[0].generate_until(asked)
+    with open(tmp_path / "answered.0", "a") as f:
+        f.write('\n{"half a li')
+    limit = 9
+    model, batches = started()
+    answers = model.generate_until(asked)
+    assert batches == [1]  # four of five were there
+    fresh = DiffCLIPLlavaForEvaluation(str(run_dir), batch_size=5, device="cpu")
+    fresh.task_dict = {"t": {"test": docs}}
+    assert fresh.generate_until(asked) == answers and len(set(answers)) > 1
+    model, batches = started()
+    assert model.generate_until(asked) == answers and batches == []
+    with torch.no_grad():  # answers of other weights are of no use
+        assembled[0].lm_head.weight.mul_(1.5)
+    save(*assembled, tmp_path / "other")
+    model, batches = started(tmp_path / "other")
+    model.generate_until(asked)
+    assert batches == [2, 2, 1]
