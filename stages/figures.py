@@ -214,13 +214,12 @@ def _beyond(arms: Arms) -> list[Plan]:
         why = f"the {stage} runs hold no metrics.jsonl with steps in it" if ran else f"no {stage} run was found"
         draw = (lambda stage=stage: figures_curves.curves(arms, stage, "loss")) if curve else None
         plans.append(Plan(f"loss-{stage}", title, "Each run is a line.", draw, why))
-    lambdas = any(key.startswith("lambda/") for r in arms.runs for line in r.curve for key in line)
     plans.append(
         Plan(
             "lambda",
             "Lambda by layer in pretraining",
             "The weight of the second attention map; faint is the first layer, strong the last. One seed a model.",
-            (lambda: figures_curves.lambdas(arms)) if lambdas else None,
+            (lambda: figures_curves.lambdas(arms)) if figures_curves.runs_with_lambda(arms) else None,
             "no pretrain run logged lambda/… (plain CLIP has none)",
         )
     )

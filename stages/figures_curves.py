@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from stages.figures_style import COLOURS, DASHES, INK, MUTED, WIDTH, colour_of, legend, short
-from stages.report_data import Arms, is_number
+from stages.report_data import Arms, RunDir, is_number
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -30,15 +30,17 @@ def curves(arms: Arms, stage: str, key: str) -> "Figure":
     return figure
 
 
+def runs_with_lambda(arms: Arms) -> list[RunDir]:
+    """The first pretraining run of each model that logged lambda, if any did."""
+    first = [next((r for r in arms.latest("pretrain", m) if _layers(r.curve)), None) for m in arms.models]
+    return [run for run in first if run is not None]
+
+
 def lambdas(arms: Arms) -> "Figure":
     """Lambda over the steps of pretraining, a row a model, a column a tower, a line a layer."""
     import matplotlib.pyplot as plt
 
-    shown = []
-    for model in arms.models:
-        run = next((r for r in arms.latest("pretrain", model) if _layers(r.curve)), None)
-        if run:
-            shown.append((model, run.curve, _layers(run.curve)))
+    shown = [(run.model, run.curve, _layers(run.curve)) for run in runs_with_lambda(arms)]
     towers = list(dict.fromkeys(tower for _, _, layers in shown for tower in layers))
     figure, grid = plt.subplots(
         len(shown), len(towers), figsize=(WIDTH, 0.35 + 2.0 * len(shown)), squeeze=False, sharey=True

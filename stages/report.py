@@ -65,7 +65,8 @@ def write_report(arms: Arms, out: Path) -> Path:
 
 
 def title(arms: Arms) -> str:
-    return " and ".join(arms.models)
+    *others, last = arms.models
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def subtitle(arms: Arms) -> str:

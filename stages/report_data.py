@@ -4,7 +4,6 @@ Nothing here raises on a partial or damaged run: what cannot be read becomes a s
 """
 
 import json
-import math
 import os
 import re
 import statistics
@@ -64,6 +63,12 @@ class RunDir:
     @property
     def name(self) -> str:
         return f"{self.stage} of {self.model or 'the language model'}, seed {self.seed}"
+
+    @property
+    def learns(self) -> list[str]:
+        """Names of the parts that learnt."""
+        names = self.record.get("learns")
+        return [n for n in names if isinstance(n, str)] if isinstance(names, list) else []
 
     def get(self, key: str) -> dict[str, Any]:
         """A mapping in run.json, {} if absent or something else."""
@@ -270,7 +275,8 @@ def clean(value: Any) -> Any:
 
 
 def is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether it is a finite number of a size that can be drawn."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and -1e15 < value < 1e15
 
 
 def as_dict(value: Any) -> dict[str, Any]:

@@ -18,6 +18,7 @@ LATEX = {
     "\u2013": "--",
     "±": r"$\pm$",
     "\u2192": r"$\rightarrow$",
+    "[": "{[}",  # at the start of a row it would be an argument of the line before
     "<": r"\textless{}",
     ">": r"\textgreater{}",
     "|": r"\textbar{}",

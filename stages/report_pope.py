@@ -125,7 +125,7 @@ def pope_verdict(arms: Arms, model: str) -> tuple[bool | None, str]:
         return False, f"{model} does not use the image: {numbers} (mean of the splits)."
     counts = [arms.written(model, f"pope/{split}/questions") for split in POPE_SPLITS]
     questions = min(sum(c[s] for s in seeds if is_number(c.get(s))) for c in counts)
-    if questions and ours - rule < 2 * math.sqrt(ours * (100 - ours) / questions):
+    if questions > 0 and ours - rule < 2 * math.sqrt(ours * (100 - ours) / questions):
         return None, (
             f"{model}: {numbers}; over {questions:,} questions a split that lead is within sampling noise, so it is "
             "not shown that the model uses the image."

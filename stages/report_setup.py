@@ -63,7 +63,7 @@ def checks(arms: Arms) -> list[tuple[bool | None, str]]:
         f"{r.name}: {part}"
         for r in frozen
         for part, mark in r.get("before").items()
-        if (r.get("after").get(part) == mark) == (part in (r.record.get("learns") or []))
+        if (r.get("after").get(part) == mark) == (part in r.learns)
     ]
     if frozen:
         good = "Parts that were frozen kept their fingerprints, parts that learnt changed theirs."
@@ -127,7 +127,7 @@ def details(run: RunDir) -> Table:
     add(["command", str(run.record.get("command", DASH))])
     parameters = run.record.get("parameters")
     if isinstance(parameters, dict):
-        learnt = run.record.get("learns") or []
+        learnt = run.learns
         for part, n in parameters.items():
             before, after = run.get("before").get(part, DASH), run.get("after").get(part, DASH)
             role = "learnt" if part in learnt else "frozen"
@@ -166,8 +166,8 @@ def progress(runs: list[RunDir], seeds: int) -> str:
 
 
 def learns(run: RunDir) -> str:
-    names = run.record.get("learns") or []
-    return " + ".join(f"{n} ({number(run.get('parameters').get(n, DASH))})" for n in names if isinstance(n, str))
+    names = run.learns
+    return " + ".join(f"{n} ({number(run.get('parameters').get(n, DASH))})" for n in names)
 
 
 def budget(run: RunDir) -> str:

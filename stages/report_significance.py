@@ -5,15 +5,17 @@ larger, so that the items are no longer asked.
 """
 
 import math
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from stages.report_data import POPE_SPLITS, Arms, RunDir, as_dict, is_number, read_json, read_lines
 
 RESAMPLES = 4000
+T = TypeVar("T")
 
 
 class Difference(NamedTuple):
@@ -84,7 +86,19 @@ def _items(ours: RunDir, theirs: RunDir, key: str, mean: float) -> Difference:
     return Difference(mean, low, high, p, "bootstrap over test items" + (", McNemar's exact p" if binary else ""))
 
 
-@lru_cache(maxsize=64)
+def _once(read: Callable[[Path], T]) -> Callable[[Path], T]:
+    """`read` of an evaluate run's folder, remembered until the run writes its metrics anew."""
+    remembered = lru_cache(maxsize=64)(lambda folder, stamp: read(folder))
+
+    def reader(folder: Path) -> T:
+        metrics = folder / "metrics.json"
+        return remembered(folder.resolve(), metrics.stat().st_mtime_ns if metrics.exists() else 0)
+
+    reader.__doc__ = read.__doc__
+    return reader
+
+
+@_once
 def outcomes(folder: Path) -> dict[str, np.ndarray]:
     """{key of a score: one number per test item} of an evaluate run; {} if it stored none that can be read."""
     from safetensors import SafetensorError
@@ -116,7 +130,7 @@ class Answers(NamedTuple):
     pictures: np.ndarray  # number of each question's picture
 
 
-@lru_cache(maxsize=64)
+@_once
 def pope_answers(folder: Path) -> dict[tuple[str, str, str], bool]:
     """{(split, picture, question): right} of the model's own pass; anything but yes or no is wrong, as in lmms-eval."""
     found = {}
@@ -163,7 +177,7 @@ def mcnemar_p(answers: Answers) -> float:
 # --- localisation: scores of single objects -------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=64)
+@_once
 def object_scores(folder: Path) -> tuple[tuple[tuple[str, str], ...], dict[str, np.ndarray]]:
     """((picture, object) of every item, {score: one number per item, NaN where there is none})."""
     record = as_dict(read_json(folder / "localisation.json", []))

@@ -399,6 +399,27 @@ def test_a_run_with_nothing_useful_in_it_does_not_stop_the_report(tmp_path, reco
     assert build_report([tmp_path / "runs"], tmp_path / "report").is_file()
 
 
+def test_damaged_values_do_not_stop_the_report(tmp_path):
+    arm = write_arm(tmp_path / "runs", "DiffCLIP-tiny")
+    odd = {"learns": 3.5, "parameters": {"a": None}, "before": {"a": 1}, "after": {"a": 1}, "wall_seconds": 1e308}
+    write_run(arm / "align", "align", model="DiffCLIP-tiny", steps=10**30, **odd)
+    curve = [
+        {"step": 1, "loss": 1e308, "lambda/vision": 2},
+        {"step": 2, "loss": "x", "lambda/vision.x": 1},
+        {"step": []},
+    ]
+    (arm / "pretrain" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in curve))
+    metrics = scores() | {f"pope/{split}/questions": -5 for split in SPLITS} | {"mmvp/Color": 10**400}
+    (arm / "evaluate" / "metrics.json").write_text(json.dumps(metrics))
+    (arm / "evaluate" / "attention.jsonl").write_text('{"heat": [[300]], "image": 5}\n[1]\n{"heat": [[1, 2], [3]]}\n')
+    (arm / "evaluate" / "localisation.json").write_text('{"pictures": 3, "scores": [1]}')
+    words = Page(build_report([tmp_path / "runs"], tmp_path / "report")).words
+    assert (
+        "Figure 2. Attention maps for queries Not drawn" in words
+        and "Lambda by layer in pretraining Not drawn" in words
+    )
+
+
 def test_runs_named_by_inputs_are_found(tmp_path):
     arm = write_arm(tmp_path / "runs", "CLIP-tiny")
     arms = gather([arm])  # the language model lies beside the arm, not below it
