@@ -117,5 +117,8 @@ footer { margin: 3rem auto 2rem; }
   #tiles { grid-template-columns: repeat(auto-fill, minmax(6.2rem, 1fr)); } }
 @media print { nav, .filters, #more, .skip, .files { display: none; } .scroll { overflow: visible; }
   h2, h3 { break-after: avoid; } figure, tr, .tile, #panel { break-inside: avoid; } #panel { position: static; }
-  main, header, footer { max-width: none; } body { font-size: 11pt; } table { font-size: 8.5pt; } }
+  main, header, footer { max-width: none; padding: 0; } body { font-size: 10pt; } table { font-size: 8pt; }
+  .theirs table { font-size: 6.8pt; } th, td { white-space: normal; padding: .15rem .45rem .15rem 0; }
+  .scroll th:first-child, .scroll td:first-child { min-width: 4rem; position: static; }
+  .beside { display: block; } .theirs { padding: .1rem .4rem; } }
 """

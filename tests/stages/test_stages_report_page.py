@@ -99,6 +99,17 @@ def test_tables_and_figures_stand_in_the_papers_order(report):
     assert ids.index("figure3") < ids.index("figure4") < ids.index("table3")  # as their sections follow each other
 
 
+def test_docs_explain_every_figure(report):
+    text = (Path(__file__).parents[2] / "docs" / "figures.md").read_text(encoding="utf-8")
+    titles = re.findall(r'<figure class="figure" id="[^"]*">\s*<h3>(.*?) <span', report.read_text(encoding="utf-8"))
+    assert len(titles) == len(PAPER + OTHERS)
+    known = {"Figure 2": "Figures 2 and 6", "Figure 6": "Figures 2 and 6", "Training loss": "Losses"}
+    for title in titles:
+        name = next((shown for start, shown in known.items() if title.startswith(start)), title.split(" by ")[0])
+        name = re.sub(r"^(Figure \d)\..*", r"\1,", name).removesuffix(" in pretraining")
+        assert re.search(rf"^\*\*{re.escape(name)}", text, flags=re.MULTILINE), title
+
+
 def test_large_and_broken_pictures(tmp_path):
     import numpy as np
 
@@ -173,6 +184,16 @@ def test_no_horizontal_scroll_at_any_width_and_figures_fill_it(browser_page, wid
     boxes = page.evaluate("[...document.querySelectorAll('figure svg')].map(s => s.getBoundingClientRect().toJSON())")
     assert len(boxes) == len(PAPER + OTHERS)
     assert all(box["width"] > 250 and box["height"] > 60 and box["right"] <= width for box in boxes)
+
+
+def test_wide_tables_fit_on_printed_pages(browser_page):
+    page, _ = browser_page
+    page.set_viewport_size({"width": 720, "height": 1000})  # A4 without its margins
+    page.emulate_media(media="print")
+    wide = page.evaluate("[...document.querySelectorAll('table')].filter(t => t.offsetWidth > 720).length")
+    hidden = page.evaluate("getComputedStyle(document.querySelector('nav')).display")
+    page.emulate_media(media="screen")
+    assert wide <= 1 and hidden == "none"  # the table of all scores of three models may be cut
 
 
 def test_keyboard_reaches_everything_and_walks_the_examples(browser_page):
