@@ -1,8 +1,12 @@
 """The real lmms-eval, offline, with a tiny random model: its answers against the model asked directly."""
 
 import json
+import os
 import random
+import subprocess
+import sys
 from importlib.metadata import entry_points
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,7 +27,7 @@ from mllm.pope_scores import (
     shuffle_images,
 )
 
-pytest.importorskip("lmms_eval")
+lmms_eval = pytest.importorskip("lmms_eval")
 OBJECTS = ("red square", "small blue circle", "green star")
 
 
@@ -95,6 +99,26 @@ def test_lmms_eval_on_two_processes_gives_the_models_own_answers(
     assert (scores["model"]["mean"]["accuracy_low"], scores["model"]["mean"]["accuracy_high"]) == (low, high)
     assert given["model"] != given["shuffled"]  # the model looks at what it is shown
     assert scores["always_yes"]["mean"]["yes_rate"] == 1.0 and set(scores["blind"]) == {*SPLITS, "mean"}
+
+
+def test_lmms_evals_own_pope_task_runs(installed, assembled, run_dir, pope_dir, picture, tmp_path):
+    """The standard task, whose set of the Hub lies in a folder of its name, where `datasets` looks first."""
+    questions, images = asked_about(pope_dir)
+    task = Path(lmms_eval.__file__).parent / "tasks" / "pope" / "pope.yaml"
+    name = next(line.split()[1] for line in task.read_text().splitlines() if line.startswith("dataset_path:"))
+    (tmp_path / name / "data").mkdir(parents=True)
+    write_parquet(questions, images, tmp_path / name / "data" / "test-00000-of-00001.parquet")
+    command = [sys.executable, "-m", "lmms_eval", "--model", "diffclip_llava", "--tasks", "pope", "--log_samples"]
+    command += ["--model_args", f"pretrained={run_dir}", "--batch_size", "3", "--output_path", "out"]
+    offline = {"HF_DATASETS_OFFLINE": "1", "HF_HUB_OFFLINE": "1", "LMMS_EVAL_DATASETS_CACHE": str(tmp_path / "cache")}
+    paths = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+    subprocess.run(command, cwd=tmp_path, env={**os.environ, **offline, "PYTHONPATH": paths}, check=True)
+    (samples,) = (tmp_path / "out").rglob("*_samples_pope.jsonl")
+    rows = sorted(map(json.loads, samples.read_text().splitlines()), key=lambda row: row["doc_id"])
+    given = [row["filtered_resps"] for row in rows]
+    given = [one[0] if isinstance(one, list) else one for one in given]
+    direct = [ask_directly(*assembled, picture(int(q.image[0])), q.text) for q in questions]
+    assert [a[:4] for a in given] == [a[:4] for a in direct]  # the task allows longer answers
 
 
 def test_an_lmms_eval_that_fails_is_an_error(installed, tmp_path, pope_dir, monkeypatch):
