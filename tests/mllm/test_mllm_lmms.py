@@ -106,14 +106,15 @@ def test_lmms_evals_own_pope_task_runs(installed, assembled, run_dir, pope_dir, 
     questions, images = asked_about(pope_dir)
     task = Path(lmms_eval.__file__).parent / "tasks" / "pope" / "pope.yaml"
     name = next(line.split()[1] for line in task.read_text().splitlines() if line.startswith("dataset_path:"))
-    (tmp_path / name / "data").mkdir(parents=True)
-    write_parquet(questions, images, tmp_path / name / "data" / "test-00000-of-00001.parquet")
+    cwd = tmp_path / "elsewhere"  # not beside a folder named like the task
+    (cwd / name / "data").mkdir(parents=True)
+    write_parquet(questions, images, cwd / name / "data" / "test-00000-of-00001.parquet")
     command = [sys.executable, "-m", "lmms_eval", "--model", "diffclip_llava", "--tasks", "pope", "--log_samples"]
     command += ["--model_args", f"pretrained={run_dir}", "--batch_size", "3", "--output_path", "out"]
     offline = {"HF_DATASETS_OFFLINE": "1", "HF_HUB_OFFLINE": "1", "LMMS_EVAL_DATASETS_CACHE": str(tmp_path / "cache")}
     paths = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
-    subprocess.run(command, cwd=tmp_path, env={**os.environ, **offline, "PYTHONPATH": paths}, check=True)
-    (samples,) = (tmp_path / "out").rglob("*_samples_pope.jsonl")
+    subprocess.run(command, cwd=cwd, env={**os.environ, **offline, "PYTHONPATH": paths}, check=True)
+    (samples,) = (cwd / "out").rglob("*_samples_pope.jsonl")
     rows = sorted(map(json.loads, samples.read_text().splitlines()), key=lambda row: row["doc_id"])
     given = [row["filtered_resps"] for row in rows]
     given = [one[0] if isinstance(one, list) else one for one in given]
