@@ -69,26 +69,34 @@ def figures(arms: Arms, directory: Path) -> list[Figure]:
             try:
                 svg = io.StringIO()
                 figure.savefig(svg, format="svg", metadata={"Date": None})
+                text = numbered(svg.getvalue())
                 figure.set_layout_engine("none")  # it is laid out now
                 directory.mkdir(parents=True, exist_ok=True)
                 for suffix in ("svg", "png"):
                     temporary = directory / f"{plan.name}.tmp"
                     if suffix == "svg":
-                        temporary.write_text(svg.getvalue(), encoding="utf-8")
+                        temporary.write_text(text, encoding="utf-8")
                     else:
                         figure.savefig(temporary, format="png", dpi=300)
                     os.replace(temporary, directory / f"{plan.name}.{suffix}")
             finally:
                 plt.close(figure)
-            drawn.append(Figure(plan.name, plan.title, plan.caption, inline(svg.getvalue(), plan.name)))
+            drawn.append(Figure(plan.name, plan.title, plan.caption, inline(text, plan.name)))
     return drawn
+
+
+def numbered(svg: str) -> str:
+    """The SVG with its hashed ids counted instead: they come from the last bits of a layout, which do not repeat."""
+    ids = dict.fromkeys(re.findall(r'\bid="([a-z]*[0-9a-f]{10})"', svg))
+    numbers = {old: f"part{number}" for number, old in enumerate(ids)}
+    return re.sub(r'(?<=[#"])([a-z]*[0-9a-f]{10})(?=[")])', lambda m: numbers.get(m[1], m[1]), svg)
 
 
 def inline(svg: str, name: str) -> str:
     """matplotlib's SVG for use inside a page: ids of its own, the page's fonts, colours as CSS variables."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'\bid="image[0-9a-f]+"', "", svg)  # equal pictures have equal ones, and nothing points at them
+    svg = re.sub(r'(<image [^>]*?)\bid="[^"]*"', r"\1", svg)  # equal pictures have equal ones; nothing points at them
     svg = re.sub(r'\bid="', f'id="{name}-', svg)
     svg = re.sub(r'(url\(#|href="#)', rf"\g<1>{name}-", svg)
     svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", svg)
@@ -124,6 +132,8 @@ def _of_the_paper(arms: Arms, maps: list[Map]) -> list[Plan]:
     why = (
         "no evaluate run kept attention maps (attention.jsonl): it needs a dual encoder and segmentation/ in clip_data"
     )
+    said = [str(r.record["attention"]) for r in arms.runs if r.stage == "evaluate" and r.record.get("attention")]
+    why = said[-1] if said else why
     note = "Bright is much, each map against its own maximum. Pictures are the first with two kinds of objects."
     plans.append(
         Plan(

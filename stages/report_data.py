@@ -42,6 +42,7 @@ class RunDir:
     metrics: dict[str, Any] = field(default_factory=dict)
     curve: list[dict[str, float]] = field(default_factory=list)  # of metrics.jsonl, by step
     skipped: dict[str, Any] = field(default_factory=dict)  # what the benchmarks left out, and why
+    about: dict[str, Any] = field(default_factory=dict)  # what the benchmarks were made with
 
     @property
     def stage(self) -> str:
@@ -166,7 +167,7 @@ def gather(paths: list[Path]) -> Arms:
             run.metrics = dict(flat(read_json(file.parent / "metrics.json", problems)))
         if run.stage == "evaluate" and (file.parent / "clip_benchmarks.json").is_file():
             about = read_json(file.parent / "clip_benchmarks.json", problems)
-            run.skipped = as_dict(as_dict(about).get("skipped"))
+            run.skipped, run.about = (as_dict(as_dict(about).get(name)) for name in ("skipped", "about"))
         run.curve = read_curve(file.parent / "metrics.jsonl")
         # the language model or the vision tower may lie elsewhere: what was learnt from belongs to the report
         inputs = [Path(str(as_dict(i).get("path", "?"))) / "run.json" for i in run.get("inputs").values()]

@@ -95,7 +95,7 @@ def table1(arms: Arms) -> Table:
         kind = columns[0].key.split("/")[0]
         table.rows.append([heading])
         table.rows += rows_of(arms, table, [by_title.get(t, Column(t, f"{kind}/{t}/accuracy")) for t in titles])
-    table.caption = captioned("Accuracy in percent; few-shot is 5-way 5-shot.", arms, absent(published, groups[0][1]))
+    table.caption = captioned("Accuracy in percent.", arms, absent(published, groups[0][1]))
     return table
 
 

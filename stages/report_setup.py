@@ -34,6 +34,8 @@ def setup(arms: Arms) -> Table:
         row("learns", of(stage, learns))
         row("data", of(stage, data_of))
         row("budget", of(stage, budget))
+        row("benchmarks", of(stage, protocol))
+        row("POPE", of(stage, lambda run: str(run.record.get("pope") or "")))
         row("final loss", lambda model, stage=stage: final_loss(arms.latest(stage, model)))
     shared = [r for r in arms.runs if r.stage == "language"]
     if shared:
@@ -199,6 +201,19 @@ def data_of(run: RunDir) -> str:
     if len(paths) < 2:
         return "".join(paths)
     return f"{len(paths)} files, {os.path.dirname(paths[0])}/{os.path.basename(paths[0])} \u2026"
+
+
+def protocol(run: RunDir) -> str:
+    """How the CLIP benchmarks of an evaluate run were made, as far as it says so."""
+    few = as_dict(run.about.get("few_shot"))
+    parts = [f"templates: {run.about['templates']}"] if "templates" in run.about else []
+    if "linear_probe" in run.about:
+        parts.append(
+            f"probe: {run.about['linear_probe']}, on features {run.about.get('probe_features')} the projection"
+        )
+    if few:
+        parts.append(f"{few.get('way')}-way {few.get('shot')}-shot, {number(few.get('episodes'))} episodes")
+    return "; ".join([*parts, *([str(run.about["precision"])] if "precision" in run.about else [])])
 
 
 def versions(run: RunDir) -> str:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from stages.report_data import POPE_SPLITS, Arms, RunDir, as_dict, is_number, read_json, read_lines
+from stages.report_data import AVERAGED, POPE_SPLITS, Arms, RunDir, as_dict, is_number, read_json, read_lines
 
 RESAMPLES = 4000
 T = TypeVar("T")
@@ -72,13 +72,12 @@ def _items(ours: RunDir, theirs: RunDir, key: str, mean: float) -> Difference:
     """Paired bootstrap over the test items of a CLIP benchmark, and McNemar's exact test for right-or-wrong ones."""
     from diffclip.benchmarks.significance import mcnemar, paired_bootstrap
 
+    if _digest(ours) != _digest(theirs):
+        return Difference(mean, why="the models were not evaluated on the same items")
     first, second = (outcomes(run.path).get(key) for run in (ours, theirs))
     if first is None or second is None:
-        averaged = key.endswith(("average", "average/accuracy", "average/top1", "average7", "average_with_base"))
-        averaged = averaged or "/average/" in key
-        what = "an average of scores has no items of its own" if averaged else "outcomes of single items are not stored"
-        return Difference(mean, why=what)
-    if len(first) != len(second) or _digest(ours) != _digest(theirs):
+        return _average(ours, theirs, key, mean)
+    if len(first) != len(second):
         return Difference(mean, why="the models were not evaluated on the same items")
     _, low, high = (100 * v for v in paired_bootstrap(first, second, resamples=RESAMPLES))
     binary = all(np.isin(one, (0, 1)).all() for one in (first, second))
@@ -96,6 +95,24 @@ def _once(read: Callable[[Path], T]) -> Callable[[Path], T]:
 
     reader.__doc__ = read.__doc__
     return reader
+
+
+def _average(ours: RunDir, theirs: RunDir, key: str, mean: float) -> Difference:
+    """The average over sets: the items of each set are resampled on their own, and the sets' means averaged."""
+    pattern = next((pattern for pattern, average in AVERAGED if average == key), "")
+    before, _, after = pattern.partition("{}")
+    sets = [k for k in theirs.metrics if pattern and k.startswith(before) and k.endswith(after) and k != key]
+    pairs = [(outcomes(ours.path).get(k), outcomes(theirs.path).get(k)) for k in sets]
+    if not pairs or any(a is None or b is None or len(a) != len(b) for a, b in pairs):
+        return Difference(mean, why="outcomes of single items are not stored for it")
+    generator = np.random.default_rng(0)
+    drawn = np.zeros(RESAMPLES)
+    for first, second in pairs:
+        values, counts = np.unique(second - first, return_counts=True)
+        draws = generator.multinomial(len(first), counts / len(first), size=RESAMPLES)
+        drawn += draws @ values / len(first) / len(pairs)
+    low, high = 100 * np.quantile(drawn, [0.025, 0.975])
+    return Difference(mean, float(low), float(high), None, "bootstrap over the items of each set")
 
 
 @_once

@@ -85,6 +85,23 @@ def test_several_seeds_are_tested_over_seeds(tmp_path):
     assert found.p == pytest.approx(1 - t / math.sqrt(2 + t * t), abs=1e-6)  # closed form for two degrees of freedom
 
 
+def test_an_average_is_tested_over_the_items_of_its_sets(tmp_path):
+    generator = np.random.default_rng(5)
+    spread = 0.0
+    right = {"A": {}, "B": {}}
+    for name, count in (("x", 400), ("y", 900)):
+        key = f"zero_shot/{name}/top1"
+        right["A"][key] = (generator.random(count) < 0.5).astype(np.uint8)
+        right["B"][key] = (generator.random(count) < 0.6).astype(np.uint8)
+        spread += np.var(right["B"][key].astype(float) - right["A"][key]) / count / 4  # of a mean of two means
+    for model, found in right.items():
+        write_run(tmp_path / model, "evaluate", model=model, metrics={k: 100 * v.mean() for k, v in found.items()})
+        save_file(found, tmp_path / model / "clip_outcomes.safetensors")
+    found = difference(gather([tmp_path]), "A", "B", "zero_shot/average/top1")
+    half = 196 * math.sqrt(spread)
+    assert (found.low, found.high) == pytest.approx((found.mean - half, found.mean + half), abs=0.4)
+
+
 def test_equal_differences_have_no_spread_to_test(tmp_path):
     for model, lift in (("A", 0), ("B", 1)):
         for seed in (0, 1):
