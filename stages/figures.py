@@ -21,6 +21,7 @@ from stages.report_maps import Map, attention_maps
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Drawing
 
+LONG = f"; logs of more than {figures_curves.MOST_POINTS} lines are averaged over neighbouring ones"
 PAIRS_SHOWN = 2  # pictures of figure 2, as in the paper; the others make figure 6
 ATTENTION = "Where each model looks for a text: the patches that speak for it, by gradient, in the last layer"
 
@@ -223,12 +224,13 @@ def _beyond(arms: Arms) -> list[Plan]:
         title = f"Training loss of {stage}"
         why = f"the {stage} runs hold no metrics.jsonl with steps in it" if ran else f"no {stage} run was found"
         draw = (lambda stage=stage: figures_curves.curves(arms, stage, "loss")) if curve else None
-        plans.append(Plan(f"loss-{stage}", title, "Each run is a line.", draw, why))
+        plans.append(Plan(f"loss-{stage}", title, f"Each run is a line{LONG}.", draw, why))
     plans.append(
         Plan(
             "lambda",
             "Lambda by layer in pretraining",
-            "The weight of the second attention map; faint is the first layer, strong the last. One seed a model.",
+            "The weight of the second attention map; faint is the first layer, strong the last. One seed a "
+            f"model{LONG}.",
             (lambda: figures_curves.lambdas(arms)) if figures_curves.runs_with_lambda(arms) else None,
             "no pretrain run logged lambda/… (plain CLIP has none)",
         )
@@ -238,7 +240,7 @@ def _beyond(arms: Arms) -> list[Plan]:
         Plan(
             "logit-scale",
             "Logit scale in pretraining",
-            "The inverse temperature, clamped at 100.",
+            f"The inverse temperature, clamped at 100{LONG}.",
             (lambda: figures_curves.curves(arms, "pretrain", "logit_scale")) if scales else None,
             "no pretrain run logged logit_scale",
         )

@@ -1,5 +1,6 @@
 """Curves of training: losses, logit scale, and lambda layer by layer."""
 
+import statistics
 from typing import TYPE_CHECKING
 
 from stages.figures_style import COLOURS, DASHES, INK, MUTED, WIDTH, colour_of, legend, short
@@ -8,6 +9,8 @@ from stages.report_data import Arms, RunDir, is_number
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+MOST_POINTS = 400  # a line; more make files of megabytes that look the same
+
 
 def curves(arms: Arms, stage: str, key: str) -> "Figure":
     """`key` of metrics.jsonl over the steps, one line a run, colour and dashes by model."""
@@ -15,7 +18,7 @@ def curves(arms: Arms, stage: str, key: str) -> "Figure":
 
     figure, axes = plt.subplots(figsize=(WIDTH, 2.5))
     for run in (r for r in arms.runs if r.stage == stage):
-        points = [(line["step"], line[key]) for line in run.curve if is_number(line.get(key))]
+        points = points_of(run.curve, key)
         index = arms.models.index(run.model) if run.model else -1
         colour = COLOURS[index % len(COLOURS)] if run.model else MUTED
         dashes = DASHES[index % len(DASHES)] if run.model else "-"
@@ -28,6 +31,14 @@ def curves(arms: Arms, stage: str, key: str) -> "Figure":
     if stage != "language":
         legend(axes, arms, lines=True)
     return figure
+
+
+def points_of(curve: list[dict[str, float]], key: str) -> list[tuple[float, float]]:
+    """(step, value) of a log, at most MOST_POINTS of them: means of neighbouring ones where there are more."""
+    points = [(line["step"], line[key]) for line in curve if is_number(line.get(key))]
+    width = -(-len(points) // MOST_POINTS)
+    parts = [points[i : i + width] for i in range(0, len(points), max(1, width))]
+    return [tuple(map(statistics.fmean, zip(*part))) for part in parts] if width > 1 else points
 
 
 def runs_with_lambda(arms: Arms) -> list[RunDir]:
@@ -56,7 +67,7 @@ def lambdas(arms: Arms) -> "Figure":
                 axes.text(0.5, 0.5, "plain attention", transform=axes.transAxes, ha="center", color=MUTED, fontsize=8)
             for place, number in enumerate(numbers):
                 key = f"lambda/{tower}.{number}"
-                points = [(line["step"], line[key]) for line in curve if is_number(line.get(key))]
+                points = points_of(curve, key)
                 strength = 0.3 + 0.7 * (place + 1) / len(numbers)
                 marker = "o" if len(points) == 1 else ""
                 axes.plot(*zip(*points), color=colour_of(arms, model), alpha=strength, linewidth=1.4, marker=marker)

@@ -265,6 +265,8 @@ def flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 def clean(value: Any) -> Any:
     """The same value with control characters, bidirectional overrides and lone surrogates made visible."""
     if isinstance(value, str):
+        if value.isprintable() and len(value) <= 4000:  # nearly always, and a hundred times faster
+            return value
         return "".join(c if c.isprintable() else " " if c.isspace() else "\ufffd" for c in value[:4000])
     if isinstance(value, dict):
         return {clean(str(k)): clean(v) for k, v in value.items()}

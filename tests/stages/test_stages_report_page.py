@@ -99,6 +99,16 @@ def test_tables_and_figures_stand_in_the_papers_order(report):
     assert ids.index("figure3") < ids.index("figure4") < ids.index("table3")  # as their sections follow each other
 
 
+def test_long_logs_are_averaged_and_short_ones_are_not():
+    from stages.figures_curves import MOST_POINTS, points_of
+
+    line = [{"step": s, "loss": float(s % 10)} for s in range(1, 10 * MOST_POINTS + 1)]
+    shown = points_of(line, "loss")
+    assert len(shown) == MOST_POINTS and {value for _, value in shown} == {4.5}  # each the mean of 0 to 9
+    assert shown[0][0] == 5.5 and shown[-1][0] == 10 * MOST_POINTS - 4.5
+    assert points_of([*line[:7], {"step": 8, "loss": None}], "loss") == [(s, s % 10) for s in range(1, 8)]
+
+
 def test_docs_explain_every_figure(report):
     text = (Path(__file__).parents[2] / "docs" / "figures.md").read_text(encoding="utf-8")
     titles = re.findall(r'<figure class="figure" id="[^"]*">\s*<h3>(.*?) <span', report.read_text(encoding="utf-8"))
@@ -249,6 +259,16 @@ def test_wrong_and_changed_answers_can_be_filtered(browser_page):
     assert page.locator("#tiles .tile").count() == 30
     page.click("#more")
     assert page.locator("#tiles .tile").count() == 36 and page.is_hidden("#more")
+
+
+def test_on_a_phone_the_example_in_hand_stays_in_view(browser_page):
+    page, _ = browser_page
+    page.set_viewport_size({"width": 375, "height": 720})
+    page.click("#tiles .tile:nth-child(25)")
+    panel, tile = (page.locator(name).bounding_box() for name in ("#panel", "#tiles .tile:nth-child(25)"))
+    assert panel["y"] >= 0 and panel["y"] + panel["height"] <= 720 and 0 <= tile["y"] <= 720
+    assert page.get_attribute("#tiles .tile:nth-child(25)", "aria-pressed") == "true"
+    page.set_viewport_size({"width": 1280, "height": 900})
 
 
 def test_nothing_complained(browser_page):
