@@ -46,10 +46,12 @@ def instruct(config: InstructConfig) -> None:
     if run.finished:
         return
 
+    import torch
+
     from mllm.model import load
 
     run.note(model=upstream_model(config.model))
-    model, processor = load(config.model)
+    model, processor = load(config.model, dtype=torch.float32)
     train_on_conversations(model, processor, config, run)
 
 

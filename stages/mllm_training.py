@@ -81,7 +81,7 @@ def train_on_conversations(
     """
     import torch
     from torch.utils.data import SequentialSampler, Subset
-    from transformers import Trainer
+    from transformers import Trainer, TrainerCallback
 
     from diffclip.fingerprint import fingerprint
     from mllm.data import load_rows
@@ -103,6 +103,10 @@ def train_on_conversations(
     steps = max(1, int(len(dataset) * config.epochs) // config.global_batch_size)
     order = training_order(dataset, config.order, config.global_batch_size, steps, config.seed)
     counts = freeze(model, learns - {"language_model"} if lora else learns)
+    exact = computed_buffers(model)
+    if config.deepspeed and config.precision == "bf16":
+        model.to(torch.bfloat16)  # as DeepSpeed will, which keeps float32 copies of what learns: what is proven to
+        put_back(model, exact)  # stay unchanged are the rounded weights
     before = {name: fingerprint(module) for name, module in parts(model).items()}
     originals = quantise(model, training_device(config)) if lora and config.lora_bits == 4 else {}
     adapter = (
@@ -121,6 +125,18 @@ def train_on_conversations(
         )
     )
     run.note(parameters=counts, learns=sorted(learns), conversations=len(dataset), steps=steps, before=before)
+    ready = {name: fingerprint(module) for name, module in parts(model).items()}  # with LoRA's weights, if any
+
+    class AfterInit(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            put_back(model, exact)
+            if state.global_step:
+                return  # resumed: the weights are those of the checkpoint
+            with whole_weights(model, config):
+                for name, module in parts(model).items():
+                    if fingerprint(module) != ready[name]:
+                        raise RuntimeError(f"{name} is not what it was before DeepSpeed took it: the run is not valid")
+
     rates = {
         name: getattr(config, f"{name}_learning_rate") for name in counts if getattr(config, f"{name}_learning_rate")
     }
@@ -147,7 +163,7 @@ def train_on_conversations(
         ),
         train_dataset=Subset(dataset, order),
         data_collator=collate(processor, config.packing),
-        callbacks=[Watch(run, config.global_batch_size)],
+        callbacks=[Watch(run, config.global_batch_size), AfterInit()],
     )
     metrics = train(trainer, run)
     with whole_weights(model, config):
@@ -218,6 +234,20 @@ def whole_weights(model: Any, config: ConversationConfig) -> Iterator[None]:
 
     with deepspeed.zero.GatheredParameters(list(model.parameters()), modifier_rank=None):
         yield
+
+
+def computed_buffers(model: "nn.Module") -> dict[str, "torch.Tensor"]:
+    """Copies of what a model computes for itself and does not save, such as the frequencies of rotary embeddings."""
+    saved = model.state_dict().keys()
+    return {name: buffer.clone() for name, buffer in model.named_buffers() if name not in saved}
+
+
+def put_back(model: "nn.Module", buffers: "dict[str, torch.Tensor]") -> None:
+    """Undo that a cast to bfloat16 rounded `computed_buffers`: positions of long texts would run together."""
+    for name, buffer in buffers.items():
+        owner, _, own_name = name.rpartition(".")
+        module = model.get_submodule(owner)
+        setattr(module, own_name, buffer.to(getattr(module, own_name).device))
 
 
 def give_own_rate(optimizer: "torch.optim.Optimizer", module: "nn.Module", learning_rate: float) -> None:

@@ -1,5 +1,7 @@
 """What large models need: gradient checkpointing changes no gradient, weights in several files load as one."""
 
+import json
+
 import pytest
 import torch
 from test_mllm_open_clip_tower import open_clip_name
@@ -9,6 +11,10 @@ from mllm.assemble import assemble
 from mllm.conversation import encode, render
 from mllm.examples import image_tokens
 from mllm.model import freeze, load, save
+from stages import mllm_training
+from stages.instruct import InstructConfig
+from stages.mllm_training import computed_buffers, put_back
+from stages.run import Run
 
 
 def example(processor, picture):
@@ -72,3 +78,41 @@ def test_weights_in_bfloat16_stay_so(tower_dir, language_dir, tmp_path):
     model, _ = load(tmp_path)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert load(tmp_path, dtype=torch.float32)[0].dtype == torch.float32
+
+
+def test_rotary_frequencies_survive_a_cast_to_bfloat16(assembled, picture):
+    model, processor = assembled
+    exact = computed_buffers(model)
+    assert any("inv_freq" in name for name in exact)
+    model.to(torch.bfloat16)
+    assert any(not torch.equal(dict(model.named_buffers())[name].float(), exact[name]) for name in exact)
+    put_back(model, exact)
+    assert all(torch.equal(dict(model.named_buffers())[name], exact[name]) for name in exact)
+    assert not exact.keys() & model.state_dict().keys()
+    assert model(**{**example(processor, picture), "labels": None}).logits.dtype == torch.bfloat16
+
+
+def test_weights_that_change_when_training_begins_are_found(assembled, picture, tmp_path, monkeypatch):
+    """As if the launcher had initialised a part anew."""
+    model, processor = assembled
+    picture(0).save(tmp_path / "0.png")
+    turns = [{"from": "human", "value": "<image>\nIs there a star?"}, {"from": "gpt", "value": "Yes"}]
+    (tmp_path / "rows.json").write_text(json.dumps([{"id": "0", "image": "0.png", "conversations": turns}] * 4))
+    config = InstructConfig(
+        output_dir=str(tmp_path / "run"),
+        data=[str(tmp_path / "rows.json")],
+        image_root=str(tmp_path),
+        global_batch_size=2,
+        deepspeed="",
+        use_cpu=True,
+        precision="fp32",
+        num_workers=0,
+        report_to=[],
+    )
+
+    def disturb(model, buffers):
+        torch.nn.init.normal_(model.model.vision_tower.get_input_embeddings().weight)
+
+    monkeypatch.setattr(mllm_training, "put_back", disturb)
+    with pytest.raises(RuntimeError, match="vision_tower is not what it was before"):
+        mllm_training.train_on_conversations(model, processor, config, Run("instruct", config, {}))

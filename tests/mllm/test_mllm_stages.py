@@ -95,6 +95,22 @@ def test_offloading_to_the_host_learns_the_same(calm, inputs, tmp_path):
     assert losses(out) == pytest.approx(losses(calm / "one"), rel=1e-4)
 
 
+def test_bfloat16_under_deepspeed_keeps_what_is_frozen_and_learns_alike(inputs, tmp_path):
+    """The paper's precision: DeepSpeed rounds the weights, and what stays frozen is proven to be just that."""
+    run_deepspeed(1, *command(inputs, tmp_path / "exact", 2, "--learns=projector"))
+    run_deepspeed(2, *command(inputs, tmp_path / "half", 3, "--learns=projector", "--precision=bf16"))
+    record = json.loads((tmp_path / "half" / "run.json").read_text())
+    same = {part: record["after"][part] == value for part, value in record["before"].items()}
+    assert same == {"vision_tower": True, "projector": False, "language_model": True}
+    before, after = weights(inputs / "model"), weights(tmp_path / "half")
+    assert {tensor.dtype for tensor in after.values()} == {torch.bfloat16}
+    for name, tensor in before.items():
+        if "projector" not in name:
+            assert torch.equal(tensor.bfloat16(), after[name]), name
+    assert losses(tmp_path / "half") == pytest.approx(losses(tmp_path / "exact"), rel=0.03)
+    load(tmp_path / "half")
+
+
 def test_a_killed_rank_ends_the_launcher_and_the_command_goes_on_to_the_same_weights(calm, inputs, tmp_path):
     out = tmp_path / "killed"
     arguments = command(inputs, out, 3, "--lora_rank=4")
