@@ -7,6 +7,7 @@ from stages.figures_style import COLOURS, DASHES, INK, MUTED, WIDTH, colour_of, 
 from stages.report_data import Arms, RunDir, is_number
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 MOST_POINTS = 400  # a line; more make files of megabytes that look the same
@@ -24,13 +25,22 @@ def curves(arms: Arms, stage: str, key: str) -> "Figure":
         dashes = DASHES[index % len(DASHES)] if run.model else "-"
         marker = "o" if len(points) == 1 else ""
         axes.plot(*zip(*points), dashes, color=colour, linewidth=1.4, alpha=0.9, marker=marker) if points else None
-    axes.set_xlabel("step")
+    name_steps(axes)
     axes.set_ylabel(key.replace("_", " "))
     axes.tick_params(axis="y", labelcolor=MUTED)
     axes.grid(linewidth=0.6)
     if stage != "language":
         legend(axes, arms, lines=True)
     return figure
+
+
+def name_steps(axes: "Axes", most: int = 6) -> None:
+    """Few labels on the axis of steps, 25k for 25000, so that they never meet."""
+    from matplotlib.ticker import EngFormatter, MaxNLocator
+
+    axes.set_xlabel("step")
+    axes.xaxis.set_major_locator(MaxNLocator(most, integer=True))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
 
 
 def points_of(curve: list[dict[str, float]], key: str) -> list[tuple[float, float]]:
@@ -61,7 +71,7 @@ def lambdas(arms: Arms) -> "Figure":
             axes.set_title(f"{short(model, 24)}, {tower}", fontsize=8.5, loc="left", color=INK)
             axes.tick_params(axis="y", labelcolor=MUTED)
             axes.grid(linewidth=0.6)
-            axes.set_xlabel("step")
+            name_steps(axes, 3)
             numbers = layers.get(tower, [])
             if not numbers:
                 axes.text(0.5, 0.5, "plain attention", transform=axes.transAxes, ha="center", color=MUTED, fontsize=8)

@@ -298,6 +298,8 @@ def test_hostile_text_stays_text_in_the_browser(tmp_path, browser_page):
     opened, complaints = new_page(browser_page, index)
     shown = opened.inner_text("#panel")
     assert "<script>alert(1)</script>" in shown and "picture missing" in shown
+    assert "<script>alert(1)</script>" in opened.inner_text("#panel h3")
+    assert opened.locator("#panel script, #tiles script, option script").count() == 0
     assert opened.locator("#tiles img").count() == 0, "a picture outside the run was shown"
     assert complaints == []
 
@@ -320,7 +322,8 @@ def test_ten_thousand_examples_make_no_page_that_freezes(tmp_path, browser_page)
                 "question": f"Is there thing {i} in the image? " + "x" * 400,
             }
             row |= {"label": "no", "answer": "yes" if i % 100 == 0 else "no", "image": f"examples/{i % 200}.png"}
-            f.write(json.dumps(row | {"query": "a thing", "heat": heat}) + "\n")
+            row |= {"answer_shuffled": "no " * 1300, "query": "a thing", "heat": heat}
+            f.write(json.dumps(row) + "\n")
     index = build_report([tmp_path / "runs"], tmp_path / "report")
     assert index.stat().st_size < 20e6
     page, complaints = new_page(browser_page, index)
