@@ -174,7 +174,7 @@ def _of_the_paper(arms: Arms, maps: list[Map]) -> list[Plan]:
             "As Figure 1, for every variant.",
             (lambda: figures_bars.bars(arms, scored)) if scored and enough else None,
             f"there {'are' if len(arms.models) > 1 else 'is'} only {' and '.join(arms.models)} here, as in Figure 1; "
-            "DiffCLIP-star and DiffCLIP-dagger were not run"
+            "variants are compared from three models on"
             if not enough
             else "no evaluate run has scores of the dual encoder",
         )

@@ -74,7 +74,8 @@ def subtitle(arms: Arms) -> str:
     started = sorted(str(run.record["started"])[:10] for run in arms.runs if run.record.get("started"))
     days = " to ".join(dict.fromkeys([started[0], started[-1]])) if started else "at an unknown time"
     seeds = sorted({seed for model in arms.models for seed in arms.seeds(model)}, key=lambda s: (len(s), s))
-    return f"{len(arms.runs)} runs, started {days}; seed{'s' * (len(seeds) != 1)} {', '.join(seeds) or 'unknown'}."
+    runs = f"{len(arms.runs)} run{'s' * (len(arms.runs) != 1)}"
+    return f"{runs}, started {days}; seed{'s' * (len(seeds) != 1)} {', '.join(seeds) or 'unknown'}."
 
 
 def markdown(arms: Arms, parts: list["Section"]) -> str:
@@ -89,7 +90,7 @@ def markdown(arms: Arms, parts: list["Section"]) -> str:
         if part.anchor == "examples":
             continue
         text.append(f"## {escape(part.title)}")
-        text += [escape(part.text)] if part.text else []
+        text += [escape(part.text).replace("\n", "\n\n")] if part.text else []
         text += ["\n".join(f"- {escape(sentence)}" for _, sentence in part.verdicts)] if part.verdicts else []
         for figure in part.figures:
             shown = f"![{escape(figure.caption)}](figures/{figure.name}.svg)"

@@ -113,7 +113,8 @@ footer { margin: 3rem auto 2rem; }
 @media (max-width: 40rem) { body { font-size: 15px; } table { font-size: .85rem; }
   main, header, footer { padding: 0 1rem; }
   th, td { padding-right: .7rem; } .scroll th:first-child, .scroll td:first-child { min-width: 5.5rem; max-width: 36vw;
-  white-space: normal; } .shots figure { flex-basis: 5.5rem; } #panel { padding: .7rem; }
+  white-space: normal; } table.prose { width: 100%; } table.prose td { min-width: 6.5rem; padding-right: .4rem; }
+  .shots figure { flex-basis: 5.5rem; } #panel { padding: .7rem; }
   #tiles { grid-template-columns: repeat(auto-fill, minmax(6.2rem, 1fr)); } }
 @media print { nav, .filters, #more, .skip, .files { display: none; } .scroll { overflow: visible; }
   h2, h3 { break-after: avoid; } figure, tr, .tile, #panel { break-inside: avoid; } #panel { position: static; }
