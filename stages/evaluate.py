@@ -38,7 +38,7 @@ class EvaluateConfig:
     clip: str = field(default="", metadata={"help": "a pretraining run, or any checkpoint diffclip.load reads"})
     clip_data: str = field(
         default="",
-        metadata={"help": "folder with classification/, shifts/, retrieval/, mmvp/, segmentation/ (what is there is run)"},
+        metadata={"help": "folder of classification/, shifts/, retrieval/, mmvp/, segmentation/, as far as there"},
     )
     few_shot_episodes: int = field(default=5000, metadata={"help": "5-way 5-shot episodes"})
     mllm: str = field(default="", metadata={"help": "an instruction run"})
