@@ -10,7 +10,7 @@ import diffclip
 from mllm.assemble import assemble
 from mllm.conversation import encode, render
 from mllm.examples import image_tokens
-from mllm.model import freeze, load, save
+from mllm.model import freeze, load, parts, save
 from stages import mllm_training
 from stages.instruct import InstructConfig
 from stages.mllm_training import computed_buffers, put_back
@@ -92,27 +92,56 @@ def test_rotary_frequencies_survive_a_cast_to_bfloat16(assembled, picture):
     assert model(**{**example(processor, picture), "labels": None}).logits.dtype == torch.bfloat16
 
 
-def test_weights_that_change_when_training_begins_are_found(assembled, picture, tmp_path, monkeypatch):
-    """As if the launcher had initialised a part anew."""
-    model, processor = assembled
-    picture(0).save(tmp_path / "0.png")
+def train_in_process(assembled, picture, folder, **settings):
+    """Two steps of instruct, without a launcher."""
+    picture(0).save(folder / "0.png")
     turns = [{"from": "human", "value": "<image>\nIs there a star?"}, {"from": "gpt", "value": "Yes"}]
-    (tmp_path / "rows.json").write_text(json.dumps([{"id": "0", "image": "0.png", "conversations": turns}] * 4))
+    (folder / "rows.json").write_text(json.dumps([{"id": "0", "image": "0.png", "conversations": turns}] * 4))
     config = InstructConfig(
-        output_dir=str(tmp_path / "run"),
-        data=[str(tmp_path / "rows.json")],
-        image_root=str(tmp_path),
+        output_dir=str(folder / "run"),
+        data=[str(folder / "rows.json")],
+        image_root=str(folder),
         global_batch_size=2,
         deepspeed="",
         use_cpu=True,
         precision="fp32",
         num_workers=0,
         report_to=[],
+        **settings,
     )
+    run = Run("instruct", config, {})
+    mllm_training.train_on_conversations(*assembled, config, run)
+    return run
+
+
+def test_weights_that_change_when_training_begins_are_found(assembled, picture, tmp_path, monkeypatch):
+    """As if the launcher had initialised a part anew."""
 
     def disturb(model, buffers):
         torch.nn.init.normal_(model.model.vision_tower.get_input_embeddings().weight)
 
     monkeypatch.setattr(mllm_training, "put_back", disturb)
     with pytest.raises(RuntimeError, match="vision_tower is not what it was before"):
-        mllm_training.train_on_conversations(model, processor, config, Run("instruct", config, {}))
+        train_in_process(assembled, picture, tmp_path)
+
+
+@pytest.mark.parametrize("part, lora", [("vision_tower", 0), ("vision_tower", 2), ("language_model", 2)])
+def test_a_frozen_part_that_changes_while_training_is_found(assembled, picture, tmp_path, monkeypatch, part, lora):
+    def disturb(self, args, state, control, **kwargs):
+        with torch.no_grad():
+            frozen = [p for p in parts(assembled[0])[part].parameters() if not p.requires_grad]
+            frozen[-1].add_(1.0)
+
+    monkeypatch.setattr("stages.callbacks.Watch.on_step_end", disturb)
+    beside = "weights of the language model beside LoRA's changed" if part == "language_model" else f"{part} changed"
+    with pytest.raises(RuntimeError, match=beside):
+        train_in_process(assembled, picture, tmp_path, lora_rank=lora)
+
+
+def test_a_part_that_does_not_learn_is_found(assembled, picture, tmp_path):
+    with pytest.raises(RuntimeError, match="projector did not change"):
+        train_in_process(assembled, picture, tmp_path, learning_rate=0.0)
+
+
+def test_undisturbed_training_passes_all_of_them(assembled, picture, tmp_path):
+    assert train_in_process(assembled, picture, tmp_path).record["state"] == "finished"
