@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from diffclip.errors import InputError, exit_on_input_error
 from stages.config import parse, require
-from stages.report_overlays import (
+from stages.overlays import (
     GRID,
     Encoder,
     heat_maps,

@@ -16,11 +16,11 @@ from PIL import Image
 
 from diffclip.errors import InputError
 from stages.report import build_report
-from stages.report_cells import percent
-from stages.report_data import gather
-from stages.report_pope import pope_verdict
-from stages.report_setup import checks, setup, stand_in
-from stages.report_tables import comparison, evidence
+from stages.report.cells import percent
+from stages.report.data import gather
+from stages.report.pope import pope_verdict
+from stages.report.setup import checks, setup, stand_in
+from stages.report.tables import comparison, evidence
 
 SPLITS = ("random", "popular", "adversarial")
 HOSTILE = '<script>alert(1)</script>|`$x$_"&amp;\u202e\x1b[31m'
@@ -113,7 +113,7 @@ def write_examples(path: Path, answer: str, question="Is there a red circle in t
 
 
 def write_attention(path: Path, pictures: int = 3):
-    """Maps and scores of objects as `stages.report_overlays` writes them."""
+    """Maps and scores of objects as `stages.overlays` writes them."""
     (path / "attention").mkdir(parents=True, exist_ok=True)
     rows = []
     for i in range(pictures):

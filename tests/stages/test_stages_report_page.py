@@ -11,7 +11,7 @@ from PIL import Image
 from test_stages_report import HOSTILE, SPLITS, Page, scores, write_arm, write_examples, write_run
 
 from stages.report import build_report
-from stages.report_examples import picture
+from stages.report.examples import picture
 
 PAPER = [f"figure{i}" for i in range(1, 7)]
 OTHERS = ["pope", "localisation", *(f"loss-{s}" for s in ("language", "pretrain", "align", "instruct"))]
@@ -100,7 +100,7 @@ def test_tables_and_figures_stand_in_the_papers_order(report):
 
 
 def test_long_logs_are_averaged_and_short_ones_are_not():
-    from stages.figures_curves import MOST_POINTS, points_of
+    from stages.report.figures_curves import MOST_POINTS, points_of
 
     line = [{"step": s, "loss": float(s % 10)} for s in range(1, 10 * MOST_POINTS + 1)]
     shown = points_of(line, "loss")

@@ -9,11 +9,11 @@ import pytest
 from safetensors.numpy import save_file
 from test_stages_report import SPLITS, rows_of, scores, write_run
 
-from stages.report_data import gather
-from stages.report_layout import table1, table3
-from stages.report_pope import pope, pope_pairs
-from stages.report_significance import by_cluster, difference
-from stages.report_tables import comparison, tally
+from stages.report.data import gather
+from stages.report.layout import table1, table3
+from stages.report.pope import pope, pope_pairs
+from stages.report.significance import by_cluster, difference
+from stages.report.tables import comparison, tally
 
 KEY = "zero_shot/shape/top1"
 

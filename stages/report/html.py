@@ -9,18 +9,18 @@ import hashlib
 import re
 from dataclasses import dataclass, field
 
-from stages.figures import Figure
-from stages.report_beyond import cost, cost_verdict, localisation
-from stages.report_cells import Table
-from stages.report_data import Arms
-from stages.report_examples import examples
-from stages.report_layout import mmvp, table1, table2, table3, table4, table5
-from stages.report_paper import paper_figure4, paper_table1, paper_table2, paper_table3
-from stages.report_pope import pope, pope_pairs, pope_verdict
-from stages.report_script import SCRIPT
-from stages.report_setup import checks, details, setup, stand_in
-from stages.report_style import CSS
-from stages.report_tables import comparison, evidence, others, tally
+from stages.report.beyond import cost, cost_verdict, localisation
+from stages.report.cells import Table
+from stages.report.data import Arms
+from stages.report.examples import examples
+from stages.report.figures import Figure
+from stages.report.layout import mmvp, table1, table2, table3, table4, table5
+from stages.report.paper import paper_figure4, paper_table1, paper_table2, paper_table3
+from stages.report.pope import pope, pope_pairs, pope_verdict
+from stages.report.script import SCRIPT
+from stages.report.setup import checks, details, setup, stand_in
+from stages.report.style import CSS
+from stages.report.tables import comparison, evidence, others, tally
 
 TEMPLATE = """
 {%- macro grid(table, label) -%}

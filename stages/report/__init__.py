@@ -13,14 +13,14 @@ import io
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from diffclip.errors import InputError, exit_on_input_error
-from stages.report_data import Arms, gather, mean_sd, write_text
-from stages.report_pope import pope_verdict
-from stages.report_setup import checks, details, stand_in
-from stages.report_tables import comparison, comparison_keys, evidence, paired_differences
+from diffclip.errors import InputError
+from stages.report.data import Arms, gather, mean_sd, write_text
+from stages.report.pope import pope_verdict
+from stages.report.setup import checks, details, stand_in
+from stages.report.tables import comparison, comparison_keys, evidence, paired_differences
 
 if TYPE_CHECKING:
-    from stages.report_html import Section
+    from stages.report.html import Section
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -50,9 +50,9 @@ def build_report(runs: list[Path], out: Path) -> Path:
 
 def write_report(arms: Arms, out: Path) -> Path:
     """The files of `build_report`, each written whole or not at all."""
-    from stages.figures import figures
-    from stages.report_export import write_tables
-    from stages.report_html import page, sections
+    from stages.report.export import write_tables
+    from stages.report.figures import figures
+    from stages.report.html import page, sections
 
     if out.exists() and not out.is_dir():
         raise InputError(f"{out}: is a file; give --out a directory")
@@ -80,8 +80,8 @@ def subtitle(arms: Arms) -> str:
 
 def markdown(arms: Arms, parts: list["Section"]) -> str:
     """The report without its examples, for places where only text goes."""
-    from stages.report_export import as_markdown
-    from stages.report_export import markdown as escape
+    from stages.report.export import as_markdown
+    from stages.report.export import markdown as escape
 
     text = [f"# {escape(title(arms))}", escape(subtitle(arms)), f"**{escape(evidence(arms))}**"]
     if stand_in(arms):
@@ -153,8 +153,3 @@ def print_table(arms: Arms) -> None:
     for model in arms.models:
         console.print(Text(pope_verdict(arms, model)[1]))
     console.print(Text(evidence(arms)))
-
-
-if __name__ == "__main__":
-    with exit_on_input_error():
-        main()

@@ -4,8 +4,8 @@ import csv
 import io
 from pathlib import Path
 
-from stages.report_cells import MINUS, Table
-from stages.report_data import write_text
+from stages.report.cells import MINUS, Table
+from stages.report.data import write_text
 
 LATEX = {
     "\\": r"\textbackslash{}",

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from stages.report_data import POPE_SPLITS, Arms, read_lines
-from stages.report_maps import grid, open_inside
+from stages.report.data import POPE_SPLITS, Arms, read_lines
+from stages.report.maps import grid, open_inside
 
 MOST_TEXT = 5_000_000  # characters of all examples without their pictures
 MOST_PICTURES = 8_000_000  # characters of all pictures

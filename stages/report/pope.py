@@ -2,9 +2,9 @@
 
 import math
 
-from stages.report_cells import DASH, Table, distinct, number, p_value, percent, score
-from stages.report_data import POPE_SPLITS, Arms, is_number, mean_sd
-from stages.report_significance import by_cluster, mcnemar_p, paired_answers
+from stages.report.cells import DASH, Table, distinct, number, p_value, percent, score
+from stages.report.data import POPE_SPLITS, Arms, is_number, mean_sd
+from stages.report.significance import by_cluster, mcnemar_p, paired_answers
 
 SPLITS = (*POPE_SPLITS, "mean")
 # (row, pattern of the key, None or why it would be absent)

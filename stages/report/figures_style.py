@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from stages.report_data import Arms
+from stages.report.data import Arms
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

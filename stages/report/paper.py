@@ -4,7 +4,7 @@ From Hammoud and Ghanem, "DiffCLIP: Differential Attention Meets CLIP", arXiv 25
 and radar (figure 4) carry no table, so that only what text or tables say is repeated here.
 """
 
-from stages.report_cells import Table, percent
+from stages.report.cells import Table, percent
 
 SOURCE = "arXiv 2503.06626v1"
 CLASSIFICATION = (

@@ -3,8 +3,8 @@
 import statistics
 from typing import TYPE_CHECKING
 
-from stages.figures_style import COLOURS, DASHES, INK, MUTED, WIDTH, colour_of, legend, short
-from stages.report_data import Arms, RunDir, is_number
+from stages.report.data import Arms, RunDir, is_number
+from stages.report.figures_style import COLOURS, DASHES, INK, MUTED, WIDTH, colour_of, legend, short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -2,10 +2,10 @@
 
 import re
 
-from stages.report_cells import DASH, MINUS, Table, distinct, p_value, percent, score
-from stages.report_data import POPE_SPLITS, Arms, is_number, mean_sd
-from stages.report_pope import POPE_KEYS
-from stages.report_significance import Difference, difference
+from stages.report.cells import DASH, MINUS, Table, distinct, p_value, percent, score
+from stages.report.data import POPE_SPLITS, Arms, is_number, mean_sd
+from stages.report.pope import POPE_KEYS
+from stages.report.significance import Difference, difference
 
 # (heading, pattern of the metric's key, whether its absence is worth a line), in the order of the paper's tables.
 # The pattern's groups make the row's name; a key without any is an average.

@@ -3,10 +3,10 @@
 import statistics
 from typing import NamedTuple
 
-from stages.report_cells import DASH, Table, duration, number, percent, score
-from stages.report_data import STAGES, Arms, RunDir, is_number, mean_sd
-from stages.report_significance import difference
-from stages.report_tables import difference_cells, paired_differences
+from stages.report.cells import DASH, Table, duration, number, percent, score
+from stages.report.data import STAGES, Arms, RunDir, is_number, mean_sd
+from stages.report.significance import difference
+from stages.report.tables import difference_cells, paired_differences
 
 LOCALISATION = (
     ("pointing game", "pointing"),

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stages import figures_bars, figures_curves, figures_maps
-from stages.figures_style import COLOURS, GRID, INK, MUTED, PAPER, STYLE
-from stages.report_beyond import costs
-from stages.report_data import POPE_SPLITS, STAGES, Arms
-from stages.report_layout import Column, mmvp_columns, shift_columns, six_tasks
-from stages.report_maps import Map, attention_maps
+from stages.report import figures_bars, figures_curves, figures_maps
+from stages.report.beyond import costs
+from stages.report.data import POPE_SPLITS, STAGES, Arms
+from stages.report.figures_style import COLOURS, GRID, INK, MUTED, PAPER, STYLE
+from stages.report.layout import Column, mmvp_columns, shift_columns, six_tasks
+from stages.report.maps import Map, attention_maps
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Drawing

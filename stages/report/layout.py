@@ -7,10 +7,10 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from stages.report_cells import Table, number, percent, score
-from stages.report_data import POPE_SPLITS, Arms
-from stages.report_setup import distinct
-from stages.report_significance import difference
+from stages.report.cells import Table, number, percent, score
+from stages.report.data import POPE_SPLITS, Arms
+from stages.report.setup import distinct
+from stages.report.significance import difference
 
 PAPER_SETS = {  # folder in diffclip.benchmarks.paper: name in the paper, in its order
     "classification": {

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages.report_data import Arms, read_lines
+from stages.report.data import Arms, read_lines
 
 if TYPE_CHECKING:
     import numpy as np

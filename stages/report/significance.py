@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from stages.report_data import AVERAGED, POPE_SPLITS, Arms, RunDir, as_dict, is_number, read_json, read_lines
+from stages.report.data import AVERAGED, POPE_SPLITS, Arms, RunDir, as_dict, is_number, read_json, read_lines
 
 RESAMPLES = 4000
 T = TypeVar("T")

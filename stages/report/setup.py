@@ -3,8 +3,8 @@
 import os
 from collections.abc import Callable
 
-from stages.report_cells import DASH, Table, distinct, duration, number
-from stages.report_data import STAGES, Arms, RunDir, as_dict, is_number, mean_sd
+from stages.report.cells import DASH, Table, distinct, duration, number
+from stages.report.data import STAGES, Arms, RunDir, as_dict, is_number, mean_sd
 
 # Settings that name the arm itself or decide no number; all others must be equal for the arms to be comparable.
 OWN_SETTINGS = {"model", "output_dir", "seed", "vision_tower", "language_model", "clip", "mllm"}

@@ -5,16 +5,16 @@ import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from stages.figures_style import DASHES, INK, MARKS, MUTED, PAPER, WIDTH, colour_of, short
-from stages.report_data import Arms, mean_sd
-from stages.report_layout import Column
+from stages.report.data import Arms, mean_sd
+from stages.report.figures_style import DASHES, INK, MARKS, MUTED, PAPER, WIDTH, colour_of, short
+from stages.report.layout import Column
 
 if TYPE_CHECKING:
     import numpy as np
     from matplotlib.figure import Figure
     from PIL.Image import Image
 
-    from stages.report_maps import Map
+    from stages.report.maps import Map
 
 SIDE = 168  # pixels of a map in the figure
 

@@ -4,13 +4,13 @@ import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from stages.figures_style import COLOURS, GRID, INK, MUTED, PAPER, WIDTH, colour_of, legend, short
-from stages.report_beyond import costs
-from stages.report_cells import duration, percent
-from stages.report_data import STAGES, Arms, mean_sd
-from stages.report_layout import SIGN, Column
-from stages.report_pope import CONTROLS, SPLITS
-from stages.report_significance import difference
+from stages.report.beyond import costs
+from stages.report.cells import duration, percent
+from stages.report.data import STAGES, Arms, mean_sd
+from stages.report.figures_style import COLOURS, GRID, INK, MUTED, PAPER, WIDTH, colour_of, legend, short
+from stages.report.layout import SIGN, Column
+from stages.report.pope import CONTROLS, SPLITS
+from stages.report.significance import difference
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
