@@ -72,7 +72,9 @@ def score_file(options: argparse.Namespace) -> None:
     for name, parser in PARSERS.items():
         said = [parser(answer) for answer in answers]
         show(
-            f"{options.answers}, parser {name} (%)", ["split", *SCORES], table_of(score_splits(questions, said), SCORES)
+            f"{options.answers.name}, parser {name} (%)",
+            ["split", *SCORES],
+            table_of(score_splits(questions, said), SCORES),
         )
         if name == options.parser:
             for split, ends in intervals(questions, said).items():

@@ -1,0 +1,93 @@
+"""python -m mllm.pope: what its commands print and write, against the functions behind them."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from launch import ROOT
+from test_mllm_pope import rows, write
+
+from diffclip.errors import InputError
+from mllm.model import save
+from mllm.pope import main
+from mllm.pope_files import SPLITS, find_images, read
+from mllm.pope_margins import margins
+
+
+@pytest.fixture
+def pope(tmp_path, picture):
+    """The official three files about six pictures, and the pictures."""
+    for split in SPLITS:
+        write(tmp_path / f"coco_pope_{split}.json", rows(split))
+    (tmp_path / "images").mkdir()
+    for i in range(6):
+        picture(i).save(tmp_path / "images" / f"{i}.png")
+    return tmp_path
+
+
+def answers(pope, says, file):
+    lines = [{"pass": "model", **q._asdict(), "answer": says(q)} for q in read(pope)]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write(file, lines)
+
+
+def test_check_names_release_oracle_blind_rule_and_pictures(pope, capsys):
+    main(["check", str(pope), "--image_root", str(pope / "images")])
+    out = capsys.readouterr().out
+    assert "random 24, popular 24, adversarial 24; digest" in out
+    assert "an oracle scores 100.0" in out and "6 pictures found" in out
+    (pope / "images" / "4.png").unlink()
+    with pytest.raises(InputError, match=r"1 pictures.*4\.png"):
+        main(["check", str(pope), "--image_root", str(pope / "images")])
+
+
+def test_score_says_whether_the_image_is_used(pope, capsys):
+    answers(pope, lambda q: q.label.title(), pope / "oracle.jsonl")
+    main(["score", str(pope), str(pope / "oracle.jsonl")])
+    assert "the model uses the image: accuracy 100.0" in capsys.readouterr().out
+    answers(pope, lambda q: "Yes.", pope / "yes.jsonl")
+    main(["score", str(pope), str(pope / "yes.jsonl"), "--parser", "strict"])
+    out = capsys.readouterr().out
+    assert "the model does not use the image: accuracy 25.0" in out
+    assert "parser lmms_eval" in out and "100.0" in out  # all invalid by lmms-eval's rule
+
+
+def test_compare_has_the_papers_columns_and_mcnemars_p(pope, capsys, tmp_path):
+    """One model is right on all 24 questions of a split, the other on 18: p = 2 / 2^6."""
+    answers(pope, lambda q: q.label, tmp_path / "a" / "pope" / "answers.jsonl")
+    answers(pope, lambda q: "no", tmp_path / "b" / "pope" / "answers.jsonl")
+    main(["compare", str(tmp_path / "a"), str(tmp_path / "b")])
+    out = capsys.readouterr().out
+    assert out.count("0.031") == 6 and "100.0" in out and "75.0" in out
+    write(tmp_path / "b" / "pope" / "answers.jsonl", [])
+    with pytest.raises(InputError, match="different questions"):
+        main(["compare", str(tmp_path / "a"), str(tmp_path / "b")])
+
+
+def test_margins_with_all_controls(pope, assembled, tmp_path):
+    save(*assembled, tmp_path / "run")
+    place = ["--pope", str(pope), "--image_root", str(pope / "images"), "--out", str(tmp_path / "out")]
+    main(["margins", str(tmp_path / "run"), *place, "--device", "cpu", "--generate"])
+    scores = json.loads((tmp_path / "out" / "margins.json").read_text())
+    assert {"model", "shuffled", "grey", "no_image", "blind", "generated", "version"} == set(scores)
+    lines = [json.loads(line) for line in (tmp_path / "out" / "margins.jsonl").read_text().splitlines()]
+    questions = read(pope)
+    images = find_images(questions, pope / "images")
+    direct = margins(*assembled, questions, lambda name: images[name].open(), batch_size=1)
+    own = [line["margin"] for line in lines if line["pass"] == "model"]
+    np.testing.assert_allclose(own, direct, atol=1e-4)
+    grey = {line["text"]: set() for line in lines}
+    for line in lines:
+        if line["pass"] == "grey":
+            grey[line["text"]].add(round(line["margin"], 4))
+    assert all(len(values) == 1 for values in grey.values())  # one picture for all
+    with pytest.raises(InputError, match="--image_root is missing"):
+        main(["margins", str(tmp_path / "run"), "--pope", str(pope), "--out", str(tmp_path / "out")])
+
+
+def test_bad_input_is_one_sentence_and_exit_code_2(tmp_path):
+    command = [sys.executable, "-m", "mllm.pope", "check", str(tmp_path / "nowhere")]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 2 and ended.stderr.startswith("error: ") and ended.stderr.count("\n") == 1
