@@ -26,8 +26,10 @@ MARGIN_SCORES = ("accuracy", "auc", "ap", "accuracy_tuned", "yes_rate")
 def yes_no_tokens(model: Any, processor: Any) -> tuple[list[int], list[int]]:
     """First tokens of "Yes" and "yes", and of "No" and "no", as the model was trained to write them.
 
+    A token that begins words of both is left out: small vocabularies may spell " yes" and " no" from a lone space on.
+
     Raises:
-        InputError: the tokenizer begins yes and no with the same token, so that the first does not decide.
+        InputError: nothing is left of one of them, so that the first token does not decide.
     """
     found = []
     for words in (("Yes", "yes"), ("No", "no")):
@@ -37,10 +39,11 @@ def yes_no_tokens(model: Any, processor: Any) -> tuple[list[int], list[int]]:
             template, end = model.config.conversation_template, processor.tokenizer.eos_token
             labels = encode(render(turns, template, end_token=end), processor.tokenizer, 1)["labels"]
             firsts.add(next(label for label in labels if label != IGNORE))
-        found.append(sorted(firsts))
-    if set(found[0]) & set(found[1]):
+        found.append(firsts)
+    yes, no = sorted(found[0] - found[1]), sorted(found[1] - found[0])
+    if not (yes and no):
         raise InputError("yes and no begin with the same token of this tokenizer: score generated answers instead")
-    return found[0], found[1]
+    return yes, no
 
 
 def margins(

@@ -117,6 +117,13 @@ def test_words_that_begin_alike_are_refused(assembled):
         yes_no_tokens(model, processor)
 
 
+def test_a_token_that_begins_both_small_words_is_left_out(assembled):
+    model, processor = assembled
+    processor.tokenizer.add_tokens([" ", " Yes", " No"])  # " yes" and " no" go on from the lone space
+    tokens = yes_no_tokens(model, processor)
+    assert [processor.tokenizer.convert_ids_to_tokens(one) for one in tokens] == [[" Yes"], [" No"]]
+
+
 def test_margins_of_a_loaded_run_in_bfloat16_are_near(assembled, picture, tmp_path):
     save(*assembled, tmp_path / "run")
     model, processor = load(tmp_path / "run", dtype=torch.bfloat16)
