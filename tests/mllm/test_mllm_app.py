@@ -1,6 +1,5 @@
 """The chat page in a real browser: answers equal mllm.chat's, where they look is shown, and nobody else is called."""
 
-import signal
 import subprocess
 import sys
 from argparse import Namespace
@@ -35,7 +34,7 @@ def saved(tmp_path_factory, tower_dir, language_dir, picture):
 
 @contextmanager
 def running(*arguments, errors):
-    """The app in a process of its own, which tells its address when it is up; ended as by Ctrl-C."""
+    """The app in a process of its own, which tells its address when it is up; asked to end, and then made to."""
     server = subprocess.Popen(
         [sys.executable, "-m", "mllm.app", *arguments],
         cwd=ROOT,
@@ -48,8 +47,12 @@ def running(*arguments, errors):
     try:
         yield server
     finally:
-        server.send_signal(signal.SIGINT)
-        server.communicate(timeout=30)
+        server.terminate()  # not Ctrl-C's signal, which whoever runs the tests in the background has them ignore
+        try:
+            server.communicate(timeout=30)
+        except subprocess.TimeoutExpired:
+            server.kill()
+            raise
 
 
 def listening(pid):
