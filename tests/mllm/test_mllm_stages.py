@@ -97,7 +97,7 @@ def test_offloading_to_the_host_learns_the_same(calm, inputs, tmp_path):
 
 def test_bfloat16_under_deepspeed_keeps_what_is_frozen_and_learns_alike(inputs, tmp_path):
     """The paper's precision: DeepSpeed rounds the weights, and what stays frozen is proven to be just that."""
-    run_deepspeed(1, *command(inputs, tmp_path / "exact", 2, "--learns=projector"))
+    run(*command(inputs, tmp_path / "exact", 2, "--learns=projector", "--deepspeed="))
     run_deepspeed(2, *command(inputs, tmp_path / "half", 3, "--learns=projector", "--precision=bf16"))
     record = json.loads((tmp_path / "half" / "run.json").read_text())
     same = {part: record["after"][part] == value for part, value in record["before"].items()}
