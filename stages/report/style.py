@@ -50,8 +50,8 @@ th, td { padding: .28rem .9rem .28rem 0; text-align: right; vertical-align: top;
 .scroll th:first-child, .scroll td:first-child { text-align: left; position: sticky; left: 0;
   background: var(--paper); min-width: 7rem; font-weight: 400; }
 td { white-space: nowrap; }
-table:has(tr > :nth-child(11)) { font-size: .79rem; }  /* the paper's nine sets fit a desktop's width */
-table:has(tr > :nth-child(11)) :is(th, td) { padding-right: .5rem; }
+@media screen { table:has(tr > :nth-child(11)) { font-size: .79rem; }  /* the paper's nine sets fit a desktop's width */
+  table:has(tr > :nth-child(11)) :is(th, td) { padding-right: .5rem; } }
 .scroll thead th, .scroll thead th:first-child { font-weight: 600; vertical-align: bottom; }
 thead tr:last-child th { border-bottom: 2px solid var(--ink); }
 th.group { text-align: center; border-bottom: 1px solid var(--grid); }
