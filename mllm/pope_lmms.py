@@ -38,19 +38,19 @@ def write_parquet(questions: Sequence[Question], images: Mapping[str, "Picture"]
     import pyarrow.parquet
 
     shown = {q.shown for q in questions} - {GREY, ""}
-    encoded = {name: {"bytes": images[name].read(), "path": name} for name in shown}
+    encoded: dict[str, Any] = {name: {"bytes": images[name].read(), "path": name} for name in shown}
     encoded |= {GREY: {"bytes": _png(grey_picture()), "path": GREY}, "": None}
-    columns = {
-        "question_id": [q.question_id for q in questions],
-        "question": [q.text for q in questions],
-        "answer": [q.label for q in questions],
-        "image_source": [q.image for q in questions],
-        "image": [encoded[q.shown] for q in questions],
-        "category": [q.split for q in questions],
-    }
-    features = datasets.Features({name: datasets.Value("string") for name in columns} | {"image": datasets.Image()})
+    names = ("question_id", "question", "answer", "image_source", "image", "category")
+    features = datasets.Features({name: datasets.Value("string") for name in names} | {"image": datasets.Image()})
     # Arrow writes it silently; the schema carries the features, so that `image` is read back as a picture.
-    pyarrow.parquet.write_table(datasets.Dataset.from_dict(columns, features=features).data.table, path)
+    with pyarrow.parquet.ParquetWriter(path, features.arrow_schema) as writer:
+        for first in range(0, len(questions), 500):  # photos of thousands of questions are more than one table may hold
+            rows = [
+                (q.question_id, q.text, q.label, q.image, encoded[q.shown], q.split)
+                for q in questions[first : first + 500]
+            ]
+            part = datasets.Dataset.from_dict(dict(zip(names, map(list, zip(*rows)))), features=features)
+            writer.write_table(part.data.table.cast(features.arrow_schema))
 
 
 def write_tasks(folder: str | Path, parquets: Mapping[str, str | Path], post_prompt: str = POST_PROMPT) -> list[str]:
