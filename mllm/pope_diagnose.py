@@ -203,7 +203,7 @@ def behaviour(
     yield Finding("pure yes-bias", 0.02 < rate < 0.98, seen, "balance yes and no in the training; or score by margins")
     sample = asked[:: max(1, len(asked) // 64)]
     said = generate(model, processor, sample, lambda name: images[name].open())
-    yield parser([row["answer"] for row in answers] or said)
+    yield parser([row["answer"] for row in answers if row.get("pass", "model") == "model"] or said)
 
 
 def labels(

@@ -148,7 +148,9 @@ def forget_training(root):
 
 
 def test_a_healthy_run_has_no_cause(root):
-    cause, findings = found(root, evaluated(root))
+    answers = evaluated(root)
+    controls = [{**row, "pass": "no_image", "answer": "I see no picture."} for row in answers]  # are not looked at
+    cause, findings = found(root, answers + controls)
     assert cause is None and all(f.fine for f in findings)
 
 
