@@ -17,15 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from diffclip.errors import InputError, exit_on_input_error
-from mllm.pope_files import (
-    SPLITS,
-    carries_images,
-    find_images,
-    read,
-    read_answers,
-    unpack_images,
-    version,
-)
+from mllm.pope_files import SPLITS, find_images, images_of, read, read_answers, read_labelled, version
 from mllm.pope_scores import PARSERS, SCORES, blind, intervals, score, score_splits
 
 
@@ -64,9 +56,7 @@ def check_files(options: argparse.Namespace) -> None:
 
 def score_file(options: argparse.Namespace) -> None:
     """Scores of a file of answers by every parser, intervals, and the blind rule beside them."""
-    questions = read(options.pope, options.labels)
-    if not all(q.label for q in questions):
-        raise InputError(f"{options.pope}: has no labels; give --labels, the official files")
+    questions = read_labelled(options.pope, options.labels)
     answers = read_answers(options.answers, questions)
     print(version(questions))
     for name, parser in PARSERS.items():
@@ -156,23 +146,12 @@ def load_with_questions(options: argparse.Namespace) -> tuple[Any, Any, list[Any
 
     from mllm.model import load
 
-    questions = read(options.pope)
-    if not all(q.label for q in questions):
-        raise InputError(f"{options.pope}: has no labels; give the official files")
-    places = find_images(questions, picture_folder(options))
+    questions = read_labelled(options.pope)
+    places = images_of(questions, options.pope, options.image_root, options.out / "images")
     logging.disable_progress_bar()
     model, processor = load(options.run)
     model.to(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return model, processor, questions, lambda name: places[name].open()
-
-
-def picture_folder(options: argparse.Namespace) -> Path:
-    """Where the pictures are: given, or unpacked from the parquet that holds them."""
-    if options.image_root:
-        return options.image_root
-    if not carries_images(options.pope):
-        raise InputError("--image_root is missing: the folder of POPE's pictures (val2014 for COCO)")
-    return unpack_images(options.pope, options.out / "images" if hasattr(options, "out") else Path("pope_images"))
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -209,30 +188,33 @@ def main(argv: list[str] | None = None) -> int | None:
             one.add_argument(argument, type=Path, metavar=argument.upper())
         return one
 
-    for one in (command("check", check_files, "pope"), command("score", score_file, "pope", "answers")):
+    check = command("check", check_files, "pope")
+    scored = command("score", score_file, "pope", "answers")
+    for one in (check, scored):
         one.add_argument("--labels", type=Path, help="the official files, where POPE has no labels")
-        if "check" in one.prog:
-            one.add_argument("--image_root", type=Path, help="folder of the pictures")
-        else:
-            one.add_argument("--parser", choices=PARSERS, default="lmms_eval", help="for the intervals (lmms_eval)")
-    one = command("compare", compare_runs)
-    one.add_argument("runs", nargs=2, type=Path, metavar="RUN", help="two runs of stages.evaluate")
-    one.add_argument("--parser", choices=PARSERS, default="lmms_eval", help="how answers are read (lmms_eval)")
-    for one in (command("margins", score_margins_of, "run"), command("diagnose", diagnose, "run")):
-        one.add_argument("--pope", type=Path, help="POPE's files", required="margins" in one.prog)
-        one.add_argument("--image_root", type=Path, help="folder of the pictures (not for parquet)")
+    compare = command("compare", compare_runs)
+    compare.add_argument("runs", nargs=2, type=Path, metavar="RUN", help="two runs of stages.evaluate")
+    for one in (scored, compare):
+        one.add_argument("--parser", choices=PARSERS, default="lmms_eval", help="how answers are read (lmms_eval)")
+    exact = command("margins", score_margins_of, "run")
+    exact.add_argument("--pope", type=Path, help="POPE's files", required=True)
+    exact.add_argument("--out", type=Path, required=True, help="folder to write")
+    exact.add_argument("--batch_size", type=int, default=16, help="pictures at a time (16)")
+    exact.add_argument("--generate", action="store_true", help="answers by greedy generation, too")
+    walk = command("diagnose", diagnose, "run")
+    walk.add_argument("--pope", type=Path, help="POPE's files")
+    walk.add_argument("--answers", type=Path, help="an answers.jsonl with labels to check (pope/ of evaluate)")
+    walk.add_argument("--pictures", type=int, default=64, help="how many pictures to ask about (64)")
+    for one in (exact, walk):
         one.add_argument("--device", help="cuda, cpu, ... (cuda where there is one)")
-        if "margins" in one.prog:
-            one.add_argument("--out", type=Path, required=True, help="folder to write")
-            one.add_argument("--batch_size", type=int, default=16, help="pictures at a time (16)")
-            one.add_argument("--generate", action="store_true", help="answers by greedy generation, too")
-        else:
-            one.add_argument("--answers", type=Path, help="an answers.jsonl with labels to check (pope/ of evaluate)")
-            one.add_argument("--pictures", type=int, default=64, help="how many pictures to ask about (64)")
-    one = command("audit", audit_scores)
+    for one in (check, exact, walk):
+        one.add_argument("--image_root", type=Path, help="folder of the pictures (not for parquet)")
+    audited = command("audit", audit_scores)
     for name in ("accuracy", "precision", "recall"):
-        one.add_argument(name, type=float, help="in percent, with two decimals")
-    one.add_argument("--questions", type=int, nargs="+", default=[2910, 3000], help="how many there were (2910 3000)")
+        audited.add_argument(name, type=float, help="in percent, with two decimals")
+    audited.add_argument(
+        "--questions", type=int, nargs="+", default=[2910, 3000], help="how many there were (2910 3000)"
+    )
     options = parser.parse_args(argv)
     return options.call(options)
 

@@ -64,13 +64,13 @@ def diagnose(
     prints = read_json(directory / FINGERPRINTS)
     record = read_json(directory / "run.json")
     config = _config(directory)
-    yield transform(directory, prints)
-    yield settings(directory, prints)
     try:
         model = AutoModelForImageTextToText.from_pretrained(directory).eval().to(device)
         processor = AutoProcessor.from_pretrained(directory)
     except (OSError, ValueError) as error:
         raise InputError(f"{directory}: no model ({' '.join(str(error).split())[:200]}); give a run") from None
+    yield transform(processor, prints)
+    yield settings(model, prints)
     found = {name: fingerprint(module) for name, module in parts(model).items()}
     upstream = read_json(Path(record.get("inputs", {}).get("model", {}).get("path", "")) / "run.json")
     yield tower(model, found, prints, record, upstream)
@@ -84,23 +84,23 @@ def diagnose(
     yield from behaviour(model, processor, questions, images or {}, answers, pictures)
 
 
-def transform(directory: Path, prints: dict) -> Finding:
+def transform(processor: Any, prints: dict) -> Finding:
     """Are pictures prepared as in training?"""
     expected = prints.get("transform")
     if expected is None:
         return Finding("wrong transform", None, f"{FINGERPRINTS} says nothing of the training's")
-    same = transform_fingerprint(AutoProcessor.from_pretrained(directory)) == expected
+    same = transform_fingerprint(processor) == expected
     seen = "as in training" if same else "processor_config.json was changed after training"
     return Finding("wrong transform", same, seen, "put back the processor_config.json that the training wrote")
 
 
-def settings(directory: Path, prints: dict) -> Finding:
+def settings(model: Any, prints: dict) -> Finding:
     """Are features taken from the layer, and prompts written in the template, of the training?"""
     cause, expected = "wrong layer or template", prints.get("settings")
     if expected is None:
         return Finding(cause, None, f"{FINGERPRINTS} says nothing of the training's")
-    config = read_json(directory / "config.json")
-    wrong = [f"{name} is {config.get(name)}, was {value}" for name, value in expected.items() if config[name] != value]
+    found = {name: getattr(model.config, name) for name in expected}
+    wrong = [f"{name} is {found[name]}, was {value}" for name, value in expected.items() if found[name] != value]
     seen = "; ".join(wrong) or f"layer {expected['vision_feature_layer']}, {expected['conversation_template']}"
     return Finding(cause, not wrong, seen, "put back the config.json that the training wrote")
 
@@ -284,14 +284,10 @@ def _config(directory: Path) -> dict:
 def run(options: argparse.Namespace) -> int:
     """Print the findings as a table; 1 if a cause was found, with the first of them named."""
     from mllm.pope import show
-    from mllm.pope_files import carries_images, find_images, read, unpack_images
+    from mllm.pope_files import images_of, read_labelled
 
-    questions: list[Question] = read(options.pope) if options.pope else []
-    images: dict[str, Any] = {}
-    if questions:
-        if not options.image_root and not carries_images(options.pope):
-            raise InputError("--image_root is missing: the folder of POPE's pictures")
-        images = find_images(questions, options.image_root or unpack_images(options.pope, "pope_images"))
+    questions: list[Question] = read_labelled(options.pope) if options.pope else []
+    images = images_of(questions, options.pope, options.image_root, "pope_images") if questions else {}
     answers = []
     if options.answers:
         answers = [json.loads(line) for line in options.answers.read_text(encoding="utf-8").splitlines() if line]

@@ -68,6 +68,14 @@ def read(path: str | Path, labels: str | Path | None = None) -> list[Question]:
     return with_labels(questions, read(labels), str(labels)) if labels else questions
 
 
+def read_labelled(path: str | Path, labels: str | Path | None = None) -> list[Question]:
+    """`read`, where every question must have a label."""
+    questions = read(path, labels)
+    if not all(q.label for q in questions):
+        raise InputError(f"{path}: has no labels; give the official files, too")
+    return questions
+
+
 def version(questions: Sequence[Question]) -> str:
     """Which of the known releases these are, told by their counts, and a digest of keys and labels in any order."""
     counts = {split: sum(q.split == split for q in questions) for split in SPLITS}
@@ -181,6 +189,22 @@ def find_images(questions: Sequence[Question], image_root: str | Path) -> dict[s
     return places
 
 
+def images_of(
+    questions: Sequence[Question], path: str | Path, image_root: str | Path | None, unpack_to: str | Path
+) -> dict[str, Any]:
+    """`find_images` under `image_root`, or, where that is not given, among those that the files in `path` carry.
+
+    Args:
+        unpack_to: folder that these are written to.
+
+    Raises:
+        InputError: there is neither, or a picture is missing.
+    """
+    if not image_root and not _parquets(Path(path)):
+        raise InputError("--image_root is missing: the folder of POPE's pictures (val2014 for COCO)")
+    return find_images(questions, image_root or unpack_images(path, unpack_to))
+
+
 def unpack_images(path: str | Path, folder: str | Path) -> Path:
     """Write the pictures that a parquet layout carries as files, each once; returns `folder`."""
     import pyarrow.parquet
@@ -196,11 +220,6 @@ def unpack_images(path: str | Path, folder: str | Path) -> Path:
                     temporary.write_bytes(row["image"]["bytes"])
                     os.replace(temporary, file)
     return folder
-
-
-def carries_images(path: str | Path) -> bool:
-    """Whether the questions' files hold the pictures too, as the Hub's parquet does."""
-    return bool(_parquets(Path(path)))
 
 
 def plain(text: str) -> str:

@@ -131,14 +131,11 @@ def attention_metrics(config: EvaluateConfig, run: "Run", encoder: Encoder) -> d
 
 def pope_questions(config: EvaluateConfig, run: "Run") -> tuple[list["Question"], dict[str, "Picture"]]:
     """POPE's questions with labels, and their pictures."""
-    from mllm.pope_files import carries_images, find_images, read, unpack_images, version
+    from mllm.pope_files import images_of, read_labelled, version
 
-    questions = read(config.pope, config.pope_labels or None)
-    if not config.image_root and not carries_images(config.pope):
-        raise InputError("image_root is missing: give --image_root, the folder of POPE's pictures")
+    questions = read_labelled(config.pope, config.pope_labels or None)
     run.note(pope=version(questions))
-    folder = config.image_root or unpack_images(config.pope, run.path / "pope" / "images")
-    return questions, find_images(questions, folder)
+    return questions, images_of(questions, config.pope, config.image_root, run.path / "pope" / "images")
 
 
 def pope_metrics(

@@ -105,8 +105,9 @@ def train_on_conversations(
     counts = freeze(model, learns - {"language_model"} if lora else learns)
     exact = computed_buffers(model)
     if config.deepspeed and config.precision == "bf16":
-        model.to(torch.bfloat16)  # as DeepSpeed will, which keeps float32 copies of what learns: what is proven to
-        put_back(model, exact)  # stay unchanged are the rounded weights
+        # DeepSpeed will, keeping float32 copies of what learns; what is proven unchanged are the rounded weights
+        model.to(torch.bfloat16)
+        put_back(model, exact)
     before = {name: fingerprint(module) for name, module in parts(model).items()}
     originals = quantise(model, training_device(config)) if lora and config.lora_bits == 4 else {}
     adapter = (
@@ -125,7 +126,7 @@ def train_on_conversations(
         )
     )
     run.note(parameters=counts, learns=sorted(learns), conversations=len(dataset), steps=steps, before=before)
-    ready = {name: fingerprint(module) for name, module in parts(model).items()}  # with LoRA's weights, if any
+    ready = {name: fingerprint(module) for name, module in parts(model).items()} if lora else before
 
     class AfterInit(TrainerCallback):
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -58,8 +58,9 @@ def heat_maps(
 
 def keep_attention(encoder: Encoder, queries: Sequence[tuple[Path, list[str]]], folder: Path) -> int:
     """Write attention.jsonl in `folder`, and each picture as the model's crop shows it. Returns the number of maps."""
-    from PIL import Image
     from torchvision import transforms as T
+
+    from diffclip.pictures import open_picture
 
     size = encoder.model.model_config["preprocess_cfg"]["size"]
     # small drawings keep their pixels: enlarged by a whole factor
@@ -68,8 +69,7 @@ def keep_attention(encoder: Encoder, queries: Sequence[tuple[Path, list[str]]], 
     (folder / "attention").mkdir(parents=True, exist_ok=True)
     rows, pictures, texts = [], [], []
     for number, (path, asked) in enumerate(queries):
-        with Image.open(path) as opened:
-            picture = opened.convert("RGB")
+        picture = open_picture(path, str(path))
         name = f"attention/{number:03d}.png"
         seen(picture).save(folder / name)
         for query in asked:

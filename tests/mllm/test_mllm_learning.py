@@ -2,12 +2,9 @@
 
 import json
 
-import torch
+from test_mllm_pope_diagnose import teach
 
 from mllm.conversation import prompt
-from mllm.data import load_rows
-from mllm.examples import ConversationDataset, collate
-from mllm.model import freeze
 
 
 def test_answers_that_depend_on_the_picture_are_learnt_and_come_back(assembled, picture, tmp_path):
@@ -27,19 +24,7 @@ def test_answers_that_depend_on_the_picture_are_learnt_and_come_back(assembled, 
         for key, answer in truth.items()
     ]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
-    dataset = ConversationDataset(load_rows([tmp_path / "rows.json"], tmp_path), processor, template="vicuna")
-    batch = collate(processor)([dataset[i] for i in range(len(dataset))])
-    freeze(model, {"projector", "language_model"})
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
-    model.train()
-    for _ in range(400):
-        loss = model(**batch).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        if loss < 0.01:
-            break
-    model.eval()
+    teach(model, processor, tmp_path / "rows.json", tmp_path)
     processor.tokenizer.padding_side = "left"
     inputs = processor(
         images=[picture(i) for i, _ in truth],
