@@ -16,6 +16,14 @@ from diffclip.errors import InputError
 SPLITS = ("random", "popular", "adversarial")
 POST_PROMPT = "\nAnswer the question using a single word or phrase."  # lmms-eval's own, and LLaVA's in training
 COCO_NAME = re.compile(r"COCO_(?:val|train)2014_(\d{12})$")
+# `digest` of the public splits by their number of questions. Taken from copies in public repositories that were read and
+# written out by hand, with the files' exact lengths; no file was downloaded whole.
+RELEASES = {
+    ("random", 2910): ("23ac095af3e0", "POPE's first release, which LLaVA uses"),
+    ("random", 3000): ("1e53023c14f8", "POPE's later release, with 90 more negatives"),
+    ("popular", 3000): ("f68dfab6ff76", "POPE's, of both releases"),
+    ("adversarial", 3000): ("533116115aa2", "POPE's, of both releases"),
+}
 COCO_FOLDERS = ("", "val2014", "images", "val2017", "train2017", "train2014")
 
 
@@ -32,7 +40,7 @@ class Question(NamedTuple):
     @property
     def key(self) -> tuple[str, str, str]:
         """What makes a question one and the same in any file; the Hub's set names pictures without .jpg."""
-        return self.split, os.path.splitext(self.image)[0], self.text
+        return self.split, os.path.splitext(self.image)[0], mended(self.text)
 
 
 Keyed = TypeVar("Keyed")
@@ -77,17 +85,28 @@ def read_labelled(path: str | Path, labels: str | Path | None = None) -> list[Qu
 
 
 def version(questions: Sequence[Question]) -> str:
-    """Which of the known releases these are, told by their counts, and a digest of keys and labels in any order."""
-    counts = {split: sum(q.split == split for q in questions) for split in SPLITS}
-    coco = all(COCO_NAME.search(os.path.splitext(q.image)[0]) for q in questions)
-    known = {
-        (2910, 3000, 3000): "the 8,910 questions that LLaVA distributes (2,910 in random)",
-        (3000, 3000, 3000): "the 9,000 questions of the authors' repository and of lmms-lab/POPE",
-    }
-    name = known.get(tuple(counts.values())) if coco else None
+    """Which public release each split is, told by `digest`, and a digest of all three.
+
+    A split with as many questions as a release has, but others, is said to be changed.
+    """
+    said = []
+    for split in SPLITS:
+        part = [q for q in questions if q.split == split]
+        key = split, len(part)
+        if key not in RELEASES:
+            name = "no public release of COCO's that is known here"
+        elif RELEASES[key][0] == digest(part):
+            name = RELEASES[key][1]
+        else:
+            name = f"as many questions as {RELEASES[key][1]}, but NOT the same"
+        said.append(f"{split} {len(part):,}: {name}")
+    return f"{'; '.join(said)}; digest {digest(questions)}"
+
+
+def digest(questions: Iterable[Question]) -> str:
+    """The first 12 hexadecimal digits of a SHA-256 of pictures, questions and labels, in any order."""
     text = "\n".join(sorted(json.dumps([*q.key, q.label]) for q in questions))
-    shown = ", ".join(f"{split} {n:,}" for split, n in counts.items())
-    return f"{name or 'no release of COCO that is known here'}: {shown}; digest {_digest(text)}"
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def index(items: Iterable[Keyed], key: Callable[[Keyed], tuple], name: str) -> dict[tuple, Keyed]:
@@ -148,7 +167,7 @@ def read_answers(path: str | Path, questions: Sequence[Question]) -> list[str]:
         try:
             if "prompt" in row:
                 question = by_id.get(str(row["question_id"]))
-                if len(by_id) < len(questions) or question is None or plain(row["prompt"]) != question.text:
+                if len(by_id) < len(questions) or question is None or mended(plain(row["prompt"])) != question.key[2]:
                     raise InputError(
                         f"{path}:{number}: question_id {row['question_id']} names no question, or another one, of "
                         "these files; score it with the question file that it was asked from"
@@ -156,7 +175,8 @@ def read_answers(path: str | Path, questions: Sequence[Question]) -> list[str]:
                 keyed.append((question.key, row["text"]))
                 continue
             split = row.get("category") or row.get("split")
-            rest = (os.path.splitext(row["image"])[0], plain(row["question"] if "question" in row else row["text"]))
+            text = plain(row["question"] if "question" in row else row["text"])
+            rest = os.path.splitext(row["image"])[0], mended(text)
             keys = [(one, *rest) for one in ([split] if split else SPLITS)]
             keys = [key for key in keys if key in wanted] or keys[:1]  # one that fits nothing is told of by `join`
             keyed += [(key, row["answer"]) for key in keys]
@@ -227,6 +247,11 @@ def plain(text: str) -> str:
     return text.split("\n")[0].strip()
 
 
+def mended(text: str) -> str:
+    """A question without the slips of the public files, which some copies correct: "imange" and "an traffic light"."""
+    return text.replace("imange?", "image?").replace(" an traffic", " a traffic")
+
+
 def _parquets(path: Path) -> list[Path]:
     if path.suffix == ".parquet" and path.is_file():
         return [path]
@@ -292,7 +317,3 @@ def _question(row: Mapping, split: str | None, where: str, labelled: bool) -> Qu
     if question.label not in ("yes", "no") and (labelled or question.label):
         raise InputError(f'{where}: label is `{question.label}`; it must be "yes" or "no"')
     return question
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:12]

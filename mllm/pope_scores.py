@@ -135,11 +135,11 @@ def blind(questions: Sequence[Question], folds: int = 5, seed: int = 0) -> list[
         for q in questions:
             if fold_of[q.image] != fold:
                 vote = 1 if q.label == "yes" else -1
-                votes[q.split, q.text] += vote
+                votes[q.split, q.key[2]] += vote
                 votes[q.split,] += vote
         for i, q in enumerate(questions):
             if fold_of[q.image] == fold:
-                usual = votes[q.split, q.text] or votes[q.split,]
+                usual = votes[q.split, q.key[2]] or votes[q.split,]
                 predictions[i] = "yes" if usual >= 0 else "no"
     return predictions
 

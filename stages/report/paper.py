@@ -63,8 +63,8 @@ def paper_table3() -> Table:
     table.groups = [("", 1), ("CLIP", 3), ("DiffCLIP", 3)]
     table.rows = [[split, *(f"{value:.2f}" for value in values)] for split, values in POPE.items()]
     table.caption += (
-        " They stand at chance: the Random row equals scoring 2,910 answers against the first 2,910 labels of a "
-        "differently ordered file of 3,000, where even a perfect model gets at most 51.3 %. Here answers meet labels "
+        " They stand at chance: the Random row equals scoring 2,910 answers against the first 2,910 labels of the "
+        "later file of 3,000, where even a perfect model gets at most 51.3 %. Here answers meet labels "
         "by picture and question."
     )
     return table

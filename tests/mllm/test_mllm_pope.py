@@ -8,9 +8,11 @@ import pyarrow.parquet
 import pytest
 
 from diffclip.errors import InputError
+from mllm import pope_files
 from mllm.pope_files import (
     SPLITS,
     Question,
+    digest,
     find_images,
     join,
     read,
@@ -313,21 +315,39 @@ def test_answers_of_other_programs_are_matched_by_question(folder, tmp_path, for
         read_answers(tmp_path / "answers.jsonl", asked)
 
 
-def test_releases_are_told_by_their_counts_and_digests_ignore_order():
-    def release(random_lines):
-        counts = {"random": random_lines, "popular": 3000, "adversarial": 3000}
-        return [
-            Question(split, f"COCO_val2014_{i // 6:012}.jpg", f"Is there a {i} in the image?", "yes", str(i), "")
-            for split, n in counts.items()
-            for i in range(n)
-        ]
+def release(random_lines, name="COCO_val2014_{:012}.jpg", end="image?"):
+    counts = {"random": random_lines, "popular": 3000, "adversarial": 3000}
+    return [
+        Question(split, name.format(i // 6), f"Is there a {i} in the {end}", "no" if i % 2 else "yes", str(i), "")
+        for split, n in counts.items()
+        for i in range(n)
+    ]
 
-    assert "LLaVA distributes" in version(release(2910)) and "lmms-lab/POPE" in version(release(3000))
-    assert "no release" in version(release(2999))
-    assert version(release(3000)) == version(release(3000)[::-1])
+
+def test_releases_are_told_by_digests_of_their_content(monkeypatch):
+    for n in (2910, 3000):  # made-up questions as many as the public ones are not these
+        assert version(release(n)).count("but NOT the same") == 3
+    assert version(release(2999)).startswith("random 2,999: no public release")
+
+    digests = {split: digest(q for q in release(3000) if q.split == split) for split in SPLITS}
+    monkeypatch.setattr(pope_files, "RELEASES", {(s, 3000): (d, f"the known {s}") for s, d in digests.items()})
+    for same in (
+        release(3000),
+        release(3000)[::-1],
+        release(3000, "COCO_val2014_{:012}"),  # as the Hub names pictures
+        release(3000, end="imange?"),  # as the authors' first files spell it
+    ):
+        assert all(f"{s} 3,000: the known {s}" in version(same) for s in SPLITS)
+        assert version(same) == version(release(3000))
     other = release(3000)
-    other[7] = other[7]._replace(label="no")
-    assert version(other) != version(release(3000))
+    other[7] = other[7]._replace(label={"yes": "no", "no": "yes"}[other[7].label])
+    assert "random 3,000: as many questions as the known random, but NOT the same" in version(other)
+    assert "popular 3,000: the known popular" in version(other)
+
+
+def test_answers_meet_questions_that_another_copy_spells_otherwise():
+    slips = [q._replace(text=q.text.replace("image?", "imange?")) for q in release(2910)]
+    assert join(release(2910), slips[::-1]) == slips
 
 
 @pytest.mark.parametrize("place", ["{}", "val2014/{}", "val2017/000000000009.jpg", "000000000009.jpg"])
