@@ -16,8 +16,8 @@ from diffclip.errors import InputError
 SPLITS = ("random", "popular", "adversarial")
 POST_PROMPT = "\nAnswer the question using a single word or phrase."  # lmms-eval's own, and LLaVA's in training
 COCO_NAME = re.compile(r"COCO_(?:val|train)2014_(\d{12})$")
-# `digest` of the public splits by their number of questions. Taken from copies in public repositories that were read and
-# written out by hand, with the files' exact lengths; no file was downloaded whole.
+# `digest` of the public splits by their number of questions. Taken from copies in public repositories that were read
+# and written out by hand, with the files' exact lengths; no file was downloaded whole.
 RELEASES = {
     ("random", 2910): ("23ac095af3e0", "POPE's first release, which LLaVA uses"),
     ("random", 3000): ("1e53023c14f8", "POPE's later release, with 90 more negatives"),
