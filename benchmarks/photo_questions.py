@@ -186,7 +186,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--copies", type=int, default=10, help="conversations of each picture (10)")
     parser.add_argument("--questions", type=int, default=6, help="most questions in a conversation (6)")
-    parser.add_argument("--texts", type=int, default=30000, help="lines of text.jsonl (30000)")
+    parser.add_argument("--texts", type=int, default=100000, help="lines of text.jsonl (100000)")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(argv)
     sets = [(Path(file), folder) for file, folder in options.sets]
