@@ -79,7 +79,8 @@ def training_order(dataset: ConversationDataset, kind: str, batch: int, steps: i
     Args:
         kind: "random"; "file" for the rows as they stand, epoch after epoch; "length" for batches of like length: each
             epoch is shuffled and sorted within stretches of 64 batches, and the batches are then shuffled. The longest
-            batch comes first, so that memory runs out in the first step or never.
+            batch comes first, so that memory runs out in the first step or never. Lengths within 5 tokens count as like:
+            sorted to the token, short answers would meet only answers of as many tokens, which are often one answer.
         batch: conversations per optimiser step, over all devices.
         steps: optimiser steps of the run.
 
@@ -93,8 +94,9 @@ def training_order(dataset: ConversationDataset, kind: str, batch: int, steps: i
         epoch = rows if kind == "file" else rng.permutation(rows)
         if kind == "length" and len(rows) >= batch:
             lengths = np.asarray(dataset.lengths)
+            blurred = lengths + rng.uniform(0, 5, len(lengths))
             stretches = np.array_split(epoch, range(64 * batch, len(epoch), 64 * batch))
-            sorted_rows = np.concatenate([one[np.argsort(-lengths[one], kind="stable")] for one in stretches])
+            sorted_rows = np.concatenate([one[np.argsort(-blurred[one])] for one in stretches])
             # the rows left out are a random stretch of it, not always the shortest
             cut = rng.integers(0, len(rows) % batch + 1)
             batches = rng.permutation(sorted_rows[cut : cut + len(rows) // batch * batch].reshape(-1, batch))

@@ -243,6 +243,15 @@ def test_batches_of_like_length_cover_each_epoch_and_start_with_the_longest():
     assert abs(np.corrcoef(firsts, np.arange(len(firsts)))[0, 1]) < 0.2  # short and long batches come mixed
 
 
+def test_answers_of_other_lengths_meet_in_a_batch_of_like_length():
+    """Two answers whose rows differ by one token: sorted to the token, nearly every batch would hold but one."""
+    answers = np.random.default_rng(0).integers(0, 2, 2000)
+    rows, batch = Rows((100 + answers).tolist()), 16
+    order = training_order(rows, "length", batch, len(rows) // batch, seed=0)
+    both = [0 < answers[order[i : i + batch]].sum() < batch for i in range(0, len(order), batch)]
+    assert np.mean(both) > 0.5
+
+
 def test_order_of_the_file_and_data_smaller_than_a_batch():
     rows = Rows([5, 6, 7])
     assert training_order(rows, "file", 2, 3, seed=0) == [0, 1, 2, 0, 1, 2]
