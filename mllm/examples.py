@@ -79,8 +79,8 @@ def training_order(dataset: ConversationDataset, kind: str, batch: int, steps: i
     Args:
         kind: "random"; "file" for the rows as they stand, epoch after epoch; "length" for batches of like length: each
             epoch is shuffled and sorted within stretches of 64 batches, and the batches are then shuffled. The longest
-            batch comes first, so that memory runs out in the first step or never. Lengths within 5 tokens count as like:
-            sorted to the token, short answers would meet only answers of as many tokens, which are often one answer.
+            batch comes first, so that memory runs out in the first step or never. Lengths within 5 tokens count as
+            like: sorted to the token, a short answer would meet only answers of as many tokens, often only itself.
         batch: conversations per optimiser step, over all devices.
         steps: optimiser steps of the run.
 

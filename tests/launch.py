@@ -14,17 +14,18 @@ QUICKSTART = ROOT / "stages" / "configs" / "quickstart"
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc_per_node"]
 
 
-def environment(threads: int = 2) -> dict[str, str]:
-    settings = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+def environment() -> dict[str, str]:
+    """One thread each: threads that wait for a core that another test has are many times slower than one."""
+    settings = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     return {**os.environ, **settings, "PYTHONPATH": str(ROOT)}
 
 
-def start(*arguments: str, threads: int = 2) -> subprocess.Popen:
+def start(*arguments: str) -> subprocess.Popen:
     """`python -m ARGUMENTS`, in a process group of its own, without waiting for it; stderr can be read at its end."""
     return subprocess.Popen(
         [sys.executable, "-m", *arguments],
         cwd=ROOT,
-        env=environment(threads),
+        env=environment(),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -32,21 +33,21 @@ def start(*arguments: str, threads: int = 2) -> subprocess.Popen:
     )
 
 
-def run(*arguments: str, check: bool = True, threads: int = 2) -> subprocess.CompletedProcess:
+def run(*arguments: str, check: bool = True) -> subprocess.CompletedProcess:
     """`python -m ARGUMENTS` to its end; with `check`, the test fails if it ends with an error."""
-    return run_program([sys.executable, "-m", *arguments], check, threads)
+    return run_program([sys.executable, "-m", *arguments], check)
 
 
-def run_deepspeed(ranks: int, *arguments: str, threads: int = 1) -> subprocess.CompletedProcess:
+def run_deepspeed(ranks: int, *arguments: str) -> subprocess.CompletedProcess:
     """A stage under the deepspeed launcher; look at its result, since the launcher may hide that a rank failed."""
     launcher = str(Path(sys.executable).parent / "deepspeed")
     options = ["--num_gpus", str(ranks), "--master_port", str(free_port()), "--log_level", "warning", "--module"]
-    return run_program([sys.executable, launcher, *options, *arguments], True, threads)
+    return run_program([sys.executable, launcher, *options, *arguments], True)
 
 
-def run_program(command: list[str], check: bool, threads: int) -> subprocess.CompletedProcess:
+def run_program(command: list[str], check: bool) -> subprocess.CompletedProcess:
     ended = subprocess.run(
-        command, cwd=ROOT, env=environment(threads), capture_output=True, text=True, timeout=600, start_new_session=True
+        command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=600, start_new_session=True
     )
     if check and ended.returncode:
         pytest.fail(f"{command} ended with {ended.returncode}:\n{ended.stdout[-2000:]}\n{ended.stderr[-4000:]}")

@@ -54,8 +54,8 @@ def arguments(model, root, out):
 
 
 def test_two_ranks_give_the_same_features_scores_and_outcomes(model, root, tmp_path):
-    run(*arguments(model, root, tmp_path / "one"), threads=1)
-    told = run(*TORCHRUN, "2", "-m", *arguments(model, root, tmp_path / "two"), threads=1)
+    run(*arguments(model, root, tmp_path / "one"))
+    told = run(*TORCHRUN, "2", "-m", *arguments(model, root, tmp_path / "two"))
     assert told.stdout.count("CLIP benchmarks") == 1
     scores = [json.loads((tmp_path / n / "tiny/clip_benchmarks.json").read_text()) for n in ("one", "two")]
     assert scores[0] == scores[1] and len(scores[0]["metrics"]) > 10
@@ -70,6 +70,6 @@ def test_two_ranks_give_the_same_features_scores_and_outcomes(model, root, tmp_p
 
 def test_a_broken_picture_ends_every_rank(model, root, tmp_path):
     (root / "classification/things/train/cat/09.png").write_bytes(b"not a picture")  # of the second rank's first batch
-    ended = run(*TORCHRUN, "2", "-m", *arguments(model, root, tmp_path / "out"), check=False, threads=1)
+    ended = run(*TORCHRUN, "2", "-m", *arguments(model, root, tmp_path / "out"), check=False)
     assert ended.returncode != 0
     assert "cat/09.png cannot be read as an image" in ended.stderr.replace("\n", "")

@@ -38,7 +38,7 @@ def running(*arguments, errors):
     server = subprocess.Popen(
         [sys.executable, "-m", "mllm.app", *arguments],
         cwd=ROOT,
-        env=environment(1),
+        env=environment(),
         stdout=subprocess.PIPE,
         stderr=errors,
         text=True,
@@ -159,7 +159,7 @@ def test_what_is_missing_is_said_in_one_sentence(tmp_path, monkeypatch):
 
 def test_help_answers_at_once():
     """Without importing what is slow to import."""
-    told = run_program([sys.executable, "-X", "importtime", "-m", "mllm.app", "--help"], check=True, threads=1)
+    told = run_program([sys.executable, "-X", "importtime", "-m", "mllm.app", "--help"], check=True)
     assert "--host" in told.stdout and not {"torch", "transformers", "gradio"} & {
         line.split("|")[-1].strip() for line in told.stderr.splitlines()
     }

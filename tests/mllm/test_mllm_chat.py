@@ -65,13 +65,13 @@ def saved(tmp_path_factory, tower_dir, language_dir, picture):
 def test_a_file_of_questions_goes_on_after_a_kill(saved, tmp_path):
     options = [f"--image_root={saved}", "--batch_size=2", "--max_new_tokens=6"]
     arguments = ["mllm.chat", str(saved / "run"), f"--batch={saved / 'questions.jsonl'}", *options]
-    run(*arguments, f"--out={tmp_path / 'whole.jsonl'}", threads=1)
+    run(*arguments, f"--out={tmp_path / 'whole.jsonl'}")
     whole = (tmp_path / "whole.jsonl").read_text()
     rows = [json.loads(line) for line in whole.splitlines()]
     assert [row["id"] for row in rows] == list(range(5)) and all(isinstance(row["answer"], str) for row in rows)
     lines = whole.splitlines(keepends=True)
     (tmp_path / "cut.jsonl").write_text("".join(lines[:3]) + lines[3][:20])
-    run(*arguments, f"--out={tmp_path / 'cut.jsonl'}", threads=1)
+    run(*arguments, f"--out={tmp_path / 'cut.jsonl'}")
     assert (tmp_path / "cut.jsonl").read_text() == whole
 
 
@@ -85,7 +85,7 @@ def test_a_conversation_on_the_console(saved):
         "--max_new_tokens=5",
     ]
     told = subprocess.run(
-        command, input=f"{QUESTIONS[0]}\nAnd now?\n\n", capture_output=True, text=True, cwd=ROOT, env=environment(1)
+        command, input=f"{QUESTIONS[0]}\nAnd now?\n\n", capture_output=True, text=True, cwd=ROOT, env=environment()
     )
     assert told.returncode == 0, told.stderr
     assert told.stdout.count("> ") == 3 and len(told.stdout) > 10
@@ -97,7 +97,7 @@ def test_what_is_wrong_is_said_in_one_sentence(saved, tmp_path):
         ([str(saved / "run"), "--batch=x.jsonl"], "--batch and --out go together"),
         ([str(tmp_path), "Is it?"], "no model that"),
     ]:
-        ended = run("mllm.chat", *arguments, check=False, threads=1)
+        ended = run("mllm.chat", *arguments, check=False)
         assert ended.returncode == 2 and words in ended.stderr and "Traceback" not in ended.stderr, ended.stderr
 
 

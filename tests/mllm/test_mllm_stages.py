@@ -115,7 +115,7 @@ def test_a_killed_rank_ends_the_launcher_and_the_command_goes_on_to_the_same_wei
     out = tmp_path / "killed"
     arguments = command(inputs, out, 3, "--lora_rank=4")
     launcher = ["deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", str(free_port()), "--module"]
-    process = start(*launcher, *arguments, threads=1)
+    process = start(*launcher, *arguments)
     deadline = time.time() + 120
     while not (out / "checkpoint-2/complete").exists():
         assert process.poll() is None and time.time() < deadline
@@ -135,7 +135,7 @@ def test_align_with_two_layers_and_a_rate_of_its_own_for_each_part(inputs, tower
     places = [f"--vision_tower={tower_dir}", f"--language_model={language_dir}", f"--data={inputs / 'rows.json'}"]
     parts = ["--learns", "vision_tower", "projector", "--vision_tower_learning_rate=1e-5", "--projector=mlp"]
     options = [*SETTINGS[1:], "--template=vicuna", f"--image_root={inputs / 'images'}", f"--output_dir={out}"]
-    run("stages.align", *places, *parts, *options, threads=1)
+    run("stages.align", *places, *parts, *options)
     record = json.loads((out / "run.json").read_text())
     changed = {name for name in record["before"] if record["before"][name] != record["after"][name]}
     assert changed == {"vision_tower", "projector"} == set(record["learns"])

@@ -103,7 +103,7 @@ def big_batch(updates):
 
 
 def torchrun(ranks: int):
-    return lambda *arguments: run(*TORCHRUN, str(ranks), "-m", *arguments, threads=1)
+    return lambda *arguments: run(*TORCHRUN, str(ranks), "-m", *arguments)
 
 
 def zero(stage: int):
@@ -159,25 +159,24 @@ def steps_logged(out: Path) -> int:
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_killed_at_any_step_it_ends_in_the_weights_of_an_undisturbed_run(shards, tmp_path, ranks):
     launcher = [] if ranks == 1 else [*TORCHRUN, str(ranks), "-m"]
-    threads = 2 // ranks
-    run(*launcher, *command(shards, tmp_path / "calm", *RESUME), threads=threads)
+    run(*launcher, *command(shards, tmp_path / "calm", *RESUME))
     out = tmp_path / "killed"
     disturbed = [*launcher, *command(shards, out, *RESUME)]
 
-    process = start(*disturbed, threads=threads)  # in the middle of an epoch
+    process = start(*disturbed)  # in the middle of an epoch
     at = random.randint(4, 7)
     wait_for(lambda: steps_logged(out) >= at, process, f"step {at}")
     kill(process)
     first = steps_logged(out)
 
-    process = start(*disturbed, threads=threads)  # in the middle of writing a checkpoint
+    process = start(*disturbed)  # in the middle of writing a checkpoint
     half = lambda: [p for p in out.glob("checkpoint-*") if not (p / "complete").exists()]  # noqa: E731
     wait_for(lambda: steps_logged(out) > first and half(), process, "it wrote a checkpoint")
     kill(process)
     (out / "checkpoint-99").mkdir(exist_ok=True)  # whatever the timing above: newer than any, and unreadable
     (out / "checkpoint-99" / "model.safetensors").write_bytes(b"half")
 
-    said = run(*disturbed, threads=threads).stdout
+    said = run(*disturbed).stdout
     assert "resumes at step" in said
     calm, killed = weights(tmp_path / "calm"), weights(out)
     assert calm.keys() == killed.keys() and all(torch.equal(calm[k], killed[k]) for k in calm)
@@ -221,7 +220,7 @@ def test_two_ranks_with_two_workers_see_every_pair_once_an_epoch(shards, tmp_pat
         f"open({str(tmp_path)!r} + '/keys' + os.environ['RANK'], 'w').write(json.dumps(keys))\n"
     )
     arguments = command(shards, tmp_path / "run", "--epochs=2", "--num_workers=2")[1:]
-    run(*TORCHRUN, "2", str(script), *arguments, threads=1)
+    run(*TORCHRUN, "2", str(script), *arguments)
     shares = [json.loads((tmp_path / f"keys{rank}").read_text()) for rank in (0, 1)]
     assert [len(share) for share in shares] == [64, 64]
     for epoch in range(2):
