@@ -115,6 +115,20 @@ def assemble(
     return model, processor
 
 
+def ask_in(model: DiffCLIPLlavaForConditionalGeneration, processor: LlavaProcessor, template: str) -> None:
+    """From now on questions are asked in the template that the model learns answers in.
+
+    "plain" has no questions and changes nothing.
+
+    Raises:
+        InputError: the tokenizer cannot write the template.
+    """
+    if template != "plain":
+        _check_tokens(processor.tokenizer, template, "the tokenizer of the model")
+        model.config.conversation_template = template
+        processor.chat_template = chat_template(template, processor.tokenizer.eos_token)
+
+
 def plan(
     vision_tower: str | Path, language_model: str | Path, projector: str = "linear", class_token: bool = False
 ) -> DiffCLIPLlavaConfig:
@@ -208,15 +222,18 @@ def _prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, template: str, path: 
     if not tokenizer.is_fast:
         raise InputError(f"{path}: needs a fast tokenizer (tokenizer.json), which knows where tokens begin and end")
     tokenizer.add_tokens([AddedToken(IMAGE, special=True, normalized=False)], special_tokens=True)
-    vocabulary = tokenizer.get_vocab()
-    if template == "chatml" and not {"<|im_start|>", "<|im_end|>"} <= vocabulary.keys():
-        raise InputError(f"{path}: template chatml needs the tokens <|im_start|> and <|im_end|>; use vicuna")
-    if "<|im_end|>" in vocabulary:  # base models have it too, but stop at another token
+    _check_tokens(tokenizer, template, path)
+    if "<|im_end|>" in tokenizer.get_vocab():  # base models have it too, but stop at another token
         tokenizer.eos_token = "<|im_end|>"
     if tokenizer.eos_token is None:
         raise InputError(f"{path}: the tokenizer has neither <|im_end|> nor an end-of-sequence token")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+
+
+def _check_tokens(tokenizer: PreTrainedTokenizerBase, template: str, path: str | Path) -> None:
+    if template == "chatml" and not {"<|im_start|>", "<|im_end|>"} <= tokenizer.get_vocab().keys():
+        raise InputError(f"{path}: template chatml needs the tokens <|im_start|> and <|im_end|>; use vicuna")
 
 
 @torch.no_grad()

@@ -70,7 +70,7 @@ def diagnose(
     except (OSError, ValueError) as error:
         raise InputError(f"{directory}: no model ({' '.join(str(error).split())[:200]}); give a run") from None
     yield transform(processor, prints)
-    yield settings(model, prints)
+    yield settings(model, prints, config)
     found = {name: fingerprint(module) for name, module in parts(model).items()}
     upstream = read_json(Path(record.get("inputs", {}).get("model", {}).get("path", "")) / "run.json")
     yield tower(model, found, prints, record, upstream)
@@ -94,9 +94,13 @@ def transform(processor: Any, prints: dict) -> Finding:
     return Finding("wrong transform", same, seen, "put back the processor_config.json that the training wrote")
 
 
-def settings(model: Any, prints: dict) -> Finding:
+def settings(model: Any, prints: dict, config: dict) -> Finding:
     """Are features taken from the layer, and prompts written in the template, of the training?"""
     cause, expected = "wrong layer or template", prints.get("settings")
+    asked, trained = model.config.conversation_template, config.get("template", "plain")
+    if trained not in ("plain", asked):
+        said = f"conversation_template is {asked}, config.yaml trained with {trained}"
+        return Finding(cause, False, said, "put back the config.json that the training wrote, or train again")
     if expected is None:
         return Finding(cause, None, f"{FINGERPRINTS} says nothing of the training's")
     found = {name: getattr(model.config, name) for name in expected}

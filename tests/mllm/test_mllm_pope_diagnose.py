@@ -166,6 +166,14 @@ def test_wrong_layer(root):
     assert found(root)[0] == "wrong layer or template"
 
 
+def test_asked_in_another_template_than_the_training_s(root):
+    file = root / "run" / "config.yaml"
+    file.write_text(file.read_text().replace("template: vicuna", "template: chatml"))
+    cause, findings = found(root)
+    assert cause == "wrong layer or template"
+    assert any("is vicuna, config.yaml trained with chatml" in f.seen for f in findings)
+
+
 @pytest.mark.parametrize("kind", ["random", "random without records", "swapped", "swapped on disk"])
 def test_random_or_swapped_tower(root, kind):
     def change(part, model, processor):

@@ -97,8 +97,9 @@ def test_offloading_to_the_host_learns_the_same(calm, inputs, tmp_path):
 
 def test_bfloat16_under_deepspeed_keeps_what_is_frozen_and_learns_alike(inputs, tmp_path):
     """The paper's precision: DeepSpeed rounds the weights, and what stays frozen is proven to be just that."""
-    run(*command(inputs, tmp_path / "exact", 2, "--learns=projector", "--deepspeed="))
-    run_deepspeed(2, *command(inputs, tmp_path / "half", 3, "--learns=projector", "--precision=bf16"))
+    options = ["--learns=projector", "--template=chatml"]
+    run(*command(inputs, tmp_path / "exact", 2, *options, "--deepspeed="))
+    run_deepspeed(2, *command(inputs, tmp_path / "half", 3, *options, "--precision=bf16"))
     record = json.loads((tmp_path / "half" / "run.json").read_text())
     same = {part: record["after"][part] == value for part, value in record["before"].items()}
     assert same == {"vision_tower": True, "projector": False, "language_model": True}
@@ -108,7 +109,10 @@ def test_bfloat16_under_deepspeed_keeps_what_is_frozen_and_learns_alike(inputs, 
         if "projector" not in name:
             assert torch.equal(tensor.bfloat16(), after[name]), name
     assert losses(tmp_path / "half") == pytest.approx(losses(tmp_path / "exact"), rel=0.03)
-    load(tmp_path / "half")
+    model, processor = load(tmp_path / "half")  # is asked in the template of its training, not the one of its model
+    assert model.config.conversation_template == "chatml" != load(inputs / "model")[0].config.conversation_template
+    asked = processor.apply_chat_template([{"role": "user", "content": "Hm?"}], add_generation_prompt=True)
+    assert asked.endswith("<|im_end|>\n<|im_start|>assistant\n")
 
 
 def test_a_killed_rank_ends_the_launcher_and_the_command_goes_on_to_the_same_weights(calm, inputs, tmp_path):
