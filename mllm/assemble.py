@@ -124,7 +124,7 @@ def ask_in(model: DiffCLIPLlavaForConditionalGeneration, processor: LlavaProcess
         InputError: the tokenizer cannot write the template.
     """
     if template != "plain":
-        _check_tokens(processor.tokenizer, template, "the tokenizer of the model")
+        _check_tokens(processor.tokenizer, template, processor.tokenizer.name_or_path)
         model.config.conversation_template = template
         processor.chat_template = chat_template(template, processor.tokenizer.eos_token)
 
