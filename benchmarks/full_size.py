@@ -139,9 +139,12 @@ def main() -> None:
             hardware=HARDWARE["a100-80gb"],
             devices=options.ranks,
         )
+        if not torch.cuda.is_available():  # on a CPU only what is written into the buckets takes memory
+            guess = guess._replace(buckets=min(guess.buckets, 4 * learning))
         print(
             f"   predicted for each rank: weights {guess.weights / 1e9:.1f}, gradients {guess.gradients / 1e9:.1f}, "
-            f"optimiser {guess.optimizer / 1e9:.1f}, activations {guess.activations / 1e9:.1f}, "
+            f"optimiser {guess.optimizer / 1e9:.1f}, buckets {guess.buckets / 1e9:.1f}, "
+            f"activations {guess.activations / 1e9:.1f}, "
             f"together {guess.memory / 1e9:.1f} GB, beside Python and its libraries",
             flush=True,
         )

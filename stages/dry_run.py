@@ -1,12 +1,12 @@
 """What a training run would take, without training: sizes, memory per device, steps, hours, cost.
 
-Arithmetic and activations are counted in one real step of one and of two samples on the CPU, in the run's precision;
-the rest is multiplication. What is assumed, not counted, is printed with the result.
+Arithmetic and activations are counted as the real model walks through a step of one and of two samples, in the run's
+precision; the rest is multiplication. What is assumed, not counted, is printed with the result.
 """
 
 import re
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from diffclip.errors import InputError
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 # Share of the peak that a run reaches, loading and communication included. The paper's 10 A100-days for 40 epochs of
 # CC12M imply 0.2 for a B/16 step as counted here; nothing else is known about their runs.
 UTILISATION = 0.2
+BUCKET = 500_000_000  # numbers in DeepSpeed's reduce_bucket_size, unless its configuration sets another
 FREE_SHARE = 0.9  # of a device's memory; the rest goes to the CUDA context, fragmentation and buffers
 
 
@@ -58,12 +59,13 @@ class Estimate(NamedTuple):
     weights: float
     gradients: float
     optimizer: float
+    buckets: float  # that DeepSpeed gathers gradients in; on a CPU what is never written takes no memory
     activations: float
 
     @property
     def memory(self) -> float:
         """Bytes per device, all together."""
-        return self.weights + self.gradients + self.optimizer + self.activations
+        return self.weights + self.gradients + self.optimizer + self.buckets + self.activations
 
 
 def parse_hardware(text: str) -> tuple[str, Hardware, int]:
@@ -77,10 +79,14 @@ def parse_hardware(text: str) -> tuple[str, Hardware, int]:
 def count(loss_of: Callable[[int], "Tensor"], model: "nn.Module", bf16: bool) -> Counted:
     """Run `loss_of(n)`, the loss of n samples, forward and backward for n = 1 and 2, and take the difference.
 
-    The difference leaves out what does not grow with the batch, e.g. the bf16 copies of the weights.
+    The difference leaves out what does not grow with the batch, e.g. the bf16 copies of the weights. The operations
+    whose arithmetic is counted are not carried out: their results get the right shape, and no number in it is used. In
+    bf16 they would take many minutes on a processor that has no instructions for it.
     """
     import torch
     from torch.utils import flop_counter
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_map_only
 
     cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # torch counts its GPU brothers only
     formulas = {
@@ -89,6 +95,18 @@ def count(loss_of: Callable[[int], "Tensor"], model: "nn.Module", bf16: bool) ->
             lambda grad, q, k, v, *rest, **named: flop_counter.sdpa_backward_flop_count(grad, q, k, v)
         ),
     }
+
+    class ShapesOnly(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), named: dict | None = None) -> Any:
+            if function.overloadpacket not in counted:
+                return function(*args, **named or {})
+            args, named = tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), (args, named or {}))
+            made = function(*args, **named)
+            return tree_map_only(
+                torch.Tensor, lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cpu"), made
+            )
+
+    counted = {*flop_counter.flop_registry, *formulas}
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     found = []
     for samples in (1, 2):
@@ -100,6 +118,7 @@ def count(loss_of: Callable[[int], "Tensor"], model: "nn.Module", bf16: bool) ->
             return tensor
 
         with (
+            ShapesOnly(),
             flop_counter.FlopCounterMode(display=False, custom_mapping=formulas) as counter,
             torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
         ):
@@ -204,9 +223,10 @@ def estimate(
         weights = everything * size / share[2]
         gradients = parameters * (size / share[1] + 4 / share[0])  # as they come, and summed up in float32
         optimizer = parameters * 12 / share[0]  # the copy and AdamW's two numbers
+        buckets = BUCKET * size * (1 if zero_stage == 3 else 2)  # whatever learns; a second one for overlap_comm
     else:
         weights = everything * (4 + (2 if bf16 else 0))  # autocast keeps copies
-        gradients, optimizer = parameters * 4, parameters * 8
+        gradients, optimizer, buckets = parameters * 4, parameters * 8, 0
     return Estimate(
         flops=flops,
         hours=seconds / 3600,
@@ -215,6 +235,7 @@ def estimate(
         weights=weights,
         gradients=gradients,
         optimizer=optimizer,
+        buckets=buckets,
         activations=batch * counted.activation_bytes,
     )
 
@@ -235,7 +256,11 @@ def say(title: str, parts: dict[str, int], steps: int, batch: int, found: Estima
     table.add_row("cost", f"${found.dollars:,.0f}")
     table.add_section()
     labels = {"weights": "weights", "gradients": "gradients", "optimizer": "optimizer's state"}
-    labels |= {"activations": f"activations of {batch}", "memory": "memory per device"}
+    labels |= {
+        "buckets": "DeepSpeed's buckets",
+        "activations": f"activations of {batch}",
+        "memory": "memory per device",
+    }
     for kind, label in labels.items():
         table.add_row(label, f"{getattr(found, kind) / 1e9:,.1f} GB")
     console = Console()

@@ -67,6 +67,7 @@ def test_zero_and_chunks_share_and_repeat():
     assert [e.optimizer for e in shared] == [800, 300, 300, 300]  # with DeepSpeed a float32 copy is the optimiser's
     assert [e.gradients for e in shared] == [400, 300, 150, 150]
     assert [e.weights for e in shared] == [600, 200, 200, 50]
+    assert [e.buckets for e in shared] == [0, 2e9, 2e9, 1e9]  # of 500 million numbers, two where they overlap
     beside = estimate(Counted(3e9, 1e9, 1e6), 100, frozen=1000, chunked=False, zero_stage=2, **common)
     assert (beside.weights, beside.gradients, beside.optimizer) == (2200, 150, 300)
     assert shared[0].device_days == pytest.approx(3e12 / (0.2 * 312e12) / 86400)
