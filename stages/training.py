@@ -1,7 +1,9 @@
 """What the training stages share: their common settings, and how those become transformers' TrainingArguments."""
 
 import importlib.util
+import json
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from diffclip.errors import InputError
@@ -37,6 +39,23 @@ class TrainingConfig:
     samples: int = field(default=0, metadata={"help": "dry run: size of the data, where it is not at hand"})
     trainer: dict = field(default_factory=dict, metadata={"help": "any other TrainingArguments, as JSON"})
 
+    def __post_init__(self) -> None:
+        """Find the DeepSpeed file from here or, as the shipped configurations name theirs, from above `stages`."""
+        if not self.deepspeed:
+            return
+        shipped = Path(__file__).parents[1] / self.deepspeed
+        if not Path(self.deepspeed).is_file() and shipped.is_file():
+            self.deepspeed = str(shipped)
+        try:
+            json.loads(Path(self.deepspeed).read_text(encoding="utf-8"))
+        except OSError:
+            raise InputError(
+                f"{self.deepspeed}: no such DeepSpeed file (setting `deepspeed`); shipped ones lie in "
+                "stages/configs/deepspeed/, and --deepspeed= goes without"
+            ) from None
+        except ValueError as error:
+            raise InputError(f"{self.deepspeed}: not valid JSON: {error} (setting `deepspeed`)") from None
+
 
 def per_device_batch(config: TrainingConfig, micro_batch_size: int = 0) -> tuple[int, int]:
     """(samples per device and forward pass, accumulation steps) that make up `global_batch_size`.
@@ -68,12 +87,10 @@ def training_device(config: TrainingConfig) -> "torch.device":
 
 def zero_stage(config: TrainingConfig) -> int:
     """The ZeRO stage of `config.deepspeed`, 0 without DeepSpeed."""
-    import json
-
     if not config.deepspeed:
         return 0
-    with open(config.deepspeed, encoding="utf-8") as f:
-        return int(json.load(f).get("zero_optimization", {}).get("stage", 0))
+    settings = json.loads(Path(config.deepspeed).read_text(encoding="utf-8"))
+    return int(settings.get("zero_optimization", {}).get("stage", 0))
 
 
 def training_arguments(config: TrainingConfig, steps: int, batch: tuple[int, int], **own: Any) -> "TrainingArguments":

@@ -16,6 +16,7 @@ from stages.instruct import InstructConfig
 from stages.language import LanguageConfig
 from stages.pipeline import PipelineConfig
 from stages.pretrain import PretrainConfig
+from stages.training import zero_stage
 
 CONFIGS = Path(__file__).parents[2] / "stages" / "configs"
 CLASSES = {
@@ -84,6 +85,23 @@ def test_every_shipped_config_loads_and_says_what_it_is_for(path):
     values = yaml.safe_load(path.read_text())
     numbers = {k: v for k, v in values.items() if isinstance(v, int | bool)}
     assert {k: getattr(config, k) for k in numbers} == numbers
+
+
+def test_the_deepspeed_file_of_a_shipped_config_is_found_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = parse(InstructConfig, "", ["--config", str(CONFIGS / "paper/instruct.yaml")])
+    assert zero_stage(config) == 2
+    (tmp_path / "own.json").write_text('{"zero_optimization": {"stage": 3}}')
+    assert zero_stage(parse(InstructConfig, "", ["--deepspeed", "own.json"])) == 3
+
+
+@pytest.mark.parametrize("text, message", [(None, "no such DeepSpeed file"), ('{"a": 1,}', "not valid JSON")])
+def test_a_deepspeed_file_that_cannot_be_read_is_named(tmp_path, text, message):
+    file = tmp_path / "zero.json"
+    if text:
+        file.write_text(text)
+    with pytest.raises(InputError, match=rf"zero\.json: {message}.*setting `deepspeed`"):
+        parse(AlignConfig, "", ["--deepspeed", str(file)])
 
 
 @pytest.mark.parametrize("stage", [*CLASSES, "report"])
