@@ -53,15 +53,16 @@ class Watch(TrainerCallback):
         if "loss" not in logs or not self.run.is_main:
             return
         elapsed = time.time() - self.started
-        rate = (state.global_step - self.first_step) * self.samples_per_step / elapsed
+        # three digits: a large model on a small machine takes a minute for a sample
+        rate = float(f"{(state.global_step - self.first_step) * self.samples_per_step / elapsed:.3g}")
         left = (state.max_steps - state.global_step) * self.samples_per_step / max(rate, 1e-9)
         line = " ".join(f"{k} {v:.4g}" for k, v in logs.items() if isinstance(v, float) and "/" not in k)
         self.bar.clear()
         self.run.say(
             f"{self.run.stage} step {state.global_step}/{state.max_steps} {line} "
-            f"| {rate:.0f} samples/s, {left:.0f} s left"
+            f"| {rate:g} samples/s, {left:.0f} s left"
         )
-        self.run.append_metrics({"step": state.global_step, "samples_per_second": round(rate, 1), **logs})
+        self.run.append_metrics({"step": state.global_step, "samples_per_second": rate, **logs})
         if not math.isfinite(logs["loss"]):
             raise InputError(
                 f"loss is {logs['loss']} at step {state.global_step}: lower the learning rate; "
