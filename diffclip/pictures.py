@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
 
 from diffclip.errors import InputError
 
@@ -37,6 +37,7 @@ def open_image(source: bytes | str | Path) -> Image.Image:
         pixels = image.width * image.height
         if Image.MAX_IMAGE_PIXELS and pixels > Image.MAX_IMAGE_PIXELS:  # PIL only warns up to twice as many
             raise Image.DecompressionBombError(f"{pixels:,} pixels, which could be a decompression bomb")
+        ImageFile.LOAD_TRUNCATED_IMAGES = False  # lmms_eval sets it: half a picture would pass for a whole
         image.load()
         if image.mode.startswith("I"):  # PIL would cut 16 bits at 255 instead of scaling
             return Image.fromarray((np.asarray(image).clip(0, 65535) / 257).astype(np.uint8)).convert("RGB")
