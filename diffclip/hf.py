@@ -3,6 +3,9 @@
 `DiffCLIPVisionModel.trunk` is the same module, under the same names, as `visual.trunk` of the dual encoder.
 """
 
+import diffclip.lean_timm  # noqa: F401 - before open_clip and timm
+
+# isort: split
 from typing import Any, ClassVar
 
 import numpy as np

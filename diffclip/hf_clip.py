@@ -1,5 +1,8 @@
 """Directories of transformers' CLIPModel (openai/clip-vit-base-patch16 and its kin), read as open_clip models."""
 
+import diffclip.lean_timm  # noqa: F401 - before open_clip and timm
+
+# isort: split
 import json
 from collections.abc import Callable
 from pathlib import Path

@@ -1,5 +1,8 @@
 """The symmetric contrastive loss of CLIP over all ranks (open_clip's, with the settings that make it exact)."""
 
+import diffclip.lean_timm  # noqa: F401 - before open_clip and timm
+
+# isort: split
 import torch
 import torch.distributed as dist
 from open_clip.loss import ClipLoss

@@ -5,6 +5,9 @@ the variants differ only in which attention modules are replaced. So the baselin
 own, and everything made for an open_clip model (losses, benchmarks) takes ours.
 """
 
+import diffclip.lean_timm  # noqa: F401 - before open_clip and timm
+
+# isort: split
 import copy
 import json
 from collections import OrderedDict

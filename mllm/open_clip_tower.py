@@ -4,6 +4,9 @@
 file of weights; or `open_clip:hf-hub:ORG/NAME`, `open_clip:local-dir:FOLDER`, which carry their weights.
 """
 
+import diffclip.lean_timm  # noqa: F401 - before open_clip and timm
+
+# isort: split
 from typing import Any
 
 import torch
