@@ -27,6 +27,8 @@ from hashlib import sha256
 from pathlib import Path
 
 from diffclip.errors import InputError, exit_on_input_error
+from mllm.conversation import IMAGE
+from mllm.data import read_json_rows
 
 ONE_IN = 10
 
@@ -42,7 +44,7 @@ def questions(rows: Iterable[dict]) -> list[dict[str, str]]:
     for row in rows:
         turns = [turn["value"] for turn in row["conversations"]]
         for question, truth in zip(turns[::2], turns[1::2], strict=True):
-            text = question.replace("<image>", "").strip()
+            text = question.replace(IMAGE, "").strip()
             asked.append({"image": row["image"], "question": text, "truth": truth})
     return asked
 
@@ -121,8 +123,7 @@ def main(argv: list[str] | None = None) -> None:
     if options.command == "split":
         split(options.captions, options.conversations, options.source, options.some, options.out, options.seed)
         return
-    rows = [json.loads(line) for line in options.answers.read_text(encoding="utf-8").splitlines()]
-    for name, (asked, right, frequent) in score(rows).items():
+    for name, (asked, right, frequent) in score(list(read_json_rows(options.answers))).items():
         print(f"{name} ({asked:,}): {right:.1%} to the letter, the most frequent answer {frequent:.1%}")
 
 
