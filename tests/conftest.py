@@ -20,7 +20,7 @@ SHARED = Path(os.environ.get("DIFFCLIP_SHARED", Path(__file__).resolve().parents
 
 def _need(path: Path) -> Path:
     if not path.exists():
-        pytest.skip(f"{path} is missing: set DIFFCLIP_SHARED to the folder that holds golden/ and data/")
+        pytest.skip(f"{path} is missing: set DIFFCLIP_SHARED to the folder that holds golden/, data/ and cases/")
     return path
 
 
@@ -34,6 +34,12 @@ def golden() -> Callable[[str], Path]:
 def shared_data() -> Callable[[str], Path]:
     """Folder of one small set of real images and text, e.g. shared_data("fashion")."""
     return lambda name: _need(SHARED / "data" / name)
+
+
+@pytest.fixture(scope="session")
+def shared_cases() -> Callable[[str], Path]:
+    """A file or folder of inputs that real users have, e.g. shared_cases("pairs/macos.tar")."""
+    return lambda name: _need(SHARED / "cases" / name)
 
 
 class Server(BaseHTTPRequestHandler):

@@ -1,0 +1,156 @@
+"""Text files, read and written in one way: JSON, JSON lines and YAML, whole or not at all.
+
+Lines end at `\\n` alone, never at U+2028 or U+0085, which captions and file names hold; a byte order mark is skipped;
+what is not UTF-8, not JSON or nested too deep is an `InputError` that names the file and the line.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from diffclip.errors import InputError
+
+
+def write_whole(path: str | Path, content: str | bytes) -> None:
+    """Write a file so that a crash leaves the old one or the new one: temporary file, fsync, rename.
+
+    Text is written as UTF-8; what no UTF-8 can hold (halves of surrogate pairs) as its `\\udc80` escape.
+    """
+    path = Path(path)
+    data = _encoded(content) if isinstance(content, str) else content
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}.tmp")
+    try:
+        with open(temporary, "wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, value: object) -> None:
+    """`write_whole` of a value as indented JSON."""
+    write_whole(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_text(path: str | Path) -> str:
+    """The whole of a UTF-8 file, without a byte order mark.
+
+    Raises:
+        InputError: the file cannot be read, or is not UTF-8.
+    """
+    try:
+        return Path(path).read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 (byte {error.start}); {_remedy(path)}") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
+
+
+def read_json(path: str | Path) -> Any:
+    """The value of a JSON file.
+
+    Raises:
+        InputError: it cannot be read, is not UTF-8, not JSON, or nested too deep.
+    """
+    return parse_json(read_text(path), str(path))
+
+
+def parse_json(text: str | bytes, name: str) -> Any:
+    """`json.loads` whose failures are an `InputError` that calls the text `name`."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise InputError(f"{name}: nested too deep for JSON that a person would write; write it again") from None
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
+        raise InputError(f"{name}: not valid JSON: {error}") from None
+
+
+def read_jsonl(path: str | Path, *, damaged: str = "raise") -> Iterator[tuple[int, Any]]:
+    """(line number from 1, value) of every line that is not blank, one at a time.
+
+    Args:
+        damaged: "raise", or "skip" for logs of ours, in which a kill may have left half a line.
+
+    Raises:
+        InputError: the file cannot be read, or a line is not UTF-8, not JSON, or nested too deep; names the line.
+    """
+    try:
+        with open(path, "rb") as f:
+            for number, raw in enumerate(f, 1):  # bytes: lines end at \n alone
+                line = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
+                if not line.strip():
+                    continue
+                try:
+                    yield number, parse_json(line.decode("utf-8"), f"{path}:{number}")
+                except UnicodeDecodeError as error:
+                    if damaged == "raise":
+                        reason = f"not UTF-8 (byte {error.start} of the line); {_remedy(path)}"
+                        raise InputError(f"{path}:{number}: {reason}") from None
+                except InputError:
+                    if damaged == "raise":
+                        raise
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
+
+
+def append_jsonl(path: str | Path, records: Iterable[object]) -> None:
+    """Append a line for each record in one write, since several processes may share the file.
+
+    Half a line that a kill left at the end stays a line of its own.
+    """
+    text = "".join(json_line(record) for record in records)
+    with open(path, "ab+") as f:
+        if f.tell():
+            f.seek(-1, os.SEEK_END)
+            if f.read(1) != b"\n":
+                text = "\n" + text
+        f.write(_encoded(text))
+
+
+def json_line(record: object) -> str:
+    """One line of a JSON lines file; the line ends that other readers see inside strings are escaped."""
+    text = json.dumps(record, ensure_ascii=False)
+    for character in ("\u2028", "\u2029", "\x85"):
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text + "\n"
+
+
+def cut_to_whole_lines(path: str | Path) -> int:
+    """Cut half a line, left by a kill, off the end of a file; returns how many lines it has then, 0 for no file."""
+    path = Path(path)
+    if not path.exists():
+        return 0
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if len(whole) != len(content):
+        os.truncate(path, len(whole))
+    return whole.count(b"\n")
+
+
+def read_yaml(path: str | Path) -> Any:
+    """The value of a YAML file, plain types only.
+
+    Raises:
+        InputError: it cannot be read, is not UTF-8, not YAML, or nested too deep.
+    """
+    text = read_text(path)
+    try:
+        return yaml.safe_load(text)
+    except RecursionError:
+        raise InputError(f"{path}: nested too deep for YAML that a person would write; write it again") from None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none
+        raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def _encoded(text: str) -> bytes:
+    return text.encode("utf-8", errors="backslashreplace")
+
+
+def _remedy(path: str | Path) -> str:
+    return f"convert it, e.g. `iconv -f latin1 -t utf-8 {path} > new`"

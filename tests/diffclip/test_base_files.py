@@ -1,0 +1,116 @@
+"""Reading and writing of text files: lines, encodings, damage, kills."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from diffclip.base import files
+from diffclip.errors import InputError
+
+ODD = ["a\u2028b", "c\x85d", "e\u2029f", "g\x0bh\x0ci\x1cj", "\ud800 half", os.fsdecode(b"caf\xe9.jpg"), "日本"]
+
+
+def test_strings_with_every_kind_of_line_end_come_back(tmp_path):
+    files.append_jsonl(tmp_path / "log", [{"key": text} for text in ODD])
+    files.append_jsonl(tmp_path / "log", [{"key": "last"}])
+    back = [(number, row["key"]) for number, row in files.read_jsonl(tmp_path / "log")]
+    assert back == list(enumerate([*ODD, "last"], 1))
+    raw = (tmp_path / "log").read_text(encoding="utf-8")
+    assert [json.loads(line)["key"] for line in raw.splitlines()] == [*ODD, "last"]  # also for readers that split so
+
+
+def test_raw_line_separators_in_a_strangers_file_do_not_end_a_line(tmp_path):
+    (tmp_path / "rows").write_text('{"a": "x\u2028y"}\n\n{"a": "z\x85"}\n', encoding="utf-8")
+    assert list(files.read_jsonl(tmp_path / "rows")) == [(1, {"a": "x\u2028y"}), (3, {"a": "z\x85"})]
+
+
+def test_half_a_line_is_skipped_in_our_logs_and_does_not_eat_the_next(tmp_path):
+    (tmp_path / "log").write_bytes(b'{"key": "a"}\n{"key": "b", "re')
+    files.append_jsonl(tmp_path / "log", [{"key": "c"}])
+    assert [row["key"] for _, row in files.read_jsonl(tmp_path / "log", damaged="skip")] == ["a", "c"]
+    with pytest.raises(InputError, match=r"log:2: not valid JSON"):
+        list(files.read_jsonl(tmp_path / "log"))
+
+
+def test_whole_lines_are_counted_and_the_rest_cut_off(tmp_path):
+    path = tmp_path / "answers"
+    assert files.cut_to_whole_lines(path) == 0
+    path.write_bytes(b"1\n2\n3")
+    assert files.cut_to_whole_lines(path) == 2
+    assert path.read_bytes() == b"1\n2\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b'\xff\xfe{\x00"\x00', r"not UTF-8 \(byte 0\)"),
+        (b"{nope", "not valid JSON"),
+        (b"[" * 100_000, "nested too deep"),
+        (b"9" * 5000, "not valid JSON"),
+        (b"", "not valid JSON"),
+    ],
+)
+def test_what_is_no_json_is_named(tmp_path, content, reason):
+    (tmp_path / "x.json").write_bytes(content)
+    with pytest.raises(InputError, match=rf"x\.json: {reason}"):
+        files.read_json(tmp_path / "x.json")
+    if content:
+        with pytest.raises(InputError, match=rf"x\.json:1: {reason.split(chr(92))[0]}"):
+            list(files.read_jsonl(tmp_path / "x.json"))
+
+
+def test_missing_files_and_folders_are_named(tmp_path):
+    for read in (files.read_json, files.read_yaml, lambda p: list(files.read_jsonl(p))):
+        with pytest.raises(InputError, match="none: cannot be read"):
+            read(tmp_path / "none")
+        with pytest.raises(InputError, match="cannot be read"):
+            read(tmp_path)
+
+
+def test_byte_order_marks_are_skipped(tmp_path):
+    (tmp_path / "x").write_bytes(b'\xef\xbb\xbf{"a": 1}\n')
+    assert files.read_json(tmp_path / "x") == {"a": 1}
+    assert list(files.read_jsonl(tmp_path / "x")) == [(1, {"a": 1})]
+    assert files.read_yaml(tmp_path / "x") == {"a": 1}
+
+
+@pytest.mark.parametrize("text", ["a: [", "a: !!python/object:os.system x", "a: 2024-99-99", "[" * 50_000])
+def test_what_is_no_yaml_is_named(tmp_path, text):
+    (tmp_path / "x.yaml").write_text(text)
+    with pytest.raises(InputError, match=r"x\.yaml: (not valid YAML|nested too deep)"):
+        files.read_yaml(tmp_path / "x.yaml")
+
+
+def test_a_kill_leaves_the_old_file_or_the_new_one(tmp_path):
+    code = (
+        "import sys; from diffclip.base.files import write_json\n"
+        "for i in range(10**9): write_json(sys.argv[1], {'n': i, 'filler': 'x' * 100_000})"
+    )
+    path = tmp_path / "out.json"
+    for wait in (0.15, 0.11, 0.13):
+        path.unlink(missing_ok=True)
+        child = subprocess.Popen([sys.executable, "-c", code, str(path)])
+        while not path.exists():
+            time.sleep(0.01)
+        time.sleep(wait)
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+        assert len(files.read_json(path)["filler"]) == 100_000
+
+
+def test_files_are_readable_as_the_umask_says_and_failures_leave_nothing(tmp_path):
+    before = os.umask(0o022)
+    try:
+        files.write_whole(tmp_path / "a", "text")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o644
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError):
+        files.write_whole(tmp_path / "folder", "text")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "folder"]
