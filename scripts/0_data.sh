@@ -3,9 +3,16 @@
 #   ./scripts/0_data.sh cc3m pope --out data [--dry-run]
 #   ./scripts/0_data.sh pairs URLS.tsv --out data/mine     # img2dataset, in an environment of its own
 set -euo pipefail
-source "$(dirname "$0")/setup_env.sh"
-install_into_venv eval
-cd "$root"
+source "$(dirname "$(readlink -f "$0")")/setup_env.sh"
+for argument in "$@"; do
+    case $argument in
+        --dry-run | --dry_run | -h | --help) # only says what would come: any Python will do, nothing is installed
+            python=$(find_python)
+            exec "$python" -m stages.fetch "$@"
+            ;;
+    esac
+done
+use_environment
 if [ "${1:-}" = pairs ] && ! command -v img2dataset >/dev/null; then
     tool=${DIFFCLIP_IMG2DATASET:-$root/.venv-img2dataset}
     if [ ! -x "$tool/bin/img2dataset" ]; then

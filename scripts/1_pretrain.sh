@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Stage 1 on the GPUs of this machine: all arguments go to stages.pretrain.
 #   ./scripts/1_pretrain.sh --config stages/configs/paper/pretrain_cc3m_diffclip.yaml \
-#       --train_data 'data/cc3m/{00000..00331}.tar' --output_dir runs/diffclip/pretrain
+#       --train_data 'data/cc3m/cc3m-train-*.tar' --output_dir runs/diffclip/pretrain
 # DEVICES sets the number of processes (default: every visible GPU, or 1 without one).
 set -euo pipefail
-cd "$(dirname "$0")/.."
+source "$(dirname "$(readlink -f "$0")")/setup_env.sh"
+use_environment
 devices=${DEVICES:-$(python -c 'import torch; print(max(1, torch.cuda.device_count()))')}
 if [ "$devices" = 1 ]; then
     exec python -m stages.pretrain "$@"

@@ -3,5 +3,6 @@
 #   ./scripts/4_evaluate.sh --clip runs/diffclip/pretrain --clip_data data/benchmarks \
 #       --mllm runs/diffclip/instruct --pope data/pope --image_root data/coco/val2014 --output_dir runs/diffclip/evaluate
 set -euo pipefail
-cd "$(dirname "$0")/.."
+source "$(dirname "$(readlink -f "$0")")/setup_env.sh"
+use_environment
 exec python -m stages.evaluate "$@"

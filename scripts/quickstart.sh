@@ -3,7 +3,7 @@
 #   ./scripts/quickstart.sh [--variants CLIP DiffCLIP ...] [--seed 0] [--output-dir runs/quickstart] [--config FILE]
 # Called again it skips what is finished and goes on where it was interrupted.
 set -euo pipefail
-source "$(dirname "$0")/setup_env.sh"
+source "$(dirname "$(readlink -f "$0")")/setup_env.sh"
 install_into_venv eval
 cd "$root"
 
@@ -16,4 +16,5 @@ while [ $# -gt 0 ]; do
         *) arguments+=("$1"); shift ;;
     esac
 done
+export DIFFCLIP_ACTIVATE="$activate" # so that its last lines say how to go on
 exec python -m stages.pipeline --config "$config" ${arguments[@]+"${arguments[@]}"}

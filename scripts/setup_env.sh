@@ -1,9 +1,11 @@
-# Sourced by the other scripts: makes or uses a virtual environment and installs this package with the named extras.
-#   install_into_venv EXTRA[,EXTRA]
-# An active virtual environment is used as it is; otherwise .venv is made beside this repository
-# (or where DIFFCLIP_VENV says). Installed again only when pyproject.toml changed.
+# Sourced by the other scripts: finds or makes the Python environment they run in.
+#   use_environment                   for the stages: whatever has the package's dependencies, else as below
+#   install_into_venv EXTRA[,EXTRA]   installs this package with the named extras
+# An active virtual or conda environment is used as it is; otherwise .venv beside this repository
+# (or where DIFFCLIP_VENV says), made if need be. Installed again only when pyproject.toml changed.
 
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+root=$(CDPATH='' cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.." >/dev/null && pwd)
+export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" # from whatever folder a script is called
 
 find_python() {
     local candidate
@@ -17,27 +19,68 @@ find_python() {
     return 2
 }
 
-install_into_venv() {
-    local extras=$1 python venv stamp wanted
+# Sets `venv` to the environment's folder, and `activate` to what a user types to get into it ("" if already in).
+find_venv() {
+    activate=""
     if [ -n "${VIRTUAL_ENV:-}" ]; then
         venv=$VIRTUAL_ENV
+    elif [ -n "${CONDA_PREFIX:-}" ] && [ "${CONDA_DEFAULT_ENV:-base}" != base ]; then
+        venv=$CONDA_PREFIX
     else
         venv=${DIFFCLIP_VENV:-$root/.venv}
-        if [ ! -x "$venv/bin/python" ]; then
-            python=$(find_python) || return
-            echo "making a virtual environment in $venv with $("$python" --version)"
-            "$python" -m venv "$venv" || {
-                echo "error: no virtual environment could be made: apt-get install python3-venv" >&2
-                return 2
-            }
-        fi
+        activate="source $venv/bin/activate"
     fi
-    export PATH="$venv/bin:$PATH" VIRTUAL_ENV="$venv"
-    stamp=$venv/.diffclip-$extras
-    wanted=$(cat "$root/pyproject.toml" | sha256sum)
-    if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
+}
+
+enter_venv() {
+    export PATH="$venv/bin:$PATH"
+    [ "$venv" = "${CONDA_PREFIX:-}" ] || export VIRTUAL_ENV="$venv"
+}
+
+# Whether an earlier install_into_venv brought all of these extras, with the pyproject.toml of today.
+has_extras() {
+    local stamp extra had
+    for stamp in "$venv"/.diffclip-*; do
+        [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$2" ] || continue
+        had=,${stamp##*/.diffclip-},
+        for extra in ${1//,/ }; do
+            [[ $had == *,$extra,* ]] || continue 2
+        done
+        return 0
+    done
+    return 1
+}
+
+install_into_venv() {
+    local extras=$1 python wanted
+    find_venv
+    if ! "$venv/bin/python" -c '' 2>/dev/null; then # missing, or of a Python that is gone
+        python=$(find_python) || return
+        echo "making a virtual environment in $venv with $("$python" --version)"
+        "$python" -m venv --clear "$venv" || {
+            echo "error: no virtual environment could be made: apt-get install python3-venv" >&2
+            return 2
+        }
+    fi
+    enter_venv
+    wanted=$(sha256sum <"$root/pyproject.toml")
+    if ! has_extras "$extras" "$wanted"; then
         echo "installing diffclip-stack[$extras] (several minutes the first time, about 7 GB)"
         "$venv/bin/python" -m pip install --quiet --editable "$root[$extras]" || return
-        echo "$wanted" >"$stamp"
+        echo "$wanted" >"$venv/.diffclip-$extras"
     fi
+}
+
+# A node of a cluster has no internet: what a user installed by hand, in whatever environment, is not installed again.
+use_environment() {
+    local ready='import importlib.util as u, sys; sys.exit(not all(map(u.find_spec, ("deepspeed", "open_clip", "lmms_eval"))))'
+    find_venv
+    if [ -n "$activate" ] && python -c "$ready" 2>/dev/null; then
+        return # a container whose own Python has all of it
+    fi
+    if [ -x "$venv/bin/python" ] && "$venv/bin/python" -c "$ready" 2>/dev/null; then
+        enter_venv
+        return
+    fi
+    install_into_venv eval
 }

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Installs what the tests need and runs them, offline; further arguments go to pytest.
 set -euo pipefail
-source "$(dirname "$0")/setup_env.sh"
+source "$(dirname "$(readlink -f "$0")")/setup_env.sh"
 install_into_venv eval,app,dev
 cd "$root"
 

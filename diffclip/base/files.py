@@ -10,8 +10,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from diffclip.errors import InputError
 
 
@@ -139,6 +137,8 @@ def read_yaml(path: str | Path) -> Any:
     Raises:
         InputError: it cannot be read, is not UTF-8, not YAML, or nested too deep.
     """
+    import yaml  # not at the top: `0_data.sh --dry-run` runs before anything is installed
+
     text = read_text(path)
     try:
         return yaml.safe_load(text)

@@ -1,0 +1,232 @@
+"""Every command and Python block of README and docs runs as it stands, on small stand-ins for what it names.
+
+What differs from the page is in `STAND_INS` and in `workspace`; what is only parsed, and why, in `PARSED`.
+docs/results.md is left out: its commands are records of what was measured.
+"""
+
+import importlib.util
+import json
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from launch import ROOT, environment
+
+from stages.align import AlignConfig
+from stages.config import parse
+from stages.evaluate import EvaluateConfig
+from stages.instruct import InstructConfig
+from stages.pipeline import PipelineConfig, free_port
+from stages.pretrain import PretrainConfig
+
+PAGES = [ROOT / "README.md", *sorted(p for p in (ROOT / "docs").glob("*.md") if p.name != "results.md")]
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+STAND_INS = {  # what stands on a page -> what stands for it here
+    "DiffCLIP-S-16": "DiffCLIP-tiny",
+    "Qwen/Qwen2.5-0.5B-Instruct": "runs/language",
+    "--tasks pope": "--tasks tiny_pope --include_path tasks --output_path lmms",  # the Hub's questions
+    "--nproc-per-node 8": "--nproc-per-node 1",
+}
+SETTINGS = {  # so that a stage takes seconds
+    "stages.pretrain": ["--epochs=1", "--global_batch_size=64", "--num_workers=0"],
+    "stages.language": ["--hidden_size=32", "--layers=1"],
+    "stages.align": ["--global_batch_size=16", "--num_workers=0"],
+    "stages.instruct": ["--global_batch_size=16", "--num_workers=0"],
+    "stages.evaluate": ["--few_shot_episodes=20"],
+    "diffclip.benchmarks": ["--episodes=20"],
+    "diffclip.scenes": ["--pairs=8", "--align=8", "--conversations=8", "--texts=8", "--pope=3", "--mmvp=1"]
+    + ["--retrieval=4", "--class-train=80", "--class-val=80", "--class-test=80", "--segmentation=2"],
+}
+CONFIGS = {
+    "stages.pretrain": PretrainConfig,
+    "stages.align": AlignConfig,
+    "stages.instruct": InstructConfig,
+    "stages.evaluate": EvaluateConfig,
+}
+PARSED = {  # pages whose stages have the paper's size: their flags and configurations are read, nothing is trained
+    "pope.md": tuple(CONFIGS),
+    "paper_scale.md": ("stages.pretrain",),
+}
+OWN_PROCESS = ("stages.", "mllm.app")  # training and lmms-eval start processes of their own
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return [text for kind, text in FENCE.findall(page.read_text(encoding="utf-8")) if kind == language]
+
+
+def commands(page: Path) -> list[list[str]]:
+    """The words of each command of a page's bash blocks, without comments."""
+    text = "\n".join(blocks(page, "bash"))
+    for there, here in STAND_INS.items():
+        text = text.replace(there, here)
+    lines = text.replace("\\\n", " ").splitlines()
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+def named(words: list[str]) -> str:
+    return " ".join(words)[:60]
+
+
+def start(words: list[str], folder: Path) -> None:
+    ended = subprocess.run(words, cwd=folder, env=environment(), capture_output=True, text=True, timeout=600)
+    assert ended.returncode == 0, f"{shlex.join(words)}\n{ended.stdout[-2000:]}\n{ended.stderr[-4000:]}"
+
+
+def run_module(module: str, arguments: list[str], monkeypatch) -> None:
+    """`python -m MODULE ARGUMENTS` in this process, which spares the imports."""
+    monkeypatch.setattr(sys, "argv", [module, *arguments])
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        assert not end.code, f"{module} {shlex.join(arguments)} ended with {end.code}"
+
+
+def carry_out(words: list[str], page: str, folder: Path, monkeypatch) -> None:
+    """Run one command of a page in `folder`."""
+    program, *rest = words
+    monkeypatch.chdir(folder)
+    if program == "./scripts/quickstart.sh":  # run for real in test_stages_pipeline
+        flags = [word.replace("--output-dir", "--output_dir") for word in rest]
+        parse(PipelineConfig, "", [f"--config={ROOT}/stages/configs/quickstart/pipeline.yaml", *flags])
+    elif program == "./scripts/test.sh":
+        pass  # is what runs this
+    elif program == "./scripts/0_data.sh":
+        start(["bash", str(ROOT / program), *rest, "--dry-run"], folder)
+    elif program == "lmms-eval":
+        start([str(Path(sys.executable).parent / program), *rest], folder)
+        results = json.loads(next((folder / "lmms").rglob("*_results.json")).read_text(encoding="utf-8"))
+        assert 0 <= results["results"]["tiny_pope"]["accuracy,none"] <= 100
+    else:
+        assert program in ("python", "deepspeed", "torchrun"), f"{page}: no test knows how to run {shlex.join(words)}"
+        flag = "--module" if program == "deepspeed" else "-m"
+        at = rest.index(flag)
+        options, module, arguments = rest[:at], rest[at + 1], rest[at + 2 :]
+        if module in PARSED.get(page, ()):
+            parse(CONFIGS[module], "", arguments)
+            return
+        if arguments[:1] != ["data"]:
+            arguments = [*arguments, *SETTINGS.get(module, [])]
+        if program == "deepspeed":
+            launcher = [sys.executable, str(Path(sys.executable).parent / program), f"--master_port={free_port()}"]
+            start([*launcher, *options, flag, module, *arguments], folder)
+        elif program == "torchrun":
+            start([sys.executable, "-m", "torch.distributed.run", *options, flag, module, *arguments], folder)
+        elif module.startswith(OWN_PROCESS):
+            start([sys.executable, "-m", module, *arguments], folder)
+        else:
+            run_module(module, arguments, monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory) -> Path:
+    """A folder that holds, in small, all that the pages name, made from the built-in scenes."""
+    import datasets
+    from PIL import Image
+
+    import diffclip
+    from diffclip.checkpoints import save
+
+    folder = tmp_path_factory.mktemp("docs")
+    (folder / "stages").mkdir()
+    (folder / "stages" / "configs").symlink_to(ROOT / "stages" / "configs")
+    small = {"pairs": 96, "retrieval": 20, "class_train": 160, "class_val": 80, "class_test": 80, "align": 32}
+    small |= {"conversations": 32, "texts": 300, "pope": 4, "mmvp": 2, "segmentation": 2}
+    with pytest.MonkeyPatch.context() as patch:
+        arguments = ["export", str(folder / "world")]
+        run_module("diffclip.scenes", arguments + [f"--{k.replace('_', '-')}={n}" for k, n in small.items()], patch)
+    world = folder / "world"
+    (folder / "pairs").symlink_to(world / "pretrain")
+    for name in ("POPE", "pope"):
+        (folder / name).symlink_to(world / "pope")
+    for name in ("IMAGES", "images"):
+        shutil.copytree(world / "llava" / "images", folder / name)
+        shutil.copytree(world / "pope" / "images", folder / name, dirs_exist_ok=True)
+    for name, source in {"captions.json": "align", "conversations.json": "instruct", "rows.json": "instruct"}.items():
+        shutil.copy(world / "llava" / f"{source}.json", folder / name)
+    shutil.copy(world / "llava" / "text.jsonl", folder / "text.jsonl")
+    photos = sorted((world / "pope" / "images").iterdir())
+    for name in ("a.jpg", "mug.jpg"):
+        Image.open(photos[0]).convert("RGB").save(folder / name)
+    pairs = [{"image": {"bytes": p.read_bytes(), "path": None}, "caption": f"scene {i}"} for i, p in enumerate(photos)]
+    datasets.Dataset.from_list(pairs).to_parquet(folder / "more_pairs.parquet")
+    rows = [{"image": p.name, "question": "Is there a circle?"} for p in photos]
+    (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "urls.tsv").write_text("url\tcaption\nhttp://127.0.0.1:9/a.jpg\ta dog\n")
+    for name in ("benchmarks", "data"):
+        shutil.copytree(world, folder / name)
+    paper_set = folder / "data" / "cifar10"
+    shutil.copytree(world / "classification" / "shape", paper_set)
+    for name, model in {
+        "clip": "CLIP-tiny",
+        "diffclip": "DiffCLIP-tiny",
+        "quickstart/DiffCLIP": "DiffCLIP-tiny",
+    }.items():
+        save(diffclip.build(model), folder / "runs" / name / "pretrain")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(workspace) -> Path:
+    """The workspace after all commands of data.md: its runs/mine, also under the names that other pages use."""
+    language = ["python", "-m", "stages.language", "--text=text.jsonl", "--output_dir=runs/language", "--max_tokens=64"]
+    with pytest.MonkeyPatch.context() as patch:
+        for words in (language, *commands(ROOT / "docs" / "data.md")):
+            carry_out(words, "data.md", workspace, patch)
+    for stage in ("align", "instruct"):
+        (workspace / "runs" / stage).symlink_to(workspace / "runs" / "mine" / stage)
+    write_lmms_task(workspace)
+    return workspace
+
+
+def write_lmms_task(folder: Path) -> None:
+    """The workspace's POPE questions as a task of lmms-eval, `tiny_pope`, in tasks/."""
+    from mllm.pope_files import find_images, read
+    from mllm.pope_lmms import write_parquet, write_tasks
+
+    questions = read(folder / "POPE")[:4]
+    (folder / "tasks").mkdir()
+    write_parquet(questions, find_images(questions, folder / "IMAGES"), folder / "tasks" / "tiny_pope.parquet")
+    write_tasks(folder / "tasks", {"tiny_pope": folder / "tasks" / "tiny_pope.parquet"})
+
+
+def test_the_commands_of_your_own_data_lead_from_pairs_to_a_report(trained):
+    assert "DiffCLIP-tiny" in (trained / "runs" / "mine" / "report" / "report.md").read_text(encoding="utf-8")
+    assert (trained / "scenes" / "scenes.json").is_file()
+
+
+OTHERS = [(page, words) for page in PAGES if page.name != "data.md" for words in commands(page)]
+
+
+@pytest.mark.parametrize(("page", "words"), OTHERS, ids=[f"{page.stem}: {named(words)}" for page, words in OTHERS])
+def test_commands_run_as_typed(page, words, trained, monkeypatch):
+    carry_out(words, page.name, trained, monkeypatch)
+
+
+PYTHON = [(page, code) for page in PAGES for code in blocks(page, "python")]
+
+
+@pytest.mark.parametrize(("page", "code"), PYTHON, ids=[f"{page.stem}-{i}" for i, (page, _) in enumerate(PYTHON)])
+def test_python_blocks_run_as_they_stand(page, code, trained, monkeypatch, capsys):
+    monkeypatch.chdir(trained)
+    exec(compile(code, page.name, "exec"), {"__name__": "__main__"})
+
+
+def test_the_readme_is_two_screens():
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 120 and max(map(len, lines)) <= 100
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "docs" / "results.md"], ids=lambda page: page.stem)
+def test_modules_files_and_pages_that_a_page_names_exist(page):
+    text = page.read_text(encoding="utf-8")
+    for module in set(re.findall(r"python -m ([a-z_]+(?:\.[a-z_]+)*)", text)):
+        assert importlib.util.find_spec(module), f"{page.name} names python -m {module}"
+    for config in set(re.findall(r"(stages/configs/[\w/]+\.(?:yaml|json))", text)):
+        assert (ROOT / config.replace("zeroN", "zero2")).is_file(), f"{page.name} names {config}"
+    for link in re.findall(r"\]\((?!http)([^)#]+)", text):
+        assert (page.parent / link).exists(), f"{page.name} links to {link}"

@@ -1,0 +1,73 @@
+"""The shell scripts find their Python environment, and install nothing where nothing is needed."""
+
+import os
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import pytest
+from launch import ROOT
+
+SYSTEM = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": os.environ.get("HOME", "/tmp"), "HF_HUB_OFFLINE": "1"}
+
+
+def bash(words: list[str], cwd: Path, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        ["bash", *words], cwd=cwd, env=SYSTEM | environment, capture_output=True, text=True, timeout=120
+    )
+
+
+@pytest.mark.parametrize("script", ["1_pretrain", "2_align", "3_instruct", "4_evaluate"])
+def test_the_stages_scripts_find_the_environment_without_its_being_active(script, tmp_path):
+    link = tmp_path / "linked.sh"  # and from another folder, through a link, with CDPATH set
+    link.symlink_to(ROOT / "scripts" / f"{script}.sh")
+    ended = bash([str(link), "--help"], tmp_path, DIFFCLIP_VENV=sys.prefix, DEVICES="1", CDPATH="/:/tmp")
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    assert "--output_dir" in ended.stdout and "installing" not in ended.stdout
+
+
+@pytest.mark.parametrize("arguments", [["cc3m", "pope"], ["pairs", "urls.tsv"]], ids=" ".join)
+def test_a_dry_run_of_the_data_needs_a_bare_python_and_installs_nothing(arguments, tmp_path):
+    venv.create(tmp_path / "bare", with_pip=False, symlinks=True)
+    (tmp_path / "urls.tsv").write_text("url\tcaption\nhttp://127.0.0.1:9/a.jpg\ta dog\n")
+    path = f"{tmp_path}/bare/bin:{SYSTEM['PATH']}"
+    words = [str(ROOT / "scripts" / "0_data.sh"), *arguments, "--out", "data", "--dry-run"]
+    ended = bash(words, tmp_path, PATH=path, DIFFCLIP_VENV=str(tmp_path / "none"))
+    assert ended.returncode == 0, ended.stderr
+    assert "data" in ended.stdout and "installing" not in ended.stdout
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["bare", "urls.tsv"]
+
+
+@pytest.mark.parametrize(
+    ("stamps", "wanted", "there"),
+    [
+        (["eval"], "eval", True),
+        (["eval,app,dev"], "eval", True),
+        (["eval"], "eval,app,dev", False),
+        (["app", "eval"], "eval", True),
+        (["evaluation"], "eval", False),
+        ([], "eval", False),
+    ],
+)
+def test_extras_are_installed_once(stamps, wanted, there, tmp_path):
+    for stamp in stamps:
+        (tmp_path / f".diffclip-{stamp}").write_text("today\n")
+    (tmp_path / ".diffclip-eval,old").write_text("another pyproject.toml\n")
+    code = f"source {ROOT}/scripts/setup_env.sh; venv={tmp_path}; has_extras {wanted} today && echo yes || echo no"
+    assert bash(["-c", code], tmp_path).stdout.split() == ["yes" if there else "no"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "venv_folder", "activate"),
+    [
+        ({"VIRTUAL_ENV": "/venvs/mine"}, "/venvs/mine", ""),
+        ({"CONDA_PREFIX": "/conda/envs/clip", "CONDA_DEFAULT_ENV": "clip"}, "/conda/envs/clip", ""),
+        ({"CONDA_PREFIX": "/conda", "CONDA_DEFAULT_ENV": "base"}, f"{ROOT}/.venv", f"source {ROOT}/.venv/bin/activate"),
+        ({}, f"{ROOT}/.venv", f"source {ROOT}/.venv/bin/activate"),
+        ({"DIFFCLIP_VENV": "/x"}, "/x", "source /x/bin/activate"),
+    ],
+)
+def test_an_active_environment_is_taken_before_our_own(settings, venv_folder, activate, tmp_path):
+    code = f'source {ROOT}/scripts/setup_env.sh; find_venv; echo "$venv|$activate"'
+    assert bash(["-c", code], tmp_path, **settings).stdout.strip() == f"{venv_folder}|{activate}"
