@@ -89,6 +89,26 @@ def main(argv: list[str] | None = None) -> None:
         evaluated.append(str(runs))
     python(["stages.report", *evaluated, "--out", f"{out}/report"])
     print(f"\nAll stages took {(time.time() - started) / 60:.1f} minutes. Report: {out}/report/index.html")
+    print(what_next(out, config.variants))
+
+
+def what_next(out: Path, variants: list[str]) -> str:
+    """Commands to go on with, as they must be typed after a finished chain in `out`."""
+    images = sorted((out / "scenes" / "pope" / "images").iterdir())
+    image, run = images[0], out / variants[-1] / "instruct"
+    towers = " ".join(str(out / variant / "pretrain") for variant in variants)
+    activate = os.environ.get("DIFFCLIP_ACTIVATE")  # set by quickstart.sh where the environment is not active
+    lines = [
+        *([activate] if activate else []),
+        f'python -m mllm.chat {run} --image {image} "Is there a red circle in the image?"',
+        f'python -m diffclip.attention_maps {image} --query "a red circle" --models {towers} --out {out}/maps.png',
+        f"pip install '.[app]' && python -m mllm.app {run}    # a page to chat, on this machine alone",
+    ]
+    return (
+        "\nWhat next:\n"
+        + "\n".join(f"  {line}" for line in lines)
+        + "\n  docs/data.md    the same stages on your own data"
+    )
 
 
 def python(arguments: list[str]) -> None:

@@ -4,6 +4,7 @@ Also what happens when it is killed: nothing is left running, and the same comma
 """
 
 import json
+import shlex
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ from diffclip.fingerprint import fingerprint
 
 SMALL = {"pairs": 256, "retrieval": 20, "class_train": 160, "class_val": 80, "class_test": 80, "align": 64}
 SMALL |= {"conversations": 64, "texts": 300, "pope": 12, "mmvp": 2, "segmentation": 2}
+MAPS = "diffclip.attention_maps"
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +96,15 @@ def test_pipeline_ends_with_a_table_and_a_report(quickstart):
         assert 0 <= metrics[key] <= 100
     assert metrics["pope_always_yes/mean/accuracy"] == 50
     assert metrics["pope/random/questions"] == 72
+
+
+def test_the_console_ends_with_commands_that_run_as_they_stand(quickstart):
+    out, _ = quickstart
+    lines = (out.parent / "console.txt").read_text().partition("What next:\n")[2].splitlines()
+    chat, maps = (next(shlex.split(line) for line in lines if f" {name} " in line) for name in ("mllm.chat", MAPS))
+    assert run(*chat[2:]).stdout.strip()
+    run(*maps[2:])
+    assert (out / "maps.png").stat().st_size > 1000
 
 
 def test_only_the_named_parts_learnt_and_the_tower_is_the_pretrained_one(quickstart):
