@@ -45,16 +45,20 @@ def installed(tmp_path, monkeypatch):
 
 @pytest.fixture
 def pope_dir(tmp_path, picture):
+    """POPE about four pictures; a name and a question hold what some readers take for the end of a line."""
     coin = random.Random(0)
     folder = tmp_path / "pope"
     (folder / "images").mkdir(parents=True)
-    for i in range(4):
-        picture(i).save(folder / f"images/{i}.png")
+    names = ["0.png", "1.png", "2\u2028\x85 é.png", "3.png"]
+    for i, name in enumerate(names):
+        picture(i).save(folder / "images" / name)
     for split in SPLITS:
         with open(folder / f"scenes_pope_{split}.json", "w") as f:
             for i in range(4):
                 for n, thing in enumerate(coin.sample(OBJECTS, 2)):
-                    row = {"question_id": 2 * i + n, "image": f"{i}.png", "text": f"Is there a {thing} in the image?"}
+                    space = "\u2028" if i == 3 else " "
+                    text = f"Is there a{space}{thing} in the image?"
+                    row = {"question_id": 2 * i + n, "image": names[i], "text": text}
                     f.write(json.dumps({**row, "label": coin.choice(("yes", "no"))}) + "\n")
     return folder
 
