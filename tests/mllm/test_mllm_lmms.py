@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from diffclip.base.files import read_jsonl
 from diffclip.errors import InputError
 from mllm.conversation import prompt
 from mllm.model import save
@@ -119,7 +120,7 @@ def test_lmms_evals_own_pope_task_runs(installed, assembled, run_dir, pope_dir, 
     paths = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
     subprocess.run(command, cwd=cwd, env={**os.environ, **offline, "PYTHONPATH": paths}, check=True)
     (samples,) = (cwd / "out").rglob("*_samples_pope.jsonl")
-    rows = sorted(map(json.loads, samples.read_text().splitlines()), key=lambda row: row["doc_id"])
+    rows = sorted((row for _, row in read_jsonl(samples)), key=lambda row: row["doc_id"])
     given = [row["filtered_resps"] for row in rows]
     given = [one[0] if isinstance(one, list) else one for one in given]
     direct = [ask_directly(*assembled, picture(int(q.image[0])), q.text) for q in questions]
