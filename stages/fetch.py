@@ -231,9 +231,10 @@ def fetch_web(source: Web, folder: Path) -> None:
 
     into = folder / source.folder
     path = into / source.url.rsplit("/", 1)[1]
-    if path.exists() or _unpacked(path).exists():
+    if _unpacked(path).exists():
         return
-    download(source.url, path)
+    if not path.exists():  # else it is done, or an archive whose unpacking was interrupted
+        download(source.url, path)
     if path.suffix == ".zip" or ".tar" in path.suffixes:
         unpack(path, into)
 

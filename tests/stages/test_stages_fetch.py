@@ -118,6 +118,14 @@ def test_links_in_archives_lead_nowhere(server, tmp_path):
     assert sorted(found) == ["good.jpg", "way/evil.jpg"]
 
 
+def test_an_interrupted_unpacking_is_done_by_the_same_command(server, tmp_path):
+    (tmp_path / "x.tar.gz").write_bytes(tar_with(member("a.jpg")))
+    (tmp_path / "x.tar.gz.unpacking").mkdir()
+    (tmp_path / "x.tar.gz.unpacking" / "half.jpg").touch()
+    fetch.fetch_web(fetch.Web(f"{server.address}/x.tar.gz"), tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".x.tar.gz.unpacked", "a.jpg"] and not server.sent
+
+
 @pytest.mark.parametrize("kind", ["zip", "tar.gz"])
 def test_a_bomb_is_not_unpacked(server, tmp_path, kind):
     if kind == "zip":
