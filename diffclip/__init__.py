@@ -4,6 +4,8 @@
 `import diffclip.hf` that does, so that they start in a moment); other names are imported when first used.
 """
 
+import diffclip.base.threads  # noqa: F401, I001 # first of all: OpenMP reads the environment once, when torch is loaded
+
 import importlib
 import sys
 from typing import Any

@@ -16,6 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, overload
 
+from diffclip.base.paths import inside
 from diffclip.errors import InputError, exit_on_input_error
 from mllm.conversation import IMAGE, pair_turns, render
 
@@ -173,10 +174,14 @@ def examine(
 
 
 def find_pictures(root: str | Path, names: Iterable[str]) -> dict[str, Picture | None]:
-    """Each name's place under `root`, as a file or as a member of a tar in its folder, or None."""
+    """Each name's place under `root`, as a file or as a member of a tar in its folder, or None.
+
+    Raises:
+        InputError: a name that leads outside `root`.
+    """
     places: dict[str, Picture | None] = {}
     for name in names:
-        path = os.path.join(root, name)
+        path = str(inside(root, name, "picture"))
         if os.path.isfile(path):
             places[name] = Picture(path)
             continue

@@ -9,16 +9,15 @@ python -m mllm.pope audit 50.14 50.07 98.21 --questions 2910 3000   # which coun
 """
 
 import argparse
-import json
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from diffclip.base.files import json_line, write_json, write_whole
 from diffclip.errors import InputError, exit_on_input_error
-from mllm.pope_files import SPLITS, find_images, images_of, read, read_answers, read_labelled, version
-from mllm.pope_scores import PARSERS, SCORES, blind, intervals, score, score_splits
+from mllm.pope_files import SPLITS, answered, find_images, images_of, index, read, read_answers, read_labelled, version
+from mllm.pope_scores import PARSERS, SCORES, blind, intervals, parse, score, score_splits
 
 
 def table_of(scores: dict[str, dict[str, float]], columns: Sequence[str]) -> list[list[str]]:
@@ -59,8 +58,9 @@ def score_file(options: argparse.Namespace) -> None:
     questions = read_labelled(options.pope, options.labels)
     answers = read_answers(options.answers, questions)
     print(version(questions))
-    for name, parser in PARSERS.items():
-        said = [parser(answer) for answer in answers]
+    tell_of_nulls(answers, options.answers)
+    for name in PARSERS:
+        said = parse(answers, name)
         show(
             f"{options.answers.name}, parser {name} (%)",
             ["split", *SCORES],
@@ -72,6 +72,13 @@ def score_file(options: argparse.Namespace) -> None:
                 print(f"{split}: accuracy between {100 * low:.1f} and {100 * high:.1f} (95 %, pictures resampled)")
             verdict = uses_image(score_splits(questions, said), score_splits(questions, blind(questions)))
     print(verdict)
+
+
+def tell_of_nulls(answers: Sequence[str | None], name: Path) -> None:
+    """Say how many answers are none at all."""
+    nulls = sum(answer is None for answer in answers)
+    if nulls:
+        print(f"{name}: {nulls:,} of {len(answers):,} answers are null; they count as invalid, which is wrong")
 
 
 def uses_image(model: dict[str, dict[str, float]], blind_rule: dict[str, dict[str, float]]) -> str:
@@ -87,21 +94,29 @@ def compare_runs(options: argparse.Namespace) -> None:
 
     from diffclip.benchmarks.significance import mcnemar
 
-    def answered(folder: Path) -> dict[tuple, tuple[str, str]]:
+    def right_and_said(folder: Path) -> dict[tuple, tuple[str, str]]:
         file = folder / "pope" / "answers.jsonl" if folder.is_dir() else folder
         if not file.is_file():
             raise InputError(f"{file}: no such file; give a run of stages.evaluate that had POPE")
-        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-        rows = [row for row in rows if row.get("pass", "model") == "model"]
-        return {(r["split"], r["image"], r["text"]): (r["label"], PARSERS[options.parser](r["answer"])) for r in rows}
+        pairs = index(answered(file), lambda pair: pair[0].key, str(file))
+        wrong = next((q for q, _ in pairs.values() if q.split not in SPLITS or q.label not in ("yes", "no")), None)
+        if wrong:
+            raise InputError(
+                f"{file}: `{wrong.image}`, `{wrong.text}` has split `{wrong.split}` and label `{wrong.label}`; rows "
+                f"need a split of {', '.join(SPLITS)} and the label yes or no, as stages.evaluate writes them"
+            )
+        answers = [answer for _, answer in pairs.values()]
+        tell_of_nulls(answers, file)
+        labels = [q.label for q, _ in pairs.values()]
+        return dict(zip(pairs, zip(labels, parse(answers, options.parser))))
 
-    first, second = answered(options.runs[0]), answered(options.runs[1])
+    first, second = right_and_said(options.runs[0]), right_and_said(options.runs[1])
     if first.keys() != second.keys():
         raise InputError(
             f"{options.runs[0]} and {options.runs[1]} answer different questions; evaluate both on the same"
         )
     rows = []
-    for split in SPLITS:
+    for split in [split for split in SPLITS if any(key[0] == split for key in first)]:
         keys = [key for key in first if key[0] == split]
         right = [np.array([one[key][0] == one[key][1] for key in keys]) for one in (first, second)]
         p = mcnemar(*right)
@@ -131,11 +146,11 @@ def score_margins_of(options: argparse.Namespace) -> None:
     print(uses_image(scores["model"], scores["blind"]))
     if options.generate:
         answers = pope_margins.generate(model, processor, questions, open_image, batch_size=options.batch_size)
-        scores["generated"] = score_splits(questions, [PARSERS["lmms_eval"](answer) for answer in answers])
+        scores["generated"] = score_splits(questions, parse(answers))
         show("generated answers (%)", ["split", *SCORES], table_of(scores["generated"], SCORES))
         lines += [{"pass": "generated", **q._asdict(), "answer": said} for q, said in zip(questions, answers)]
-    write_whole(options.out / "margins.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-    write_whole(options.out / "margins.json", json.dumps({"version": version(questions), **scores}, indent=1))
+    write_whole(options.out / "margins.jsonl", "".join(map(json_line, lines)))
+    write_json(options.out / "margins.json", {"version": version(questions), **scores})
     print(f"wrote {options.out / 'margins.json'}")
 
 
@@ -152,13 +167,6 @@ def load_with_questions(options: argparse.Namespace) -> tuple[Any, Any, list[Any
     model, processor = load(options.run)
     model.to(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return model, processor, questions, lambda name: places[name].open()
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that a crash leaves the old one or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def diagnose(options: argparse.Namespace) -> int:

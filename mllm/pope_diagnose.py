@@ -1,9 +1,9 @@
 """Why is a POPE score at chance? The causes, each looked at by itself, in the order in which one would hide another."""
 
 import argparse
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,11 +11,14 @@ import torch
 from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from diffclip.base.files import read_json, read_yaml
 from diffclip.errors import InputError
 from diffclip.fingerprint import fingerprint
 from mllm import pope_scores
 from mllm.model import FINGERPRINTS, parts, transform_fingerprint
 from mllm.pope_files import Question
+
+Answer = tuple[Question, str | None]
 
 
 class Finding(NamedTuple):
@@ -46,7 +49,7 @@ def diagnose(
     directory: str | Path,
     questions: Sequence[Question] = (),
     images: dict[str, Any] | None = None,
-    answers: Sequence[dict] = (),
+    answers: Sequence[Answer] = (),
     *,
     pictures: int = 64,
     device: str = "cpu",
@@ -57,13 +60,13 @@ def diagnose(
         directory: the run; what training wrote beside the weights (run.json, config.yaml) is used where it is there.
         questions: POPE with labels, from `mllm.pope_files.read`; without it the model is not asked anything.
         images: their pictures, from `mllm.pope_files.find_images`.
-        answers: rows {split, image, text, label, answer} of an earlier evaluation, to be checked against `questions`.
+        answers: of an earlier evaluation, from `mllm.pope_files.answered`, to be checked against `questions`.
         pictures: how many pictures the model is asked about.
     """
     directory = Path(directory)
-    prints = read_json(directory / FINGERPRINTS)
-    record = read_json(directory / "run.json")
-    config = _config(directory)
+    prints = _mapping(directory / FINGERPRINTS, read_json)
+    record = _mapping(directory / "run.json", read_json)
+    config = _mapping(directory / "config.yaml", read_yaml)
     try:
         model = AutoModelForImageTextToText.from_pretrained(directory).eval().to(device)
         processor = AutoProcessor.from_pretrained(directory)
@@ -72,7 +75,7 @@ def diagnose(
     yield transform(processor, prints)
     yield settings(model, prints, config)
     found = {name: fingerprint(module) for name, module in parts(model).items()}
-    upstream = read_json(Path(record.get("inputs", {}).get("model", {}).get("path", "")) / "run.json")
+    upstream = _mapping(Path(record.get("inputs", {}).get("model", {}).get("path", "")) / "run.json", read_json)
     yield tower(model, found, prints, record, upstream)
     yield projector(model, found, prints, record, upstream)
     yield language_model(found, prints, record)
@@ -182,7 +185,7 @@ def behaviour(
     processor: Any,
     questions: Sequence[Question],
     images: dict[str, Any],
-    answers: Sequence[dict],
+    answers: Sequence[Answer],
     pictures: int,
 ) -> Iterator[Finding]:
     """What the model answers: labels, use of the picture, bias, parser."""
@@ -207,43 +210,47 @@ def behaviour(
     yield Finding("pure yes-bias", 0.02 < rate < 0.98, seen, "balance yes and no in the training; or score by margins")
     sample = asked[:: max(1, len(asked) // 64)]
     said = generate(model, processor, sample, lambda name: images[name].open())
-    yield parser([row["answer"] for row in answers if row.get("pass", "model") == "model"] or said)
+    yield parser([answer for _, answer in answers] or said)
 
 
 def labels(
-    asked: Sequence[Question], questions: Sequence[Question], answers: Sequence[dict], own: np.ndarray
+    asked: Sequence[Question], questions: Sequence[Question], answers: Sequence[Answer], own: np.ndarray
 ) -> Finding:
     """Do an earlier evaluation's labels belong to its questions, and its answers to this model?"""
     cause, remedy = "label misalignment", "match answers and labels by picture and question, as mllm.pope score does"
-    rows = [row for row in answers if row.get("pass", "model") == "model"]
-    if not rows:
+    if not answers:
         return Finding(cause, None, "not looked at: give --answers, the answers.jsonl of an evaluation")
     truth = {q.key: q.label for q in questions}
-    keys = [(row["split"], row["image"].rsplit(".", 1)[0], row["text"]) for row in rows]
-    unknown = sum(key not in truth for key in keys)
+    unknown = sum(q.key not in truth for q, _ in answers)
     if unknown:
-        return Finding(cause, False, f"{unknown} of {len(rows)} rows ask what these files do not", remedy)
-    wrong = sum(row["label"] != truth[key] for row, key in zip(rows, keys))
+        return Finding(cause, False, f"{unknown} of {len(answers)} rows ask what these files do not", remedy)
+    wrong = sum(q.label not in ("", truth[q.key]) for q, _ in answers)  # "": a file without labels
     if wrong:
-        return Finding(cause, False, f"{wrong} of {len(rows)} labels are not those of their question", remedy)
-    given = {key: pope_scores.parse_strict(row["answer"]) for key, row in zip(keys, rows)}
+        return Finding(cause, False, f"{wrong} of {len(answers)} labels are not those of their question", remedy)
+    strict = pope_scores.parse((answer for _, answer in answers), "strict")
+    given = {q.key: said for (q, _), said in zip(answers, strict)}
     read = [(given.get(q.key), "yes" if value > 0 else "no") for q, value in zip(asked, own)]
     same = [said == likelier for said, likelier in read if said in ("yes", "no")]
-    share = float(np.mean(same)) if same else 1.0
+    if not same:
+        return Finding(cause, None, "none of its answers to these questions is yes or no")
+    share = float(np.mean(same))
     seen = f"{100 * share:.0f} % of its answers are what this model answers to the same question"
     return Finding(cause, share > 0.8, seen, remedy)
 
 
-def parser(answers: Sequence[str]) -> Finding:
+def parser(answers: Sequence[str | None]) -> Finding:
     """Are the model's words read as it means them?"""
     invalid = {
-        name: float(np.mean([rule(a) == "invalid" for a in answers])) for name, rule in pope_scores.PARSERS.items()
+        name: pope_scores.parse(answers, name).count("invalid") / len(answers) for name in ("lmms_eval", "strict")
     }
-    examples = list(dict.fromkeys(a for a in answers if pope_scores.parse_lmms_eval(a) == "invalid"))[:3]
+    nulls = sum(answer is None for answer in answers)
+    read = zip(answers, pope_scores.parse(answers))
+    examples = list(dict.fromkeys(a for a, said in read if said == "invalid" and a is not None))[:3]
     fine = invalid["lmms_eval"] < 0.05
     seen = f"lmms-eval's rule cannot read {100 * invalid['lmms_eval']:.0f} % of {len(answers)} answers"
     if invalid["strict"] < invalid["lmms_eval"]:
         seen += f", {100 * invalid['strict']:.0f} % without regard to punctuation"
+    seen += f"; {nulls} are null, no answer at all" if nulls else ""
     seen += f": {', '.join(map(repr, examples))}" if examples else ""
     return Finding("parser", fine, seen, "score with --parser strict, or ask for one word as in the training")
 
@@ -273,30 +280,27 @@ def _mismatch(part: str, found: dict, prints: dict, record: dict, upstream: dict
     return ""
 
 
-def read_json(path: Path) -> dict:
-    """A JSON object, or nothing where there is no such file."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
-def _config(directory: Path) -> dict:
-    import yaml
-
-    file = directory / "config.yaml"
-    return yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
+def _mapping(path: Path, read: Callable[[Path], Any]) -> dict:
+    """What a file of the run holds, or nothing where there is no such file."""
+    found = read(path) if path.is_file() else {}
+    if not isinstance(found, dict):
+        raise InputError(f"{path}: holds no settings by name; put back what the training wrote, or remove it")
+    return found
 
 
 def run(options: argparse.Namespace) -> int:
     """Print the findings as a table; 1 if a cause was found, with the first of them named."""
     from mllm.pope import show
-    from mllm.pope_files import images_of, read_labelled
+    from mllm.pope_files import answered, images_of, index, read_labelled
 
     questions: list[Question] = read_labelled(options.pope) if options.pope else []
-    images = images_of(questions, options.pope, options.image_root, "pope_images") if questions else {}
-    answers = []
-    if options.answers:
-        answers = [json.loads(line) for line in options.answers.read_text(encoding="utf-8").splitlines() if line]
+    answers: list[Answer] = []
+    if options.answers and questions:
+        answers = list(index(answered(options.answers, questions), lambda a: a[0].key, str(options.answers)).values())
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    findings = list(diagnose(options.run, questions, images, answers, pictures=options.pictures, device=device))
+    with TemporaryDirectory() as folder:  # for the pictures of a parquet file
+        images = images_of(questions, options.pope, options.image_root, folder) if questions else {}
+        findings = list(diagnose(options.run, questions, images, answers, pictures=options.pictures, device=device))
     marks = {True: "ok", False: "FOUND", None: "?"}
     show(f"{options.run}", ["", "cause", "seen"], [[marks[f.fine], f.cause, f.seen] for f in findings])
     wrong = next((f for f in findings if f.fine is False), None)

@@ -7,10 +7,13 @@ import hashlib
 import json
 import os
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from diffclip.base.files import read_jsonl, write_whole
+from diffclip.base.paths import inside
 from diffclip.errors import InputError
 
 SPLITS = ("random", "popular", "adversarial")
@@ -150,39 +153,73 @@ def with_labels(
     return [q._replace(label=m.label) for q, m in zip(questions, matched)]
 
 
-def read_answers(path: str | Path, questions: Sequence[Question]) -> list[str]:
-    """A model's answers in the order of `questions`.
+def read_answers(path: str | Path, questions: Sequence[Question]) -> list[str | None]:
+    """A model's answers in the order of `questions`; None where a program failed to give one.
+
+    Args:
+        path: as in `answered`.
+
+    Raises:
+        InputError: a line that is no answer, answers that do not fit the questions one to one.
+    """
+    matched = join(questions, answered(path, questions), lambda pair: pair[0].key, str(path))
+    return [answer for _, answer in matched]
+
+
+def answered(
+    path: str | Path, questions: Sequence[Question] = (), passed: str = "model"
+) -> Iterator[tuple[Question, str | None]]:
+    """Questions and a model's answers to them, one at a time; the one reader of answers.
 
     Args:
         path: JSONL of rows that name their question by `image` and `text` or `question` (and `category` or `split`
-            where a question is in several), the answer in `answer`; or, as LLaVA writes them, by `question_id` and
-            `prompt`, the answer in `text`.
+            where a question is in several), the answer in `answer`, perhaps the `label`, which is "" in the question
+            otherwise; or, as LLaVA writes them, by `question_id` and `prompt`, the answer in `text`. An answer of null
+            (or NaN, as pandas writes it) is None.
+        questions: what was asked, for rows of LLaVA's form or without a split.
+        passed: of rows with `pass`, as `stages.evaluate` writes them, those of this one.
 
     Raises:
-        InputError: a line that names no question, answers that do not fit the questions one to one.
+        InputError: the file cannot be read, a line is not JSON or no answer; names the line.
     """
-    by_id, wanted = {q.question_id: q for q in questions}, {q.key for q in questions}
-    keyed: list[tuple[tuple, str]] = []
-    for number, row in _rows(Path(path)):
+    by_id = {q.question_id: q for q in questions}
+    asked: dict[tuple, list[Question]] = defaultdict(list)  # by picture and question, a split each
+    for q in questions:
+        asked[q.key[1:]].append(q)
+    for number, row in read_jsonl(path):
+        where = f"{path}:{number}"
         try:
+            if row.get("pass", "model") != passed:
+                continue
             if "prompt" in row:
                 question = by_id.get(str(row["question_id"]))
                 if len(by_id) < len(questions) or question is None or mended(plain(row["prompt"])) != question.key[2]:
                     raise InputError(
-                        f"{path}:{number}: question_id {row['question_id']} names no question, or another one, of "
+                        f"{where}: question_id {row['question_id']} names no question, or another one, of "
                         "these files; score it with the question file that it was asked from"
                     )
-                keyed.append((question.key, row["text"]))
+                yield question, _answer(row["text"], where)
                 continue
-            split = row.get("category") or row.get("split")
-            text = plain(row["question"] if "question" in row else row["text"])
-            rest = os.path.splitext(row["image"])[0], mended(text)
-            keys = [(one, *rest) for one in ([split] if split else SPLITS)]
-            keys = [key for key in keys if key in wanted] or keys[:1]  # one that fits nothing is told of by `join`
-            keyed += [(key, row["answer"]) for key in keys]
+            split = row.get("category") or row.get("split") or ""
+            text, image = plain(row["question"] if "question" in row else row["text"]), row["image"]
+            label = (row.get("label") or "").strip().lower()
+            one = Question(split, image, text, label, str(row.get("question_id", "")), row.get("shown", image))
+            if not all(isinstance(value, str) for value in one):
+                raise TypeError("image, question, split and label must be text")
+            answer = _answer(row["answer"], where)
+            # one that fits nothing keeps its empty split, and whoever joins it tells of it
+            splits = [split] if split else [q.split for q in asked[one.key[1:]]] or [""]
         except (KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{path}:{number}: not an answer ({error!r}); see mllm.pope_files.read_answers") from None
-    return [answer for _, answer in join(questions, keyed, lambda pair: pair[0], str(path))]
+            raise InputError(f"{where}: not an answer ({error!r}); see mllm.pope_files.answered") from None
+        yield from ((one._replace(split=each), answer) for each in splits)
+
+
+def _answer(value: object, where: str) -> str | None:
+    if value is None or value != value:
+        return None
+    if not isinstance(value, str):
+        raise InputError(f"{where}: the answer is {str(value)[:80]}; it must be text, or null where there is none")
+    return value
 
 
 def find_images(questions: Sequence[Question], image_root: str | Path) -> dict[str, Any]:
@@ -191,12 +228,14 @@ def find_images(questions: Sequence[Question], image_root: str | Path) -> dict[s
     COCO's names of 2014 and of 2017 stand for the same picture, and its usual folders may lie under `image_root`.
 
     Raises:
-        InputError: pictures that are not there, with the first of them.
+        InputError: a name that leads outside `image_root`, or pictures that are not there, with the first of them.
     """
     from mllm.data import Picture, find_pictures
 
     places: dict[str, Any] = {}
-    for name in sorted({q.shown for q in questions if q.shown}):
+    shown = {q.shown: q for q in questions if q.shown}
+    for name in sorted(shown):
+        inside(image_root, name, f"POPE, {shown[name].split} question {shown[name].question_id}: image")
         stem = os.path.splitext(name)[0]
         coco = COCO_NAME.search(stem)
         names = [name, f"{stem}.jpg", *([f"{coco[1]}.jpg"] if coco else [])]
@@ -226,19 +265,33 @@ def images_of(
 
 
 def unpack_images(path: str | Path, folder: str | Path) -> Path:
-    """Write the pictures that a parquet layout carries as files, each once; returns `folder`."""
+    """Write the pictures that a parquet layout carries as files, each once; returns `folder`.
+
+    Raises:
+        InputError: a row has no picture, or a name that leads outside `folder`.
+    """
     import pyarrow.parquet
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    done = set()
     for table in _parquets(Path(path)):
+        number = 0
         for batch in pyarrow.parquet.ParquetFile(table).iter_batches(256, columns=["image_source", "image"]):
             for row in batch.to_pylist():
-                file = folder / f"{os.path.splitext(row['image_source'])[0]}.jpg"
-                if not file.exists():
-                    temporary = file.with_suffix(".tmp")
-                    temporary.write_bytes(row["image"]["bytes"])
-                    os.replace(temporary, file)
+                where, name, image = f"{table}: row {number}", row["image_source"], row.get("image")
+                number += 1
+                inside(folder, name, f"{where}: image_source")
+                file = inside(folder, f"{os.path.splitext(name)[0]}.jpg", f"{where}: image_source", writing=True)
+                if file in done:
+                    continue
+                done.add(file)
+                content = image.get("bytes") if isinstance(image, Mapping) else image
+                if not isinstance(content, bytes):
+                    raise InputError(f"{where}: carries no picture; use a copy that does, or files and --image_root")
+                if not file.is_file() or file.read_bytes() != content:  # perhaps of another set, of equal names
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    write_whole(file, content)
     return folder
 
 
@@ -282,22 +335,8 @@ def _file_of(folder: Path, split: str) -> Path:
 
 def _lines(path: Path, split: str | None) -> Iterator[Question]:
     """Questions of one file; `split` None means that each line has a `category` and may lack a label."""
-    for number, row in _rows(path):
+    for number, row in read_jsonl(path):
         yield _question(row, split, f"{path}:{number}", labelled=split is not None)
-
-
-def _rows(path: Path) -> Iterator[tuple[int, Mapping]]:
-    """(line number, object) of a JSONL file."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                yield number, json.loads(line)
-            except ValueError as error:
-                raise InputError(f"{path}:{number}: not a JSON object ({error}); mend or drop the line") from None
 
 
 def _question(row: Mapping, split: str | None, where: str, labelled: bool) -> Question:
@@ -310,7 +349,10 @@ def _question(row: Mapping, split: str | None, where: str, labelled: bool) -> Qu
             question_id=str(row["question_id"]),
             shown=row["image"],
         )
-    except (KeyError, TypeError, AttributeError) as error:
+        if not all(isinstance(value, str) for value in question):
+            raise TypeError("image, text, label and category must be text")
+        "".join(question).encode()  # what lmms-eval's tables can hold; half a surrogate pair would end it
+    except (KeyError, TypeError, AttributeError, UnicodeEncodeError) as error:
         raise InputError(f"{where}: not a POPE question ({error!r}); see mllm.pope_files.read") from None
     if question.split not in SPLITS:
         raise InputError(f"{where}: unknown category `{question.split}`; use {', '.join(SPLITS)}")

@@ -14,6 +14,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diffclip.base.files import json_line, read_json, read_jsonl, write_whole
 from diffclip.errors import InputError
 from mllm import pope_scores
 from mllm.pope_files import POST_PROMPT, SPLITS, Question
@@ -72,7 +73,7 @@ def write_tasks(folder: str | Path, parquets: Mapping[str, str | Path], post_pro
         text = template
         for name, value in (("task", task), ("parquet", str(inside)), ("post_prompt", post_prompt)):
             text = text.replace(f"{{{name}}}", json.dumps(value))
-        (folder / f"{task}.yaml").write_text(text, encoding="utf-8")
+        write_whole(folder / f"{task}.yaml", text)
     return list(parquets)
 
 
@@ -126,23 +127,26 @@ def evaluate_with_lmms(
         write_parquet(part, images, tasks / f"{task}.parquet")
     write_tasks(tasks, {task: tasks / f"{task}.parquet" for task in parts})
     results, answers = run_lmms_eval(run_dir, tasks, list(parts), out_dir, batch_size, device, processes)
-    scores: dict[str, Any] = {}
-    with open(out_dir / "answers.jsonl", "w", encoding="utf-8") as f:
-        for name in passes:
-            names = [task for task in parts if task.startswith(f"diffclip_pope_{name}")]
-            asked = [q for task in names for q in parts[task]]
-            given = [answer for task in names for answer in answers[task]]
-            scores[name] = score_answers(asked, given)
-            for task in names:
-                read = [pope_scores.parse_lmms_eval(one) for one in answers[task]]
-                _same(pope_scores.score(read, [q.label for q in parts[task]]), results[task], task)
-            if name == "model":
-                said = [pope_scores.parse_lmms_eval(one) for one in given]
-                for split, ends in pope_scores.intervals(asked, said, seed=seed).items():
-                    for score, (low, high) in ends.items():
-                        scores[name][split] |= {f"{score}_low": low, f"{score}_high": high}
-            for q, answer in zip(asked, given):
-                f.write(json.dumps({"pass": name, **q._asdict(), "answer": answer}, ensure_ascii=False) + "\n")
+    for task, part in parts.items():
+        if len(answers[task]) != len(part):
+            raise InputError(
+                f"{task}: lmms-eval wrote {len(answers[task])} answers to {len(part)} questions, see {out_dir}; start "
+                "again, what was answered is kept"
+            )
+    tasks_of = {name: [task for task in parts if task.startswith(f"diffclip_pope_{name}")] for name in passes}
+    asked = {name: [q for task in tasks for q in parts[task]] for name, tasks in tasks_of.items()}
+    given = {name: [answer for task in tasks for answer in answers[task]] for name, tasks in tasks_of.items()}
+    pairs = ((name, q, answer) for name in passes for q, answer in zip(asked[name], given[name]))
+    lines = [json_line({"pass": name, **q._asdict(), "answer": answer}) for name, q, answer in pairs]
+    write_whole(out_dir / "answers.jsonl", "".join(lines))
+    for task, part in parts.items():
+        said = pope_scores.parse(answers[task])
+        _same(pope_scores.score(said, [q.label for q in part]), results[task], task)
+    scores: dict[str, Any] = {name: score_answers(asked[name], given[name]) for name in passes}
+    said = pope_scores.parse(given["model"])
+    for split, ends in pope_scores.intervals(asked["model"], said, seed=seed).items():
+        for score, (low, high) in ends.items():
+            scores["model"][split] |= {f"{score}_low": low, f"{score}_high": high}
     for file in out_dir.glob(f"{ANSWERED}.*"):
         file.unlink()
     scores["blind"] = pope_scores.score_splits(questions, pope_scores.blind(questions, seed=seed))
@@ -156,11 +160,11 @@ def _png(picture: "Image") -> bytes:
     return file.getvalue()
 
 
-def score_answers(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, dict[str, float]]:
+def score_answers(questions: Sequence[Question], answers: Sequence[str | None]) -> dict[str, dict[str, float]]:
     """`mllm.pope_scores.score_splits` by lmms-eval's rule, with the accuracies of the other parsers beside it."""
-    table = pope_scores.score_splits(questions, [pope_scores.parse_lmms_eval(a) for a in answers])
+    table = pope_scores.score_splits(questions, pope_scores.parse(answers))
     for parser in ("strict", "official"):
-        other = pope_scores.score_splits(questions, [pope_scores.PARSERS[parser](a) for a in answers])
+        other = pope_scores.score_splits(questions, pope_scores.parse(answers, parser))
         for split, row in table.items():
             row[f"accuracy_{parser}"] = other[split]["accuracy"]
     return table
@@ -174,7 +178,7 @@ def run_lmms_eval(
     batch_size: int = 64,
     device: str | None = None,
     processes: int = 1,
-) -> tuple[dict[str, dict[str, float]], dict[str, list[str]]]:
+) -> tuple[dict[str, dict[str, float]], dict[str, list[str | None]]]:
     """Run `python -m lmms_eval` offline, under torchrun where there are several processes.
 
     Returns:
@@ -211,12 +215,12 @@ def run_lmms_eval(
     if not written:
         tail = " | ".join(log.read_text(encoding="utf-8", errors="replace").split("\n")[-12:])
         raise InputError(f"lmms-eval ended with code {code} and no results; the end of {log}: {tail}")
-    results = json.loads(written[-1].read_text(encoding="utf-8"))["results"]
+    results = read_json(written[-1])["results"]
     stamp = written[-1].name.removesuffix("_results.json")
     answers = {}
     for task in tasks:
-        lines = (written[-1].parent / f"{stamp}_samples_{task}.jsonl").read_text(encoding="utf-8").splitlines()
-        samples = sorted((json.loads(line) for line in lines), key=lambda s: s["doc_id"])
+        lines = read_jsonl(written[-1].parent / f"{stamp}_samples_{task}.jsonl")
+        samples = sorted((sample for _, sample in lines), key=lambda s: s["doc_id"])
         answers[task] = [sample["filtered_resps"] for sample in samples]
     scores = {t: {k.split(",")[0]: v for k, v in results[t].items() if k.endswith(",none")} for t in tasks}
     return scores, answers

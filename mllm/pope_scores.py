@@ -2,7 +2,7 @@
 
 import random
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from diffclip.errors import InputError
@@ -40,6 +40,11 @@ PARSERS: dict[str, Callable[[str], str]] = {
     "strict": parse_strict,
     "official": parse_official,
 }
+
+
+def parse(answers: Iterable[str | None], parser: str = "lmms_eval") -> list[str]:
+    """Answers as yes, no or invalid by one of `PARSERS`; None, which is no answer, is invalid by each of them."""
+    return ["invalid" if answer is None else PARSERS[parser](answer) for answer in answers]
 
 
 def score(predictions: Sequence[str], labels: Sequence[str]) -> dict[str, float]:

@@ -8,18 +8,25 @@ Each set gets a folder and in it manifest.json: sources, sizes, how much of it a
 """
 
 import argparse
-import json
+import lzma
 import shutil
 import subprocess
 import sys
 import tarfile
 import time
+import urllib.parse
 import zipfile
+import zlib
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+from diffclip.base.files import read_json, read_jsonl, write_json
+from diffclip.base.paths import inside
 from diffclip.errors import InputError, exit_on_input_error
+
+MOST_UNPACKED = 100  # times the archive's size; pictures are packed once over, text perhaps twenty times
 
 
 class Hub(NamedTuple):
@@ -168,16 +175,21 @@ def fetch(name: str, folder: Path, workers: int, dry_run: bool) -> None:
         print(f"  from {_where(source)}")
     if dry_run:
         return
-    for source in data.sources:
-        match source:
-            case Hub():
-                fetch_hub(source, folder)
-            case Web():
-                fetch_web(source, folder)
-            case Pictures():
-                fetch_pictures(source, folder, workers)
-    unit, pattern = data.count
-    write_manifest(folder, name, [_where(s) for s in data.sources], unit, count(folder, unit, pattern), data.expected)
+    from filelock import FileLock
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / ".lock"):  # the same command twice: the second waits, and finds what the first fetched
+        for source in data.sources:
+            match source:
+                case Hub():
+                    fetch_hub(source, folder)
+                case Web():
+                    fetch_web(source, folder)
+                case Pictures():
+                    fetch_pictures(source, folder, workers)
+        unit, pattern = data.count
+        arrived = count(folder, unit, pattern)
+        write_manifest(folder, name, [_where(s) for s in data.sources], unit, arrived, data.expected)
 
 
 def _where(source: Hub | Web | Pictures) -> str:
@@ -195,19 +207,20 @@ def fetch_hub(source: Hub, folder: Path) -> None:
     import huggingface_hub
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
+    wanted = [name for name in source.files if not _unpacked(folder / name).exists()]
+    if not wanted:  # an archive that was unpacked and deleted
+        return
     try:
-        huggingface_hub.snapshot_download(
-            source.repo, repo_type="dataset", allow_patterns=list(source.files), local_dir=folder
-        )
+        huggingface_hub.snapshot_download(source.repo, repo_type="dataset", allow_patterns=wanted, local_dir=folder)
     except GatedRepoError:
         raise InputError(
             f"{source.repo} wants its licence accepted: do so at https://huggingface.co/datasets/{source.repo}, "
             "then `hf auth login`"
         ) from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
-        first = str(error).strip().splitlines()[0]
+        first = (str(error).strip() or type(error).__name__).split("\n")[0]
         raise InputError(f"{source.repo}: not fetched ({first}); start again to go on") from None
-    for archive in [path for pattern in source.files for path in sorted(folder.glob(pattern))]:
+    for archive in [path for pattern in wanted for path in sorted(folder.glob(pattern))]:
         if archive.suffix == ".zip":
             unpack(archive, folder)
 
@@ -218,9 +231,10 @@ def fetch_web(source: Web, folder: Path) -> None:
 
     into = folder / source.folder
     path = into / source.url.rsplit("/", 1)[1]
-    if path.exists() or _unpacked(path).exists():
+    if _unpacked(path).exists():
         return
-    download(source.url, path)
+    if not path.exists():  # else it is done, or an archive whose unpacking was interrupted
+        download(source.url, path)
     if path.suffix == ".zip" or ".tar" in path.suffixes:
         unpack(path, into)
 
@@ -231,13 +245,16 @@ def fetch_pictures(source: Pictures, folder: Path, workers: int) -> None:
 
     from diffclip.download import download
 
-    lines = [line for file in sorted(folder.glob(source.named_in)) for line in file.read_text("utf-8").splitlines()]
-    names = sorted({json.loads(line)["image"] for line in lines if line.strip()})
-    missing = [name for name in names if not (folder / "images" / name).exists()]
+    paths: dict[str, Path] = {}  # by name, all of them below images/
+    for file in sorted(folder.glob(source.named_in)):
+        for number, row in read_jsonl(file):
+            name = row.get("image") if isinstance(row, dict) else None
+            paths[str(name)] = inside(folder / "images", name, f"{file}:{number}: image", writing=True)
+    missing = [name for name in sorted(paths) if not paths[name].exists()]
 
     def one(name: str) -> str:
         try:
-            download(source.url + name, folder / "images" / name, quiet=True)
+            download(source.url + urllib.parse.quote(name), paths[name], quiet=True)
             return ""
         except InputError as error:
             return str(error)
@@ -245,43 +262,63 @@ def fetch_pictures(source: Pictures, folder: Path, workers: int) -> None:
     with ThreadPoolExecutor(workers) as pool:
         problems = [p for p in tqdm(pool.map(one, missing), "pictures", len(missing), unit="file") if p]
     if problems:
-        print(f"{len(problems)} of {len(names)} pictures did not arrive, e.g. {problems[0]}", file=sys.stderr)
+        print(f"{len(problems)} of {len(paths)} pictures did not arrive, e.g. {problems[0]}", file=sys.stderr)
 
 
 def unpack(archive: Path, into: Path) -> None:
-    """Unpack a zip or tar into a folder beside and move its content into `into`; then delete the archive.
+    """Unpack the files of a zip or tar into a folder beside and move it into `into`; then delete the archive.
+
+    Links and devices are left out.
 
     Raises:
-        InputError: a member would land outside, or the archive is broken.
+        InputError: a member would land outside, the archive is broken, or it would unpack to more than
+            `MOST_UNPACKED` times its size or than the disk has room for; nothing is in `into` then.
     """
     temporary = archive.with_name(f"{archive.name}.unpacking")
     shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
     print(f"  unpacking {archive.name}")
     try:
         if archive.suffix == ".zip":
             with zipfile.ZipFile(archive) as packed:
-                _refuse_outside(archive, packed.namelist())
-                packed.extractall(temporary)
+                files = [info for info in packed.infolist() if not info.is_dir()]
+                _check_members(archive, temporary, ((info.filename, info.file_size) for info in files))
+                packed.extractall(temporary, files)
         else:
             with tarfile.open(archive) as packed:
-                members = [m for m in packed if m.isfile() or m.isdir()]  # no links, no devices
-                _refuse_outside(archive, [m.name for m in members])
+                _check_members(archive, temporary, ((m.name, m.size) for m in packed if m.isfile()))
+                members = [m for m in packed if m.isfile()]
                 # the filter came with 3.11.4, Debian 12 has 3.11.2
                 safely = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
                 packed.extractall(temporary, members, **safely)
-    except (zipfile.BadZipFile, tarfile.TarError, EOFError) as error:
+        shutil.copytree(temporary, into, dirs_exist_ok=True, copy_function=shutil.move)
+    except BROKEN_ARCHIVE as error:
+        full = isinstance(error, OSError) and error.errno is not None
+        remedy = "make room or mend the folder, and start again" if full else "delete it and start again"
+        raise InputError(f"{archive}: not unpacked ({error or type(error).__name__}); {remedy}") from None
+    finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise InputError(f"{archive}: not unpacked ({error}); delete it and start again") from None
-    shutil.copytree(temporary, into, dirs_exist_ok=True, copy_function=shutil.move)
-    shutil.rmtree(temporary)
     _unpacked(archive).touch()
     archive.unlink()
 
 
-def _refuse_outside(archive: Path, names: list[str]) -> None:
-    for name in names:
-        if name.startswith("/") or ".." in name.split("/"):
-            raise InputError(f"{archive}: member {name!r} has a path that leads outside; not unpacked")
+# RuntimeError: encrypted; NotImplementedError: a compression that Python does not know
+BROKEN_ARCHIVE = (
+    *(zipfile.BadZipFile, tarfile.TarError, EOFError, OSError, zlib.error),
+    *(lzma.LZMAError, RuntimeError, NotImplementedError, ValueError),
+)
+
+
+def _check_members(archive: Path, folder: Path, members: Iterable[tuple[str, int]]) -> None:
+    """InputError for (name, size) of a member that leads outside, or at which they all become too much."""
+    packed, room, total = archive.stat().st_size, shutil.disk_usage(folder).free, 0
+    for name, size in members:
+        inside(folder, name, f"{archive}: member", writing=True)
+        total += size
+        if total > max(MOST_UNPACKED * packed, 1 << 20):
+            raise InputError(f"{archive}: unpacks to over {MOST_UNPACKED} times its size: not unpacked; delete it")
+        if total > room:
+            raise InputError(f"{archive}: unpacks to more than the {room:,} bytes that are free; make room")
 
 
 def _unpacked(archive: Path) -> Path:
@@ -299,15 +336,16 @@ def count(folder: Path, unit: str, pattern: str) -> int:
         return sum(len(shard) for shard in index_shards([str(file) for file in files]))
     total = 0
     for file in files:
-        with tarfile.open(file) as tar:
-            total += sum(member.name.lower().endswith(IMAGE_SUFFIXES) for member in tar)
+        try:
+            with tarfile.open(file) as tar:
+                total += sum(member.name.lower().endswith(IMAGE_SUFFIXES) for member in tar)
+        except tarfile.TarError as error:
+            raise InputError(f"{file}: not a whole tar ({error}); delete it and start again") from None
     return total
 
 
 def write_manifest(folder: Path, name: str, sources: list[str], unit: str, arrived: int, expected: int) -> None:
     """Print how much arrived and write manifest.json, whole or not at all."""
-    from stages.run import write_json
-
     files = [
         path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.startswith((".", "manifest"))
     ]
@@ -349,10 +387,13 @@ def fetch_pairs(urls: Path, out: Path, workers: int, dry_run: bool) -> None:
         *(f"--thread_count={workers * 4}", "--processes_count=4", "--enable_wandb=False", "--retries=1"),
     ]
     print(" ".join(command))
+    check_addresses(urls)
     if dry_run:
         return
-    subprocess.run(command, check=True)
-    stats = [json.loads(path.read_text()) for path in sorted(out.glob("*_stats.json"))]
+    ended = subprocess.run(command, check=False)
+    if ended.returncode:
+        raise InputError(f"img2dataset ended with code {ended.returncode}: see the lines above, then start again")
+    stats = [read_json(path) for path in sorted(out.glob("*_stats.json"))]
     tried, arrived = sum(s["count"] for s in stats), sum(s["successes"] for s in stats)
     reasons: dict[str, int] = {}
     for shard in stats:
@@ -362,6 +403,37 @@ def fetch_pairs(urls: Path, out: Path, workers: int, dry_run: bool) -> None:
     for reason, times in sorted(reasons.items(), key=lambda item: -item[1])[:5]:
         print(f"  {times:,} times: {reason}")
     write_manifest(out, urls.stem, [str(urls)], "pairs", arrived, tried)
+
+
+def check_addresses(urls: Path) -> None:
+    """InputError if the list lacks its columns, or holds an address that is not on the web.
+
+    img2dataset would fetch it all the same: `file:///home/me/private.jpg` becomes a picture of the shards.
+    """
+    import pyarrow
+    import pyarrow.compute
+    import pyarrow.csv
+    import pyarrow.parquet
+
+    try:
+        if urls.suffix == ".parquet":
+            table = pyarrow.parquet.ParquetFile(urls)
+            names, batches = table.schema_arrow.names, table.iter_batches(columns=["url"])
+        else:
+            options = pyarrow.csv.ParseOptions(delimiter="\t" if urls.suffix == ".tsv" else ",")
+            batches = pyarrow.csv.open_csv(urls, parse_options=options)
+            names = batches.schema.names
+        missing = [name for name in ("url", "caption") if name not in names]
+        if missing:
+            raise InputError(f"{urls}: has no column {', '.join(missing)}, but {', '.join(names)}; rename them")
+        for batch in batches:
+            column = batch.column("url").cast(pyarrow.string())
+            web = pyarrow.compute.match_substring_regex(column, "^$|^(?i:https?)://").fill_null(True)
+            if not pyarrow.compute.all(web, min_count=0).as_py():
+                first = column.filter(pyarrow.compute.invert(web))[0].as_py()
+                raise InputError(f"{urls}: the address {first[:200]!r} is not http or https; take such rows out")
+    except (pyarrow.ArrowException, OSError) as error:
+        raise InputError(f"{urls}: cannot be read as a list ({' '.join(str(error).split())[:200]})") from None
 
 
 def _img2dataset() -> str:

@@ -15,6 +15,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from diffclip.base.files import read_json
 from diffclip.errors import InputError, exit_on_input_error
 from stages.config import parse, require
 
@@ -47,7 +48,8 @@ def main(argv: list[str] | None = None) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // config.ranks)))
     # glibc gives freed tensors back to the system, and where page faults are dear (virtual machines) taking them
-    # again costs more than half of a small model's step.
+    # again costs more than half of a small model's step. It reads these when a process starts, so they are for the
+    # stages only; OpenMP's are set in diffclip.base.threads, for every command.
     os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(2**30))
     os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(2**32))
     started = time.time()
@@ -141,7 +143,8 @@ def free_port() -> int:
 def finished(out: Path) -> bool:
     """Whether the run directory `out` says that its stage came to its end."""
     record = out / "run.json"
-    return record.is_file() and '"state": "finished"' in record.read_text(encoding="utf-8")
+    found = read_json(record) if record.is_file() else None
+    return isinstance(found, dict) and found.get("state") == "finished"
 
 
 def run(command: list[str], shown: list[str]) -> None:

@@ -4,6 +4,7 @@ import hashlib
 import os
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -43,34 +44,71 @@ def shared_cases() -> Callable[[str], Path]:
 
 
 class Server(BaseHTTPRequestHandler):
-    """Serves `files`, with Range and If-Range; breaks a connection off after `most` bytes, `failures` times 503."""
+    """Serves `files`, with Range and If-Range; breaks a connection off after `most` bytes, `failures` times 503.
 
+    `ranges`: "ignored" (always all of it), "shifted" (from another byte than was asked for), "any file" (whatever
+    If-Range says). `length`: "chunked" or "none" instead of Content-Length. `dated`: Last-Modified instead of an ETag.
+    `slow`: seconds between two halves of the content. `moved`: where an address redirects to.
+    """
+
+    protocol_version = "HTTP/1.1"
     files: ClassVar[dict[str, bytes]] = {}
+    moved: ClassVar[dict[str, str]] = {}
     most = 0
     failures = 0
+    slow = 0.0
+    ranges = ""
+    length = "known"
+    dated = False
     address = ""
     sent: ClassVar[list[int]] = []
 
     def do_GET(self):
         kind = type(self)
+        self.close_connection = True
         if kind.failures:
             kind.failures -= 1
             return self.send_error(503)
+        if self.path in kind.moved:
+            self.send_response(302)
+            self.send_header("Location", kind.moved[self.path])
+            self.send_header("Content-Length", "0")
+            return self.end_headers()
         content = kind.files.get(self.path)
         if content is None:
             return self.send_error(404)
-        tag = f'"{hashlib.md5(content).hexdigest()}"'
+        digest = hashlib.md5(content).hexdigest()
+        date = f"Thu, 01 Jan 1970 00:{int(digest[:2], 16) % 60:02d}:{int(digest[2:4], 16) % 60:02d} GMT"
+        tag = date if kind.dated else f'"{digest}"'
         start = 0
-        if "Range" in self.headers and self.headers.get("If-Range") == tag:
+        fits = self.headers.get("If-Range", tag) == tag or kind.ranges == "any file"
+        if "Range" in self.headers and fits and kind.ranges != "ignored":
             start = int(self.headers["Range"].removeprefix("bytes=").rstrip("-"))
+        if start >= len(content) > 0:
+            self.send_response(416)
+            self.send_header("Content-Range", f"bytes */{len(content)}")
+            self.send_header("Content-Length", "0")
+            kind.sent.append(0)
+            return self.end_headers()
         self.send_response(206 if start else 200)
-        self.send_header("Content-Length", str(len(content) - start))
-        self.send_header("ETag", tag)
+        if start and kind.ranges == "shifted":
+            start -= 1000
+        if start:
+            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+        if kind.length == "known":
+            self.send_header("Content-Length", str(len(content) - start))
+        elif kind.length == "chunked":
+            self.send_header("Transfer-Encoding", "chunked")
+        self.send_header("Last-Modified" if kind.dated else "ETag", tag)
         self.end_headers()
         rest = content[start : start + kind.most] if kind.most else content[start:]
-        self.wfile.write(rest)
         kind.sent.append(len(rest))
-        self.close_connection = True
+        for half in (rest[: len(rest) // 2], rest[len(rest) // 2 :]):
+            self.wfile.write(b"%x\r\n%s\r\n" % (len(half), half) if kind.length == "chunked" else half)
+            self.wfile.flush()
+            time.sleep(kind.slow)
+        if kind.length == "chunked" and not kind.most:
+            self.wfile.write(b"0\r\n\r\n")
 
     def log_message(self, *args):
         pass
@@ -79,7 +117,7 @@ class Server(BaseHTTPRequestHandler):
 @pytest.fixture
 def server() -> Iterator[type[Server]]:
     """A Server of its own for the test; `server.address` is its http://127.0.0.1:PORT."""
-    kind = type("OneServer", (Server,), {"files": {}, "sent": []})
+    kind = type("OneServer", (Server,), {"files": {}, "moved": {}, "sent": []})
     running = ThreadingHTTPServer(("127.0.0.1", 0), kind)
     threading.Thread(target=running.serve_forever, daemon=True).start()
     kind.address = f"http://127.0.0.1:{running.server_port}"

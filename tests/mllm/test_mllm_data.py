@@ -257,3 +257,16 @@ def test_order_of_the_file_and_data_smaller_than_a_batch():
     assert training_order(rows, "file", 2, 3, seed=0) == [0, 1, 2, 0, 1, 2]
     for kind in ("random", "length"):
         assert sorted(training_order(rows, kind, 6, 1, seed=0)) == [0, 0, 1, 1, 2, 2]
+
+
+@pytest.mark.parametrize("name", ["../secret.png", "{}/secret.png", "coco/../../secret.png", "..\\secret.png"])
+def test_rows_show_nothing_outside_of_image_root(folder, picture, name):
+    """Also not what lies in a tar there; a folder above both is the remedy that the message names."""
+    picture(0).save(folder / "secret.png")
+    row = {"id": "x", "image": name.format(folder), "conversations": turns("<image>\nWhat?", "A shape.")}
+    (folder / "coco" / "rows.json").write_text(json.dumps([row]))
+    with pytest.raises(InputError, match=r"leads outside|as Windows writes it"):
+        load_rows([folder / "coco" / "rows.json"], folder / "coco")
+    if name == "{}/secret.png":
+        (found,) = load_rows([folder / "coco" / "rows.json"], folder)[0].pictures
+        assert found.file == str(folder / "secret.png")

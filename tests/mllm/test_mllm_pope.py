@@ -1,6 +1,7 @@
 """POPE's files, scores and controls: official numbers, closed forms, and faults planted in files."""
 
 import json
+import os
 import random
 
 import pyarrow
@@ -12,6 +13,7 @@ from mllm import pope_files
 from mllm.pope_files import (
     SPLITS,
     Question,
+    answered,
     digest,
     find_images,
     join,
@@ -26,6 +28,7 @@ from mllm.pope_scores import (
     always_yes,
     blind,
     intervals,
+    parse,
     parse_lmms_eval,
     parse_official,
     parse_strict,
@@ -376,3 +379,112 @@ def test_intervals_are_the_binomials_when_questions_are_independent():
     assert wider[1] - wider[0] == pytest.approx(2 * (high - low), rel=0.15)
     assert wider[0] < score(said[:100], ["yes"] * 100)["accuracy"] < wider[1]
     assert intervals(asked, ["yes"] * 400)["mean"] == {"accuracy": (1.0, 1.0), "f1": (1.0, 1.0)}
+
+
+def test_answers_of_null_are_invalid_by_every_rule(folder, shared_cases, tmp_path):
+    """The official rule takes an empty answer for yes; no answer at all is no yes."""
+    asked = read(folder)
+    lines = [{"category": q.split, "image": q.image, "question": q.text, "answer": None} for q in asked]
+    lines[0]["answer"], lines[1]["answer"] = float("nan"), ""  # as pandas writes it; and an answer, if an empty one
+    write(tmp_path / "answers.jsonl", lines)
+    given = read_answers(tmp_path / "answers.jsonl", asked)
+    assert given.count(None) == len(asked) - 1 and given[1] == ""
+    for parser in PARSERS:
+        said = parse(given, parser)
+        assert said.count("invalid") == len(asked) - (parser == "official")
+    questions = read(shared_cases("pope/questions"))
+    given = read_answers(shared_cases("pope/null-answers.jsonl"), questions)
+    for parser in PARSERS:
+        scores = score_splits(questions, parse(given, parser))
+        assert scores["mean"]["invalid_rate"] == 1 and scores["mean"]["accuracy"] == 0 and scores["mean"]["n"] == 36
+
+
+@pytest.mark.parametrize("answer", [1, True, ["Yes"], {"text": "Yes"}])
+def test_answers_that_are_no_text_are_named(folder, tmp_path, answer):
+    asked = read(folder)
+    write(tmp_path / "a.jsonl", [{"split": q.split, "image": q.image, "text": q.text, "answer": answer} for q in asked])
+    with pytest.raises(InputError, match=r"a\.jsonl:1: the answer is .*must be text, or null"):
+        read_answers(tmp_path / "a.jsonl", asked)
+
+
+def test_odd_lines_of_answers(folder, tmp_path):
+    """Line ends inside names and answers, blank lines and a byte order mark are nothing; half a line is named."""
+    write(folder / "coco_pope_random.json", [{**row, "image": "a\u2028" + row["image"]} for row in rows("random")])
+    asked = read(folder)
+    lines = [{"split": q.split, "image": q.image, "text": q.text, "answer": f"{q.label}\x85\u2028"} for q in asked]
+    text = "\n\n".join(json.dumps(line, ensure_ascii=False) for line in lines)
+    path = tmp_path / "answers.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert [parse_strict(answer) for answer in read_answers(path, asked)] == [q.label for q in asked]
+    path.write_bytes(text.encode()[:-20])
+    with pytest.raises(InputError, match=rf"answers\.jsonl:{2 * len(asked) - 1}: not valid JSON"):
+        read_answers(path, asked)
+    path.write_bytes(text.encode() + b'\n{"answer": "caf\xe9"}')
+    with pytest.raises(InputError, match=rf"answers\.jsonl:{2 * len(asked)}: not UTF-8"):
+        read_answers(path, asked)
+    path.write_text("[1, 2]\n")
+    with pytest.raises(InputError, match=r"answers\.jsonl:1: not an answer"):
+        read_answers(path, asked)
+
+
+def test_answers_of_an_evaluation_with_controls(folder, tmp_path):
+    asked = read(folder)
+    lines = [{"pass": "grey", **q._asdict(), "answer": "no"} for q in asked]
+    write(tmp_path / "answers.jsonl", [*lines, *({"pass": "model", **q._asdict(), "answer": q.label} for q in asked)])
+    assert read_answers(tmp_path / "answers.jsonl", asked) == [q.label for q in asked]
+    assert list(answered(tmp_path / "answers.jsonl")) == [(q, q.label) for q in asked]
+    assert [answer for _, answer in answered(tmp_path / "answers.jsonl", passed="grey")] == ["no"] * len(asked)
+
+
+@pytest.mark.parametrize(
+    "name", ["../secret.png", "{}/secret.png", "..\\secret.png", "a/../../secret.png", "C:\\x.png"]
+)
+def test_pictures_outside_the_folder_are_not_read(folder, tmp_path, name):
+    (tmp_path / "images" / "a").mkdir(parents=True)
+    (tmp_path / "secret.png").write_bytes(b"secret")
+    lines = rows("random")
+    lines[5]["image"] = name.format(tmp_path)
+    write(folder / "coco_pope_random.json", lines)
+    for i in range(6):
+        (tmp_path / "images" / f"{i}.png").write_bytes(b"x")
+    with pytest.raises(InputError, match=r"POPE, random question 11: image: .*(leads outside|Windows)"):
+        find_images(read(folder), tmp_path / "images")
+
+
+@pytest.mark.parametrize("name", ["../evil", "{}/evil", "..\\evil", "link/evil", None, ""])
+def test_pictures_of_a_parquet_stay_in_their_folder(tmp_path, name):
+    parquet(tmp_path / "hub", split_files=False)
+    (tmp_path / "images").mkdir()
+    os.symlink(tmp_path, tmp_path / "images" / "link")
+    file = tmp_path / "hub" / "test-00000-of-00001.parquet"
+    table = pyarrow.parquet.read_table(file)
+    sources = table["image_source"].to_pylist()
+    sources[7] = name and name.format(tmp_path)
+    place = table.schema.get_field_index("image_source")
+    pyarrow.parquet.write_table(table.set_column(place, "image_source", pyarrow.array(sources)), file)
+    with pytest.raises(InputError, match=r"test-00000-of-00001\.parquet: row 7: "):
+        unpack_images(tmp_path / "hub", tmp_path / "images")
+    assert not list(tmp_path.rglob("*evil*"))
+
+
+def test_pictures_of_a_parquet_are_its_own(tmp_path):
+    """Not those that another set of the same names had left in the folder; a row without its picture is named."""
+    parquet(tmp_path / "hub", split_files=False)
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "3.jpg").write_bytes(b"of another set")
+    unpack_images(tmp_path / "hub", tmp_path / "images")
+    assert (tmp_path / "images" / "3.jpg").read_bytes() == b"picture 3.png"
+    file = tmp_path / "hub" / "test-00000-of-00001.parquet"
+    table = pyarrow.parquet.read_table(file)
+    empty = pyarrow.array([{"bytes": None, "path": "/etc/hostname"}] * len(table))
+    place = table.schema.get_field_index("image")
+    pyarrow.parquet.write_table(table.set_column(place, "image", empty), file)
+    with pytest.raises(InputError, match="row 0: carries no picture"):
+        unpack_images(tmp_path / "hub", tmp_path / "other")
+
+
+@pytest.mark.parametrize("image", ["\udce9.jpg", None, 3, ["0.png"]])
+def test_names_that_no_table_holds_are_named_with_their_line(folder, image):
+    write(folder / "coco_pope_popular.json", [*rows("popular")[:3], {**rows("popular")[3], "image": image}])
+    with pytest.raises(InputError, match=r"coco_pope_popular\.json:4: not a POPE question"):
+        read(folder)

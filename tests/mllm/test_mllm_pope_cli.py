@@ -66,6 +66,29 @@ def test_compare_has_the_papers_columns_and_mcnemars_p(pope, capsys, tmp_path):
         main(["compare", str(tmp_path / "a"), str(tmp_path / "b")])
 
 
+def test_null_answers_are_told_of(pope, capsys, tmp_path):
+    answers(pope, lambda q: None, tmp_path / "a" / "pope" / "answers.jsonl")
+    answers(pope, lambda q: q.label, tmp_path / "b" / "pope" / "answers.jsonl")
+    main(["score", str(pope), str(tmp_path / "a" / "pope" / "answers.jsonl")])
+    out = capsys.readouterr().out
+    assert "72 of 72 answers are null" in out and "does not use the image: accuracy 0.0" in out
+    main(["compare", str(tmp_path / "a"), str(tmp_path / "b")])
+    assert "72 of 72 answers are null" in capsys.readouterr().out
+
+
+def test_compare_matches_answers_as_all_else_does(pope, capsys, tmp_path):
+    """One of the evaluations was asked POPE's misspelt questions; an answer holds what is no line end."""
+    answers(pope, lambda q: f"{q.label} \u2028", tmp_path / "a" / "pope" / "answers.jsonl")
+    answers(pope, lambda q: "no", tmp_path / "b.jsonl")
+    text = (tmp_path / "b.jsonl").read_text().replace("image?", "imange?").replace('"0.png"', '"0.jpg"')
+    (tmp_path / "b.jsonl").write_text(text)
+    main(["compare", str(tmp_path / "a"), str(tmp_path / "b.jsonl"), "--parser", "strict"])
+    assert capsys.readouterr().out.count("0.031") == 6
+    write(tmp_path / "b.jsonl", [{"image": "0.png", "text": "Is there a cat in the image?", "answer": "no"}])
+    with pytest.raises(InputError, match=r"b\.jsonl: `0\.png`.* has split `` and label ``"):
+        main(["compare", str(tmp_path / "a"), str(tmp_path / "b.jsonl")])
+
+
 def test_margins_with_all_controls(pope, assembled, tmp_path):
     save(*assembled, tmp_path / "run")
     place = ["--pope", str(pope), "--image_root", str(pope / "images"), "--out", str(tmp_path / "out")]

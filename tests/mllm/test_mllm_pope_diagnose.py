@@ -8,6 +8,7 @@ import torch
 import yaml
 from test_mllm_pope import write
 
+from diffclip.errors import InputError
 from diffclip.fingerprint import fingerprint
 from mllm.assemble import assemble
 from mllm.data import load_rows
@@ -15,7 +16,7 @@ from mllm.examples import ConversationDataset, collate
 from mllm.model import freeze, parts, save
 from mllm.pope import main
 from mllm.pope_diagnose import CAUSES, diagnose
-from mllm.pope_files import POST_PROMPT, SPLITS, find_images, read
+from mllm.pope_files import POST_PROMPT, SPLITS, answered, find_images, read
 from mllm.pope_margins import generate
 
 THINGS = ("red square", "small blue circle", "green star")
@@ -120,9 +121,11 @@ def evaluated(root, change=lambda rows: rows):
 
 
 def found(root, answers=()):
-    """(the first cause, all findings) of the run, as the command line names it."""
+    """(the first cause, all findings) of the run, as the command line names it; `answers` are rows of a file."""
     questions = read(root / "pope")
-    findings = list(diagnose(root / "run", questions, find_images(questions, root / "images"), answers))
+    write(root / "answers.jsonl", answers)
+    given = list(answered(root / "answers.jsonl", questions))
+    findings = list(diagnose(root / "run", questions, find_images(questions, root / "images"), given))
     assert [f.cause for f in findings] == list(CAUSES)
     return next((f.cause for f in findings if f.fine is False), None), findings
 
@@ -231,6 +234,46 @@ def test_label_misalignment(root, kind):
     assert (cause == "label misalignment" and "not those of their question" in findings[7].seen) or kind == "answers"
 
 
+@pytest.mark.parametrize("form", ["misspelt", "without the file's ending", "no labels", "llava"])
+def test_the_same_questions_in_other_words_are_not_misaligned(root, form):
+    """Answers meet questions by `Question.key` here as everywhere: POPE's own slips do not make others of them."""
+    if form == "misspelt":  # in POPE's files, not in the answers, which another copy was asked for
+        for file in (root / "pope").iterdir():
+            file.write_text(file.read_text().replace("image?", "imange?"))
+
+    def told(rows):
+        if form == "llava":
+            number = {"random": 0, "popular": 100, "adversarial": 200}
+            for file in (root / "pope").iterdir():  # ids that tell the splits apart, as in LLaVA's file
+                split = file.stem.split("_")[-1]
+                lines = [json.loads(line) for line in file.read_text().splitlines()]
+                write(file, [{**line, "question_id": number[split] + line["question_id"]} for line in lines])
+            return [
+                {
+                    "question_id": number[row["split"]] + int(row["question_id"]),
+                    "prompt": row["text"] + POST_PROMPT,
+                    "text": row["answer"],
+                }
+                for row in rows
+            ]
+        if form == "no labels":
+            return [{"image": row["image"], "question": row["text"], "answer": row["answer"]} for row in rows]
+        name = (lambda image: image.split(".")[0]) if form.startswith("without") else str
+        return [{**r, "image": name(r["image"]), "text": r["text"].replace("imange?", "image?")} for r in rows]
+
+    answers = told(evaluated(root))
+    if form == "no labels":
+        answers = [row for i, row in enumerate(answers) if row not in answers[:i]]
+    _, findings = found(root, answers)
+    assert findings[7].fine and findings[7].seen.startswith("100 % of its answers")
+
+
+def test_null_answers_are_invalid_and_counted(root):
+    _, findings = found(root, evaluated(root, lambda rows: [{**row, "answer": None} for row in rows]))
+    assert findings[7].fine is None and "yes or no" in findings[7].seen
+    assert findings[10].fine is False and "100 % of 36 answers; 36 are null" in findings[10].seen
+
+
 def test_ignored_image(root):
     change_weights(root, lambda part, *_: part["projector"].weight.zero_())
     forget_training(root)
@@ -267,3 +310,6 @@ def test_command_line_names_the_cause(root, capsys):
     assert main([*command, "--device", "cpu"]) == 1
     assert "wrong layer or template: vision_feature_layer is -1, was -2. Remedy: " in capsys.readouterr().out
     assert main(["diagnose", str(root / "run"), "--device", "cpu"]) == 1
+    (root / "answers.jsonl").write_text('{"split": "random", "image": "0.png", "text": "Is th')
+    with pytest.raises(InputError, match=r"answers\.jsonl:1: not valid JSON"):
+        main([*command, "--device", "cpu", "--answers", str(root / "answers.jsonl")])

@@ -2,10 +2,14 @@
 
 import io
 import json
+import multiprocessing
+import os
 import shutil
 import tarfile
 import zipfile
 
+import pyarrow.csv
+import pyarrow.parquet
 import pytest
 from launch import run
 from PIL import Image
@@ -78,6 +82,134 @@ def test_archives_are_unpacked_once_and_never_outside(server, tmp_path, monkeypa
     with pytest.raises(InputError, match=r"bad\."):
         fetch.fetch_web(fetch.Web(f"{server.address}/bad.{kind}"), folder)
     assert not list(tmp_path.rglob("evil.jpg")) and not (tmp_path.parent / "evil.jpg").exists()
+
+
+def tar_with(*members: tarfile.TarInfo) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as packed:
+        for info in members:
+            packed.addfile(info, io.BytesIO(bytes(info.size)))
+    return buffer.getvalue()
+
+
+def member(name: str, size: int = 7, **fields: object) -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.size = size
+    for key, value in fields.items():
+        setattr(info, key, value)
+    return info
+
+
+def test_links_in_archives_lead_nowhere(server, tmp_path):
+    """A link to a folder outside, and then a file below it; a link to a file that then would be served as a picture."""
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    server.files["/x.tar.gz"] = tar_with(
+        member("./", 0, type=tarfile.DIRTYPE),
+        member("way", 0, type=tarfile.SYMTYPE, linkname=str(outside)),
+        member("way/evil.jpg"),
+        member("secret.jpg", 0, type=tarfile.SYMTYPE, linkname="/etc/hostname"),
+        member("hard.jpg", 0, type=tarfile.LNKTYPE, linkname="../../outside"),
+        member("./good.jpg"),
+    )
+    fetch.fetch_web(fetch.Web(f"{server.address}/x.tar.gz"), tmp_path / "set")
+    assert not list(outside.iterdir()) and not any(path.is_symlink() for path in tmp_path.rglob("*"))
+    found = [str(p.relative_to(tmp_path / "set")) for p in (tmp_path / "set").rglob("*.jpg")]
+    assert sorted(found) == ["good.jpg", "way/evil.jpg"]
+
+
+def test_an_interrupted_unpacking_is_done_by_the_same_command(server, tmp_path):
+    (tmp_path / "x.tar.gz").write_bytes(tar_with(member("a.jpg")))
+    (tmp_path / "x.tar.gz.unpacking").mkdir()
+    (tmp_path / "x.tar.gz.unpacking" / "half.jpg").touch()
+    fetch.fetch_web(fetch.Web(f"{server.address}/x.tar.gz"), tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".x.tar.gz.unpacked", "a.jpg"] and not server.sent
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar.gz"])
+def test_a_bomb_is_not_unpacked(server, tmp_path, kind):
+    if kind == "zip":
+        buffer = io.BytesIO()
+        with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as packed:
+            packed.writestr("bomb.jpg", bytes(20_000_000))
+        content = buffer.getvalue()
+    else:
+        content = tar_with(member("bomb.jpg", 20_000_000))
+    server.files[f"/bomb.{kind}"] = content
+    with pytest.raises(InputError, match="100 times its size"):
+        fetch.fetch_web(fetch.Web(f"{server.address}/bomb.{kind}"), tmp_path / "set")
+    assert sorted(p.name for p in (tmp_path / "set").iterdir()) == [f"bomb.{kind}"]
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar.gz"])
+def test_half_an_archive_is_named(tmp_path, kind):
+    good = tar_with(*(member(f"{i}.jpg", 9000) for i in range(50)))
+    (tmp_path / f"x.{kind}").write_bytes(good[: len(good) // 2])
+    with pytest.raises(InputError, match=rf"x\.{kind}: not unpacked .*delete it and start again"):
+        fetch.unpack(tmp_path / f"x.{kind}", tmp_path / "into")
+    assert not (tmp_path / "into").exists()
+
+
+@pytest.mark.parametrize("name", ["../evil.jpg", "/tmp/evil.jpg", "..\\evil.jpg", "link/evil.jpg", "", None, 3])
+def test_names_in_fetched_lists_stay_inside(pope, tmp_path, name):
+    folder = tmp_path / "pope"
+    (folder / "images").mkdir(parents=True)
+    os.symlink(tmp_path, folder / "images" / "link")
+    pope.files["/evil.jpg"] = pope.files["/val2014/link/evil.jpg"] = jpeg(1)
+    lines = [{"image": "0.jpg", "text": "Is there a\u2028dog?"}, {"image": name}]
+    text = "\n".join(json.dumps(line, ensure_ascii=False) for line in lines)
+    pope.files["/coco_pope_random.json"] = text.encode()
+    with pytest.raises(InputError, match=r"coco_pope_random\.json:2: image: .* (leads outside|no file name|Windows)"):
+        fetch.main(["pope", "--out", str(tmp_path)])
+    assert not list(tmp_path.rglob("evil.jpg")) and not os.path.exists("/tmp/evil.jpg")
+
+
+def test_pictures_with_odd_names_arrive(pope, tmp_path):
+    pope.files["/val2014/a%20%23%3F%E6%97%A5.jpg"] = jpeg(9)
+    pope.files["/coco_pope_random.json"] = json.dumps({"image": "a #?日.jpg"}).encode()
+    fetch.main(["pope", "--out", str(tmp_path)])
+    assert (tmp_path / "pope" / "images" / "a #?日.jpg").read_bytes() == jpeg(9)
+
+
+def test_the_same_command_twice_at_once(pope, tmp_path):
+    pope.slow = 0.1
+    start = multiprocessing.get_context("fork")
+    pair = [start.Process(target=fetch.main, args=(["pope", "--out", str(tmp_path)],)) for _ in range(2)]
+    for one in pair:
+        one.start()
+    for one in pair:
+        one.join(60)
+    assert [one.exitcode for one in pair] == [0, 0] and len(pope.sent) == 4  # two lists, two pictures
+    assert (tmp_path / "pope" / "images" / "1.jpg").read_bytes() == jpeg(1)
+
+
+def test_an_archive_of_the_hub_is_fetched_once(tmp_path):
+    """Without network, asking the Hub ends in a refusal; what was unpacked is not asked for."""
+    source = fetch.Hub("liuhaotian/LLaVA-Pretrain", ("images.zip",))
+    with pytest.raises(InputError, match="not fetched"):
+        fetch.fetch_hub(source, tmp_path)
+    (tmp_path / ".images.zip.unpacked").touch()
+    fetch.fetch_hub(source, tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["tsv", "csv", "parquet"])
+def test_lists_of_addresses_lead_to_the_web_alone(tmp_path, kind):
+    def written(addresses, column="url"):
+        table = pyarrow.table({column: addresses, "caption": ["a file:///x, said he"] * len(addresses)})
+        path = tmp_path / f"list.{kind}"
+        if kind == "parquet":
+            pyarrow.parquet.write_table(table, path)
+        else:
+            options = pyarrow.csv.WriteOptions(delimiter="\t" if kind == "tsv" else ",")
+            pyarrow.csv.write_csv(table, path, options)
+        return path
+
+    fetch.check_addresses(written(["http://a/1.jpg", "HTTPS://b/2.jpg", None]))
+    for address in ("file:///etc/hostname", "/etc/hostname", "ftp://a/b.jpg", " http://a"):
+        with pytest.raises(InputError, match="is not http or https"):
+            fetch.check_addresses(written(["http://a/1.jpg", address]))
+    with pytest.raises(InputError, match="no column url, but link, caption"):
+        fetch.check_addresses(written(["http://a/1.jpg"], column="link"))
 
 
 def test_counting_pairs_and_pictures(tmp_path):

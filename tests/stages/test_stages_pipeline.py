@@ -14,7 +14,9 @@ import psutil
 import pytest
 from launch import QUICKSTART, ROOT, environment, run
 
+from diffclip.errors import InputError
 from diffclip.fingerprint import fingerprint
+from stages.pipeline import finished
 
 SMALL = {"pairs": 256, "retrieval": 20, "class_train": 160, "class_val": 80, "class_test": 80, "align": 64}
 SMALL |= {"conversations": 64, "texts": 300, "pope": 12, "mmvp": 2, "segmentation": 2}
@@ -148,3 +150,19 @@ def test_two_ranks_give_the_losses_of_one(quickstart, tmp_path):
         losses.append([json.loads(line)["loss"] for line in lines])
     assert len(losses[0]) == 4
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_finished_is_read_as_json(tmp_path):
+    """Not by its text: another's layout says the same, and a file name that looks like it says nothing."""
+    record = tmp_path / "run.json"
+    assert not finished(tmp_path)
+    for text, said in (
+        ('{"state":"finished"}', True),
+        ('{"state": "running", "inputs": {"data": {"path": "x", "state": "finished"}}}', False),
+        ("[]", False),
+    ):
+        record.write_text(text)
+        assert finished(tmp_path) is said
+    record.write_text('{"state": "finished"')
+    with pytest.raises(InputError, match=r"run\.json: not valid JSON"):
+        finished(tmp_path)

@@ -1,0 +1,42 @@
+"""Names that data files, archives and lists give to files: below the folder that the user named, or refused."""
+
+import os
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+from diffclip.errors import InputError
+
+LONGEST = 255  # bytes of a folder's or file's name, on nearly all file systems
+
+
+def inside(root: str | Path, name: object, where: str, *, writing: bool = False) -> Path:
+    """`root / name`, if the name cannot lead out of `root`.
+
+    An absolute name is taken where it lies below `root` (so `--image_root /` takes any). Links below `root` are
+    followed in reading, since people link their image folders, but never in writing.
+
+    Args:
+        name: what a stranger's file gave as a name, of any type.
+        where: names the entry in messages, e.g. "rows.json: row 7".
+        writing: the file is to be written.
+
+    Raises:
+        InputError: the name is no text or empty, leads outside, is written as on Windows, or no file can have it.
+    """
+    shown = repr(name) if len(repr(name)) <= 120 else repr(name)[:120] + "…"
+    if not isinstance(name, str) or not PurePosixPath(name).parts:
+        raise InputError(f"{where}: {shown} is no file name; give a name below {root}")
+    if "\\" in name or PureWindowsPath(name).drive:
+        raise InputError(f"{where}: {shown} is a path as Windows writes it; give it relative to {root}, with /")
+    path = PurePosixPath(name)
+    try:
+        unusable = "\0" in name or any(len(os.fsencode(part)) > LONGEST for part in path.parts)
+    except UnicodeEncodeError:  # halves of surrogate pairs
+        unusable = True
+    if unusable:
+        raise InputError(f"{where}: {shown} cannot be the name of a file; rename the file and mend the entry")
+    top = PurePosixPath(os.path.abspath(root))
+    if ".." in path.parts or (path.is_absolute() and not path.is_relative_to(top)):
+        raise InputError(f"{where}: {shown} leads outside {root}; give a name below it, or a folder above both")
+    if writing and not Path(os.path.realpath(Path(root, name))).is_relative_to(os.path.realpath(root)):
+        raise InputError(f"{where}: {shown} leads outside {root} through a link; remove the link")
+    return Path(root, name)
