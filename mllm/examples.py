@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from PIL import Image
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from diffclip.errors import InputError
@@ -108,33 +107,61 @@ def training_order(dataset: ConversationDataset, kind: str, batch: int, steps: i
     return np.concatenate(order)[: steps * batch].tolist()
 
 
+def padded_length(tokens: int) -> int:
+    """The smallest multiple of 8 from `tokens` on that is not 64 more than a multiple of 128.
+
+    At those lengths cuDNN 9.24's attention (torch 2.14) gives NaN gradients with a mask on H100 and H200 (pytorch
+    issue 196678). Multiples of 8 are what tensor cores like.
+    """
+    length = -(-tokens // 8) * 8
+    return length + 8 if length % 128 == 64 else length
+
+
+def pad(rows: list[torch.Tensor], value: int) -> torch.Tensor:
+    """Rows (tokens,) -> (rows, `padded_length` of the longest), filled up on the right with `value`."""
+    result = rows[0].new_full((len(rows), padded_length(max(map(len, rows)))), value)
+    for filled, row in zip(result, rows):
+        filled[: len(row)] = row
+    return result
+
+
+def pad_batch(ids: list[torch.Tensor], labels: list[torch.Tensor], pad_token: int) -> dict[str, torch.Tensor]:
+    """input_ids, attention_mask and labels, (batch, tokens) int64, padded on the right."""
+    return {
+        "input_ids": pad(ids, pad_token),
+        "attention_mask": pad([torch.ones_like(row) for row in ids], 0),
+        "labels": pad(labels, IGNORE),
+    }
+
+
+def pack(ids: list[torch.Tensor], labels: list[torch.Tensor], pad_token: int) -> dict[str, torch.Tensor]:
+    """The examples behind each other in one row: input_ids, labels and position_ids, (1, tokens) int64.
+
+    position_ids start anew at each example, from which transformers tells that no example sees another. What the row
+    lacks to `padded_length` is one more example, of padding, that is not learnt.
+    """
+    firsts = [torch.cat([row.new_full((1,), IGNORE), row[1:]]) for row in labels]  # nothing stands before them
+    tokens = sum(map(len, ids))
+    lengths = [*map(len, ids), padded_length(tokens) - tokens]
+    return {
+        "input_ids": pad([torch.cat(ids)], pad_token),
+        "labels": pad([torch.cat(firsts)], IGNORE),
+        "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
+    }
+
+
 def collate(
     processor: "LlavaProcessor", packing: bool = False
 ) -> Callable[[list[dict[str, torch.Tensor]]], dict[str, torch.Tensor]]:
-    """A collator that pads on the right, or packs.
+    """A collator that pads as `pad_batch` does or, with `packing`, as `pack` does.
 
-    It returns input_ids and labels (batch, tokens) int64, unless all rows are text alone pixel_values (pictures of the
-    batch in order, 3, height, width), and attention_mask (batch, tokens). With `packing` the examples stand in one row
-    behind each other, (1, tokens of all), without padding: position_ids start anew at each, from which transformers
-    tells that no example sees another.
+    Unless all rows are text alone it adds pixel_values (images of the batch in order, 3, height, width).
     """
-    pad = processor.tokenizer.pad_token_id
+    pad_token = processor.tokenizer.pad_token_id
 
     def batch(examples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         ids, labels = [e["input_ids"] for e in examples], [e["labels"] for e in examples]
-        if packing:
-            firsts = [torch.cat([one.new_full((1,), IGNORE), one[1:]]) for one in labels]  # nothing stands before them
-            result = {
-                "input_ids": torch.cat(ids)[None],
-                "labels": torch.cat(firsts)[None],
-                "position_ids": torch.cat([torch.arange(len(one)) for one in ids])[None],
-            }
-        else:
-            result = {
-                "input_ids": pad_sequence(ids, batch_first=True, padding_value=pad),
-                "attention_mask": pad_sequence([torch.ones_like(i) for i in ids], batch_first=True),
-                "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE),
-            }
+        result = (pack if packing else pad_batch)(ids, labels, pad_token)
         pixels = [e["pixel_values"] for e in examples if "pixel_values" in e]
         return {**result, "pixel_values": torch.cat(pixels)} if pixels else result
 

@@ -7,7 +7,9 @@ import sys
 import time
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
+from torch import nn
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -16,15 +18,19 @@ from stages.run import COMPLETE, Run
 
 
 class Watch(TrainerCallback):
-    """Progress bar, human log lines, metrics.jsonl; stops at a loss that is not finite."""
+    """Progress bar, human log lines, metrics.jsonl; stops at a loss or at weights that are not finite, and saves where
+    the training is told to stop early.
+    """
 
     def __init__(self, run: Run, samples_per_step: int) -> None:
         self.run, self.samples_per_step = run, samples_per_step
+        self.saved = -1  # the step of the newest checkpoint
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         self.first_step, self.started = state.global_step, time.time()
+        state.compute_steps(args, state.max_steps)  # a checkpoint brings the logging_steps and save_steps of its time
         if state.global_step:
             self.run.say(f"{self.run.stage}: resumes at step {state.global_step} of {state.max_steps}")
         self.bar = tqdm(
@@ -37,9 +43,34 @@ class Watch(TrainerCallback):
         )
 
     def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: object,
     ) -> None:
         self.bar.update(state.global_step - self.bar.n)
+        self.save_where_it_stops(args, state, control, model)
+
+    def on_epoch_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: object,
+    ) -> None:
+        self.save_where_it_stops(args, state, control, model)
+
+    def save_where_it_stops(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module
+    ) -> None:
+        """Have a checkpoint written where training ends, early or not, and none of weights that are not finite."""
+        if control.should_training_stop and self.saved != state.global_step:
+            control.should_save = True
+        if control.should_save:
+            check_weights(model, self.run, state.global_step, args.device)
 
     def on_log(
         self,
@@ -65,11 +96,12 @@ class Watch(TrainerCallback):
         self.run.append_metrics({"step": state.global_step, "samples_per_second": rate, **logs})
         if not math.isfinite(logs["loss"]):
             raise InputError(
-                f"loss is {logs['loss']} at step {state.global_step}: lower the learning rate; "
-                f"the last good checkpoint is {self.run.resume_from or 'none'}"
+                f"loss is {logs['loss']} at step {state.global_step}: start again with a lower learning rate "
+                f"in another output_dir; the last good checkpoint is {self.run.resume_from or 'none'}"
             )
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
+        self.saved = state.global_step
         if dist.is_available() and dist.is_initialized():
             dist.barrier()  # other ranks write their part of it too
         if self.run.is_main:
@@ -79,3 +111,22 @@ class Watch(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         self.bar.close()
+
+
+def check_weights(model: nn.Module, run: Run, step: int, device: torch.device) -> None:
+    """Raise InputError on every rank if on any of them a weight that learns is not finite.
+
+    Under ZeRO-3 each rank looks at its share of the weights.
+    """
+    broken = torch.zeros((), device=device)
+    for parameter in model.parameters():
+        share = getattr(parameter, "ds_tensor", parameter).detach()
+        if parameter.requires_grad:
+            broken = torch.maximum(broken, (~torch.isfinite(share)).any().to(broken))
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(broken, op=dist.ReduceOp.MAX)
+    if broken.item():
+        raise InputError(
+            f"weights are not finite at step {step}, the model has diverged: start again with a lower learning rate in "
+            f"another output_dir; the last good checkpoint is {run.resume_from or 'none'}"
+        )

@@ -4,6 +4,7 @@ A stage's settings are a typed dataclass. A YAML file named by `--config` is rea
 command line before the user's own flags, so types, choices and unknown keys are checked in one place.
 """
 
+import argparse
 import dataclasses
 import difflib
 import json
@@ -13,6 +14,7 @@ from typing import Any, NoReturn, TypeVar
 
 import yaml
 
+from diffclip.base import files
 from diffclip.errors import InputError
 
 Config = TypeVar("Config")
@@ -32,6 +34,10 @@ def parse(config_class: type[Config], description: str, argv: list[str] | None =
     from transformers import HfArgumentParser
 
     class Parser(HfArgumentParser):
+        def add_argument(self, *names: str, **options: Any) -> argparse.Action:
+            options.pop("decides", None)  # of a field's metadata, see stages.training.TrainingConfig
+            return super().add_argument(*names, **options)
+
         def error(self, message: str) -> NoReturn:
             raise InputError(f"{message} (see --help)")
 
@@ -54,10 +60,7 @@ def read_yaml(path: str | Path, config_class: type) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such configuration file; shipped ones lie in stages/configs/")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    values = files.read_yaml(path) or {}
     if not isinstance(values, dict):
         raise InputError(f"{path}: expected `key: value` lines, found {type(values).__name__}")
     known = [f.name for f in dataclasses.fields(config_class)]
@@ -72,7 +75,7 @@ def read_yaml(path: str | Path, config_class: type) -> dict[str, Any]:
 def write_yaml(config: Any, path: str | Path) -> None:
     """Write the resolved settings; `read_yaml` gives them back."""
     text = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
-    Path(path).write_text(text, encoding="utf-8")
+    files.write_whole(path, text)
 
 
 def require(config: Any, *keys: str) -> None:

@@ -2,7 +2,7 @@
 iteration, bounded temperature, validation after each epoch, and what one wants to know while it runs.
 """
 
-import json
+import math
 import os
 import shutil
 import time
@@ -15,13 +15,14 @@ from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 import diffclip
+from diffclip.base.files import append_jsonl, read_json, write_json
 from diffclip.benchmarks import datasets, retrieval, zero_shot
 from diffclip.benchmarks.features import Encoder
 from diffclip.data import PairTable
 from diffclip.errors import InputError
 from diffclip.losses import contrastive_loss
 from diffclip.recipe import clamp_logit_scale, decay_parameter_names, learning_rate
-from stages.run import write_json
+from stages.callbacks import check_weights
 
 if TYPE_CHECKING:
     from stages.pretrain import PretrainConfig
@@ -85,12 +86,13 @@ class ContrastiveTrainer(Trainer):
         culprits = [key for key, fine in zip(keys, finite.tolist()) if not fine]
         step = self.state.global_step + 1
         record = {"step": step, "rank": self.args.process_index, "loss": str(loss), "culprits": culprits, "keys": keys}
-        with open(self.run.path / "non_finite.jsonl", "a", encoding="utf-8") as f:
-            f.write(json.dumps(record, ensure_ascii=False) + "\n")
+        named = self.run.path / "non_finite.jsonl"
+        append_jsonl(named, [record])
         blame = f"the features of {culprits[0]} are not finite" if len(culprits) == 1 else "the model has diverged"
         raise InputError(
-            f"loss is {loss} at step {step} ({blame}): the samples are named in {f.name}; lower the learning rate or "
-            f"remove them; the last good checkpoint is {self.run.resume_from or 'none'}"
+            f"loss is {loss} at step {step} ({blame}): the samples are named in {named}; start again without them or "
+            "with a lower learning rate in another output_dir; the last good checkpoint is "
+            f"{self.run.resume_from or 'none'}"
         )
 
     def count_bad(self, bad: torch.Tensor) -> None:
@@ -157,7 +159,7 @@ class ContrastiveTrainer(Trainer):
         recalls = [metrics.get(f"val/{way}/R@1", 0.0) for way in ("text_to_image", "image_to_text")]
         score = metrics.get("val/top1", sum(recalls) / 2)
         best, temporary = self.run.path / "best", self.run.path / "best.tmp"
-        if (best / "metrics.json").is_file() and json.loads((best / "metrics.json").read_text())["score"] >= score:
+        if score_of(best) >= score:
             return
         shutil.rmtree(temporary, ignore_errors=True)
         diffclip.save(model, temporary)
@@ -173,6 +175,14 @@ class ContrastiveTrainer(Trainer):
             logs["data_wait"] = self.waited / max(now - self.last_log, 1e-9)
             self.waited, self.last_log = 0.0, now
         super().log(logs, start_time)
+
+
+def score_of(best: Path) -> float:
+    """The score of the model in `best/`; minus infinity if there is none, or none that can be read."""
+    try:
+        return float(read_json(best / "metrics.json")["score"])
+    except (InputError, KeyError, TypeError, ValueError):
+        return -math.inf
 
 
 def lambda_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -215,6 +225,7 @@ class AfterStep(TrainerCallback):
     ) -> None:
         epoch, rest = divmod(state.global_step, self.trainer.steps_per_epoch)
         if rest == 0 and state.global_step < state.max_steps:
+            check_weights(self.trainer.model, self.trainer.run, state.global_step, args.device)  # before best/ has them
             metrics = self.trainer.validate()
             if metrics:
                 said = " ".join(f"{name} {value:.1f}" for name, value in metrics.items())

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from diffclip.base.files import read_jsonl
 from diffclip.errors import InputError, exit_on_input_error
 from stages.config import parse, require
 from stages.run import Run, end_with_pipeline
@@ -73,9 +74,11 @@ def teach(config: LanguageConfig) -> None:
     if run.finished:
         return
 
-    from transformers import DataCollatorForSeq2Seq, Qwen2Config, Qwen2ForCausalLM, Trainer, set_seed
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM, Trainer, set_seed
 
     from mllm.conversation import VICUNA_SYSTEM
+    from mllm.examples import pad_batch
     from stages.callbacks import Watch
     from stages.training import per_device_batch, train, training_arguments
 
@@ -110,6 +113,11 @@ def teach(config: LanguageConfig) -> None:
         f"{len(texts):,} texts = {tokens:,} tokens, {steps:,} steps of {config.global_batch_size}"
     )
     run.note(parameters=parameters, stand_in=True, tokens=tokens, steps=steps)
+
+    def collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+        ids, labels = ([torch.tensor(row[name]) for row in rows] for name in ("input_ids", "labels"))
+        return pad_batch(ids, labels, tokenizer.pad_token_id)
+
     trainer = Trainer(
         model=model,
         args=training_arguments(
@@ -121,7 +129,7 @@ def teach(config: LanguageConfig) -> None:
             max_grad_norm=1.0,
         ),
         train_dataset=rows,
-        data_collator=DataCollatorForSeq2Seq(tokenizer),
+        data_collator=collate,
         callbacks=[Watch(run, config.global_batch_size)],
     )
     metrics = train(trainer, run)
@@ -133,17 +141,11 @@ def teach(config: LanguageConfig) -> None:
 
 def read_texts(path: str) -> Iterator[str]:
     """The `text` of every line; InputError names the first line that has none."""
-    import json
-
-    with open(path, encoding="utf-8") as f:
-        for number, line in enumerate(f, 1):
-            try:
-                text = json.loads(line)["text"]
-            except (ValueError, KeyError, TypeError):
-                text = None
-            if not isinstance(text, str) or not text.strip():
-                raise InputError(f'{path}:{number}: expected a JSON object with a non-empty "text"')
-            yield text
+    for number, row in read_jsonl(path):
+        text = row.get("text") if isinstance(row, dict) else None
+        if not isinstance(text, str) or not text.strip():
+            raise InputError(f'{path}:{number}: expected a JSON object with a non-empty "text"')
+        yield text
 
 
 def read_conversations(path: str) -> Iterator[str]:

@@ -29,7 +29,9 @@ class ConversationConfig(TrainingConfig):
     template: Literal["plain", "vicuna", "chatml"] = field(default="vicuna", metadata={"help": "prompt format"})
     epochs: float = field(default=1.0, metadata={"help": "passes over the data"})
     global_batch_size: int = field(default=192, metadata={"help": "conversations per optimiser step"})
-    micro_batch_size: int = field(default=0, metadata={"help": "conversations per device and pass; 0 = no limit"})
+    micro_batch_size: int = field(
+        default=0, metadata={"help": "conversations per device and pass; 0 = no limit", "decides": False}
+    )
     warmup_ratio: float = field(default=0.03, metadata={"help": "share of the steps spent warming up"})
     learns: list[str] = field(
         default_factory=list, metadata={"help": "parts that learn: vision_tower, projector, language_model"}
@@ -58,7 +60,9 @@ class ConversationConfig(TrainingConfig):
     packing: bool = field(
         default=False, metadata={"help": "examples of a pass stand behind each other in one row, without padding"}
     )
-    tokens: int = field(default=0, metadata={"help": "dry run: text tokens of a conversation, in the mean"})
+    tokens: int = field(
+        default=0, metadata={"help": "dry run: text tokens of a conversation, in the mean", "decides": False}
+    )
     max_length: int = field(default=2048, metadata={"help": "longer conversations are cut, picture tokens counted"})
     max_grad_norm: float = field(default=1.0, metadata={"help": "gradient clipping, also under DeepSpeed"})
 

@@ -34,7 +34,7 @@ class PretrainConfig(TrainingConfig):
         default_factory=list, metadata={"help": "times an epoch sees each source of train_data; empty = once"}
     )
     max_bad_share: float = field(
-        default=0.01, metadata={"help": "stop when more of the samples than this cannot be read"}
+        default=0.01, metadata={"help": "stop when more of the samples than this cannot be read", "decides": False}
     )
     caption_member: Literal["txt", "json"] = field(
         default="txt", metadata={"help": "where shards keep captions; json draws one of `captions` each time"}
@@ -54,7 +54,10 @@ class PretrainConfig(TrainingConfig):
     min_crop: float = field(default=0.5, metadata={"help": "smallest share of the area in RandomResizedCrop"})
     micro_batch_size: int = field(
         default=0,
-        metadata={"help": "pairs encoded at once per device; the exact gradient of the whole batch; 0 = all"},
+        metadata={
+            "help": "pairs encoded at once per device; the exact gradient of the whole batch; 0 = all",
+            "decides": False,
+        },
     )
     gather_with_grad: bool = field(default=True, metadata={"help": "exact gradient over ranks; SLIP: false"})
 
@@ -153,10 +156,10 @@ def pretrain(config: PretrainConfig) -> None:
         callbacks=[Watch(run, config.global_batch_size)],
     )
     metrics = train(trainer, run)
+    if run.is_main:
+        diffclip.save(model, config.output_dir)  # before anything else that can fail
     metrics |= trainer.validate()
     say_bad_samples(run)
-    if run.is_main:
-        diffclip.save(model, config.output_dir)
     run.finish(metrics)
 
 

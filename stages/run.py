@@ -3,6 +3,8 @@
 config.yaml   resolved settings             metrics.json   final numbers
 run.json      versions, seed, inputs, state  metrics.jsonl  a line per logged step
 log.txt       what the console showed        checkpoint-*/  resume state, then the model itself
+
+The state is "running" until a run is "finished", also if it was killed; "stopped" if it was told to stop early.
 """
 
 import dataclasses
@@ -18,8 +20,9 @@ import time
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+from diffclip.base.files import append_jsonl, read_json, write_json
 from diffclip.errors import InputError
 from stages.config import read_yaml, write_yaml
 
@@ -37,14 +40,19 @@ PACKAGES = [
     "numpy",
 ]
 LONG_FILE = 1 << 28  # bytes
+# What a start writes before its first step, beside run.json and config.yaml.
+START_FILES = {"run.json", "config.yaml", "log.txt", "bad_samples.jsonl", "non_finite.jsonl", "runs"}
+NOT_FINISHED = 3  # exit code of a stage that was told to stop before its end
 COMPLETE = "complete"  # marker inside checkpoint-*/, written when everything else in it is on disk
 
 
 class Run:
     """One stage's run directory.
 
-    `Run(...)` raises InputError if the directory holds a run of other settings or other inputs. Otherwise
-    `run.finished` says whether there is nothing left to do, and `run.resume_from` names the last whole checkpoint.
+    `Run(...)` raises InputError if the directory holds a run of other settings or other inputs, unless that run came to
+    no step. Inputs are compared by content, wherever they lie now, and settings of a dataclass field whose metadata say
+    `decides: False` not at all. Otherwise `run.finished` says whether there is nothing left to do, and
+    `run.resume_from` names the last whole checkpoint.
     """
 
     def __init__(self, stage: str, config: Any, inputs: Mapping[str, str | Path]) -> None:
@@ -70,7 +78,9 @@ class Run:
             "wall_seconds": 0.0,
             "inputs": {role: {"path": str(p), "digest": digest(p)} for role, p in inputs.items()},
         }
-        previous = self._previous()
+        if getattr(config, "deepspeed", ""):  # settings, not data, but in a file
+            self.record["deepspeed"] = {"path": config.deepspeed, "digest": digest(config.deepspeed)}
+        previous, other = self._previous()
         self.finished = previous is not None and previous["state"] == "finished"
         if previous and not self.finished:
             self.record["wall_seconds"] = previous["wall_seconds"]
@@ -85,8 +95,13 @@ class Run:
         }
         self.path.mkdir(parents=True, exist_ok=True)
         if self.is_main:
+            if previous is None:
+                for left in ("bad_samples.jsonl", "non_finite.jsonl"):  # by a start that came to no step
+                    (self.path / left).unlink(missing_ok=True)
             write_yaml(config, self.path / "config.yaml")
             self._write_record()
+        if other:
+            self.say(f"{stage}: goes on with {', '.join(other)}, which decides nothing about the result")
 
     @property
     def resume_from(self) -> str | None:
@@ -103,8 +118,10 @@ class Run:
         return [path for path in self.path.glob("checkpoint-*") if not (path / COMPLETE).exists()]
 
     def say(self, line: str) -> None:
-        """Print a line and keep it in log.txt (rank 0 only)."""
+        """Print a line and keep it in log.txt (rank 0 only); what an encoding lacks is written as its escape."""
         if self.is_main:
+            for encoding in ("utf-8", sys.stdout.encoding or "utf-8"):
+                line = line.encode(encoding, errors="backslashreplace").decode(encoding)
             print(line, flush=True)
             if self.path.is_dir():
                 with open(self.path / "log.txt", "a", encoding="utf-8") as f:
@@ -118,8 +135,7 @@ class Run:
     def append_metrics(self, record: Mapping[str, Any]) -> None:
         """Add a line to metrics.jsonl (rank 0 only)."""
         if self.is_main:
-            with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as f:
-                f.write(json.dumps(record) + "\n")
+            append_jsonl(self.path / "metrics.jsonl", [record])
 
     def finish(self, metrics: Mapping[str, Any]) -> None:
         """Write the final numbers, mark the run as finished, drop the resume state and leave the process group."""
@@ -128,39 +144,59 @@ class Run:
             self.record["state"] = "finished"
             self._write_record()
             for path in self.path.glob("checkpoint-*"):
-                shutil.rmtree(path)
+                shutil.rmtree(path, ignore_errors=True)
             self.say(f"{self.stage}: finished in {self.record['wall_seconds']:.0f} s, wrote {self.path}")
-        import torch.distributed as dist
+        leave_process_group()
 
-        if dist.is_available() and dist.is_initialized():
-            dist.barrier()
-            dist.destroy_process_group()
+    def stop(self, step: int, steps: int) -> NoReturn:
+        """End the process of a training that was told to stop at `step` of `steps`; its checkpoints stay."""
+        if self.is_main:
+            self.record["state"] = "stopped"
+            self._write_record()
+            self.say(
+                f"{self.stage}: stopped at step {step} of {steps}, not finished; the same command goes on from "
+                f"{self.resume_from or 'the start'}"
+            )
+        leave_process_group()
+        raise SystemExit(NOT_FINISHED)
 
     def _write_record(self) -> None:
         if self.is_main:
             self.record["wall_seconds"] = round(self._seconds_before + time.time() - self.start, 1)
             write_json(self.path / "run.json", self.record)
 
-    def _previous(self) -> dict[str, Any] | None:
-        """run.json of an earlier start with equal settings and inputs; InputError if they differ."""
+    def _previous(self) -> tuple[dict[str, Any] | None, list[str]]:
+        """run.json of an earlier start that this one goes on from, and what differs without deciding anything.
+
+        Raises:
+            InputError: an earlier start came to a step and had other settings or inputs.
+        """
         if not (self.path / "run.json").is_file() or not (self.path / "config.yaml").is_file():
-            return None
-        before = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
-        settings = read_yaml(self.path / "config.yaml", type(self.config))
-        now = dataclasses.asdict(self.config)
-        decides_nothing = {"output_dir", "dry_run", "hardware", "samples"}
-        changed = sorted(k for k in now if k not in decides_nothing and settings.get(k, now[k]) != now[k])
-        changed += sorted(
-            role
-            for role, entry in self.record["inputs"].items()
-            if before["inputs"].get(role, entry)["digest"] != entry["digest"]
-        )
-        if changed:
+            return None, []
+        names = {path.name for path in self.path.iterdir() if not path.name.startswith(".")}  # those are being written
+        if names <= START_FILES:
+            return None, []
+        before = read_json(self.path / "run.json")
+        settings, now = read_yaml(self.path / "config.yaml", type(self.config)), dataclasses.asdict(self.config)
+        inputs_now, inputs_before = by_setting(self.record), by_setting(before)
+        deciding, other = [], []
+        for setting in dataclasses.fields(self.config):
+            name = setting.name
+            value, old = now[name], settings.get(name, now[name])
+            if name in inputs_now and name in inputs_before:
+                if contents(inputs_now[name]) != contents(inputs_before[name]):
+                    deciding.append(f"{name} ({files_of(inputs_before[name])} -> {files_of(inputs_now[name])})")
+                elif value != old:
+                    other.append(f"{name} at {shown(value)}")
+            elif value != old:
+                decides = setting.metadata.get("decides", True) and name != "output_dir"
+                (deciding if decides else other).append(f"{name} {shown(old)} -> {shown(value)}")
+        if deciding:
             raise InputError(
-                f"{self.path} holds a {before['state']} run made with another {', '.join(changed)}; "
-                "choose another --output_dir or delete it"
+                f"{self.path} holds a {before.get('state')} run made with other settings or inputs: "
+                f"{', '.join(deciding)}; give the old ones again, choose another --output_dir, or delete this one"
             )
-        return before
+        return before, other
 
 
 def end_with_pipeline() -> None:
@@ -181,19 +217,45 @@ def end_with_pipeline() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+def by_setting(record: Mapping[str, Any]) -> dict[str, list[Mapping[str, str]]]:
+    """Files of run.json by the setting that names them: `data[0]` and `data[1]` are those of `data`."""
+    result = {"deepspeed": [record["deepspeed"]]} if "deepspeed" in record else {}
+    for role, entry in record["inputs"].items():
+        result.setdefault(role.partition("[")[0], []).append(entry)
+    return result
+
+
+def contents(entries: list[Mapping[str, str]]) -> list[str]:
+    """What entries of `inputs` hold, wherever they lie; of what is no local file (`hf:...`) its address counts."""
+    return [entry["path"] if entry["path"].startswith("hf:") else entry["digest"] for entry in entries]
+
+
+def files_of(entries: list[Mapping[str, str]]) -> str:
+    """The paths and digests of `entries` in a few words."""
+    first = f"{entries[0]['path']} {entries[0]['digest']}"
+    return first if len(entries) == 1 else f"{len(entries)} files, the first {first}"
+
+
+def shown(value: object) -> str:
+    """A setting's value as a message shows it."""
+    return json.dumps(value, ensure_ascii=False) if value == "" or isinstance(value, (list, dict)) else str(value)
+
+
+def leave_process_group() -> None:
+    """Let the ranks end together, if there are several."""
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 def upstream_model(path: str | Path) -> str:
     """The model name that the run in `path` was made with, e.g. "DiffCLIP-tiny"; the folder's name elsewhere."""
     record = Path(path) / "run.json"
     if record.is_file():
-        return json.loads(record.read_text(encoding="utf-8")).get("model", Path(path).name)
+        return read_json(record).get("model", Path(path).name)
     return Path(path).name
-
-
-def write_json(path: Path, value: object) -> None:
-    """Write JSON so that a crash leaves either the old file or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False), encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def digest(path: str | Path) -> str:

@@ -38,11 +38,11 @@ def run(*arguments: str, check: bool = True) -> subprocess.CompletedProcess:
     return run_program([sys.executable, "-m", *arguments], check)
 
 
-def run_deepspeed(ranks: int, *arguments: str) -> subprocess.CompletedProcess:
+def run_deepspeed(ranks: int, *arguments: str, check: bool = True) -> subprocess.CompletedProcess:
     """A stage under the deepspeed launcher; look at its result, since the launcher may hide that a rank failed."""
     launcher = str(Path(sys.executable).parent / "deepspeed")
     options = ["--num_gpus", str(ranks), "--master_port", str(free_port()), "--log_level", "warning", "--module"]
-    return run_program([sys.executable, launcher, *options, *arguments], True)
+    return run_program([sys.executable, launcher, *options, *arguments], check)
 
 
 def run_program(command: list[str], check: bool) -> subprocess.CompletedProcess:

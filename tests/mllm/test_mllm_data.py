@@ -12,7 +12,7 @@ import torch
 from diffclip.errors import InputError
 from mllm.conversation import IGNORE, NoSupervisionError, encode, render
 from mllm.data import find_pictures, load_rows
-from mllm.examples import ConversationDataset, collate, training_order
+from mllm.examples import ConversationDataset, collate, padded_length, training_order
 from mllm.model import freeze
 
 
@@ -77,20 +77,22 @@ def test_batch_pads_right_and_trains(folder, assembled):
     rows = load_rows([write(folder / "rows.json", ROWS)], folder)
     dataset = ConversationDataset(rows, processor, template="vicuna")
     batch = collate(processor)([dataset[i] for i in range(3)])
-    assert batch["input_ids"].shape == (3, max(dataset.lengths)) and batch["pixel_values"].shape == (
-        2,
-        3,
-        32,
-        32,
-    )
+    width = padded_length(max(dataset.lengths))
+    assert batch["input_ids"].shape == (3, width) and batch["pixel_values"].shape == (2, 3, 32, 32)
     for i, length in enumerate(dataset.lengths):
-        assert batch["attention_mask"][i].tolist() == [1] * length + [0] * (max(dataset.lengths) - length)
+        assert batch["attention_mask"][i].tolist() == [1] * length + [0] * (width - length)
         assert (batch["labels"][i, length:] == IGNORE).all()
     assert "pixel_values" not in collate(processor)([dataset[2]])
     together = model.train()(**batch).loss
     counts = [(batch["labels"][i] != IGNORE).sum() for i in range(3)]
     alone = [model(**collate(processor)([dataset[i]])).loss * counts[i] for i in range(3)]
     torch.testing.assert_close(together, sum(alone) / sum(counts))  # a mean over tokens, blind to padding
+
+
+def test_padded_lengths_are_the_next_that_cudnn_attention_can_be_trusted_with():
+    allowed = [n for n in range(0, 2200, 8) if n % 128 != 64]
+    for tokens in range(1, 2001):
+        assert padded_length(tokens) == min(n for n in allowed if n >= tokens)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -109,7 +111,7 @@ def test_packed_examples_have_the_loss_and_gradients_of_padded_ones(folder, asse
         loss = model(**inputs).loss
         loss.backward()
         found.append((loss.item(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}))
-    assert inputs["input_ids"].shape == (1, sum(len(e["input_ids"]) for e in examples))
+    assert inputs["input_ids"].shape == (1, padded_length(sum(len(e["input_ids"]) for e in examples)))
     (padded, wanted), (packed, grads) = found
     assert packed == pytest.approx(padded, rel=1e-5) and grads.keys() == wanted.keys()
     for name in wanted:

@@ -1,6 +1,8 @@
 """The two multimodal stages under the deepspeed launcher: LoRA, ZeRO-2 and 3, a killed rank, exact resume."""
 
 import json
+import os
+import shutil
 import time
 
 import psutil
@@ -9,9 +11,13 @@ import torch
 from launch import ROOT, run, run_deepspeed, start
 from safetensors.torch import load_file
 
+from diffclip.errors import InputError
 from mllm.assemble import assemble
 from mllm.model import load, save
+from stages import align, instruct
+from stages.callbacks import Watch
 from stages.pipeline import free_port
+from stages.run import NOT_FINISHED
 
 STEPS = 6
 SETTINGS = [
@@ -115,6 +121,16 @@ def test_bfloat16_under_deepspeed_keeps_what_is_frozen_and_learns_alike(inputs, 
     assert asked.endswith("<|im_end|>\n<|im_start|>assistant\n")
 
 
+class Planted:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, marker):
+        self.marker = str(marker)
+
+    def __reduce__(self):
+        return os.mkdir, (self.marker,)
+
+
 def test_a_killed_rank_ends_the_launcher_and_the_command_goes_on_to_the_same_weights(calm, inputs, tmp_path):
     out = tmp_path / "killed"
     arguments = command(inputs, out, 3, "--lora_rank=4")
@@ -128,6 +144,13 @@ def test_a_killed_rank_ends_the_launcher_and_the_command_goes_on_to_the_same_wei
     ranks[0].kill()
     process.communicate(timeout=120)  # the launcher ends by itself, and the other rank with it
     assert json.loads((out / "run.json").read_text())["state"] != "finished"
+    newest = max(path.parent for path in out.glob("checkpoint-*/complete"))
+    share = next(newest.glob("global_step*/*optim_states.pt"))
+    honest = share.read_bytes()
+    torch.save({"optimizer_state_dict": Planted(tmp_path / "marker")}, share)
+    refused = run_deepspeed(2, *arguments, check=False)
+    assert f"{share}: is not safe to read" in refused.stderr and not (tmp_path / "marker").exists()
+    share.write_bytes(honest)
     said = run_deepspeed(2, *arguments).stdout
     assert "resumes at step" in said
     found, wanted = weights(out), weights(calm / "two")
@@ -153,3 +176,55 @@ def test_align_with_two_layers_and_a_rate_of_its_own_for_each_part(inputs, tower
 def test_lora_without_a_learning_language_model_is_refused(inputs, tmp_path):
     ended = run(*command(inputs, tmp_path / "x", 2, "--lora_rank=4", "--learns", "projector"), check=False)
     assert ended.returncode == 2 and "add language_model to `learns`" in ended.stderr
+
+
+def in_this_process(inputs, out, *more):
+    """Arguments of instruct without DeepSpeed."""
+    return [*command(inputs, out, 2, "--learns", "projector", "language_model")[1:], "--deepspeed=", *more]
+
+
+@pytest.mark.parametrize("further", [[], ["--lora_rank=4"]])
+def test_a_run_told_to_stop_goes_on_in_other_passes_with_data_elsewhere(inputs, tmp_path, monkeypatch, capsys, further):
+    further = ["--order=random", *further]
+    instruct.main(in_this_process(inputs, tmp_path / "calm", *further))
+    out = tmp_path / "run"
+
+    def tell(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == 2
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Watch, "on_step_begin", tell)
+        with pytest.raises(SystemExit) as ended:
+            instruct.main(in_this_process(inputs, out, *further))
+    assert ended.value.code == NOT_FINISHED and "stopped at step 2 of 6" in capsys.readouterr().out
+    shutil.copytree(inputs, tmp_path / "scratch")
+    instruct.main(in_this_process(tmp_path / "scratch", out, *further, "--micro_batch_size=4", "--save_steps=5"))
+    said = capsys.readouterr().out
+    assert "micro_batch_size 2 -> 4" in said and str(tmp_path / "scratch" / "rows.json") in said
+    assert "resumes at step 2 of 6" in said
+    found, wanted, before = weights(out), weights(tmp_path / "calm"), weights(inputs / "model")
+    for key in wanted:
+        torch.testing.assert_close(found[key], wanted[key], rtol=1e-5, atol=1e-5)
+    assert any((wanted[key] - before[key]).abs().max() > 1e-3 for key in wanted)  # a step moves by as much
+
+
+def test_a_start_that_fails_leaves_its_directory_to_the_mended_command(inputs, tmp_path):
+    rows = json.loads((inputs / "rows.json").read_text())
+    (tmp_path / "rows.json").write_text(json.dumps([{**rows[0], "conversations": []}, *rows[1:]]))
+    out = tmp_path / "run"
+    with pytest.raises(InputError, match="row 0"):
+        instruct.main(in_this_process(inputs, out, f"--data={tmp_path / 'rows.json'}"))
+    instruct.main(in_this_process(inputs, out, "--learning_rate=1e-4"))
+    assert json.loads((out / "run.json").read_text())["state"] == "finished"
+
+
+@pytest.mark.parametrize("stage", [align, instruct])
+def test_a_diverged_model_is_not_finished(inputs, tower_dir, language_dir, tmp_path, stage):
+    arguments = in_this_process(inputs, tmp_path / "run", "--learning_rate=1e38", "--logging_steps=1000")
+    if stage is align:
+        parts = [f"--vision_tower={tower_dir}", f"--language_model={language_dir}", "--template=vicuna"]
+        arguments = [*(a for a in arguments if not a.startswith(("--config", "--model"))), *parts]
+    with pytest.raises(InputError, match="weights are not finite at step"):
+        stage.main(arguments)
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["state"] != "finished"
+    assert not (tmp_path / "run" / "model.safetensors").exists()

@@ -183,7 +183,7 @@ def test_killed_at_any_step_it_ends_in_the_weights_of_an_undisturbed_run(shards,
     if ranks == 1:
         assert "is finished, nothing to do" in run(*disturbed).stdout
         refused = run(*disturbed, "--learning_rate=0.1", check=False)
-        assert refused.returncode == 2 and "another learning_rate" in refused.stderr
+        assert refused.returncode == 2 and "learning_rate 0.001 -> 0.1" in refused.stderr
 
 
 def test_disk_full_while_saving_leaves_the_last_checkpoint_and_says_so(shards, tmp_path):

@@ -1,7 +1,8 @@
 """Run directories: what is skipped, what goes on, what is refused."""
 
 import json
-from dataclasses import dataclass, replace
+import os
+from dataclasses import dataclass, field, replace
 
 import pytest
 
@@ -14,6 +15,16 @@ class Settings:
     output_dir: str
     seed: int = 0
     rate: float = 0.1
+    deepspeed: str = ""
+    workers: int = field(default=8, metadata={"decides": False})
+    data: str = ""
+
+
+def paused(settings, inputs):
+    """A run that came to a step and wrote no checkpoint yet."""
+    run = Run("pretrain", settings, inputs)
+    run.append_metrics({"step": 1, "loss": 1.0})
+    return run
 
 
 @pytest.fixture
@@ -40,13 +51,73 @@ def test_finished_run_is_skipped_and_records_what_it_was(tmp_path, data):
 def test_other_settings_or_other_input_are_refused_by_name(tmp_path, data):
     settings = Settings(str(tmp_path / "run"))
     Run("pretrain", settings, {"data": data}).finish({})
-    with pytest.raises(InputError, match="another rate"):
+    with pytest.raises(InputError, match=r"rate 0\.1 -> 0\.2"):
         Run("pretrain", replace(settings, rate=0.2), {"data": data})
     data.write_text("other pairs")
-    with pytest.raises(InputError, match="another data"):
+    with pytest.raises(InputError, match=r"data \(.*data\.txt [0-9a-f]{12} -> .*data\.txt [0-9a-f]{12}\)"):
         Run("pretrain", settings, {"data": data})
     with pytest.raises(InputError, match=r"nowhere: no such file or directory \(setting `data`\)"):
         Run("pretrain", settings, {"data": "nowhere"})
+
+
+def test_a_paused_run_goes_on_with_what_decides_nothing_and_names_it(tmp_path, data, capsys):
+    settings = Settings(str(tmp_path / "run"), data=str(data))
+    paused(settings, {"data": data})
+    os.makedirs(tmp_path / "scratch")
+    moved = (tmp_path / "scratch" / "data.txt").resolve()
+    moved.symlink_to(data)
+    assert Run("pretrain", settings, {"data": data}) and "goes on" not in capsys.readouterr().out
+    Run("pretrain", replace(settings, workers=2, data=str(moved)), {"data": moved})
+    said = capsys.readouterr().out
+    assert "goes on with workers 8 -> 2" in said and str(moved) in said and len(said.splitlines()) == 1
+    Run("pretrain", replace(settings, workers=2, data=str(moved)), {"data": moved})  # now they are its own
+    assert "goes on" not in capsys.readouterr().out
+    with pytest.raises(InputError, match=r"rate 0\.1 -> 0\.2; give the old"):
+        Run("pretrain", replace(settings, rate=0.2, workers=8), {"data": moved})
+
+
+def test_inputs_are_compared_one_by_one_and_what_is_no_file_by_its_address(tmp_path, data):
+    other = tmp_path / "other.txt"
+    other.write_text("other pairs")
+    both = {"data[0]": data, "data[1]": other}
+    paused(Settings(str(tmp_path / "run"), data="*.txt"), both)
+    for inputs in ({"data[0]": other, "data[1]": data}, {"data[0]": data}):
+        with pytest.raises(InputError, match="data "):
+            Run("pretrain", Settings(str(tmp_path / "run"), data="d*.txt"), inputs)
+    Run("pretrain", Settings(str(tmp_path / "run"), data="../*.txt"), both)
+    paused(Settings(str(tmp_path / "hub"), data="hf:a/b"), {"data": "hf:a/b"})
+    with pytest.raises(InputError, match="hf:a/c"):
+        Run("pretrain", Settings(str(tmp_path / "hub"), data="hf:a/c"), {"data": "hf:a/c"})
+
+
+def test_a_deepspeed_file_counts_with_its_content(tmp_path):
+    for name, stage in (("a.json", 2), ("b.json", 2), ("c.json", 3)):
+        (tmp_path / name).write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+    settings = [Settings(str(tmp_path / "run"), deepspeed=str(tmp_path / f"{name}.json")) for name in "abc"]
+    paused(settings[0], {})
+    Run("pretrain", settings[1], {})
+    with pytest.raises(InputError, match=r"deepspeed \(.*b\.json .* -> .*c\.json "):
+        Run("pretrain", settings[2], {})
+
+
+def test_a_start_that_came_to_no_step_leaves_its_directory_free(tmp_path, data):
+    settings = Settings(str(tmp_path / "run"))
+    run = Run("pretrain", settings, {"data": data})
+    run.say("12 bad samples")
+    (run.path / "bad_samples.jsonl").write_text("{}\n")
+    data.write_text("mended pairs")
+    again = Run("pretrain", replace(settings, rate=0.2), {"data": data})
+    assert again.resume_from is None and not (run.path / "bad_samples.jsonl").exists()
+    again.append_metrics({"step": 1, "loss": 1.0})
+    with pytest.raises(InputError, match=r"rate 0\.2 -> 0\.1"):
+        Run("pretrain", settings, {"data": data})
+
+
+def test_lines_that_an_encoding_lacks_are_said_all_the_same(tmp_path, data, capsys):
+    run = Run("pretrain", Settings(str(tmp_path / "run")), {"data": data})
+    run.say("bad: \udce9t\u00e9.jpg\u2028")
+    assert "\\udce9t\u00e9.jpg" in capsys.readouterr().out
+    assert "\\udce9t\u00e9.jpg" in (run.path / "log.txt").read_text(encoding="utf-8")
 
 
 def test_resume_takes_the_newest_whole_checkpoint_and_drops_half_written_ones(tmp_path, data):

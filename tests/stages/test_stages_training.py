@@ -1,0 +1,347 @@
+"""Training itself, on a model of six numbers: one device, stopping and going on, diverging, and strangers' pickles."""
+
+import json
+import os
+import pickle
+import shutil
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import pytest
+import torch
+from launch import QUICKSTART
+from safetensors.torch import load_file
+from test_stages_pretrain import write_shard
+from torch import nn
+from transformers import Trainer, TrainerCallback
+
+from diffclip.errors import InputError
+from stages import language, pretrain
+from stages.align import AlignConfig
+from stages.callbacks import Watch
+from stages.instruct import InstructConfig
+from stages.language import LanguageConfig
+from stages.pretrain import PretrainConfig
+from stages.resume import check_checkpoint
+from stages.run import COMPLETE, NOT_FINISHED, Run
+from stages.training import TrainingConfig, on_one_device, train, training_arguments
+
+STEPS = 12
+
+
+@dataclass
+class Config(TrainingConfig):
+    epochs: int = 1
+
+
+def settings_of(out, **settings):
+    small = {"global_batch_size": 8, "learning_rate": 0.1, "num_workers": 0, "logging_steps": 1, "save_steps": 4}
+    return Config(output_dir=str(out), **{**small, "report_to": ["none"], "use_cpu": True, **settings})
+
+
+class Line(nn.Module):
+    def __init__(self, dropout=0.3):
+        super().__init__()
+        self.layer = nn.Linear(5, 1)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x, y):
+        return {"loss": (self.layer(self.dropout(x)).squeeze(1) - y).square().mean()}
+
+
+class Tell(TrainerCallback):
+    """Tells the training to stop at a step, as transformers' callbacks do."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step + 1 == self.step
+
+
+class Preempt(TrainerCallback):
+    """What the SIGTERM handler of `enable_jit_checkpoint` does, without its three seconds of waiting."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self.trainer.jit.is_checkpoint_requested = state.global_step + 1 == self.step
+
+
+def start(out, *callbacks, micro=8, dropout=0.3, **settings):
+    """(trainer, run) of `out`; train(trainer, run) goes on from its newest checkpoint."""
+    config = settings_of(out, **settings)
+    run = Run("line", config, {})
+    torch.manual_seed(0)
+    x = torch.randn(STEPS * 8, 5)
+    rows = [{"x": a, "y": a.sum()} for a in x]
+    torch.manual_seed(1)
+    trainer = Trainer(
+        model=Line(dropout),
+        args=training_arguments(config, STEPS, (micro, 8 // micro)),
+        train_dataset=rows,
+        callbacks=[*callbacks, Watch(run, 8)],
+    )
+    return trainer, run
+
+
+def weights(trainer):
+    return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+
+
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory):
+    """Weights of an undisturbed run."""
+    trainer, run = start(tmp_path_factory.mktemp("calm") / "run")
+    train(trainer, run)
+    return weights(trainer)
+
+
+# ---- one process, one device
+
+
+def test_without_a_launcher_a_process_keeps_to_one_device(tmp_path, capsys):
+    def prepared(arguments):
+        trainer = Trainer(model=Line(), args=arguments)
+        return trainer.args.train_batch_size, trainer._wrap_model(trainer.model)
+
+    arguments = training_arguments(settings_of(tmp_path), STEPS, (8, 1))
+    assert capsys.readouterr().out == "" and arguments.n_gpu <= 1
+    arguments._n_gpu = 2  # as on a machine with two
+    size, model = prepared(arguments)
+    assert size == 16 and isinstance(model, nn.DataParallel)  # what this is about
+    capsys.readouterr()
+    arguments = on_one_device(arguments)
+    said = capsys.readouterr().out
+    size, model = prepared(arguments)
+    assert size == 8 and isinstance(model, Line)
+    assert "2 GPUs" in said and "torchrun --nproc_per_node 2" in said and len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_cudnn_attention_is_off_in_training_unless_asked_for(tmp_path, wanted):
+    torch.backends.cuda.enable_cudnn_sdp(not wanted)
+    training_arguments(settings_of(tmp_path, cudnn_attention=wanted), STEPS, (8, 1))
+    assert torch.backends.cuda.cudnn_sdp_enabled() == wanted
+    assert TrainingConfig().cudnn_attention is False
+
+
+# ---- what `trainer` may say
+
+
+@pytest.mark.parametrize(
+    "key, setting",
+    [("max_steps", "epochs"), ("learning_rate", "learning_rate"), ("per_device_train_batch_size", "global_batch_size")],
+)
+def test_trainer_may_not_overrule_a_named_setting(key, setting):
+    with pytest.raises(InputError, match=f"{key} is what the setting `{setting}` decides"):
+        Config(trainer={key: 3})
+
+
+def test_trainer_takes_what_no_setting_of_the_stage_decides(tmp_path):
+    config = settings_of(tmp_path, trainer={"max_grad_norm": 0.5, "adam_beta2": 0.98})
+    arguments = training_arguments(config, STEPS, (8, 1), max_grad_norm=1.0)
+    assert arguments.max_grad_norm == 0.5 and arguments.adam_beta2 == 0.98
+    for wrong in ({"optim": "sgdd"}, {"adam_beta3": 1}):
+        with pytest.raises(InputError, match="setting `trainer`"):
+            training_arguments(settings_of(tmp_path, trainer=wrong), STEPS, (8, 1))
+    with pytest.raises(InputError, match="expected a mapping"):
+        Config(trainer=["adam_beta2"])
+
+
+# ---- stopping and going on
+
+
+@pytest.mark.parametrize(
+    "config, own",
+    [
+        (LanguageConfig, set()),
+        (PretrainConfig, {"micro_batch_size", "max_bad_share"}),
+        (AlignConfig, {"micro_batch_size", "tokens"}),
+        (InstructConfig, {"micro_batch_size", "tokens"}),
+    ],
+)
+def test_settings_that_decide_nothing(config, own):
+    common = (
+        "output_dir num_workers logging_steps save_steps save_total_limit report_to use_cpu dry_run hardware samples"
+    )
+    assert {f.name for f in fields(config) if not f.metadata.get("decides", True)} == {*common.split(), *own}
+
+
+@pytest.mark.parametrize("how", [Tell, Preempt])
+def test_told_to_stop_it_is_not_finished_and_goes_on_to_the_same_weights(tmp_path, calm, how, capsys):
+    out = tmp_path / "run"
+    callback, settings = how(6), {"trainer": {"enable_jit_checkpoint": True}} if how is Preempt else {}
+    trainer, run = start(out, callback, **settings)
+    if how is Preempt:
+        trainer.jit = next(c for c in trainer.callback_handler.callbacks if hasattr(c, "jit_manager")).jit_manager
+        callback.trainer = trainer
+    with pytest.raises(SystemExit) as ended:
+        train(trainer, run)
+    assert ended.value.code == NOT_FINISHED == 3
+    record = json.loads((out / "run.json").read_text())
+    assert record["state"] == "stopped" and (out / "checkpoint-6" / COMPLETE).is_file()
+    said = capsys.readouterr().out
+    assert "stopped at step 6 of 12, not finished" in said and "checkpoint-6" in said
+    trainer, run = start(out, **settings)
+    assert not run.finished
+    train(trainer, run)
+    run.finish({})
+    assert torch.equal(weights(trainer), calm) and not list(out.glob("checkpoint-*"))
+    assert json.loads((out / "run.json").read_text())["state"] == "finished"
+
+
+def test_a_paused_run_goes_on_with_other_intervals_workers_and_passes(tmp_path, capsys):
+    trainer, run = start(tmp_path / "calm", dropout=0.0)  # every pass draws a mask of its own
+    train(trainer, run)
+    calm, out = weights(trainer), tmp_path / "run"
+    with pytest.raises(SystemExit):
+        train(*start(out, Tell(6), dropout=0.0))
+    changed = {"save_steps": 5, "logging_steps": 3, "num_workers": 1, "save_total_limit": 3}
+    trainer, run = start(out, micro=2, dropout=0.0, **changed)
+    said = capsys.readouterr().out
+    assert all(words in said for words in ("save_steps 4 -> 5", "logging_steps 1 -> 3", "num_workers 0 -> 1"))
+    train(trainer, run)
+    torch.testing.assert_close(weights(trainer), calm, rtol=1e-5, atol=1e-6)
+    assert {p.name for p in out.glob("checkpoint-*")} == {"checkpoint-6", "checkpoint-10", "checkpoint-12"}
+    steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4, 5, 6, 9, 12]
+
+
+# ---- diverging
+
+
+@pytest.mark.parametrize("bad_step, good", [(6, "checkpoint-4"), (2, "none")])
+def test_weights_that_are_not_finite_end_the_run_and_are_not_saved(tmp_path, bad_step, good):
+    out = tmp_path / "run"
+
+    class Poison(TrainerCallback):
+        def on_optimizer_step(self, args, state, control, model=None, **kwargs):
+            if state.global_step + 1 == bad_step:
+                model.layer.bias.data.fill_(float("nan"))
+
+    trainer, run = start(out, Poison(), logging_steps=1000)
+    with pytest.raises(InputError, match=f"not finite at step .*the last good checkpoint is .*{good}"):
+        train(trainer, run)
+    assert json.loads((out / "run.json").read_text())["state"] != "finished"
+    for checkpoint in out.glob("checkpoint-*"):
+        assert torch.load(checkpoint / "optimizer.pt", weights_only=True)["state"][0]["exp_avg"].isfinite().all()
+    again, run = start(out)  # nothing that is taken up again is broken
+    train(again, run)
+    assert weights(again).isfinite().all()
+
+
+def text_file(folder):
+    """96 short conversations as text."""
+    lines = [
+        {"text": f"USER: {'Is it red? ' * (1 + n % 7)} ASSISTANT: {'Yes' if n % 2 else 'No'}<|im_end|>"}
+        for n in range(96)
+    ]
+    (folder / "text.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder / "text.jsonl"
+
+
+SMALL = ["--use_cpu=true", "--num_workers=0", "--report_to=none", "--global_batch_size=16"]
+LANGUAGE = [*SMALL, "--vocabulary=300", "--hidden_size=16", "--layers=1", "--heads=2"]
+
+
+def test_a_diverged_language_model_is_not_finished(tmp_path):
+    out = tmp_path / "run"
+    arguments = [*LANGUAGE, f"--text={text_file(tmp_path)}", f"--output_dir={out}", "--epochs=0.5"]
+    with pytest.raises(InputError, match="weights are not finite at step 3"):
+        language.main([*arguments, "--learning_rate=1e38"])
+    assert json.loads((out / "run.json").read_text())["state"] != "finished"
+    assert not (out / "model.safetensors").exists()
+
+
+def test_a_diverged_tower_is_neither_finished_nor_the_best(tmp_path):
+    out = tmp_path / "run"
+    write_shard(tmp_path / "x.tar", 32)
+    arguments = [f"--config={QUICKSTART / 'pretrain.yaml'}", "--model=CLIP-tiny", f"--train_data={tmp_path / 'x.tar'}"]
+    arguments += [*SMALL, f"--val_pairs={tmp_path / 'x.tar'}", "--epochs=2", "--warmup_epochs=0", "--weight_decay=0"]
+    with pytest.raises(InputError, match=r"not finite|loss is nan"):
+        pretrain.main([*arguments, f"--output_dir={out}", "--caption_member=txt", "--learning_rate=1e38"])
+    assert json.loads((out / "run.json").read_text())["state"] != "finished"
+    assert not (out / "open_clip_model.safetensors").exists()
+    for best in out.glob("best/*.safetensors"):
+        assert all(torch.isfinite(tensor).all() for tensor in load_file(best).values())
+
+
+# ---- a stranger's checkpoint
+
+
+class Planted:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, marker):
+        self.marker = str(marker)
+
+    def __reduce__(self):
+        return os.mkdir, (self.marker,)
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """A run that was told to stop at step 6."""
+    out = tmp_path_factory.mktemp("stopped") / "run"
+    with pytest.raises(SystemExit):
+        train(*start(out, Tell(6)))
+    return out
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "scaler.pt", "pytorch_model.bin"])
+def test_a_planted_object_in_a_checkpoint_does_not_run(stopped, tmp_path, name):
+    out, marker = tmp_path / "run", tmp_path / "marker"
+    shutil.copytree(stopped, out)
+    torch.save({"state": Planted(marker)}, out / "checkpoint-6" / name)
+    trainer, run = start(out)
+    with pytest.raises(InputError, match=rf"checkpoint-6/{name}: is not safe to read \(it would call posix.mkdir\)"):
+        train(trainer, run)
+    assert not marker.exists()
+    shutil.rmtree(out / "checkpoint-6")  # as the message says
+    trainer, run = start(out)
+    train(trainer, run)
+    run.finish({})
+
+
+def test_arguments_of_a_stranger_are_not_read(stopped, tmp_path):
+    shutil.copytree(stopped, tmp_path / "run")
+    torch.save(Planted(tmp_path / "marker"), tmp_path / "run" / "checkpoint-6" / "training_args.bin")
+    train(*start(tmp_path / "run"))
+    assert not (tmp_path / "marker").exists()
+
+
+def deepspeed_checkpoint(folder: Path, extra: object = None) -> Path:
+    """The files of one in small, with the types that DeepSpeed's ZeRO stages put into them."""
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    (folder / "global_step6").mkdir(parents=True)
+    (folder / "latest").write_text("global_step6")
+    state = {
+        "zero_stage": ZeroStageEnum.gradients,
+        "loss_scaler": LossScaler(1.0),
+        "param_slice_mappings": [{"bias": fragment_address(numel=3, start=0)}],
+        "fp32": torch.zeros(3),
+        "extra": extra,
+    }
+    torch.save({"optimizer_state_dict": state}, folder / "global_step6/zero_pp_rank_0_mp_rank_00_optim_states.pt")
+    return folder
+
+
+def test_a_deepspeed_checkpoint_is_read_before_deepspeed_unpickles_it(tmp_path):
+    check_checkpoint(deepspeed_checkpoint(tmp_path / "honest"))
+    marker = tmp_path / "marker"
+    with pytest.raises(InputError, match=r"optim_states\.pt: is not safe to read \(it would call posix.mkdir\)"):
+        check_checkpoint(deepspeed_checkpoint(tmp_path / "planted", Planted(marker)))
+    bare = deepspeed_checkpoint(tmp_path / "bare")
+    (bare / "global_step6/mp_rank_00_model_states.pt").write_bytes(pickle.dumps(Planted(marker)))
+    with pytest.raises(InputError, match=r"model_states\.pt: is not safe to read"):
+        check_checkpoint(bare)
+    away = deepspeed_checkpoint(tmp_path / "away")
+    (away / "latest").write_text("../planted/global_step6")
+    with pytest.raises(InputError, match="latest: names no folder of its checkpoint"):
+        check_checkpoint(away)
+    assert not marker.exists()
