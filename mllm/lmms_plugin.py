@@ -69,7 +69,7 @@ class DiffCLIPLlavaForEvaluation(lmms):
         """
         super().__init__()
         self.auto = str(batch_size).split(":")[0] == "auto"  # lmms-eval knows auto:N too
-        if not self.auto and not str(batch_size).isdecimal() or str(batch_size) == "0":
+        if not self.auto and (not str(batch_size).isdecimal() or int(batch_size) < 1):
             raise InputError(f"batch_size is {batch_size}: give a number of questions, or auto")
         self.accelerator = Accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes

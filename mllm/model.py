@@ -267,10 +267,13 @@ def transform_fingerprint(processor: LlavaProcessor) -> str:
 
 
 def identity(model: DiffCLIPLlavaForConditionalGeneration, processor: LlavaProcessor) -> str:
-    """A short hash of all in a loaded model that decides its answers: weights, dtype, settings, preparation of images."""
-    told = {name: fingerprint(module) for name, module in parts(model).items()}
-    told |= {name: getattr(model.config, name) for name in TRAINED_WITH}
-    told |= {"dtype": str(model.dtype), "transform": transform_fingerprint(processor)}
+    """A short hash of all in a loaded model that decides its answers: weights, dtype, settings, image preparation."""
+    told = {
+        "weights": [fingerprint(module) for module in parts(model).values()],
+        "dtype": str(model.dtype),
+        "settings": [getattr(model.config, name) for name in TRAINED_WITH],
+        "transform": transform_fingerprint(processor),
+    }
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 
 
