@@ -226,6 +226,10 @@ def answer_file(model: Any, processor: Any, source: Path, out: Path, root: Path,
 
     from mllm.model import identity
 
+    if out.is_dir() or out.resolve() == source.resolve():
+        raise InputError(
+            f"--out {out} is {'a folder' if out.is_dir() else 'the file of the questions'}; name a new file"
+        )
     rows, places = _asked(model, processor, source, root)
     model_id = _digest([identity(model, processor), generation(options)])
     ids = [f"{model_id}-{row_id}" for row_id in _row_ids(rows, places, source)]
@@ -251,29 +255,37 @@ def answer_file(model: Any, processor: Any, source: Path, out: Path, root: Path,
 def _asked(model: Any, processor: Any, source: Path, root: Path) -> tuple[list[dict], list[list["Picture"]]]:
     """The rows of a file of questions and the places of their pictures; InputError names the row that is at fault."""
     from mllm.conversation import IMAGE
-    from mllm.data import find_pictures, image_names, read_json_rows
+    from mllm.data import read_json_rows
 
     rows, places = list(read_json_rows(source)), []
     if not rows:
         raise InputError(f"{source}: holds no row; rows are {{image, question}}")
     for number, row in enumerate(rows):
-        name = f"{source}: row {number}"
         if not isinstance(row.get("question"), str) or not row["question"].strip():
-            raise InputError(f"{name} has no question; rows are {{image, question}}")
-        image = row.get("image") or []
-        if not all(isinstance(one, str) for one in (image if isinstance(image, list) else [image])):
-            raise InputError(f"{name}: `image` is no path and no list of paths; rows are {{image, question}}")
-        names = image_names(row)
-        found = find_pictures(root, names)
-        missing = [one for one in names if found[one] is None]
-        if missing:
-            raise InputError(
-                f"{name}: picture {missing[0][:200]} is not under {root}, nor in a tar there; check --image_root"
-            )
-        places.append([found[one] for one in names])
-        (text,) = prompts(model, processor, [[question_turn(row["question"], len(names))]])
-        check_shown(text.count(IMAGE), len(names), model.config.conversation_template, f"{name}: ")
+            raise InputError(f"{source}: row {number} has no question; rows are {{image, question}}")
+        try:
+            some = _pictures(row, root)
+            (text,) = prompts(model, processor, [[question_turn(row["question"], len(some))]])
+            check_shown(text.count(IMAGE), len(some), model.config.conversation_template)
+        except InputError as error:
+            raise InputError(f"{source}: row {number}: {error}") from None
+        places.append(some)
     return rows, places
+
+
+def _pictures(row: dict, root: Path) -> list["Picture"]:
+    """The places of a row's pictures; InputError if one cannot be found."""
+    from mllm.data import find_pictures, image_names
+
+    image = row.get("image") or []
+    if not all(isinstance(one, str) for one in (image if isinstance(image, list) else [image])):
+        raise InputError("`image` is no path and no list of paths; rows are {image, question}")
+    names = image_names(row)
+    found = find_pictures(root, names)
+    missing = [one for one in names if found[one] is None]
+    if missing:
+        raise InputError(f"picture {missing[0][:200]} is not under {root}, nor in a tar there; check --image_root")
+    return [found[one] for one in names]
 
 
 def _row_ids(rows: list[dict], places: list[list["Picture"]], source: Path) -> list[str]:
@@ -304,13 +316,16 @@ def _line(row: dict, text: str, answer_id: str) -> dict:
 
 def _known(out: Path, ids: list[str], source: Path) -> dict[str, str]:
     """The answers that a file holds by their ids, in its order; half a line at its end, left by a kill, is cut off."""
-    content = out.read_bytes() if out.is_file() else b""
-    known = {}
+    content, known = out.read_bytes() if out.exists() else b"", {}
     wanted, model_id = set(ids), ids[0].split("-")[0]
     for number, line in enumerate(content[: content.rfind(b"\n") + 1].split(b"\n"), 1):
         if not line.strip():
             continue
-        row, name = parse_json(line, f"{out}:{number}"), f"{out}: line {number}"
+        name = f"{out}: line {number}"
+        try:
+            row = parse_json(line, name)
+        except InputError as error:
+            raise InputError(f"{error}; give another --out, or remove this line") from None
         one = row.get("answer_id") if isinstance(row, dict) else None
         if not isinstance(one, str) or not isinstance(row.get("answer"), str):
             raise InputError(f"{name} does not say which model answered; give another --out, or remove this file")

@@ -204,6 +204,9 @@ def test_a_file_that_holds_no_answers_is_left_alone(loaded, saved, tmp_path):
         with pytest.raises(InputError, match=r"out:? ?.*1"):
             ask_file(loaded, saved / "questions.jsonl", tmp_path / "out", saved)
         assert (tmp_path / "out").read_text() == content
+    for out, words in ((saved / "questions.jsonl", "is the file of the questions"), (tmp_path, "is a folder")):
+        with pytest.raises(InputError, match=words):
+            ask_file(loaded, saved / "questions.jsonl", out, saved)
 
 
 @pytest.mark.parametrize(
