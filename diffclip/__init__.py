@@ -1,12 +1,14 @@
 """DiffCLIP: CLIP with differential attention, for open_clip, timm and transformers.
 
-`import diffclip` makes transformers' Auto classes know our vision tower (in the project's own commands it is
-`import diffclip.hf` that does, so that they start in a moment); other names are imported when first used.
+`import diffclip` makes transformers' Auto classes know our vision tower and the multimodal model (in the project's own
+commands it is `import diffclip.hf` and `import mllm.model` that do, so that they start in a moment); other names are
+imported when first used.
 """
 
 import diffclip.base.threads  # noqa: F401, I001 # first of all: OpenMP reads the environment once, when torch is loaded
 
 import importlib
+import importlib.util
 import sys
 from typing import Any
 
@@ -46,3 +48,5 @@ def _own_command() -> bool:
 
 if not _own_command():
     importlib.import_module("diffclip.hf")
+    if importlib.util.find_spec("mllm"):  # absent where somebody took this folder alone
+        importlib.import_module("mllm.model")

@@ -1,13 +1,13 @@
-"""Our models for lmms-eval: `lmms_eval --model diffclip_llava --model_args pretrained=RUN --tasks pope`.
+"""Our models for lmms-eval: `lmms-eval --model diffclip_llava --model_args pretrained=RUN --tasks pope`.
 
 Prompts are built from the conversation template that the model was trained with, never from a chat template that
 lmms-eval or the tokenizer might bring along.
 """
 
-import contextlib
+import glob
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +16,25 @@ from accelerate import Accelerator
 from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
+from loguru import logger
 from PIL import Image
 from tqdm import tqdm
 
+from diffclip.base.files import append_jsonl, read_jsonl
+from diffclip.errors import InputError
 from diffclip.fingerprint import fingerprint
-from mllm.chat import prompts, question_turn, write
+from mllm.chat import SAMPLING, check_shown, generation, prompts, question_turn, write
 from mllm.conversation import IGNORE, IMAGE, encode, render
 from mllm.examples import collate, image_tokens
 from mllm.model import load, parts
 
 PROGRESS = "diffclip_llava"  # what the progress bar begins with
+AUTO = {"cuda": 64, "cpu": 8}  # questions at a time that --batch_size auto begins with
+# generation options of tasks and of --gen_kwargs that are passed on; until is ours to heed
+OPTIONS = {
+    *("max_new_tokens", "max_gen_toks", "min_new_tokens", "do_sample", *SAMPLING, "num_beams", "early_stopping"),
+    *("length_penalty", "repetition_penalty", "no_repeat_ngram_size"),
+}
 
 
 def manifest() -> ModelManifest:
@@ -50,21 +59,26 @@ class DiffCLIPLlavaForEvaluation(lmms):
         """
         Args:
             pretrained: a run directory or Hub id.
-            batch_size: questions at a time, per process.
+            batch_size: questions at a time, per process; "auto" begins with many, 8 on a CPU and 64 elsewhere, and
+                halves them where memory runs out.
             device: e.g. "cuda:0"; by default the process's own.
             dtype: "bfloat16", "float32", ...; by default as stored.
-            max_batch_size: given by lmms-eval, of no use here.
+            max_batch_size: the most that "auto" begins with.
             answers: a file that generated answers are added to as they come (with the rank behind its name); the same
                 command, started again after a kill, takes them from there.
         """
         super().__init__()
+        self.auto = str(batch_size).split(":")[0] == "auto"  # lmms-eval knows auto:N too
+        if not self.auto and (not str(batch_size).isdecimal() or int(batch_size) < 1):
+            raise InputError(f"batch_size is {batch_size}: give a number of questions, or auto")
         self.accelerator = Accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         self.device = torch.device(device) if device and self._world_size == 1 else self.accelerator.device
         model, self.processor = load(pretrained, dtype=getattr(torch, dtype) if dtype else None)
         self.model = model.to(self.device)
         self.template = model.config.conversation_template
-        self.batch_size = int(batch_size)
+        most = int(max_batch_size or AUTO.get(self.device.type, AUTO["cuda"]))
+        self.batch_size = most if self.auto else int(batch_size)
         self.answers = Path(answers) if answers else None
         self.weights = "".join(map(fingerprint, parts(model).values())) if answers else ""
 
@@ -73,6 +87,9 @@ class DiffCLIPLlavaForEvaluation(lmms):
 
         A question asked twice about the same picture, as POPE's three splits do, is answered once.
         """
+        unknown = sorted({name for request in requests for name in request.args[1]} - OPTIONS - {"until"})
+        if unknown and self.rank == 0:
+            logger.warning(f"diffclip_llava answers without the generation options {', '.join(unknown)}: unknown to it")
         answers = Kept(self.answers, self.weights, self._rank)  # by options, prompt and pictures
         keys: list[tuple] = [()] * len(requests)
         waiting: dict[tuple, list[Image.Image]] = {}
@@ -80,48 +97,56 @@ class DiffCLIPLlavaForEvaluation(lmms):
             context, options, doc_to_visual, doc_id, task, split = requests[i].args
             pictures = self._pictures(doc_to_visual, doc_id, task, split)
             seen = tuple(hashlib.sha256(p.tobytes()).digest() for p in pictures)
-            keys[i] = (json.dumps(options, sort_keys=True), self._prompt(context, len(pictures)), seen)
-            if _samples(options):
+            prompt = self._prompt(context, len(pictures), f"task {task}, question {doc_id} of {split}: ")
+            keys[i] = (json.dumps(options, sort_keys=True), prompt, seen)
+            if _generation(options)["do_sample"]:
                 keys[i] += (i,)
             if keys[i] in answers or keys[i] in waiting:
                 continue
-            if waiting and (len(waiting) == self.batch_size or next(iter(waiting))[0] != keys[i][0]):
-                answers.add(self._answer(waiting))
+            if waiting and (len(waiting) >= self.batch_size or next(iter(waiting))[0] != keys[i][0]):
+                answers.add(dict(zip(waiting, self._in_memory(self._answer, list(waiting.items())))))
                 waiting = {}
             waiting[keys[i]] = pictures
-        answers.add(self._answer(waiting))
+        answers.add(dict(zip(waiting, self._in_memory(self._answer, list(waiting.items())))))
         return [answers[key] for key in keys]
 
     @torch.no_grad()
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """Log-probability of each continuation, without the end token, and whether greedy decoding writes it."""
         results: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
-        tokens, batch = image_tokens(self.processor), collate(self.processor)
-        order = list(self._in_order(requests))
-        for start in range(0, len(order), self.batch_size):
-            members, examples = order[start : start + self.batch_size], []
-            for i in members:
-                context, target, doc_to_visual, doc_id, task, split = requests[i].args
-                answer = target if isinstance(target, str) else target(self.task_dict[task][split][doc_id])
-                shown = self._pictures(doc_to_visual, doc_id, task, split)
-                turns = [question_turn(context, len(shown)), {"from": "gpt", "value": answer.strip()}]
-                end = self.processor.tokenizer.eos_token
-                encoded = encode(render(turns, self.template, end_token=end), self.processor.tokenizer, tokens)
-                example = {name: torch.tensor(ids) for name, ids in encoded.items()}
-                last = example["labels"].ne(IGNORE).nonzero()[-1]
-                example["labels"][last] = IGNORE  # the end token is no part of the continuation
-                if shown:
-                    example["pixel_values"] = self._pixels(shown)
-                examples.append(example)
-            inputs = {name: tensor.to(self.device) for name, tensor in batch(examples).items()}
-            labels = inputs.pop("labels")[:, 1:]  # (batch, tokens - 1)
-            logits = self.model(**inputs).logits[:, :-1].float()  # (batch, tokens - 1, vocabulary)
-            learnt = labels != IGNORE
-            chosen = logits.log_softmax(-1).gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-            greedy = ((logits.argmax(-1) == labels) | ~learnt).all(1)
-            for i, value, is_greedy in zip(members, (chosen * learnt).sum(1), greedy):
-                results[i] = (float(value), bool(is_greedy))
+        order, start = list(self._in_order(requests)), 0
+        while start < len(order):
+            some = order[start : start + self.batch_size]
+            for i, result in zip(some, self._in_memory(self._likelihoods, [requests[i] for i in some])):
+                results[i] = result
+            start += len(some)
         return results
+
+    def _likelihoods(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
+        """`loglikelihood` of one batch."""
+        tokens, batch, examples = image_tokens(self.processor), collate(self.processor), []
+        for request in requests:
+            context, target, doc_to_visual, doc_id, task, split = request.args
+            answer = target if isinstance(target, str) else target(self.task_dict[task][split][doc_id])
+            shown = self._pictures(doc_to_visual, doc_id, task, split)
+            turns = [question_turn(context, len(shown)), {"from": "gpt", "value": answer.strip()}]
+            segments = render(turns, self.template, end_token=self.processor.tokenizer.eos_token)
+            count = sum(segment.text.count(IMAGE) for segment in segments)
+            check_shown(count, len(shown), self.template, f"task {task}, question {doc_id} of {split}: ")
+            encoded = encode(segments, self.processor.tokenizer, tokens)
+            example = {name: torch.tensor(ids) for name, ids in encoded.items()}
+            last = example["labels"].ne(IGNORE).nonzero()[-1]
+            example["labels"][last] = IGNORE  # the end token is no part of the continuation
+            if shown:
+                example["pixel_values"] = self._pixels(shown)
+            examples.append(example)
+        inputs = {name: tensor.to(self.device) for name, tensor in batch(examples).items()}
+        labels = inputs.pop("labels")[:, 1:]  # (batch, tokens - 1)
+        logits = self.model(**inputs).logits[:, :-1].float()  # (batch, tokens - 1, vocabulary)
+        learnt = labels != IGNORE
+        chosen = logits.log_softmax(-1).gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+        greedy = ((logits.argmax(-1) == labels) | ~learnt).all(1)
+        return list(zip((chosen * learnt).sum(1).tolist(), greedy.tolist()))
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
         raise RuntimeError("diffclip_llava answers tasks of one round only")
@@ -139,37 +164,40 @@ class DiffCLIPLlavaForEvaluation(lmms):
             raise ValueError(f"task {task} shows something that is no picture; diffclip_llava sees pictures only")
         return pictures
 
-    def _prompt(self, context: str, pictures: int) -> str:
+    def _prompt(self, context: str, pictures: int, name: str) -> str:
+        """The prompt of a question; InputError that begins with `name` unless it shows all of its pictures."""
         (text,) = prompts(self.model, self.processor, [[question_turn(context, pictures)]])
-        if text.count(IMAGE) != pictures:
-            raise ValueError(f"template {self.template} shows {text.count(IMAGE)} of {pictures} pictures")
+        check_shown(text.count(IMAGE), pictures, self.template, name)
         return text
+
+    def _in_memory(self, compute: Callable[[Sequence], list], batch: Sequence) -> list:
+        """`compute(batch)`; under --batch_size auto in halves where memory runs out, as all later batches then."""
+        try:
+            return compute(batch)
+        except torch.OutOfMemoryError:
+            if not self.auto or len(batch) == 1:
+                raise
+        self.batch_size = (len(batch) + 1) // 2
+        logger.warning(f"diffclip_llava: out of memory; from now on {self.batch_size} questions at a time")
+        torch.cuda.empty_cache()
+        halves = batch[: self.batch_size], batch[self.batch_size :]
+        return [result for half in halves for result in self._in_memory(compute, half)]
 
     def _pixels(self, pictures: list[Image.Image]) -> torch.Tensor:
         pixels = self.processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
         return pixels.to(self.model.dtype)
 
-    def _answer(self, waiting: dict[tuple, list[Image.Image]]) -> dict[tuple, str]:
-        """Answers to one batch of (options, prompt, ...) keys with their pictures."""
-        if not waiting:
-            return {}
-        options = json.loads(next(iter(waiting))[0])
-        pictures = [picture for shown in waiting.values() for picture in shown]
-        sample = _samples(options)
-        texts = write(
-            self.model,
-            self.processor,
-            [key[1] for key in waiting],
-            pictures,
-            max_new_tokens=options.get("max_new_tokens", 1024),
-            num_beams=options.get("num_beams") or 1,
-            do_sample=sample,
-            **({k: options[k] for k in ("temperature", "top_p") if options.get(k)} if sample else {}),
-        )
+    def _answer(self, batch: Sequence[tuple[tuple, list[Image.Image]]]) -> list[str]:
+        """Answers to one batch of (options, prompt, ...) keys with their pictures, all of the same options."""
+        if not batch:
+            return []
+        options = json.loads(batch[0][0][0])
+        texts = [key[1] for key, _ in batch]
+        texts = write(self.model, self.processor, texts, [shown for _, shown in batch], **_generation(options))
         stops = options.get("until") or []
         for stop in [stops] if isinstance(stops, str) else stops:
             texts = [text.split(stop)[0] if stop else text for text in texts]
-        return dict(zip(waiting, (text.strip() for text in texts)))
+        return [text.strip() for text in texts]
 
 
 class Kept(dict[tuple, str]):
@@ -184,10 +212,9 @@ class Kept(dict[tuple, str]):
         super().__init__()
         self.weights, self.known = weights, {}
         self.file = file.with_name(f"{file.name}.{rank}") if file else None
-        for old in sorted(file.parent.glob(f"{file.name}.*")) if file else ():
-            for line in old.read_text(encoding="utf-8").splitlines():
-                with contextlib.suppress(ValueError):  # half a line, left by a kill
-                    self.known |= json.loads(line)
+        for old in sorted(file.parent.glob(glob.escape(file.name) + ".*")) if file else ():
+            for _, answers in read_jsonl(old, damaged="skip") if old.is_file() else ():  # half a line is left by a kill
+                self.known |= answers if isinstance(answers, dict) else {}
 
     def __contains__(self, key: object) -> bool:
         digest = self._digest(key)
@@ -199,13 +226,15 @@ class Kept(dict[tuple, str]):
         """Take answers in, and write them down."""
         self.update(answers)
         if self.file and answers:
-            lines = {self._digest(key): text for key, text in answers.items()}
-            with open(self.file, "a", encoding="utf-8") as f:
-                f.write("\n" + json.dumps(lines, ensure_ascii=False))
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            append_jsonl(self.file, [{self._digest(key): text for key, text in answers.items()}])
 
     def _digest(self, key: Any) -> str:
         return hashlib.sha256(repr((self.weights, key)).encode()).hexdigest()
 
 
-def _samples(options: dict) -> bool:
-    return bool(options.get("do_sample") or (options.get("temperature") or 0) > 0)
+def _generation(options: dict) -> dict[str, Any]:
+    """What `generate` is told: a task's options as `mllm.chat.generation` reads them, 1,024 new tokens by default."""
+    known = {name: value for name, value in options.items() if name in OPTIONS}
+    given = {"max_new_tokens", "max_gen_toks"} & {name for name, value in known.items() if value is not None}
+    return generation(known if given else {**known, "max_new_tokens": 1024})

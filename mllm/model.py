@@ -6,7 +6,6 @@ it was given. In training, logits are computed for supervised positions only.
 
 import hashlib
 import json
-import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +15,7 @@ from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForImageTextToText,
     AutoProcessor,
     Cache,
@@ -25,10 +25,16 @@ from transformers import (
     LlavaProcessor,
     PreTrainedModel,
 )
-from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast, LlavaModelOutputWithPast
+from transformers.models.llava.modeling_llava import (
+    LlavaCausalLMOutputWithPast,
+    LlavaModelOutputWithPast,
+    LlavaMultiModalProjector,
+    LlavaPreTrainedModel,
+)
 
 import diffclip.hf  # noqa: F401 - registers the DiffCLIP vision tower for AutoModel
 import mllm.open_clip_tower  # noqa: F401 - registers open_clip's
+from diffclip.base.files import read_json, write_json
 from diffclip.errors import InputError
 from diffclip.fingerprint import fingerprint
 from mllm.conversation import IGNORE, NoSupervisionError
@@ -37,6 +43,12 @@ PARTS = ("vision_tower", "projector", "language_model")
 FINGERPRINTS = "fingerprints.json"  # beside the weights, written last
 # settings that change what the same weights compute
 TRAINED_WITH = ("vision_feature_layer", "vision_feature_select_strategy", "conversation_template", "projector")
+# stands where LLaVA's projector names its activation: transformers' own classes, which would put a random projector in
+# the place of the linear one and only warn, raise a KeyError that says this
+NOT_PLAIN_LLAVA = (
+    "a single linear layer, which transformers' own Llava classes do not have: `import diffclip`, then load this model "
+    "with AutoModelForImageTextToText"
+)
 
 
 class WeightsError(RuntimeError):
@@ -52,6 +64,11 @@ class DiffCLIPLlavaConfig(LlavaConfig):
     projector: Literal["linear", "mlp"] = "linear"
     conversation_template: str = "vicuna"
 
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        if self.projector == "linear":
+            self.projector_hidden_act = NOT_PLAIN_LLAVA
+
 
 class DiffCLIPLlavaModel(LlavaModel):
     """`LlavaModel` whose projector is a single linear layer (or LLaVA-1.5's two, with `projector="mlp"`)."""
@@ -59,9 +76,13 @@ class DiffCLIPLlavaModel(LlavaModel):
     config: DiffCLIPLlavaConfig
 
     def __init__(self, config: DiffCLIPLlavaConfig) -> None:
-        super().__init__(config)
+        LlavaPreTrainedModel.__init__(self, config)  # LlavaModel's would build its own projector
+        self.vision_tower = AutoModel.from_config(config.vision_config)
         if config.projector == "linear":
             self.multi_modal_projector = nn.Linear(config.vision_config.hidden_size, config.text_config.hidden_size)
+        else:
+            self.multi_modal_projector = LlavaMultiModalProjector(config)
+        self.language_model = AutoModel.from_config(config.text_config)
         self.post_init()
 
     def forward(
@@ -92,8 +113,9 @@ class DiffCLIPLlavaForConditionalGeneration(LlavaForConditionalGeneration):
     accepts_loss_kwargs = True  # Trainer passes num_items_in_batch: the loss is a mean over tokens, not batches
 
     def __init__(self, config: DiffCLIPLlavaConfig) -> None:
-        super().__init__(config)
+        LlavaPreTrainedModel.__init__(self, config)
         self.model = DiffCLIPLlavaModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
 
     def forward(
@@ -170,21 +192,25 @@ class DiffCLIPLlavaForConditionalGeneration(LlavaForConditionalGeneration):
 
 
 AutoConfig.register(DiffCLIPLlavaConfig.model_type, DiffCLIPLlavaConfig, exist_ok=True)
+AutoModel.register(DiffCLIPLlavaConfig, DiffCLIPLlavaModel, exist_ok=True)
 AutoModelForImageTextToText.register(DiffCLIPLlavaConfig, DiffCLIPLlavaForConditionalGeneration, exist_ok=True)
 AutoProcessor.register(DiffCLIPLlavaConfig, LlavaProcessor, exist_ok=True)
 
 
 def save(model: DiffCLIPLlavaForConditionalGeneration, processor: LlavaProcessor, directory: str | Path) -> None:
-    """Write model, processor and the fingerprints of the parts; `load` and the Auto classes read it back."""
+    """Write model, processor and the fingerprints of the parts; `load` and the Auto classes read it back.
+
+    The processor pads on the left from then on, as generation needs it; training pads by itself, see `mllm.examples`.
+    """
     directory = Path(directory)
     model.save_pretrained(directory)
+    tokenizer = processor.tokenizer
+    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"  # the second is what is written
     processor.save_pretrained(directory)
     prints = {name: fingerprint(module) for name, module in parts(model).items()}
     prints["transform"] = transform_fingerprint(processor)
     prints["settings"] = {name: getattr(model.config, name) for name in TRAINED_WITH}
-    temporary = directory / (FINGERPRINTS + ".tmp")
-    temporary.write_text(json.dumps(prints, indent=1), encoding="utf-8")
-    os.replace(temporary, directory / FINGERPRINTS)
+    write_json(directory / FINGERPRINTS, prints)
 
 
 def load(
@@ -205,9 +231,10 @@ def load(
     if not isinstance(model, DiffCLIPLlavaForConditionalGeneration):
         raise InputError(f"{directory}: holds a {type(model).__name__}; give a run of align or instruct")
     processor = AutoProcessor.from_pretrained(directory)
+    processor.tokenizer.padding_side = "left"  # runs of earlier versions say right
     file = Path(directory) / FINGERPRINTS
     if file.is_file():
-        prints = json.loads(file.read_text(encoding="utf-8"))
+        prints = read_json(file)
         transform, settings = prints.pop("transform", None), prints.pop("settings", {})
         for name, value in settings.items():
             found = getattr(model.config, name)
@@ -237,6 +264,17 @@ def transform_fingerprint(processor: LlavaProcessor) -> str:
     settings["tokens"] = [processor.patch_size, processor.vision_feature_select_strategy]
     settings["tokens"].append(processor.num_additional_image_tokens)
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def identity(model: DiffCLIPLlavaForConditionalGeneration, processor: LlavaProcessor) -> str:
+    """A short hash of all in a loaded model that decides its answers: weights, dtype, settings, image preparation."""
+    told = {
+        "weights": [fingerprint(module) for module in parts(model).values()],
+        "dtype": str(model.dtype),
+        "settings": [getattr(model.config, name) for name in TRAINED_WITH],
+        "transform": transform_fingerprint(processor),
+    }
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def parts(model: DiffCLIPLlavaForConditionalGeneration) -> dict[str, nn.Module]:

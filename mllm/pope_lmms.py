@@ -55,7 +55,7 @@ def write_parquet(questions: Sequence[Question], images: Mapping[str, "Picture"]
 
 
 def write_tasks(folder: str | Path, parquets: Mapping[str, str | Path], post_prompt: str = POST_PROMPT) -> list[str]:
-    """Write a task file for each parquet file, for `lmms_eval --include_path FOLDER`.
+    """Write a task file for each parquet file, for `lmms-eval --include_path FOLDER`.
 
     Args:
         folder: where to write; parquet files in it are named relative to it, so that it can be moved.

@@ -14,8 +14,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from diffclip.errors import InputError
-from mllm.chat import answer, question_turn
-from mllm.conversation import IGNORE, encode, render
+from mllm.chat import answer, check_shown, question_turn
+from mllm.conversation import IGNORE, IMAGE, encode, render
 from mllm.examples import image_tokens
 from mllm.pope_files import POST_PROMPT, SPLITS, Question
 from mllm.pope_scores import GREY, fold_of_pictures, grey_picture
@@ -106,10 +106,11 @@ def _batch_margins(
     end = processor.tokenizer.eos_token
     packed = []
     for shown, texts in rows:
-        turns = [question_turn(text + post_prompt, 1 if shown else 0) for text in texts]
-        packed.append(
-            pack([encode(render([t], template, True, end), processor.tokenizer, tokens)["input_ids"] for t in turns])
-        )
+        asked = [render([question_turn(text + post_prompt, bool(shown))], template, True, end) for text in texts]
+        for text, segments in zip(texts, asked):
+            count = sum(segment.text.count(IMAGE) for segment in segments)
+            check_shown(count, int(bool(shown)), template, f"question `{text}` about {shown or 'no picture'}: ")
+        packed.append(pack([encode(segments, processor.tokenizer, tokens)["input_ids"] for segments in asked]))
     length = max(len(ids) for ids, _, _, _ in packed)
     ids = torch.full((len(rows), length), processor.tokenizer.pad_token_id)
     positions = torch.zeros_like(ids)
@@ -225,7 +226,7 @@ def generate(
     for first in tqdm(range(0, len(asked), batch_size), desc="pope answers", disable=None):
         some = asked[first : first + batch_size]
         turns = [[question_turn(text + post_prompt, bool(shown))] for shown, text in some]
-        pictures = [picture_of(shown, open_image) for shown, _ in some if shown]
+        pictures = [[picture_of(shown, open_image)] if shown else [] for shown, _ in some]
         found |= dict(zip(some, answer(model, processor, turns, pictures, max_new_tokens=max_new_tokens)))
     return [found[q.shown, q.text] for q in questions]
 

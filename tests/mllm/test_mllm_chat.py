@@ -75,6 +75,177 @@ def test_a_file_of_questions_goes_on_after_a_kill(saved, tmp_path):
     assert (tmp_path / "cut.jsonl").read_text() == whole
 
 
+@pytest.fixture(scope="module")
+def loaded(saved):
+    from mllm.model import load
+
+    return load(saved / "run")
+
+
+def answered(out):
+    return [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def ask_file(loaded, questions, out, root, **options):
+    chat.answer_file(*loaded, questions, out, root, 2, {"max_new_tokens": 6, **options})
+    return answered(out)
+
+
+BAD_ROWS = [
+    ({"image": ["0.png", "1.png"]}, "shows 1 pictures, but 2 are given.*one picture at a time"),
+    ({"image": None, "question": "<image>\nIs there?"}, "shows 1 pictures, but 0 are given.*remove <image>"),
+    ({"image": 5}, "`image` is no path"),
+    ({"image": {"path": "0.png"}}, "`image` is no path"),
+    ({"image": ["0.png", None]}, "`image` is no path"),
+    ({"image": "absent.png"}, "picture absent.png is not under"),
+    ({"question": " "}, "has no question"),
+]
+
+
+@pytest.mark.parametrize(("bad", "words"), BAD_ROWS)
+def test_a_row_that_cannot_be_asked_is_named_before_any_is_answered(loaded, saved, tmp_path, bad, words):
+    """Also where another row's fault makes the numbers of a batch agree."""
+    other = {"image": "3.png", "question": QUESTIONS[1]}
+    rows = [other, {**other, **bad}, other, {"image": None, "question": "<image>\nIs there?"}]
+    questions = write_rows(tmp_path / "q.jsonl", rows)
+    with pytest.raises(InputError, match=rf"q\.jsonl: row 1.*{words}"):
+        ask_file(loaded, questions, tmp_path / "a.jsonl", saved)
+    assert not (tmp_path / "a.jsonl").exists()
+
+
+def test_rows_whose_numbers_of_images_cancel_out_are_refused(loaded, shared_cases, tmp_path):
+    folder = shared_cases("rows/batch")
+    rows = answered(folder / "cancel.jsonl")
+    for number, left in ((1, rows), (2, [rows[0], rows[2], rows[3]])):
+        with pytest.raises(InputError, match=rf"row {number}: in template `vicuna` the conversation shows 1 pictures"):
+            ask_file(loaded, write_rows(tmp_path / "q.jsonl", left), tmp_path / "a.jsonl", folder)
+    assert not (tmp_path / "a.jsonl").exists()
+    questions = write_rows(tmp_path / "q.jsonl", [rows[0], rows[2]])
+    given = ask_file(loaded, questions, tmp_path / "a.jsonl", folder)
+    from diffclip.pictures import open_image
+
+    shown = [open_image(folder / name) for name in ("000.jpg", "003.jpg")]
+    wanted = [plain_generate(*loaded, rows[0]["question"], one, max_new_tokens=6) for one in shown]
+    assert [row["answer"] for row in given] == wanted
+
+
+def test_images_are_matched_text_by_text(assembled, picture):
+    turns = [[chat.question_turn(question, 1)] for question in QUESTIONS[:2]]
+    with pytest.raises(InputError, match=r"conversation 1: .* shows 1 pictures, but 2 are given"):
+        chat.answer(*assembled, turns, [[picture(0), picture(1)], []])
+    mixed = [[chat.question_turn(QUESTIONS[0], 0)], turns[1]]
+    alone = [chat.answer(*assembled, [mixed[0]], [], max_new_tokens=6)[0]]
+    alone += chat.answer(*assembled, [mixed[1]], [picture(1)], max_new_tokens=6)
+    assert chat.answer(*assembled, mixed, [[], [picture(1)]], max_new_tokens=6) == alone
+
+
+def test_what_another_model_or_other_options_answered_is_never_kept(loaded, saved, tmp_path, tower_dir, language_dir):
+    from mllm.assemble import assemble
+
+    questions, out = saved / "questions.jsonl", tmp_path / "a.jsonl"
+    whole = ask_file(loaded, questions, out, saved)
+    other = assemble(tower_dir, language_dir, seed=4)
+    out.write_text("".join(json.dumps(row) + "\n" for row in whole[:3]))
+    for model, options in ((other, {}), (loaded, {"max_new_tokens": 7}), (loaded, {"temperature": 0.5})):
+        with pytest.raises(InputError, match=r"a\.jsonl: line 1 is the answer of another model.*another --out"):
+            ask_file(model, questions, out, saved, **options)
+    assert answered(out) == whole[:3]
+    write_rows(out, [{key: value for key, value in row.items() if key != "answer_id"} for row in whole])
+    with pytest.raises(InputError, match=r"line 1 does not say which model answered.*remove this file"):
+        ask_file(loaded, questions, out, saved)
+    out.unlink()  # the remedy
+    assert [row["answer"] for row in ask_file(other, questions, out, saved)] != [row["answer"] for row in whole]
+    out.unlink()
+    assert ask_file(loaded, questions, out, saved, temperature=0.0, do_sample=True) == whole  # the same options
+
+
+def test_answers_are_found_again_by_their_rows_and_images(loaded, saved, tmp_path, picture, monkeypatch):
+    for n in range(5):
+        picture(n).save(tmp_path / f"{n}.png")
+    rows = [{"image": f"{n}.png", "question": QUESTIONS[n % 3], "note": "a\u2028b"} for n in range(4)]
+    questions, out = write_rows(tmp_path / "q.jsonl", rows), tmp_path / "a.jsonl"
+    first = ask_file(loaded, questions, out, tmp_path)
+    assert [row["note"] for row in rows] == [row["note"] for row in first]
+    asked, answer = [], chat.answer
+
+    def counted(model, processor, turns, pictures, **options):
+        asked.extend(turn[0]["value"] for turn in turns)
+        return answer(model, processor, turns, pictures, **options)
+
+    monkeypatch.setattr(chat, "answer", counted)
+    new = {"image": "4.png", "question": "And this?"}
+    write_rows(questions, [new, rows[0], rows[2], rows[1], rows[3], rows[0]])  # one in front, two swapped, one repeated
+    then = ask_file(loaded, questions, out, tmp_path)
+    assert asked == ["<image>\nAnd this?", f"<image>\n{QUESTIONS[0]}"]
+    assert [row["answer"] for row in then[1:]] == [first[i]["answer"] for i in (0, 2, 1, 3, 0)]
+    fresh = ask_file(loaded, questions, tmp_path / "fresh.jsonl", tmp_path)
+    assert fresh == then
+    write_rows(questions, rows[1:])
+    with pytest.raises(InputError, match=r"line 1 answers a row that .*q\.jsonl does not hold"):
+        ask_file(loaded, questions, out, tmp_path)
+    write_rows(questions, [new, *rows, rows[0]])
+    picture(9).save(tmp_path / "2.png")
+    with pytest.raises(InputError, match=r"line 3 .*or its picture has changed"):
+        ask_file(loaded, questions, out, tmp_path)
+    out.write_text("".join(line + "\n" for number, line in enumerate(out.read_text().splitlines()) if number != 2))
+    again = ask_file(loaded, questions, out, tmp_path)  # that line removed, as the message says
+    assert [again[i] for i in (0, 1, 2, 4, 5)] == [then[i] for i in (0, 1, 3, 4, 5)]
+    assert again[3]["answer"] == plain_generate(*loaded, QUESTIONS[2], picture(9), max_new_tokens=6)
+
+
+def test_a_file_that_holds_no_answers_is_left_alone(loaded, saved, tmp_path):
+    for content in ("notes\n", '{"image": "0.png", "question": "Is there?"}\n', "[1]\n"):
+        (tmp_path / "out").write_text(content)
+        with pytest.raises(InputError, match=r"out:? ?.*1"):
+            ask_file(loaded, saved / "questions.jsonl", tmp_path / "out", saved)
+        assert (tmp_path / "out").read_text() == content
+    for out, words in ((saved / "questions.jsonl", "is the file of the questions"), (tmp_path, "is a folder")):
+        with pytest.raises(InputError, match=words):
+            ask_file(loaded, saved / "questions.jsonl", out, saved)
+
+
+@pytest.mark.parametrize(
+    ("asked", "meant"),
+    [
+        ({}, {"max_new_tokens": 512, "do_sample": False}),
+        ({"temperature": 0, "do_sample": True, "top_p": 0.9}, {"max_new_tokens": 512, "do_sample": False}),
+        ({"temperature": 0.5}, {"max_new_tokens": 512, "do_sample": True, "temperature": 0.5}),
+        ({"temperature": None, "do_sample": True, "top_k": 5}, {"max_new_tokens": 512, "do_sample": True, "top_k": 5}),
+        ({"max_gen_toks": 7}, {"max_new_tokens": 7, "do_sample": False}),
+        ({"max_gen_toks": 7, "max_new_tokens": 9}, {"max_new_tokens": 9, "do_sample": False}),
+        (
+            {"repetition_penalty": 1.2, "top_k": 5, "num_beams": 2},
+            {"max_new_tokens": 512, "do_sample": False, "repetition_penalty": 1.2, "num_beams": 2},
+        ),
+    ],
+)
+def test_options_mean_what_they_say(asked, meant):
+    assert chat.generation(asked) == meant
+    assert chat.generation(meant) == meant
+
+
+@pytest.mark.parametrize("asked", [{"temperature": -1}, {"temperature": float("nan")}, {"max_new_tokens": 0}])
+def test_options_without_a_meaning_are_refused(asked):
+    (name,) = asked
+    with pytest.raises(InputError, match=name):
+        chat.generation(asked)
+
+
+def test_temperature_0_is_greedy_whatever_do_sample_says(assembled, picture):
+    turns, shown = [chat.question_turn(QUESTIONS[0], 1)], [picture(0)]
+    greedy = plain_generate(*assembled, QUESTIONS[0], picture(0), max_new_tokens=12, do_sample=False)
+    torch.manual_seed(0)
+    options = {"max_new_tokens": 12, "do_sample": True}
+    assert chat.answer(*assembled, [turns], [shown], temperature=0, **options) == [greedy]
+    assert "".join(chat.stream(*assembled, turns, shown, temperature=0.0, **options)).strip() == greedy
+    assert chat.answer(*assembled, [turns], [shown], temperature=5.0, **options) != [greedy]
+
+
 def test_a_conversation_on_the_console(saved):
     command = [
         sys.executable,
@@ -95,6 +266,7 @@ def test_what_is_wrong_is_said_in_one_sentence(saved, tmp_path):
     for arguments, words in [
         ([str(saved / "run"), "--image=absent.png", "Is it?"], "absent.png cannot be read as an image"),
         ([str(saved / "run"), "--batch=x.jsonl"], "--batch and --out go together"),
+        ([str(saved / "run"), "--batch=x.jsonl", "--out=y", "--batch_size=0"], "--batch_size is 0"),
         ([str(tmp_path), "Is it?"], "no model that"),
     ]:
         ended = run("mllm.chat", *arguments, check=False)

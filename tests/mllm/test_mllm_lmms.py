@@ -76,10 +76,10 @@ def asked_about(pope_dir):
     return questions, find_images(questions, pope_dir / "images")
 
 
-def ask_directly(model, processor, picture, text):
+def ask_directly(model, processor, picture, text, **options):
     turns = [{"from": "human", "value": f"{'<image>' if picture else ''}\n{text}{POST_PROMPT}".lstrip()}]
     inputs = processor(images=[picture] if picture else None, text=[prompt(turns, "vicuna")], return_tensors="pt")
-    tokens = model.generate(**inputs, max_new_tokens=16)[0, inputs["input_ids"].shape[1] :]
+    tokens = model.generate(**inputs, **{"max_new_tokens": 16, **options})[0, inputs["input_ids"].shape[1] :]
     return processor.tokenizer.decode(tokens, skip_special_tokens=True).strip()
 
 
@@ -125,6 +125,34 @@ def test_lmms_evals_own_pope_task_runs(installed, assembled, run_dir, pope_dir, 
     given = [one[0] if isinstance(one, list) else one for one in given]
     direct = [ask_directly(*assembled, picture(int(q.image[0])), q.text) for q in questions]
     assert [a[:4] for a in given] == [a[:4] for a in direct]  # the task allows longer answers
+
+
+def test_the_command_with_batch_size_auto_heeds_a_tasks_options(
+    installed, assembled, run_dir, pope_dir, picture, tmp_path
+):
+    """`lmms-eval` as a user types it, on a task whose options are those that other models' tasks have."""
+    questions, images = asked_about(pope_dir)
+    questions = [q for q in questions if q.split == questions[0].split]
+    (tmp_path / "tasks").mkdir()
+    write_parquet(questions, images, tmp_path / "tasks" / "tiny.parquet")
+    write_tasks(tmp_path / "tasks", {"tiny": tmp_path / "tasks" / "tiny.parquet"})
+    file = tmp_path / "tasks" / "tiny.yaml"
+    options = "  max_gen_toks: 5\n  temperature: 0\n  do_sample: true\n  top_p: 0\n  repetition_penalty: 1.7\n"
+    options += "  until: []\n  image_aspect_ratio: pad\n"
+    file.write_text(file.read_text().replace("  max_new_tokens: 16\n  do_sample: false\n", options))
+    command = [str(Path(sys.executable).with_name("lmms-eval")), "--model", "diffclip_llava", "--tasks", "tiny"]
+    command += ["--model_args", f"pretrained={run_dir}", "--include_path", str(tmp_path / "tasks")]
+    command += ["--batch_size", "auto", "--output_path", str(tmp_path / "out"), "--log_samples"]
+    paths = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+    cache = {"LMMS_EVAL_DATASETS_CACHE": str(tmp_path / "cache"), "PYTHONPATH": paths}
+    told = subprocess.run(command, cwd=tmp_path, env={**os.environ, **cache}, capture_output=True, text=True)
+    assert "without the generation options image_aspect_ratio" in told.stdout + told.stderr, told.stderr[-4000:]
+    (samples,) = (tmp_path / "out").rglob("*_samples_tiny.jsonl")
+    rows = sorted(map(json.loads, samples.read_text().splitlines()), key=lambda row: row["doc_id"])
+    options = {"max_new_tokens": 5, "repetition_penalty": 1.7, "do_sample": False}
+    direct = [ask_directly(*assembled, picture(int(q.image[0])), q.text, **options) for q in questions]
+    assert [row["filtered_resps"] for row in rows] == direct
+    assert direct != [ask_directly(*assembled, picture(int(q.image[0])), q.text, max_new_tokens=5) for q in questions]
 
 
 def test_an_lmms_eval_that_fails_is_an_error(installed, tmp_path, pope_dir, monkeypatch):
@@ -256,6 +284,107 @@ def test_equal_questions_are_answered_once_and_stop_words_cut(evaluation_model, 
         requests("generate_until", [("Is there a red square?", {**options, "until": [stop]}, show, 0, "t", "test")])
     )
     assert cut == [answers[0].split(stop)[0].strip()]
+
+
+def test_generation_options_reach_generate(evaluation_model, assembled, picture):
+    evaluation_model.task_dict = {"t": {"test": [{"image": picture(0)}]}}
+
+    def ask(**options):
+        asked = [("Is there a red square?", options, show, 0, "t", "test")]
+        return evaluation_model.generate_until(requests("generate_until", asked))[0]
+
+    def direct(**options):
+        text = prompt([{"from": "human", "value": "<image>\nIs there a red square?"}], "vicuna")
+        inputs = assembled[1](images=[picture(0)], text=[text], return_tensors="pt")
+        tokens = assembled[0].generate(**inputs, **options)[0, inputs["input_ids"].shape[1] :]
+        return assembled[1].tokenizer.decode(tokens, skip_special_tokens=True).strip()
+
+    greedy = direct(max_new_tokens=12)
+    assert ask(max_new_tokens=12, do_sample=True, temperature=0) == greedy
+    assert ask(max_gen_toks=12, do_sample=True, temperature=0.0, top_p=0.5, top_k=3) == greedy
+    assert ask(max_gen_toks=12, until=None, max_new_tokens=None) == greedy
+    assert ask(max_new_tokens=12, do_sample=True, temperature=3.0, top_k=1) == greedy  # the likeliest word alone
+    assert ask(max_new_tokens=12, do_sample=True, temperature=3.0, top_p=0) == greedy
+    assert ask(max_new_tokens=12, repetition_penalty=1.7) == direct(max_new_tokens=12, repetition_penalty=1.7) != greedy
+    assert ask(max_new_tokens=12, num_beams=3) == direct(max_new_tokens=12, num_beams=3)
+
+
+def test_batch_size_auto_halves_where_memory_runs_out(run_dir, picture, monkeypatch):
+    from mllm.lmms_plugin import DiffCLIPLlavaForEvaluation
+
+    asked = [("Is there a red square?", {"max_new_tokens": 6}, show, i, "t", "test") for i in range(7)]
+    likely = [("Is there a red square?", "yes", show, i, "t", "test") for i in range(7)]
+    docs = {"t": {"test": [{"image": picture(i)} for i in range(7)]}}
+    wanted = DiffCLIPLlavaForEvaluation(str(run_dir), batch_size=1, device="cpu")
+    wanted.task_dict = docs
+
+    def model(**options):
+        one = DiffCLIPLlavaForEvaluation(str(run_dir), device="cpu", **options)
+        one.task_dict, sizes, forward = docs, [], one.model.model.forward
+
+        def scarce(*args, **inputs):
+            rows = len(inputs.get("input_ids") if inputs.get("input_ids") is not None else inputs["inputs_embeds"])
+            if rows > 2:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            sizes.append(rows)
+            return forward(*args, **inputs)
+
+        monkeypatch.setattr(one.model.model, "forward", scarce)
+        return one, sizes
+
+    auto, sizes = model(batch_size="auto")
+    assert auto.batch_size > 2
+    assert auto.generate_until(requests("generate_until", asked)) == wanted.generate_until(
+        requests("generate_until", asked)
+    )
+    assert auto.batch_size == 2 == max(sizes)
+    auto, _ = model(batch_size="auto:4", max_batch_size=5)
+    assert auto.batch_size == 5
+    found = auto.loglikelihood(requests("loglikelihood", likely))
+    assert auto.batch_size <= 2
+    for (value, greedy), (other, same) in zip(found, wanted.loglikelihood(requests("loglikelihood", likely))):
+        assert value == pytest.approx(other, abs=1e-4) and greedy == same
+    with pytest.raises(torch.OutOfMemoryError):
+        model(batch_size=4)[0].generate_until(requests("generate_until", asked))
+    for size in ("many", 0, -1):
+        with pytest.raises(InputError, match="batch_size is"):
+            DiffCLIPLlavaForEvaluation(str(run_dir), batch_size=size, device="cpu")
+
+
+def test_no_question_gets_its_neighbours_image(evaluation_model, picture):
+    """One question shows an image that it does not have, another has two: their numbers agree, and nothing else."""
+    docs = [{"images": [picture(0), picture(1)]}, {"images": []}]
+    evaluation_model.task_dict = {"t": {"test": docs}}
+    for kind, options in (("generate_until", {"max_new_tokens": 4}), ("loglikelihood", "yes")):
+        for first, words in (
+            (0, "question 0 of test: .* shows 1 pictures, but 2"),
+            (1, "question 1 .* but 0 are given"),
+        ):
+            order = [first, 1 - first]
+            asked = [("<image>\nIs there?", options, lambda doc: doc["images"], i, "t", "test") for i in order]
+            with pytest.raises(InputError, match=words):
+                getattr(evaluation_model, kind)(requests(kind, asked))
+
+
+def test_odd_files_and_names_do_not_end_an_evaluation(run_dir, picture, tmp_path):
+    from mllm.lmms_plugin import DiffCLIPLlavaForEvaluation
+
+    question = "Is there a\u2028red\x85 square?"
+    kept = tmp_path / "new [1]" / "answers[0]\u2028"
+
+    def answer():
+        model = DiffCLIPLlavaForEvaluation(str(run_dir), batch_size=2, device="cpu", answers=str(kept))
+        model.task_dict, passes = {"t": {"test": [{"image": picture(0)}]}}, []
+        model.model.lm_head.register_forward_hook(lambda *_: passes.append(1))
+        asked = [(question, {"max_new_tokens": 4}, show, 0, "t", "test")]
+        return model.generate_until(requests("generate_until", asked)), len(passes)
+
+    first, passes = answer()
+    assert passes
+    with open(f"{kept}.0", "ab") as f:
+        f.write(b'[1, 2]\n"x"\n{"a": "\xff"}\n\n{"half')
+    (kept.parent / f"{kept.name}.folder").mkdir()
+    assert answer() == (first, 0)
 
 
 def test_a_killed_evaluation_goes_on_from_what_it_had_answered(run_dir, assembled, picture, tmp_path, monkeypatch):

@@ -2,18 +2,23 @@
 
 import json
 import shutil
+import sys
 
 import numpy as np
 import pytest
 import torch
+from launch import run_program
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoProcessor,
     CLIPImageProcessor,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaModel,
     SiglipImageProcessor,
     SiglipVisionConfig,
     SiglipVisionModel,
@@ -25,7 +30,8 @@ from diffclip.errors import InputError
 from diffclip.fingerprint import fingerprint
 from mllm.assemble import assemble, whiten_projector
 from mllm.conversation import IGNORE, NoSupervisionError, prompt
-from mllm.model import WeightsError, freeze, load, parts, save, verify
+from mllm.examples import collate
+from mllm.model import WeightsError, freeze, identity, load, parts, save, verify
 
 
 def ask(processor, pictures, questions):
@@ -147,6 +153,100 @@ def test_save_and_auto_classes_give_the_same_model(assembled, picture, tmp_path)
             assert torch.equal(again(**again_inputs).logits, expected)
             assert again.lm_head.weight is again.model.language_model.embed_tokens.weight
             assert again.config.conversation_template == "vicuna"
+
+
+def test_plain_llava_classes_refuse_a_linear_projector(assembled, tmp_path):
+    """They would put random weights in its place and only warn."""
+    save(*assembled, tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    for kind in (LlavaForConditionalGeneration, LlavaModel):
+        for given in ({}, {"config": config}):
+            with pytest.raises(KeyError, match=r"import diffclip.*AutoModelForImageTextToText"):
+                kind.from_pretrained(tmp_path, **given)
+
+
+def test_plain_llava_loads_its_own_projector_whole(tower_dir, language_dir, picture, tmp_path):
+    model, processor = assemble(tower_dir, language_dir, projector="mlp", seed=3)
+    save(model, processor, tmp_path)
+    plain, info = LlavaForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    inputs = ask(processor, [picture(0)], ["Is there a red square?"])
+    torch.testing.assert_close(plain(**inputs).logits, model(**inputs).logits)
+
+
+def test_auto_model_loads_every_weight(assembled, picture, tmp_path):
+    model, processor = assembled
+    save(model, processor, tmp_path)
+    loaded, info = AutoModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert type(loaded).__name__ == "DiffCLIPLlavaModel" and not any(info.values())
+    inputs = ask(processor, [picture(0)], ["Is there a red square?"])
+    torch.testing.assert_close(loaded(**inputs).last_hidden_state, model.model(**inputs).last_hidden_state)
+
+
+def test_import_diffclip_is_all_that_the_auto_classes_need(assembled, picture, tmp_path):
+    model, processor = assembled
+    save(model, processor, tmp_path / "run")
+    picture(0).save(tmp_path / "0.png")
+    script = """
+import sys, diffclip
+from PIL import Image
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
+run, image, text = sys.argv[1:]
+print(AutoConfig.from_pretrained(run).model_type, type(AutoModel.from_pretrained(run)).__name__)
+processor, model = AutoProcessor.from_pretrained(run), AutoModelForImageTextToText.from_pretrained(run)
+inputs = processor(images=Image.open(image), text=text, return_tensors="pt")
+print(model.generate(**inputs, max_new_tokens=6)[0].tolist())
+"""
+    text = prompt([{"from": "human", "value": "<image>\nIs there a red square?"}], "vicuna")
+    told = run_program([sys.executable, "-c", script, str(tmp_path / "run"), str(tmp_path / "0.png"), text], check=True)
+    wanted = model.generate(**processor(images=picture(0), text=text, return_tensors="pt"), max_new_tokens=6)
+    assert told.stdout.splitlines() == ["diffclip_llava DiffCLIPLlavaModel", str(wanted[0].tolist())]
+
+
+def test_a_saved_processor_pads_left_and_training_pads_right(assembled, picture, tmp_path):
+    model, processor = assembled
+    save(model, processor, tmp_path)
+    read = AutoProcessor.from_pretrained(tmp_path)
+    texts = [prompt([{"from": "human", "value": f"<image>\n{q}"}], "vicuna") for q in ("Is there a red square?", "a")]
+    shown = [picture(0), picture(1)]
+    inputs = read(text=texts, images=shown, padding=True, return_tensors="pt")
+    assert inputs["attention_mask"].sum(1).unique().numel() == 2
+    together = model.generate(**inputs, max_new_tokens=6)[:, inputs["input_ids"].shape[1] :]
+    for text, image, found in zip(texts, shown, together):
+        alone = read(text=[text], images=[image], return_tensors="pt")
+        single = model.generate(**alone, max_new_tokens=6)[0, alone["input_ids"].shape[1] :].tolist()
+        assert found.tolist()[: len(single)] == single
+    ids = [torch.arange(5), torch.arange(3)]
+    batch = collate(read)([{"input_ids": one, "labels": one} for one in ids])
+    assert batch["attention_mask"].tolist() == [[1] * 5, [1, 1, 1, 0, 0]]
+
+
+def test_a_run_saved_by_earlier_versions_loads(assembled, tmp_path):
+    model, processor = assembled
+    save(model, processor, tmp_path)
+    for name, key, value in (
+        ("config.json", "projector_hidden_act", "gelu"),
+        ("tokenizer_config.json", "padding_side", "right"),
+    ):
+        written = json.loads((tmp_path / name).read_text())
+        assert written[key] != value
+        (tmp_path / name).write_text(json.dumps({**written, key: value}))
+    read, processor = load(tmp_path)
+    assert processor.tokenizer.padding_side == "left"
+    assert all(torch.equal(value, read.state_dict()[key]) for key, value in model.state_dict().items())
+    save(read, processor, tmp_path / "again")
+    assert "import diffclip" in json.loads((tmp_path / "again/config.json").read_text())["projector_hidden_act"]
+
+
+def test_identity_tells_models_apart_and_stays(assembled, tower_dir, language_dir, tmp_path):
+    model, processor = assembled
+    save(model, processor, tmp_path)
+    same = identity(model, processor)
+    assert identity(*load(tmp_path)) == same and identity(*assemble(tower_dir, language_dir, seed=3)) == same
+    others = [identity(*assemble(tower_dir, language_dir, seed=4)), identity(model.to(torch.bfloat16), processor)]
+    model.to(torch.float32).config.conversation_template = "chatml"
+    others.append(identity(*assemble(tower_dir, language_dir, seed=3, image_mode="pad")))
+    assert len({same, identity(model, processor), *others}) == 5
 
 
 def test_image_token_takes_a_spare_row_or_grows_the_table(assembled, language_dir, tower_dir, tmp_path):

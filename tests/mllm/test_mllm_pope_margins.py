@@ -54,6 +54,15 @@ def test_margins_are_those_of_questions_asked_alone(assembled, picture, template
     assert np.ptp(alone[: len(alone) // 4]) > 1e-2  # pictures and questions matter, or equality says nothing
 
 
+@pytest.mark.parametrize("ask", [margins, generate])
+def test_a_question_that_shows_more_than_it_has_is_refused(assembled, picture, ask):
+    model, processor = assembled
+    first, *others = asked(2)
+    rows = [first._replace(text=f"<image>\n{first.text}", shown=""), *others]  # in a control without images
+    with pytest.raises(InputError, match="shows 1 pictures, but 0 are given"):
+        ask(model, processor, rows, lambda name: picture(0))
+
+
 def test_a_question_is_computed_once_and_a_picture_opened_once(assembled, picture):
     model, processor = assembled
     opened, seen = [], []
