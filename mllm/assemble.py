@@ -28,6 +28,7 @@ from mllm.model import (
     DiffCLIPLlavaForConditionalGeneration,
     from_pretrained,
     load_strictly,
+    own_head,
     verify,
 )
 from mllm.open_clip_tower import PREFIX, from_open_clip
@@ -70,6 +71,7 @@ def assemble(
     tokenizer = from_pretrained(AutoTokenizer, language_model)
     lm = load_strictly(AutoModelForCausalLM, language_model, dtype=dtype)
     _prepare_tokenizer(tokenizer, template, language_model)
+    own_head(lm.config)  # refuses classes that are made otherwise
     if len(tokenizer) > lm.get_input_embeddings().num_embeddings:  # most tables have spare rows
         lm.resize_token_embeddings(len(tokenizer))
     extra, tokens = _feature_tokens(tower, image_processor, vision_feature_layer)
@@ -103,6 +105,7 @@ def assemble(
     )
     verify(model, loaded)
     model.eval()
+    _check_logits(model, lm, tokenizer, language_model)
     processor = LlavaProcessor(
         image_processor=image_processor,
         tokenizer=tokenizer,
@@ -197,6 +200,29 @@ def whiten_projector(model: DiffCLIPLlavaForConditionalGeneration, pixel_values:
     weight = (spread * len(values) ** -0.5 * mixing) @ (vectors * scale) @ vectors.T
     projector.weight.copy_(weight)
     projector.bias.copy_(-weight @ features.mean(0))
+
+
+@torch.no_grad()
+def _check_logits(
+    model: DiffCLIPLlavaForConditionalGeneration,
+    lm: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    path: str | Path,
+) -> None:
+    """InputError unless a text has the logits that the language model itself gives it."""
+    ids = tokenizer("The picture shows a cat on a red mat.", return_tensors="pt")["input_ids"]
+    wanted = lm.eval()(input_ids=ids).logits.float()
+    try:
+        found = model(input_ids=ids).logits.float()
+        apart = float((found - wanted).abs().max() / wanted.abs().max())
+        reason = f"its logits are {apart:.1%} away from its own"
+    except Exception as error:  # of any kind, by what the class lacks
+        apart, reason = float("inf"), " ".join(str(error).split())[:200]
+    if not apart < (0.001 if model.dtype == torch.float32 else 0.05):
+        raise InputError(
+            f"{path}: language models of class {type(lm).__name__} cannot be used in a multimodal model ({reason}); "
+            "use another, e.g. of Qwen2, Llama or Gemma"
+        )
 
 
 def _with_head(lm: PreTrainedModel) -> nn.ModuleDict:
