@@ -84,7 +84,7 @@ def assemble(
         image_seq_length=tokens + class_token,
         vision_feature_layer=vision_feature_layer,
         vision_feature_select_strategy="default" if extra and not class_token else "full",
-        tie_word_embeddings=lm.config.tie_word_embeddings,
+        tie_word_embeddings=getattr(lm.config, "tie_word_embeddings", False),
         projector=projector,
         conversation_template=template,
     )
@@ -103,9 +103,9 @@ def assemble(
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    verify(model, loaded)
     model.eval()
     _check_logits(model, lm, tokenizer, language_model)
+    verify(model, loaded)
     processor = LlavaProcessor(
         image_processor=image_processor,
         tokenizer=tokenizer,
@@ -153,7 +153,7 @@ def plan(
         image_seq_length=(vision.image_size // vision.patch_size) ** 2 + class_token,
         vision_feature_layer=-2,
         vision_feature_select_strategy="full" if class_token else "default",
-        tie_word_embeddings=text.tie_word_embeddings,
+        tie_word_embeddings=getattr(text, "tie_word_embeddings", False),
         projector=projector,
     )
 
@@ -209,11 +209,12 @@ def _check_logits(
     tokenizer: PreTrainedTokenizerBase,
     path: str | Path,
 ) -> None:
-    """InputError unless a text has the logits that the language model itself gives it."""
+    """InputError unless a text has the logits that the language model itself gives it, and can be gone on with."""
     ids = tokenizer("The picture shows a cat on a red mat.", return_tensors="pt")["input_ids"]
-    wanted = lm.eval()(input_ids=ids).logits.float()
     try:
-        found = model(input_ids=ids).logits.float()
+        wanted = lm.eval()(input_ids=ids, use_cache=False).logits.float()
+        found = model(input_ids=ids, use_cache=False).logits.float()
+        model.generate(input_ids=ids, max_new_tokens=2)
         apart = float((found - wanted).abs().max() / wanted.abs().max())
         reason = f"its logits are {apart:.1%} away from its own"
     except Exception as error:  # of any kind, by what the class lacks
@@ -248,6 +249,8 @@ def _prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, template: str, path: 
     if not tokenizer.is_fast:
         raise InputError(f"{path}: needs a fast tokenizer (tokenizer.json), which knows where tokens begin and end")
     tokenizer.add_tokens([AddedToken(IMAGE, special=True, normalized=False)], special_tokens=True)
+    if _appended(tokenizer):
+        tokenizer.add_eos_token = False
     _check_tokens(tokenizer, template, path)
     if "<|im_end|>" in tokenizer.get_vocab():  # base models have it too, but stop at another token
         tokenizer.eos_token = "<|im_end|>"
@@ -260,6 +263,21 @@ def _prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, template: str, path: 
 def _check_tokens(tokenizer: PreTrainedTokenizerBase, template: str, path: str | Path) -> None:
     if template == "chatml" and not {"<|im_start|>", "<|im_end|>"} <= tokenizer.get_vocab().keys():
         raise InputError(f"{path}: template chatml needs the tokens <|im_start|> and <|im_end|>; use vicuna")
+    appended = _appended(tokenizer)
+    if appended:
+        raise InputError(
+            f"{path}: its tokenizer writes {appended} behind every text, so that answers would begin behind the end; "
+            "take it out of post_processor in tokenizer.json"
+        )
+
+
+def _appended(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The tokens that a tokenizer puts behind every text, as text."""
+    bare = len(tokenizer("yes", add_special_tokens=False)["input_ids"])
+    marked = tokenizer("yes", return_special_tokens_mask=True)
+    ids, special = marked["input_ids"], marked["special_tokens_mask"]
+    lead = special.index(0)
+    return tokenizer.decode(ids[lead + bare :])
 
 
 @torch.no_grad()

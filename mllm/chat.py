@@ -80,10 +80,11 @@ def answer(
 
 def prompts(model: Any, processor: Any, conversations: Sequence[Sequence[dict[str, str]]]) -> list[str]:
     """Conversations that end with a question, as text in the template that the model was trained with."""
-    from mllm.conversation import prompt
+    from mllm.conversation import control_tokens, prompt
 
     template, end = model.config.conversation_template, processor.tokenizer.eos_token
-    return [prompt(turns, template, end) for turns in conversations]
+    control = control_tokens(processor.tokenizer)
+    return [prompt(turns, template, end, control) for turns in conversations]
 
 
 def write(model: Any, processor: Any, texts: Sequence[str], pictures: Sequence["Image"], **options: Any) -> list[str]:

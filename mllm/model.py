@@ -118,8 +118,12 @@ def own_head(config: PreTrainedConfig) -> tuple[PreTrainedModel, str, str]:
         lm = AutoModelForCausalLM.from_config(config)
     layers, head = lm.base_model, lm.get_output_embeddings()
     heads = [name for name, module in lm.named_children() if module is head]
-    embeddings = [name for name, module in layers.named_modules() if module is layers.get_input_embeddings()]
     others = [module for module in lm.children() if module is not layers and module is not head]
+    try:
+        words = layers.get_input_embeddings()
+    except NotImplementedError:
+        words = None
+    embeddings = [name for name, module in layers.named_modules() if module is words]
     if (
         layers is lm
         or not (heads and embeddings and isinstance(head, nn.Linear))
