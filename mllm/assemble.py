@@ -6,6 +6,7 @@ from typing import Any, Literal
 import torch
 from PIL import Image
 from tokenizers import AddedToken
+from tokenizers.processors import TemplateProcessing
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -71,6 +72,8 @@ def assemble(
     tokenizer = from_pretrained(AutoTokenizer, language_model)
     lm = load_strictly(AutoModelForCausalLM, language_model, dtype=dtype)
     _prepare_tokenizer(tokenizer, template, language_model)
+    if not hasattr(lm.config, "tie_word_embeddings"):
+        lm.config.tie_word_embeddings = False
     own_head(lm.config)  # refuses classes that are made otherwise
     if len(tokenizer) > lm.get_input_embeddings().num_embeddings:  # most tables have spare rows
         lm.resize_token_embeddings(len(tokenizer))
@@ -84,7 +87,7 @@ def assemble(
         image_seq_length=tokens + class_token,
         vision_feature_layer=vision_feature_layer,
         vision_feature_select_strategy="default" if extra and not class_token else "full",
-        tie_word_embeddings=getattr(lm.config, "tie_word_embeddings", False),
+        tie_word_embeddings=lm.config.tie_word_embeddings,
         projector=projector,
         conversation_template=template,
     )
@@ -153,7 +156,7 @@ def plan(
         image_seq_length=(vision.image_size // vision.patch_size) ** 2 + class_token,
         vision_feature_layer=-2,
         vision_feature_select_strategy="full" if class_token else "default",
-        tie_word_embeddings=getattr(text, "tie_word_embeddings", False),
+        tie_word_embeddings=text.tie_word_embeddings,
         projector=projector,
     )
 
@@ -249,35 +252,40 @@ def _prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, template: str, path: 
     if not tokenizer.is_fast:
         raise InputError(f"{path}: needs a fast tokenizer (tokenizer.json), which knows where tokens begin and end")
     tokenizer.add_tokens([AddedToken(IMAGE, special=True, normalized=False)], special_tokens=True)
-    if _appended(tokenizer):
-        tokenizer.add_eos_token = False
-    _check_tokens(tokenizer, template, path)
     if "<|im_end|>" in tokenizer.get_vocab():  # base models have it too, but stop at another token
         tokenizer.eos_token = "<|im_end|>"
     if tokenizer.eos_token is None:
         raise InputError(f"{path}: the tokenizer has neither <|im_end|> nor an end-of-sequence token")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    before, behind = _added(tokenizer)
+    if behind:  # an end token: a question would end before its answer begins
+        if getattr(tokenizer, "add_eos_token", False):
+            tokenizer.add_eos_token = False
+        specials = [(token, tokenizer.convert_tokens_to_ids(token)) for token in before]
+        only_before = TemplateProcessing(single=[*before, "$A"], special_tokens=specials)
+        tokenizer.backend_tokenizer.post_processor = only_before
+    _check_tokens(tokenizer, template, path)
 
 
 def _check_tokens(tokenizer: PreTrainedTokenizerBase, template: str, path: str | Path) -> None:
     if template == "chatml" and not {"<|im_start|>", "<|im_end|>"} <= tokenizer.get_vocab().keys():
         raise InputError(f"{path}: template chatml needs the tokens <|im_start|> and <|im_end|>; use vicuna")
-    appended = _appended(tokenizer)
-    if appended:
+    _, behind = _added(tokenizer)
+    if behind:
         raise InputError(
-            f"{path}: its tokenizer writes {appended} behind every text, so that answers would begin behind the end; "
-            "take it out of post_processor in tokenizer.json"
+            f"{path}: its tokenizer writes {' '.join(behind)} behind every text, so that answers would begin behind "
+            "the end; take it out of post_processor in tokenizer.json"
         )
 
 
-def _appended(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The tokens that a tokenizer puts behind every text, as text."""
+def _added(tokenizer: PreTrainedTokenizerBase) -> tuple[list[str], list[str]]:
+    """The special tokens that a tokenizer puts before and behind every text."""
     bare = len(tokenizer("yes", add_special_tokens=False)["input_ids"])
     marked = tokenizer("yes", return_special_tokens_mask=True)
-    ids, special = marked["input_ids"], marked["special_tokens_mask"]
-    lead = special.index(0)
-    return tokenizer.decode(ids[lead + bare :])
+    before = marked["special_tokens_mask"].index(0)
+    tokens = tokenizer.convert_ids_to_tokens(marked["input_ids"])
+    return tokens[:before], tokens[before + bare :]
 
 
 @torch.no_grad()

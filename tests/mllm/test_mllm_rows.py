@@ -15,6 +15,7 @@ from diffclip.errors import InputError
 from mllm.chat import prompts
 from mllm.conversation import IGNORE, control_tokens, encode, render
 from mllm.data import find_pictures, load_rows, main, read_json_rows
+from mllm.model import load, save
 
 
 def row(question="<image>\nWhat?", answer="Red.", **keys):
@@ -170,16 +171,29 @@ def test_a_tokenizer_that_appends_its_end_token(tower_dir, language_dir, tmp_pat
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=specials)
     shutil.copytree(language_dir, tmp_path / "lm")
     tokenizer.save_pretrained(tmp_path / "lm")
-    if AutoTokenizer.from_pretrained(tmp_path / "lm")("a")["input_ids"][-1] != specials[1][1]:
-        pytest.skip("this version of transformers drops the post-processor itself")
-    try:
-        _, processor = assemble(tower_dir, tmp_path / "lm")
-    except InputError as error:
-        assert "behind every text" in str(error) and "<|im_end|>" in str(error)
-    else:
-        turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "no"}]
-        ids = encode(render(turns, "vicuna"), processor.tokenizer, 1)["input_ids"]
-        assert ids.count(specials[1][1]) == 1
+    model, processor = assemble(tower_dir, tmp_path / "lm")
+    save(model, processor, tmp_path / "run")
+    turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "no"}]
+    for one in (processor, load(tmp_path / "run")[1]):
+        encoded_turns = encode(render(turns, "vicuna"), one.tokenizer, 1)
+        assert encoded_turns["input_ids"].count(specials[1][1]) == 1
+        assert encoded_turns["labels"][-1] == specials[1][1]
+        (question,) = one(text=prompts(model, one, [turns[:1]]))["input_ids"]
+        assert question == encoded_turns["input_ids"][: len(question)]
+        assert (question[0] == specials[0][1]) == bool(lead)  # what stands before every text is kept
+
+
+def test_a_tokenizer_that_cannot_stop_appending_is_refused(assembled):
+    from tokenizers.processors import TemplateProcessing
+
+    from mllm.assemble import ask_in
+
+    model, processor = assembled
+    end = [("<|im_end|>", processor.tokenizer.eos_token_id)]
+    appending = TemplateProcessing(single="$A <|im_end|>", special_tokens=end)
+    processor.tokenizer.backend_tokenizer.post_processor = appending  # as in runs of earlier versions
+    with pytest.raises(InputError, match=r"writes <\|im_end\|> behind every text"):
+        ask_in(model, processor, "vicuna")
 
 
 def test_pictures_inside_parquet_and_saved_datasets(folder, picture):
