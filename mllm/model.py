@@ -41,9 +41,13 @@ from mllm.conversation import IGNORE, NoSupervisionError
 PARTS = ("vision_tower", "projector", "language_model")
 FINGERPRINTS = "fingerprints.json"  # beside the weights, written last
 # settings that change what the same weights compute
-TRAINED_WITH = ("vision_feature_layer", "vision_feature_select_strategy", "conversation_template", "projector")
-
-OWN_LOGITS = "own_logits"  # in the fingerprints since the language model's scaling of its logits is no longer left out
+TRAINED_WITH = (
+    "vision_feature_layer",
+    "vision_feature_select_strategy",
+    "conversation_template",
+    "projector",
+    "own_logits",
+)
 
 
 class WeightsError(RuntimeError):
@@ -58,6 +62,7 @@ class DiffCLIPLlavaConfig(LlavaConfig):
 
     projector: Literal["linear", "mlp"] = "linear"
     conversation_template: str = "vicuna"
+    own_logits: bool = True  # the fingerprints of earlier versions, which left out how logits are scaled, lack it
 
 
 class DiffCLIPLlavaModel(LlavaModel):
@@ -274,7 +279,6 @@ def save(model: DiffCLIPLlavaForConditionalGeneration, processor: LlavaProcessor
     prints = {name: fingerprint(module) for name, module in parts(model).items()}
     prints["transform"] = transform_fingerprint(processor)
     prints["settings"] = {name: getattr(model.config, name) for name in TRAINED_WITH}
-    prints["settings"][OWN_LOGITS] = True
     write_json(directory / FINGERPRINTS, prints)
 
 
@@ -300,7 +304,7 @@ def load(
     if file.is_file():
         prints = read_json(file)
         transform, settings = prints.pop("transform", None), prints.pop("settings", {})
-        if not settings.pop(OWN_LOGITS, False) and scales_logits(model):
+        if "own_logits" not in settings and scales_logits(model):
             raise InputError(
                 f"{directory}: trained by an earlier version, which left out how its language model "
                 f"({model.config.text_config.model_type}) scales its logits; train it again from the alignment on"
