@@ -6,6 +6,7 @@ from typing import Any, Literal
 import torch
 from PIL import Image
 from tokenizers import AddedToken
+from tokenizers.processors import TemplateProcessing
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -28,6 +29,7 @@ from mllm.model import (
     DiffCLIPLlavaForConditionalGeneration,
     from_pretrained,
     load_strictly,
+    own_head,
     verify,
 )
 from mllm.open_clip_tower import PREFIX, from_open_clip
@@ -70,6 +72,9 @@ def assemble(
     tokenizer = from_pretrained(AutoTokenizer, language_model)
     lm = load_strictly(AutoModelForCausalLM, language_model, dtype=dtype)
     _prepare_tokenizer(tokenizer, template, language_model)
+    if not hasattr(lm.config, "tie_word_embeddings"):
+        lm.config.tie_word_embeddings = False
+    own_head(lm.config)  # refuses classes that are made otherwise
     if len(tokenizer) > lm.get_input_embeddings().num_embeddings:  # most tables have spare rows
         lm.resize_token_embeddings(len(tokenizer))
     extra, tokens = _feature_tokens(tower, image_processor, vision_feature_layer)
@@ -101,8 +106,9 @@ def assemble(
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    verify(model, loaded)
     model.eval()
+    _check_logits(model, lm, tokenizer, language_model)
+    verify(model, loaded)
     processor = LlavaProcessor(
         image_processor=image_processor,
         tokenizer=tokenizer,
@@ -199,6 +205,30 @@ def whiten_projector(model: DiffCLIPLlavaForConditionalGeneration, pixel_values:
     projector.bias.copy_(-weight @ features.mean(0))
 
 
+@torch.no_grad()
+def _check_logits(
+    model: DiffCLIPLlavaForConditionalGeneration,
+    lm: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    path: str | Path,
+) -> None:
+    """InputError unless a text has the logits that the language model itself gives it, and can be gone on with."""
+    ids = tokenizer("The picture shows a cat on a red mat.", return_tensors="pt")["input_ids"]
+    try:
+        wanted = lm.eval()(input_ids=ids, use_cache=False).logits.float()
+        found = model(input_ids=ids, use_cache=False).logits.float()
+        model.generate(input_ids=ids, max_new_tokens=2)
+        apart = float((found - wanted).abs().max() / wanted.abs().max())
+        reason = f"its logits are {apart:.1%} away from its own"
+    except Exception as error:  # of any kind, by what the class lacks
+        apart, reason = float("inf"), " ".join(str(error).split())[:200]
+    if not apart < (0.001 if model.dtype == torch.float32 else 0.05):
+        raise InputError(
+            f"{path}: language models of class {type(lm).__name__} cannot be used in a multimodal model ({reason}); "
+            "use another, e.g. of Qwen2, Llama or Gemma"
+        )
+
+
 def _with_head(lm: PreTrainedModel) -> nn.ModuleDict:
     return nn.ModuleDict({"model": lm.base_model, "lm_head": lm.get_output_embeddings()})
 
@@ -222,18 +252,40 @@ def _prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, template: str, path: 
     if not tokenizer.is_fast:
         raise InputError(f"{path}: needs a fast tokenizer (tokenizer.json), which knows where tokens begin and end")
     tokenizer.add_tokens([AddedToken(IMAGE, special=True, normalized=False)], special_tokens=True)
-    _check_tokens(tokenizer, template, path)
     if "<|im_end|>" in tokenizer.get_vocab():  # base models have it too, but stop at another token
         tokenizer.eos_token = "<|im_end|>"
     if tokenizer.eos_token is None:
         raise InputError(f"{path}: the tokenizer has neither <|im_end|> nor an end-of-sequence token")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    before, behind = _added(tokenizer)
+    if behind:  # an end token: a question would end before its answer begins
+        if getattr(tokenizer, "add_eos_token", False):
+            tokenizer.add_eos_token = False
+        specials = [(token, tokenizer.convert_tokens_to_ids(token)) for token in before]
+        only_before = TemplateProcessing(single=[*before, "$A"], special_tokens=specials)
+        tokenizer.backend_tokenizer.post_processor = only_before
+    _check_tokens(tokenizer, template, path)
 
 
 def _check_tokens(tokenizer: PreTrainedTokenizerBase, template: str, path: str | Path) -> None:
     if template == "chatml" and not {"<|im_start|>", "<|im_end|>"} <= tokenizer.get_vocab().keys():
         raise InputError(f"{path}: template chatml needs the tokens <|im_start|> and <|im_end|>; use vicuna")
+    _, behind = _added(tokenizer)
+    if behind:
+        raise InputError(
+            f"{path}: its tokenizer writes {' '.join(behind)} behind every text, so that answers would begin behind "
+            "the end; take it out of post_processor in tokenizer.json"
+        )
+
+
+def _added(tokenizer: PreTrainedTokenizerBase) -> tuple[list[str], list[str]]:
+    """The special tokens that a tokenizer puts before and behind every text."""
+    bare = len(tokenizer("yes", add_special_tokens=False)["input_ids"])
+    marked = tokenizer("yes", return_special_tokens_mask=True)
+    before = marked["special_tokens_mask"].index(0)
+    tokens = tokenizer.convert_ids_to_tokens(marked["input_ids"])
+    return tokens[:before], tokens[before + bare :]
 
 
 @torch.no_grad()

@@ -114,10 +114,11 @@ def answer(
 
 def prompts(model: Any, processor: Any, conversations: Sequence[Sequence[dict[str, str]]]) -> list[str]:
     """Conversations that end with a question, as text in the template that the model was trained with."""
-    from mllm.conversation import prompt
+    from mllm.conversation import control_tokens, prompt
 
     template, end = model.config.conversation_template, processor.tokenizer.eos_token
-    return [prompt(turns, template, end) for turns in conversations]
+    control = control_tokens(processor.tokenizer)
+    return [prompt(turns, template, end, control) for turns in conversations]
 
 
 def write(
@@ -275,17 +276,15 @@ def _asked(model: Any, processor: Any, source: Path, root: Path) -> tuple[list[d
 
 def _pictures(row: dict, root: Path) -> list["Picture"]:
     """The places of a row's pictures; InputError if one cannot be found."""
-    from mllm.data import find_pictures, image_names
+    from mllm.data import media_problem, row_places
 
-    image = row.get("image") or []
-    if not all(isinstance(one, str) for one in (image if isinstance(image, list) else [image])):
-        raise InputError("`image` is no path and no list of paths; rows are {image, question}")
-    names = image_names(row)
-    found = find_pictures(root, names)
-    missing = [one for one in names if found[one] is None]
+    found = row_places(row, root)
+    missing = [name for name, place in found if place is None]
     if missing:
         raise InputError(f"picture {missing[0][:200]} is not under {root}, nor in a tar there; check --image_root")
-    return [found[one] for one in names]
+    if problem := media_problem(row, bool(found)):
+        raise InputError(problem)
+    return [place for _, place in found if place is not None]
 
 
 def _row_ids(rows: list[dict], places: list[list["Picture"]], source: Path) -> list[str]:

@@ -12,6 +12,7 @@ from diffclip.errors import InputError
 IMAGE = "<image>"
 IGNORE = -100  # label of positions that carry no loss
 TEMPLATES = ("plain", "vicuna", "chatml")
+QWEN_CONTROL = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")  # of the default language model
 
 VICUNA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -82,9 +83,43 @@ def pair_turns(
     return [t["value"] for t in turns[0::2]], [t["value"] for t in turns[1::2]]
 
 
-def prompt(conversation: Sequence[dict[str, str]], template: str, end_token: str = "<|im_end|>") -> str:
-    """The text up to where the model's answer begins; the last turn is a question."""
+def prompt(
+    conversation: Sequence[dict[str, str]],
+    template: str,
+    end_token: str = "<|im_end|>",
+    control: Sequence[str] = QWEN_CONTROL,
+) -> str:
+    """The text up to where the model's answer begins; the last turn is a question.
+
+    Raises:
+        InputError: a turn holds what no text may hold, see `text_problem`.
+    """
+    problem = text_problem(*pair_turns(conversation, True), control)
+    if problem:
+        raise InputError(problem)
     return "".join(s.text for s in render(conversation, template, True, end_token))
+
+
+def control_tokens(tokenizer: Any) -> tuple[str, ...]:
+    """What a tokenizer takes for one of its special tokens wherever it is written, `<image>` left out."""
+    special = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+    return tuple(sorted(content for content in special if content != IMAGE))
+
+
+def text_problem(questions: Sequence[str], answers: Sequence[str], control: Iterable[str]) -> str:
+    """Why texts cannot be given to a tokenizer as they stand, or ""; `control` as from `control_tokens`."""
+    control = list(control)
+    for kind, text in [*(("a question", text) for text in questions), *(("an answer", text) for text in answers)]:
+        written = [token for token in control if token in text]
+        if written:
+            return f"{kind} contains {written[0]}, which would become the model's control token; write it otherwise"
+        if kind == "an answer" and IMAGE in text:
+            return f"{kind} contains {IMAGE}; only questions may show pictures"
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            return f"{kind} contains half a character, {text[error.start]!a}; write the text again"
+    return ""
 
 
 def _plain(questions: list[str], answers: list[str]) -> list[Segment]:

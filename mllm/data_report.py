@@ -1,15 +1,16 @@
 """What `python -m mllm.data check` and `stats` print about rows of conversations."""
 
 import argparse
-import json
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from diffclip.base.files import write_json
 from diffclip.errors import InputError
 from mllm.conversation import IGNORE
 from mllm.data import Picture, Rows, examine, load_rows
@@ -26,28 +27,46 @@ def check(options: argparse.Namespace) -> int:
     faults: list[str] = []
     rows = 0
     seen: dict[Picture, str] = {}  # picture -> the first row that shows it
-    where = {"image_prefix": options.image_prefix, "template": options.template}
-    examined = examine(options.files, options.image_root, **where)
-    for key, _, places, problem in tqdm(examined, unit="row", disable=None):
+    inside = 0  # pictures that rows hold themselves, decoded at once so as not to keep them
+    examined = examine(options.files, options.image_root, **how(options))
+    for key, _, pictures, problem in tqdm(examined, unit="row", disable=None):
         rows += 1
         if problem:
             faults.append(f"{key}: {problem}")
-        for place in places.values():
-            if place:
+        for _, place in pictures:
+            if place and place.content is not None:
+                inside += 1
+                faults += filter(None, [broken(place, key)])
+            elif place:
                 seen.setdefault(place, key)
     with ThreadPoolExecutor(8) as pool:
         problems = pool.map(broken, seen, seen.values())
         faults += filter(None, tqdm(problems, total=len(seen), unit="picture", disable=None))
     if options.model and not faults:
-        checked = load_rows(options.files, options.image_root, **where)
+        checked = load_rows(options.files, options.image_root, **how(options))
         lengths, supervised = tokens(options, checked)
         for number in np.flatnonzero((lengths > options.max_length) | (supervised == 0)):
             what = f"{lengths[number]} tokens, more than max_length {options.max_length}"
             faults.append(f"{checked[int(number)].key}: {what if supervised[number] else 'no supervised token'}")
     for fault in faults:
         print(fault)
-    print(f"{rows:,} rows, {len(seen):,} pictures: {f'{len(faults):,} faults' if faults else 'no fault found'}")
+    print(
+        f"{rows:,} rows, {len(seen) + inside:,} pictures: {f'{len(faults):,} faults' if faults else 'no fault found'}"
+    )
     return 2 if faults else 0
+
+
+def how(options: argparse.Namespace) -> dict[str, Any]:
+    """How rows are examined: the control tokens are those of the model, where one is given."""
+    settings: dict[str, Any] = {"image_prefix": options.image_prefix, "template": options.template}
+    if options.model:
+        from transformers import AutoTokenizer
+
+        from mllm.conversation import control_tokens
+        from mllm.model import from_pretrained
+
+        settings["control"] = control_tokens(from_pretrained(AutoTokenizer, options.model))
+    return settings
 
 
 def broken(place: Picture, key: str) -> str:
@@ -119,7 +138,7 @@ def tokens(options: argparse.Namespace, rows: Rows) -> tuple[np.ndarray, np.ndar
 
 def stats(options: argparse.Namespace) -> int:
     """Print `describe`, with --model also tokens; with --out write them as JSON, and the lengths as a picture."""
-    rows = load_rows(options.files, options.image_root, image_prefix=options.image_prefix, template=options.template)
+    rows = load_rows(options.files, options.image_root, **how(options))
     found = describe(rows)
     if options.model:
         lengths, supervised = tokens(options, rows)
@@ -135,7 +154,7 @@ def stats(options: argparse.Namespace) -> int:
     if options.out:
         out = Path(options.out)
         out.mkdir(parents=True, exist_ok=True)
-        (out / "stats.json").write_text(json.dumps(found, indent=1, ensure_ascii=False), encoding="utf-8")
+        write_json(out / "stats.json", found)
         if options.model:
             picture(lengths, supervised, out / "lengths.png")
         print(f"wrote {out}")

@@ -53,7 +53,8 @@ def base_weights(model: Any) -> dict[str, torch.Tensor]:
     """The language model's own weights under their own names, adapters left out."""
     state = model.model.language_model.state_dict()
     own = {name.replace(".base_layer", ""): w for name, w in state.items() if ".lora_" not in name}
-    return {**{f"model.{name}": w for name, w in own.items()}, "lm_head.weight": model.lm_head.weight}
+    head = model.lm_head.state_dict()  # Phi's has a bias
+    return {**{f"model.{name}": w for name, w in own.items()}, **{f"lm_head.{name}": w for name, w in head.items()}}
 
 
 def merge(peft_model: "PeftModel", directory: str | Path, originals: Mapping[str, nn.Linear] | None = None) -> None:

@@ -7,6 +7,7 @@ it was given. In training, logits are computed for supervised positions only.
 import hashlib
 import json
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModel,
+    AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoProcessor,
     Cache,
@@ -23,14 +25,17 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaModel,
     LlavaProcessor,
+    PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llava.modeling_llava import (
     LlavaCausalLMOutputWithPast,
     LlavaModelOutputWithPast,
     LlavaMultiModalProjector,
     LlavaPreTrainedModel,
 )
+from transformers.utils import can_return_tuple
 
 import diffclip.hf  # noqa: F401 - registers the DiffCLIP vision tower for AutoModel
 import mllm.open_clip_tower  # noqa: F401 - registers open_clip's
@@ -42,7 +47,13 @@ from mllm.conversation import IGNORE, NoSupervisionError
 PARTS = ("vision_tower", "projector", "language_model")
 FINGERPRINTS = "fingerprints.json"  # beside the weights, written last
 # settings that change what the same weights compute
-TRAINED_WITH = ("vision_feature_layer", "vision_feature_select_strategy", "conversation_template", "projector")
+TRAINED_WITH = (
+    "vision_feature_layer",
+    "vision_feature_select_strategy",
+    "conversation_template",
+    "projector",
+    "own_logits",
+)
 # stands where LLaVA's projector names its activation: transformers' own classes, which would put a random projector in
 # the place of the linear one and only warn, raise a KeyError that says this
 NOT_PLAIN_LLAVA = (
@@ -63,6 +74,7 @@ class DiffCLIPLlavaConfig(LlavaConfig):
 
     projector: Literal["linear", "mlp"] = "linear"
     conversation_template: str = "vicuna"
+    own_logits: bool = True  # the fingerprints of earlier versions, which left out how logits are scaled, lack it
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
@@ -106,6 +118,52 @@ class DiffCLIPLlavaModel(LlavaModel):
         return super().forward(input_ids, pixel_values, inputs_embeds=inputs_embeds, **kwargs)
 
 
+@dataclass
+class _Hidden(BaseModelOutputWithPast):
+    """Hidden states as the layers of any language model return them, with nothing else that its head may ask for."""
+
+    router_logits = cross_attentions = None
+
+
+def _through(*args: Any, inputs_embeds: torch.Tensor, **kwargs: Any) -> _Hidden:
+    return _Hidden(last_hidden_state=inputs_embeds)
+
+
+def own_head(config: PreTrainedConfig) -> tuple[PreTrainedModel, str, str]:
+    """A language model without weights that does to hidden states what its class does behind its layers.
+
+    Called with inputs_embeds it takes them for what the layers gave, so that nothing of it is written here again.
+
+    Returns:
+        the model, the name of its output layer, the name of the input embeddings in its layers.
+
+    Raises:
+        InputError: the class is not made of embeddings, layers and one linear layer behind them.
+    """
+    with torch.device("meta"):
+        lm = AutoModelForCausalLM.from_config(config)
+    layers, head = lm.base_model, lm.get_output_embeddings()
+    heads = [name for name, module in lm.named_children() if module is head]
+    others = [module for module in lm.children() if module is not layers and module is not head]
+    try:
+        words = layers.get_input_embeddings()
+    except NotImplementedError:
+        words = None
+    embeddings = [name for name, module in layers.named_modules() if module is words]
+    if (
+        layers is lm
+        or not (heads and embeddings and isinstance(head, nn.Linear))
+        or any(list(module.parameters()) for module in others)
+    ):
+        raise InputError(
+            f"language models of class {type(lm).__name__} cannot be used, which are not made of embeddings, layers "
+            "and one linear layer behind them; use another, e.g. of Qwen2, Llama or Gemma"
+        )
+    owner = layers.get_submodule(embeddings[0].rpartition(".")[0])  # OPT calls this part of its layers
+    layers.forward = owner.forward = _through
+    return lm, heads[0], embeddings[0]
+
+
 class DiffCLIPLlavaForConditionalGeneration(LlavaForConditionalGeneration):
     """LLaVA for training and generation; see `forward` for how it differs from transformers' class."""
 
@@ -113,11 +171,36 @@ class DiffCLIPLlavaForConditionalGeneration(LlavaForConditionalGeneration):
     accepts_loss_kwargs = True  # Trainer passes num_items_in_batch: the loss is a mean over tokens, not batches
 
     def __init__(self, config: DiffCLIPLlavaConfig) -> None:
+        head, name, embeddings = own_head(config.text_config)
+        # transformers' LLaVA knows only the name that Llama gives to its embeddings
+        self._tied_weights_keys = {"lm_head.weight": f"model.language_model.{embeddings}.weight"}
         LlavaPreTrainedModel.__init__(self, config)
         self.model = DiffCLIPLlavaModel(config)
-        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        biased = getattr(head, name).bias is not None
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=biased)
+        self._own_head = (head, name)  # in a tuple, so as not to be a part: its only weights are those of `lm_head`
         self.post_init()
 
+    def initialize_weights(self) -> None:
+        """As transformers', except that the language model starts as a class of theirs, not as a part of ours.
+
+        Of foreign classes modules without weights are passed over, in which Falcon-H1 computes what it does not save.
+        """
+        self.model.language_model.initialize_weights()
+        super().initialize_weights()
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(..., vocabulary) logits of hidden states (..., width), as the language model's own forward computes them.
+
+        Some scale or cap what `lm_head` gives (Granite, Cohere, Gemma-2), or scale what it takes (MiniCPM-3).
+        """
+        head, name = self._own_head
+        if getattr(head, name) is not self.lm_head:
+            setattr(head, name, self.lm_head)
+        logits = head(inputs_embeds=hidden.reshape(1, -1, hidden.shape[-1]), use_cache=False).logits
+        return logits.reshape(*hidden.shape[:-1], -1)
+
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -158,29 +241,42 @@ class DiffCLIPLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             "inputs_embeds": inputs_embeds,
             **kwargs,
         }
-        if labels is None:
-            return super().forward(**inputs, logits_to_keep=logits_to_keep)
-        targets = labels[:, 1:]
-        supervised = targets != IGNORE  # (batch, tokens - 1): position t predicts token t + 1
-        empty = (~supervised.any(1)).nonzero().flatten().tolist()
-        if empty:
-            raise NoSupervisionError(
-                f"examples {empty} of this batch of {len(labels)} have no supervised token: "
-                "wrong template for this tokenizer, or answers cut off"
+        if labels is not None:
+            targets = labels[:, 1:]
+            supervised = targets != IGNORE  # (batch, tokens - 1): position t predicts token t + 1
+            empty = (~supervised.any(1)).nonzero().flatten().tolist()
+            if empty:
+                raise NoSupervisionError(
+                    f"examples {empty} of this batch of {len(labels)} have no supervised token: "
+                    "wrong template for this tokenizer, or answers cut off"
+                )
+        vocabulary = self.config.text_config.vocab_size
+        if labels is not None and self.training:
+            # no cache: it would cost memory, and transformers takes packed examples for one text when there is one
+            outputs = self.model(**{**inputs, "use_cache": False})
+            loss = self.loss_function(
+                logits=self.logits(outputs.last_hidden_state[:, :-1][supervised]),  # (supervised tokens, vocabulary)
+                labels=None,
+                shift_labels=targets[supervised],
+                vocab_size=vocabulary,
+                num_items_in_batch=num_items_in_batch,
             )
-        if not self.training:
-            return super().forward(**inputs, labels=labels, num_items_in_batch=num_items_in_batch)
-        # no cache: it would cost memory, and transformers takes packed examples for one text when there is one
-        outputs = self.model(**{**inputs, "use_cache": False})
-        hidden = outputs.last_hidden_state[:, :-1][supervised]  # (supervised tokens, width)
-        loss = self.loss_function(
-            logits=self.lm_head(hidden),  # (supervised tokens, vocabulary)
-            labels=None,
-            shift_labels=targets[supervised],
-            vocab_size=self.config.text_config.vocab_size,
-            num_items_in_batch=num_items_in_batch,
+            return LlavaCausalLMOutputWithPast(loss=loss)
+        outputs = self.model(**inputs)
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits, loss = self.logits(outputs.last_hidden_state[:, keep]), None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=vocabulary, num_items_in_batch=num_items_in_batch
+            )
+        return LlavaCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=outputs.image_hidden_states,
         )
-        return LlavaCausalLMOutputWithPast(loss=loss)
 
     def train(self, mode: bool = True) -> "DiffCLIPLlavaForConditionalGeneration":
         """Set training mode, except that a frozen vision tower stays in evaluation mode."""
@@ -236,6 +332,11 @@ def load(
     if file.is_file():
         prints = read_json(file)
         transform, settings = prints.pop("transform", None), prints.pop("settings", {})
+        if "own_logits" not in settings and scales_logits(model):
+            raise InputError(
+                f"{directory}: trained by an earlier version, which left out how its language model "
+                f"({model.config.text_config.model_type}) scales its logits; train it again from the alignment on"
+            )
         for name, value in settings.items():
             found = getattr(model.config, name)
             if found != value:
@@ -251,6 +352,14 @@ def load(
             )
     model.eval()
     return model if dtype is None else model.to(dtype), processor
+
+
+@torch.no_grad()
+def scales_logits(model: DiffCLIPLlavaForConditionalGeneration) -> bool:
+    """Whether the language model's logits are something else than what its output layer gives."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(4, model.lm_head.in_features, generator=generator).to(model.lm_head.weight)
+    return not torch.allclose(model.logits(hidden).float(), model.lm_head(hidden).float(), rtol=1e-3, atol=1e-3)
 
 
 def transform_fingerprint(processor: LlavaProcessor) -> str:

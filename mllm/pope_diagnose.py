@@ -147,7 +147,7 @@ def language_model(found: dict, prints: dict, record: dict) -> Finding:
 
 def training_data(model: Any, processor: Any, config: dict, most: int = 400) -> Iterator[Finding]:
     """Did the rows of the training have supervised tokens, and questions to be answered with yes or no?"""
-    from mllm.conversation import NoSupervisionError
+    from mllm.conversation import NoSupervisionError, control_tokens
     from mllm.data import load_rows
     from mllm.examples import ConversationDataset
 
@@ -158,7 +158,13 @@ def training_data(model: Any, processor: Any, config: dict, most: int = 400) -> 
         yield Finding("no yes/no data", None, unknown)
         return
     template = config.get("template", model.config.conversation_template)
-    rows = load_rows(data, config.get("image_root", ""), image_prefix=config.get("image_prefix", ""), template=template)
+    rows = load_rows(
+        data,
+        config.get("image_root", ""),
+        image_prefix=config.get("image_prefix", ""),
+        template=template,
+        control=control_tokens(processor.tokenizer),
+    )
     dataset = ConversationDataset(rows, processor, template=template, max_length=config.get("max_length", 2048))
     chosen = range(0, len(rows), max(1, len(rows) // most))
     empty, answers = 0, []

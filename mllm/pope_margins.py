@@ -130,7 +130,7 @@ def _batch_margins(
     states = model.model(**{name: tensor.to(device) for name, tensor in inputs.items()}, use_cache=False)
     result = []
     for i, (_, _, _, lasts) in enumerate(packed):
-        logits = model.lm_head(states.last_hidden_state[i, lasts]).double()  # (questions, vocabulary)
+        logits = model.logits(states.last_hidden_state[i, lasts]).double()  # (questions, vocabulary)
         result.append((logits[:, yes].logsumexp(-1) - logits[:, no].logsumexp(-1)).tolist())
     return result
 

@@ -89,6 +89,7 @@ def train_on_conversations(
 
     from diffclip.fingerprint import fingerprint
     from mllm.assemble import ask_in
+    from mllm.conversation import control_tokens
     from mllm.data import load_rows
     from mllm.examples import ConversationDataset, collate, training_order
     from mllm.lora import add_lora, base_weights, merge, quantise, take_out
@@ -101,7 +102,13 @@ def train_on_conversations(
     if lora and "language_model" not in learns:
         raise InputError("lora_rank: the language model does not learn; add language_model to `learns`")
     ask_in(model, processor, config.template)
-    rows = load_rows(config.data, config.image_root, image_prefix=config.image_prefix, template=config.template)
+    rows = load_rows(
+        config.data,
+        config.image_root,
+        image_prefix=config.image_prefix,
+        template=config.template,
+        control=control_tokens(processor.tokenizer),
+    )
     dataset = ConversationDataset(rows, processor, template=config.template, max_length=config.max_length)
     if start is not None:
         start(dataset)

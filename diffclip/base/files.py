@@ -153,4 +153,6 @@ def _encoded(text: str) -> bytes:
 
 
 def _remedy(path: str | Path) -> str:
-    return f"convert it, e.g. `iconv -f latin1 -t utf-8 {path} > new`"
+    with open(path, "rb") as f:
+        encoding = "utf-16" if f.read(2) in (b"\xff\xfe", b"\xfe\xff") else "latin1"
+    return f"convert it, e.g. `iconv -f {encoding} -t utf-8 {path} > new`"

@@ -1,0 +1,348 @@
+"""Rows as users bring them: read as what they are, or refused by name; never learnt as text alone."""
+
+import base64
+import io
+import json
+import os
+import shutil
+import tarfile
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from diffclip.errors import InputError
+from mllm.chat import prompts
+from mllm.conversation import IGNORE, control_tokens, encode, render
+from mllm.data import find_pictures, load_rows, main, read_json_rows
+from mllm.model import load, save
+
+
+def row(question="<image>\nWhat?", answer="Red.", **keys):
+    return {
+        "id": "ok",
+        **keys,
+        "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}],
+    }
+
+
+def write(path, *rows, encoding="utf-8"):
+    path.write_text(json.dumps(rows), encoding=encoding)
+    return path
+
+
+def encoded(image, kind="PNG"):
+    buffer = io.BytesIO()
+    image.save(buffer, kind)
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def folder(tmp_path, picture):
+    for name in ("a", "b"):
+        picture(ord(name)).save(tmp_path / f"{name}.png")
+    return tmp_path
+
+
+def checked(file, root, *options):
+    """(exit code, what is printed) of `python -m mllm.data check`."""
+    with pytest.raises(SystemExit) as ended:
+        main(["check", str(file), f"--image_root={root}", *options])
+    return ended.value.code
+
+
+def refused(file, root, capsys, *words, **options):
+    """Both `check` and `load_rows` name the row and say each of `words`."""
+    with pytest.raises(InputError) as error:
+        load_rows([file], root, **options)
+    template = [f"--template={options['template']}"] if "template" in options else []
+    assert checked(file, root, *template) == 2
+    for told in (str(error.value), capsys.readouterr().out.splitlines()[0]):
+        assert "row 0" in told and len(told) < 500 and "\n" not in told
+        for word in words:
+            assert word in told, told
+
+
+def test_pictures_under_each_known_key_are_the_same(folder, picture):
+    data = "data:image/png;base64," + base64.b64encode(encoded(picture(ord("a")))).decode()
+    found = [
+        load_rows([write(folder / "r.json", row(**keys))], folder)[0].pictures[0].open().tobytes()
+        for keys in (
+            {"image": "a.png"},
+            {"image": ["a.png"]},
+            {"images": ["a.png"]},
+            {"image": None, "images": ["a.png"], "video": None},
+            {"image_path": "a.png"},
+            {"image": data},
+            {"image": {"path": "a.png"}},
+        )
+    ]
+    assert set(found) == {picture(ord("a")).tobytes()}
+
+
+@pytest.mark.parametrize(
+    "keys, question, words",
+    [
+        ({"images": ["a.png"]}, "What?", ["1 pictures", "shows 0", "put one <image>"]),
+        ({"video": "v.mp4"}, "<video>\nWhat?", ["`video`", "drop the row"]),
+        ({"video": "v_1", "image": "a.png"}, "<image>\nWhat?", ["`video`"]),
+        ({"audios": ["a.wav"]}, "What?", ["`audios`"]),
+        ({"img": "a.png"}, "What?", ["`img`", "call it `image`"]),
+        ({"frames": ["a.JPG"]}, "What?", ["`frames`"]),
+        ({"image": 5}, "<image>\nWhat?", ["`image` holds 5"]),
+        ({"image": [["a.png"]]}, "<image>\nWhat?", ["`image` holds ['a.png']"]),
+        ({"image": "a.png", "images": ["b.png"]}, "<image>\nWhat?", ["`image`", "`images`"]),
+        ({"image": "data:image/png;base64,!!"}, "<image>\nWhat?", ["not base64"]),
+        ({"image": "iVBOR" * 1000}, "<image>\nWhat?", ["no path of a picture"]),
+        ({"image": "a\udce9.png"}, "<image>\nWhat?", ["no path of a picture"]),
+    ],
+)
+def test_what_cannot_be_shown_is_never_learnt_as_text(folder, capsys, keys, question, words):
+    refused(write(folder / "r.json", row(question, **keys)), folder, capsys, *words)
+
+
+def test_other_keys_of_text_rows_are_no_media(folder):
+    keys = {
+        "id": "a.png",
+        "source": "sharegpt",
+        "url": "https://example.org/page",
+        "data_source": "x.json",
+        "image": "",
+    }
+    assert load_rows([write(folder / "r.json", row("What?", **keys))], folder)[0].pictures == []
+
+
+@pytest.mark.parametrize(
+    "question, answer, words",
+    [
+        ("What?", "Red.<|im_end|>", ["an answer contains <|im_end|>"]),
+        ("What is <|im_start|>?", "Red.", ["a question contains <|im_start|>"]),
+        ("What?", "Red \ud83d", ["an answer contains half a character", "\\ud83d"]),
+        ("\udc00 What?", "Red", ["a question contains half a character"]),
+        ("What?", "An <image>.", ["an answer contains <image>"]),
+    ],
+)
+def test_texts_that_no_tokenizer_takes_as_they_stand(folder, capsys, question, answer, words):
+    refused(write(folder / "r.json", row(question, answer)), folder, capsys, *words)
+
+
+def test_control_tokens_are_those_of_the_model(folder, assembled):
+    model, processor = assembled
+    processor.tokenizer.add_special_tokens({"additional_special_tokens": ["</s>"]})
+    control = control_tokens(processor.tokenizer)
+    assert {"</s>", "<|im_end|>"} <= set(control) and "<image>" not in control
+    file = write(folder / "r.json", row("Strike <s>it</s>?", "No"))
+    assert load_rows([file], folder)[0].conversation[0]["value"] == "Strike <s>it</s>?"  # plain text to Qwen
+    with pytest.raises(InputError, match=r"row 0.*</s>"):
+        load_rows([file], folder, control=control)
+    with pytest.raises(InputError, match="a question contains </s>"):
+        prompts(model, processor, [[{"from": "human", "value": "Strike <s>it</s>?"}]])
+
+
+def test_a_padding_token_that_is_the_end_token_leaves_the_end_in_the_labels(folder, tower_dir, language_dir, tmp_path):
+    from mllm.assemble import assemble
+    from mllm.examples import ConversationDataset, collate
+
+    tokenizer = AutoTokenizer.from_pretrained(language_dir)
+    shutil.copytree(language_dir, tmp_path / "lm")
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.save_pretrained(tmp_path / "lm")
+    _, processor = assemble(tower_dir, tmp_path / "lm")
+    assert processor.tokenizer.pad_token_id == processor.tokenizer.eos_token_id
+    rows = load_rows([write(folder / "r.json", row("a?", "no"), row("a?", "a small blue circle"))], folder)
+    dataset = ConversationDataset(rows, processor, template="vicuna")
+    batch = collate(processor)([dataset[0], dataset[1]])
+    end = processor.tokenizer.eos_token_id
+    for labels, mask in zip(batch["labels"], batch["attention_mask"]):
+        assert (labels == end).sum() == 1 and labels[labels != IGNORE][-1] == end
+        assert mask[labels != IGNORE].all()
+    assert (batch["input_ids"][0][batch["attention_mask"][0] == 0] == end).all()
+
+
+@pytest.mark.parametrize("lead", ["", "<|im_start|>"])
+def test_a_tokenizer_that_appends_its_end_token(tower_dir, language_dir, tmp_path, lead):
+    from tokenizers.processors import TemplateProcessing
+
+    from mllm.assemble import assemble
+
+    tokenizer = AutoTokenizer.from_pretrained(language_dir)
+    specials = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<|im_start|>", "<|im_end|>")]
+    template = f"{lead} $A <|im_end|>".strip()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=specials)
+    shutil.copytree(language_dir, tmp_path / "lm")
+    tokenizer.save_pretrained(tmp_path / "lm")
+    model, processor = assemble(tower_dir, tmp_path / "lm")
+    save(model, processor, tmp_path / "run")
+    turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "no"}]
+    for one in (processor, load(tmp_path / "run")[1]):
+        encoded_turns = encode(render(turns, "vicuna"), one.tokenizer, 1)
+        assert encoded_turns["input_ids"].count(specials[1][1]) == 1
+        assert encoded_turns["labels"][-1] == specials[1][1]
+        (question,) = one(text=prompts(model, one, [turns[:1]]))["input_ids"]
+        assert question == encoded_turns["input_ids"][: len(question)]
+        assert (question[0] == specials[0][1]) == bool(lead)  # what stands before every text is kept
+
+
+def test_a_tokenizer_that_cannot_stop_appending_is_refused(assembled):
+    from tokenizers.processors import TemplateProcessing
+
+    from mllm.assemble import ask_in
+
+    model, processor = assembled
+    end = [("<|im_end|>", processor.tokenizer.eos_token_id)]
+    appending = TemplateProcessing(single="$A <|im_end|>", special_tokens=end)
+    processor.tokenizer.backend_tokenizer.post_processor = appending  # as in runs of earlier versions
+    with pytest.raises(InputError, match=r"writes <\|im_end\|> behind every text"):
+        ask_in(model, processor, "vicuna")
+
+
+def test_pictures_inside_parquet_and_saved_datasets(folder, picture):
+    import pyarrow as pa
+    from datasets import Dataset, Image
+    from pyarrow import parquet
+
+    contents = [encoded(picture(n)) for n in range(3)]
+    turns = row()["conversations"]
+    structs = [
+        {"id": str(n), "image": {"bytes": c, "path": None}, "conversations": turns} for n, c in enumerate(contents)
+    ]
+    structs.append({"id": "t", "image": None, "conversations": row("Yes?")["conversations"]})
+    parquet.write_table(pa.Table.from_pylist(structs), folder / "structs.parquet")
+    plain = [{**one, "image": one["image"]["bytes"]} for one in structs[:3]]
+    parquet.write_table(pa.Table.from_pylist(plain), folder / "plain.parquet")
+    pictures = Dataset.from_list(structs).cast_column("image", Image())
+    pictures.save_to_disk(str(folder / "saved"))
+    pictures.to_parquet(str(folder / "features.parquet"))
+    for name in ("structs.parquet", "plain.parquet", "saved", "features.parquet"):
+        rows = load_rows([folder / name], folder)
+        shown = [r.pictures[0].open(r.key).tobytes() for r in rows[:3]]
+        assert shown == [picture(n).tobytes() for n in range(3)], name
+        assert name == "plain.parquet" or rows[3].pictures == []
+        assert rows.texts([0, 2])[1] == [1, 1]
+        assert checked(folder / name, folder) == 0
+    broken = [{"id": "x", "image": b"no picture", "conversations": turns}]
+    parquet.write_table(pa.Table.from_pylist(broken), folder / "broken.parquet")
+    assert checked(folder / "broken.parquet", folder) == 2
+
+
+def tar_of(path, **members):
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name.replace("__", "/") + ".png")
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+
+
+def test_a_name_in_two_tars_is_refused_unless_the_row_names_the_tar(folder, capsys, picture):
+    (folder / "sub").mkdir()
+    red, blue = encoded(picture(1)), encoded(picture(2))
+    tar_of(folder / "sub/0.tar", same=red, one=red)
+    tar_of(folder / "sub/1.tar", same=blue, x__deep=red, y__deep=blue)
+    refused(
+        write(folder / "r.json", row(image="sub/same.png")), folder, capsys, "sub/0.tar/same.png", "sub/1.tar/same.png"
+    )
+    refused(write(folder / "r.json", row(image="sub/deep.png")), folder, capsys, "sub/1.tar/x/deep.png")
+    names = ["sub/0.tar/same.png", "sub/1.tar/same.png", "sub/1.tar/x/deep.png", "sub/1.tar/y/deep.png", "sub/one.png"]
+    found = [place.read() for place in find_pictures(folder, names).values()]
+    assert found == [red, blue, red, blue, red]
+    assert load_rows([write(folder / "r.json", row(image=names[1]))], folder)[0].pictures[0].read() == blue
+
+
+def test_a_compressed_tar_is_named(folder, picture):
+    (folder / "sub").mkdir()
+    with tarfile.open(folder / "sub/0.tar", "w:gz") as tar:
+        tar.add(folder / "a.png", "c.png")
+    with pytest.raises(InputError, match=r"0\.tar: not a readable tar"):
+        find_pictures(folder, ["sub/c.png"])
+
+
+def test_two_folders_never_share_rows(tmp_path, monkeypatch):
+    """The same relative paths, sizes and times, as copies have them."""
+    for name, answer in (("one", "Red."), ("two", "Sea.")):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name / "r.json", row("What?", answer))
+        os.utime(tmp_path / name / "r.json", ns=(10**18, 10**18))
+    for name, answer in (("one", "Red."), ("two", "Sea."), ("one", "Red.")):
+        monkeypatch.chdir(tmp_path / name)
+        rows = load_rows(["r.json"], ".")
+        assert rows[0].conversation[1]["value"] == answer
+    os.replace(tmp_path / "two/r.json", tmp_path / "one/r.json")
+    assert load_rows(["r.json"], ".")[0].conversation[1]["value"] == "Sea."
+
+
+def test_pictures_of_two_folders_never_mix(tmp_path, monkeypatch, picture):
+    for number, name in enumerate(("one", "two")):
+        (tmp_path / name).mkdir()
+        picture(number).save(tmp_path / name / "a.png")
+        write(tmp_path / "r.json", row(image="a.png"))
+    for number, name in enumerate(("one", "two")):
+        monkeypatch.chdir(tmp_path / name)
+        rows = load_rows([tmp_path / "r.json"], ".")
+        monkeypatch.chdir(tmp_path)
+        assert rows[0].pictures[0].open().tobytes() == picture(number).tobytes()
+
+
+def test_a_file_rewritten_inside_a_folder_is_read_anew(folder):
+    from datasets import Dataset
+
+    Dataset.from_list([row("What?", "Red.")]).save_to_disk(str(folder / "saved"))
+    Dataset.from_list([row("What?", "Sea.")]).save_to_disk(str(folder / "other"))
+    assert load_rows([folder / "saved"], folder)[0].conversation[1]["value"] == "Red."
+    before = (folder / "saved").stat()
+    for file in (folder / "other").iterdir():
+        (folder / "saved" / file.name).write_bytes(file.read_bytes())  # in place: the folder itself stays as it is
+    assert (folder / "saved").stat().st_mtime_ns == before.st_mtime_ns
+    assert load_rows([folder / "saved"], folder)[0].conversation[1]["value"] == "Sea."
+
+
+def test_marks_line_ends_and_encodings(folder):
+    write(folder / "bom.json", row("What?"), encoding="utf-8-sig")
+    lines = json.dumps(row("What?", "a\u2028b\x85c"), ensure_ascii=False) + "\r\n"
+    (folder / "bom.jsonl").write_text(lines * 2, encoding="utf-8-sig", newline="")
+    assert len(list(read_json_rows(folder / "bom.json"))) == 1
+    assert [one["conversations"][1]["value"] for one in read_json_rows(folder / "bom.jsonl")] == ["a\u2028b\x85c"] * 2
+    write(folder / "wide.json", row("What?"), encoding="utf-16")
+    with pytest.raises(InputError, match=r"wide\.json.*not UTF-8.*iconv -f utf-16"):
+        load_rows([folder / "wide.json"], folder)
+    (folder / "deep.json").write_text("[" * 100_000)
+    with pytest.raises(InputError, match=r"deep\.json.*too deep"):
+        load_rows([folder / "deep.json"], folder)
+    (folder / "half.jsonl").write_text(json.dumps(row("What?")) + '\n{"id": 1')
+    with pytest.raises(InputError, match=r"half\.jsonl:2"):
+        load_rows([folder / "half.jsonl"], folder)
+
+
+def test_two_pictures_in_one_question(folder, capsys, assembled):
+    from mllm.examples import ConversationDataset
+
+    file = write(folder / "r.json", row("<image>\n<image>\nSame?", image=["a.png", "b.png"]))
+    refused(file, folder, capsys, "has 2 pictures", "shows 1", "use template chatml")
+    refused(file, folder, capsys, "plain", "use template vicuna or chatml", template="plain")
+    rows = load_rows([file], folder, template="chatml")
+    example = ConversationDataset(rows, assembled[1], template="chatml")[0]
+    assert example["pixel_values"].shape[0] == 2 and torch.isfinite(example["pixel_values"]).all()
+
+
+def test_shared_cases(shared_cases, capsys):
+    cases = shared_cases("rows")
+    images = cases / "images"
+    for name, *words in (
+        ("other-keys/images_key_no_tag.json", "1 pictures", "shows 0"),
+        ("other-keys/video_key.json", "`video`"),
+        ("surrogate_answer.json", "half a character"),
+        ("image-field/image_int.json", "`image` holds 5"),
+        ("image-field/nested_list.json", "`image` holds"),
+        ("eos_in_answer.json", "<|im_end|>"),
+        ("two_pictures_one_question.json", "chatml"),
+    ):
+        refused(cases / name, images, capsys, *words)
+    assert checked(cases / "image-field/base64_uri.json", images) == 2
+    told = capsys.readouterr().out
+    assert "row 0" in told and len(told) < 500
+    refused(cases / "two-tars/rows.json", cases / "two-tars/images", capsys, "sub/00000.tar", "sub/00001.tar")
+    assert len(load_rows([cases / "encodings/bom_json_rows.json"], images)) == 1
+    with pytest.raises(InputError, match=r"utf16_rows\.json.*not UTF-8"):
+        load_rows([cases / "encodings/utf16_rows.json"], images)
+    for name, count in (("onevision", 2), ("binary", 1)):
+        rows = load_rows([cases / f"parquet/{name}.parquet"], images)
+        assert [r.pictures[0].open().size for r in rows] == [(48, 48)] * count
