@@ -267,6 +267,13 @@ def differentiate(
     if lambda_init is None:
         lambda_init = 0.8 if version == 1 else 0.5
     towers, replaced = list(towers), []
+    before = model.model_config["diffclip"] if isinstance(model, CLIP) else {"towers": []}
+    had = [before.get("lambda_init"), before.get("schedule_base"), before.get("version", 1)]
+    if before["towers"] and had != [lambda_init, schedule_base, version]:
+        raise InputError(
+            f"the {' and '.join(before['towers'])} tower is differential already, and a saved model holds one "
+            f"lambda_init, schedule_base and version for all its towers: give {had}"
+        )
     for name in towers:
         if name not in ("vision", "text"):
             raise InputError(f"unknown tower {name!r}: choose vision or text")
@@ -277,7 +284,8 @@ def differentiate(
         block.attn = attention
     if isinstance(model, CLIP):
         options = model.model_config["diffclip"]
-        options.update(towers=list(towers), lambda_init=lambda_init, schedule_base=schedule_base)
+        towers = [name for name in ("vision", "text") if name in (*options["towers"], *towers)]
+        options.update(towers=towers, lambda_init=lambda_init, schedule_base=schedule_base)
         if version == 2:
             options["version"] = 2
         options["variant"] = variant_name(options["towers"], lambda_init, version)
