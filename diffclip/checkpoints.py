@@ -203,11 +203,16 @@ def _load_open_clip(directory: Path, config: dict[str, Any]) -> tuple[nn.Module,
     # isort: split
     import open_clip
 
-    refuse_foreign_code(config.get("model_cfg", config), str(directory / CONFIG))
+    model_cfg = config.get("model_cfg", config)
+    refuse_foreign_code(model_cfg, str(directory / CONFIG))
+    untrusting = {}
+    if model_cfg["text_cfg"].get("hf_tokenizer_name"):  # the tokenizer is transformers', and in this directory
+        refuse_auto_map(directory / "tokenizer_config.json", "AutoTokenizer")
+        untrusting = {"trust_remote_code": False}
     name = f"local-dir:{directory}"
     try:
         model, _, transform = open_clip.create_model_and_transforms(name)
-        return model.eval(), transform, open_clip.get_tokenizer(name, **_untrusting(config.get("model_cfg", config)))
+        return model.eval(), transform, open_clip.get_tokenizer(name, **untrusting)
     except Exception as error:  # open_clip raises whatever its loaders do
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"{directory}: open_clip cannot load it ({type(error).__name__}: {reason})") from error
@@ -226,16 +231,18 @@ def refuse_foreign_code(model_cfg: Any, source: str) -> None:
     text_cfg = model_cfg.get("text_cfg") if isinstance(model_cfg, dict) else None
     if not isinstance(text_cfg, dict):
         raise InputError(f"{source}: has no text_cfg, so it does not describe an open_clip model")
-    if "trust_remote_code" in (options := text_cfg.get("tokenizer_kwargs") or {}) and options["trust_remote_code"]:
+    options = text_cfg.get("tokenizer_kwargs") or {}
+    if not isinstance(options, dict) or options.get("trust_remote_code"):
         raise InputError(
             f"{source}: its tokenizer_kwargs say trust_remote_code, and code of a model's directory is never run: "
             "remove that key, if the tokenizer can be read without"
         )
     if name := text_cfg.get("hf_model_name"):
-        from transformers import AutoConfig
+        from transformers import MODEL_MAPPING, AutoConfig
 
         try:  # open_clip would leave it to transformers, which asks on the terminal
-            AutoConfig.from_pretrained(name, trust_remote_code=False)
+            if type(AutoConfig.from_pretrained(name, trust_remote_code=False)) not in MODEL_MAPPING:
+                raise ValueError("transformers has no model for its config")
         except (OSError, ValueError, KeyError) as error:
             reason = " ".join(str(error).split())[:300]
             raise InputError(
@@ -243,9 +250,19 @@ def refuse_foreign_code(model_cfg: Any, source: str) -> None:
             ) from None
 
 
-def _untrusting(model_cfg: dict[str, Any]) -> dict[str, bool]:
-    """Options for `open_clip.get_tokenizer`: transformers asks nobody whether it may run code, and runs none."""
-    return {"trust_remote_code": False} if model_cfg["text_cfg"].get("hf_tokenizer_name") else {}
+def refuse_auto_map(path: Path, kind: str) -> None:
+    """Raise InputError if a configuration file says that its `kind` is code of its own.
+
+    Without that code transformers would take a class of its own in its place, which need not do the same.
+    """
+    told = read_json(path) if path.is_file() else {}
+    told = told if isinstance(told, dict) else {}
+    nested = told.get("image_processor")  # in processor_config.json
+    for part in (told, nested if isinstance(nested, dict) else {}):
+        if kind in (part.get("auto_map") or {}):
+            raise InputError(
+                f"{path}: names custom code for {kind} (auto_map), and code of a model's directory is never run"
+            )
 
 
 def load_strictly(model: nn.Module, state: dict[str, Tensor], source: str) -> None:

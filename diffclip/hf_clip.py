@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor, cat
 
-from diffclip.checkpoints import load_strictly
+from diffclip.checkpoints import load_strictly, refuse_auto_map
 from diffclip.errors import InputError
 from diffclip.models import to_rgb
 
@@ -104,6 +104,9 @@ def image_transform(directory: Path, side: int) -> Callable[[Image.Image], Tenso
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     names = [name for name in ("preprocessor_config.json", "processor_config.json") if (directory / name).is_file()]
+    for name in names:
+        refuse_auto_map(directory / name, "AutoImageProcessor")
+        refuse_auto_map(directory / name, "AutoFeatureExtractor")
     try:
         if names:
             processor = AutoImageProcessor.from_pretrained(directory, backend="pil", trust_remote_code=False)
@@ -126,8 +129,8 @@ def image_transform(directory: Path, side: int) -> Callable[[Image.Image], Tenso
 
 
 def _pixels(processor: Any, image: Image.Image) -> Tensor:
-    """What a transformers image processor makes of one image, (channels, height, width)."""
-    return processor(to_rgb(image), return_tensors="pt")["pixel_values"][0]
+    """What a transformers image processor makes of one image, (channels, height, width), float32 also unscaled."""
+    return processor(to_rgb(image), return_tensors="pt")["pixel_values"][0].float()
 
 
 def tokenizer(directory: Path, context_length: int, vocab_size: int) -> Callable[[str | list[str]], Tensor]:
@@ -144,6 +147,7 @@ def tokenizer(directory: Path, context_length: int, vocab_size: int) -> Callable
             raise InputError(f"{directory}: no tokenizer beside a vocabulary of {vocab_size}: add its tokenizer.json")
         warnings.warn(f"{directory}: no tokenizer: texts are read by CLIP's", stacklevel=4)
         return open_clip.SimpleTokenizer(context_length=context_length)
+    refuse_auto_map(directory / "tokenizer_config.json", "AutoTokenizer")
     try:
         found = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except Exception as error:  # transformers raises whatever its loaders do

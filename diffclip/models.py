@@ -111,7 +111,7 @@ class CLIP(open_clip.CLIP):
         x = x + self.positional_embedding[:tokens].to(dtype)
         x = self.transformer(x, attn_mask=self.attn_mask[:tokens, :tokens])
         # no index of torch.arange(batch): torch.export would write the batch size of its example into the graph
-        x = self.ln_final(x.take_along_dim(ends[:, None, None], dim=1).squeeze(1))  # (batch, width)
+        x = self.ln_final(x.gather(1, ends[:, None, None].expand(-1, 1, x.shape[-1])).squeeze(1))  # (batch, width)
         x = x @ self.text_projection
         return F.normalize(x, dim=-1) if normalize else x
 

@@ -212,7 +212,7 @@ def _load_tower(path: str | Path, dtype: torch.dtype) -> tuple[PreTrainedModel, 
     vision = getattr(config, "vision_config", None)
     only = "" if vision is None else "vision"
     tower = load_strictly(AutoModel, path, only, config=vision or config, dtype=dtype).eval()
-    return tower, AutoImageProcessor.from_pretrained(path)
+    return tower, AutoImageProcessor.from_pretrained(path, trust_remote_code=False)
 
 
 def _prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, template: str, path: str | Path) -> None:

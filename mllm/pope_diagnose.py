@@ -65,8 +65,8 @@ def diagnose(
     record = read_json(directory / "run.json")
     config = _config(directory)
     try:
-        model = AutoModelForImageTextToText.from_pretrained(directory).eval().to(device)
-        processor = AutoProcessor.from_pretrained(directory)
+        model = AutoModelForImageTextToText.from_pretrained(directory, trust_remote_code=False).eval().to(device)
+        processor = AutoProcessor.from_pretrained(directory, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise InputError(f"{directory}: no model ({' '.join(str(error).split())[:200]}); give a run") from None
     yield transform(processor, prints)
