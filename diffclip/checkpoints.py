@@ -133,6 +133,17 @@ def _locate(path_or_id: str | Path) -> Path:
         ) from error
 
 
+def official_file(path_or_id: str | Path) -> Path | None:
+    """The official code's checkpoint file that a path, its folder or a Hub id names; None if there is none."""
+    try:
+        path = _locate(path_or_id)
+    except InputError:
+        return None
+    if path.is_dir():
+        path = path / OFFICIAL
+    return path if path.is_file() else None
+
+
 def _read_config(directory: Path) -> dict[str, Any]:
     if not (directory / CONFIG).is_file():
         raise InputError(f"{directory}: no {CONFIG}, so this is not a finished dual encoder{_resembles(directory)}")
