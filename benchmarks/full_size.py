@@ -44,7 +44,7 @@ def make_parts(out: Path, tokenizer: str, rows: int) -> None:
     if not (out / "tower").exists():
         diffclip.save(diffclip.build("DiffCLIP-B-16"), out / "tower")
     if not (out / "language").exists():
-        words = AutoTokenizer.from_pretrained(tokenizer)
+        words = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
         model = Qwen2ForCausalLM(Qwen2Config(**QWEN, eos_token_id=words.eos_token_id, bos_token_id=None))
         model.save_pretrained(out / "language")
         words.save_pretrained(out / "language")

@@ -45,8 +45,11 @@ class DifferentialAttention(nn.Module):
     Args:
         dim: width of the tokens.
         num_heads: number of softmax maps; even, and a divisor of dim.
+        qkv_bias, out_bias: whether the projections of queries, keys and values, and that of the output, have biases.
         attn_drop: dropout on the entries of each map, before the difference.
         attn_implementation: "eager", "fused", or "auto": the one measured faster (`faster_form`).
+
+    `q_norm` and `k_norm` do nothing until a tower with normalised queries and keys puts its own there.
 
     Raises:
         InputError: for an odd number of heads, or one that does not divide dim.
@@ -59,6 +62,7 @@ class DifferentialAttention(nn.Module):
         *,
         lambda_init: float = 0.8,
         qkv_bias: bool = True,
+        out_bias: bool = True,
         norm_eps: float = 1e-5,
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
@@ -81,7 +85,8 @@ class DifferentialAttention(nn.Module):
         self.q_proj = nn.Linear(dim, dim, bias=qkv_bias)
         self.k_proj = nn.Linear(dim, dim, bias=qkv_bias)
         self.v_proj = nn.Linear(dim, dim, bias=qkv_bias)
-        self.out_proj = nn.Linear(dim, dim)
+        self.q_norm, self.k_norm = nn.Identity(), nn.Identity()
+        self.out_proj = nn.Linear(dim, dim, bias=out_bias)
         self.lambda_q1 = nn.Parameter(torch.empty(self.head_dim))
         self.lambda_k1 = nn.Parameter(torch.empty(self.head_dim))
         self.lambda_q2 = nn.Parameter(torch.empty(self.head_dim))
@@ -107,7 +112,7 @@ class DifferentialAttention(nn.Module):
         q = self.q_proj(x).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
         k = self.k_proj(x).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
         v = self.v_proj(x).unflatten(-1, (self.num_heads // 2, 2 * self.head_dim)).transpose(1, 2)
-        return q, k, v
+        return self.q_norm(q), self.k_norm(k), v
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Attend within x.

@@ -30,8 +30,11 @@ class DifferentialAttentionV2(nn.Module):
         dim: width of the tokens.
         num_heads: number of differences; a divisor of dim.
         lambda_init: what sigmoid(lambda) starts from for every token, in (0, 1).
+        qkv_bias, out_bias: whether the projections of queries, keys and values, and that of the output, have biases.
         attn_drop: dropout on the entries of each map, before the difference.
         attn_implementation: "eager", "fused", or "auto" (see `attention.faster_form`).
+
+    `q_norm` and `k_norm` do nothing until a tower with normalised queries and keys puts its own there.
 
     Raises:
         InputError: for a head count that does not divide dim, or a lambda_init outside (0, 1).
@@ -44,6 +47,7 @@ class DifferentialAttentionV2(nn.Module):
         *,
         lambda_init: float = 0.5,
         qkv_bias: bool = True,
+        out_bias: bool = True,
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
         attn_implementation: str = "auto",
@@ -65,7 +69,8 @@ class DifferentialAttentionV2(nn.Module):
         self.k_proj = nn.Linear(dim, dim, bias=qkv_bias)
         self.v_proj = nn.Linear(dim, dim, bias=qkv_bias)
         self.lambda_proj = nn.Linear(dim, num_heads)
-        self.out_proj = nn.Linear(dim, dim)
+        self.q_norm, self.k_norm = nn.Identity(), nn.Identity()
+        self.out_proj = nn.Linear(dim, dim, bias=out_bias)
         self.proj_drop = nn.Dropout(proj_drop)
         self.reset_lambdas()
 
@@ -87,7 +92,7 @@ class DifferentialAttentionV2(nn.Module):
         q = self.q_proj(x).unflatten(-1, (2 * self.num_heads, self.head_dim)).transpose(1, 2)
         k = self.k_proj(x).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
         v = self.v_proj(x).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
-        return q, k, v
+        return self.q_norm(q), self.k_norm(k), v
 
     def softmax_maps(self, q: Tensor, k: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Return all maps, (batch, 2 heads, tokens, tokens), for `project`'s queries and keys."""
@@ -168,7 +173,8 @@ def start_from(new: DifferentialAttentionV2, qkv: Tensor, bias: Tensor | None, o
         new.v_proj.bias.copy_(v_bias)
         new.q_proj.bias.copy_(interleave_heads(q_bias, q_bias, new.num_heads))
     new.out_proj.weight.copy_(out.weight / (1 - new.lambda_init) if preserve else out.weight)
-    new.out_proj.bias.copy_(out.bias)
+    if out.bias is not None:
+        new.out_proj.bias.copy_(out.bias)
 
 
 def interleave_heads(first: Tensor, second: Tensor, heads: int) -> Tensor:

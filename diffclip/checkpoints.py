@@ -7,14 +7,17 @@ python -m diffclip.checkpoints convert runs/official official.pt            # ba
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import re
 import warnings
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diffclip.base.files import read_json
 from diffclip.errors import InputError, exit_on_input_error
 
 if TYPE_CHECKING:
@@ -23,7 +26,8 @@ if TYPE_CHECKING:
     from diffclip.models import CLIP
 
 CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
-HUB_FILES = [CONFIG, WEIGHTS, "*.json", "*.txt", "open_clip_pytorch_model.bin", "model.safetensors"]
+OFFICIAL = "checkpoint_best.pt"  # as the official trainer calls it, alone in its Hub repositories
+HUB_FILES = [CONFIG, WEIGHTS, "*.json", "*.txt", "open_clip_pytorch_model.bin", "model.safetensors", OFFICIAL]
 
 
 def save(model: CLIP, directory: str | Path) -> None:
@@ -77,10 +81,11 @@ def load(
     """Return (model in evaluation mode, its transform for evaluation, its tokenizer), as open_clip does.
 
     Args:
-        path_or_id: a directory of ours, of open_clip or of transformers' CLIPModel, a checkpoint file of the
-            official DiffCLIP or of SLIP, or the Hub id of a directory.
+        path_or_id: a directory of ours, of open_clip or of transformers' CLIPModel; a checkpoint file of the
+            official DiffCLIP or of SLIP, or a directory that holds it as checkpoint_best.pt; or the Hub id of any
+            such directory, like hammh0a/DiffCLIP_ViTB16_CC12M.
         lambda_init, schedule_base: for files of the official code, which do not hold them (see
-            `models.differentiate`); 0.8 with a notice if not given.
+            `models.differentiate`), those that `convert` wrote excepted; 0.8 with a notice if not given.
         heads: (vision, text) number of heads, for files of ordinary towers, which do not hold them either; 64
             wide with a notice if not given, as in SLIP, whose ViT-S has 12 heads of 32.
 
@@ -90,17 +95,20 @@ def load(
     from diffclip import models
 
     path = _locate(path_or_id)
+    if path.is_dir() and not (path / CONFIG).is_file():
+        if found := _transformers_clip(path):
+            return found
+        if (path / OFFICIAL).is_file():
+            path = path / OFFICIAL
     if path.is_file():
-        state = _official_state(path)
-        config = official_config(state, lambda_init, schedule_base, heads)
+        state, args = _read_official(path)
+        config = official_config(state, lambda_init, schedule_base, heads, args)
         model = models.build(config)
         load_strictly(model, from_official(state), str(path))
     else:
-        if not (path / CONFIG).is_file() and (found := _transformers_clip(path)):
-            return found
         config = _read_config(path)
         if "diffclip" not in config:
-            return _load_open_clip(path)
+            return _load_open_clip(path, config)
         model = models.build(config)
         load_strictly(model, _read_safetensors(path / WEIGHTS), str(path / WEIGHTS))
     model.model_config = config
@@ -115,38 +123,79 @@ def _locate(path_or_id: str | Path) -> Path:
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path_or_id)):
         raise InputError(f"{path}: no such file or directory")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(str(path_or_id), allow_patterns=HUB_FILES))
-    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         raise InputError(
             f"{path}: no such file or directory, nor a Hub repository in reach ({type(error).__name__})"
         ) from error
 
 
+def official_file(path_or_id: str | Path) -> Path | None:
+    """The official code's checkpoint file that a path, its folder or a Hub id names; None if there is none."""
+    try:
+        path = _locate(path_or_id)
+    except InputError:
+        return None
+    if path.is_dir():
+        path = path / OFFICIAL
+    return path if path.is_file() else None
+
+
 def _read_config(directory: Path) -> dict[str, Any]:
     if not (directory / CONFIG).is_file():
-        tower_only = (directory / "config.json").is_file()
-        hint = "; its config.json is for transformers: use AutoModel.from_pretrained" if tower_only else ""
-        raise InputError(f"{directory}: no {CONFIG}, so this is not a finished dual encoder{hint}")
-    try:
-        return json.loads((directory / CONFIG).read_text())
-    except json.JSONDecodeError as error:
-        raise InputError(f"{directory / CONFIG}: not valid JSON: {error}") from error
+        raise InputError(f"{directory}: no {CONFIG}, so this is not a finished dual encoder{_resembles(directory)}")
+    config = read_json(directory / CONFIG)
+    if not isinstance(config, dict):
+        raise InputError(f"{directory / CONFIG}: not a model's config, but a {type(config).__name__}")
+    return config
+
+
+def _resembles(directory: Path) -> str:
+    """Say what a directory that is no dual encoder may be, and what to do with it."""
+    names = sorted(path.name for path in directory.iterdir())
+    if "config.json" in names:
+        kind = read_json(directory / "config.json")
+        kind = kind.get("model_type") if isinstance(kind, dict) else None
+        if kind in ("siglip", "siglip2"):
+            return (
+                f"; it is transformers' {kind}, which is not read here: take open_clip's release of the same weights, "
+                "like timm/ViT-B-16-SigLIP"
+            )
+        return f"; its config.json ({kind or 'no model_type'}) is for transformers: use AutoModel.from_pretrained"
+    if any(name.startswith("checkpoint-") for name in names):
+        return "; it has the checkpoints of a run that is not finished: give the run's command again"
+    weights = [name for name in names if name.endswith((".pt", ".pth", ".bin", ".safetensors"))]
+    if weights:
+        return f"; if one of its files ({', '.join(weights[:5])}) is the official DiffCLIP's or SLIP's, give its path"
+    return f"; it holds {', '.join(names[:5])}{' …' if len(names) > 5 else ''}" if names else "; it is empty"
 
 
 def _transformers_clip(directory: Path) -> tuple[nn.Module, Callable, Callable] | None:
     """Load a directory of transformers' CLIPModel; None if it is not one."""
-    try:
-        config = json.loads((directory / "config.json").read_text())
-    except (OSError, json.JSONDecodeError):
+    if not (directory / "config.json").is_file():
         return None
-    if config.get("model_type") != "clip":
+    config = read_json(directory / "config.json")
+    if not isinstance(config, dict) or config.get("model_type") != "clip":
         return None
     from diffclip.hf_clip import load_transformers_clip
 
-    return load_transformers_clip(directory, config, _read_safetensors(directory / "model.safetensors"))
+    return load_transformers_clip(directory, config, _transformers_weights(directory))
+
+
+def _transformers_weights(directory: Path) -> dict[str, Tensor]:
+    """Read model.safetensors, the files that model.safetensors.index.json lists, or pytorch_model.bin."""
+    if (index := directory / "model.safetensors.index.json").is_file():
+        listed = read_json(index)
+        names = set(listed["weight_map"].values()) if isinstance(listed, dict) and "weight_map" in listed else set()
+        if not names or any(Path(str(name)).name != name for name in names):
+            raise InputError(f"{index}: lists no weight files of its own directory under weight_map")
+        return {key: tensor for name in sorted(names) for key, tensor in _read_safetensors(directory / name).items()}
+    if not (directory / "model.safetensors").is_file() and (directory / "pytorch_model.bin").is_file():
+        return _tensors(_read_pickle(directory / "pytorch_model.bin"), directory / "pytorch_model.bin")
+    return _read_safetensors(directory / "model.safetensors")
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -159,12 +208,72 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         raise InputError(f"{path}: cannot be read as safetensors: {error}") from error
 
 
-def _load_open_clip(directory: Path) -> tuple[nn.Module, Callable, Callable]:
+def _load_open_clip(directory: Path, config: dict[str, Any]) -> tuple[nn.Module, Callable, Callable]:
+    import diffclip.lean_timm  # noqa: F401 - before open_clip and timm
+
+    # isort: split
     import open_clip
 
+    model_cfg = config.get("model_cfg", config)
+    refuse_foreign_code(model_cfg, str(directory / CONFIG))
+    untrusting = {}
+    if model_cfg["text_cfg"].get("hf_tokenizer_name"):  # the tokenizer is transformers', and in this directory
+        refuse_auto_map(directory / "tokenizer_config.json", "AutoTokenizer")
+        untrusting = {"trust_remote_code": False}
     name = f"local-dir:{directory}"
-    model, _, transform = open_clip.create_model_and_transforms(name)
-    return model.eval(), transform, open_clip.get_tokenizer(name)
+    try:
+        model, _, transform = open_clip.create_model_and_transforms(name)
+        return model.eval(), transform, open_clip.get_tokenizer(name, **untrusting)
+    except Exception as error:  # open_clip raises whatever its loaders do
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"{directory}: open_clip cannot load it ({type(error).__name__}: {reason})") from error
+
+
+def refuse_foreign_code(model_cfg: Any, source: str) -> None:
+    """Look through an open_clip model config for code that loading it would fetch and run.
+
+    Args:
+        model_cfg: open_clip's, with vision_cfg and text_cfg.
+        source: what the messages call it.
+
+    Raises:
+        InputError: it asks for such code, or its text tower cannot be had without.
+    """
+    text_cfg = model_cfg.get("text_cfg") if isinstance(model_cfg, dict) else None
+    if not isinstance(text_cfg, dict):
+        raise InputError(f"{source}: has no text_cfg, so it does not describe an open_clip model")
+    options = text_cfg.get("tokenizer_kwargs") or {}
+    if not isinstance(options, dict) or options.get("trust_remote_code"):
+        raise InputError(
+            f"{source}: its tokenizer_kwargs say trust_remote_code, and code of a model's directory is never run: "
+            "remove that key, if the tokenizer can be read without"
+        )
+    if name := text_cfg.get("hf_model_name"):
+        from transformers import MODEL_MAPPING, AutoConfig
+
+        try:  # open_clip would leave it to transformers, which asks on the terminal
+            if type(AutoConfig.from_pretrained(name, trust_remote_code=False)) not in MODEL_MAPPING:
+                raise ValueError("transformers has no model for its config")
+        except (OSError, ValueError, KeyError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise InputError(
+                f"{source}: its text tower {name} cannot be had without code of its own ({reason})"
+            ) from None
+
+
+def refuse_auto_map(path: Path, kind: str) -> None:
+    """Raise InputError if a configuration file says that its `kind` is code of its own.
+
+    Without that code transformers would take a class of its own in its place, which need not do the same.
+    """
+    told = read_json(path) if path.is_file() else {}
+    told = told if isinstance(told, dict) else {}
+    nested = told.get("image_processor")  # in processor_config.json
+    for part in (told, nested if isinstance(nested, dict) else {}):
+        if kind in (part.get("auto_map") or {}):
+            raise InputError(
+                f"{path}: names custom code for {kind} (auto_map), and code of a model's directory is never run"
+            )
 
 
 def load_strictly(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
@@ -186,34 +295,68 @@ def load_strictly(model: nn.Module, state: dict[str, Tensor], source: str) -> No
 # names are ours but for the vision tower's prefix and the image projection, which it keeps as (in, out).
 
 
-def _official_state(path: Path) -> dict[str, Tensor]:
-    """Read a checkpoint file without running what may be pickled in it; return its tensors by plain name."""
+class Unread:
+    """Stands for objects of the official trainer's files that are of no use here: paths and numpy's numbers."""
+
+    def __init__(self, *args: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+# What these files import beyond tensors and plain values (their own list, with both names that numpy has had).
+UNREAD = ("pathlib.PosixPath", "numpy.dtype", "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
+
+
+def _read_pickle(path: Path) -> Any:
+    """Read a file of torch.save without running what may be pickled in it; tensors stay on disk until they are used."""
     import pickle
 
     import torch
 
-    if path.suffix == ".safetensors":
-        state = _read_safetensors(path)
-    else:
-        try:
-            with torch.serialization.safe_globals([argparse.Namespace]):
-                state = torch.load(path, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            raise InputError(f"{path}: cannot be read as plain weights: {str(error).splitlines()[0]}") from error
-        state = state.get("state_dict", state)
-    state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace, *((Unread, name) for name in UNREAD)]):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, TypeError, KeyError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{path}: cannot be read as plain weights: {reason}") from error
+
+
+def _tensors(state: Any, path: Path) -> dict[str, Tensor]:
+    import torch
+
+    if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
+        raise InputError(f"{path}: holds no state dict of tensors")
+    return state
+
+
+def _read_official(path: Path) -> tuple[dict[str, Tensor], argparse.Namespace]:
+    """Read a checkpoint file; return its tensors by plain name, and the trainer's arguments."""
+    content: Any = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: holds no state dict, but a {type(content).__name__}")
+    args = content.get("args")
+    for key in ("state_dict", "model"):
+        if isinstance(content.get(key), dict):
+            content = content[key]
+            break
+    state = {}
+    for name, tensor in _tensors(content, path).items():  # of DistributedDataParallel, twice at times, and compile
+        state[re.sub(r"^(module\.)+", "", str(name).replace("_orig_mod.", ""))] = tensor
     if "image_projection" not in state or "visual.cls_token" not in state:
         raise InputError(
             f"{path}: no image_projection or visual.cls_token, so not a file of the official DiffCLIP or SLIP"
         )
-    return state
+    return state, args if isinstance(args, argparse.Namespace) else argparse.Namespace()
 
 
 def from_official(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Rename the official code's state dict (no "module.") to ours."""
     ours = {re.sub(r"^visual\.", "visual.trunk.", name): tensor for name, tensor in state.items()}
     ours["visual.head.proj.weight"] = ours.pop("image_projection").T.contiguous()
-    ours["logit_scale"] = ours["logit_scale"].reshape(1)
+    if "logit_scale" in ours:  # if not, `load_strictly` says so
+        ours["logit_scale"] = ours["logit_scale"].reshape(-1)
     return ours
 
 
@@ -236,9 +379,21 @@ def official_config(
     lambda_init: float | str | None = None,
     schedule_base: int = 0,
     heads: tuple[int, int] | None = None,
+    args: argparse.Namespace | None = None,
 ) -> dict[str, Any]:
-    """Return the model config that fits an official state dict; see `load` for the arguments."""
+    """Return the model config that fits an official state dict; see `load` for the arguments.
+
+    `args` are the file's own; where `convert` has put a config into them it is returned, if it was not overruled.
+    """
     from diffclip.models import IMAGENET_PREPROCESS, variant_name
+
+    if isinstance(written := getattr(args, "model_config", None), dict) and "model_cfg" in written:
+        config = copy.deepcopy(written)
+        options = config.get("diffclip")
+        if lambda_init is not None and isinstance(options, dict) and options.get("towers"):
+            options.update(lambda_init=lambda_init, schedule_base=schedule_base)
+            options["variant"] = variant_name(options["towers"], lambda_init)
+        return config
 
     def layers(prefix: str) -> int:
         return len({name.split(".")[prefix.count(".")] for name in state if name.startswith(prefix)})
@@ -299,15 +454,36 @@ def official_config(
 
 
 def convert(source: str, target: str, **options: Any) -> None:
-    """Read any format and write a directory, or, for a target ending in .pt or .pth, the official layout."""
+    """Read any format and write a directory, or, for a target ending in .pt or .pth, the official layout.
+
+    That layout has no place for lambda_init, epsilons and numbers of heads: they are written, as the whole config, into
+    its `args`, where `load` finds them; a notice says which of them the official code would take by itself as something
+    else.
+
+    Raises:
+        InputError: for what cannot be read, or not be written in that layout.
+    """
     import torch
 
+    from diffclip.models import CLIP
+
     model, _, _ = load(source, **options)
+    if not isinstance(model, CLIP):
+        raise InputError(
+            f"{source}: a {type(model).__module__.split('.')[0]} model, which neither our directories nor the official "
+            "layout can hold: every command takes it as it is"
+        )
     if Path(target).suffix not in (".pt", ".pth"):
         save(model, target)
         return
     state = {f"module.{name}": tensor for name, tensor in to_official(model.state_dict()).items()}
-    args = argparse.Namespace(model=model.model_config["diffclip"]["variant"])
+    config = model.model_config
+    options = config["diffclip"]
+    there = {"lambda_init": 0.8} if options["towers"] else {}
+    there["vision_norm_eps"] = 1e-5 if "vision" in options["towers"] else 1e-6
+    if differing := [f"{key} {options[key]}, not {value}" for key, value in there.items() if options[key] != value]:
+        warnings.warn(f"{target}: to be set in the official code by hand: {'; '.join(differing)}", stacklevel=2)
+    args = argparse.Namespace(model=config["diffclip"]["variant"], model_config=config)
     _write(Path(target), lambda path: torch.save({"state_dict": state, "args": args}, path))
 
 

@@ -22,6 +22,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from diffclip.attention import DifferentialAttention
 from diffclip.attention_maps import attention_map
 from diffclip.attention_v2 import DifferentialAttentionV2
+from diffclip.errors import InputError
 from diffclip.models import differentiate_tower, layer_lambda_inits, vision_trunk
 
 
@@ -190,6 +191,25 @@ def vision_config(model_config: dict[str, Any]) -> DiffCLIPVisionConfig:
         lambda_init=lambda_init,
         attention_version=options.get("version", 1),
     )
+
+
+def load_tower(path_or_id: str) -> tuple[DiffCLIPVisionModel, DiffCLIPImageProcessor]:
+    """Return the vision tower, in evaluation mode, of what has no config.json of one: the official code's files.
+
+    Args:
+        path_or_id: such a file, its folder or its Hub id, as for `diffclip.load`.
+
+    Raises:
+        InputError: it cannot be read, or is no dual encoder of ours.
+    """
+    from diffclip import checkpoints  # which imports this module
+
+    model = checkpoints.load(path_or_id)[0]
+    if not hasattr(model, "model_config"):
+        raise InputError(f"{path_or_id}: a {type(model).__name__} that is not ours: its tower is read by transformers")
+    tower = DiffCLIPVisionModel(vision_config(model.model_config))
+    tower.trunk.load_state_dict(model.visual.trunk.state_dict())
+    return tower.eval(), image_processor(model.model_config)
 
 
 def image_processor(model_config: dict[str, Any]) -> DiffCLIPImageProcessor:

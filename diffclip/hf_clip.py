@@ -3,16 +3,20 @@
 import diffclip.lean_timm  # noqa: F401 - before open_clip and timm
 
 # isort: split
-import json
+import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import open_clip
+import torch
+from PIL import Image
 from torch import Tensor, cat
 
-from diffclip.checkpoints import load_strictly
+from diffclip.checkpoints import load_strictly, refuse_auto_map
 from diffclip.errors import InputError
+from diffclip.models import to_rgb
 
 LAYER = (  # transformers' name, open_clip's
     ("self_attn.out_proj.", "attn.out_proj."),
@@ -41,19 +45,27 @@ def load_transformers_clip(
 ) -> tuple[open_clip.CLIP, Callable, Callable]:
     """Return (model in evaluation mode, its transform for evaluation, its tokenizer) for a CLIPModel's directory.
 
+    Images and texts are prepared by the directory's own image processor (on PIL) and tokenizer.
+
     Args:
         config: of its config.json.
-        state: of its model.safetensors.
+        state: of its weights.
 
     Raises:
-        InputError: for an activation that open_clip's CLIP does not have, or weights that do not fit.
+        InputError: for an activation that open_clip's CLIP does not have, weights that do not fit, or an image
+            processor or tokenizer that cannot be followed.
     """
     from transformers import CLIPConfig
 
-    whole = CLIPConfig.from_dict(config)
+    try:
+        whole = CLIPConfig.from_dict(config)
+    except Exception as error:  # transformers checks each value in its own way
+        raise InputError(f"{directory / 'config.json'}: not a CLIP's ({_first_line(error)})") from None
     vision, text = whole.vision_config, whole.text_config
     if {vision.hidden_act, text.hidden_act} not in ({"quick_gelu"}, {"gelu"}):
         raise InputError(f"{directory}: activations {vision.hidden_act} and {text.hidden_act} are not CLIP's")
+    # the embedding is read at the first end token; with 2, which old files say, transformers takes the largest id
+    pooling = {} if text.eos_token_id == 2 else {"pool_type": "eos", "eos_id": text.eos_token_id}
     model = open_clip.CLIP(
         whole.projection_dim,
         {
@@ -63,6 +75,7 @@ def load_transformers_clip(
             "mlp_ratio": vision.intermediate_size / vision.hidden_size,
             "image_size": vision.image_size,
             "patch_size": vision.patch_size,
+            "norm_kwargs": {"eps": vision.layer_norm_eps},
         },
         {
             "context_length": text.max_position_embeddings,
@@ -71,17 +84,93 @@ def load_transformers_clip(
             "heads": text.num_attention_heads,
             "layers": text.num_hidden_layers,
             "mlp_ratio": text.intermediate_size / text.hidden_size,
+            "norm_kwargs": {"eps": text.layer_norm_eps},
+            **pooling,
         },
         quick_gelu=vision.hidden_act == "quick_gelu",
     )
     load_strictly(model, rename(state), str(directory))
-    preprocess = {}
-    if (directory / "preprocessor_config.json").is_file():
-        told = json.loads((directory / "preprocessor_config.json").read_text())
-        preprocess = {"mean": told.get("image_mean"), "std": told.get("image_std")}
-    size = model.visual.image_size
-    transform = open_clip.image_transform(size, is_train=False, interpolation="bicubic", **preprocess)
-    return model.eval(), transform, open_clip.SimpleTokenizer(context_length=text.max_position_embeddings)
+    transform = image_transform(directory, vision.image_size)
+    return model.eval(), transform, tokenizer(directory, text.max_position_embeddings, text.vocab_size)
+
+
+def image_transform(directory: Path, side: int) -> Callable[[Image.Image], Tensor]:
+    """Return the directory's image processor as a transform from a PIL image to (3, side, side).
+
+    Raises:
+        InputError: it cannot be read without running its code, or makes images of another size than the tower takes.
+    """
+    from transformers import AutoImageProcessor
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    names = [name for name in ("preprocessor_config.json", "processor_config.json") if (directory / name).is_file()]
+    for name in names:
+        refuse_auto_map(directory / name, "AutoImageProcessor")
+        refuse_auto_map(directory / name, "AutoFeatureExtractor")
+    try:
+        if names:
+            processor = AutoImageProcessor.from_pretrained(directory, backend="pil", trust_remote_code=False)
+        else:
+            processor = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+            warnings.warn(f"{directory}: no preprocessor_config.json: images are prepared as CLIP's are", stacklevel=4)
+        transform = partial(_pixels, processor)
+        for size in ((2 * side + 7, side + 3), (side + 3, 2 * side + 7)):
+            made = tuple(transform(Image.new("RGB", size)).shape)
+            if made != (3, side, side):
+                raise InputError(
+                    f"{directory / names[0]}: makes {made} of an image of {size[0]} x {size[1]} pixels, but the vision "
+                    f"tower takes (3, {side}, {side}): correct its size, crop_size, do_resize or do_center_crop"
+                )
+    except InputError:
+        raise
+    except Exception as error:  # transformers raises whatever its processors do
+        raise InputError(f"{directory}: its image processor cannot be used ({_first_line(error)})") from None
+    return transform
+
+
+def _pixels(processor: Any, image: Image.Image) -> Tensor:
+    """What a transformers image processor makes of one image, (channels, height, width), float32 also unscaled."""
+    return processor(to_rgb(image), return_tensors="pt")["pixel_values"][0].float()
+
+
+def tokenizer(directory: Path, context_length: int, vocab_size: int) -> Callable[[str | list[str]], Tensor]:
+    """Return the directory's tokenizer: str or list of str -> ids (n, context_length), int64; CLIP's if it has none.
+
+    Raises:
+        InputError: it cannot be read without running its code, or gives ids that the model has no embedding for.
+    """
+    from transformers import AutoTokenizer
+
+    files = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "tokenizer.model")
+    if not any((directory / name).is_file() for name in files):
+        if vocab_size != 49408:
+            raise InputError(f"{directory}: no tokenizer beside a vocabulary of {vocab_size}: add its tokenizer.json")
+        warnings.warn(f"{directory}: no tokenizer: texts are read by CLIP's", stacklevel=4)
+        return open_clip.SimpleTokenizer(context_length=context_length)
+    refuse_auto_map(directory / "tokenizer_config.json", "AutoTokenizer")
+    try:
+        found = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    except Exception as error:  # transformers raises whatever its loaders do
+        raise InputError(f"{directory}: its tokenizer cannot be read ({_first_line(error)})") from None
+    if max(found.get_vocab().values(), default=0) >= vocab_size:
+        raise InputError(f"{directory}: its tokenizer has {len(found)} tokens, but the model embeds {vocab_size}")
+    if found.padding_side != "right":
+        raise InputError(f"{directory}: its tokenizer pads on the left, which would move a CLIP's positions")
+    return partial(_ids, found, context_length)
+
+
+def _ids(found: Any, context_length: int, texts: str | list[str]) -> Tensor:
+    """Ids (n, context_length) of texts, cut and padded as a transformers tokenizer does."""
+    texts = [texts] if isinstance(texts, str) else list(texts)
+    rows = found(texts, truncation=True, max_length=min(context_length, found.model_max_length))["input_ids"]
+    ids = torch.full((len(rows), context_length), found.pad_token_id or 0)
+    for row, tokens in zip(ids, rows):
+        row[: len(tokens)] = torch.tensor(tokens)
+    return ids
+
+
+def _first_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def rename(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -21,7 +21,8 @@ import regex as re  # open_clip's tokenizer needs its classes of letters and dig
 import torch
 import torch.nn.functional as F
 from open_clip.timm_model import TimmModel
-from open_clip.transformer import ResidualAttentionBlock
+from open_clip.transformer import Attention as OpenClipAttention
+from open_clip.transformer import CustomResidualAttentionBlock, ResidualAttentionBlock
 from timm.layers import Attention
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
@@ -109,7 +110,8 @@ class CLIP(open_clip.CLIP):
         x = self.token_embedding(text).to(dtype)  # (batch, tokens, width)
         x = x + self.positional_embedding[:tokens].to(dtype)
         x = self.transformer(x, attn_mask=self.attn_mask[:tokens, :tokens])
-        x = self.ln_final(x[torch.arange(len(x), device=x.device), ends])  # (batch, width)
+        # no index of torch.arange(batch): torch.export would write the batch size of its example into the graph
+        x = self.ln_final(x.gather(1, ends[:, None, None].expand(-1, 1, x.shape[-1])).squeeze(1))  # (batch, width)
         x = x @ self.text_projection
         return F.normalize(x, dim=-1) if normalize else x
 
@@ -125,7 +127,17 @@ class VisionTower(TimmModel):
         self.head = nn.Sequential(OrderedDict(drop=nn.Dropout(0.0), proj=projection))
 
 
-class CalledLikeMultihead:
+class MaskPerHead:
+    """Takes also masks of (batch * heads, tokens, tokens), which open_clip makes where captions are padded."""
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        """Return (batch, tokens, dim) for x of that shape; `attn_mask` is additive, (tokens, tokens) or per head."""
+        if attn_mask is not None and attn_mask.ndim == 3:
+            attn_mask = attn_mask.unflatten(0, (-1, self.num_heads))
+        return super().forward(x, attn_mask=attn_mask)
+
+
+class CalledLikeMultihead(MaskPerHead):
     """Makes an attention module be called, and answer, like `nn.MultiheadAttention` over one sequence."""
 
     def forward(
@@ -142,17 +154,23 @@ class CalledLikeMultihead:
             query: (batch, tokens, dim).
             attn_mask: additive, (tokens, tokens) or (batch * heads, tokens, tokens).
         """
-        if attn_mask is not None and attn_mask.ndim == 3:
-            attn_mask = attn_mask.unflatten(0, (-1, self.num_heads))
         return super().forward(query, attn_mask=attn_mask), None
 
 
 class TextDifferentialAttention(CalledLikeMultihead, DifferentialAttention):
-    """The first version, for open_clip's text blocks."""
+    """The first version, for open_clip's blocks."""
 
 
 class TextDifferentialAttentionV2(CalledLikeMultihead, DifferentialAttentionV2):
-    """The second version, for open_clip's text blocks."""
+    """The second version, for open_clip's blocks."""
+
+
+class CustomDifferentialAttention(MaskPerHead, DifferentialAttention):
+    """The first version, for open_clip's custom blocks."""
+
+
+class CustomDifferentialAttentionV2(MaskPerHead, DifferentialAttentionV2):
+    """The second version, for open_clip's custom blocks."""
 
 
 def vision_trunk(vision_cfg: dict[str, Any], norm_eps: float) -> VisionTransformer:
@@ -248,16 +266,26 @@ def differentiate(
         raise InputError(f"version of differential attention must be 1 or 2: got {version!r}")
     if lambda_init is None:
         lambda_init = 0.8 if version == 1 else 0.5
-    towers = list(towers)
+    towers, replaced = list(towers), []
+    before = model.model_config["diffclip"] if isinstance(model, CLIP) else {"towers": []}
+    had = [before.get("lambda_init"), before.get("schedule_base"), before.get("version", 1)]
+    if before["towers"] and had != [lambda_init, schedule_base, version]:
+        raise InputError(
+            f"the {' and '.join(before['towers'])} tower is differential already, and a saved model holds one "
+            f"lambda_init, schedule_base and version for all its towers: give {had}"
+        )
     for name in towers:
         if name not in ("vision", "text"):
             raise InputError(f"unknown tower {name!r}: choose vision or text")
         tower = model.visual if name == "vision" else getattr(model, "text", None) or model.transformer
-        layers = len(_self_attention_blocks(tower))
-        differentiate_tower(tower, layer_lambda_inits(lambda_init, schedule_base, layers), version, preserve)
+        lambda_inits = layer_lambda_inits(lambda_init, schedule_base, len(_self_attention_blocks(tower)))
+        replaced += _replacements(tower, lambda_inits, version, preserve)
+    for block, attention in replaced:  # all that is refused has been refused: never one tower without the other
+        block.attn = attention
     if isinstance(model, CLIP):
         options = model.model_config["diffclip"]
-        options.update(towers=list(towers), lambda_init=lambda_init, schedule_base=schedule_base)
+        towers = [name for name in ("vision", "text") if name in (*options["towers"], *towers)]
+        options.update(towers=towers, lambda_init=lambda_init, schedule_base=schedule_base)
         if version == 2:
             options["version"] = 2
         options["variant"] = variant_name(options["towers"], lambda_init, version)
@@ -285,42 +313,74 @@ def variant_name(towers: list[str], lambda_init: float | str | None, version: in
 
 def differentiate_tower(tower: nn.Module, lambda_inits: list[float], version: int = 1, preserve: bool = True) -> None:
     """Replace, in place, the self-attention of one tower's blocks; one lambda_init per block, in order."""
+    for block, attention in _replacements(tower, lambda_inits, version, preserve):
+        block.attn = attention
+
+
+def _replacements(
+    tower: nn.Module, lambda_inits: list[float], version: int, preserve: bool
+) -> list[tuple[nn.Module, DifferentialAttention | DifferentialAttentionV2]]:
+    """Return each block of a tower with the attention that is to replace its own; nothing is changed yet."""
     blocks = _self_attention_blocks(tower)
     if any(isinstance(block.attn, DifferentialAttention | DifferentialAttentionV2) for block in blocks):
         raise InputError(f"{type(tower).__name__} is differential already")
     if not blocks or len(blocks) != len(lambda_inits):
+        others = {
+            type(m).__name__ for m in tower.modules() if re.search("attention|attn|block", type(m).__name__.lower())
+        }
         raise InputError(
-            f"{type(tower).__name__} has {len(blocks)} blocks with self-attention known here, "
-            f"for {len(lambda_inits)} values of lambda_init"
+            f"{type(tower).__name__} has {len(blocks)} blocks with self-attention known here, for {len(lambda_inits)} "
+            f"values of lambda_init{'; it is made of ' + ', '.join(sorted(others)) if others and not blocks else ''}"
         )
-    for block, lambda_init in zip(blocks, lambda_inits):
-        block.attn = _differential_like(block.attn, lambda_init, version, preserve)
+    return [
+        (block, _differential_like(block.attn, lambda_init, version, preserve, f"{type(tower).__name__}'s block {i}"))
+        for i, (block, lambda_init) in enumerate(zip(blocks, lambda_inits))
+    ]
 
 
 def _self_attention_blocks(tower: nn.Module) -> list[nn.Module]:
-    blocks = [module for module in tower.modules() if isinstance(module, (Block, ResidualAttentionBlock))]
+    kinds = (Block, ResidualAttentionBlock, CustomResidualAttentionBlock)
+    blocks = [module for module in tower.modules() if isinstance(module, kinds)]
     return [block for block in blocks if not hasattr(block, "ln_1_kv")]  # which marks cross-attention
 
 
 def _differential_like(
-    attention: nn.MultiheadAttention | Attention, lambda_init: float, version: int, preserve: bool
+    attention: nn.MultiheadAttention | OpenClipAttention | Attention,
+    lambda_init: float,
+    version: int,
+    preserve: bool,
+    where: str,
 ) -> DifferentialAttention | DifferentialAttentionV2:
-    """Return differential attention with an ordinary one's projections, on its device and in its dtype."""
-    if isinstance(attention, nn.MultiheadAttention):
-        qkv_weight, qkv_bias, out = attention.in_proj_weight, attention.in_proj_bias, attention.out_proj
-        kind = TextDifferentialAttention if version == 1 else TextDifferentialAttentionV2
-        dropouts = {"attn_drop": attention.dropout}
-    else:
+    """Return differential attention with an ordinary one's projections, on its device and in its dtype.
+
+    Raises:
+        InputError: it has an option that would be lost; the message begins with `where`.
+    """
+    if refused := _options_without_differential_form(attention):
+        raise InputError(f"{where}: attention with {refused} has no differential form here")
+    if isinstance(attention, Attention):
         qkv_weight, qkv_bias, out = attention.qkv.weight, attention.qkv.bias, attention.proj
-        kind = DifferentialAttention if version == 1 else DifferentialAttentionV2
+        kinds = DifferentialAttention, DifferentialAttentionV2
         dropouts = {"attn_drop": attention.attn_drop.p, "proj_drop": attention.proj_drop.p}
-    new = kind(
+        norms = attention.q_norm, attention.k_norm
+    else:
+        qkv_weight, qkv_bias, out = attention.in_proj_weight, attention.in_proj_bias, attention.out_proj
+        if isinstance(attention, OpenClipAttention):
+            kinds = CustomDifferentialAttention, CustomDifferentialAttentionV2
+            dropouts = {"attn_drop": attention.attn_drop.p, "proj_drop": attention.out_drop.p}
+            norms = attention.ln_q, attention.ln_k
+        else:
+            kinds = TextDifferentialAttention, TextDifferentialAttentionV2
+            dropouts, norms = {"attn_drop": attention.dropout}, (nn.Identity(), nn.Identity())
+    new = kinds[version - 1](
         out.out_features,
         attention.num_heads,
         lambda_init=lambda_init,
         qkv_bias=qkv_bias is not None,
+        out_bias=out.bias is not None,
         **dropouts,
     ).to(qkv_weight)
+    new.q_norm, new.k_norm = norms
     if version == 2:
         start_from(new, qkv_weight, qkv_bias, out, preserve)
         return new.train(attention.training)
@@ -332,6 +392,33 @@ def _differential_like(
                 projection.bias.copy_(bias)
         new.out_proj.load_state_dict(out.state_dict())
     return new.train(attention.training)
+
+
+def _options_without_differential_form(attention: nn.Module) -> str:
+    """Return what an ordinary attention has beyond projections, dropout and norms of queries and keys, or ""."""
+    if type(attention) is Attention:
+        found = {
+            "scale_norm (a norm before the output projection)": not isinstance(attention.norm, nn.Identity),
+            "gated output": attention.gate is not None,
+            "heads of a width other than width / heads": attention.attn_dim != attention.qkv.in_features,
+            "an output of another width": attention.proj.out_features != attention.qkv.in_features,
+        }
+    elif type(attention) is OpenClipAttention:
+        found = {
+            "scaled_cosine_attn": attention.scaled_cosine,
+            "scale_heads": attention.scale_heads,
+            "scale_attn_inner (a norm before the output projection)": not isinstance(attention.ln_inner, nn.Identity),
+        }
+    elif type(attention) is nn.MultiheadAttention:
+        found = {
+            "add_bias_kv": attention.bias_k is not None,
+            "add_zero_attn": attention.add_zero_attn,
+            "keys of another width": attention.in_proj_weight is None,
+            "the sequence first (batch_first=False)": not attention.batch_first,
+        }
+    else:
+        found = {f"the computation of {type(attention).__module__}.{type(attention).__name__}": True}
+    return ", ".join(name for name, here in found.items() if here)
 
 
 def _official_init(model: CLIP) -> None:

@@ -20,8 +20,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from diffclip.checkpoints import official_file
 from diffclip.errors import InputError
 from diffclip.fingerprint import fingerprint
+from diffclip.hf import load_tower
 from mllm.conversation import IMAGE, TEMPLATES, chat_template
 from mllm.image_modes import with_mode
 from mllm.model import (
@@ -147,7 +149,8 @@ def plan(
     if str(vision_tower).startswith(PREFIX):
         vision = from_open_clip(str(vision_tower))[0].config
     else:
-        vision = from_pretrained(AutoConfig, vision_tower)
+        official = _official_tower(vision_tower)
+        vision = official[0].config if official else from_pretrained(AutoConfig, vision_tower)
     vision = getattr(vision, "vision_config", None) or vision
     return DiffCLIPLlavaConfig(
         vision_config=vision,
@@ -238,11 +241,23 @@ def _load_tower(path: str | Path, dtype: torch.dtype) -> tuple[PreTrainedModel, 
     if str(path).startswith(PREFIX):
         tower, image_processor = from_open_clip(str(path))
         return tower.to(dtype), image_processor
+    if (official := _official_tower(path)) is not None:
+        return official[0].to(dtype), official[1]
     config = from_pretrained(AutoConfig, path)
     vision = getattr(config, "vision_config", None)
     only = "" if vision is None else "vision"
     tower = load_strictly(AutoModel, path, only, config=vision or config, dtype=dtype).eval()
-    return tower, AutoImageProcessor.from_pretrained(path)
+    return tower, AutoImageProcessor.from_pretrained(path, trust_remote_code=False)
+
+
+def _official_tower(path: str | Path) -> tuple[PreTrainedModel, Any] | None:
+    """The vision tower of a file of the official DiffCLIP or SLIP, its folder or Hub id; None for anything else."""
+    try:
+        AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError):
+        if official_file(path):
+            return load_tower(str(path))
+    return None
 
 
 def _prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, template: str, path: str | Path) -> None:

@@ -280,11 +280,6 @@ def _table_rows(path: Path) -> Iterator[dict]:
         raise InputError(f"{path}: has no column conversations; LLaVA's rows have id, image and conversations")
 
 
-def image_names(row: dict) -> list[str]:
-    """The names of `row_images`."""
-    return [name for name, _ in row_images(row)]
-
-
 def row_images(row: dict) -> list[tuple[str, bytes | None]]:
     """A row's pictures: (path, None), or (what to call it, the encoded picture) of one that the row holds itself.
 

@@ -124,7 +124,7 @@ def tokens(options: argparse.Namespace, rows: Rows) -> tuple[np.ndarray, np.ndar
     from mllm.conversation import encode, render
     from mllm.examples import image_tokens
 
-    processor = AutoProcessor.from_pretrained(options.model)
+    processor = AutoProcessor.from_pretrained(options.model, trust_remote_code=False)
     pictures = image_tokens(processor)
     counts = []
     for first in range(0, len(rows), 4096):

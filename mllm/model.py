@@ -326,7 +326,7 @@ def load(
     model = load_strictly(AutoModelForImageTextToText, directory, dtype="auto")
     if not isinstance(model, DiffCLIPLlavaForConditionalGeneration):
         raise InputError(f"{directory}: holds a {type(model).__name__}; give a run of align or instruct")
-    processor = AutoProcessor.from_pretrained(directory)
+    processor = AutoProcessor.from_pretrained(directory, trust_remote_code=False)
     processor.tokenizer.padding_side = "left"  # runs of earlier versions say right
     file = Path(directory) / FINGERPRINTS
     if file.is_file():
@@ -422,7 +422,7 @@ def verify(model: DiffCLIPLlavaForConditionalGeneration, expected: Mapping[str, 
 def from_pretrained(auto_class: type, path: str | Path, **options: Any) -> Any:
     """`auto_class.from_pretrained` with what a user can mend said in one sentence."""
     try:
-        return auto_class.from_pretrained(path, **options)
+        return auto_class.from_pretrained(path, trust_remote_code=False, **options)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"{path}: no model that {auto_class.__name__} can load ({reason})") from None

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
+from diffclip.checkpoints import refuse_foreign_code
 from diffclip.errors import InputError
 from diffclip.hf import DiffCLIPImageProcessor, image_processor
 from mllm.image_modes import with_mode
@@ -145,8 +146,12 @@ def from_open_clip(name: str) -> tuple[OpenClipVisionModel, Any]:
     if not pretrained and not architecture.startswith(("hf-hub:", "local-dir:")):
         raise InputError(f"{name}: names no weights; write {PREFIX}{architecture}@TAG or @FILE")
     try:
-        model = open_clip.create_model(architecture, pretrained=pretrained or None, weights_only=True)
         config = get_model_config(architecture)
+        if config is not None:  # if it is, open_clip says which names it knows
+            refuse_foreign_code(config, name)
+        model = open_clip.create_model(architecture, pretrained=pretrained or None, weights_only=True)
+    except InputError:
+        raise
     except Exception as error:  # open_clip raises whatever its loaders do
         raise InputError(f"{name}: open_clip cannot load it ({' '.join(str(error).split())[:300]})") from None
     cfg = open_clip.get_model_preprocess_cfg(model)

@@ -68,8 +68,8 @@ def diagnose(
     record = _mapping(directory / "run.json", read_json)
     config = _mapping(directory / "config.yaml", read_yaml)
     try:
-        model = AutoModelForImageTextToText.from_pretrained(directory).eval().to(device)
-        processor = AutoProcessor.from_pretrained(directory)
+        model = AutoModelForImageTextToText.from_pretrained(directory, trust_remote_code=False).eval().to(device)
+        processor = AutoProcessor.from_pretrained(directory, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise InputError(f"{directory}: no model ({' '.join(str(error).split())[:200]}); give a run") from None
     yield transform(processor, prints)

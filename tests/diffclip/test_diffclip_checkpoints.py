@@ -1,10 +1,16 @@
 """Checkpoints: one directory loads both ways, official files come in and go out bit for bit, nothing loads partly."""
 
 import argparse
+import copy
 import json
+import os
+import pathlib
+import pickle
 import subprocess
 import sys
+import warnings
 
+import numpy as np
 import open_clip
 import pytest
 import torch
@@ -148,7 +154,182 @@ def test_published_form_of_the_checkpoint(golden, folder, tmp_path):
     assert all(torch.equal(back[name], tensor) for name, tensor in weights.items()) and back.keys() == weights.keys()
 
 
+def variants():
+    """Configs that the official layout alone cannot tell apart from others."""
+    for name in ("CLIP-tiny", "DiffCLIP-tiny", "DiffCLIP-star-tiny", "DiffCLIP-dagger-tiny"):
+        yield name, copy.deepcopy(models.MODELS[name])
+    for name, tower, options in (
+        ("exact GELU", None, {"quick_gelu": False}),
+        ("wide text", "text_cfg", {"mlp_ratio": 2.0}),
+        ("head width", "vision_cfg", {"head_width": 16}),
+        ("layer scale", "text_cfg", {"ls_init_value": 0.5}),
+        ("text epsilon", "text_cfg", {"norm_kwargs": {"eps": 1e-3}}),
+    ):
+        config = copy.deepcopy(models.MODELS["CLIP-tiny"])
+        (config["model_cfg"] if tower is None else config["model_cfg"][tower]).update(options)
+        yield name, config
+    custom = copy.deepcopy(models.MODELS["DiffCLIP-tiny"])
+    custom["diffclip"] |= {"lambda_init": 0.35, "vision_norm_eps": 1e-3, "towers": ["text"], "variant": "custom"}
+    custom["preprocess_cfg"] |= {"mean": [0.5, 0.5, 0.5], "interpolation": "bicubic"}
+    yield "custom", custom
+    counted_from_one = copy.deepcopy(models.MODELS["DiffCLIP-star-tiny"])
+    counted_from_one["diffclip"]["schedule_base"] = 1
+    yield "schedule from 1", counted_from_one
+
+
+@pytest.mark.filterwarnings("ignore:.*to be set in the official code by hand")
+@pytest.mark.parametrize("config", [pytest.param(c, id=n) for n, c in variants()])
+def test_to_the_official_layout_and_back_changes_no_output(config, tmp_path):
+    torch.manual_seed(0)
+    model = models.build(config).eval()
+    diffclip.save(model, tmp_path / "run")
+    checkpoints.convert(tmp_path / "run", tmp_path / "official.pt")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*took.*")  # nothing is guessed
+        loaded, transform, tokenizer = diffclip.load(tmp_path / "official.pt")
+    assert loaded.model_config == model.model_config
+    assert repr(transform) == repr(diffclip.load(tmp_path / "run")[1])
+    side = config["model_cfg"]["vision_cfg"]["image_size"]
+    image, text = torch.randn(2, 3, side, side), tokenizer(["a red square", "two stars"])
+    with torch.no_grad():
+        assert torch.equal(loaded.encode_image(image), model.encode_image(image))
+        assert torch.equal(loaded.encode_text(text), model.encode_text(text))
+
+
+def test_what_the_official_code_would_take_otherwise_is_told_and_can_be_overruled(tmp_path):
+    diffclip.save(models.build("DiffCLIP-star-tiny"), tmp_path / "star")
+    with pytest.warns(UserWarning, match="by hand: lambda_init schedule, not 0.8; vision_norm_eps 1e-06, not 1e-05"):
+        checkpoints.convert(tmp_path / "star", tmp_path / "star.pt")
+    loaded = diffclip.load(tmp_path / "star.pt", lambda_init=0.8)[0]
+    assert loaded.model_config["diffclip"]["variant"] == "DiffCLIP"
+    assert loaded.visual.trunk.blocks[0].attn.lambda_init == 0.8
+
+
+def test_models_that_the_official_layout_cannot_hold_are_refused(tmp_path):
+    transformers_clip(tmp_path / "hf")
+    diffclip.save(models.build("DiffCLIP-V2-tiny"), tmp_path / "v2")
+    with pytest.raises(InputError, match="hf: a open_clip model"):
+        checkpoints.convert(tmp_path / "hf", tmp_path / "out.pt")
+    with pytest.raises(InputError, match="second version"):
+        checkpoints.convert(tmp_path / "v2", tmp_path / "out.pt")
+    assert not (tmp_path / "out.pt").exists()
+
+
+# The published files, whose trainer pickles a path and numpy's numbers beside the weights
+
+
+def published(path, prefix="module.", key="state_dict", **more):
+    """Write a file as the published ones are, and return its model."""
+    model = models.build("DiffCLIP-tiny", init="official").eval()
+    state = {f"{prefix}{name}": t for name, t in checkpoints.to_official(model.state_dict()).items()}
+    args = argparse.Namespace(model="DiffCLIP_VITB16", output_dir=pathlib.PosixPath("/out"), lr=5e-4)
+    optimiser = {"state": {0: {"exp_avg": torch.zeros(5)}}, "param_groups": [{"lr": np.float32(1e-3)}]}
+    extra = {"epoch": 39, "best_acc1": np.float64(12.5), "args": args, "optimizer": optimiser, "scaler": {"scale": 1.0}}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({**extra, key: state, **more}, path)
+    return model
+
+
+@pytest.mark.parametrize(
+    "prefix", ["module.", "", "module.module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."]
+)
+@pytest.mark.parametrize("key", ["state_dict", "model"])
+def test_published_files_load_from_their_folder_too(prefix, key, tmp_path):
+    model = published(tmp_path / "checkpoint_best.pt", prefix, key)
+    for path in (tmp_path, tmp_path / "checkpoint_best.pt"):
+        assert fingerprint(diffclip.load(path, lambda_init=0.8)[0]) == fingerprint(model)
+
+
+def test_the_case_of_a_published_file_loads(shared_cases, tmp_path):
+    path = shared_cases("checkpoints/checkpoint_best.pt")
+    expected = torch.load(path, weights_only=False)
+    assert isinstance(expected["args"].output_dir, pathlib.PosixPath) and isinstance(expected["best_acc1"], np.floating)
+    for source in (path, path.parent):
+        model = diffclip.load(source, lambda_init=0.8, heads=(4, 4))[0]
+        back = checkpoints.to_official(model.state_dict())
+        assert {f"module.{name}" for name in back} == expected["state_dict"].keys()
+        assert all(torch.equal(expected["state_dict"][f"module.{name}"], tensor) for name, tensor in back.items())
+
+
+def hub_copy(cache, repository):
+    """The folder in which huggingface_hub keeps a repository that it has fetched; HF_HUB_CACHE is `cache`."""
+    folder = cache / f"models--{repository.replace('/', '--')}"
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text(commit)
+    (folder / "snapshots" / commit).mkdir(parents=True)
+    return folder / "snapshots" / commit
+
+
+def test_published_files_load_by_their_hub_ids(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    for repository in ("hammh0a/DiffCLIP_ViTB16_CC12M", "hammh0a/SynthCLIP_ViTB16_10M"):
+        model = published(hub_copy(tmp_path, repository) / "checkpoint_best.pt")
+        assert fingerprint(diffclip.load(repository, lambda_init=0.8)[0]) == fingerprint(model)
+    hub_copy(tmp_path, "nobody/empty")
+    with pytest.raises(InputError, match="it is empty"):
+        diffclip.load("nobody/empty")
+
+
+def test_the_optimiser_stays_on_disk(tmp_path):
+    published(tmp_path / "checkpoint_best.pt")
+    state, args = checkpoints._read_official(tmp_path / "checkpoint_best.pt")
+    maps = pathlib.Path("/proc/self/maps")
+    if maps.is_file():  # the file is mapped into memory, so that only what is used of it is read
+        assert str(tmp_path / "checkpoint_best.pt") in maps.read_text()
+    assert len(state) > 20 and args.lr == 5e-4 and not isinstance(args.output_dir, pathlib.PurePath)
+
+
+def test_files_of_old_torch_load(tmp_path):
+    path = tmp_path / "old.pt"
+    model = published(path)
+    torch.save(torch.load(path, weights_only=False), path, _use_new_zipfile_serialization=False)
+    assert fingerprint(diffclip.load(path, lambda_init=0.8)[0]) == fingerprint(model)
+
+
 # What must not load
+
+
+class Call:
+    """Pickled, it asks the reader to call something."""
+
+    def __init__(self, function, *args):
+        self.call = function, args
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda marker: Call(os.system, f"touch {marker}"),
+        lambda marker: Call(pathlib.PosixPath.touch, pathlib.PosixPath(marker)),
+        lambda marker: Call(getattr, pathlib.PosixPath(marker), "touch"),
+        lambda marker: Call(np.save, str(marker), 1),
+        lambda marker: Call(exec, f"open({str(marker)!r}, 'w')"),
+        lambda marker: Call(subprocess.check_call, ["touch", str(marker)]),
+    ],
+)
+def test_no_code_of_a_file_runs(call, zipped, tmp_path):
+    marker = tmp_path / "marker"
+    for where in ("args", "best_acc1", "optimizer"):
+        content = {"state_dict": {}, where: call(marker)}
+        if zipped:
+            torch.save(content, tmp_path / "checkpoint_best.pt")
+        else:
+            (tmp_path / "checkpoint_best.pt").write_bytes(pickle.dumps(content, protocol=2))
+        with pytest.raises(InputError, match=r"checkpoint_best.pt: cannot be read as plain weights"):
+            diffclip.load(tmp_path)
+        assert not marker.exists()
+
+
+def test_numpy_and_paths_of_a_file_are_not_even_made(tmp_path):
+    """numpy's own way to make a scalar of bytes and a dtype of objects takes the bytes for addresses."""
+    published(tmp_path / "x.pt", best_acc1=np.float64(1), extra=[np.int64(3), np.datetime64(5, "s"), np.bool_(True)])
+    content = checkpoints._read_pickle(tmp_path / "x.pt")
+    assert {type(value) for value in content["extra"]} == {checkpoints.Unread} == {type(content["best_acc1"])}
 
 
 class Foreign:
@@ -166,7 +347,7 @@ def test_foreign_objects_are_not_run(tmp_path):
 
 def test_every_misfit_is_listed_and_nothing_is_loaded(official):
     path, model = official
-    state = checkpoints.from_official(checkpoints._official_state(path))
+    state = checkpoints.from_official(checkpoints._read_official(path)[0])
     before = fingerprint(model)
     del state["ln_final.bias"], state["visual.trunk.norm.weight"]
     state["visual.extra"] = torch.zeros(2)

@@ -26,9 +26,10 @@ from transformers import (
 
 import diffclip
 import mllm.assemble as mllm_assemble
+from diffclip import checkpoints
 from diffclip.errors import InputError
 from diffclip.fingerprint import fingerprint
-from mllm.assemble import assemble, whiten_projector
+from mllm.assemble import assemble, plan, whiten_projector
 from mllm.conversation import IGNORE, NoSupervisionError, prompt
 from mllm.examples import collate
 from mllm.model import WeightsError, freeze, identity, load, parts, save, verify
@@ -476,3 +477,15 @@ def test_other_settings_than_in_training_are_refused(assembled, tmp_path, name, 
     file.write_text(json.dumps({**json.loads(file.read_text()), name: value}))
     with pytest.raises(InputError, match=f"{name} is {value} in its config.json"):
         load(tmp_path)
+
+
+def test_tower_of_an_official_file_or_the_folder_that_holds_it(language_dir, tmp_path):
+    diffclip.save(diffclip.build("DiffCLIP-tiny"), tmp_path / "run")
+    (tmp_path / "official").mkdir()
+    with pytest.warns(UserWarning, match="by hand"):
+        checkpoints.convert(tmp_path / "run", tmp_path / "official" / "checkpoint_best.pt")
+    expected = assemble(tmp_path / "run", language_dir)[0].model.vision_tower
+    for path in (tmp_path / "official", tmp_path / "official" / "checkpoint_best.pt"):
+        model = assemble(path, language_dir)[0]
+        assert fingerprint(model.model.vision_tower) == fingerprint(expected)
+        assert plan(path, language_dir).vision_config.lambda_init == expected.config.lambda_init
