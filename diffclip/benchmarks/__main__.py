@@ -101,10 +101,10 @@ def run(options: argparse.Namespace) -> None:
     from rich.console import Console
 
     import diffclip
+    from diffclip.base.files import read_json, write_whole
     from diffclip.benchmarks import datasets, paper
     from diffclip.benchmarks.comparison import compare, markdown, model_groups, table
     from diffclip.benchmarks.evaluate import METRICS_FILE, OUTCOMES_FILE, evaluate_clip
-    from diffclip.benchmarks.images import read_json
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if "WORLD_SIZE" in os.environ:  # torchrun
@@ -158,7 +158,7 @@ def run(options: argparse.Namespace) -> None:
     if not console.is_terminal:
         console = Console(width=200)
     rows = compare(scores, outcomes)
-    (options.out / "comparison.md").write_text(markdown(rows), encoding="utf-8")
+    write_whole(options.out / "comparison.md", markdown(rows))
     console.print(table(rows))
     for what, why in skipped.items():
         console.print(f"skipped {what}: {why}")
