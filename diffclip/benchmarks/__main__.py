@@ -120,7 +120,7 @@ def run(options: argparse.Namespace) -> None:
     groups = model_groups(options.model)
     scores: dict[str, list[dict]] = {name: [] for name in groups}
     outcomes: dict[str, list[dict]] = {name: [] for name in groups}
-    skipped, written = {}, []
+    skipped, notes, written = {}, {}, []
     for name, source in [(name, source) for name, sources in groups.items() for source in sources]:
         model, preprocess, tokenizer = diffclip.load(source)
         out = options.out / name
@@ -150,7 +150,9 @@ def run(options: argparse.Namespace) -> None:
         scores[name].append(found)
         if found:  # another rank than 0 has only encoded
             outcomes[name].append(safetensors.numpy.load_file(out / OUTCOMES_FILE))
-            skipped |= read_json(out / METRICS_FILE)["skipped"]
+            told = read_json(out / METRICS_FILE)
+            skipped |= told["skipped"]
+            notes |= told["about"]["notes"]
             written.append(str(out / METRICS_FILE))
     if not written:
         return
@@ -160,6 +162,8 @@ def run(options: argparse.Namespace) -> None:
     rows = compare(scores, outcomes)
     write_whole(options.out / "comparison.md", markdown(rows))
     console.print(table(rows))
+    for what, note in notes.items():
+        console.print(f"{what}: {note}")
     for what, why in skipped.items():
         console.print(f"skipped {what}: {why}")
     console.print(f"wrote {options.out / 'comparison.md'}, {', '.join(written)}")
