@@ -61,6 +61,8 @@ def model_names(sources: Sequence[str]) -> list[str]:
         if len(alike) > 1:
             start = _in_common(alike)
             end = _in_common([parts[start:][::-1] for parts in alike])
+            if start + end == min(map(len, alike)):  # one path is the beginning of another
+                start -= 1
             differs = "-".join(paths[row].parts[start : len(paths[row].parts) - end])
             found[row] = "-".join(part for part in (told[row], differs) if part) or name
     if len(set(found)) < len(found):

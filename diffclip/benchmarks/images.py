@@ -139,6 +139,11 @@ def split_named(name: object) -> str | None:
     return next((split for split, names in SPLITS.items() if str(name).strip().lower() in names), None)
 
 
+def _split_of(file: Path) -> str | None:
+    """The split that a file's name begins with: train-00000-of-00002.parquet."""
+    return split_named(re.split(r"[-_.]", file.name)[0])
+
+
 def labelled_files(folder: Path, split: str) -> list[Path]:
     """Return the shards or parquet files of train, val or test, in `folder` or in its data/, as the Hub has it.
 
@@ -152,7 +157,8 @@ def labelled_files(folder: Path, split: str) -> list[Path]:
                     if files := visible(place.glob(pattern)):
                         return files
     for place in (folder, folder / "data"):
-        if files := [path for path in visible(place.glob("*.parquet")) if split in _splits(path)]:
+        unnamed = [path for path in visible(place.glob("*.parquet")) if _split_of(path) is None]
+        if files := [path for path in unnamed if split in _splits(path)]:
             return files
     return []
 
@@ -345,7 +351,7 @@ def read_captioned(path: Path) -> Captioned:
         files = next((files for files in found if files), [])
         if not files:
             raise InputError(f"{path} holds no .tar, .parquet or .json (or .csv, .tsv) file with captions")
-        splits = [split_named(re.split(r"[-_.]", file.name)[0]) for file in files]
+        splits = [_split_of(file) for file in files]
         files = [file for file, split in zip(files, splits) if split == _test_split(splits, path)]
     elif path.is_file():
         files = [path]
