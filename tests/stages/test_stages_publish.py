@@ -91,17 +91,23 @@ def test_pretraining_and_language_runs_get_their_cards(tmp_path):
                 info.size = len(content)
                 tar.addfile(info, io.BytesIO(content))
     common = ["--global_batch_size=8", "--epochs=1", "--report_to=none"]
-    pairs = [f"--train_data={tmp_path / 'pairs.tar'}", "--caption_member=txt", "--model=DiffCLIP-tiny"]
+    pairs = [
+        f"--train_data={tmp_path / 'pairs.tar'}",
+        "--caption_member=txt",
+        "--model=DiffCLIP-tiny",
+        "--num_workers=0",
+    ]
     pretrain.main([*pairs, f"--output_dir={tmp_path / 'pretrain'}", *common])
-    (tmp_path / "text.txt").write_text("".join(f"a shade of red, number {n}\n" for n in range(16)))
+    lines = [json.dumps({"text": f"a shade of red, number {n}"}) for n in range(16)]
+    (tmp_path / "text.jsonl").write_text("\n".join(lines))
     small = ["--hidden_size=32", "--layers=1", "--heads=2", "--vocabulary=300"]
-    language.main([f"--text={tmp_path / 'text.txt'}", f"--output_dir={tmp_path / 'language'}", *small, *common])
+    language.main([f"--text={tmp_path / 'text.jsonl'}", f"--output_dir={tmp_path / 'language'}", *small, *common])
 
     publish.main([str(tmp_path / "pretrain")])
     text = (tmp_path / "pretrain/README.md").read_text()
     assert ModelCard(text).data.pipeline_tag == "zero-shot-image-classification"
-    assert "whole model: 5" in text and "parameters, learnt" in text and "Vision model: DiffCLIP-tiny." in text
+    assert "whole model: 7,781,441 parameters, learnt" in text and "Vision model: DiffCLIP-tiny." in text
     publish.main([str(tmp_path / "language")])
     text = (tmp_path / "language/README.md").read_text()
     assert ModelCard(text).data.pipeline_tag == "text-generation" and "AutoModelForCausalLM" in text
-    assert "Vision model" not in text and "text.txt" in text
+    assert "Vision model" not in text and "text.jsonl" in text
