@@ -43,6 +43,9 @@ class EvaluateConfig:
         metadata={"help": "folder of classification/, shifts/, retrieval/, mmvp/, segmentation/, as far as there"},
     )
     few_shot_episodes: int = field(default=5000, metadata={"help": "5-way 5-shot episodes"})
+    linear_probe: str = field(
+        default="exact", metadata={"help": "exact, the official solver, or fast, within some tenths of a point of it"}
+    )
     mllm: str = field(default="", metadata={"help": "an instruction run"})
     pope: str = field(default="", metadata={"help": "POPE: the official folder, LLaVA's file, or the Hub's parquet"})
     pope_labels: str = field(default="", metadata={"help": "the official folder, where `pope` is LLaVA's file"})
@@ -62,6 +65,8 @@ def main(argv: list[str] | None = None) -> None:
     require(config, "output_dir")
     if not (config.clip or config.mllm):
         raise InputError("nothing to evaluate: give --clip RUN and --clip_data, or --mllm RUN, --pope and --image_root")
+    if config.linear_probe not in ("exact", "fast"):
+        raise InputError(f"linear_probe: {config.linear_probe!r} is neither exact nor fast")
     require(config, *(["clip_data"] if config.clip else []), *(["pope"] if config.mllm else []))
     evaluate(config)
 
@@ -120,6 +125,7 @@ def clip_metrics(config: EvaluateConfig, run: "Run", encoder: Encoder) -> dict[s
         run.path,
         seed=config.seed,
         episodes=config.few_shot_episodes,
+        probe=config.linear_probe,
         batch_size=config.batch_size,
     )
     run.say(f"evaluate: {len(metrics)} scores of {config.clip} on {config.clip_data}")

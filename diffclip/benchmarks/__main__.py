@@ -37,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--suite", help="`paper`, or a YAML file that names the folders; else they are found by layout")
     p.add_argument("--protocols", nargs="+", choices=PROTOCOLS, default=PROTOCOLS, help="which to run (all)")
     p.add_argument("--templates", help="imagenet7, imagenet80 or a JSON file, instead of each set's own")
-    p.add_argument("--probe", choices=("fast", "exact"), default="fast", help="linear-probe solver (fast)")
+    p.add_argument("--probe", choices=("exact", "fast"), default="exact", help="linear-probe solver (exact)")
     p.add_argument(
         "--probe-features",
         choices=("before", "after"),

@@ -276,6 +276,8 @@ def _shift(folder: Path, of: str | None, labelled: dict[str, Classification]) ->
             known = _imagenet()
         elif all(one.isdecimal() for one in folders):  # ImageNet-V2 numbers its folders
             known = _numbered([str(label) for label in range(len(base.classnames))])
+            if all(WNID.fullmatch(one) for one in base.labels):  # by ImageNet's numbers, of which some may be absent
+                known = {str(number): base.labels[one] for one, number in _imagenet().items() if one in base.labels}
         candidates[name] = {one: label for one in folders if (label := label_of(one, known)) is not None}
     covering = [name for name, labels in candidates.items() if len(labels) == len(folders)]
     if not covering and of is None:

@@ -1,7 +1,7 @@
 """Linear probe as the paper's evaluation code (lgssl) defines it: softmax regression on frozen features.
 
 The strength of its regularisation is searched on validation rows. `exact` is the official solver step for
-step, `fast` reaches the same minimum much sooner.
+step, `fast` goes to the minimum of the same objective.
 """
 
 import math
