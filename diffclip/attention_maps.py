@@ -7,14 +7,17 @@ python -m diffclip.attention_maps mug.jpg street.jpg --query "a mug" "a bicycle"
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+import copy
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
+from torchvision import transforms as T
 
 from diffclip.attention import DifferentialAttention, attention_scores, softmax_maps
 from diffclip.attention_v2 import DifferentialAttentionV2
@@ -31,7 +34,7 @@ def both_maps(
     """Return (A1, A2, lambda) of an attention module for its input x (batch, tokens, dim).
 
     Args:
-        attention: differential attention of either version, or timm's `Attention`.
+        attention: differential attention of either version, timm's `Attention`, or torch's `MultiheadAttention`.
 
     Returns:
         A1, A2: softmax maps (batch, maps, tokens, tokens), with heads / 2 maps in version 1 and one per head
@@ -45,9 +48,17 @@ def both_maps(
         q, k, _ = attention.project(x)
         maps = attention.softmax_maps(q, k, attn_mask, is_causal)
         return maps[:, 0::2], maps[:, 1::2], attention.compute_lambda(x)
-    q, k, _ = attention.qkv(x).unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
-    scores = attention_scores(attention.q_norm(q), attention.k_norm(k), attn_mask, is_causal)
-    return scores.softmax(dim=-1), None, None
+    q, k, _ = _ordinary(attention, x)
+    return attention_scores(q, k, attn_mask, is_causal).softmax(dim=-1), None, None
+
+
+def _ordinary(attention: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return queries, keys and values of ordinary attention, each (batch, heads, tokens, width)."""
+    if isinstance(attention, nn.MultiheadAttention):
+        qkv = F.linear(x, attention.in_proj_weight, attention.in_proj_bias)
+        return qkv.unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind()
+    q, k, v = attention.qkv(x).unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    return attention.q_norm(q), attention.k_norm(k), v
 
 
 def attention_map(attention: nn.Module, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
@@ -67,22 +78,45 @@ def apply_map(attention: nn.Module, x: Tensor, map_: Tensor) -> Tensor:
     elif isinstance(attention, DifferentialAttentionV2):
         mixed = map_ @ attention.project(x)[2]
     else:
-        mixed = map_ @ attention.qkv(x).unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)[2]
+        mixed = map_ @ _ordinary(attention, x)[2]
     mixed = mixed.transpose(1, 2).flatten(2)
+    if _is_timms(attention):
+        mixed = attention.norm(mixed)
     return attention.proj(mixed) if hasattr(attention, "proj") else attention.out_proj(mixed)
 
 
 def vision_attention(model: nn.Module, layer: int) -> nn.Module:
-    """Return the attention module of one layer (negative ones count from the last) of a model's vision tower."""
-    try:
-        return model.visual.trunk.blocks[layer].attn
-    except AttributeError:
-        raise InputError(
-            f"{type(model.visual).__name__} is not a timm vision transformer: maps are drawn for models of "
-            "diffclip.build and diffclip.load, and open_clip models with a timm tower"
-        ) from None
-    except IndexError:
-        raise InputError(f"layer {layer} of {len(model.visual.trunk.blocks)}: there is none") from None
+    """Return the attention module of one layer (negative ones count from the last) of a model's vision tower.
+
+    Raises:
+        InputError: no such layer, or a tower in which no class token looks at patches (ResNet, CoCa, SigLIP).
+    """
+    visual = model.visual
+    if hasattr(visual, "trunk"):  # timm's, and so ours
+        trunk = visual.trunk
+        blocks = getattr(trunk, "blocks", None)
+        token = getattr(trunk, "global_pool", "") == "token" and getattr(trunk, "num_prefix_tokens", 0) > 0
+    else:  # open_clip's
+        blocks = getattr(getattr(visual, "transformer", None), "resblocks", None)
+        token = getattr(visual, "pool_type", "") == "tok" and visual.attn_pool is None
+    attention = getattr(blocks[-1], "attn", None) if blocks else None
+    known = isinstance(attention, DifferentialAttention | DifferentialAttentionV2 | nn.MultiheadAttention)
+    if not token or not (known or _is_timms(attention)):
+        kind = type(getattr(visual, "trunk", visual)).__name__
+        raise InputError(f"no attention maps for this model: its {kind} is no vision transformer with a class token")
+    if not -len(blocks) <= layer < len(blocks):
+        raise InputError(f"layer {layer} of {len(blocks)}: there is none")
+    return blocks[layer].attn
+
+
+def _is_timms(attention: nn.Module | None) -> bool:
+    """Whether it is timm's plain `Attention`, of which others (with rotary positions, or gates) are no cases."""
+    kind = type(attention)
+    return (
+        kind.__name__ == "Attention"
+        and kind.__module__.startswith("timm.")
+        and getattr(attention, "gate", None) is None
+    )
 
 
 @contextmanager
@@ -92,7 +126,8 @@ def recorded(attention: nn.Module) -> Iterator[dict[str, Tensor]]:
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         seen["input"], seen["map"] = x, attention_map(attention, x)
-        return apply_map(attention, x, seen["map"])
+        out = apply_map(attention, x, seen["map"])
+        return (out, None) if isinstance(attention, nn.MultiheadAttention) else out
 
     attention.forward = forward
     try:
@@ -151,13 +186,35 @@ def relevance(model: nn.Module, images: Tensor, texts: Tensor, layer: int = -1) 
 
 def patch_grid(row: Tensor, model: nn.Module) -> Tensor:
     """Turn (..., 1 + patches), a class token's row, into (..., rows, columns)."""
-    rows, columns = model.visual.trunk.patch_embed.grid_size
+    visual = model.visual
+    rows, columns = visual.trunk.patch_embed.grid_size if hasattr(visual, "trunk") else visual.grid_size
     return row[..., -rows * columns :].unflatten(-1, (rows, columns))
 
 
 def upsample(maps: Tensor, size: tuple[int, int]) -> Tensor:
     """Return maps (batch, rows, columns) bilinearly at size (height, width), as the overlays and scores see them."""
     return F.interpolate(maps[:, None], size, mode="bilinear", align_corners=False)[:, 0]
+
+
+def seen_part(transform: Any, nearest: bool = False) -> Callable[[Image.Image], Image.Image]:
+    """Return the part of a model's transform that resizes and crops: PIL image -> the PIL image that the model sees.
+
+    Args:
+        transform: from `diffclip.load`, a `Compose` with ToTensor in it.
+        nearest: take the nearest pixel when resizing, for masks.
+
+    Raises:
+        InputError: no such transform.
+    """
+    steps: list[Any] = []
+    for step in getattr(transform, "transforms", ()):
+        if isinstance(step, T.ToTensor | T.PILToTensor):
+            return T.Compose(steps)
+        if nearest and hasattr(step, "interpolation"):
+            step = copy.copy(step)
+            step.interpolation = T.InterpolationMode.NEAREST
+        steps.append(step)
+    raise InputError("no attention maps for this model: its transform does not tell how it resizes and crops")
 
 
 # ---------------------------------------------------------------- the figure
@@ -180,26 +237,31 @@ def figure(images: Sequence[str | Path], queries: Sequence[str], models: Sequenc
     """
     import numpy as np
     from matplotlib.figure import Figure
-    from torchvision import transforms as T
 
     from diffclip import checkpoints
+    from diffclip.benchmarks.comparison import model_names
 
     if len(queries) not in (1, len(images)):
         raise InputError(f"{len(queries)} queries for {len(images)} images: give one for all, or one for each")
+    titles = model_names([str(name) for name in models])
     rows = list(zip(images, list(queries) * (len(images) if len(queries) == 1 else 1)))
     pictures = [open_picture(path, str(path)) for path, _ in rows]
     canvas = Figure(figsize=(2.2 * (1 + len(models)), 2.35 * len(rows)), layout="constrained")
     axes = canvas.subplots(len(rows), 1 + len(models), squeeze=False)
     for column, name in enumerate(models, 1):
         model, transform, tokenizer = checkpoints.load(name)
-        size = model.model_config["preprocess_cfg"]["size"]
-        heats = relevance(model, torch.stack([transform(p) for p in pictures]), tokenizer([query for _, query in rows]))
-        seen = T.Compose([T.Resize(size), T.CenterCrop(size), T.Resize(max(size, 224), T.InterpolationMode.NEAREST)])
+        try:
+            heats = relevance(
+                model, torch.stack([transform(p) for p in pictures]), tokenizer([query for _, query in rows])
+            )
+            seen = seen_part(transform)
+        except InputError as error:
+            raise InputError(f"{name}: {error}") from None
         for row, (picture, heat) in enumerate(zip(pictures, heats)):
-            shown = np.asarray(seen(picture))
+            shown = np.asarray(enlarged(seen(picture)))
             axes[row, column].imshow(overlay(shown, upsample(heat[None], shown.shape[:2])[0].numpy()))
             axes[row, 0].imshow(shown)
-        axes[0, column].set_title(model_title(name, model), fontsize=9)
+        axes[0, column].set_title(titles[column - 1], fontsize=9)
     for row, (_, query) in enumerate(rows):
         axes[row, 0].set_title(f'"{query}"', fontsize=9)
     for axis in axes.flat:
@@ -207,10 +269,10 @@ def figure(images: Sequence[str | Path], queries: Sequence[str], models: Sequenc
     canvas.savefig(out, dpi=200)
 
 
-def model_title(name: str | Path, model: nn.Module) -> str:
-    """Return the variant, and the directory's name where that is not the variant's."""
-    variant = model.model_config["diffclip"]["variant"]
-    return variant if variant in str(name) else f"{variant}\n{Path(name).name}"
+def enlarged(image: Image.Image, side: int = 224) -> Image.Image:
+    """Return a small picture (a drawing for a tiny model) enlarged by a whole factor, its pixels as squares."""
+    factor = max(1, round(side / min(image.size)))
+    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
 
 
 def main(argv: list[str] | None = None) -> None:

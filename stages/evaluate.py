@@ -11,6 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from diffclip.base.files import json_line, read_jsonl, write_json, write_whole
 from diffclip.errors import InputError, exit_on_input_error
 from stages.config import parse, require
 from stages.overlays import (
@@ -21,6 +22,7 @@ from stages.overlays import (
     localisation,
     queries_from_masks,
     query_of,
+    why_no_maps,
 )
 from stages.run import Run, end_with_pipeline, upstream_model
 
@@ -41,6 +43,9 @@ class EvaluateConfig:
         metadata={"help": "folder of classification/, shifts/, retrieval/, mmvp/, segmentation/, as far as there"},
     )
     few_shot_episodes: int = field(default=5000, metadata={"help": "5-way 5-shot episodes"})
+    linear_probe: str = field(
+        default="exact", metadata={"help": "exact, the official solver, or fast, within some tenths of a point of it"}
+    )
     mllm: str = field(default="", metadata={"help": "an instruction run"})
     pope: str = field(default="", metadata={"help": "POPE: the official folder, LLaVA's file, or the Hub's parquet"})
     pope_labels: str = field(default="", metadata={"help": "the official folder, where `pope` is LLaVA's file"})
@@ -60,27 +65,43 @@ def main(argv: list[str] | None = None) -> None:
     require(config, "output_dir")
     if not (config.clip or config.mllm):
         raise InputError("nothing to evaluate: give --clip RUN and --clip_data, or --mllm RUN, --pope and --image_root")
+    if config.linear_probe not in ("exact", "fast"):
+        raise InputError(f"linear_probe: {config.linear_probe!r} is neither exact nor fast")
     require(config, *(["clip_data"] if config.clip else []), *(["pope"] if config.mllm else []))
     evaluate(config)
 
 
 def evaluate(config: EvaluateConfig) -> None:
-    """Run what the settings name and write metrics.json (percent), examples.jsonl and attention.jsonl."""
+    """Run what the settings name and write metrics.json (percent), examples.jsonl and attention.jsonl.
+
+    metrics.json grows with every part, so that one that fails leaves the scores of those before it; the same command
+    then takes up the stored features and answers, and runs the rest.
+    """
     named = ("clip", "clip_data", "mllm", "pope", "pope_labels", "image_root")
     run = Run("evaluate", config, {name: getattr(config, name) for name in named if getattr(config, name)})
     if run.finished:
         return
     run.note(model=upstream_model(config.clip or config.mllm))
     metrics: dict[str, float] = {}
+
+    def keep(scores: Mapping[str, float]) -> None:
+        metrics.update(scores)
+        write_json(run.path / "metrics.json", metrics)
+
     encoder = load_encoder(config.clip) if config.clip else None
     if encoder:
-        metrics |= clip_metrics(config, run, encoder)
-        metrics |= attention_metrics(config, run, encoder)
+        keep(clip_metrics(config, run, encoder))
+        missing = why_no_maps(encoder)
+        if missing:
+            run.note(attention=missing)
+            run.say(f"evaluate: {missing}")
+        else:
+            keep(attention_metrics(config, run, encoder))
     if config.mllm:
         questions, images = pope_questions(config, run)
-        metrics |= margin_metrics(config, run, questions, images)
-        metrics |= pope_metrics(config, run, questions, images)
-        keep_examples(config, run, images, encoder)
+        keep(margin_metrics(config, run, questions, images))
+        keep(pope_metrics(config, run, questions, images))
+        keep_examples(config, run, images, encoder if encoder and not missing else None)
     run.finish(metrics)
 
 
@@ -104,6 +125,7 @@ def clip_metrics(config: EvaluateConfig, run: "Run", encoder: Encoder) -> dict[s
         run.path,
         seed=config.seed,
         episodes=config.few_shot_episodes,
+        probe=config.linear_probe,
         batch_size=config.batch_size,
     )
     run.say(f"evaluate: {len(metrics)} scores of {config.clip} on {config.clip_data}")
@@ -173,8 +195,6 @@ def margin_metrics(
     config: EvaluateConfig, run: "Run", questions: Sequence["Question"], images: Mapping[str, "Picture"]
 ) -> dict[str, float]:
     """POPE by the margin between yes and no, in percent; the margins themselves go to pope/margins.jsonl."""
-    import json
-
     import torch
 
     from mllm.model import load
@@ -187,9 +207,9 @@ def margin_metrics(
     except InputError as error:  # a tokenizer that begins yes and no alike; generated answers tell all the same
         run.note(pope_margin=f"no margins: {error}")
         return {}
-    lines = (json.dumps({**q._asdict(), "margin": float(v)}, ensure_ascii=False) for q, v in zip(questions, values))
+    lines = (json_line({**q._asdict(), "margin": float(v)}) for q, v in zip(questions, values))
     (run.path / "pope").mkdir(exist_ok=True)
-    (run.path / "pope" / "margins.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_whole(run.path / "pope" / "margins.jsonl", "".join(lines))
     return {
         f"pope_margin/{split}/{name}": 100 * value
         for split, row in score_margins(questions, values, seed=config.seed).items()
@@ -203,9 +223,7 @@ def keep_examples(config: EvaluateConfig, run: "Run", images: Mapping[str, "Pict
 
     With a dual encoder each row also has `heat`, the patches that speak for the object asked about.
     """
-    import json
-
-    answers = [json.loads(line) for line in (run.path / "pope" / "answers.jsonl").read_text("utf-8").splitlines()]
+    answers = [answer for _, answer in read_jsonl(run.path / "pope" / "answers.jsonl")]
     shuffled = {(a["split"], a["image"], a["text"]): a["answer"] for a in answers if a["pass"] == "shuffled"}
     kept: list[dict] = []
     for split in ("random", "popular", "adversarial"):
@@ -227,20 +245,21 @@ def keep_examples(config: EvaluateConfig, run: "Run", images: Mapping[str, "Pict
         for name, picture in opened.items():
             picture.thumbnail((256, 256))
             picture.save(run.path / files[name])
-    with open(run.path / "examples.jsonl", "w", encoding="utf-8") as f:
-        for i, a in enumerate(kept):
-            row = {
-                "split": a["split"],
-                "question_id": a["question_id"],
-                "question": a["text"],
-                "label": a["label"],
-                "answer": a["answer"],
-                "answer_shuffled": shuffled.get((a["split"], a["image"], a["text"])),
-                "image": files[a["image"]],
-                "query": queries[i],
-                "heat": heat.get(i),
-            }
-            f.write(json.dumps(row, ensure_ascii=False) + "\n")
+    rows = [
+        {
+            "split": a["split"],
+            "question_id": a["question_id"],
+            "question": a["text"],
+            "label": a["label"],
+            "answer": a["answer"],
+            "answer_shuffled": shuffled.get((a["split"], a["image"], a["text"])),
+            "image": files[a["image"]],
+            "query": queries[i],
+            "heat": heat.get(i),
+        }
+        for i, a in enumerate(kept)
+    ]
+    write_whole(run.path / "examples.jsonl", "".join(map(json_line, rows)))
 
 
 if __name__ == "__main__":

@@ -4,11 +4,13 @@ A map is the gradient relevance of `diffclip.attention_maps` in the dual encoder
 numbers from 0 to 255, so that the report can draw it without the model.
 """
 
-import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+from diffclip.base.files import json_line, write_json, write_whole
+from diffclip.errors import InputError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -56,30 +58,37 @@ def heat_maps(
     return grids
 
 
+def why_no_maps(encoder: Encoder) -> str:
+    """Why no attention maps can be drawn for this model, "" where they can."""
+    from diffclip.attention_maps import seen_part, vision_attention
+
+    try:
+        vision_attention(encoder.model, -1)
+        seen_part(encoder.transform)
+    except InputError as error:
+        return str(error)
+    return ""
+
+
 def keep_attention(encoder: Encoder, queries: Sequence[tuple[Path, list[str]]], folder: Path) -> int:
     """Write attention.jsonl in `folder`, and each picture as the model's crop shows it. Returns the number of maps."""
-    from torchvision import transforms as T
-
+    from diffclip.attention_maps import enlarged, seen_part
     from diffclip.pictures import open_picture
 
-    size = encoder.model.model_config["preprocess_cfg"]["size"]
-    # small drawings keep their pixels: enlarged by a whole factor
-    enlarged = size * max(1, round(SHOWN_SIDE / size))
-    seen = T.Compose([T.Resize(size), T.CenterCrop(size), T.Resize(enlarged, T.InterpolationMode.NEAREST)])
+    seen = seen_part(encoder.transform)
     (folder / "attention").mkdir(parents=True, exist_ok=True)
     rows, pictures, texts = [], [], []
     for number, (path, asked) in enumerate(queries):
         picture = open_picture(path, str(path))
         name = f"attention/{number:03d}.png"
-        seen(picture).save(folder / name)
+        enlarged(seen(picture), SHOWN_SIDE).save(folder / name)
         for query in asked:
             rows.append({"image": name, "file": path.name, "query": query})
             pictures.append(picture)
             texts.append(query)
     grids = heat_maps(encoder, pictures, texts)
-    with open(folder / "attention.jsonl", "w", encoding="utf-8") as f:
-        for row, grid in zip(rows, grids):
-            f.write(json.dumps({**row, "heat": grid}, ensure_ascii=False) + "\n")
+    lines = [json_line({**row, "heat": grid}) for row, grid in zip(rows, grids)]
+    write_whole(folder / "attention.jsonl", "".join(lines))
     return len(rows)
 
 
@@ -107,7 +116,7 @@ def localisation(encoder: Encoder, items: Sequence[tuple], folder: Path) -> dict
             for i, name in enumerate((*SCORES, "area"))
         },
     }
-    (folder / "localisation.json").write_text(json.dumps(record, ensure_ascii=False), encoding="utf-8")
+    write_json(folder / "localisation.json", record)
     if not kept.any():
         return {}
     means = found[kept].mean(axis=0)

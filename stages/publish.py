@@ -8,11 +8,13 @@ checkpoints and logs are not sent.
 """
 
 import argparse
-import json
 import os
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from diffclip.base.files import read_json, read_yaml, write_whole
 from diffclip.errors import InputError, exit_on_input_error
 
 USE = {
@@ -29,13 +31,25 @@ question = chat.question_turn("What is in the picture?", pictures=1)
 print(chat.answer(model, processor, [[question]], [Image.open("a.jpg").convert("RGB")])[0])""",
 }
 USE["instruct"] = USE["align"]
+USE["language"] = """from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{repo}")
+model = AutoModelForCausalLM.from_pretrained("{repo}")
+ids = tokenizer("A picture of", return_tensors="pt").input_ids
+print(tokenizer.decode(model.generate(ids, max_new_tokens=20)[0]))"""
+KIND = {  # library, pipeline tag and tags for the Hub
+    "pretrain": ("open_clip", "zero-shot-image-classification", ["differential-attention", "clip"]),
+    "language": ("transformers", "text-generation", ["qwen2"]),
+    "align": ("transformers", "image-text-to-text", ["differential-attention", "clip", "llava"]),
+}
+KIND["instruct"] = KIND["align"]
 
 
 def card(run: Path, evaluations: list[Path], repo: str) -> str:
     """The model card of a finished run as Markdown with the Hub's front matter.
 
     Raises:
-        InputError: not a finished run of pretrain, align or instruct, or an evaluation without scores.
+        InputError: not a finished run of a training stage, or an evaluation without scores.
     """
     record = _read(run / "run.json")
     stage = record.get("stage")
@@ -43,19 +57,21 @@ def card(run: Path, evaluations: list[Path], repo: str) -> str:
         raise InputError(
             f"{run}: is no finished run of {', '.join(USE)} (its run.json says {stage}, {record.get('state')})"
         )
-    multimodal = stage != "pretrain"
-    tags = ["differential-attention", "clip", *(["llava"] if multimodal else [])]
+    library, pipeline, tags = KIND[stage]
+    about = f"Vision model: {record.get('model', 'not recorded')}."
+    if stage == "language":
+        about = "A small language model that stands in for Qwen2, taught on text alone."
     lines = [
         "---",
-        "library_name: transformers" if multimodal else "library_name: open_clip",
-        f"pipeline_tag: {'image-text-to-text' if multimodal else 'zero-shot-image-classification'}",
+        f"library_name: {library}",
+        f"pipeline_tag: {pipeline}",
         "tags:",
         *(f"- {tag}" for tag in tags),
         "---",
         f"# {repo.split('/')[-1] or run.name}",
         "",
         f"Made by the stage `{stage}` of DiffCLIP Stack, an implementation of *DiffCLIP: Differential Attention Meets "
-        f"CLIP* (Hammoud and Ghanem, 2025). Vision model: {record.get('model', 'not recorded')}.",
+        f"CLIP* (Hammoud and Ghanem, 2025). {about}",
         "",
         "## Use",
         "",
@@ -88,6 +104,8 @@ def card(run: Path, evaluations: list[Path], repo: str) -> str:
 def _facts(record: dict[str, Any]) -> list[str]:
     parts = record.get("parameters", {})
     learns = record.get("learns", [])
+    if isinstance(parts, int):  # pretrain and language: one number, all of it learnt
+        parts, learns = {"whole model": parts}, ["whole model"]
     told = [f"- {part}: {n:,} parameters, {'learnt' if part in learns else 'frozen'}" for part, n in parts.items()]
     told += [f"- {part}: fingerprint `{value}`" for part, value in record.get("after", {}).items()]
     told.append(f"- seed {record.get('seed')}, {record.get('wall_seconds', 0):,.0f} s on {record.get('hardware')}")
@@ -110,14 +128,13 @@ def _scores(evaluations: list[Path]) -> list[str]:
 
 def _recipe(path: Path) -> str:
     """The resolved settings, paths shortened."""
-    import yaml
 
     def short(value: Any) -> Any:
         if isinstance(value, list):
             return [short(one) for one in value]
         return _name(value) if isinstance(value, str) and os.path.isabs(value) else value
 
-    settings = {key: short(value) for key, value in yaml.safe_load(path.read_text(encoding="utf-8")).items()}
+    settings = {key: short(value) for key, value in read_yaml(path).items()}
     return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True).strip()
 
 
@@ -129,7 +146,7 @@ def _name(path: str) -> str:
 def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"{path} does not exist: give a run directory")
-    return json.loads(path.read_text(encoding="utf-8"))
+    return read_json(path)
 
 
 def send(run: Path, repo: str, private: bool) -> str:
@@ -156,15 +173,13 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         "python -m stages.publish", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run", type=Path, help="a finished run of pretrain, align or instruct")
+    parser.add_argument("run", type=Path, help="a finished run of pretrain, language, align or instruct")
     parser.add_argument("--evaluate", type=Path, nargs="*", default=[], help="runs of evaluate whose scores to state")
     parser.add_argument("--repo", default="", help="owner/name on the Hub; without it only the card is written")
     parser.add_argument("--private", action="store_true", help="make the repository a private one")
     options = parser.parse_args(argv)
     text = card(options.run, options.evaluate, options.repo)
-    temporary = options.run / ".README.md.tmp"
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, options.run / "README.md")
+    write_whole(options.run / "README.md", text)
     print(f"wrote {options.run / 'README.md'}")
     if options.repo:
         print(f"sent to {send(options.run, options.repo, options.private)}")

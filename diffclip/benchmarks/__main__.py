@@ -37,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--suite", help="`paper`, or a YAML file that names the folders; else they are found by layout")
     p.add_argument("--protocols", nargs="+", choices=PROTOCOLS, default=PROTOCOLS, help="which to run (all)")
     p.add_argument("--templates", help="imagenet7, imagenet80 or a JSON file, instead of each set's own")
-    p.add_argument("--probe", choices=("fast", "exact"), default="fast", help="linear-probe solver (fast)")
+    p.add_argument("--probe", choices=("exact", "fast"), default="exact", help="linear-probe solver (exact)")
     p.add_argument(
         "--probe-features",
         choices=("before", "after"),
@@ -101,10 +101,10 @@ def run(options: argparse.Namespace) -> None:
     from rich.console import Console
 
     import diffclip
+    from diffclip.base.files import read_json, write_whole
     from diffclip.benchmarks import datasets, paper
     from diffclip.benchmarks.comparison import compare, markdown, model_groups, table
     from diffclip.benchmarks.evaluate import METRICS_FILE, OUTCOMES_FILE, evaluate_clip
-    from diffclip.benchmarks.images import read_json
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if "WORLD_SIZE" in os.environ:  # torchrun
@@ -120,7 +120,7 @@ def run(options: argparse.Namespace) -> None:
     groups = model_groups(options.model)
     scores: dict[str, list[dict]] = {name: [] for name in groups}
     outcomes: dict[str, list[dict]] = {name: [] for name in groups}
-    skipped, written = {}, []
+    skipped, notes, written = {}, {}, []
     for name, source in [(name, source) for name, sources in groups.items() for source in sources]:
         model, preprocess, tokenizer = diffclip.load(source)
         out = options.out / name
@@ -150,7 +150,9 @@ def run(options: argparse.Namespace) -> None:
         scores[name].append(found)
         if found:  # another rank than 0 has only encoded
             outcomes[name].append(safetensors.numpy.load_file(out / OUTCOMES_FILE))
-            skipped |= read_json(out / METRICS_FILE)["skipped"]
+            told = read_json(out / METRICS_FILE)
+            skipped |= told["skipped"]
+            notes |= told["about"]["notes"]
             written.append(str(out / METRICS_FILE))
     if not written:
         return
@@ -158,8 +160,10 @@ def run(options: argparse.Namespace) -> None:
     if not console.is_terminal:
         console = Console(width=200)
     rows = compare(scores, outcomes)
-    (options.out / "comparison.md").write_text(markdown(rows), encoding="utf-8")
+    write_whole(options.out / "comparison.md", markdown(rows))
     console.print(table(rows))
+    for what, note in notes.items():
+        console.print(f"{what}: {note}")
     for what, why in skipped.items():
         console.print(f"skipped {what}: {why}")
     console.print(f"wrote {options.out / 'comparison.md'}, {', '.join(written)}")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from diffclip.base.files import read_json
 from diffclip.benchmarks.significance import mcnemar, over_seeds, paired_bootstrap
 from diffclip.errors import InputError
 
@@ -28,18 +29,60 @@ def model_groups(sources: Sequence[str]) -> dict[str, list[str]]:
     Raises:
         InputError: two models of one name, or other numbers of seeds.
     """
+    plain = [source for source in sources if "=" not in source or Path(source).exists()]
+    named = dict(zip(plain, model_names(plain)))
     groups: dict[str, list[str]] = {}
     for source in sources:
-        name, given, paths = source.partition("=")
-        if not given:
-            name, paths = Path(source).name or Path(source).resolve().name, source
+        name, _, paths = (named[source], "", source) if source in named else source.partition("=")
         if name in groups:
             raise InputError(f"--model: two models are called {name}; write NAME=PATH to name them")
-        groups[name] = paths.split(",") if given else [paths]
+        groups[name] = [source] if source in named else paths.split(",")
     counts = {len(paths) for paths in groups.values()}
     if len(counts) > 1:
         raise InputError("--model: all models need the same number of seeds, since differences are taken seed by seed")
     return groups
+
+
+def model_names(sources: Sequence[str]) -> list[str]:
+    """Return a name for each model: the one in its run.json, else the last part of its path.
+
+    Those that would be called alike are told apart by where their paths differ: of runs/clip/pretrain and
+    runs/diffclip/pretrain these are clip and diffclip.
+
+    Raises:
+        InputError: the same model twice, or names that stay alike.
+    """
+    paths = [Path(source).resolve() for source in sources]
+    told = [_recorded_name(path) for path in paths]
+    names = [name or path.name for name, path in zip(told, paths)]
+    found = list(names)
+    for row, name in enumerate(names):
+        alike = [path.parts for path, other in zip(paths, names) if other == name]
+        if len(alike) > 1:
+            start = _in_common(alike)
+            end = _in_common([parts[start:][::-1] for parts in alike])
+            if start + end == min(map(len, alike)):  # one path is the beginning of another
+                start -= 1
+            differs = "-".join(paths[row].parts[start : len(paths[row].parts) - end])
+            found[row] = "-".join(part for part in (told[row], differs) if part) or name
+    if len(set(found)) < len(found):
+        twice = next(name for name in found if found.count(name) > 1)
+        raise InputError(f"two models are called {twice}: give each once, or NAME=PATH where the command takes that")
+    return found
+
+
+def _in_common(rows: Sequence[Sequence[str]]) -> int:
+    """How many first parts all rows share."""
+    unequal = (place for place, column in enumerate(zip(*rows)) if len(set(column)) > 1)
+    return next(unequal, min(len(row) for row in rows))
+
+
+def _recorded_name(path: Path) -> str:
+    """The model's name that a run directory records, "" elsewhere."""
+    if not (path / "run.json").is_file():
+        return ""
+    record = read_json(path / "run.json")
+    return Path(str(record.get("model") or "")).name if isinstance(record, dict) else ""
 
 
 def compare(scores: Mapping[str, Sequence[Scores]], outcomes: Mapping[str, Sequence[Outcomes]]) -> list[list[str]]:

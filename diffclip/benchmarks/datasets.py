@@ -10,19 +10,24 @@ torchvision's root for that set. Folders called n01440764 and the like are Image
 """
 
 import re
-from collections.abc import Mapping
+import unicodedata
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from diffclip.base.files import read_json, read_text, read_yaml
 from diffclip.benchmarks.images import (
+    SPLITS,
     Captioned,
     Pictures,
     class_folders,
     labelled_files,
     read_captioned,
     read_class_folders,
-    read_json,
     read_labelled,
+    schema_classnames,
+    split_named,
+    visible,
 )
 from diffclip.benchmarks.mmvp import Pairs, read_mmvp
 from diffclip.benchmarks.torchvision_sets import read_torchvision
@@ -34,7 +39,6 @@ KEYS = {
     "shifts": {"folder", "of"},
     "retrieval": {"path"},
 }
-SPLITS = {"train": ("train",), "val": ("val", "valid", "validation", "dev"), "test": ("test",)}
 # The probe's metric in the paper's protocol; all other sets use accuracy.
 MEAN_PER_CLASS = {"aircraft", "caltech101", "flowers", "pets"}
 WNID = re.compile(r"n\d{8}")  # WordNet's number of an ImageNet class
@@ -46,10 +50,11 @@ class Classification(NamedTuple):
     """A labelled set: label c means classnames[c]; `splits` holds test and, if there are, train and val."""
 
     classnames: list[str]
-    labels: dict[str, int]  # of each class folder, its name in lower case with spaces
+    labels: dict[str, int]  # of each class folder
     templates: list[str] | None  # its own prompts, with {c}
     metric: str  # of the linear probe
     splits: dict[str, Pictures]
+    notes: list[str]  # what a reader of the scores should know, in sentences
 
 
 class Shift(NamedTuple):
@@ -81,9 +86,10 @@ def suite_from_folder(root: Path) -> Suite:
         if (root / part).is_dir():
             suite[part] = {name: {"folder": f"{part}/{name}"} for name in class_folders(root / part)}
     if (root / "retrieval").is_dir():
-        inside = sorted(entry.name for entry in (root / "retrieval").iterdir() if not entry.name.startswith("."))
-        single = any(name.endswith((".tar", ".parquet", ".json")) for name in inside) or not inside
-        names = {"": "retrieval"} if single else {name: f"retrieval/{name}" for name in inside}
+        inside = visible((root / "retrieval").iterdir())
+        single = any(path.suffix in (".tar", ".parquet", ".json", ".csv", ".tsv") for path in inside) or not inside
+        sets = [path.name for path in inside if path.is_dir()]
+        names = {"": "retrieval"} if single else {name: f"retrieval/{name}" for name in sets}
         suite["retrieval"] = {name: {"path": path} for name, path in names.items()}
     if (root / "mmvp").is_dir():
         suite["mmvp"] = {"folder": "mmvp"}
@@ -94,14 +100,7 @@ def suite_from_folder(root: Path) -> Suite:
 
 def read_suite_file(path: Path) -> Suite:
     """Read a suite from YAML; `read` checks its keys."""
-    import yaml
-
-    try:
-        suite = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"suite {path} does not exist") from None
-    except yaml.YAMLError as error:
-        raise InputError(f"suite {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    suite = read_yaml(path)
     if not isinstance(suite, dict):
         raise InputError(f"suite {path} needs classification, shifts, retrieval or mmvp at its top level")
     return suite
@@ -141,38 +140,42 @@ def _classification(root: Path, name: str, entry: Mapping[str, str]) -> Classifi
     if metric not in ("accuracy", "mean_per_class"):
         raise InputError(f"suite: classification {name}: metric {metric} is neither accuracy nor mean_per_class")
     templates = _templates(root, folder, entry)
-    numbered = {alias: files for alias in sum(SPLITS.values(), ()) if (files := labelled_files(folder, alias))}
+    numbered = {split: files for split in SPLITS if (files := labelled_files(folder, split))}
+    notes: list[str] = []
     if "torchvision" in entry:
         classnames, pictures = read_torchvision(entry["torchvision"], folder)
         if "classnames" in entry:
             classnames = _numbered_classnames(root, folder, entry)
         labels = _numbered(classnames)
     elif numbered:
-        classnames = _numbered_classnames(root, folder, entry)
-        pictures = {
-            split: read_labelled(numbered[alias])
-            for split, aliases in SPLITS.items()
-            for alias in aliases
-            if alias in numbered
-        }
-        labels = {name: label for label, name in enumerate(classnames)}
+        classnames = _numbered_classnames(root, folder, entry, [path for files in numbered.values() for path in files])
+        pictures = {split: read_labelled(files, split) for split, files in numbered.items()}
+        labels = _numbered(classnames)
         beyond = max(label for split in pictures.values() for label in split.labels)
         if beyond >= len(classnames):
             raise InputError(f"{folder}: label {beyond} has no prompt name, there are {len(classnames)}")
     else:
-        splits = {
-            split: folder / alias for split, aliases in SPLITS.items() for alias in aliases if (folder / alias).is_dir()
-        } or {"test": folder}
+        splits = _split_folders(folder) or {"test": folder}
         found = {split: class_folders(path) for split, path in splits.items()}
         names = sorted(set().union(*found.values()))
-        classes = root / entry["classnames"] if "classnames" in entry else folder / "classnames.json"
-        if "classnames" in entry or classes.is_file():
-            classnames, labels = _classnames(classes, names)
+        own = root / entry["classnames"] if "classnames" in entry else _first_file(folder, "classnames")
+        if own:
+            classnames, labels = _classnames(own, names)
         elif all(WNID.fullmatch(name) for name in names):
-            classnames, labels = _imagenet()
+            classnames, labels = _imagenet_subset(folder, names)
+            if len(names) < 1000:
+                notes.append(f"{len(names)} of ImageNet's 1,000 classes are there, and only these compete")
         else:
             classnames, labels = [_spaced(folder_name) for folder_name in names], _numbered(names)
         pictures = {split: read_class_folders(path, labels) for split, path in splits.items()}
+    if "test" in pictures and max(pictures["test"].labels) < 0:
+        if "val" not in pictures:
+            raise InputError(f"{folder}: all labels of test are withheld (-1) and there is no val: nothing to score")
+        del pictures["test"]
+        notes.append("the test labels are withheld (-1): scored on validation")
+    for split, rows in pictures.items():
+        if min(rows.labels) < 0:
+            raise InputError(f"{folder}: all labels of {split} are withheld (-1): remove its files")
     if "test" not in pictures:  # sets whose test labels are withheld are scored on val
         if "val" not in pictures:
             raise InputError(f"{folder} has neither test/ nor val/: nothing to score")
@@ -180,80 +183,133 @@ def _classification(root: Path, name: str, entry: Mapping[str, str]) -> Classifi
     unseen = set(pictures["test"].labels) - set(pictures["train"].labels) if "train" in pictures else set()
     if unseen:
         raise InputError(f"{folder}: train has no pictures of {classnames[min(unseen)]!r}, but the test set has")
-    by_name = {_plain(name): label for name, label in labels.items()}
-    return Classification(classnames, by_name, templates, metric, pictures)
+    present = len(set(pictures["test"].labels))
+    if present < len(classnames):
+        notes.append(f"{len(classnames):,} classes compete, {present:,} of them have pictures to score")
+    return Classification(classnames, labels, templates, metric, pictures, notes)
+
+
+def _split_folders(folder: Path) -> dict[str, Path]:
+    """train/, val/ and test/ by any of their names; a folder of pictures alone is a class that is called so."""
+    found: dict[str, Path] = {}
+    for path in visible(folder.iterdir()):
+        split = split_named(path.name)
+        if split and path.is_dir() and any(inner.is_dir() for inner in visible(path.iterdir())):
+            if split in found:
+                raise InputError(f"{folder} has {found[split].name}/ and {path.name}/: keep one of them")
+            found[split] = path
+    return found
+
+
+def _first_file(folder: Path, name: str) -> Path | None:
+    return next((path for suffix in (".json", ".txt") if (path := folder / f"{name}{suffix}").is_file()), None)
 
 
 def _templates(root: Path, folder: Path, entry: Mapping[str, str]) -> list[str] | None:
-    """A set's own prompts: the file that is named, templates.json, or clip-benchmark's list; None without any."""
-    own = root / entry["templates"] if "templates" in entry else folder / "templates.json"
-    if "templates" in entry or own.is_file():
-        return read_templates(own)
-    lines = folder / "zeroshot_classification_templates.txt"
-    return [line for line in lines.read_text("utf-8").splitlines() if "{c}" in line] if lines.is_file() else None
+    """A set's own prompts: the file that is named, templates.json or .txt, or clip-benchmark's; None without any."""
+    names = ("templates", "zeroshot_classification_templates")
+    own = root / entry["templates"] if "templates" in entry else _first_file(folder, names[0])
+    own = own or _first_file(folder, names[1])
+    return read_templates(own) if own else None
 
 
-def _numbered_classnames(root: Path, folder: Path, entry: Mapping[str, str]) -> list[str]:
+def _listed(path: Path) -> list[str] | dict[str, str]:
+    """Class names of a file: a JSON list or object, or text with one a line."""
+    if path.suffix == ".json":
+        content = read_json(path)
+    else:
+        content = [line.strip() for line in read_text(path).rstrip().split("\n")]
+    if not isinstance(content, list | dict) or not content:
+        raise InputError(f"{path} needs a list of class names or an object from class folder to name")
+    for number, (key, name) in enumerate(content.items() if isinstance(content, dict) else enumerate(content), 1):
+        if not isinstance(name, str) or not name.strip():
+            where = repr(key) if isinstance(content, dict) else f"number {number}"
+            raise InputError(f"{path}: class {where} has no prompt name")
+    return content
+
+
+def _numbered_classnames(root: Path, folder: Path, entry: Mapping[str, str], files: Sequence[Path] = ()) -> list[str]:
     """Prompt names in the order of the labels, for sets whose labels are numbers."""
     listed = folder / "classnames.txt"  # clip-benchmark's
-    if "classnames" not in entry and listed.is_file():
-        return [line.strip() for line in listed.read_text("utf-8").splitlines() if line.strip()]
-    path = root / entry["classnames"] if "classnames" in entry else folder / "classnames.json"
-    if not path.is_file():
+    path = root / entry["classnames"] if "classnames" in entry else listed if listed.is_file() else None
+    path = path or _first_file(folder, "classnames")
+    if path is None:
+        if names := schema_classnames(files):
+            return names
         raise InputError(f"{folder} has numbers as labels: put their names, in order, into classnames.json or .txt")
-    return _classnames(path, [])[0]
+    content = _listed(path)
+    return list(content.values()) if isinstance(content, dict) else content
 
 
 def _classnames(path: Path, folders: list[str]) -> tuple[list[str], dict[str, int]]:
     """Read prompt names, a list in label order or {class folder: name}, and find the label of each folder."""
-    content = read_json(path)
-    if isinstance(content, list):
-        names = content
-        keys = [_plain(name) if isinstance(name, str) else "" for name in names]
-    elif isinstance(content, dict):
-        names, keys = list(content.values()), [_plain(key) for key in content]
-    else:
-        raise InputError(f"{path} needs a list of class names or an object from class folder to name")
-    for key, name in zip(keys, names):
-        if not isinstance(name, str) or not name.strip():
-            raise InputError(f"{path}: class {key or names.index(name)} has no prompt name")
+    content = _listed(path)
+    names = list(content.values()) if isinstance(content, dict) else content
+    keys = list(content) if isinstance(content, dict) else names
     if len(set(keys)) != len(keys):
         raise InputError(f"{path}: {next(key for key in keys if keys.count(key) > 1)!r} occurs twice")
-    labels = {key: label for label, key in enumerate(keys)}
+    labels = _numbered(keys)
     # folders without a name are left out here and reported by `read_class_folders` with their path
-    return names, {folder: labels[_plain(folder)] for folder in folders if _plain(folder) in labels}
+    return names, {folder: label for folder in folders if (label := label_of(folder, labels)) is not None}
+
+
+def label_of(folder: str, labels: Mapping[str, int]) -> int | None:
+    """The label of a class folder: by its name as it stands, else without regard to case, `_` and Unicode's forms.
+
+    None where that finds no class, or several.
+    """
+    if folder in labels:
+        return labels[folder]
+    alike = {label for name, label in labels.items() if _plain(name) == _plain(folder)}
+    return alike.pop() if len(alike) == 1 else None
 
 
 def _shift(folder: Path, of: str | None, labelled: dict[str, Classification]) -> Shift:
     numbered = labelled_files(folder, "test")
-    folders = _numbered_classnames(folder, folder, {}) if numbered else class_folders(folder)
+    folders = _numbered_classnames(folder, folder, {}, numbered) if numbered else class_folders(folder)
     if of is not None and of not in labelled:
         raise InputError(f"suite: {folder} is said to be a shift of {of}, which is not a classification set")
     candidates = {}
     for name, base in labelled.items() if of is None else [(of, labelled[of])]:
         known = base.labels
         if len(base.classnames) == 1000 and WNID.fullmatch(folders[0]):
-            known = _imagenet()[1]
+            known = _imagenet()
         elif all(one.isdecimal() for one in folders):  # ImageNet-V2 numbers its folders
             known = _numbered([str(label) for label in range(len(base.classnames))])
-        candidates[name] = {one: known[_plain(one)] for one in folders if _plain(one) in known}
+            if all(WNID.fullmatch(one) for one in base.labels):  # by ImageNet's numbers, of which some may be absent
+                known = {str(number): base.labels[one] for one, number in _imagenet().items() if one in base.labels}
+        candidates[name] = {one: label for one in folders if (label := label_of(one, known)) is not None}
     covering = [name for name, labels in candidates.items() if len(labels) == len(folders)]
     if not covering and of is None:
         raise InputError(f"{folder}: no classification set has all of its classes ({', '.join(folders[:3])}, ...)")
     of = of or min(covering, key=lambda name: len(labelled[name].classnames))
     if not numbered:
         return Shift(of, read_class_folders(folder, candidates[of]))
-    pictures = read_labelled(numbered)
+    pictures = read_labelled(numbered, "test")
+    if min(pictures.labels) < 0 or max(pictures.labels) >= len(folders):
+        raise InputError(
+            f"{folder}: labels go from {min(pictures.labels)} to {max(pictures.labels)}, {len(folders)} names"
+        )
     pictures.labels = [candidates[of][folders[label]] for label in pictures.labels]
     return Shift(of, pictures)
 
 
-def _imagenet() -> tuple[list[str], dict[str, int]]:
-    """The 1,000 classes of ImageNet: OpenAI's prompt names, and the label of each WordNet number."""
-    from open_clip import IMAGENET_CLASSNAMES
+def _imagenet() -> dict[str, int]:
+    """The label of each WordNet number among ImageNet's 1,000 classes."""
     from timm.data import ImageNetInfo
 
-    return list(IMAGENET_CLASSNAMES), _numbered(ImageNetInfo().label_names())
+    return _numbered(ImageNetInfo().label_names())
+
+
+def _imagenet_subset(folder: Path, wnids: list[str]) -> tuple[list[str], dict[str, int]]:
+    """OpenAI's prompt names of these of ImageNet's classes, in ImageNet's order, and their labels among themselves."""
+    from open_clip import IMAGENET_CLASSNAMES
+
+    known = _imagenet()
+    if unknown := [wnid for wnid in wnids if wnid not in known]:
+        raise InputError(f"{folder}: {unknown[0]} is none of ImageNet's 1,000 classes: name it in classnames.json")
+    ordered = sorted(wnids, key=known.__getitem__)
+    return [IMAGENET_CLASSNAMES[known[wnid]] for wnid in ordered], _numbered(ordered)
 
 
 def _spaced(name: str) -> str:
@@ -261,7 +317,7 @@ def _spaced(name: str) -> str:
 
 
 def _plain(name: str) -> str:
-    return _spaced(name).lower()
+    return unicodedata.normalize("NFC", _spaced(name)).casefold()
 
 
 def _numbered(names: list[str]) -> dict[str, int]:

@@ -43,7 +43,7 @@ class Encoder:
 
     Args:
         model: an open_clip-style model: `encode_image`, `encode_text`, and a `visual` with trunk and head
-            (timm towers, ours) or with a `proj` matrix (open_clip's own ViT). Put into eval mode.
+            (timm towers, ours), with a `proj` matrix (open_clip's own ViT, CoCa), or CLIP's ResNet. Put into eval mode.
         preprocess: PIL image -> (3, H, W) float tensor. Its printed form is part of the cache key.
         tokenizer: list of strings -> int64 (n, context).
         cache_dir: where features are stored; None keeps nothing.
@@ -126,8 +126,9 @@ class Encoder:
         return {"pictures": pictures.digest, "transform": _printed(self.preprocess), "kind": "image"}
 
     def _place(self, key: dict) -> tuple[Path, str]:
-        # lambda_init and the norms' epsilons are in the config only
-        model = [self.fingerprint, getattr(self.model, "model_config", None)]
+        # lambda_init, the norms' epsilons and the activation are not in the weights
+        config = getattr(self.model, "model_config", None) or _printed(self.model)
+        model = [self.fingerprint, config]
         text = json.dumps({"format": FORMAT, "model": model, "precision": self.precision, **key}, sort_keys=True)
         return self.cache_dir / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.safetensors", text
 
@@ -188,19 +189,39 @@ class Encoder:
 
 
 def encode_image(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Return features before (N, vision width) and after (N, embed_dim) the projection, in one forward."""
+    """Return features before (N, vision width) and after (N, embed_dim) the projection, in one forward.
+
+    CLIP's ResNets end in attention with the projection as its last matrix, which the identity then stands in for.
+    """
     visual = model.visual
     if hasattr(visual, "trunk"):
         before = visual.trunk(images)
         return before, visual.head(before)
-    # open_clip's own towers multiply by `proj` last, and leave it out when it is None
-    projection = visual.proj
-    visual.proj = None
+    if hasattr(visual, "proj"):  # open_clip's own transformers multiply by it last, and leave it out when it is None
+        owner, name, projection = visual, "proj", visual.proj
+        without = None
+    elif hasattr(getattr(visual, "attnpool", None), "c_proj"):
+        owner, name, projection = visual.attnpool, "c_proj", visual.attnpool.c_proj
+        without = _identity(projection)
+    else:
+        raise InputError(f"{type(visual).__name__}: its features before the projection are not known")
+    setattr(owner, name, without)
     try:
         before = visual(images)
     finally:
-        visual.proj = projection
-    return before, before if projection is None else before @ projection
+        setattr(owner, name, projection)
+    before = before[0] if isinstance(before, tuple) else before  # CoCa's tower gives its tokens too
+    if projection is None:
+        return before, before
+    return before, projection(before) if isinstance(projection, nn.Module) else before @ projection
+
+
+def _identity(layer: nn.Linear) -> nn.Linear:
+    """A layer that gives back what `layer` would take."""
+    same = nn.Linear(layer.in_features, layer.in_features, device=layer.weight.device, dtype=layer.weight.dtype)
+    nn.init.eye_(same.weight)
+    nn.init.zeros_(same.bias)
+    return same
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
@@ -246,9 +267,9 @@ def _joined(batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {key: torch.cat([batch[key] for batch in batches]) for key in batches[0]}
 
 
-def _printed(transform: Callable) -> str:
-    """Return the printed form of a transform without memory addresses, which differ between processes."""
-    return re.sub(r" at 0x[0-9a-f]+", "", repr(transform))
+def _printed(part: object) -> str:
+    """Return the printed form of a transform or model without memory addresses, which differ between processes."""
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(part))
 
 
 def _cores() -> int:

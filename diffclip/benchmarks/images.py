@@ -3,21 +3,35 @@
 Every reader gives a `Pictures` data set of (PIL image, label); nothing is decoded before it is asked for.
 """
 
+import csv
 import hashlib
-import json
 import os
+import re
 import tarfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from PIL import Image
 from torch.utils.data import Dataset
 
+from diffclip.base.files import parse_json, read_json, read_text
 from diffclip.errors import InputError
 from diffclip.pictures import open_picture
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".gif", ".tif", ".tiff")
+if TYPE_CHECKING:
+    import pyarrow
+
+# of two pictures under one key of a shard the first in this order counts: the photo, not its mask
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".bmp", ".ppm", ".gif", ".tif", ".tiff")
+SPLITS = {  # and what folders, files and the column `split` call them, in any case
+    "train": ("train", "training", "restval"),
+    "val": ("val", "valid", "validation", "dev"),
+    "test": ("test", "testing"),
+}
+IMAGE_COLUMNS = ("image", "img", "jpg", "webp", "png")
+LABEL_COLUMNS = ("label", "fine_label", "labels", "cls")
+CAPTION_COLUMNS = ("caption", "captions", "text")
 
 
 class TarSlice(NamedTuple):
@@ -76,28 +90,25 @@ class Pictures(Dataset):
         return digest.hexdigest()
 
 
-def read_json(path: Path) -> object:
-    """Parse a JSON file; `InputError` with the path (and line) when it is missing or malformed."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not valid JSON: {error}") from None
+def visible(entries: Iterable[Path]) -> list[Path]:
+    """Sort, and leave out what file managers and notebooks drop beside data: `.DS_Store`, `._1.jpg`, `__MACOSX`."""
+    return sorted(path for path in entries if not path.name.startswith((".", "__MACOSX", "@eaDir")))
 
 
 def images_in(folder: Path) -> list[Path]:
-    """Return all image files below a folder, sorted by path."""
-    found = (Path(root) / name for root, _, names in os.walk(folder, followlinks=True) for name in names)
-    return sorted(path for path in found if path.suffix.lower() in IMAGE_SUFFIXES)
+    """Return all image files below a folder, sorted by path; hidden files and folders are left out."""
+    found: list[Path] = []
+    for root, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [path.name for path in visible(Path(root) / name for name in folders)]
+        found += visible(Path(root) / name for name in names if name.lower().endswith(IMAGE_SUFFIXES))
+    return sorted(found)
 
 
 def class_folders(folder: Path) -> list[str]:
     """Return the names of the class folders below `folder`, sorted; hidden ones are left out."""
     if not folder.is_dir():
         raise InputError(f"{folder} does not exist: give a folder that holds one folder of images per class")
-    entries = (entry for entry in folder.iterdir() if entry.is_dir())
-    names = sorted(entry.name for entry in entries if not entry.name.startswith("."))
+    names = [entry.name for entry in visible(folder.iterdir()) if entry.is_dir()]
     if not names:
         raise InputError(f"{folder} has no class folders: expected {folder}/<class name>/*.png")
     return names
@@ -123,61 +134,189 @@ def read_class_folders(folder: Path, labels: Mapping[str, int]) -> Pictures:
     return Pictures([str(path) for path in files], files, targets)
 
 
+def split_named(name: object) -> str | None:
+    """Return train, val or test for any of its names, None for another word."""
+    return next((split for split, names in SPLITS.items() if str(name).strip().lower() in names), None)
+
+
+def _split_of(file: Path) -> str | None:
+    """The split that a file's name begins with: train-00000-of-00002.parquet."""
+    return split_named(re.split(r"[-_.]", file.name)[0])
+
+
 def labelled_files(folder: Path, split: str) -> list[Path]:
-    """Return a split's files: `folder`/`split`/*.tar, `split`/*.parquet, `split`.parquet or `split`-*.parquet."""
-    for pattern in (f"{split}/*.tar", f"{split}/*.parquet", f"{split}.parquet", f"{split}-*.parquet"):
-        if files := sorted(folder.glob(pattern)):
+    """Return the shards or parquet files of train, val or test, in `folder` or in its data/, as the Hub has it.
+
+    Their names: `SPLIT/*.tar`, `SPLIT/*.parquet`, `SPLIT.parquet`, `SPLIT-*.tar`, `SPLIT-*.parquet`; or any name for
+    parquet whose column `split` has rows of it.
+    """
+    for place in (folder, folder / "data"):
+        for name in SPLITS[split]:
+            for suffix in (".tar", ".parquet"):
+                for pattern in (f"{name}/*{suffix}", f"{name}{suffix}", f"{name}-*{suffix}"):
+                    if files := visible(place.glob(pattern)):
+                        return files
+    for place in (folder, folder / "data"):
+        unnamed = [path for path in visible(place.glob("*.parquet")) if _split_of(path) is None]
+        if files := [path for path in unnamed if split in _splits(path)]:
             return files
     return []
 
 
-def read_labelled(files: Sequence[Path]) -> Pictures:
+def read_labelled(files: Sequence[Path], split: str) -> Pictures:
     """Read pictures with numbers as labels: clip-benchmark's shards (KEY.webp + KEY.cls), or parquet (image, label).
 
+    Rows that a column `split` gives to another split are left out. Labels that are withheld, as those of ImageNet's
+    test set, are -1.
+
     Raises:
-        InputError: a file that cannot be read, or a picture without a label.
+        InputError: a file that cannot be read, a picture without a label, or a label that is no whole number.
     """
     names, sources, labels = [], [], []
     for file in files:
-        rows = _labelled_tar(file) if file.suffix == ".tar" else _labelled_parquet(file)
+        rows = _labelled_tar(file) if file.suffix == ".tar" else _labelled_parquet(file, split)
         for name, source, label in rows:
             names.append(name)
             sources.append(source)
             labels.append(label)
+    if not names:
+        raise InputError(f"{files[0]} holds no pictures of the split {split}")
+    negative = [row for row, label in enumerate(labels) if label < 0]
+    if 0 < len(negative) < len(labels):
+        raise InputError(
+            f"{names[negative[0]]} has no label (-1), like {len(negative):,} of {len(labels):,} rows: remove them"
+        )
     return Pictures(names, sources, labels)
 
 
-def _labelled_tar(path: Path) -> list[tuple[str, TarSlice, int]]:
-    pictures: dict[str, TarSlice] = {}
-    labels: dict[str, int] = {}
+def _label(value: Any, name: str) -> int:
+    if value is None:
+        return -1
+    try:
+        if int(value) == float(value):
+            return int(value)
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise InputError(f"{name}: label {str(value)[:40]!r} is no whole number: number the classes from 0")
+
+
+Members = dict[str, TarSlice | bytes]  # of one key of a shard, by suffix; pictures stay in the file
+
+
+def _samples(path: Path, text: str) -> list[tuple[str, Members]]:
+    """Return (key, members) of a tar file as keys appear: the pictures, and what has the suffix `text`.
+
+    A key that comes again with a suffix that it had, as where two shards were joined, begins another sample.
+    """
+    samples: list[tuple[str, Members]] = []
+    last: dict[str, Members] = {}
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
                 key, suffix = os.path.splitext(member.name)
-                if suffix.lower() in IMAGE_SUFFIXES:
-                    pictures[key] = TarSlice(path, member.offset_data, member.size)
-                elif suffix == ".cls" and (file := tar.extractfile(member)):
-                    labels[key] = int(file.read())
-    except (tarfile.TarError, ValueError) as error:
-        raise InputError(f"{path} cannot be read as a shard of pictures with .cls labels ({error})") from error
-    if missing := sorted(pictures.keys() - labels.keys()):
-        raise InputError(f"{path}: picture {missing[0]} has no .cls label beside it")
-    return [(f"{path}:{key}", picture, labels[key]) for key, picture in pictures.items()]
+                suffix = suffix.lower()
+                hidden = any(part.startswith((".", "__MACOSX")) for part in key.split("/") if part != ".")
+                if hidden or not member.isfile() or suffix not in (*IMAGE_SUFFIXES, text):
+                    continue
+                if key not in last or suffix in last[key]:
+                    last[key] = {}
+                    samples.append((key, last[key]))
+                file = tar.extractfile(member) if suffix == text else None
+                last[key][suffix] = file.read() if file else TarSlice(path, member.offset_data, member.size)
+    except (tarfile.TarError, OSError) as error:
+        raise InputError(f"{path} cannot be read as a webdataset shard ({error})") from error
+    return samples
 
 
-def _labelled_parquet(path: Path) -> list[tuple[str, bytes, int]]:
+def _picture_of(members: Members) -> TarSlice | bytes | None:
+    return next((members[suffix] for suffix in IMAGE_SUFFIXES if suffix in members), None)
+
+
+def _labelled_tar(path: Path) -> Iterator[tuple[str, TarSlice | bytes, int]]:
+    for key, members in _samples(path, ".cls"):
+        name, picture = f"{path}:{key}", _picture_of(members)
+        if picture is None:
+            continue
+        if ".cls" not in members:
+            raise InputError(f"{path}: picture {key} has no .cls label beside it")
+        yield name, picture, _label(str(members[".cls"], "utf-8", "replace").strip(), name)
+
+
+def _labelled_parquet(path: Path, split: str) -> Iterator[tuple[str, bytes | Path, int]]:
+    image, label = _columns(path, _schema(path).names, LABEL_COLUMNS, IMAGE_COLUMNS)
+    splits = _splits(path)
+    for number, row in _rows(path, [image, label], [one in (split, None) for one in splits]):
+        name = f"{path} row {number}"
+        yield name, _encoded(row[image], path, name), _label(row[label], name)
+
+
+def schema_classnames(files: Sequence[Path]) -> list[str] | None:
+    """Return the class names that the Hub's parquet files carry in their schema, None without any."""
+    for path in files:
+        if path.suffix == ".parquet" and b"huggingface" in (_schema(path).metadata or {}):
+            told = parse_json(_schema(path).metadata[b"huggingface"], f"{path}: its schema")
+            features = told.get("info", {}).get("features", {}) if isinstance(told, dict) else {}
+            for column in LABEL_COLUMNS:
+                if isinstance(features.get(column), dict) and isinstance(features[column].get("names"), list):
+                    return [str(name) for name in features[column]["names"]]
+    return None
+
+
+def _schema(path: Path) -> "pyarrow.Schema":
     import pyarrow
     import pyarrow.parquet
 
     try:
-        table = pyarrow.parquet.read_table(path, columns=["image", "label"])
-    except (pyarrow.ArrowException, OSError, KeyError) as error:
-        raise InputError(f"{path} cannot be read as parquet with the columns image and label ({error})") from error
-    pictures = [image["bytes"] if isinstance(image, dict) else image for image in table["image"].to_pylist()]
-    return [
-        (f"{path} row {n}", image, int(label))
-        for n, (image, label) in enumerate(zip(pictures, table["label"].to_pylist()))
-    ]
+        return pyarrow.parquet.read_schema(path)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise InputError(f"{path} cannot be read as parquet ({error})") from error
+
+
+def _splits(path: Path) -> list[str | None]:
+    """Return what the column `split` gives each row of a parquet file: all None where it names no split, or is not."""
+    import pyarrow.parquet
+
+    if "split" not in _schema(path).names:
+        return [None] * pyarrow.parquet.read_metadata(path).num_rows
+    values = pyarrow.parquet.read_table(path, columns=["split"])["split"].to_pylist()
+    named = [split_named(value) for value in values]
+    unknown = next((value for value, split in zip(values, named) if split is None), None)
+    if None in named and any(named):
+        raise InputError(f"{path}: the column split holds {unknown!r}; write train, val or test in every row")
+    return named
+
+
+def _rows(path: Path, columns: list[str], wanted: Sequence[bool]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Return (number, row) of the rows that are wanted."""
+    import pyarrow
+    import pyarrow.parquet
+
+    kept = [number for number, is_wanted in enumerate(wanted) if is_wanted]
+    try:
+        table = pyarrow.parquet.read_table(path, columns=columns).filter(pyarrow.array(wanted, pyarrow.bool_()))
+    except (pyarrow.ArrowException, OSError) as error:
+        raise InputError(f"{path} cannot be read as parquet ({error})") from error
+    yield from zip(kept, (row for batch in table.to_batches() for row in batch.to_pylist()))
+
+
+def _columns(path: Path, found: Sequence[str], second: Sequence[str], image: Sequence[str]) -> tuple[str, str]:
+    """Return the column of pictures, and that of labels or captions: the first of these names that is there."""
+    both = [next((name for name in wanted if name in found), None) for wanted in (image, second)]
+    if None in both:
+        others = ", ".join((*image[1:], *second[1:]))
+        names = ", ".join(found)
+        raise InputError(f"{path} needs the columns {image[0]} and {second[0]} (or {others}), has {names}: rename them")
+    return both[0], both[1]
+
+
+def _encoded(picture: Any, path: Path, name: str) -> bytes | Path:
+    """The picture of a parquet row: bytes, or the Hub's {bytes, path}, whose path is relative to the file."""
+    if isinstance(picture, dict):
+        file = picture.get("path")
+        picture = picture.get("bytes") or (path.parent / file if file else None)
+    if not isinstance(picture, bytes | Path):
+        raise InputError(f"{name} holds no picture: remove the row")
+    return picture
 
 
 class Captioned(NamedTuple):
@@ -188,113 +327,165 @@ class Captioned(NamedTuple):
     owner: list[int]
 
 
-def read_captioned(path: Path) -> Captioned:
-    """Read a retrieval set in any of the usual forms.
+# name for messages, picture, captions, and the split that the file gives the row
+Rows = Iterable[tuple[str, Path | TarSlice | bytes, list[str], str | None]]
 
-    `path` is a folder of webdataset shards (KEY.png + KEY.txt with one caption a line, as clip-benchmark has
-    them), one such .tar, a captions .json beside its images (the Karpathy form {"images": [{"filename",
-    "sentences": [{"raw"}]}]}, or {"file": ["caption", ...]}), or a .parquet with image and caption columns.
+
+def read_captioned(path: Path) -> Captioned:
+    """Read the test rows of a retrieval set in any of the usual forms.
+
+    `path` is a folder of these files, or one of them: webdataset shards (KEY.png + KEY.txt with one caption a line, as
+    clip-benchmark has them); parquet with image and caption columns; JSON beside its images, as Karpathy's
+    ({"images": [{"filename", "sentences": [{"raw"}]}]}), COCO's ({"images", "annotations"}), a list of
+    {"image", "caption"}, or {"file": ["caption", ...]}; or a table (Flickr30k's results.csv) of image and caption.
+    Splits are told by a column or key `split`, and by files called train-..., test-... .
+
+    Raises:
+        InputError: none of these, a picture without a caption, or several splits and none of them test.
     """
+    readers = {".tar": _captioned_tar, ".parquet": _captioned_parquet, ".json": _captioned_json}
+    readers |= dict.fromkeys((".csv", ".tsv"), _captioned_table)
     if path.is_dir():
-        for suffix in (".tar", ".parquet", ".json"):
-            files = sorted(path.glob(f"*{suffix}"))
-            if files:
-                break
-        else:
-            raise InputError(f"{path} holds no .tar, .parquet or .json file with captions")
+        places = [place for place in (path, path / "test", path / "data") if place.is_dir()]
+        found = (visible(place.glob(f"*{suffix}")) for suffix in readers for place in places)
+        files = next((files for files in found if files), [])
+        if not files:
+            raise InputError(f"{path} holds no .tar, .parquet or .json (or .csv, .tsv) file with captions")
+        splits = [_split_of(file) for file in files]
+        files = [file for file, split in zip(files, splits) if split == _test_split(splits, path)]
     elif path.is_file():
-        files, suffix = [path], path.suffix
+        files = [path]
     else:
         raise InputError(f"{path} does not exist: give shards, a parquet file or a captions file")
-    readers = {".tar": _captioned_tar, ".parquet": _captioned_parquet, ".json": _captioned_json}
-    if suffix not in readers:
-        raise InputError(f"{path} is not a .tar, .parquet or .json file with captions")
+    if files[0].suffix.lower() not in readers:
+        raise InputError(f"{path} is not a .tar, .parquet or .json (or .csv, .tsv) file with captions")
 
+    rows = [row for file in files for row in readers[file.suffix.lower()](file)]
+    wanted = _test_split([split for *_, split in rows], path)
     names, sources, captions, owner = [], [], [], []
-    for file in files:
-        for name, source, texts in readers[suffix](file):
-            if not texts:
-                raise InputError(f"{name} has no caption: each picture of a retrieval set needs at least one")
-            captions += texts
-            owner += [len(names)] * len(texts)
-            names.append(name)
-            sources.append(source)
+    for name, source, texts, split in rows:
+        if split != wanted:
+            continue
+        texts = [text.strip() for text in texts if text.strip()]  # an empty caption is no query
+        if not texts:
+            raise InputError(f"{name} has no caption: each picture of a retrieval set needs at least one")
+        captions += texts
+        owner += [len(names)] * len(texts)
+        names.append(name)
+        sources.append(source)
     if not names:
         raise InputError(f"{path} holds no pictures with captions")
     return Captioned(Pictures(names, sources), captions, owner)
 
 
-Rows = list[tuple[str, Path | TarSlice | bytes, list[str]]]  # name for messages, picture, captions
+def _test_split(splits: Iterable[str | None], path: Path) -> str | None:
+    """Test where it is among them, or the only one that there is."""
+    found = set(splits)
+    if len(found) > 1 and "test" not in found:
+        raise InputError(
+            f"{path} has the splits {', '.join(sorted(map(str, found)))} and no test: keep the one to score"
+        )
+    return "test" if "test" in found else next(iter(found), None)
 
 
-def _lines(text: str) -> list[str]:
-    return [line.strip() for line in text.splitlines() if line.strip()]
+def _texts(value: Any, name: str) -> list[str]:
+    """Captions as they are stored: one, or a list; null is none."""
+    values = value if isinstance(value, list) else [value]
+    if any(isinstance(one, dict | list) for one in values):
+        raise InputError(f"{name}: a caption must be text, not {str(values)[:60]}")
+    return [str(one) for one in values if one is not None]
 
 
 def _captioned_tar(path: Path) -> Rows:
-    pictures: dict[str, TarSlice] = {}
-    texts: dict[str, list[str]] = {}
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                key, suffix = os.path.splitext(member.name)
-                if suffix.lower() in IMAGE_SUFFIXES:
-                    pictures[key] = TarSlice(path, member.offset_data, member.size)
-                elif suffix == ".txt" and (file := tar.extractfile(member)):
-                    texts[key] = _lines(file.read().decode("utf-8"))
-    except (tarfile.TarError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read as a webdataset shard ({error})") from error
-    lonely = sorted(texts.keys() - pictures.keys())
-    if lonely:
-        raise InputError(f"{path}: {lonely[0]}.txt has no picture beside it")
-    return [(f"{path}:{key}", picture, texts.get(key, [])) for key, picture in pictures.items()]
+    for key, members in _samples(path, ".txt"):
+        picture = _picture_of(members)
+        if picture is None:
+            raise InputError(f"{path}: {key}.txt has no picture beside it")
+        try:
+            yield f"{path}:{key}", picture, str(members.get(".txt", b""), "utf-8-sig").split("\n"), None
+        except UnicodeDecodeError:
+            raise InputError(f"{path}: {key}.txt is not UTF-8: write it again") from None
 
 
 def _captioned_parquet(path: Path) -> Rows:
-    import pyarrow
-    import pyarrow.parquet
+    image, text = _columns(path, _schema(path).names, CAPTION_COLUMNS, IMAGE_COLUMNS)
+    splits = _splits(path)
+    for number, row in _rows(path, [image, text], [split == "test" or "test" not in splits for split in splits]):
+        name = f"{path} row {number}"
+        yield name, _encoded(row[image], path, name), _texts(row[text], name), splits[number]
 
+
+def _captioned_table(path: Path) -> Rows:
+    """Rows of image and caption, several rows a picture; the separator is told from the header."""
+    lines = read_text(path).split("\n")
+    separator = max("|\t;,", key=lines[0].count)
+    # results.csv of Flickr30k does not quote: a quotation mark is text there
+    quoting = csv.QUOTE_MINIMAL if separator in ",;" else csv.QUOTE_NONE
     try:
-        columns = pyarrow.parquet.read_schema(path).names
-        text = next((name for name in ("captions", "caption", "text") if name in columns), None)
-        if "image" not in columns or text is None:
-            raise InputError(f"{path} needs the columns image and caption (or captions, text), has {columns}")
-        table = pyarrow.parquet.read_table(path, columns=["image", text])
-    except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"{path} cannot be read as parquet ({error})") from error
-    rows: Rows = []
-    for number, (image, caption) in enumerate(zip(table["image"].to_pylist(), table[text].to_pylist())):
-        data = image["bytes"] if isinstance(image, dict) else image
-        source = data if data is not None else path.parent / image["path"]
-        captions = [caption] if isinstance(caption, str) else [str(one) for one in caption or []]
-        rows.append((f"{path} row {number}", source, captions))
-    return rows
+        header, *rows = csv.reader((f"{line}\n" for line in lines), delimiter=separator, quoting=quoting, strict=True)
+    except csv.Error as error:
+        raise InputError(f"{path} cannot be read as a table ({error})") from None
+    columns = [column.strip().lower() for column in header]
+    names = _columns(
+        path,
+        columns,
+        (*CAPTION_COLUMNS, "comment", "title"),
+        ("image", "image_name", "filename", "file_name", "filepath", "file"),
+    )
+    image, text = map(columns.index, names)
+    split = columns.index("split") if "split" in columns else None
+    pictures: dict[str, tuple[str | None, list[str]]] = {}
+    for number, row in enumerate(rows, start=2):
+        if not any(cell.strip() for cell in row):
+            continue
+        if len(columns) == 3 and len(row) == 2 and (both := re.fullmatch(r"\s*(\d+)\s+(.+)", row[1])):
+            row = [row[0], *both.groups()]  # the published results.csv lacks a separator in one row
+        if len(row) != len(columns):
+            raise InputError(f"{path}: row {number} has {len(row)} columns and not {len(columns)}: {str(row)[:80]}")
+        pictures.setdefault(row[image].strip(), (split_named(row[split]) if split is not None else None, []))
+        pictures[row[image].strip()][1].append(row[text])
+    yield from _beside(path, [(name, texts, where) for name, (where, texts) in pictures.items()])
 
 
 def _captioned_json(path: Path) -> Rows:
     data = read_json(path)
-    if isinstance(data, dict) and isinstance(data.get("images"), list):
-        try:
-            # Karpathy's files hold all splits together; a file without a test split is taken whole
-            rest = [row for row in data["images"] if row.get("split") == "test"] or data["images"]
+    entries: list[tuple[str, Any, str | None]]  # file, captions, split
+    try:
+        if isinstance(data, dict) and isinstance(data.get("annotations"), list):  # COCO
+            texts: dict[Any, list] = {image["id"]: [] for image in data["images"]}
+            for annotation in data["annotations"]:
+                texts[annotation["image_id"]].append(annotation["caption"])
+            entries = [(image["file_name"], texts[image["id"]], None) for image in data["images"]]
+        elif isinstance(data, dict) and isinstance(data.get("images"), list):  # Karpathy: all splits together
             entries = [
                 (
                     os.path.join(row.get("filepath", ""), row["filename"]),
                     [one["raw"] for one in row["sentences"]],
+                    split_named(row.get("split")),
                 )
-                for row in rest
+                for row in data["images"]
             ]
-        except (KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{path}: an entry lacks filename or sentences[].raw ({error})") from None
-    elif isinstance(data, dict) and all(isinstance(texts, list) for texts in data.values()):
-        entries = list(data.items())
-    else:
-        raise InputError(f"{path} needs the form {{images: [...]}} or {{file: [captions]}}")
-    folders = (path.parent, path.parent / "images")
-    rows: Rows = []
-    for name, texts in entries:
-        file = next((folder / name for folder in folders if (folder / name).is_file()), None)
+        elif isinstance(data, list):
+            entries = [
+                (row["image"], row.get("captions", row.get("caption")), split_named(row.get("split"))) for row in data
+            ]
+        elif isinstance(data, dict) and all(isinstance(texts, list | str) for texts in data.values()):
+            entries = [(name, texts, None) for name, texts in data.items()]
+        else:
+            raise InputError(f"{path} needs the form {{images: [...]}}, [{{image, caption}}] or {{file: [captions]}}")
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: an entry lacks its picture or its captions ({error})") from None
+    return _beside(path, entries)
+
+
+def _beside(path: Path, entries: Sequence[tuple[str, Any, str | None]]) -> Rows:
+    """Find the pictures of a captions file beside it, in images/, or in the folder that its name ends in (val2017)."""
+    folders = (path.parent, path.parent / "images", path.parent / path.stem.rsplit("_", 1)[-1])
+    wanted = _test_split([split for *_, split in entries], path)
+    for name, texts, split in entries:
+        if split != wanted:
+            continue  # the others' pictures need not be there
+        file = next((folder / str(name) for folder in folders if (folder / str(name)).is_file()), None)
         if file is None:
             raise InputError(f"{path}: picture {name} is neither beside the file nor in images/")
-        rows.append((str(file), file, [str(text) for text in texts]))
-    return rows
+        yield str(file), file, _texts(texts, f"{path}: {name}"), split

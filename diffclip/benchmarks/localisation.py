@@ -18,14 +18,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-import json
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from diffclip.base.files import write_json
 from diffclip.errors import InputError, exit_on_input_error
 from diffclip.pictures import open_picture
 
@@ -94,21 +93,19 @@ def localise(model: Any, transform: Any, tokenizer: Any, items: Sequence[tuple],
     """
     import torch
     from PIL import Image
-    from torchvision import transforms as T
 
-    from diffclip.attention_maps import relevance, upsample
+    from diffclip.attention_maps import relevance, seen_part, upsample
 
-    size = model.model_config["preprocess_cfg"]["size"]
-    crop = T.Compose([T.Resize(size, T.InterpolationMode.NEAREST), T.CenterCrop(size)])
+    crop = seen_part(transform, nearest=True)
     device = next(model.parameters()).device
     rows = []
     for start in range(0, len(items), batch_size):
         batch = items[start : start + batch_size]
         pictures = torch.stack([transform(open_picture(path, str(path))) for path, _, _ in batch]).to(device)
         texts = tokenizer([PROMPT.format(name) for _, name, _ in batch]).to(device)
-        heats = upsample(relevance(model, pictures, texts), (size, size)).cpu().numpy()
+        heats = upsample(relevance(model, pictures, texts), pictures.shape[-2:]).cpu().numpy()
         for heat, (_, _, mask) in zip(heats, batch):
-            seen = np.asarray(crop(Image.fromarray(mask)))
+            seen = np.asarray(crop(Image.fromarray(mask).convert("RGB")))[:, :, 0] > 127
             whole = seen.any() and not seen.all()
             scores = map_scores(heat, seen) if whole else dict.fromkeys((*SCORES, "area"), float("nan"))
             rows.append([scores[name] for name in (*SCORES, "area")])
@@ -160,18 +157,22 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     with exit_on_input_error():
         from diffclip import checkpoints
+        from diffclip.benchmarks.comparison import model_names
 
+        names = model_names(args.models)
         items = list(read_masks(args.instances, args.images))
         if not items:
             raise InputError(f"{args.instances}: no masks to compare with")
         found = {}
-        for name in args.models:
-            model, transform, tokenizer = checkpoints.load(name)
-            found[str(name)] = localise(model.to(args.device), transform, tokenizer, items)
+        for name, source in zip(names, args.models):
+            model, transform, tokenizer = checkpoints.load(source)
+            try:
+                found[name] = localise(model.to(args.device), transform, tokenizer, items)
+            except InputError as error:
+                raise InputError(f"{source}: {error}") from None
             print(f"{name}: {len(items)} objects in {len({path for path, _, _ in items})} pictures", flush=True)
         result = summary(found, [path for path, _, _ in items])
-        Path(args.out + ".part").write_text(json.dumps(result, indent=1) + "\n")
-        os.replace(args.out + ".part", args.out)
+        write_json(args.out, result)
         for name, row in result["models"].items():
             cells = [f"{s} {v['mean']:.1f} [{v['low']:.1f}, {v['high']:.1f}]" for s, v in row.items()]
             print(f"{name}: {', '.join(cells)}")

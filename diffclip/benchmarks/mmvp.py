@@ -5,6 +5,7 @@ a pair counts when both statements find their picture.
 """
 
 import csv
+import io
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -12,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from diffclip.base.files import read_text
 from diffclip.benchmarks.images import Pictures, images_in
 from diffclip.errors import InputError
 
@@ -42,15 +44,26 @@ def read_mmvp(folder: Path) -> Pairs:
     path = folder / "Questions.csv"
     if not path.is_file():
         raise InputError(f"{path} does not exist: MMVP-VLM is a folder with Questions.csv and the pictures")
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        rows = [{_plain(key): value for key, value in row.items()} for row in reader]
+    try:
+        text = read_text(path)
+    except InputError:  # the release was written on Windows; a byte that cp1252 lacks ends here
+        try:
+            text = path.read_bytes().decode("cp1252")
+        except UnicodeDecodeError as error:
+            raise InputError(f"{path}: neither UTF-8 nor cp1252 (byte {error.start}): save it as UTF-8") from None
+    reader = csv.DictReader(io.StringIO(text, newline=""))
+    numbered = [
+        (reader.line_num, {_plain(key): value for key, value in row.items() if isinstance(value, str)})
+        for row in reader
+        if any(isinstance(value, str) and value.strip() for value in row.values())
+    ]
+    rows = [row for _, row in numbered]
     if not rows or not {"questionid", "type", "statement"} <= rows[0].keys():
         raise InputError(f"{path} needs the columns Question ID, Type and Statement, and at least one question")
 
     questions: dict[int, dict[str, str]] = {}
-    for line, row in enumerate(rows, start=2):
-        if not (row["questionid"] or "").strip().isdigit() or not (row["statement"] or "").strip():
+    for line, row in numbered:
+        if not row.get("questionid", "").strip().isdigit() or not row.get("statement", "").strip():
             raise InputError(f"{path} line {line}: needs a whole number as Question ID and a Statement")
         number = int(row["questionid"])
         if number in questions:
@@ -67,7 +80,7 @@ def read_mmvp(folder: Path) -> Pairs:
         partner = number + 1 if number % 2 else number - 1
         if partner not in questions:
             raise InputError(f"{path}: question {number} has no partner {partner}")
-        category = (questions[number]["type"] or "").strip()
+        category = questions[number].get("type", "").strip()
         found = pictures.get(number, [])
         if len(found) > 1:
             found = [image for image in found if _plain(image.parent.name) == _plain(category)]

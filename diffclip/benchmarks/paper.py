@@ -108,4 +108,4 @@ def count_test(folder: Path, part: str) -> int:
     if part == "retrieval":
         return len(read_captioned(inner).images)
     files = labelled_files(folder, "test")
-    return len(read_labelled(files)) if files else len(images_in(inner))
+    return len(read_labelled(files, "test")) if files else len(images_in(inner))

@@ -3,7 +3,9 @@
     python -m diffclip.benchmarks.with_clip_benchmark eval --model diffclip --pretrained runs/diffclip/pretrain \
         --dataset wds/imagenetv2 --dataset_root data/imagenet-v2 --no_amp --output scores.json
 
-All arguments are clip-benchmark's; `--pretrained` takes whatever `diffclip.load` reads.
+All arguments are clip-benchmark's; `--pretrained` takes whatever `diffclip.load` reads. Of a shard's members only those
+are decoded that hold pictures, texts, numbers and plain arrays: webdataset's own table would unpickle others, and with
+that run whatever the shard's author put into them.
 """
 
 import sys
@@ -24,9 +26,19 @@ def add_model_type(models: Any) -> None:
     models.MODEL_TYPES.append("diffclip")
 
 
+def only_plain_decoders() -> None:
+    """Take out of webdataset's table all that can run code, or may come to; such members stay bytes."""
+    from webdataset import autodecode
+
+    kept = {"txt", "text", "transcript", "cls", "cls2", "index", "inx", "id", "json", "jsn", "npy"}
+    for suffix in autodecode.decoders.keys() - kept:
+        del autodecode.decoders[suffix]
+
+
 def main() -> None:
     from clip_benchmark import cli, models
 
+    only_plain_decoders()
     add_model_type(models)
     if "eval" in sys.argv and "--model_type" not in sys.argv:
         sys.argv += ["--model_type", "diffclip"]

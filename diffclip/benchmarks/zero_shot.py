@@ -11,15 +11,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffclip.benchmarks.images import read_json
+from diffclip.base.files import read_json, read_text
 from diffclip.errors import InputError
 
 
 def templates(name: str | Path) -> list[str]:
     """Return prompt templates with `{c}` where the class name goes.
 
-    `imagenet7` are SLIP's seven (open_clip calls them simple), `imagenet80` are OpenAI's, anything else
-    is the path of a JSON list of strings.
+    `imagenet7` are SLIP's seven (open_clip calls them simple), `imagenet80` are OpenAI's, anything else is the path of
+    a JSON list of strings, or of a text file with a prompt a line. There OpenAI's `{}` means the same as `{c}`.
+
+    Raises:
+        InputError: no such file, or a prompt without a place for the class name.
     """
     from open_clip import OPENAI_IMAGENET_TEMPLATES, SIMPLE_IMAGENET_TEMPLATES
 
@@ -28,11 +31,14 @@ def templates(name: str | Path) -> list[str]:
         return [template("{c}") for template in shipped[name]]
     path = Path(name)
     if not path.is_file():
-        raise InputError(f"templates {name}: neither imagenet7, imagenet80 nor a JSON file")
-    read = read_json(path)
-    if not isinstance(read, list) or not read or not all(isinstance(t, str) and "{c}" in t for t in read):
-        raise InputError(f"{path} needs to be a JSON list of strings that each hold {{c}}")
-    return read
+        raise InputError(f"templates {name}: neither imagenet7, imagenet80 nor a file")
+    read = read_json(path) if path.suffix == ".json" else [t.strip() for t in read_text(path).split("\n") if t.strip()]
+    if not isinstance(read, list) or not read:
+        raise InputError(f"{path} needs to be a list of strings that each hold {{c}} or {{}}")
+    for number, one in enumerate(read, start=1):
+        if not isinstance(one, str) or ("{c}" in one) + ("{}" in one) != 1:
+            raise InputError(f"{path}: template {number}, {one!r}, needs {{c}} or {{}} where the class name goes")
+    return [one.replace("{}", "{c}") for one in read]
 
 
 def prompts(classnames: Sequence[str], class_templates: Sequence[str]) -> list[str]:

@@ -213,6 +213,7 @@ def protocol(run: RunDir) -> str:
         )
     if few:
         parts.append(f"{few.get('way')}-way {few.get('shot')}-shot, {number(few.get('episodes'))} episodes")
+    parts += [f"{name}: {note}" for name, note in as_dict(run.about.get("notes")).items()]
     return "; ".join([*parts, *([str(run.about["precision"])] if "precision" in run.about else [])])
 
 

@@ -134,11 +134,102 @@ def test_command_compares_models_with_intervals(tmp_path):
         assert other[f"{score}_difference"]["mean"] == pytest.approx(other[score]["mean"] - one[score]["mean"])
 
 
-def test_models_without_a_timm_tower_are_refused():
+SMALL = {"embed_dim": 16, "text_cfg": {"context_length": 8, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}}
+VIT = {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8}
+
+
+def open_clip_model(kind):
     import open_clip
 
-    model = open_clip.CLIP(
-        16, {"layers": 1, "width": 32, "head_width": 8, "image_size": 16, "patch_size": 8}, {"layers": 1}
-    )
-    with pytest.raises(attention_maps.InputError, match="not a timm vision transformer"):
-        attention_maps.layer_maps(model, IMAGES[:, :, :16, :16])
+    torch.manual_seed(0)
+    text = open_clip.model.CLIPTextCfg(**SMALL["text_cfg"])
+    timm = {"timm_model_name": "vit_tiny_patch16_224", "timm_pool": "token", "timm_proj": "linear", "image_size": 224}
+    match kind:
+        case "ViT":
+            return open_clip.CLIP(16, VIT, text, quick_gelu=True).eval()
+        case "timm":
+            return open_clip.CustomTextCLIP(16, timm, text).eval()
+        case "ResNet":
+            return open_clip.CLIP(16, {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8}, text).eval()
+        case "SigLIP":
+            return open_clip.CustomTextCLIP(16, {**timm, "timm_pool": "avg"}, text).eval()
+        case "CoCa":
+            pooler = {"attentional_pool": True, "attn_pooler_heads": 2, "output_tokens": True}
+            embedding = {"embed_cls": True, "output_tokens": True}
+            multimodal = {"width": 32, "heads": 2, "layers": 1, "context_length": 8, "vocab_size": 49408}
+            return open_clip.CoCa(16, multimodal, {**SMALL["text_cfg"], **embedding}, {**VIT, **pooler}).eval()
+
+
+def images_for(kind):
+    side = 224 if kind in ("timm", "SigLIP") else 32
+    return torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("kind", ["ViT", "timm"])
+def test_maps_of_open_clips_models(kind):
+    model = open_clip_model(kind)
+    images, texts = images_for(kind), TEXTS[:, :8]
+    attention = attention_maps.vision_attention(model, -1)
+    plain = model.encode_image(images)
+    with attention_maps.recorded(attention) as seen:
+        torch.testing.assert_close(model.encode_image(images), plain, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(seen["map"].sum(-1), torch.ones(seen["map"].shape[:-1]))
+    found = attention_maps.relevance(model, images, texts)
+    patches = 4 if kind == "ViT" else 14
+    assert found.shape == (2, patches, patches) and found.min() >= 0 and found.max() > 0
+    assert attention_maps.layer_maps(model, images, 0)["A1"].shape[-2:] == (patches, patches)
+    with pytest.raises(attention_maps.InputError, match="layer 99 of"):
+        attention_maps.vision_attention(model, 99)
+
+
+def test_maps_of_torchs_attention_are_torchs():
+    model = open_clip_model("ViT")
+    attention, x = attention_maps.vision_attention(model, 0), torch.randn(2, 17, 32)
+    _, weights = attention(x, x, x, need_weights=True, average_attn_weights=False)
+    torch.testing.assert_close(attention_maps.attention_map(attention, x), weights)
+
+
+def test_scale_norm_of_a_tower_is_applied():
+    model = open_clip_model("timm")
+    attention = model.visual.trunk.blocks[-1].attn
+    attention.norm = torch.nn.LayerNorm(192)
+    plain = model.encode_image(images_for("timm"))
+    with attention_maps.recorded(attention):
+        torch.testing.assert_close(model.encode_image(images_for("timm")), plain, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "kind,said", [("ResNet", "ModifiedResNet"), ("CoCa", "VisionTransformer"), ("SigLIP", "Vision")]
+)
+def test_towers_without_a_class_token_have_no_maps(kind, said):
+    with pytest.raises(attention_maps.InputError, match=f"no attention maps for this model: its {said}"):
+        attention_maps.relevance(open_clip_model(kind), images_for(kind), TEXTS[:, :8])
+
+
+@pytest.mark.parametrize("kind", ["ViT", "timm", "ResNet", "CoCa", "SigLIP"])
+def test_features_of_every_tower(kind):
+    """What the projection makes of the features before it is what the model gives."""
+    from diffclip.benchmarks.features import encode_image
+
+    model = open_clip_model(kind)
+    with torch.no_grad():
+        before, after = encode_image(model, images_for(kind))
+        wanted = model.encode_image(images_for(kind))
+    if kind == "CoCa":  # normalises by itself
+        after = torch.nn.functional.normalize(after, dim=-1)
+    torch.testing.assert_close(after, wanted, atol=1e-5, rtol=1e-4)
+    assert after.shape == (2, 16) and before.shape[1] == {"ViT": 32, "ResNet": 256, "CoCa": 16}.get(kind, 192)
+
+
+@pytest.mark.parametrize("mode", ["shortest", "squash", "longest"])
+def test_masks_are_cropped_as_the_pictures_are(mode):
+    import open_clip
+
+    transform = open_clip.image_transform(32, is_train=False, mean=(0.5,) * 3, std=(0.5,) * 3, resize_mode=mode)
+    mask = np.zeros((60, 100), bool)
+    mask[10:40, 20:60] = True
+    picture = Image.fromarray(mask).convert("RGB")
+    seen = np.asarray(attention_maps.seen_part(transform, nearest=True)(picture))[:, :, 0] > 127
+    assert seen.shape == (32, 32) and (seen == (transform(picture)[0].numpy() > 0)).mean() > 0.95
+    with pytest.raises(attention_maps.InputError, match="does not tell how it resizes"):
+        attention_maps.seen_part(lambda image: image)

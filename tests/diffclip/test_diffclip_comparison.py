@@ -1,10 +1,12 @@
 """Tables of models and seeds: means, sample deviations, and intervals against scipy's own tests."""
 
+import json
+
 import numpy as np
 import pytest
 from scipy import stats
 
-from diffclip.benchmarks.comparison import compare, markdown, model_groups
+from diffclip.benchmarks.comparison import compare, markdown, model_groups, model_names
 from diffclip.benchmarks.significance import over_seeds
 from diffclip.errors import InputError
 
@@ -13,9 +15,34 @@ def test_groups_of_seeds():
     assert model_groups(["runs/clip", "new=a/0,b/1"][:1]) == {"clip": ["runs/clip"]}
     assert model_groups(["CLIP=a/0,a/1", "D=b/0,b/1"]) == {"CLIP": ["a/0", "a/1"], "D": ["b/0", "b/1"]}
     with pytest.raises(InputError, match="two models are called x"):
-        model_groups(["a/x", "b/x"])
+        model_groups(["a/x", "a/x"])
+    with pytest.raises(InputError, match="two models are called x"):
+        model_groups(["x=a", "x=b"])
     with pytest.raises(InputError, match="the same number of seeds"):
         model_groups(["CLIP=a/0,a/1", "D=b/0"])
+
+
+def test_runs_of_one_folder_name_are_told_apart_by_their_paths(tmp_path):
+    runs = [f"{tmp_path}/runs/{arm}/pretrain" for arm in ("clip", "diffclip")]
+    assert model_groups(runs) == {"clip": [runs[0]], "diffclip": [runs[1]]}
+    assert model_names(["a/x", "b/y"]) == ["x", "y"]
+    assert model_names([*runs, "other/best.pt"]) == ["clip", "diffclip", "best.pt"]
+    assert model_names(["runs/a", "runs/a/a"]) == ["a", "a-a"]
+
+
+def test_a_run_is_called_by_the_model_that_it_records(tmp_path):
+    runs = [tmp_path / f"seed{seed}" / model / "pretrain" for seed in (0, 1) for model in ("CLIP", "DiffCLIP")]
+    for run in runs:
+        run.mkdir(parents=True)
+        (run / "run.json").write_text(json.dumps({"model": f"{run.parent.name}-tiny"}))
+    assert model_names(list(map(str, runs[:2]))) == ["CLIP-tiny", "DiffCLIP-tiny"]
+    assert model_names(list(map(str, runs[:3]))) == ["CLIP-tiny-seed0", "DiffCLIP-tiny", "CLIP-tiny-seed1"]
+
+
+def test_a_path_with_an_equals_sign_is_a_path(tmp_path):
+    run = tmp_path / "lr=0.1" / "best"
+    run.mkdir(parents=True)
+    assert model_groups([str(run)]) == {"best": [str(run)]}
 
 
 @pytest.mark.parametrize("seeds", [2, 3, 8])

@@ -149,7 +149,8 @@ def test_numbered_labels_give_the_same_scores_as_class_folders(root, tmp_path, f
                         tar.addfile(info, io.BytesIO(content))
         (target / "classnames.txt").write_text("\n".join(f"{n} thing" for n in classes))
     (other / "classification/colour/zeroshot_classification_templates.txt").write_text("a {c} here\n{c}\n")
-    wanted, found = evaluate(root, tmp_path / "a"), evaluate(other, tmp_path / "b")
+    # the official fit of these few rows stays at zero or leaves it by the order of the labels alone
+    wanted, found = (evaluate(where, tmp_path / out, probe="fast") for where, out in ((root, "a"), (other, "b")))
     assert {key: wanted[key] for key in found} == found and found["shift/dim/top1"] == 100
     blind = evaluate(other, tmp_path / "c", Oracle(blind=True))
     assert blind["shift/dim/top1"] == pytest.approx(100 / 3)

@@ -53,3 +53,38 @@ def test_clip_benchmarks_command_gives_our_scores(shards, tmp_path):
     for name, key in (("top1", "acc1"), ("top5", "acc5"), ("mean_per_class", "mean_per_class_recall")):
         assert ours[f"zero_shot/mine/{name}"] == pytest.approx(100 * theirs[key], abs=1e-6)
     assert 0 < theirs["acc1"] < 1  # a random model: neither perfect nor at zero, so that agreement means something
+
+
+def test_a_shard_cannot_run_its_authors_code(shards, tmp_path):
+    import pickle
+
+    from clip_benchmark.datasets.builder import build_wds_dataset
+    from webdataset import autodecode
+
+    from diffclip.benchmarks.with_clip_benchmark import only_plain_decoders
+
+    planted = tmp_path / "planted"
+
+    class Plant:
+        def __reduce__(self):
+            return Path.touch, (planted,)
+
+    picture = io.BytesIO()
+    Image.new("RGB", (48, 48)).save(picture, "PNG")
+    members = {"png": picture.getvalue(), "cls": b"0"} | dict.fromkeys(("pyd", "pickle", "pth"), pickle.dumps(Plant()))
+    with tarfile.open(shards / "test" / "0.tar", "a") as tar:
+        for suffix, content in members.items():
+            info = tarfile.TarInfo(f"s0000060.{suffix}")
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    before = dict(autodecode.decoders)
+    try:
+        only_plain_decoders()
+        read = list(build_wds_dataset("mine", lambda image: image.size, "test", str(shards)))
+    finally:
+        autodecode.decoders.update(before)
+    assert len(read) == 61 and read[60] == ((48, 48), 0)
+    assert not planted.exists()
+    with pytest.raises(Exception):  # noqa: B017 - torch refuses the .pth; the others have run by then
+        list(build_wds_dataset("mine", lambda image: image.size, "test", str(shards)))
+    assert planted.exists()  # the marker is a real one: webdataset's own table runs it

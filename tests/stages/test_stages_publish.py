@@ -1,5 +1,6 @@
 """Model cards state what the run directories say; the Hub is reached through one call, tested up to it."""
 
+import io
 import json
 
 import pytest
@@ -71,3 +72,42 @@ def test_what_is_sent_leaves_out_checkpoints_and_logs(finished, monkeypatch):
         ignore_patterns=calls[1]["ignore_patterns"],
     )
     assert list(kept) == ["model.safetensors", "README.md", "adapter/a.json"]
+
+
+def test_pretraining_and_language_runs_get_their_cards(tmp_path):
+    """Their records count one number of parameters, as the stages write them."""
+    import tarfile
+
+    from PIL import Image
+
+    from stages import language, pretrain
+
+    with tarfile.open(tmp_path / "pairs.tar", "w") as tar:
+        for number in range(16):
+            buffer = io.BytesIO()
+            Image.new("RGB", (48, 48), (number * 16, 0, 0)).save(buffer, "PNG")
+            for suffix, content in (("png", buffer.getvalue()), ("txt", f"shade {number}".encode())):
+                info = tarfile.TarInfo(f"{number:03d}.{suffix}")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    common = ["--global_batch_size=8", "--epochs=1", "--report_to=none"]
+    pairs = [
+        f"--train_data={tmp_path / 'pairs.tar'}",
+        "--caption_member=txt",
+        "--model=DiffCLIP-tiny",
+        "--num_workers=0",
+    ]
+    pretrain.main([*pairs, f"--output_dir={tmp_path / 'pretrain'}", *common])
+    lines = [json.dumps({"text": f"a shade of red, number {n}"}) for n in range(16)]
+    (tmp_path / "text.jsonl").write_text("\n".join(lines))
+    small = ["--hidden_size=32", "--layers=1", "--heads=2", "--vocabulary=300"]
+    language.main([f"--text={tmp_path / 'text.jsonl'}", f"--output_dir={tmp_path / 'language'}", *small, *common])
+
+    publish.main([str(tmp_path / "pretrain")])
+    text = (tmp_path / "pretrain/README.md").read_text()
+    assert ModelCard(text).data.pipeline_tag == "zero-shot-image-classification"
+    assert "whole model: 7,781,441 parameters, learnt" in text and "Vision model: DiffCLIP-tiny." in text
+    publish.main([str(tmp_path / "language")])
+    text = (tmp_path / "language/README.md").read_text()
+    assert ModelCard(text).data.pipeline_tag == "text-generation" and "AutoModelForCausalLM" in text
+    assert "Vision model" not in text and "text.jsonl" in text

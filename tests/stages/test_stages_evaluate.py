@@ -1,0 +1,103 @@
+"""The evaluation stage with CLIPs that are not ours, and what it leaves where a later part fails."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from diffclip import scenes_export
+from diffclip.errors import InputError
+from stages import evaluate
+
+TEXT = {"context_length": 32, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
+VISION = {
+    "ViT": {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8},
+    "ResNet": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8},
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Drawings for zero-shot and for the maps."""
+    folder = tmp_path_factory.mktemp("evaluate") / "scenes"
+    scenes_export.main(["export", str(folder), "--only", "segmentation", "--segmentation", "6"])
+    for colour in ("red", "blue"):
+        for number in range(3):
+            path = folder / "classification" / "colours" / "test" / colour / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (40, 32), colour).save(path)
+    return folder
+
+
+def write_model(kind, folder):
+    import open_clip
+
+    torch.manual_seed(0)
+    if kind == "transformers":
+        from transformers import CLIPConfig, CLIPModel
+
+        text = {"max_position_embeddings": 32, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
+        vision = {"image_size": 32, "patch_size": 8, "hidden_size": 32, "num_attention_heads": 2}
+        vision |= {"num_hidden_layers": 2, "intermediate_size": 64}
+        config = CLIPConfig(text_config={**text, "num_hidden_layers": 1}, vision_config=vision, projection_dim=16)
+        CLIPModel(config).save_pretrained(folder)
+        return
+    folder.mkdir()
+    config = {"embed_dim": 16, "vision_cfg": VISION[kind], "text_cfg": TEXT}
+    save_file(open_clip.CLIP(**config).state_dict(), folder / "open_clip_model.safetensors")
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
+
+
+def config(tmp_path, data, **settings):
+    return evaluate.EvaluateConfig(
+        output_dir=str(tmp_path / "out"), clip=str(tmp_path / "model"), clip_data=str(data), **settings
+    )
+
+
+@pytest.mark.parametrize("kind", ["ViT", "transformers"])
+def test_maps_and_scores_of_other_clips(tmp_path, data, kind):
+    write_model(kind, tmp_path / "model")
+    evaluate.evaluate(config(tmp_path, data))
+    metrics = json.loads((tmp_path / "out/metrics.json").read_text())
+    assert 0 <= metrics["zero_shot/colours/top1"] <= 100 and metrics["localisation/objects"] > 0
+    rows = [json.loads(line) for line in (tmp_path / "out/attention.jsonl").read_text().splitlines()]
+    assert rows and all(max(map(max, row["heat"])) == 255 and len(row["heat"]) == 4 for row in rows)
+    assert (tmp_path / "out" / rows[0]["image"]).is_file()
+
+
+def test_a_model_without_maps_gives_its_scores_and_the_reason(tmp_path, data):
+    write_model("ResNet", tmp_path / "model")
+    evaluate.evaluate(config(tmp_path, data))
+    record = json.loads((tmp_path / "out/run.json").read_text())
+    assert record["state"] == "finished" and "its ModifiedResNet is no vision transformer" in record["attention"]
+    metrics = json.loads((tmp_path / "out/metrics.json").read_text())
+    assert "zero_shot/colours/top1" in metrics and "localisation/pointing" not in metrics
+
+
+def test_scores_outlive_a_later_failure(tmp_path, data):
+    write_model("ViT", tmp_path / "model")
+    (tmp_path / "mllm").mkdir()
+    (tmp_path / "pope.json").write_text("[]")
+    with pytest.raises(InputError):
+        evaluate.evaluate(config(tmp_path, data, mllm=str(tmp_path / "mllm"), pope=str(tmp_path / "pope.json")))
+    metrics = json.loads((tmp_path / "out/metrics.json").read_text())
+    assert "zero_shot/colours/top1" in metrics and "localisation/pointing" in metrics
+    assert json.loads((tmp_path / "out/run.json").read_text())["state"] == "running"
+
+
+def test_a_set_that_fails_leaves_the_scores_before_it(tmp_path, data):
+    """A broken picture of the second protocol: the first one's scores are on disk, with the reason."""
+    import diffclip
+    from diffclip.benchmarks import evaluate_clip
+
+    write_model("ViT", tmp_path / "model")
+    (tmp_path / "data" / "retrieval").mkdir(parents=True)
+    (tmp_path / "data" / "classification").symlink_to(data / "classification")
+    (tmp_path / "data" / "retrieval" / "x.json").write_text('{"a.png": ["a thing"]}')
+    (tmp_path / "data" / "retrieval" / "a.png").write_bytes(b"no picture")
+    with pytest.raises(InputError, match=r"a\.png cannot be read"):
+        evaluate_clip(*diffclip.load(tmp_path / "model"), tmp_path / "data", tmp_path / "scores", quiet=True)
+    stored = json.loads((tmp_path / "scores/clip_benchmarks.json").read_text())
+    assert "zero_shot/colours/top1" in stored["metrics"] and "a.png cannot be read" in stored["failed"]
