@@ -101,6 +101,7 @@ def prepare(model: Any, processor: Any, texts: Sequence[str], pictures: Sequence
         InputError: more or fewer pictures than the texts show.
     """
     from mllm.conversation import IMAGE
+    from mllm.image_modes import bounded
 
     shown = sum(text.count(IMAGE) for text in texts)
     if shown != len(pictures):
@@ -110,7 +111,8 @@ def prepare(model: Any, processor: Any, texts: Sequence[str], pictures: Sequence
             "(vicuna and plain show one a question)"
         )
     processor.tokenizer.padding_side = "left"
-    made = processor(text=texts, images=list(pictures) or None, padding=True, return_tensors="pt")
+    images = bounded(pictures, processor.image_processor)
+    made = processor(text=texts, images=images or None, padding=True, return_tensors="pt")
     return made.to(model.device, model.dtype)
 
 

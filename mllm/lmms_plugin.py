@@ -16,16 +16,19 @@ from accelerate import Accelerator
 from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 from tqdm import tqdm
 
 from diffclip.fingerprint import fingerprint
+from diffclip.pictures import to_rgb
 from mllm.chat import prompts, question_turn, write
 from mllm.conversation import IGNORE, IMAGE, encode, render
 from mllm.examples import collate, image_tokens
+from mllm.image_modes import bounded
 from mllm.model import load, parts
 
 PROGRESS = "diffclip_llava"  # what the progress bar begins with
+EpsImagePlugin.gs_binary = False  # `datasets` decodes the tasks' images: none of them is a program for Ghostscript
 
 
 def manifest() -> ModelManifest:
@@ -134,10 +137,11 @@ class DiffCLIPLlavaForEvaluation(lmms):
     def _pictures(
         self, doc_to_visual: Callable[[dict], list | None], doc_id: int, task: str, split: str
     ) -> list[Image.Image]:
-        pictures = list(doc_to_visual(self.task_dict[task][split][doc_id]) or [])
+        # before the task's own convert("RGB"), which would lay transparency over black and cut 16 bits at 255
+        pictures = list(doc_to_visual(_in_rgb(self.task_dict[task][split][doc_id])) or [])
         if not all(isinstance(picture, Image.Image) for picture in pictures):
             raise ValueError(f"task {task} shows something that is no picture; diffclip_llava sees pictures only")
-        return pictures
+        return [to_rgb(picture) for picture in pictures]
 
     def _prompt(self, context: str, pictures: int) -> str:
         (text,) = prompts(self.model, self.processor, [[question_turn(context, pictures)]])
@@ -146,7 +150,8 @@ class DiffCLIPLlavaForEvaluation(lmms):
         return text
 
     def _pixels(self, pictures: list[Image.Image]) -> torch.Tensor:
-        pixels = self.processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
+        images = bounded(pictures, self.processor.image_processor)
+        pixels = self.processor.image_processor(images, return_tensors="pt")["pixel_values"]
         return pixels.to(self.model.dtype)
 
     def _answer(self, waiting: dict[tuple, list[Image.Image]]) -> dict[tuple, str]:
@@ -205,6 +210,15 @@ class Kept(dict[tuple, str]):
 
     def _digest(self, key: Any) -> str:
         return hashlib.sha256(repr((self.weights, key)).encode()).hexdigest()
+
+
+def _in_rgb(value: Any) -> Any:
+    """A row of a task with every image in it by the rules of `diffclip.pictures`."""
+    if isinstance(value, Image.Image):
+        return to_rgb(value)
+    if isinstance(value, dict):
+        return {key: _in_rgb(inner) for key, inner in value.items()}
+    return [_in_rgb(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _samples(options: dict) -> bool:

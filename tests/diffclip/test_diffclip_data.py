@@ -203,7 +203,7 @@ def test_unusual_pictures_are_read_as_what_they_show(tmp_path):
     rgb = Image.fromarray(np.full((8, 8, 3), (250, 20, 20), np.uint8))
     pictures = {
         "cmyk.jpg": (encoded(rgb.convert("CMYK"), "JPEG", quality=95), np.asarray(rgb), 12),
-        "palette.png": (encoded(rgb.quantize(8), "PNG", transparency=0), np.asarray(rgb), 2),
+        "palette.png": (encoded(rgb.quantize(8), "PNG"), np.asarray(rgb), 2),
         "sixteen.png": (encoded(Image.fromarray(grey.astype(np.uint16) * 257), "PNG"), grey[..., None], 0),
         "animated.webp": (encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]), np.uint8(200), 2),
         "grey.jpg": (encoded(Image.fromarray(grey), "JPEG", quality=95), grey[..., None], 6),
