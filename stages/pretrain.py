@@ -5,10 +5,10 @@
     torchrun --nproc_per_node 8 -m stages.pretrain --config stages/configs/paper/pretrain_cc3m_diffclip.yaml ...
 """
 
-import json
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from diffclip.base.files import read_jsonl
 from diffclip.errors import InputError, exit_on_input_error
 from stages.config import parse, require
 from stages.run import Run, end_with_pipeline
@@ -131,6 +131,11 @@ def pretrain(config: PretrainConfig) -> None:
         bad_samples=run.path / "bad_samples.jsonl",
     )
     report_problems(table, config, run)
+    if val_pairs is not None:
+        say_notices("val_pairs", val_pairs, run)
+        if val_pairs.problems:
+            key, reason = val_pairs.problems[0]
+            run.say(f"pretrain: val_pairs: {len(val_pairs.problems):,} samples lack a part, e.g. {key} ({reason})")
     batch = per_device_batch(config)
     steps = len(pairs) // config.global_batch_size
     parameters = sum(p.numel() for p in model.parameters())
@@ -153,10 +158,10 @@ def pretrain(config: PretrainConfig) -> None:
         callbacks=[Watch(run, config.global_batch_size)],
     )
     metrics = train(trainer, run)
+    if run.is_main:
+        diffclip.save(model, config.output_dir)  # first: whatever fails from here on costs no training
     metrics |= trainer.validate()
     say_bad_samples(run)
-    if run.is_main:
-        diffclip.save(model, config.output_dir)
     run.finish(metrics)
 
 
@@ -164,6 +169,7 @@ def report_problems(table: "PairTable", config: PretrainConfig, run: Run) -> Non
     """Name the samples that lack a part and the shards that end early; InputError if there are too many."""
     from diffclip.training_pairs import name_bad_samples
 
+    say_notices("train_data", table, run)
     if not table.problems:
         return
     if run.is_main and run.resume_from is None:
@@ -177,11 +183,20 @@ def report_problems(table: "PairTable", config: PretrainConfig, run: Run) -> Non
         )
 
 
+def say_notices(setting: str, table: "PairTable", run: Run) -> None:
+    """One line on what was read in one way of several, if anything."""
+    if table.notices:
+        key, reason = table.notices[0]
+        more = f" (and {len(table.notices) - 1:,} more such notices)" if len(table.notices) > 1 else ""
+        run.say(f"pretrain: {setting}: {key}: {reason}{more}")
+
+
 def say_bad_samples(run: Run) -> None:
     """One line, and a note in run.json, on what was skipped and why, if anything."""
     path = run.path / "bad_samples.jsonl"
     if run.is_main and path.is_file():
-        bad = {s["key"]: s["reason"] for s in map(json.loads, path.read_text(encoding="utf-8").splitlines())}
+        lines = (line for _, line in read_jsonl(path, damaged="skip"))
+        bad = {str(line.get("key")) for line in lines if isinstance(line, dict)}
         run.say(f"pretrain: {len(bad):,} bad samples skipped, named in {path}")
         run.note(bad_samples=len(bad))
 

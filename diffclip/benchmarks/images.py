@@ -6,18 +6,21 @@ Every reader gives a `Pictures` data set of (PIL image, label); nothing is decod
 import hashlib
 import json
 import os
-import tarfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from PIL import Image
 from torch.utils.data import Dataset
 
+from diffclip.data import caption_lines
 from diffclip.errors import InputError
 from diffclip.pictures import open_picture
+from diffclip.shards import IMAGE_SUFFIXES as FIRST_SUFFIXES
+from diffclip.shards import walk
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".gif", ".tif", ".tiff")
+TAR_IMAGES = (*FIRST_SUFFIXES, *sorted({*IMAGE_SUFFIXES} - {*FIRST_SUFFIXES}))  # of several under one key the first
 
 
 class TarSlice(NamedTuple):
@@ -148,21 +151,32 @@ def read_labelled(files: Sequence[Path]) -> Pictures:
 
 
 def _labelled_tar(path: Path) -> list[tuple[str, TarSlice, int]]:
-    pictures: dict[str, TarSlice] = {}
-    labels: dict[str, int] = {}
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                key, suffix = os.path.splitext(member.name)
-                if suffix.lower() in IMAGE_SUFFIXES:
-                    pictures[key] = TarSlice(path, member.offset_data, member.size)
-                elif suffix == ".cls" and (file := tar.extractfile(member)):
-                    labels[key] = int(file.read())
-    except (tarfile.TarError, ValueError) as error:
-        raise InputError(f"{path} cannot be read as a shard of pictures with .cls labels ({error})") from error
-    if missing := sorted(pictures.keys() - labels.keys()):
-        raise InputError(f"{path}: picture {missing[0]} has no .cls label beside it")
-    return [(f"{path}:{key}", picture, labels[key]) for key, picture in pictures.items()]
+    rows = []
+    for key, picture, label in _tar_samples(path, ".cls"):
+        if label is None:
+            raise InputError(f"{path}: picture {key} has no .cls label beside it")
+        if picture is not None:
+            try:
+                rows.append((f"{path}:{key}", picture, int(label.read())))
+            except ValueError as error:
+                raise InputError(f"{path} cannot be read as a shard of pictures with .cls labels ({error})") from None
+    return rows
+
+
+def _tar_samples(path: Path, suffix: str) -> Iterator[tuple[str, TarSlice | None, TarSlice | None]]:
+    """(key, picture, what lies beside it under `suffix`) of each sample that has either, read as training reads them.
+
+    Raises:
+        InputError: it is no tar, or ends early.
+    """
+    samples, problems = walk(path)
+    if problems:
+        raise InputError(f"{path} cannot be read as a webdataset shard ({problems[0][1]}): download it again")
+    for key, members in samples:
+        by_suffix = {f".{name.lower()}": TarSlice(path, *place) for name, place in reversed(members.items())}
+        picture = next((by_suffix[one] for one in TAR_IMAGES if one in by_suffix), None)
+        if picture or suffix in by_suffix:
+            yield key, picture, by_suffix.get(suffix)
 
 
 def _labelled_parquet(path: Path) -> list[tuple[str, bytes, int]]:
@@ -227,27 +241,16 @@ def read_captioned(path: Path) -> Captioned:
 Rows = list[tuple[str, Path | TarSlice | bytes, list[str]]]  # name for messages, picture, captions
 
 
-def _lines(text: str) -> list[str]:
-    return [line.strip() for line in text.splitlines() if line.strip()]
-
-
 def _captioned_tar(path: Path) -> Rows:
-    pictures: dict[str, TarSlice] = {}
-    texts: dict[str, list[str]] = {}
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                key, suffix = os.path.splitext(member.name)
-                if suffix.lower() in IMAGE_SUFFIXES:
-                    pictures[key] = TarSlice(path, member.offset_data, member.size)
-                elif suffix == ".txt" and (file := tar.extractfile(member)):
-                    texts[key] = _lines(file.read().decode("utf-8"))
-    except (tarfile.TarError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read as a webdataset shard ({error})") from error
-    lonely = sorted(texts.keys() - pictures.keys())
-    if lonely:
-        raise InputError(f"{path}: {lonely[0]}.txt has no picture beside it")
-    return [(f"{path}:{key}", picture, texts.get(key, [])) for key, picture in pictures.items()]
+    rows: Rows = []
+    for key, picture, text in _tar_samples(path, ".txt"):
+        if picture is None:
+            raise InputError(f"{path}: {key}.txt has no picture beside it")
+        try:
+            rows.append((f"{path}:{key}", picture, caption_lines(text.read().decode("utf-8-sig")) if text else []))
+        except UnicodeDecodeError as error:
+            raise InputError(f"{path}: {key}.txt is not UTF-8 ({error}): write the shard again") from None
+    return rows
 
 
 def _captioned_parquet(path: Path) -> Rows:

@@ -342,7 +342,7 @@ def test_an_index_from_the_cache_is_the_index(tmp_path, monkeypatch):
     sources = [str(tmp_path / "x.tar"), str(tmp_path / "y.tar")]
     walked = PairTable(sources)
     assert len(list((tmp_path / "cache" / "index").glob("*.npz"))) == 2
-    monkeypatch.setattr(shards_module, "_walk", None)  # would fail if called
+    monkeypatch.setattr(shards_module, "_index", None)  # would fail if called
     cached = PairTable(sources)
     assert contents(cached) == contents(walked) and cached.problems == walked.problems != []
     assert [cached.key(i) for i in range(6)] == [walked.key(i) for i in range(6)]
