@@ -97,10 +97,11 @@ def load(
         load_strictly(model, from_official(state), str(path))
     else:
         if not (path / CONFIG).is_file() and (found := _transformers_clip(path)):
-            return found
+            return found[0], models.decoding(found[1]), found[2]
         config = _read_config(path)
         if "diffclip" not in config:
-            return _load_open_clip(path)
+            foreign, transform, tokenizer = _load_open_clip(path)
+            return foreign, models.decoding(transform), tokenizer
         model = models.build(config)
         load_strictly(model, _read_safetensors(path / WEIGHTS), str(path / WEIGHTS))
     model.model_config = config

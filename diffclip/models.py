@@ -402,6 +402,12 @@ def transforms(
     return T.Compose([to_rgb, *crop, *last])
 
 
+def decoding(transform: T.Compose) -> T.Compose:
+    """open_clip's transform with the rules of `diffclip.pictures` in front, for any PIL image and for strips."""
+    crops = any(isinstance(step, T.CenterCrop) for step in transform.transforms)
+    return T.Compose([to_rgb, *([cut_strip] if crops else []), *transform.transforms])
+
+
 def normalize(model_config: dict[str, Any], pixels: Tensor) -> Tensor:
     """Return floats for a batch of uint8 pixels (batch, 3, size, size), bit for bit what `transforms` gives one by one.
 

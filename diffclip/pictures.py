@@ -112,7 +112,7 @@ def _grey(values: np.ndarray) -> Image.Image:
 
     What fits none of these ranges (negative or larger values) is stretched from its smallest to its largest value.
     """
-    values = np.nan_to_num(values.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
+    values = np.nan_to_num(values.astype(np.float32), copy=False, nan=0.0, posinf=0.0, neginf=0.0)
     low, high = float(values.min()), float(values.max())
     if low < 0 or high > 65535:
         values = (values - low) / (high - low or 1) * 255

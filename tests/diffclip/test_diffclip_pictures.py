@@ -5,6 +5,7 @@ import os
 import struct
 
 import numpy as np
+import open_clip
 import pytest
 import torch
 from PIL import Image
@@ -166,9 +167,14 @@ def test_the_cases_that_users_have(shared_cases):
 
 
 def paths():
-    """What goes from a PIL image of any kind to (3, 224, 224) floats."""
+    """What goes from a PIL image of any kind to (3, 224, 224) floats; the last is open_clip's, for its own models."""
     transform, processor = diffclip.transforms(CONFIG, train=False), image_processor(CONFIG)
-    return [transform, lambda image: torch.as_tensor(processor([image], return_tensors="pt")["pixel_values"][0])]
+    foreign = diffclip.models.decoding(open_clip.image_transform(224, is_train=False))
+    return [
+        transform,
+        lambda image: torch.as_tensor(processor([image], return_tensors="pt")["pixel_values"][0]),
+        foreign,
+    ]
 
 
 def test_transform_and_processor_decode_alike():
