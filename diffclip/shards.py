@@ -23,6 +23,7 @@ from diffclip.errors import InputError
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")  # of several images under one key the first of these is taken
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")
 UNPACKERS = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ": "unxz", b"\x28\xb5\x2f\xfd": "unzstd"}
+EMPTY = "the shard is empty"
 LITTER = ("thumbs.db", "desktop.ini")  # of a file manager, as are names with a dot in front
 CACHE_FROM = 16 << 20  # bytes; a smaller tar is walked in less time than its index is read
 
@@ -80,7 +81,7 @@ def index_shards(paths: Sequence[str], caption: str = "txt") -> list[Shard]:
     if paths and not any(len(shard) for shard in shards.values()):
         key, reason = shards[0].problems[0]
         remedy = "name its images .jpg, .jpeg, .png or .webp, or set caption_member"
-        if "empty" in reason:
+        if reason == EMPTY:
             remedy = "download or write it again"
         raise InputError(f"{key}: {reason}; {remedy}")
     return [shards[i] for i in range(len(paths))]
@@ -132,7 +133,7 @@ def _index(path: str, caption: str) -> Shard:
         keys.append(os.fsencode(key))
         spans.append((*members[images[0]], *members[text]))
     if not samples:
-        problems.insert(0, (path, "the shard is empty"))
+        problems.insert(0, (path, EMPTY))
     elif not keys:
         suffixes = sorted({f".{_shown(suffix)}" for _, members in samples for suffix in members})
         found = f"{len(samples)} keys in it, with {', '.join(suffixes[:8])}"

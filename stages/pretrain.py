@@ -166,7 +166,11 @@ def pretrain(config: PretrainConfig) -> None:
 
 
 def report_problems(table: "PairTable", config: PretrainConfig, run: Run) -> None:
-    """Name the samples that lack a part and the shards that end early; InputError if there are too many."""
+    """Name the samples that lack a part and the shards that end early or hold nothing; InputError if too many lack one.
+
+    An empty shard is named, but is no sample that is lost.
+    """
+    from diffclip.shards import EMPTY
     from diffclip.training_pairs import name_bad_samples
 
     say_notices("train_data", table, run)
@@ -174,11 +178,11 @@ def report_problems(table: "PairTable", config: PretrainConfig, run: Run) -> Non
         return
     if run.is_main and run.resume_from is None:
         name_bad_samples(run.path / "bad_samples.jsonl", table.problems)
-    share = len(table.problems) / (len(table) + len(table.problems))
-    if share > config.max_bad_share:
-        key, reason = table.problems[0]
+    lost = [(key, reason) for key, reason in table.problems if reason != EMPTY]
+    if len(lost) > config.max_bad_share * (len(table) + len(lost)):
+        key, reason = lost[0]
         raise InputError(
-            f"{len(table.problems)} of {len(table) + len(table.problems)} samples lack a part, e.g. {key} ({reason}), "
+            f"{len(lost)} of {len(table) + len(lost)} samples lack a part, e.g. {key} ({reason}), "
             f"more than max_bad_share {config.max_bad_share:g}: mend the data or raise it"
         )
 

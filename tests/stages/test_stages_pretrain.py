@@ -268,6 +268,25 @@ def test_odd_names_and_damaged_lines_of_bad_samples_end_no_training(tmp_path):
     assert weights(out)
 
 
+def test_an_empty_shard_is_named_and_no_lost_sample(tmp_path):
+    from diffclip.data import PairTable
+    from diffclip.errors import InputError
+    from stages.pretrain import PretrainConfig, report_problems, say_bad_samples
+    from stages.run import Run
+
+    write_shard(tmp_path / "0.tar", 8)
+    write_shard(tmp_path / "1.tar", 0)
+    config = PretrainConfig(output_dir=str(tmp_path / "run"))
+    run = Run("pretrain", config, {})
+    report_problems(PairTable([str(tmp_path / "*.tar")]), config, run)
+    say_bad_samples(run)
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["bad_samples"] == 1
+    with tarfile.open(tmp_path / "0.tar", "a") as tar:
+        tar.addfile(tarfile.TarInfo("lost.txt"))
+    with pytest.raises(InputError, match=r"1 of 9 samples lack a part, e\.g\. .*0\.tar/lost \(no picture\)"):
+        report_problems(PairTable([str(tmp_path / "*.tar")]), config, run)
+
+
 def test_the_model_is_saved_before_what_can_fail(shards, tmp_path, monkeypatch):
     from stages import contrastive
     from stages.pretrain import main
