@@ -200,12 +200,14 @@ def seen_part(transform: Any, nearest: bool = False) -> Callable[[Image.Image], 
     """Return the part of a model's transform that resizes and crops: PIL image -> the PIL image that the model sees.
 
     Args:
-        transform: from `diffclip.load`, a `Compose` with ToTensor in it.
+        transform: from `diffclip.load`: a `Compose` with ToTensor in it, or a `diffclip.hf_clip.ImageTransform`.
         nearest: take the nearest pixel when resizing, for masks.
 
     Raises:
         InputError: no such transform.
     """
+    if hasattr(transform, "seen"):
+        return transform.seen(nearest)
     steps: list[Any] = []
     for step in getattr(transform, "transforms", ()):
         if isinstance(step, T.ToTensor | T.PILToTensor):

@@ -108,7 +108,8 @@ def load(
     else:
         config = _read_config(path)
         if "diffclip" not in config:
-            return _load_open_clip(path, config)
+            foreign, transform, tokenizer = _load_open_clip(path, config)
+            return foreign, models.decoding(transform), tokenizer
         model = models.build(config)
         load_strictly(model, _read_safetensors(path / WEIGHTS), str(path / WEIGHTS))
     model.model_config = config

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from PIL.Image import Image
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torchvision.transforms.functional import center_crop
@@ -24,6 +25,7 @@ from diffclip.attention_maps import attention_map
 from diffclip.attention_v2 import DifferentialAttentionV2
 from diffclip.errors import InputError
 from diffclip.models import differentiate_tower, layer_lambda_inits, vision_trunk
+from diffclip.pictures import cut_strip, to_rgb
 
 
 class DiffCLIPVisionConfig(PreTrainedConfig):
@@ -168,6 +170,12 @@ class DiffCLIPImageProcessor(PilBackend):
     do_center_crop = True
     do_rescale = True
     do_normalize = True
+
+    def process_image(self, image: Any, *args: Any, **kwargs: Any) -> np.ndarray:
+        """Turn a PIL image into (3, height, width) by the rules of `diffclip.pictures`; a strip loses its ends."""
+        if isinstance(image, Image):
+            image = cut_strip(to_rgb(image)) if self.do_center_crop else to_rgb(image)
+        return super().process_image(image, *args, **kwargs)
 
     def center_crop(self, image: np.ndarray, size: Any, **kwargs: Any) -> np.ndarray:
         """Crop (channels, height, width) as torchvision does, which rounds an odd margin differently."""

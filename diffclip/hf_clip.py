@@ -16,7 +16,7 @@ from torch import Tensor, cat
 
 from diffclip.checkpoints import load_strictly, refuse_auto_map
 from diffclip.errors import InputError
-from diffclip.models import to_rgb
+from diffclip.pictures import cut_strip, to_rgb
 
 LAYER = (  # transformers' name, open_clip's
     ("self_attn.out_proj.", "attn.out_proj."),
@@ -94,7 +94,32 @@ def load_transformers_clip(
     return model.eval(), transform, tokenizer(directory, text.max_position_embeddings, text.vocab_size)
 
 
-def image_transform(directory: Path, side: int) -> Callable[[Image.Image], Tensor]:
+class ImageTransform:
+    """A transformers image processor as a transform from a PIL image to (channels, height, width), float32."""
+
+    def __init__(self, processor: Any) -> None:
+        self.processor = processor
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        return self._pixels(image).float()
+
+    def seen(self, nearest: bool = False) -> Callable[[Image.Image], Image.Image]:
+        """Return what resizes and crops of it: PIL image -> PIL image; `nearest` for masks."""
+        only = {
+            "do_rescale": False,
+            "do_normalize": False,
+            **({"resample": Image.Resampling.NEAREST} if nearest else {}),
+        }
+        return lambda image: Image.fromarray(self._pixels(image, **only).byte().permute(1, 2, 0).numpy())
+
+    def _pixels(self, image: Image.Image, **options: Any) -> Tensor:
+        image = to_rgb(image)
+        if self.processor.do_center_crop:
+            image = cut_strip(image)
+        return self.processor(image, return_tensors="pt", **options)["pixel_values"][0]
+
+
+def image_transform(directory: Path, side: int) -> ImageTransform:
     """Return the directory's image processor as a transform from a PIL image to (3, side, side).
 
     Raises:
@@ -113,7 +138,7 @@ def image_transform(directory: Path, side: int) -> Callable[[Image.Image], Tenso
         else:
             processor = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
             warnings.warn(f"{directory}: no preprocessor_config.json: images are prepared as CLIP's are", stacklevel=4)
-        transform = partial(_pixels, processor)
+        transform = ImageTransform(processor)
         for size in ((2 * side + 7, side + 3), (side + 3, 2 * side + 7)):
             made = tuple(transform(Image.new("RGB", size)).shape)
             if made != (3, side, side):
@@ -126,11 +151,6 @@ def image_transform(directory: Path, side: int) -> Callable[[Image.Image], Tenso
     except Exception as error:  # transformers raises whatever its processors do
         raise InputError(f"{directory}: its image processor cannot be used ({_first_line(error)})") from None
     return transform
-
-
-def _pixels(processor: Any, image: Image.Image) -> Tensor:
-    """What a transformers image processor makes of one image, (channels, height, width), float32 also unscaled."""
-    return processor(to_rgb(image), return_tensors="pt")["pixel_values"][0].float()
 
 
 def tokenizer(directory: Path, context_length: int, vocab_size: int) -> Callable[[str | list[str]], Tensor]:

@@ -33,6 +33,7 @@ from torchvision.transforms.functional import InterpolationMode
 from diffclip.attention import DifferentialAttention, lambda_init_schedule
 from diffclip.attention_v2 import DifferentialAttentionV2, start_from
 from diffclip.errors import InputError
+from diffclip.pictures import cut_strip, to_rgb
 
 # What is differential in each variant (section 3 and table 1 of the paper); the baseline has nothing. V2 is not the
 # paper's: it has Microsoft's second version of differential attention.
@@ -483,9 +484,15 @@ def transforms(
     if train:
         crop = [T.RandomResizedCrop(cfg["size"], scale=crop_scale, interpolation=interpolation)]
     else:
-        crop = [T.Resize(cfg["size"], interpolation=interpolation), T.CenterCrop(cfg["size"])]
+        crop = [cut_strip, T.Resize(cfg["size"], interpolation=interpolation), T.CenterCrop(cfg["size"])]
     last = [T.ToTensor(), T.Normalize(cfg["mean"], cfg["std"])] if normalized else [T.PILToTensor()]
     return T.Compose([to_rgb, *crop, *last])
+
+
+def decoding(transform: T.Compose) -> T.Compose:
+    """open_clip's transform with the rules of `diffclip.pictures` in front, for any PIL image and for strips."""
+    crops = any(isinstance(step, T.CenterCrop) for step in transform.transforms)
+    return T.Compose([to_rgb, *([cut_strip] if crops else []), *transform.transforms])
 
 
 def normalize(model_config: dict[str, Any], pixels: Tensor) -> Tensor:
@@ -496,8 +503,3 @@ def normalize(model_config: dict[str, Any], pixels: Tensor) -> Tensor:
     cfg = model_config["preprocess_cfg"]
     mean, std = (torch.tensor(cfg[key], device=pixels.device)[:, None, None] for key in ("mean", "std"))
     return pixels.float().div_(255).sub_(mean).div_(std)
-
-
-def to_rgb(image: Any) -> Any:
-    """Return a PIL image in RGB mode, before resizing, because palettes cannot be interpolated."""
-    return image if image.mode == "RGB" else image.convert("RGB")

@@ -7,6 +7,7 @@ in a cache folder, since CC12M has more than a thousand of them and every proces
 import hashlib
 import io
 import os
+import shlex
 import tarfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,9 +17,14 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from diffclip.base.files import write_whole
 from diffclip.errors import InputError
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")  # of several images under one key the first of these is taken
+TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")
+UNPACKERS = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ": "unxz", b"\x28\xb5\x2f\xfd": "unzstd"}
+EMPTY = "the shard is empty"
+LITTER = ("thumbs.db", "desktop.ini")  # of a file manager, as are names with a dot in front
 CACHE_FROM = 16 << 20  # bytes; a smaller tar is walked in less time than its index is read
 
 
@@ -35,13 +41,14 @@ class Shard:
     keys: np.ndarray  # (samples,) bytes; names without suffix
     spans: np.ndarray  # (samples, 4) int64: image offset, image bytes, caption offset, caption bytes
     problems: list[tuple[str, str]] = field(default_factory=list)  # (key, what it lacks)
+    notices: list[tuple[str, str]] = field(default_factory=list)  # (key, what was read in one way of several)
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def key(self, index: int) -> str:
         """The name of a sample, `shard.tar/key`."""
-        return f"{self.path}/{os.fsdecode(bytes(self.keys[index]))}"
+        return f"{self.path}/{_shown(bytes(self.keys[index]))}"
 
     def read(self, index: int) -> tuple[bytes, bytes]:
         """Image bytes and caption bytes of one sample; OSError when the file is gone or shorter than it was."""
@@ -60,6 +67,9 @@ def index_shards(paths: Sequence[str], caption: str = "txt") -> list[Shard]:
     """Index many tars, a few at a time, with a progress bar when it takes long; order kept.
 
     Ranks of one run start at different shards and find in the cache what the others have done.
+
+    Raises:
+        InputError: as `index_shard`, or none of the tars holds a pair.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     first = len(paths) * rank // world
@@ -68,42 +78,92 @@ def index_shards(paths: Sequence[str], caption: str = "txt") -> list[Shard]:
         done = pool.map(lambda i: index_shard(paths[i], caption), order)
         bar = tqdm(done, "indexing shards", len(order), unit="shard", delay=2, leave=False, disable=rank > 0)
         shards = dict(zip(order, bar))
+    if paths and not any(len(shard) for shard in shards.values()):
+        key, reason = shards[0].problems[0]
+        remedy = "name its images .jpg, .jpeg, .png or .webp, or set caption_member"
+        if reason == EMPTY:
+            remedy = "download or write it again"
+        raise InputError(f"{key}: {reason}; {remedy}")
     return [shards[i] for i in range(len(paths))]
 
 
 def index_shard(path: str, caption: str = "txt") -> Shard:
-    """List the pairs of an img2dataset/webdataset tar. One that ends early keeps what lies before its end.
+    """List the pairs of an img2dataset/webdataset tar, in the order in which their keys first appear.
+
+    A tar that ends early keeps what lies before its end, and one without pairs is a problem of the table that it
+    belongs to. A second member of the same name starts a new sample, as where two shards were joined.
 
     Args:
         path: a local tar file.
         caption: which member holds the text: "txt", or "json" for its `captions` / `caption` entry.
 
     Raises:
-        InputError: the file is not a tar, holds no pair of an image and a caption, or a member with a path
-            that leads outside.
+        InputError: the file is not a tar, is compressed, or has a member with a path that leads outside.
     """
     stat = os.stat(path)
     if stat.st_size < CACHE_FROM:
-        return _walk(path, caption)
-    identity = f"{os.path.abspath(path)}:{stat.st_size}:{stat.st_mtime_ns}:{caption}:1"
-    cached = cache_dir() / "index" / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.npz"
+        return _index(path, caption)
+    identity = f"{os.path.abspath(path)}:{stat.st_size}:{stat.st_mtime_ns}:{caption}:2"  # 2: the meaning of an index
+    cached = cache_dir() / "index" / f"{hashlib.sha256(os.fsencode(identity)).hexdigest()[:32]}.npz"
     if cached.is_file():
         with np.load(cached, allow_pickle=False) as stored:
-            problems = [tuple(pair) for pair in stored["problems"].tolist()]
-            return Shard(path, stored["keys"], stored["spans"], problems)
-    shard = _walk(path, caption)
+            said = ([tuple(pair) for pair in stored[name].tolist()] for name in ("problems", "notices"))
+            return Shard(path, stored["keys"], stored["spans"], *said)
+    shard = _index(path, caption)
     buffer = io.BytesIO()
-    np.savez(buffer, keys=shard.keys, spans=shard.spans, problems=np.array(shard.problems, dtype=str).reshape(-1, 2))
+    said = {name: np.array(getattr(shard, name), dtype=str).reshape(-1, 2) for name in ("problems", "notices")}
+    np.savez(buffer, keys=shard.keys, spans=shard.spans, **said)
     cached.parent.mkdir(parents=True, exist_ok=True)
-    temporary = cached.with_suffix(f".{os.getpid()}.{os.urandom(4).hex()}.tmp")
-    temporary.write_bytes(buffer.getvalue())
-    os.replace(temporary, cached)
+    write_whole(cached, buffer.getvalue())
     return shard
 
 
-def _walk(path: str, caption: str) -> Shard:
-    members: dict[str, dict[str, tuple[int, int]]] = {}
+def _index(path: str, caption: str) -> Shard:
+    samples, problems = walk(path)
+    keys, spans, several, example = [], [], 0, ("", "")
+    for key, members in samples:
+        images = sorted((s for s in members if _rank(s) is not None), key=_rank)
+        text = next((s for s in members if s.lower() == caption), None)
+        if not images or text is None:
+            problems.append((f"{path}/{_shown(key)}", f"no .{caption} caption" if images else "no picture"))
+            continue
+        if len(images) > 1:
+            example = example if several else (f"{path}/{_shown(key)}", ", ".join(images))
+            several += 1
+        keys.append(os.fsencode(key))
+        spans.append((*members[images[0]], *members[text]))
+    if not samples:
+        problems.insert(0, (path, EMPTY))
+    elif not keys:
+        suffixes = sorted({f".{_shown(suffix)}" for _, members in samples for suffix in members})
+        found = f"{len(samples)} keys in it, with {', '.join(suffixes[:8])}"
+        problems.insert(0, (path, f"no sample has both an image and a .{caption} caption ({found})"))
+    notices = []
+    if several:
+        order = ", ".join(suffix[1:] for suffix in IMAGE_SUFFIXES)
+        reason = f"{several} keys of the shard hold several images (this one {example[1]}): the first of {order} counts"
+        notices.append((example[0], reason))
+    doubled = len(samples) - len({key for key, _ in samples})
+    if doubled:
+        notices.append((path, f"{doubled} keys of the shard occur again with members of the same names: own samples"))
+    return Shard(
+        path, np.array(keys, dtype=np.bytes_), np.array(spans, dtype=np.int64).reshape(-1, 4), problems, notices
+    )
+
+
+def walk(path: str | Path) -> tuple[list[tuple[str, dict[str, tuple[int, int]]]], list[tuple[str, str]]]:
+    """(key, {suffix: (offset, bytes)}) of all samples of a tar, and where it ends early as (path, reason).
+
+    Raises:
+        InputError: as `index_shard`.
+    """
+    path = str(path)
+    samples: list[tuple[str, dict[str, tuple[int, int]]]] = []
+    latest: dict[str, dict[str, tuple[int, int]]] = {}  # the sample of each key that members are put to
+    before, together = "", []  # the last member's key, and the suffixes that came with it without another key between
     size, problems = os.path.getsize(path), []
+    if size == 0:
+        return samples, problems
     try:
         with tarfile.open(path, "r:") as tar:
             while True:
@@ -118,27 +178,50 @@ def _walk(path: str, caption: str) -> Shard:
                     break
                 if member.name.startswith("/") or ".." in member.name.split("/"):
                     raise InputError(f"{path}: member {member.name!r} has a path that leads outside; do not use it")
-                key, dot, suffix = os.path.basename(member.name).partition(".")
-                if not member.isfile() or not dot:
+                folder, name = os.path.split(member.name)
+                stem, dot, suffix = name.partition(".")
+                if not member.isfile() or not dot or not stem or name.lower() in LITTER or "__MACOSX" in folder:
                     continue
                 if member.offset_data + member.size > size:
-                    problems.append((path, f"the shard ends early, within {member.name}"))
+                    problems.append((path, f"the shard ends early, within {_shown(member.name)}"))
                     break
-                kind = "image" if f".{suffix.lower()}" in IMAGE_SUFFIXES else suffix.lower()
-                name = os.path.join(os.path.dirname(member.name), key)
-                members.setdefault(name, {})[kind] = (member.offset_data, member.size)
+                key = os.path.join(folder, stem)
+                if key != before:
+                    before, together = key, []
+                if key not in latest or suffix in latest[key]:
+                    # what came just before belongs to the new sample, too
+                    moved = {s: latest[key].pop(s) for s in together if suffix not in together}
+                    latest[key] = moved
+                    samples.append((key, moved))
+                    together = list(moved)
+                latest[key][suffix] = (member.offset_data, member.size)
+                together.append(suffix)
     except (tarfile.TarError, OSError) as error:
+        _refuse_compressed(path)
         raise InputError(f"{path}: not a readable tar file ({error}); download or write it again") from None
-    pairs = {}
-    for key, kinds in members.items():
-        if "image" in kinds and caption in kinds:
-            pairs[key] = kinds
-        else:
-            problems.append((f"{path}/{key}", "no picture" if "image" not in kinds else f"no .{caption} caption"))
-    if not pairs:
-        raise InputError(
-            f"{path}: no sample has both an image and a .{caption} caption "
-            f"({len(members)} keys in it); check the shard, or set caption_member"
-        )
-    spans = np.array([(*m["image"], *m[caption]) for m in pairs.values()], dtype=np.int64)
-    return Shard(path, np.array([os.fsencode(key) for key in pairs]), spans, problems)
+    return samples, problems
+
+
+def _refuse_compressed(path: str) -> None:
+    with open(path, "rb") as f:
+        start = f.read(8)
+    unpack = next((command for magic, command in UNPACKERS.items() if start.startswith(magic)), None)
+    if unpack is None:
+        return
+    suffix = max((s for s in TAR_SUFFIXES if path.endswith(s)), key=len, default="")
+    unpacked = path.removesuffix(suffix) + (".unpacked.tar" if suffix == ".tar" else ".tar")
+    raise InputError(
+        f"{path}: is compressed, and shards are read at offsets: unpack it by "
+        f"`{unpack} -c {shlex.quote(path)} > {shlex.quote(unpacked)}` and name {unpacked}"
+    )
+
+
+def _rank(suffix: str) -> int | None:
+    """The place of a suffix among `IMAGE_SUFFIXES`; None for what is no image."""
+    name = f".{suffix.lower()}"
+    return IMAGE_SUFFIXES.index(name) if name in IMAGE_SUFFIXES else None
+
+
+def _shown(name: str | bytes) -> str:
+    """A member's name as text that can be printed and written, whatever its bytes are."""
+    return os.fsencode(name).decode("utf-8", errors="backslashreplace")

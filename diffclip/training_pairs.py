@@ -1,6 +1,5 @@
 """The whole training run as one sequence of samples, decided by the seed alone."""
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +9,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
+from diffclip.base.files import append_jsonl
 from diffclip.data import BadSample, PairTable
 from diffclip.errors import InputError
 
@@ -94,10 +94,15 @@ class TrainingPairs(Dataset):
                     raise
                 self._name(error)
                 bad += 1
-                row = int(np.random.default_rng((self.seed, k, bad)).integers(len(self.table)))
+                row = self._replacement(k, bad)
         with seeded(self.seed * 1_000_003 + k):
             caption = captions[int(torch.randint(len(captions), ()))]
             return {"image": self.transform(image), "text": self.tokenizer([caption])[0], "item": k, "bad": bad}
+
+    def _replacement(self, k: int, bad: int) -> int:
+        """The row that stands in for the bad-th unreadable one at place k: any that the epoch sees."""
+        seen = self.order(k // self.per_epoch) if self.weights else range(len(self.table))
+        return int(seen[int(np.random.default_rng((self.seed, k, bad)).integers(len(seen)))])
 
     def _name(self, error: BadSample) -> None:
         if error.key in self._named:
@@ -108,9 +113,7 @@ class TrainingPairs(Dataset):
 
 def name_bad_samples(path: Path, samples: Sequence[tuple[str, str]]) -> None:
     """Append (key, reason) lines to a bad_samples.jsonl, in one write, since several processes share the file."""
-    lines = [json.dumps({"key": key, "reason": reason}, ensure_ascii=False) + "\n" for key, reason in samples]
-    with open(path, "a", encoding="utf-8") as f:
-        f.write("".join(lines))
+    append_jsonl(path, [{"key": key, "reason": reason} for key, reason in samples])
 
 
 @contextmanager

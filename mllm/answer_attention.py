@@ -99,13 +99,15 @@ def overlays(
     from diffclip.attention_maps import overlay, upsample
     from mllm.conversation import IGNORE, encode, render
     from mllm.examples import image_tokens
+    from mllm.image_modes import bounded
 
     segments = render(turns, model.config.conversation_template, end_token=processor.tokenizer.eos_token)
     encoded = encode(segments, processor.tokenizer, image_tokens(processor))
     ids, learnt = torch.tensor([encoded["input_ids"]]), torch.tensor(encoded["labels"]) != IGNORE
     last = int(learnt.nonzero()[-1])  # of the answer, its end token counted
     gaps = (~learnt[:last]).nonzero()
-    pixels = processor.image_processor(list(pictures), return_tensors="pt")["pixel_values"]
+    images = bounded(pictures, processor.image_processor)
+    pixels = processor.image_processor(images, return_tensors="pt")["pixel_values"]
     grid = (pixels.shape[2] // processor.patch_size, pixels.shape[3] // processor.patch_size)
     weights = answer_attention(
         model,

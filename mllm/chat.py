@@ -148,6 +148,7 @@ def prepare(
         InputError: more or fewer pictures than a text shows.
     """
     from mllm.conversation import IMAGE
+    from mllm.image_modes import bounded
 
     template, shown = model.config.conversation_template, [text.count(IMAGE) for text in texts]
     if pictures and all(isinstance(some, (list, tuple)) for some in pictures):
@@ -157,7 +158,8 @@ def prepare(
     else:
         flat = list(pictures)
         check_shown(sum(shown), len(flat), template)
-    made = processor(text=list(texts), images=flat or None, padding=True, padding_side="left", return_tensors="pt")
+    images = bounded(flat, processor.image_processor)
+    made = processor(text=list(texts), images=images or None, padding=True, padding_side="left", return_tensors="pt")
     return made.to(model.device, model.dtype)
 
 

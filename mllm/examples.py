@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 from diffclip.errors import InputError
 from mllm.conversation import IGNORE, IMAGE, NoSupervisionError, encode, render
 from mllm.data import Row, Rows
+from mllm.image_modes import bounded
 
 if TYPE_CHECKING:
     from transformers import LlavaProcessor
@@ -49,7 +50,8 @@ class ConversationDataset(Dataset):
         if shown != self.image_tokens * len(row.pictures):
             raise InputError(f"{row.key}: max_length {self.max_length} cuts a picture off; raise it")
         if row.pictures:
-            pixels = self.processor.image_processor([p.open(row.key) for p in row.pictures], return_tensors="pt")
+            images = bounded((p.open(row.key) for p in row.pictures), self.processor.image_processor)
+            pixels = self.processor.image_processor(images, return_tensors="pt")
             example["pixel_values"] = pixels["pixel_values"]
         return example
 

@@ -1,12 +1,16 @@
 """How a picture that is not square becomes what the vision tower takes; the choice is saved with the processor."""
 
+from collections.abc import Iterable
 from typing import Any
 
+from PIL import Image
 from transformers import LlavaImageProcessor
 
 from diffclip.errors import InputError
+from diffclip.pictures import cut_strip, to_rgb
 
 MODES = ("crop", "squash", "pad")
+LONGEST = 9459  # pixels; a square of it has as many as PIL lets a picture have
 
 
 def with_mode(image_processor: Any, mode: str) -> Any:
@@ -35,3 +39,25 @@ def with_mode(image_processor: Any, mode: str) -> Any:
     if mode == "squash":
         return type(image_processor)(size={"height": side, "width": side}, do_center_crop=False, **settings)
     return LlavaImageProcessor(do_pad=True, size={"shortest_edge": side}, **settings)
+
+
+def bounded(images: Iterable[Image.Image], image_processor: Any) -> list[Image.Image]:
+    """Images in RGB for an image processor, those changed that it would make gigabytes of.
+
+    A centre crop gets the middle of a strip, which is all that it keeps; a strip that would be padded to a square of
+    more pixels than any picture may have is made smaller first.
+    """
+    images = [to_rgb(image) for image in images]
+    if getattr(image_processor, "do_pad", False):
+        return [_smaller(image) for image in images]
+    size = getattr(image_processor, "size", None) or {}
+    if getattr(image_processor, "do_center_crop", False) and dict(size).get("shortest_edge"):
+        return [cut_strip(image) for image in images]
+    return images
+
+
+def _smaller(image: Image.Image) -> Image.Image:
+    scale = LONGEST / max(image.size)
+    if scale >= 1:
+        return image
+    return image.resize([max(1, round(scale * side)) for side in image.size], Image.Resampling.BICUBIC)

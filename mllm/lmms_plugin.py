@@ -17,15 +17,17 @@ from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 from loguru import logger
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 from tqdm import tqdm
 
 from diffclip.base.files import append_jsonl, read_jsonl
 from diffclip.errors import InputError
 from diffclip.fingerprint import fingerprint
+from diffclip.pictures import to_rgb
 from mllm.chat import SAMPLING, check_shown, generation, prompts, question_turn, write
 from mllm.conversation import IGNORE, IMAGE, encode, render
 from mllm.examples import collate, image_tokens
+from mllm.image_modes import bounded
 from mllm.model import load, parts
 
 PROGRESS = "diffclip_llava"  # what the progress bar begins with
@@ -35,6 +37,7 @@ OPTIONS = {
     *("max_new_tokens", "max_gen_toks", "min_new_tokens", "do_sample", *SAMPLING, "num_beams", "early_stopping"),
     *("length_penalty", "repetition_penalty", "no_repeat_ngram_size"),
 }
+EpsImagePlugin.gs_binary = False  # `datasets` decodes the tasks' images: none of them is a program for Ghostscript
 
 
 def manifest() -> ModelManifest:
@@ -159,10 +162,11 @@ class DiffCLIPLlavaForEvaluation(lmms):
     def _pictures(
         self, doc_to_visual: Callable[[dict], list | None], doc_id: int, task: str, split: str
     ) -> list[Image.Image]:
-        pictures = list(doc_to_visual(self.task_dict[task][split][doc_id]) or [])
+        # before the task's own convert("RGB"), which would lay transparency over black and cut 16 bits at 255
+        pictures = list(doc_to_visual(_in_rgb(self.task_dict[task][split][doc_id])) or [])
         if not all(isinstance(picture, Image.Image) for picture in pictures):
             raise ValueError(f"task {task} shows something that is no picture; diffclip_llava sees pictures only")
-        return pictures
+        return [to_rgb(picture) for picture in pictures]
 
     def _prompt(self, context: str, pictures: int, name: str) -> str:
         """The prompt of a question; InputError that begins with `name` unless it shows all of its pictures."""
@@ -184,7 +188,8 @@ class DiffCLIPLlavaForEvaluation(lmms):
         return [result for half in halves for result in self._in_memory(compute, half)]
 
     def _pixels(self, pictures: list[Image.Image]) -> torch.Tensor:
-        pixels = self.processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
+        images = bounded(pictures, self.processor.image_processor)
+        pixels = self.processor.image_processor(images, return_tensors="pt")["pixel_values"]
         return pixels.to(self.model.dtype)
 
     def _answer(self, batch: Sequence[tuple[tuple, list[Image.Image]]]) -> list[str]:
@@ -238,3 +243,12 @@ def _generation(options: dict) -> dict[str, Any]:
     known = {name: value for name, value in options.items() if name in OPTIONS}
     given = {"max_new_tokens", "max_gen_toks"} & {name for name, value in known.items() if value is not None}
     return generation(known if given else {**known, "max_new_tokens": 1024})
+
+
+def _in_rgb(value: Any) -> Any:
+    """A row of a task with every image in it by the rules of `diffclip.pictures`."""
+    if isinstance(value, Image.Image):
+        return to_rgb(value)
+    if isinstance(value, dict):
+        return {key: _in_rgb(inner) for key, inner in value.items()}
+    return [_in_rgb(inner) for inner in value] if isinstance(value, list) else value

@@ -17,6 +17,7 @@ from diffclip.errors import InputError
 from mllm.chat import answer, check_shown, question_turn
 from mllm.conversation import IGNORE, IMAGE, encode, render
 from mllm.examples import image_tokens
+from mllm.image_modes import bounded
 from mllm.pope_files import POST_PROMPT, SPLITS, Question
 from mllm.pope_scores import GREY, fold_of_pictures, grey_picture
 
@@ -124,7 +125,7 @@ def _batch_margins(
     mask = torch.zeros(allowed.shape, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)[:, None]
     inputs = {"input_ids": ids, "position_ids": positions, "attention_mask": mask}
     if rows[0][0]:
-        pictures = [picture_of(shown, open_image) for shown, _ in rows]
+        pictures = bounded((picture_of(shown, open_image) for shown, _ in rows), processor.image_processor)
         pixels = processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
         inputs["pixel_values"] = pixels.to(dtype)
     states = model.model(**{name: tensor.to(device) for name, tensor in inputs.items()}, use_cache=False)

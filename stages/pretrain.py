@@ -5,10 +5,10 @@
     torchrun --nproc_per_node 8 -m stages.pretrain --config stages/configs/paper/pretrain_cc3m_diffclip.yaml ...
 """
 
-import json
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from diffclip.base.files import read_jsonl
 from diffclip.errors import InputError, exit_on_input_error
 from stages.config import parse, require
 from stages.run import Run, end_with_pipeline
@@ -134,6 +134,11 @@ def pretrain(config: PretrainConfig) -> None:
         bad_samples=run.path / "bad_samples.jsonl",
     )
     report_problems(table, config, run)
+    if val_pairs is not None:
+        say_notices("val_pairs", val_pairs, run)
+        if val_pairs.problems:
+            key, reason = val_pairs.problems[0]
+            run.say(f"pretrain: val_pairs: {len(val_pairs.problems):,} samples lack a part, e.g. {key} ({reason})")
     batch = per_device_batch(config)
     steps = len(pairs) // config.global_batch_size
     parameters = sum(p.numel() for p in model.parameters())
@@ -164,27 +169,41 @@ def pretrain(config: PretrainConfig) -> None:
 
 
 def report_problems(table: "PairTable", config: PretrainConfig, run: Run) -> None:
-    """Name the samples that lack a part and the shards that end early; InputError if there are too many."""
+    """Name the samples that lack a part and the shards that end early or hold nothing; InputError if too many lack one.
+
+    An empty shard is named, but is no sample that is lost.
+    """
+    from diffclip.shards import EMPTY
     from diffclip.training_pairs import name_bad_samples
 
+    say_notices("train_data", table, run)
     if not table.problems:
         return
     if run.is_main and run.resume_from is None:
         name_bad_samples(run.path / "bad_samples.jsonl", table.problems)
-    share = len(table.problems) / (len(table) + len(table.problems))
-    if share > config.max_bad_share:
-        key, reason = table.problems[0]
+    lost = [(key, reason) for key, reason in table.problems if reason != EMPTY]
+    if len(lost) > config.max_bad_share * (len(table) + len(lost)):
+        key, reason = lost[0]
         raise InputError(
-            f"{len(table.problems)} of {len(table) + len(table.problems)} samples lack a part, e.g. {key} ({reason}), "
+            f"{len(lost)} of {len(table) + len(lost)} samples lack a part, e.g. {key} ({reason}), "
             f"more than max_bad_share {config.max_bad_share:g}: mend the data or raise it"
         )
+
+
+def say_notices(setting: str, table: "PairTable", run: Run) -> None:
+    """One line on what was read in one way of several, if anything."""
+    if table.notices:
+        key, reason = table.notices[0]
+        more = f" (and {len(table.notices) - 1:,} more such notices)" if len(table.notices) > 1 else ""
+        run.say(f"pretrain: {setting}: {key}: {reason}{more}")
 
 
 def say_bad_samples(run: Run) -> None:
     """One line, and a note in run.json, on what was skipped and why, if anything."""
     path = run.path / "bad_samples.jsonl"
     if run.is_main and path.is_file():
-        bad = {s["key"]: s["reason"] for s in map(json.loads, path.read_text(encoding="utf-8").splitlines())}
+        lines = (line for _, line in read_jsonl(path, damaged="skip"))
+        bad = {str(line.get("key")) for line in lines if isinstance(line, dict)}
         run.say(f"pretrain: {len(bad):,} bad samples skipped, named in {path}")
         run.note(bad_samples=len(bad))
 

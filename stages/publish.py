@@ -21,14 +21,13 @@ USE = {
     "pretrain": """import diffclip
 
 model, preprocess, tokenizer = diffclip.load("{repo}")""",
-    "align": """from PIL import Image
-
+    "align": """from diffclip.pictures import open_image
 from mllm import chat
 from mllm.model import load
 
 model, processor = load("{repo}")
 question = chat.question_turn("What is in the picture?", pictures=1)
-print(chat.answer(model, processor, [[question]], [Image.open("a.jpg").convert("RGB")])[0])""",
+print(chat.answer(model, processor, [[question]], [open_image("a.jpg")])[0])""",
 }
 USE["instruct"] = USE["align"]
 USE["language"] = """from transformers import AutoModelForCausalLM, AutoTokenizer

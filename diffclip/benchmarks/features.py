@@ -27,7 +27,7 @@ from diffclip.errors import InputError
 from diffclip.fingerprint import fingerprint
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-FORMAT = 1  # raise it when the meaning of a stored file changes
+FORMAT = 2  # raise it when the meaning of a stored file changes
 
 
 class ImageFeatures(NamedTuple):

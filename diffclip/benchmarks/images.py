@@ -7,7 +7,6 @@ import csv
 import hashlib
 import os
 import re
-import tarfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,8 +15,10 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from diffclip.base.files import parse_json, read_json, read_text
+from diffclip.data import caption_lines
 from diffclip.errors import InputError
 from diffclip.pictures import open_picture
+from diffclip.shards import walk
 
 if TYPE_CHECKING:
     import pyarrow
@@ -204,27 +205,24 @@ Members = dict[str, TarSlice | bytes]  # of one key of a shard, by suffix; pictu
 
 
 def _samples(path: Path, text: str) -> list[tuple[str, Members]]:
-    """Return (key, members) of a tar file as keys appear: the pictures, and what has the suffix `text`.
+    """Return (key, members) of a shard, read as training reads it: the pictures, and what has the suffix `text`.
 
-    A key that comes again with a suffix that it had, as where two shards were joined, begins another sample.
+    Raises:
+        InputError: it is no tar, or ends early.
     """
-    samples: list[tuple[str, Members]] = []
-    last: dict[str, Members] = {}
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                key, suffix = os.path.splitext(member.name)
-                suffix = suffix.lower()
-                hidden = any(part.startswith((".", "__MACOSX")) for part in key.split("/") if part != ".")
-                if hidden or not member.isfile() or suffix not in (*IMAGE_SUFFIXES, text):
-                    continue
-                if key not in last or suffix in last[key]:
-                    last[key] = {}
-                    samples.append((key, last[key]))
-                file = tar.extractfile(member) if suffix == text else None
-                last[key][suffix] = file.read() if file else TarSlice(path, member.offset_data, member.size)
-    except (tarfile.TarError, OSError) as error:
-        raise InputError(f"{path} cannot be read as a webdataset shard ({error})") from error
+    walked, problems = walk(path)
+    if problems:
+        raise InputError(f"{path} cannot be read as a webdataset shard ({problems[0][1]}): download it again")
+    samples = []
+    for key, places in walked:
+        members: Members = {}
+        for name, place in places.items():
+            suffix = f".{name.lower()}"
+            if suffix in (*IMAGE_SUFFIXES, text):
+                piece = TarSlice(path, *place)
+                members.setdefault(suffix, piece.read() if suffix == text else piece)
+        if members:
+            samples.append((key, members))
     return samples
 
 
@@ -402,7 +400,7 @@ def _captioned_tar(path: Path) -> Rows:
         if picture is None:
             raise InputError(f"{path}: {key}.txt has no picture beside it")
         try:
-            yield f"{path}:{key}", picture, str(members.get(".txt", b""), "utf-8-sig").split("\n"), None
+            yield f"{path}:{key}", picture, caption_lines(str(members.get(".txt", b""), "utf-8-sig")), None
         except UnicodeDecodeError:
             raise InputError(f"{path}: {key}.txt is not UTF-8: write it again") from None
 

@@ -4,6 +4,7 @@ from typing import Any
 
 from PIL import Image
 
+from diffclip.pictures import to_rgb
 from mllm.pope_scores import SCORES, parse_lmms_eval, score
 
 Records = list[dict[str, str]]
@@ -11,7 +12,7 @@ Records = list[dict[str, str]]
 
 def visual(doc: dict[str, Any]) -> list[Image.Image]:
     """The picture of a question; none in the control without pictures."""
-    return [doc["image"].convert("RGB")] if doc["image"] else []
+    return [to_rgb(doc["image"])] if doc["image"] else []
 
 
 def text(doc: dict[str, Any], lmms_eval_specific_kwargs: dict[str, str] | None = None) -> str:

@@ -74,13 +74,12 @@ def grid(value: Any) -> list[list[int]] | None:
 
 def open_inside(folder: Path, name: str) -> "Image | None":
     """The picture `name` inside `folder` as RGB; None if it is elsewhere or cannot be read."""
-    from PIL import Image
+    from diffclip.pictures import BROKEN, open_image
 
     path = (folder / name).resolve()
     if not name or folder.resolve() not in path.parents:
         return None
     try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return open_image(path)
+    except BROKEN:
         return None

@@ -203,7 +203,7 @@ def test_unusual_pictures_are_read_as_what_they_show(tmp_path):
     rgb = Image.fromarray(np.full((8, 8, 3), (250, 20, 20), np.uint8))
     pictures = {
         "cmyk.jpg": (encoded(rgb.convert("CMYK"), "JPEG", quality=95), np.asarray(rgb), 12),
-        "palette.png": (encoded(rgb.quantize(8), "PNG", transparency=0), np.asarray(rgb), 2),
+        "palette.png": (encoded(rgb.quantize(8), "PNG"), np.asarray(rgb), 2),
         "sixteen.png": (encoded(Image.fromarray(grey.astype(np.uint16) * 257), "PNG"), grey[..., None], 0),
         "animated.webp": (encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]), np.uint8(200), 2),
         "grey.jpg": (encoded(Image.fromarray(grey), "JPEG", quality=95), grey[..., None], 6),
@@ -342,7 +342,7 @@ def test_an_index_from_the_cache_is_the_index(tmp_path, monkeypatch):
     sources = [str(tmp_path / "x.tar"), str(tmp_path / "y.tar")]
     walked = PairTable(sources)
     assert len(list((tmp_path / "cache" / "index").glob("*.npz"))) == 2
-    monkeypatch.setattr(shards_module, "_walk", None)  # would fail if called
+    monkeypatch.setattr(shards_module, "_index", None)  # would fail if called
     cached = PairTable(sources)
     assert contents(cached) == contents(walked) and cached.problems == walked.problems != []
     assert [cached.key(i) for i in range(6)] == [walked.key(i) for i in range(6)]

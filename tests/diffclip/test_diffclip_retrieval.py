@@ -122,7 +122,7 @@ def test_what_is_not_a_retrieval_set_is_refused(tmp_path):
     with pytest.raises(InputError, match="gone does not exist"):
         read_captioned(tmp_path / "gone")
     (tmp_path / "00000.tar").write_bytes(b"not a tar file" * 100)
-    with pytest.raises(InputError, match="cannot be read as a webdataset shard"):
+    with pytest.raises(InputError, match="not a readable tar file"):
         read_captioned(tmp_path)
 
 

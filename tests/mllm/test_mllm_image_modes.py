@@ -10,7 +10,7 @@ import diffclip
 from diffclip.errors import InputError
 from diffclip.hf import image_processor
 from mllm.assemble import assemble
-from mllm.image_modes import with_mode
+from mllm.image_modes import bounded, with_mode
 from mllm.model import load, save
 
 
@@ -55,6 +55,33 @@ def test_the_mode_is_saved_with_the_model(mode, tower_dir, language_dir, tmp_pat
     text = "<image>\nIs there a red square?"
     inputs = again(text=[text], images=[picture()], return_tensors="pt")
     assert torch.isfinite(model(**inputs).logits).all()
+
+
+@pytest.mark.parametrize("size", [(4000, 1), (1, 4000), (60_000, 60)])
+@pytest.mark.parametrize("mode", ["crop", "squash", "pad"])
+@pytest.mark.parametrize("kind", ["ours", "clip"])
+def test_a_strip_takes_little_memory_in_every_mode(kind, mode, size, tower_dir):
+    base = image_processor(diffclip.build("CLIP-tiny").model_config)
+    processor = with_mode(base if kind == "ours" else AutoProcessor.from_pretrained(tower_dir), mode)
+    (image,) = bounded([Image.new("RGB", size, (200, 30, 30))], processor)
+    width, height = image.size
+    if mode == "pad":
+        assert max(width, height) ** 2 <= Image.MAX_IMAGE_PIXELS
+    elif mode == "crop":
+        assert max(width, height) <= 17 * min(width, height)
+    pixels = processor([image], return_tensors="pt")["pixel_values"][0]
+    mean, std = (torch.tensor(list(v))[:, None, None] for v in (processor.image_mean, processor.image_std))
+    colour = torch.tensor([200, 30, 30]) / 255
+    if mode == "pad":  # all but nothing of it is left between the bars
+        assert (pixels * std)[:, 0, 0].abs().max() < 0.01
+    else:
+        assert ((pixels * std + mean) - colour[:, None, None]).abs().max() < 0.01
+
+
+def test_pictures_that_are_no_strips_stay_as_they_are(tower_dir):
+    for mode in ("crop", "squash", "pad"):
+        image = picture()
+        assert bounded([image], with_mode(AutoProcessor.from_pretrained(tower_dir), mode)) == [image]
 
 
 def test_an_unknown_mode_is_refused(tower_dir):

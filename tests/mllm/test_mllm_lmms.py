@@ -165,6 +165,44 @@ def test_an_lmms_eval_that_fails_is_an_error(installed, tmp_path, pope_dir, monk
         evaluate_with_lmms(tmp_path / "run", *asked_about(pope_dir), tmp_path / "out", controls=())
 
 
+def test_a_tasks_own_conversion_to_rgb_shows_what_our_decoder_shows():
+    """lmms-eval's tasks say `doc["image"].convert("RGB")`, on what `datasets` has decoded."""
+    import io
+
+    import datasets
+    import numpy as np
+    from PIL import EpsImagePlugin, Image
+
+    from diffclip.pictures import open_image
+    from mllm.lmms_plugin import DiffCLIPLlavaForEvaluation
+
+    exif = Image.Exif()
+    exif[274] = 6
+    ramp = np.arange(64).reshape(8, 8)
+    made = {
+        "turned": (Image.fromarray(np.uint8(3 * ramp[:, :4])), "JPEG", {"exif": exif}),
+        "deep": (Image.fromarray(np.uint16(1000 * ramp)), "PNG", {}),
+        "drawing": (Image.fromarray(np.dstack([0 * ramp] * 3 + [4 * ramp]).astype(np.uint8)), "PNG", {}),
+    }
+    contents = []
+    for image, kind, options in made.values():
+        buffer = io.BytesIO()
+        image.save(buffer, kind, **options)
+        contents.append(buffer.getvalue())
+    features = datasets.Features({"image": datasets.Image(), "more": [datasets.Image()]})
+    encoded = [{"bytes": content, "path": None} for content in contents]
+    rows = datasets.Dataset.from_dict({"image": encoded, "more": [[one, one] for one in encoded]}, features=features)
+    plugin = DiffCLIPLlavaForEvaluation.__new__(DiffCLIPLlavaForEvaluation)  # no model is needed for this
+    plugin.task_dict = {"t": {"test": rows}}
+    for i, content in enumerate(contents):
+        wanted = open_image(content)
+        first = plugin._pictures(lambda doc: [doc["image"].convert("RGB")], i, "t", "test")
+        rest = plugin._pictures(lambda doc: [one.convert("RGB") for one in doc["more"]], i, "t", "test")
+        for seen in (*first, *rest):
+            assert seen.size == wanted.size and seen.tobytes() == wanted.tobytes()
+    assert not EpsImagePlugin.has_ghostscript()
+
+
 def test_scores_that_differ_from_lmms_evals_are_an_error():
     scores = score(["yes", "no"], ["yes", "yes"])
     _same(scores, dict(scores), "t")

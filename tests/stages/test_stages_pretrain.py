@@ -4,6 +4,7 @@ every pair read once, and what happens when data, numbers or the disk are bad.
 
 import io
 import json
+import os
 import random
 import resource
 import tarfile
@@ -241,6 +242,62 @@ def test_bad_pictures_are_skipped_and_named_until_they_are_too_many(tmp_path):
     assert {line["key"].rsplit("/", 1)[1] for line in lines} == {"x_0005", "x_0009"} and all(
         line["reason"] for line in lines
     )
+
+
+def test_odd_names_and_damaged_lines_of_bad_samples_end_no_training(tmp_path):
+    """In this process; a kill left half a line, another program bytes that are no text."""
+    from stages.pretrain import main
+
+    out, folder = tmp_path / "run", tmp_path / "odd \u2028"
+    folder.mkdir()
+    out.mkdir()
+    (out / "bad_samples.jsonl").write_bytes(b'\xff\xfe\n3\n["key"]\n{"key": "old", "reason": "r"}\n{"key": "ha')
+    write_shard(folder / "x.tar", 32)
+    with tarfile.open(folder / "x.tar", "a", format=tarfile.GNU_FORMAT) as tar:
+        odd = b"caf\xe9\xe2\x80\xa8"
+        for name, content in ((odd + b".jpg", b"no picture"), (odd + b".txt", b"red"), (b"l\xff.txt", b"x")):
+            info = tarfile.TarInfo(os.fsdecode(name))
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    options = ["--max_bad_share=0.5", "--epochs=1", "--global_batch_size=33", "--use_cpu=True"]
+    main([*command(str(folder / "x.tar"), out)[1:], *options])
+    record = json.loads((out / "run.json").read_text())
+    assert record["state"] == "finished" and record["bad_samples"] == 3  # the old one, and two of this run
+    named = [line for line in (out / "bad_samples.jsonl").read_bytes().split(b"\n") if b"caf" in line]
+    assert {json.loads(line)["key"].rsplit("/", 1)[1] for line in named} == {"caf\\xe9\u2028"}
+    assert weights(out)
+
+
+def test_an_empty_shard_is_named_and_no_lost_sample(tmp_path):
+    from diffclip.data import PairTable
+    from diffclip.errors import InputError
+    from stages.pretrain import PretrainConfig, report_problems, say_bad_samples
+    from stages.run import Run
+
+    write_shard(tmp_path / "0.tar", 8)
+    write_shard(tmp_path / "1.tar", 0)
+    config = PretrainConfig(output_dir=str(tmp_path / "run"))
+    run = Run("pretrain", config, {})
+    report_problems(PairTable([str(tmp_path / "*.tar")]), config, run)
+    say_bad_samples(run)
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["bad_samples"] == 1
+    with tarfile.open(tmp_path / "0.tar", "a") as tar:
+        tar.addfile(tarfile.TarInfo("lost.txt"))
+    with pytest.raises(InputError, match=r"1 of 9 samples lack a part, e\.g\. .*0\.tar/lost \(no picture\)"):
+        report_problems(PairTable([str(tmp_path / "*.tar")]), config, run)
+
+
+def test_the_model_is_saved_before_what_can_fail(shards, tmp_path, monkeypatch):
+    from stages import contrastive
+    from stages.pretrain import main
+
+    def fails(self):
+        raise RuntimeError("validation failed")
+
+    monkeypatch.setattr(contrastive.ContrastiveTrainer, "validate", fails)
+    with pytest.raises(RuntimeError, match="validation failed"):
+        main([*command(shards, tmp_path / "run", "--epochs=1", "--global_batch_size=64", "--use_cpu=True")[1:]])
+    assert weights(tmp_path / "run")
 
 
 def test_a_loss_that_is_not_finite_stops_with_step_and_samples(shards, tmp_path):
