@@ -58,6 +58,9 @@ def parse(config_class: type[Config], description: str, argv: list[str] | None =
 def read_yaml(path: str | Path, config_class: type) -> dict[str, Any]:
     """Read a YAML mapping whose keys are fields of `config_class`; raises InputError otherwise."""
     path = Path(path)
+    shipped = Path(__file__).parents[1] / path  # as docs name them, from whatever folder
+    if not path.is_file() and path.parts[:2] == ("stages", "configs") and shipped.is_file():
+        path = shipped
     if not path.is_file():
         raise InputError(f"{path}: no such configuration file; shipped ones lie in stages/configs/")
     values = files.read_yaml(path) or {}

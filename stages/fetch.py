@@ -376,7 +376,7 @@ def fetch_pairs(urls: Path, out: Path, workers: int, dry_run: bool) -> None:
     if urls.suffix not in kinds:
         raise InputError(f"{urls}: unknown kind of list; use .tsv, .csv or .parquet with the columns url and caption")
     command = [
-        *(_img2dataset(), f"--url_list={urls}", f"--input_format={kinds[urls.suffix]}"),
+        *("img2dataset" if dry_run else _img2dataset(), f"--url_list={urls}", f"--input_format={kinds[urls.suffix]}"),
         *("--url_col=url", "--caption_col=caption", "--output_format=webdataset", f"--output_folder={out}"),
         *(
             "--image_size=256",
@@ -387,9 +387,9 @@ def fetch_pairs(urls: Path, out: Path, workers: int, dry_run: bool) -> None:
         *(f"--thread_count={workers * 4}", "--processes_count=4", "--enable_wandb=False", "--retries=1"),
     ]
     print(" ".join(command))
-    check_addresses(urls)
-    if dry_run:
+    if dry_run:  # before anything is installed
         return
+    check_addresses(urls)
     ended = subprocess.run(command, check=False)
     if ended.returncode:
         raise InputError(f"img2dataset ended with code {ended.returncode}: see the lines above, then start again")

@@ -29,7 +29,7 @@ FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 STAND_INS = {  # what stands on a page -> what stands for it here
     "DiffCLIP-S-16": "DiffCLIP-tiny",
     "Qwen/Qwen2.5-0.5B-Instruct": "runs/language",
-    "--tasks pope": "--tasks tiny_pope --include_path tasks --output_path lmms",  # the Hub's questions
+    "--tasks pope ": "--tasks tiny_pope --include_path tasks --output_path lmms ",  # the Hub's questions
     "--nproc-per-node 8": "--nproc-per-node 1",
 }
 SETTINGS = {  # so that a stage takes seconds
@@ -183,6 +183,21 @@ def trained(workspace) -> Path:
     return workspace
 
 
+@pytest.fixture
+def hub(workspace, monkeypatch) -> None:
+    """A Hub cache that holds a small model under the id of the published weights, in their layout."""
+    from diffclip.checkpoints import main as checkpoints
+
+    folder = workspace / "hub" / "models--hammh0a--DiffCLIP_ViTB16_CC12M"
+    if not folder.exists():
+        (folder / "refs").mkdir(parents=True)
+        (folder / "refs" / "main").write_text("0" * 40)
+        (folder / "snapshots" / ("0" * 40)).mkdir(parents=True)
+        file = folder / "snapshots" / ("0" * 40) / "checkpoint_best.pt"
+        checkpoints(["convert", str(workspace / "runs" / "diffclip" / "pretrain"), str(file)])
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(workspace / "hub"))
+
+
 def write_lmms_task(folder: Path) -> None:
     """The workspace's POPE questions as a task of lmms-eval, `tiny_pope`, in tasks/."""
     from mllm.pope_files import find_images, read
@@ -203,7 +218,7 @@ OTHERS = [(page, words) for page in PAGES if page.name != "data.md" for words in
 
 
 @pytest.mark.parametrize(("page", "words"), OTHERS, ids=[f"{page.stem}: {named(words)}" for page, words in OTHERS])
-def test_commands_run_as_typed(page, words, trained, monkeypatch):
+def test_commands_run_as_typed(page, words, trained, hub, monkeypatch):
     carry_out(words, page.name, trained, monkeypatch)
 
 
@@ -211,7 +226,7 @@ PYTHON = [(page, code) for page in PAGES for code in blocks(page, "python")]
 
 
 @pytest.mark.parametrize(("page", "code"), PYTHON, ids=[f"{page.stem}-{i}" for i, (page, _) in enumerate(PYTHON)])
-def test_python_blocks_run_as_they_stand(page, code, trained, monkeypatch, capsys):
+def test_python_blocks_run_as_they_stand(page, code, trained, hub, monkeypatch):
     monkeypatch.chdir(trained)
     exec(compile(code, page.name, "exec"), {"__name__": "__main__"})
 

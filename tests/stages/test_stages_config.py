@@ -87,10 +87,10 @@ def test_every_shipped_config_loads_and_says_what_it_is_for(path):
     assert {k: getattr(config, k) for k in numbers} == numbers
 
 
-def test_the_deepspeed_file_of_a_shipped_config_is_found_from_any_folder(tmp_path, monkeypatch):
+def test_a_shipped_config_and_its_deepspeed_file_are_found_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    config = parse(InstructConfig, "", ["--config", str(CONFIGS / "paper/instruct.yaml")])
-    assert zero_stage(config) == 2
+    for name in (CONFIGS / "paper/instruct.yaml", "stages/configs/paper/instruct.yaml"):
+        assert zero_stage(parse(InstructConfig, "", ["--config", str(name)])) == 2
     (tmp_path / "own.json").write_text('{"zero_optimization": {"stage": 3}}')
     assert zero_stage(parse(InstructConfig, "", ["--deepspeed", "own.json"])) == 3
 
