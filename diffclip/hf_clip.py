@@ -100,6 +100,9 @@ class ImageTransform:
     def __init__(self, processor: Any) -> None:
         self.processor = processor
 
+    def __repr__(self) -> str:  # by which the cache of features tells transforms apart
+        return f"ImageTransform({self.processor!r})"
+
     def __call__(self, image: Image.Image) -> Tensor:
         return self._pixels(image).float()
 

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, CLIPConfig, CLIPModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 import diffclip
+from diffclip.attention_maps import seen_part
 from diffclip.errors import InputError
 
 WORDS = ["a", "red", "mug", "Red", "Mug", "two", "dogs", "on", "the", "beach"]
@@ -112,6 +113,25 @@ def test_images_are_prepared_as_the_directory_says(name, tmp_path):
             ours, other = model.encode_image(transform(image)[None]), theirs.get_image_features(pixel_values=pixels)
         other = getattr(other, "pooler_output", other)
         assert F.cosine_similarity(ours, other).item() == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_what_maps_are_laid_over_is_what_the_tower_sees(name, tmp_path):
+    clip_directory(tmp_path, processor={"image_processor_type": "CLIPImageProcessor"} | PROCESSORS[name])
+    add_tokenizer(tmp_path)
+    transform = diffclip.load(tmp_path)[1]
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (70, 90, 3), dtype=np.uint8))
+    seen = seen_part(transform)(image)
+    assert seen.size == (32, 32) and seen.mode == "RGB"
+    about = transform.processor
+    pixels = torch.from_numpy(np.asarray(seen)).permute(2, 0, 1).float()
+    if about.do_rescale:
+        pixels = pixels * about.rescale_factor
+    if about.do_normalize:
+        pixels = (pixels - torch.tensor(about.image_mean)[:, None, None]) / torch.tensor(about.image_std)[:, None, None]
+    torch.testing.assert_close(transform(image), pixels, rtol=1e-5, atol=1e-5)
+    mask = Image.fromarray(np.arange(70 * 90).reshape(70, 90) % 2 > 0).convert("RGB")
+    assert set(np.unique(np.asarray(seen_part(transform, nearest=True)(mask)))) <= {0, 255}
 
 
 def test_saved_processors_of_today_are_followed(tmp_path):
