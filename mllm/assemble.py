@@ -31,6 +31,7 @@ from mllm.model import (
     DiffCLIPLlavaForConditionalGeneration,
     from_pretrained,
     load_strictly,
+    never_cut,
     own_head,
     verify,
 )
@@ -266,6 +267,7 @@ def _prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, template: str, path: 
         raise InputError(f"unknown template `{template}`: use one of {', '.join(TEMPLATES)}")
     if not tokenizer.is_fast:
         raise InputError(f"{path}: needs a fast tokenizer (tokenizer.json), which knows where tokens begin and end")
+    never_cut(tokenizer)
     tokenizer.add_tokens([AddedToken(IMAGE, special=True, normalized=False)], special_tokens=True)
     if "<|im_end|>" in tokenizer.get_vocab():  # base models have it too, but stop at another token
         tokenizer.eos_token = "<|im_end|>"

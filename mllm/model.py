@@ -328,6 +328,7 @@ def load(
         raise InputError(f"{directory}: holds a {type(model).__name__}; give a run of align or instruct")
     processor = AutoProcessor.from_pretrained(directory, trust_remote_code=False)
     processor.tokenizer.padding_side = "left"  # runs of earlier versions say right
+    never_cut(processor.tokenizer)
     file = Path(directory) / FINGERPRINTS
     if file.is_file():
         prints = read_json(file)
@@ -360,6 +361,17 @@ def scales_logits(model: DiffCLIPLlavaForConditionalGeneration) -> bool:
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(4, model.lm_head.in_features, generator=generator).to(model.lm_head.weight)
     return not torch.allclose(model.logits(hidden).float(), model.lm_head(hidden).float(), rtol=1e-3, atol=1e-3)
+
+
+def never_cut(tokenizer: Any) -> None:
+    """Have a fast tokenizer neither cut texts nor fill them up, which a tokenizer.json may ask for.
+
+    transformers hands such a length on to processors, so that questions would lose their ends without a word.
+    """
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
+    for name in ("max_length", "stride", "truncation_strategy", "pad_to_multiple_of"):
+        tokenizer.init_kwargs.pop(name, None)
 
 
 def transform_fingerprint(processor: LlavaProcessor) -> str:

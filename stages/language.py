@@ -184,11 +184,10 @@ def encode(text: str, tokenizer: "PreTrainedTokenizerBase", max_tokens: int) -> 
 
     Learning the questions too, or several texts to a row, hides for many times longer what the answers depend on.
     """
-    encoded = tokenizer(text, return_offsets_mapping=True, truncation=True, max_length=max_tokens)
-    ids, answers = encoded["input_ids"], [m.span(1) for m in ANSWER.finditer(text)]
-    learnt = [
-        not answers or any(start <= a and b <= end for start, end in answers) for a, b in encoded["offset_mapping"]
-    ]
+    encoded = tokenizer(text, return_offsets_mapping=True)  # cut below: the tokenizer would go on cutting where saved
+    ids, offsets = encoded["input_ids"][:max_tokens], encoded["offset_mapping"][:max_tokens]
+    answers = [m.span(1) for m in ANSWER.finditer(text)]
+    learnt = [not answers or any(start <= a and b <= end for start, end in answers) for a, b in offsets]
     return {"input_ids": ids, "labels": [i if yes else -100 for i, yes in zip(ids, learnt)]}
 
 

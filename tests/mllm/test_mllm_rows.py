@@ -9,11 +9,11 @@ import tarfile
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoProcessor, AutoTokenizer
 
 from diffclip.errors import InputError
 from mllm.chat import prompts
-from mllm.conversation import IGNORE, control_tokens, encode, render
+from mllm.conversation import IGNORE, Segment, control_tokens, encode, render
 from mllm.data import find_pictures, load_rows, main, read_json_rows
 from mllm.model import load, save
 
@@ -181,6 +181,28 @@ def test_a_tokenizer_that_appends_its_end_token(tower_dir, language_dir, tmp_pat
         (question,) = one(text=prompts(model, one, [turns[:1]]))["input_ids"]
         assert question == encoded_turns["input_ids"][: len(question)]
         assert (question[0] == specials[0][1]) == bool(lead)  # what stands before every text is kept
+
+
+def test_a_tokenizer_that_was_saved_to_cut_and_fill_up_does_neither(tower_dir, language_dir, tmp_path):
+    from mllm.assemble import assemble
+
+    tokenizer = AutoTokenizer.from_pretrained(language_dir)
+    tokenizer.backend_tokenizer.enable_truncation(16)
+    tokenizer.backend_tokenizer.enable_padding(length=24)
+    shutil.copytree(language_dir, tmp_path / "lm")
+    tokenizer.save_pretrained(tmp_path / "lm")
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "lm").backend_tokenizer.encode("Is there " * 40).ids) == 24
+    model, processor = assemble(tower_dir, tmp_path / "lm")
+    save(model, processor, tmp_path / "run")
+    turns = [{"from": "human", "value": "Is there a red square? " * 20}, {"from": "gpt", "value": "no"}]
+    whole = AutoTokenizer.from_pretrained(language_dir)
+    for one in (processor, load(tmp_path / "run")[1], AutoProcessor.from_pretrained(tmp_path / "run")):
+        (text,) = prompts(model, one, [turns[:1]])
+        wanted = whole(text)["input_ids"]
+        assert len(wanted) > 100
+        assert one(text=[text])["input_ids"] == [wanted]
+        assert encode([Segment(text, False)], one.tokenizer, 1)["input_ids"] == wanted
+        assert one(text=["yes"])["input_ids"] == [whole("yes")["input_ids"]]
 
 
 def test_a_tokenizer_that_cannot_stop_appending_is_refused(assembled):
