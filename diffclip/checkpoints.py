@@ -94,7 +94,7 @@ def load(
     """
     from diffclip import models
 
-    path = _locate(path_or_id)
+    path = locate(path_or_id)
     if path.is_dir() and not (path / CONFIG).is_file():
         if found := _transformers_clip(path):
             return found
@@ -116,7 +116,7 @@ def load(
     return model.eval(), models.transforms(config, train=False), models.tokenizer(config)
 
 
-def _locate(path_or_id: str | Path) -> Path:
+def locate(path_or_id: str | Path) -> Path:
     """Return an existing local path, or the local copy of a Hub repository."""
     path = Path(path_or_id)
     if path.exists():
@@ -137,7 +137,7 @@ def _locate(path_or_id: str | Path) -> Path:
 def official_file(path_or_id: str | Path) -> Path | None:
     """The official code's checkpoint file that a path, its folder or a Hub id names; None if there is none."""
     try:
-        path = _locate(path_or_id)
+        path = locate(path_or_id)
     except InputError:
         return None
     if path.is_dir():

@@ -176,21 +176,21 @@ class Files:
     """A folder of images, each with its captions in a file of the same stem beside it (img2dataset's `files`)."""
 
     path: str
-    images: list[str]
+    pairs: list[tuple[str, str]]  # image and captions
     member: str
     problems: list[tuple[str, str]]
     notices: tuple = ()
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.pairs)
 
     def key(self, row: int) -> str:
         """The name of a pair: its image's path."""
-        return self.images[row]
+        return self.pairs[row][0]
 
     def __getitem__(self, row: int) -> tuple[Image.Image, list[str]]:
-        captions = Path(self.images[row]).with_suffix(f".{self.member}").read_bytes()
-        return open_image(self.images[row]), parse_captions(captions, self.member)
+        image, captions = self.pairs[row]
+        return open_image(image), parse_captions(Path(captions).read_bytes(), self.member)
 
 
 def _table(path: str, member: str) -> Columns | Files:
@@ -259,25 +259,29 @@ def _saved_dataset(folder: str) -> bool:
 
 
 def _files(folder: str, member: str) -> Files:
-    images, captions, litter = {}, set(), ("__MACOSX",)
-    for where, folders, names in os.walk(folder):
+    images, captions, litter, seen = {}, {}, ("__MACOSX", "@eaDir"), set()
+    for where, folders, names in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(where)) in seen:  # a link to a folder above, or a second one to the same
+            folders.clear()
+            continue
+        seen.add(real)
         folders[:] = sorted(name for name in folders if name not in litter and not name.startswith("."))
         for name in sorted(names, key=lambda name: (os.path.splitext(name)[0], _image_rank(name))):
             stem, suffix = os.path.splitext(os.path.join(where, name))
             if name.startswith("."):
                 continue
-            if suffix == f".{member}":
-                captions.add(stem)
+            if suffix.lower() == f".{member}":
+                captions[stem] = stem + suffix
             elif suffix.lower() in IMAGE_SUFFIXES:
                 images.setdefault(stem, stem + suffix)
-    found = [image for stem, image in images.items() if stem in captions]
+    found = [(image, captions[stem]) for stem, image in images.items() if stem in captions]
     if not found:
         raise InputError(
             f"{folder}: holds neither shards, nor a saved dataset, nor images ({', '.join(IMAGE_SUFFIXES)}) with a "
             f".{member} of the same name beside them; set caption_member, or name the files in it"
         )
     problems = [(image, f"no .{member} caption") for stem, image in images.items() if stem not in captions]
-    problems += [(f"{stem}.{member}", "no picture") for stem in sorted(captions - images.keys())]
+    problems += [(captions[stem], "no picture") for stem in sorted(captions.keys() - images.keys())]
     return Files(folder, found, member, problems)
 
 
@@ -304,7 +308,10 @@ def _read_csv(path: str) -> Columns:
         _refuse_encoding(path)
         raise
     usual = "\t" if path.endswith(".tsv") else ","
-    headers = {s: next(csv.reader([line], delimiter=s), []) for s in (usual, *SEPARATORS)}
+    try:
+        headers = {s: next(csv.reader([line], delimiter=s), []) for s in (usual, *SEPARATORS)}
+    except csv.Error as error:  # lines that end as on old Macs are one
+        raise InputError(f"{path}: its first line cannot be read ({error}); end its lines with \\n") from None
     separator = next(
         (s for s, names in headers.items() if {*names} & {*IMAGE_COLUMNS} and {*names} & {*CAPTION_COLUMNS}), usual
     )

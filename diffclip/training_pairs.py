@@ -45,7 +45,7 @@ class TrainingPairs(Dataset):
                 30 % of them, a new draw in each epoch. Empty: once.
             bad_samples: file that gets a line {"key", "reason"} for each unreadable pair; None: they raise.
         """
-        if len(weights) not in (0, len(table.ranges)) or any(w < 0 for w in weights):
+        if len(weights) not in (0, len(table.ranges)) or not all(0 <= w < float("inf") for w in weights):
             raise InputError(
                 f"{len(weights)} weights for {len(table.ranges)} data sources: give each source one, of 0 or more"
             )
@@ -55,6 +55,8 @@ class TrainingPairs(Dataset):
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0))
         in_epoch = len(self.order(0))
         self.per_epoch = in_epoch // global_batch_size * global_batch_size
+        if in_epoch == 0:
+            raise InputError("no pairs to train on: give data that holds some, and one of the weights more than 0")
         if self.per_epoch == 0:
             raise InputError(f"{in_epoch} pairs do not fill one batch of {global_batch_size}: lower global_batch_size")
         self.epochs = epochs

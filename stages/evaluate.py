@@ -77,8 +77,13 @@ def evaluate(config: EvaluateConfig) -> None:
     metrics.json grows with every part, so that one that fails leaves the scores of those before it; the same command
     then takes up the stored features and answers, and runs the rest.
     """
+    from diffclip.checkpoints import locate
+
     named = ("clip", "clip_data", "mllm", "pope", "pope_labels", "image_root")
-    run = Run("evaluate", config, {name: getattr(config, name) for name in named if getattr(config, name)})
+    inputs = {name: getattr(config, name) for name in named if getattr(config, name)}
+    if config.clip and not Path(config.clip).exists():
+        inputs["clip"] = str(locate(config.clip))  # a Hub id: where its copy lies
+    run = Run("evaluate", config, inputs)
     if run.finished:
         return
     run.note(model=upstream_model(config.clip or config.mllm))

@@ -87,9 +87,9 @@ def suite_from_folder(root: Path) -> Suite:
             suite[part] = {name: {"folder": f"{part}/{name}"} for name in class_folders(root / part)}
     if (root / "retrieval").is_dir():
         inside = visible((root / "retrieval").iterdir())
-        single = any(path.suffix in (".tar", ".parquet", ".json", ".csv", ".tsv") for path in inside) or not inside
+        single = any(path.suffix.lower() in (".tar", ".parquet", ".json", ".csv", ".tsv") for path in inside)
         sets = [path.name for path in inside if path.is_dir()]
-        names = {"": "retrieval"} if single else {name: f"retrieval/{name}" for name in sets}
+        names = {"": "retrieval"} if single or not sets else {name: f"retrieval/{name}" for name in sets}
         suite["retrieval"] = {name: {"path": path} for name, path in names.items()}
     if (root / "mmvp").is_dir():
         suite["mmvp"] = {"folder": "mmvp"}
@@ -166,7 +166,11 @@ def _classification(root: Path, name: str, entry: Mapping[str, str]) -> Classifi
             if len(names) < 1000:
                 notes.append(f"{len(names)} of ImageNet's 1,000 classes are there, and only these compete")
         else:
-            classnames, labels = [_spaced(folder_name) for folder_name in names], _numbered(names)
+            # one class, where systems write its letters in two of Unicode's forms (macOS: accents apart)
+            composed = {folder_name: unicodedata.normalize("NFC", folder_name) for folder_name in names}
+            numbers = _numbered(sorted(set(composed.values())))
+            labels = {folder_name: numbers[form] for folder_name, form in composed.items()}
+            classnames = [_spaced(form) for form in numbers]
         pictures = {split: read_class_folders(path, labels) for split, path in splits.items()}
     if "test" in pictures and max(pictures["test"].labels) < 0:
         if "val" not in pictures:

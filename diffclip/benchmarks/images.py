@@ -30,6 +30,7 @@ SPLITS = {  # and what folders, files and the column `split` call them, in any c
     "val": ("val", "valid", "validation", "dev"),
     "test": ("test", "testing"),
 }
+NUMBERED = re.compile(r"([A-Za-z]+)(?:-.*|[_.]\d.*)?")  # a split's files: test, test-00000-of-00002, test_0, test.0
 IMAGE_COLUMNS = ("image", "img", "jpg", "webp", "png")
 LABEL_COLUMNS = ("label", "fine_label", "labels", "cls")
 CAPTION_COLUMNS = ("caption", "captions", "text")
@@ -111,7 +112,10 @@ def class_folders(folder: Path) -> list[str]:
         raise InputError(f"{folder} does not exist: give a folder that holds one folder of images per class")
     names = [entry.name for entry in visible(folder.iterdir()) if entry.is_dir()]
     if not names:
-        raise InputError(f"{folder} has no class folders: expected {folder}/<class name>/*.png")
+        raise InputError(
+            f"{folder} has no class folders: expected {folder}/<class name>/*.png, or files called test-*.tar or "
+            "test-*.parquet, or any .parquet with train, val or test in a column split"
+        )
     return names
 
 
@@ -148,20 +152,34 @@ def _split_of(file: Path) -> str | None:
 def labelled_files(folder: Path, split: str) -> list[Path]:
     """Return the shards or parquet files of train, val or test, in `folder` or in its data/, as the Hub has it.
 
-    Their names: `SPLIT/*.tar`, `SPLIT/*.parquet`, `SPLIT.parquet`, `SPLIT-*.tar`, `SPLIT-*.parquet`; or any name for
-    parquet whose column `split` has rows of it.
+    Their names: `SPLIT/*.tar`, `SPLIT/*.parquet`, `SPLIT.parquet`, `SPLIT-*.tar`, `SPLIT_0.parquet`, with the split by
+    any of its names, in any case; or any name for parquet whose column `split` has rows of it.
+
+    Raises:
+        InputError: files by two of the split's names.
     """
-    for place in (folder, folder / "data"):
-        for name in SPLITS[split]:
-            for suffix in (".tar", ".parquet"):
-                for pattern in (f"{name}/*{suffix}", f"{name}{suffix}", f"{name}-*{suffix}"):
-                    if files := visible(place.glob(pattern)):
-                        return files
-    for place in (folder, folder / "data"):
-        unnamed = [path for path in visible(place.glob("*.parquet")) if _split_of(path) is None]
+    places = [place for place in (folder, folder / "data") if place.is_dir()]
+    for place in places:
+        entries = visible(place.iterdir())
+        for suffix in (".tar", ".parquet"):
+            folders = [path for path in entries if split_named(path.name) == split and path.is_dir()]
+            files = {file: path.name for path in folders for file in _with_suffix(path.iterdir(), suffix)}
+            if not files:
+                numbered = ((path, NUMBERED.fullmatch(path.stem)) for path in _with_suffix(entries, suffix))
+                files = {path: found[1] for path, found in numbered if found and split_named(found[1]) == split}
+            if len(words := sorted(set(files.values()))) > 1:
+                raise InputError(f"{place} has {split} files as {' and as '.join(words)}: keep those of one name")
+            if files:
+                return list(files)
+    for place in places:
+        unnamed = [path for path in _with_suffix(place.iterdir(), ".parquet") if _split_of(path) is None]
         if files := [path for path in unnamed if split in _splits(path)]:
             return files
     return []
+
+
+def _with_suffix(entries: Iterable[Path], suffix: str) -> list[Path]:
+    return [path for path in visible(entries) if path.suffix.lower() == suffix and path.is_file()]
 
 
 def read_labelled(files: Sequence[Path], split: str) -> Pictures:
@@ -175,7 +193,7 @@ def read_labelled(files: Sequence[Path], split: str) -> Pictures:
     """
     names, sources, labels = [], [], []
     for file in files:
-        rows = _labelled_tar(file) if file.suffix == ".tar" else _labelled_parquet(file, split)
+        rows = _labelled_tar(file) if file.suffix.lower() == ".tar" else _labelled_parquet(file, split)
         for name, source, label in rows:
             names.append(name)
             sources.append(source)
@@ -251,7 +269,7 @@ def _labelled_parquet(path: Path, split: str) -> Iterator[tuple[str, bytes | Pat
 def schema_classnames(files: Sequence[Path]) -> list[str] | None:
     """Return the class names that the Hub's parquet files carry in their schema, None without any."""
     for path in files:
-        if path.suffix == ".parquet" and b"huggingface" in (_schema(path).metadata or {}):
+        if path.suffix.lower() == ".parquet" and b"huggingface" in (_schema(path).metadata or {}):
             told = parse_json(_schema(path).metadata[b"huggingface"], f"{path}: its schema")
             features = told.get("info", {}).get("features", {}) if isinstance(told, dict) else {}
             for column in LABEL_COLUMNS:

@@ -7,6 +7,7 @@ a pair counts when both statements find their picture.
 import csv
 import io
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,6 +48,8 @@ def read_mmvp(folder: Path) -> Pairs:
     try:
         text = read_text(path)
     except InputError:  # the release was written on Windows; a byte that cp1252 lacks ends here
+        if path.read_bytes()[:2] in (b"\xff\xfe", b"\xfe\xff"):  # UTF-16, in which cp1252 would find letters
+            raise
         try:
             text = path.read_bytes().decode("cp1252")
         except UnicodeDecodeError as error:
@@ -54,8 +57,7 @@ def read_mmvp(folder: Path) -> Pairs:
     reader = csv.DictReader(io.StringIO(text, newline=""))
     numbered = [
         (reader.line_num, {_plain(key): value for key, value in row.items() if isinstance(value, str)})
-        for row in reader
-        if any(isinstance(value, str) and value.strip() for value in row.values())
+        for row in _whole_rows(reader, path)
     ]
     rows = [row for _, row in numbered]
     if not rows or not {"questionid", "type", "statement"} <= rows[0].keys():
@@ -63,7 +65,7 @@ def read_mmvp(folder: Path) -> Pairs:
 
     questions: dict[int, dict[str, str]] = {}
     for line, row in numbered:
-        if not row.get("questionid", "").strip().isdigit() or not row.get("statement", "").strip():
+        if not row.get("questionid", "").strip().isdecimal() or not row.get("statement", "").strip():
             raise InputError(f"{path} line {line}: needs a whole number as Question ID and a Statement")
         number = int(row["questionid"])
         if number in questions:
@@ -72,7 +74,7 @@ def read_mmvp(folder: Path) -> Pairs:
 
     pictures: dict[int, list[Path]] = {}
     for image in images_in(folder):
-        if image.stem.isdigit():
+        if image.stem.isdecimal():
             pictures.setdefault(int(image.stem), []).append(image)
 
     files, statements, categories = [], [], []
@@ -91,6 +93,16 @@ def read_mmvp(folder: Path) -> Pairs:
         if number % 2:
             categories.append(category)
     return Pairs(Pictures([str(file) for file in files], files), statements, categories)
+
+
+def _whole_rows(reader: csv.DictReader, path: Path) -> Iterator[dict[str, str | None]]:
+    """Rows that hold something, none with more of it than the header has columns: a comma would cut a statement."""
+    for row in reader:
+        beyond = row.get(None) or []  # where csv puts further cells
+        if any(cell.strip() for cell in beyond):
+            raise InputError(f"{path} line {reader.line_num}: more cells than columns; put the statement into quotes")
+        if any((value or "").strip() for key, value in row.items() if key is not None):
+            yield row
 
 
 def similarities(image_features: Tensor, text_features: Tensor) -> Tensor:

@@ -28,11 +28,13 @@ def add_model_type(models: Any) -> None:
 
 def only_plain_decoders() -> None:
     """Take out of webdataset's table all that can run code, or may come to; such members stay bytes."""
+    from PIL import EpsImagePlugin
     from webdataset import autodecode
 
     kept = {"txt", "text", "transcript", "cls", "cls2", "index", "inx", "id", "json", "jsn", "npy"}
     for suffix in autodecode.decoders.keys() - kept:
         del autodecode.decoders[suffix]
+    EpsImagePlugin.gs_binary = False  # a member called .jpg may hold a program for Ghostscript
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 The classifier follows CLIP (Radford et al. 2021, section 3.1.4): normalise each prompt, average, normalise.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -38,6 +39,8 @@ def templates(name: str | Path) -> list[str]:
     for number, one in enumerate(read, start=1):
         if not isinstance(one, str) or ("{c}" in one) + ("{}" in one) != 1:
             raise InputError(f"{path}: template {number}, {one!r}, needs {{c}} or {{}} where the class name goes")
+        if re.match(r"""lambda\b|[rf]?(["']).*\1,$""", one):
+            raise InputError(f"{path}: template {number}, {one!r}, is Python: write only the text between the quotes")
     return [one.replace("{}", "{c}") for one in read]
 
 

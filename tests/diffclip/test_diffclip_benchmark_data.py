@@ -3,6 +3,7 @@
 import io
 import json
 import tarfile
+import unicodedata
 
 import pyarrow
 import pyarrow.parquet
@@ -281,3 +282,48 @@ def test_retrieval_cases(shared_cases, case, pictures, captions):
 def test_mmvp_cases(shared_cases, case):
     found = mmvp.read_mmvp(shared_cases(f"evaluation/mmvp/{case}") / "mmvp")
     assert found.statements[0] == "A square on the left — “facing” left" and len(found.statements) == 4
+
+
+@pytest.mark.parametrize(
+    "test", ["Test-0.parquet", "test_0.parquet", "test.00.parquet", "TEST/0.parquet", "test/0.PARQUET"]
+)
+def test_a_test_set_is_found_whatever_the_case_and_the_stroke(folder, tmp_path, test):
+    (folder / "classnames.json").write_text(json.dumps(NAMES))
+    parquet(folder / "validation-00000-of-00001.parquet", [1, 1])
+    parquet(folder / test, [0, 1, 2])
+    parquet(folder / "test_notes.parquet", [0])  # no number: none of the split's files
+    assert read_set(tmp_path).splits["test"].labels == [0, 1, 2]
+
+
+def test_files_by_two_names_of_a_split_are_refused(folder, tmp_path):
+    (folder / "classnames.json").write_text(json.dumps(NAMES))
+    parquet(folder / "val-0.parquet", [1, 1])
+    parquet(folder / "validation-0.parquet", [0, 1, 2])
+    with pytest.raises(InputError, match="has val files as val and as validation: keep those of one name"):
+        read_set(tmp_path)
+
+
+def test_files_without_a_split_are_told_how_to_get_one(folder, tmp_path):
+    (folder / "classnames.json").write_text(json.dumps(NAMES))
+    parquet(folder / "all.parquet", [0, 1], split=["a", "b"])
+    with pytest.raises(InputError, match=r"files called test-\*\.tar or test-\*\.parquet, or any .* column split"):
+        read_set(tmp_path)
+
+
+def test_one_class_in_two_of_unicodes_forms(folder, tmp_path):
+    names = ["Äpfel", "pears"]
+    for split, form in (("train", "NFD"), ("test", "NFC")):
+        for name in names:
+            paint(folder / split / unicodedata.normalize(form, name) / "1.png")
+    found = read_set(tmp_path)
+    assert sorted(found.classnames) == sorted(names)
+    for pictures in found.splits.values():
+        spelt = [unicodedata.normalize("NFC", name.split("/")[-2]) for name in pictures.names]
+        assert [found.classnames[label] for label in pictures.labels] == spelt and len(spelt) == 2
+
+
+def test_retrieval_without_a_file_that_can_be_read_is_no_empty_suite(tmp_path):
+    paint(tmp_path / "retrieval" / "a.png")
+    (tmp_path / "retrieval" / "captions.jsonl").write_text('{"image": "a.png", "caption": "red"}\n')
+    with pytest.raises(InputError, match=r"retrieval holds no \.tar, \.parquet or \.json"):
+        datasets.read(tmp_path, datasets.suite_from_folder(tmp_path))

@@ -81,6 +81,8 @@ def test_a_number_used_twice_is_told_apart_by_category(tmp_path):
         ({"skip": (3,)}, "question 3 .*needs exactly one picture"),
         ({"rows": ROWS[:3]}, "question 3 has no partner 4"),
         ({"rows": [*ROWS, "4,Count,again"]}, "line 6: question 4 occurs twice"),
+        ({"rows": [*ROWS[:3], "4,Count,two balls, big"]}, "line 5: more cells than columns"),
+        ({"rows": ["²,Color,a red ball", *ROWS[1:]]}, "line 2: needs a whole number"),
         ({"rows": ["x,Color,a ball"]}, "line 2: needs a whole number"),
         ({"rows": []}, "at least one question"),
     ],
@@ -88,6 +90,14 @@ def test_a_number_used_twice_is_told_apart_by_category(tmp_path):
 def test_incomplete_sets_are_named(tmp_path, change, message):
     write(tmp_path, **change)
     with pytest.raises(InputError, match=message):
+        mmvp.read_mmvp(tmp_path)
+
+
+def test_utf16_is_not_read_as_cp1252(tmp_path):
+    write(tmp_path)
+    path = tmp_path / "Questions.csv"
+    path.write_text(path.read_text(), encoding="utf-16")
+    with pytest.raises(InputError, match="iconv -f utf-16"):
         mmvp.read_mmvp(tmp_path)
 
 

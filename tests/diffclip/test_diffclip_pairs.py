@@ -170,11 +170,11 @@ def test_captions_of_a_json_as_a_list_or_under_another_key(tmp_path):
 def test_labels_of_benchmark_shards(tmp_path):
     members = [("1.png", png(1)), ("1.cls", b"4"), ("._1.png", b"x"), ("1.png", png(2)), ("1.cls", b"5\n")]
     tar_of(tmp_path / "x.tar", members)
-    found = read_labelled([tmp_path / "x.tar"])
+    found = read_labelled([tmp_path / "x.tar"], "test")
     assert [(image.getpixel((0, 0))[0], label) for image, label in (found[i] for i in range(2))] == [(1, 4), (2, 5)]
     tar_of(tmp_path / "y.tar", [("1.png", png(1)), ("1.cls", b"four")])
-    with pytest.raises(InputError, match="cannot be read as a shard"):
-        read_labelled([tmp_path / "y.tar"])
+    with pytest.raises(InputError, match="label 'four' is no whole number"):
+        read_labelled([tmp_path / "y.tar"], "test")
 
 
 # ---- tables and folders
@@ -235,6 +235,12 @@ def test_rows_of_another_length_and_encoding_are_named(images):
         PairTable([str(images / "x.csv")])
 
 
+def test_line_ends_of_old_macs_are_named(images):
+    (images / "x.csv").write_bytes(b"filepath,title\r1.png,a\r2.png,b\r")
+    with pytest.raises(InputError, match=r"x\.csv: its first line cannot be read .*end its lines with"):
+        PairTable([str(images / "x.csv")])
+
+
 def test_failed_downloads_are_no_broken_pairs(tmp_path):
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -289,6 +295,17 @@ def test_a_folder_of_files_is_a_source(tmp_path):
     (tmp_path / "none").mkdir()
     with pytest.raises(InputError, match="none: holds neither shards"):
         PairTable([str(tmp_path / "none")])
+
+
+def test_links_and_capitals_in_a_folder_of_files(tmp_path):
+    for folder, value in (("own", 1), ("elsewhere", 2)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / f"{value}.PNG").write_bytes(png(value))
+        (tmp_path / folder / f"{value}.TXT").write_text(f"a {value}")
+    (tmp_path / "own" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "own" / "again").symlink_to(tmp_path / "own")  # round and round
+    table = PairTable([str(tmp_path / "own")])
+    assert contents(table) == [(1, ["a 1"]), (2, ["a 2"])] and table.problems == []
 
 
 # ---- the cases that users have
@@ -359,6 +376,13 @@ def test_a_source_of_weight_0_is_no_replacement(tmp_path):
     few = values([1, 0.02])  # of the second source, replacements are what the epoch sees of it anyway
     for epoch in (few[:42], few[42:]):
         assert len({value for value, _ in epoch if value >= 100}) <= 2
+
+
+def test_weights_that_leave_nothing_or_everything_are_refused(tmp_path):
+    table = PairTable([tar_of(tmp_path / "a.tar", pairs(1, 2)), tar_of(tmp_path / "b.tar", pairs(3))])
+    for weights, words in (([0, 0], "one of the weights more than 0"), ([1, np.inf], "of 0"), ([np.nan, 1], "of 0")):
+        with pytest.raises(InputError, match=words):
+            TrainingPairs(table, None, None, global_batch_size=1, epochs=1, seed=0, weights=weights)
 
 
 def test_replacements_without_weights_are_those_of_before(tmp_path):

@@ -88,3 +88,13 @@ def test_a_shard_cannot_run_its_authors_code(shards, tmp_path):
     with pytest.raises(Exception):  # noqa: B017 - torch refuses the .pth; the others have run by then
         list(build_wds_dataset("mine", lambda image: image.size, "test", str(shards)))
     assert planted.exists()  # the marker is a real one: webdataset's own table runs it
+
+
+def test_ghostscript_is_out_of_reach(monkeypatch):
+    from PIL import EpsImagePlugin
+
+    from diffclip.benchmarks.with_clip_benchmark import only_plain_decoders
+
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", "gs")  # as where it is installed
+    only_plain_decoders()
+    assert not EpsImagePlugin.has_ghostscript()

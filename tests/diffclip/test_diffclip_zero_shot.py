@@ -97,3 +97,12 @@ def test_mean_per_class_is_the_mean_of_recalls():
     correct = torch.tensor([1, 1, 1, 0, 0, 1, 0], dtype=torch.bool)
     assert zero_shot.mean_per_class(correct, labels) == pytest.approx(100 * (0.75 + 0.5 + 0) / 3)
     assert zero_shot.balanced_weights(labels).mean() == pytest.approx(1)
+
+
+@pytest.mark.parametrize("line", ["lambda c: f'a bad photo of a {c}.',", "'a photo of a {}.',", 'f"itap of a {c}.",'])
+def test_lines_of_python_are_no_prompts(tmp_path, line):
+    (tmp_path / "templates.txt").write_text(f"{line}\n")
+    with pytest.raises(InputError, match=r"template 1, .* is Python: write only the text between the quotes"):
+        zero_shot.templates(tmp_path / "templates.txt")
+    (tmp_path / "templates.txt").write_text('"{c}", says the label\n')
+    assert zero_shot.templates(tmp_path / "templates.txt") == ['"{c}", says the label']

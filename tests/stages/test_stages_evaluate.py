@@ -76,6 +76,27 @@ def test_a_model_without_maps_gives_its_scores_and_the_reason(tmp_path, data):
     assert "zero_shot/colours/top1" in metrics and "localisation/pointing" not in metrics
 
 
+def test_a_clip_of_the_hub_by_its_id(tmp_path, data, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    for name in ("one", "two"):
+        copy = tmp_path / "hub" / f"models--some--{name}"
+        (copy / "snapshots").mkdir(parents=True)
+        (copy / "refs").mkdir()
+        (copy / "refs" / "main").write_text("0" * 40)
+        write_model("ResNet" if name == "one" else "ViT", copy / "snapshots" / ("0" * 40))
+
+    def run(clip):
+        out = {"output_dir": str(tmp_path / "out"), "clip_data": str(data), "few_shot_episodes": 10}
+        evaluate.evaluate(evaluate.EvaluateConfig(clip=clip, **out))
+        return json.loads((tmp_path / "out/run.json").read_text())
+
+    assert (run("some/one")["state"], run("some/one")["model"]) == ("finished", "one")
+    with pytest.raises(InputError, match="made with other settings or inputs: clip"):  # not taken for the same model
+        run("some/two")
+    with pytest.raises(InputError, match="some/three: no such file or directory, nor a Hub repository in reach"):
+        run("some/three")
+
+
 def test_scores_outlive_a_later_failure(tmp_path, data):
     write_model("ViT", tmp_path / "model")
     (tmp_path / "mllm").mkdir()
