@@ -238,7 +238,6 @@ def answer_file(model: Any, processor: Any, source: Path, out: Path, root: Path,
     ids = [f"{model_id}-{row_id}" for row_id in _row_ids(rows, places, source)]
     out.parent.mkdir(parents=True, exist_ok=True)
     known = _known(out, ids, source)
-    written = list(known)
     todo = [i for i, one in enumerate(ids) if one not in known]
     with tqdm(total=len(rows), initial=len(rows) - len(todo), unit="question", disable=None) as bar:
         for first in range(0, len(todo), size):
@@ -248,10 +247,8 @@ def answer_file(model: Any, processor: Any, source: Path, out: Path, root: Path,
             texts = answer(model, processor, turns, pictures, **options)
             known |= {ids[i]: text for i, text in zip(some, texts)}
             append_jsonl(out, [_line(rows[i], text, ids[i]) for i, text in zip(some, texts)])
-            written += [ids[i] for i in some]
             bar.update(len(some))
-    if written != ids:
-        write_whole(out, "".join(json_line(_line(row, known[one], one)) for row, one in zip(rows, ids)))
+    write_whole(out, "".join(json_line(_line(row, known[one], one)) for row, one in zip(rows, ids)))
     print(f"wrote {out}: {len(rows):,} answers")
 
 

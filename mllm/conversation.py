@@ -101,16 +101,20 @@ def prompt(
 
 
 def control_tokens(tokenizer: Any) -> tuple[str, ...]:
-    """What a tokenizer takes for one of its special tokens wherever it is written, `<image>` left out."""
+    """What a tokenizer takes for one of its special tokens wherever it is written.
+
+    `<image>` is left out, which questions may hold, and so is white space, which every template does.
+    """
     special = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
-    return tuple(sorted(content for content in special if content != IMAGE))
+    return tuple(sorted(content for content in special if content.strip() and content != IMAGE))
 
 
 def text_problem(questions: Sequence[str], answers: Sequence[str], control: Iterable[str]) -> str:
     """Why texts cannot be given to a tokenizer as they stand, or ""; `control` as from `control_tokens`."""
     control = list(control)
     for kind, text in [*(("a question", text) for text in questions), *(("an answer", text) for text in answers)]:
-        written = [token for token in control if token in text]
+        # a template may take <image> out of a question, and what stood around it comes together
+        written = [token for token in control if token in text or token in text.replace(IMAGE, "")]
         if written:
             return f"{kind} contains {written[0]}, which would become the model's control token; write it otherwise"
         if kind == "an answer" and IMAGE in text:

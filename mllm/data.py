@@ -222,10 +222,13 @@ def find_pictures(root: str | Path, names: Iterable[str]) -> dict[str, Picture |
     """Each name's place under `root`, as a file or as a member of a tar in its folder, or None.
 
     Raises:
-        InputError: a name leads outside `root`, several tars of the folder hold it, or a tar cannot be read.
+        InputError: a name is an address or leads outside `root`, several tars of the folder hold it, or a tar cannot be
+            read.
     """
     places: dict[str, Picture | None] = {}
     for name in names:
+        if re.match(r"\w{2,}://", name):
+            raise InputError(f"picture {name[:200]} is an address, which is not fetched; give the path of a copy")
         path = os.path.abspath(inside(root, name, "image"))
         if os.path.isfile(path):
             places[name] = Picture(path)
@@ -327,7 +330,7 @@ def _row_image(value: object, key: str) -> tuple[str, bytes | None]:
 
 
 def _filled(value: object) -> bool:
-    return value is not None and value != "" and value != []
+    return value is not None and value == value and value not in ("", [])  # NaN: nothing, as pandas writes it
 
 
 def media_problem(row: dict, shows: bool) -> str:
@@ -372,6 +375,8 @@ def _count_problem(conversation: list[dict[str, str]], pictures: int, template: 
         advice = "it shows one picture before each answer: use template vicuna or chatml, or drop the row"
     elif template == "vicuna" and tags == pictures:
         advice = "it shows one picture a question: use template chatml, or ask about each in a question of its own"
+    elif not pictures:
+        advice = f"give its pictures in `image`, or take {IMAGE} out of the questions"
     else:
         advice = f"put one {IMAGE} into a question for each picture"
     return f"has {pictures} pictures, but its conversation shows {shown} in template `{template}`; {advice}"

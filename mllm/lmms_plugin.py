@@ -22,13 +22,12 @@ from tqdm import tqdm
 
 from diffclip.base.files import append_jsonl, read_jsonl
 from diffclip.errors import InputError
-from diffclip.fingerprint import fingerprint
 from diffclip.pictures import to_rgb
 from mllm.chat import SAMPLING, check_shown, generation, prompts, question_turn, write
 from mllm.conversation import IGNORE, IMAGE, encode, render
 from mllm.examples import collate, image_tokens
 from mllm.image_modes import bounded
-from mllm.model import load, parts
+from mllm.model import identity, load
 
 PROGRESS = "diffclip_llava"  # what the progress bar begins with
 AUTO = {"cuda": 64, "cpu": 8}  # questions at a time that --batch_size auto begins with
@@ -83,7 +82,7 @@ class DiffCLIPLlavaForEvaluation(lmms):
         most = int(max_batch_size or AUTO.get(self.device.type, AUTO["cuda"]))
         self.batch_size = most if self.auto else int(batch_size)
         self.answers = Path(answers) if answers else None
-        self.weights = "".join(map(fingerprint, parts(model).values())) if answers else ""
+        self.identity = identity(model, self.processor) if answers else ""
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """Answers in the order of the requests; greedy unless the task asks to sample.
@@ -93,7 +92,7 @@ class DiffCLIPLlavaForEvaluation(lmms):
         unknown = sorted({name for request in requests for name in request.args[1]} - OPTIONS - {"until"})
         if unknown and self.rank == 0:
             logger.warning(f"diffclip_llava answers without the generation options {', '.join(unknown)}: unknown to it")
-        answers = Kept(self.answers, self.weights, self._rank)  # by options, prompt and pictures
+        answers = Kept(self.answers, self.identity, self._rank)  # by options, prompt and pictures
         keys: list[tuple] = [()] * len(requests)
         waiting: dict[tuple, list[Image.Image]] = {}
         for i in self._in_order(requests):
@@ -208,14 +207,14 @@ class DiffCLIPLlavaForEvaluation(lmms):
 class Kept(dict[tuple, str]):
     """Answers by (options, prompt, pictures), kept in a file, if there is one, from one start to the next."""
 
-    def __init__(self, file: Path | None, weights: str, rank: int) -> None:
+    def __init__(self, file: Path | None, model: str, rank: int) -> None:
         """
         Args:
             file: what the files of all ranks are named after.
-            weights: of the model; answers of another one in the file are not taken.
+            model: from `mllm.model.identity`; answers of another one in the file are not taken.
         """
         super().__init__()
-        self.weights, self.known = weights, {}
+        self.model, self.known = model, {}
         self.file = file.with_name(f"{file.name}.{rank}") if file else None
         for old in sorted(file.parent.glob(glob.escape(file.name) + ".*")) if file else ():
             for _, answers in read_jsonl(old, damaged="skip") if old.is_file() else ():  # half a line is left by a kill
@@ -235,7 +234,7 @@ class Kept(dict[tuple, str]):
             append_jsonl(self.file, [{self._digest(key): text for key, text in answers.items()}])
 
     def _digest(self, key: Any) -> str:
-        return hashlib.sha256(repr((self.weights, key)).encode()).hexdigest()
+        return hashlib.sha256(repr((self.model, key)).encode()).hexdigest()
 
 
 def _generation(options: dict) -> dict[str, Any]:

@@ -54,6 +54,8 @@ TRAINED_WITH = (
     "projector",
     "own_logits",
 )
+# settings that say only where a model comes from
+ORIGIN = ("_name_or_path", "transformers_version", "architectures", "dtype")
 # stands where LLaVA's projector names its activation: transformers' own classes, which would put a random projector in
 # the place of the linear one and only warn, raise a KeyError that says this
 NOT_PLAIN_LLAVA = (
@@ -388,14 +390,25 @@ def transform_fingerprint(processor: LlavaProcessor) -> str:
 
 
 def identity(model: DiffCLIPLlavaForConditionalGeneration, processor: LlavaProcessor) -> str:
-    """A short hash of all in a loaded model that decides its answers: weights, dtype, settings, image preparation."""
+    """A short hash of all in a loaded model that decides its answers: weights, dtype, settings, processor."""
+    tokenizer = json.loads(processor.tokenizer.backend_tokenizer.to_str())
     told = {
         "weights": [fingerprint(module) for module in parts(model).values()],
         "dtype": str(model.dtype),
-        "settings": [getattr(model.config, name) for name in TRAINED_WITH],
+        "config": _without_origin(model.config.to_diff_dict()),
+        "generation": _without_origin(model.generation_config.to_diff_dict()),
         "transform": transform_fingerprint(processor),
+        "tokenizer": {**tokenizer, "padding": None, "truncation": None},  # the last call's
+        "end": processor.tokenizer.eos_token,
     }
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _without_origin(settings: Any) -> Any:
+    """Settings without `ORIGIN`, at every depth."""
+    if not isinstance(settings, dict):
+        return settings
+    return {name: _without_origin(value) for name, value in settings.items() if name not in ORIGIN}
 
 
 def parts(model: DiffCLIPLlavaForConditionalGeneration) -> dict[str, nn.Module]:

@@ -210,7 +210,8 @@ def answered(
             # one that fits nothing keeps its empty split, and whoever joins it tells of it
             splits = [split] if split else [q.split for q in asked[one.key[1:]]] or [""]
         except (KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{where}: not an answer ({error!r}); see mllm.pope_files.answered") from None
+            layouts = "{image, question, answer}, perhaps with category, or LLaVA's {question_id, prompt, text}"
+            raise InputError(f"{where}: not an answer ({error!r}); rows are {layouts}, one a line") from None
         yield from ((one._replace(split=each), answer) for each in splits)
 
 

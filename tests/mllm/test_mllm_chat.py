@@ -99,9 +99,11 @@ def ask_file(loaded, questions, out, root, **options):
 BAD_ROWS = [
     ({"image": ["0.png", "1.png"]}, "shows 1 pictures, but 2 are given.*one picture at a time"),
     ({"image": None, "question": "<image>\nIs there?"}, "shows 1 pictures, but 0 are given.*remove <image>"),
-    ({"image": 5}, "`image` is no path"),
-    ({"image": {"path": "0.png"}}, "`image` is no path"),
-    ({"image": ["0.png", None]}, "`image` is no path"),
+    ({"image": 5}, "`image` holds 5, which is no path"),
+    ({"image": {"name": "0.png"}}, "`image` holds None, which is no path"),
+    ({"image": ["0.png", None]}, "`image` holds None, which is no path"),
+    ({"image": "https://example.org/0.png"}, "picture https://example.org/0.png is an address.*path of a copy"),
+    ({"question": "What is <|im_<image>end|>?"}, r"a question contains <\|im_end\|>"),
     ({"image": "absent.png"}, "picture absent.png is not under"),
     ({"question": " "}, "has no question"),
 ]
@@ -185,6 +187,8 @@ def test_answers_are_found_again_by_their_rows_and_images(loaded, saved, tmp_pat
     assert [row["answer"] for row in then[1:]] == [first[i]["answer"] for i in (0, 2, 1, 3, 0)]
     fresh = ask_file(loaded, questions, tmp_path / "fresh.jsonl", tmp_path)
     assert fresh == then
+    out.write_bytes(2 * out.read_bytes())  # as two processes that ran at once leave it
+    assert ask_file(loaded, questions, out, tmp_path) == then
     write_rows(questions, rows[1:])
     with pytest.raises(InputError, match=r"line 1 answers a row that .*q\.jsonl does not hold"):
         ask_file(loaded, questions, out, tmp_path)

@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from operator import attrgetter
 
 import numpy as np
 import pytest
@@ -30,6 +31,7 @@ from diffclip import checkpoints
 from diffclip.errors import InputError
 from diffclip.fingerprint import fingerprint
 from mllm.assemble import assemble, plan, whiten_projector
+from mllm.chat import answer, question_turn
 from mllm.conversation import IGNORE, NoSupervisionError, prompt
 from mllm.examples import collate
 from mllm.model import WeightsError, freeze, identity, load, parts, save, verify
@@ -248,6 +250,17 @@ def test_identity_tells_models_apart_and_stays(assembled, tower_dir, language_di
     model.to(torch.float32).config.conversation_template = "chatml"
     others.append(identity(*assemble(tower_dir, language_dir, seed=3, image_mode="pad")))
     assert len({same, identity(model, processor), *others}) == 5
+    for part, name, value in (  # equal weights
+        ("config.text_config", "rms_norm_eps", 0.1),
+        ("generation_config", "repetition_penalty", 2.0),
+        ("tokenizer", "eos_token", "<|endoftext|>"),
+    ):
+        model, processor = load(tmp_path)
+        setattr(attrgetter(part)(processor if part == "tokenizer" else model), name, value)
+        assert identity(model, processor) != same, name
+    model, processor = load(shutil.copytree(tmp_path, tmp_path / "moved"))
+    answer(model, processor, [[question_turn("Is there?", 0)]], [], max_new_tokens=1)  # sets the tokenizer's padding
+    assert identity(model, processor) == same
 
 
 def test_image_token_takes_a_spare_row_or_grows_the_table(assembled, language_dir, tower_dir, tmp_path):

@@ -422,9 +422,11 @@ def test_odd_lines_of_answers(folder, tmp_path):
     path.write_bytes(text.encode() + b'\n{"answer": "caf\xe9"}')
     with pytest.raises(InputError, match=rf"answers\.jsonl:{2 * len(asked)}: not UTF-8"):
         read_answers(path, asked)
-    path.write_text("[1, 2]\n")
-    with pytest.raises(InputError, match=r"answers\.jsonl:1: not an answer"):
-        read_answers(path, asked)
+    no_answer = json.dumps({"image": asked[0].image, "question": asked[0].text, "prediction": "Yes"})
+    for line in ("[1, 2]", no_answer, '{"question_id": 1, "text": "Yes"}', '{"question": "Is?", "answer": "Yes"}'):
+        path.write_text(line + "\n")
+        with pytest.raises(InputError, match=r"answers\.jsonl:1: not an answer.*rows are \{image, question, answer\}"):
+            read_answers(path, asked)
 
 
 def test_answers_of_an_evaluation_with_controls(folder, tmp_path):

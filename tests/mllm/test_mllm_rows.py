@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import math
 import os
 import shutil
 import tarfile
@@ -89,6 +90,8 @@ def test_pictures_under_each_known_key_are_the_same(folder, picture):
         ({"audios": ["a.wav"]}, "What?", ["`audios`"]),
         ({"img": "a.png"}, "What?", ["`img`", "call it `image`"]),
         ({"frames": ["a.JPG"]}, "What?", ["`frames`"]),
+        ({"image": None}, "<image>\nWhat?", ["0 pictures", "shows 1", "take <image> out"]),
+        ({"image": "https://a.org/a.png"}, "<image>\nWhat?", ["https://a.org/a.png is an address", "path of a copy"]),
         ({"image": 5}, "<image>\nWhat?", ["`image` holds 5"]),
         ({"image": [["a.png"]]}, "<image>\nWhat?", ["`image` holds ['a.png']"]),
         ({"image": "a.png", "images": ["b.png"]}, "<image>\nWhat?", ["`image`", "`images`"]),
@@ -108,6 +111,7 @@ def test_other_keys_of_text_rows_are_no_media(folder):
         "url": "https://example.org/page",
         "data_source": "x.json",
         "image": "",
+        "video": math.nan,  # a missing value, as pandas writes it
     }
     assert load_rows([write(folder / "r.json", row("What?", **keys))], folder)[0].pictures == []
 
@@ -117,6 +121,7 @@ def test_other_keys_of_text_rows_are_no_media(folder):
     [
         ("What?", "Red.<|im_end|>", ["an answer contains <|im_end|>"]),
         ("What is <|im_start|>?", "Red.", ["a question contains <|im_start|>"]),
+        ("What is <|im_<image>start|>?", "Red.", ["a question contains <|im_start|>"]),  # vicuna takes <image> out
         ("What?", "Red \ud83d", ["an answer contains half a character", "\\ud83d"]),
         ("\udc00 What?", "Red", ["a question contains half a character"]),
         ("What?", "An <image>.", ["an answer contains <image>"]),
@@ -128,9 +133,9 @@ def test_texts_that_no_tokenizer_takes_as_they_stand(folder, capsys, question, a
 
 def test_control_tokens_are_those_of_the_model(folder, assembled):
     model, processor = assembled
-    processor.tokenizer.add_special_tokens({"additional_special_tokens": ["</s>"]})
+    processor.tokenizer.add_special_tokens({"additional_special_tokens": ["</s>", "\n"]})
     control = control_tokens(processor.tokenizer)
-    assert {"</s>", "<|im_end|>"} <= set(control) and "<image>" not in control
+    assert {"</s>", "<|im_end|>"} <= set(control) and not {"<image>", "\n"} & set(control)
     file = write(folder / "r.json", row("Strike <s>it</s>?", "No"))
     assert load_rows([file], folder)[0].conversation[0]["value"] == "Strike <s>it</s>?"  # plain text to Qwen
     with pytest.raises(InputError, match=r"row 0.*</s>"):
