@@ -121,13 +121,14 @@ def locate(path_or_id: str | Path) -> Path:
     path = Path(path_or_id)
     if path.exists():
         return path
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path_or_id)):
+    name = str(path_or_id).removeprefix("hf-hub:").rstrip("/")  # open_clip's prefix
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise InputError(f"{path}: no such file or directory")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(str(path_or_id), allow_patterns=HUB_FILES))
+        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         raise InputError(
             f"{path}: no such file or directory, nor a Hub repository in reach ({type(error).__name__})"
@@ -321,6 +322,8 @@ def _read_pickle(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, TypeError, KeyError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
+        if named := re.search(r"GLOBAL (\S+)", str(error)):  # what a pickle asks for, after much advice of torch's
+            reason = f"it holds a {named[1]}, which is not made from a file; save its state dict alone with torch.save"
         raise InputError(f"{path}: cannot be read as plain weights: {reason}") from error
 
 

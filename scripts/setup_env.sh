@@ -28,7 +28,7 @@ find_venv() {
         venv=$CONDA_PREFIX
     else
         venv=${DIFFCLIP_VENV:-$root/.venv}
-        activate="source $venv/bin/activate"
+        activate="source $(printf %q "$venv/bin/activate")"
     fi
 }
 

@@ -1,7 +1,9 @@
 """Checkpoints: one directory loads both ways, official files come in and go out bit for bit, nothing loads partly."""
 
 import argparse
+import collections
 import copy
+import datetime
 import json
 import os
 import pathlib
@@ -265,7 +267,8 @@ def test_published_files_load_by_their_hub_ids(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     for repository in ("hammh0a/DiffCLIP_ViTB16_CC12M", "hammh0a/SynthCLIP_ViTB16_10M"):
         model = published(hub_copy(tmp_path, repository) / "checkpoint_best.pt")
-        assert fingerprint(diffclip.load(repository, lambda_init=0.8)[0]) == fingerprint(model)
+        for name in (repository, f"{repository}/", f"hf-hub:{repository}"):
+            assert fingerprint(diffclip.load(name, lambda_init=0.8)[0]) == fingerprint(model)
     hub_copy(tmp_path, "nobody/empty")
     with pytest.raises(InputError, match="it is empty"):
         diffclip.load("nobody/empty")
@@ -343,6 +346,24 @@ def test_foreign_objects_are_not_run(tmp_path):
     torch.save({"state_dict": {}, "args": Foreign()}, tmp_path / "evil.pt")
     with pytest.raises(InputError, match=r"evil.pt: cannot be read as plain weights"):
         diffclip.load(tmp_path / "evil.pt")
+
+
+@pytest.mark.parametrize(
+    ("thing", "name"),
+    [
+        (datetime.datetime(2024, 1, 1), "datetime.datetime"),
+        (np.zeros(2), "numpy.*_reconstruct"),
+        (collections.defaultdict(list), "collections.defaultdict"),
+    ],
+)
+def test_what_a_file_may_not_hold_is_named_and_can_be_left_out(official, thing, name):
+    path, model = official
+    content = torch.load(path, weights_only=False)
+    torch.save(content | {"extra": thing}, path)
+    with pytest.raises(InputError, match=f"checkpoint_best.pt: .* holds a {name}, .* save its state dict alone"):
+        diffclip.load(path)
+    torch.save(content["state_dict"], path)  # as it says
+    assert fingerprint(diffclip.load(path)[0]) == fingerprint(model)
 
 
 def test_every_misfit_is_listed_and_nothing_is_loaded(official):

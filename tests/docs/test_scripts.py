@@ -66,6 +66,7 @@ def test_extras_are_installed_once(stamps, wanted, there, tmp_path):
         ({"CONDA_PREFIX": "/conda", "CONDA_DEFAULT_ENV": "base"}, f"{ROOT}/.venv", f"source {ROOT}/.venv/bin/activate"),
         ({}, f"{ROOT}/.venv", f"source {ROOT}/.venv/bin/activate"),
         ({"DIFFCLIP_VENV": "/x"}, "/x", "source /x/bin/activate"),
+        ({"DIFFCLIP_VENV": "/my env"}, "/my env", "source /my\\ env/bin/activate"),
     ],
 )
 def test_an_active_environment_is_taken_before_our_own(settings, venv_folder, activate, tmp_path):
