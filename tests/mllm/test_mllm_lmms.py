@@ -148,7 +148,7 @@ def test_the_command_with_batch_size_auto_heeds_a_tasks_options(
     told = subprocess.run(command, cwd=tmp_path, env={**os.environ, **cache}, capture_output=True, text=True)
     assert "without the generation options image_aspect_ratio" in told.stdout + told.stderr, told.stderr[-4000:]
     (samples,) = (tmp_path / "out").rglob("*_samples_tiny.jsonl")
-    rows = sorted(map(json.loads, samples.read_text().splitlines()), key=lambda row: row["doc_id"])
+    rows = sorted((row for _, row in read_jsonl(samples)), key=lambda row: row["doc_id"])
     options = {"max_new_tokens": 5, "repetition_penalty": 1.7, "do_sample": False}
     direct = [ask_directly(*assembled, picture(int(q.image[0])), q.text, **options) for q in questions]
     assert [row["filtered_resps"] for row in rows] == direct

@@ -221,7 +221,7 @@ def test_a_saved_processor_pads_left_and_training_pads_right(assembled, picture,
         assert found.tolist()[: len(single)] == single
     ids = [torch.arange(5), torch.arange(3)]
     batch = collate(read)([{"input_ids": one, "labels": one} for one in ids])
-    assert batch["attention_mask"].tolist() == [[1] * 5, [1, 1, 1, 0, 0]]
+    assert batch["attention_mask"].tolist() == [[1] * 5 + [0] * 3, [1] * 3 + [0] * 5]
 
 
 def test_a_run_saved_by_earlier_versions_loads(assembled, tmp_path):

@@ -244,14 +244,20 @@ def test_bad_pictures_are_skipped_and_named_until_they_are_too_many(tmp_path):
     )
 
 
-def test_odd_names_and_damaged_lines_of_bad_samples_end_no_training(tmp_path):
+def test_odd_names_and_damaged_lines_of_bad_samples_end_no_training(tmp_path, monkeypatch):
     """In this process; a kill left half a line, another program bytes that are no text."""
-    from stages.pretrain import main
+    from stages import pretrain
 
     out, folder = tmp_path / "run", tmp_path / "odd \u2028"
     folder.mkdir()
-    out.mkdir()
-    (out / "bad_samples.jsonl").write_bytes(b'\xff\xfe\n3\n["key"]\n{"key": "old", "reason": "r"}\n{"key": "ha')
+    report = pretrain.report_problems
+
+    def damaged(*arguments):
+        report(*arguments)
+        with open(out / "bad_samples.jsonl", "ab") as f:
+            f.write(b'\xff\xfe\n3\n["key"]\n{"key": "old", "reason": "r"}\n{"key": "ha')
+
+    monkeypatch.setattr(pretrain, "report_problems", damaged)
     write_shard(folder / "x.tar", 32)
     with tarfile.open(folder / "x.tar", "a", format=tarfile.GNU_FORMAT) as tar:
         odd = b"caf\xe9\xe2\x80\xa8"
@@ -260,7 +266,7 @@ def test_odd_names_and_damaged_lines_of_bad_samples_end_no_training(tmp_path):
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
     options = ["--max_bad_share=0.5", "--epochs=1", "--global_batch_size=33", "--use_cpu=True"]
-    main([*command(str(folder / "x.tar"), out)[1:], *options])
+    pretrain.main([*command(str(folder / "x.tar"), out)[1:], *options])
     record = json.loads((out / "run.json").read_text())
     assert record["state"] == "finished" and record["bad_samples"] == 3  # the old one, and two of this run
     named = [line for line in (out / "bad_samples.jsonl").read_bytes().split(b"\n") if b"caf" in line]
