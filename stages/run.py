@@ -185,7 +185,7 @@ class Run:
             value, old = now[name], settings.get(name, now[name])
             if name in inputs_now and name in inputs_before:
                 if contents(inputs_now[name]) != contents(inputs_before[name]):
-                    deciding.append(f"{name} ({files_of(inputs_before[name])} -> {files_of(inputs_now[name])})")
+                    deciding.append(f"{name} ({other_files(inputs_before[name], inputs_now[name])})")
                 elif value != old:
                     other.append(f"{name} at {shown(value)}")
             elif value != old:
@@ -230,10 +230,14 @@ def contents(entries: list[Mapping[str, str]]) -> list[str]:
     return [entry["path"] if entry["path"].startswith("hf:") else entry["digest"] for entry in entries]
 
 
-def files_of(entries: list[Mapping[str, str]]) -> str:
-    """The paths and digests of `entries` in a few words."""
-    first = f"{entries[0]['path']} {entries[0]['digest']}"
-    return first if len(entries) == 1 else f"{len(entries)} files, the first {first}"
+def other_files(before: list[Mapping[str, str]], now: list[Mapping[str, str]]) -> str:
+    """In a few words, the first file in which the inputs of a setting differ, with digests."""
+    number = next(
+        (i for i, (a, b) in enumerate(zip(before, now)) if a["digest"] != b["digest"]), min(len(before), len(now))
+    )
+    told = [f"{one[number]['path']} {one[number]['digest']}" if number < len(one) else "none" for one in (before, now)]
+    place = f"file {number + 1} of {len(before)}: " if max(len(before), len(now)) > 1 else ""
+    return place + " -> ".join(told)
 
 
 def shown(value: object) -> str:

@@ -41,6 +41,7 @@ NAMED = {
     "warmup_steps": "warmup_ratio",
     "weight_decay": "weight_decay",
 }
+INEXACT = ("ignore_data_skip", "save_only_model", "resume_from_checkpoint")  # a resumed run would be another one
 
 
 @dataclass
@@ -97,6 +98,12 @@ class TrainingConfig:
             setting = "warmup_epochs" if key == "warmup_steps" and hasattr(self, "warmup_epochs") else setting
             if key in self.trainer and hasattr(self, setting):
                 raise InputError(f"setting `trainer`: {key} is what the setting `{setting}` decides: set that instead")
+        for key in INEXACT:
+            if self.trainer.get(key):
+                raise InputError(
+                    f"setting `trainer`: with {key} a resumed run would not be the undisturbed one; leave it out, the "
+                    "same command resumes by itself"
+                )
         if not self.deepspeed:
             return
         shipped = Path(__file__).parents[1] / self.deepspeed

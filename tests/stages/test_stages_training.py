@@ -139,6 +139,13 @@ def test_trainer_may_not_overrule_a_named_setting(key, setting):
         Config(trainer={key: 3})
 
 
+@pytest.mark.parametrize("key", ["ignore_data_skip", "save_only_model"])
+def test_trainer_may_not_make_a_resumed_run_another_one(key):
+    with pytest.raises(InputError, match=f"with {key} a resumed run would not be the undisturbed one"):
+        Config(trainer={key: True})
+    Config(trainer={key: False})
+
+
 def test_trainer_takes_what_no_setting_of_the_stage_decides(tmp_path):
     config = settings_of(tmp_path, trainer={"max_grad_norm": 0.5, "adam_beta2": 0.98})
     arguments = training_arguments(config, STEPS, (8, 1), max_grad_norm=1.0)
