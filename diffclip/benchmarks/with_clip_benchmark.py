@@ -8,6 +8,7 @@ are decoded that hold pictures, texts, numbers and plain arrays: webdataset's ow
 that run whatever the shard's author put into them.
 """
 
+import re
 import sys
 from typing import Any
 
@@ -42,9 +43,22 @@ def main() -> None:
 
     only_plain_decoders()
     add_model_type(models)
-    if "eval" in sys.argv and "--model_type" not in sys.argv:
-        sys.argv += ["--model_type", "diffclip"]
+    sys.argv += defaults(sys.argv[1:])
     cli.main()
+
+
+def defaults(arguments: list[str]) -> list[str]:
+    """What to add to an evaluation's arguments: our models, and an output file whose name can hold the model's path."""
+    if "eval" not in arguments:
+        return []
+    given = {word.split("=")[0] for word in arguments}
+    pretrained = next((b for a, b in zip(arguments, arguments[1:]) if a == "--pretrained"), "diffclip")
+    added = {
+        "--model_type": "diffclip",
+        "--model": "diffclip",
+        "--output": "{dataset}_%s_{task}.json" % re.sub(r"[^\w.-]+", "-", pretrained).strip("-"),
+    }
+    return [word for flag, value in added.items() if flag not in given for word in (flag, value)]
 
 
 if __name__ == "__main__":

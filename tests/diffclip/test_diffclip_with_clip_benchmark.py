@@ -14,6 +14,7 @@ from PIL import Image
 
 import diffclip
 from diffclip.benchmarks import evaluate_clip
+from diffclip.benchmarks.with_clip_benchmark import defaults
 
 NAMES = ["noise", "sky", "grass", "stone", "sand", "water"]
 
@@ -53,6 +54,16 @@ def test_clip_benchmarks_command_gives_our_scores(shards, tmp_path):
     for name, key in (("top1", "acc1"), ("top5", "acc5"), ("mean_per_class", "mean_per_class_recall")):
         assert ours[f"zero_shot/mine/{name}"] == pytest.approx(100 * theirs[key], abs=1e-6)
     assert 0 < theirs["acc1"] < 1  # a random model: neither perfect nor at zero, so that agreement means something
+
+
+@pytest.mark.parametrize("path", ["runs/diff clip/pretrain", "/tmp/a", "hammh0a/DiffCLIP_ViTB16_CC12M", "{x}"])
+def test_without_an_output_the_scores_have_a_file_name_of_their_own(path):
+    added = defaults(["eval", "--pretrained", path, "--dataset", "wds/mine"])
+    name = added[added.index("--output") + 1].format(dataset="mine", task="zeroshot_classification")
+    assert "/" not in name and name.startswith("mine_") and name.endswith("_zeroshot_classification.json")
+    assert added[:4] == ["--model_type", "diffclip", "--model", "diffclip"]
+    assert defaults(["eval", "--output=x.json", "--model", "ViT-B-32", "--model_type", "open_clip"]) == []
+    assert defaults(["build", "x.json"]) == []
 
 
 def test_a_shard_cannot_run_its_authors_code(shards, tmp_path):
