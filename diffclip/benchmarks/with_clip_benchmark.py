@@ -8,6 +8,7 @@ are decoded that hold pictures, texts, numbers and plain arrays: webdataset's ow
 that run whatever the shard's author put into them.
 """
 
+import itertools
 import re
 import sys
 from typing import Any
@@ -52,12 +53,9 @@ def defaults(arguments: list[str]) -> list[str]:
     if "eval" not in arguments:
         return []
     given = {word.split("=")[0] for word in arguments}
-    pretrained = next((b for a, b in zip(arguments, arguments[1:]) if a == "--pretrained"), "diffclip")
-    added = {
-        "--model_type": "diffclip",
-        "--model": "diffclip",
-        "--output": "{dataset}_%s_{task}.json" % re.sub(r"[^\w.-]+", "-", pretrained).strip("-"),
-    }
+    pretrained = next((b for a, b in itertools.pairwise(arguments) if a == "--pretrained"), "diffclip")
+    name = re.sub(r"[^\w.-]+", "-", pretrained).strip("-")
+    added = {"--model_type": "diffclip", "--model": "diffclip", "--output": f"{{dataset}}_{name}_{{task}}.json"}
     return [word for flag, value in added.items() if flag not in given for word in (flag, value)]
 
 
