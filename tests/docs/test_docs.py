@@ -160,6 +160,9 @@ def workspace(tmp_path_factory) -> Path:
     rows = [{"image": p.name, "question": "Is there a circle?"} for p in photos]
     (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "urls.tsv").write_text("url\tcaption\nhttp://127.0.0.1:9/a.jpg\ta dog\n")
+    shown = folder / "runs" / "quickstart" / "scenes" / "pope" / "images" / "000002.png"
+    shown.parent.mkdir(parents=True)
+    shutil.copy(photos[2], shown)
     for name in ("benchmarks", "data"):
         shutil.copytree(world, folder / name)
     shutil.copytree(world / "classification" / "shape", folder / "data" / "cifar10")
