@@ -232,9 +232,8 @@ def contents(entries: list[Mapping[str, str]]) -> list[str]:
 
 def other_files(before: list[Mapping[str, str]], now: list[Mapping[str, str]]) -> str:
     """In a few words, the first file in which the inputs of a setting differ, with digests."""
-    number = next(
-        (i for i, (a, b) in enumerate(zip(before, now)) if a["digest"] != b["digest"]), min(len(before), len(now))
-    )
+    least = min(len(before), len(now))
+    number = next((i for i in range(least) if contents(before[i : i + 1]) != contents(now[i : i + 1])), least)
     told = [f"{one[number]['path']} {one[number]['digest']}" if number < len(one) else "none" for one in (before, now)]
     place = f"file {number + 1} of {len(before)}: " if max(len(before), len(now)) > 1 else ""
     return place + " -> ".join(told)

@@ -103,9 +103,11 @@ def test_a_shard_cannot_run_its_authors_code(shards, tmp_path):
 
 def test_ghostscript_is_out_of_reach(monkeypatch):
     from PIL import EpsImagePlugin
+    from webdataset import autodecode
 
     from diffclip.benchmarks.with_clip_benchmark import only_plain_decoders
 
+    monkeypatch.setattr(autodecode, "decoders", dict(autodecode.decoders))  # put back for the tests that follow
     monkeypatch.setattr(EpsImagePlugin, "gs_binary", "gs")  # as where it is installed
     only_plain_decoders()
     assert not EpsImagePlugin.has_ghostscript()

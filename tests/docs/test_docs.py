@@ -54,7 +54,8 @@ PARSED = {  # pages whose stages have the paper's size: their flags and configur
     "pope.md": tuple(CONFIGS),
     "paper_scale.md": ("stages.pretrain",),
 }
-OWN_PROCESS = ("stages.", "mllm.app")  # training and lmms-eval start processes of their own
+# training and lmms-eval start processes of their own; clip-benchmark's command changes webdataset for its whole process
+OWN_PROCESS = ("stages.", "mllm.app", "diffclip.benchmarks.with_clip_benchmark")
 
 
 def blocks(page: Path, language: str) -> list[str]:
