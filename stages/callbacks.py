@@ -6,6 +6,7 @@ import math
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -42,35 +43,18 @@ class Watch(TrainerCallback):
             disable=not self.run.is_main or not sys.stderr.isatty(),
         )
 
-    def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **kwargs: object,
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.bar.update(state.global_step - self.bar.n)
-        self.save_where_it_stops(args, state, control, model)
+        self.on_epoch_end(args, state, control, **kwargs)
 
     def on_epoch_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **kwargs: object,
-    ) -> None:
-        self.save_where_it_stops(args, state, control, model)
-
-    def save_where_it_stops(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Have a checkpoint written where training ends, early or not, and none of weights that are not finite."""
         if control.should_training_stop and self.saved != state.global_step:
             control.should_save = True
         if control.should_save:
-            check_weights(model, self.run, state.global_step, args.device)
+            check_weights(kwargs["model"], self.run, state.global_step, args.device)
 
     def on_log(
         self,

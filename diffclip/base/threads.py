@@ -1,7 +1,8 @@
 """How long OpenMP's threads spin at a barrier, set on import: before torch, whose libgomp reads it when it is loaded.
 
 By default they spin for milliseconds, which takes the core from whoever else could run: beside one busy process a
-training step waits for threads that wait for each other. A short spin costs nothing where the machine is free.
+training step waits for threads that wait for each other. What a short spin costs where the machine is free differs by
+machine, from nothing to a fifth (docs/paper_scale.md).
 """
 
 import os
