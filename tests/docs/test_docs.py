@@ -171,6 +171,7 @@ def workspace(tmp_path_factory) -> Path:
     for name, model in {
         "clip": "CLIP-tiny",
         "diffclip": "DiffCLIP-tiny",
+        "quickstart/CLIP": "CLIP-tiny",
         "quickstart/DiffCLIP": "DiffCLIP-tiny",
     }.items():
         save(diffclip.build(model), folder / "runs" / name / "pretrain")

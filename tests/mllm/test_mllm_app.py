@@ -122,7 +122,9 @@ def test_a_conversation_in_the_browser(saved, wanted, tmp_path):
             wait_until(page, lambda: maps.count() and maps.inner_text() == caption)  # noqa: B023
             assert plain(said.nth(number).inner_text()) == plain(text)
         assert said.count() == 2 and page.get_by_test_id("user").last.inner_text() == QUESTIONS[1]
-        assert maps.locator("img").evaluate("image => [image.naturalWidth, image.naturalHeight]") == [352, 352]
+        overlay = maps.locator("img")  # which arrives after its caption
+        wait_until(page, lambda: overlay.evaluate("image => image.complete && image.naturalWidth > 0"))
+        assert overlay.evaluate("image => [image.naturalWidth, image.naturalHeight]") == [352, 352]
         page.screenshot(path=tmp_path / "page.png")
         page.get_by_role("button", name="Clear", exact=True).last.click()
         wait_until(page, lambda: not said.count() and not maps.count())
