@@ -1,6 +1,6 @@
 """Decoding and augmenting of image-text shards on one core, ours beside open_clip's pipeline in turns.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.data [--pictures 'shards/*.tar'] [--count 2000] [--rounds 3]
+    OMP_NUM_THREADS=1 python -m benchmarks.data [--images 'shards/*.tar'] [--count 2000] [--rounds 3]
 
 Without shards of your own it renders photo-like JPEGs (320 px, noise over large shapes). Both pipelines give batches of
 64 at 224 px with SLIP's augmentation, in the process that measures (no workers), the same files in the page cache.
@@ -22,8 +22,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 import diffclip
-from diffclip.data import PairTable, expand
-from diffclip.training_pairs import TrainingPairs
+from diffclip.data.pairs import PairTable, expand
+from diffclip.data.training_pairs import TrainingPairs
 
 BATCH = 64
 
@@ -39,7 +39,7 @@ def render(folder: Path, shards: int = 4, per_shard: int = 250, size: int = 320)
                 noisy = (pixels + rng.normal(0, 8, pixels.shape)).clip(0, 255).astype(np.uint8)
                 buffer = io.BytesIO()
                 Image.fromarray(noisy).save(buffer, "JPEG", quality=90)
-                for suffix, content in (("jpg", buffer.getvalue()), ("txt", b"a picture of coarse coloured noise")):
+                for suffix, content in (("jpg", buffer.getvalue()), ("txt", b"an image of coarse coloured noise")):
                     info = tarfile.TarInfo(f"{shard:05d}{i:04d}.{suffix}")
                     info.size = len(content)
                     tar.addfile(info, io.BytesIO(content))
@@ -90,7 +90,7 @@ def images_per_second(batches: Iterable, count: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--pictures", default="", help="pattern of tars with .jpg and .txt; default: rendered ones")
-    parser.add_argument("--count", type=int, default=1500, help="pictures per measurement")
+    parser.add_argument("--count", type=int, default=1500, help="images per measurement")
     parser.add_argument("--rounds", type=int, default=3, help="measurements of each, in turns")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -98,7 +98,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         pattern = options.pictures or render(Path(folder))
         pipelines = {"diffclip": ours(pattern, config), "open_clip": open_clips(pattern, config)}
-        for batches in pipelines.values():  # open_clip's shuffle buffer fills, and pictures come into the page cache
+        for batches in pipelines.values():  # open_clip's shuffle buffer fills, and images come into the page cache
             images_per_second(batches, BATCH)
         rates: dict[str, list[float]] = {name: [] for name in pipelines}
         for _ in range(options.rounds):

@@ -3,7 +3,7 @@
     python -m benchmarks.full_size --tokenizer DIR --out DIR [--ranks 1] [--batch 4] [--micro 2]
 
 The tower of DiffCLIP-B/16 and a language model of Qwen2.5-0.5B's shape, with seeded random weights, the real tokenizer
-(a folder with tokenizer.json). Random pictures and text: what is shown is that the stages run at this size, how long a
+(a folder with tokenizer.json). Random images and text: what is shown is that the stages run at this size, how long a
 step takes, and how much memory beside what `--dry-run` predicts. Needs 16 GB of memory and 8 GB of disk.
 """
 
@@ -53,7 +53,7 @@ def make_parts(out: Path, tokenizer: str, rows: int) -> None:
     told = []
     for n in range(rows):
         Image.fromarray(rng.integers(0, 256, (224, 224, 3), dtype=np.uint8)).save(out / f"images/{n}.png")
-        question = "<image>\nWhat is in the picture, and where? " + "Think of every object. " * int(rng.integers(1, 8))
+        question = "<image>\nWhat is in the image, and where? " + "Think of every object. " * int(rng.integers(1, 8))
         answer = "There is a dog beside a red chair. " * int(rng.integers(1, 6))
         turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer.strip()}]
         told.append({"id": str(n), "image": f"{n}.png", "conversations": turns})

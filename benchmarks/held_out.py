@@ -1,16 +1,16 @@
-"""A tenth of the pictures of LLaVA files held out: the rest to train on, questions about them to ask and to score.
+"""A tenth of the images of LLaVA files held out: the rest to train on, questions about them to ask and to score.
 
     python -m benchmarks.held_out split --captions data/llava/stage1_captions.json \
         --conversations data/llava/stage2_instruct.json --source fashion-attributes --some 800 --out llava
     python -m mllm.chat RUN --batch llava/questions.jsonl --image_root data --out answers.jsonl
     python -m benchmarks.held_out score answers.jsonl
 
-A picture is held out by a digest of its path, so that it is in neither file, whatever their order. `split` writes
+An image is held out by a digest of its path, so that it is in neither file, whatever their order. `split` writes
 
-    captions.json        align: the captions of the other pictures
+    captions.json        align: the captions of the other images
     some_captions.json   `--some` of them, to mix into instruct
-    conversations.json   instruct: the conversations of the wanted source about the other pictures
-    questions.jsonl      every turn about a held-out picture, asked by itself: {image, question, truth}
+    conversations.json   instruct: the conversations of the wanted source about the other images
+    questions.jsonl      every turn about a held-out image, asked by itself: {image, question, truth}
     to_caption.jsonl     held-out captions: {image, question, truth}
 
 `score` compares answers to the letter, by question, beside the share of the most frequent truth, which is what a model
@@ -26,15 +26,15 @@ from collections.abc import Iterable
 from hashlib import sha256
 from pathlib import Path
 
-from diffclip.errors import InputError, exit_on_input_error
+from diffclip.base.errors import InputError, exit_on_input_error
 from mllm.conversation import IMAGE
-from mllm.data import read_json_rows
+from mllm.data.rows import read_json_rows
 
 ONE_IN = 10
 
 
 def held_out(image: str) -> bool:
-    """Whether the picture of this path is one of the tenth that no training sees."""
+    """Whether the image of this path is one of the tenth that no training sees."""
     return int(sha256(image.encode()).hexdigest(), 16) % ONE_IN == 0
 
 
@@ -69,7 +69,7 @@ def split(captions: Path, conversations: Path, source: str, some: int, out: Path
     for name, rows in written.items():
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (out / name).write_text(lines if name.endswith("l") else json.dumps(rows, ensure_ascii=False), encoding="utf-8")
-        print(f"{out / name}: {len(rows):,} rows, {len({row['image'] for row in rows}):,} pictures")
+        print(f"{out / name}: {len(rows):,} rows, {len({row['image'] for row in rows}):,} images")
 
 
 def _rows(path: Path) -> list[dict]:
@@ -80,7 +80,7 @@ def _rows(path: Path) -> list[dict]:
         raise InputError(f"{path}: no JSON list of LLaVA rows ({type(error).__name__}: {error})") from None
     if bad:
         raise InputError(
-            f"{path}: row {bad[0]} has no image or no conversations; a picture can only be held out by name"
+            f"{path}: row {bad[0]} has no image or no conversations; an image can only be held out by name"
         )
     return rows
 

@@ -19,7 +19,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 import diffclip
 from mllm.conversation import IGNORE, IMAGE, encode, render
-from mllm.examples import training_order
+from mllm.data.examples import training_order
 from mllm.model import DiffCLIPLlavaConfig, DiffCLIPLlavaForConditionalGeneration, freeze
 
 WORDS = [
@@ -98,7 +98,7 @@ def small_model(vocabulary: int) -> DiffCLIPLlavaForConditionalGeneration:
 
 
 def batch(lengths: list[int], vocabulary: int, supervised: float) -> dict[str, torch.Tensor]:
-    """Random conversations with one picture each, padded to the longest."""
+    """Random conversations with one image each, padded to the longest."""
     longest = max(lengths)
     ids = torch.randint(0, vocabulary - 1, (len(lengths), longest))
     ids[:, :36] = vocabulary - 1

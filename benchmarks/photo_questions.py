@@ -3,15 +3,15 @@
 python -m benchmarks.photo_questions --set data/voc/objects_train.jsonl voc/images \
     --set data/coco/annotations/instances_train.json coco/images --out data/photos
 
-A set is a file and the folder of its pictures below the image root. The file is COCO's instances JSON, or JSONL with
+A set is a file and the folder of its images below the image root. The file is COCO's instances JSON, or JSONL with
 {"image": ..., "objects": [{"name": ..., "difficult": 0}]} a line. Written are, for align, instruct and language:
 
     align.json      "Which objects can you see in the image?" and a list of them
-    instruct.json   conversations of yes/no questions, half of them answered yes, the picture once in each
-    text.jsonl      both kinds about pictures written out in words, for the stand-in language model
+    instruct.json   conversations of yes/no questions, half of them answered yes, the image once in each
+    text.jsonl      both kinds about images written out in words, for the stand-in language model
 
 A third of the negatives each is random, among the most frequent objects, and among those most often seen with an object
-of the picture: POPE's three ways, counted in these files alone.
+of the image: POPE's three ways, counted in these files alone.
 """
 
 import argparse
@@ -22,16 +22,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from diffclip.errors import InputError, exit_on_input_error
+from diffclip.base.errors import InputError, exit_on_input_error
 
 LIST = "Which objects can you see in the image?"
 SHORT = "Answer the question using a single word or phrase."
-MOST_WORDS = 3  # objects of a picture in words
+MOST_WORDS = 3  # objects of an image in words
 FREQUENT = 5  # a popular or co-occurring negative is one of the first so many
 
 
 class Photo(NamedTuple):
-    """What is seen in a picture, and what may or may not be (VOC's "difficult" objects), which is never asked."""
+    """What is seen in an image, and what may or may not be (VOC's "difficult" objects), which is never asked."""
 
     image: str
     objects: frozenset[str]
@@ -39,14 +39,14 @@ class Photo(NamedTuple):
 
 
 class Counts(NamedTuple):
-    """How often each object occurs in a set of pictures, and with which others."""
+    """How often each object occurs in a set of images, and with which others."""
 
     single: Counter[str]
     pairs: dict[str, Counter[str]]
 
 
 def read_set(path: Path, folder: str) -> list[Photo]:
-    """The pictures of an annotation file that show an object; InputError if it is neither of the two kinds."""
+    """The images of an annotation file that show an object; InputError if it is neither of the two kinds."""
     try:
         text = path.read_text(encoding="utf-8")
         found = _read_lines(text) if path.suffix == ".jsonl" else _read_coco(json.loads(text))
@@ -82,7 +82,7 @@ def count(photos: list[Photo]) -> Counts:
 
 
 def negative(photo: Photo, counts: Counts, taken: set[str], rng: random.Random) -> str | None:
-    """An object that the picture does not show and that was not asked yet, in one of POPE's three ways."""
+    """An object that the image does not show and that was not asked yet, in one of POPE's three ways."""
     absent = [name for name, _ in counts.single.most_common() if name not in photo.objects | photo.unsure | taken]
     if not absent:
         return None
@@ -95,9 +95,9 @@ def negative(photo: Photo, counts: Counts, taken: set[str], rng: random.Random) 
 
 
 def yes_no(photo: Photo, counts: Counts, rng: random.Random, most: int) -> list[tuple[str, str]]:
-    """(object, "Yes" or "No") by a fair coin until all of the picture's objects were asked, or `most`.
+    """(object, "Yes" or "No") by a fair coin until all of the image's objects were asked, or `most`.
 
-    With a fixed number of each answer in a conversation, the last could be told from those before, without the picture.
+    With a fixed number of each answer in a conversation, the last could be told from those before, without the image.
     """
     present, asked = rng.sample(sorted(photo.objects), len(photo.objects)), []
     while present and len(asked) < most:
@@ -115,7 +115,7 @@ def question(name: str) -> str:
 
 
 def listed(photo: Photo, rng: random.Random) -> str:
-    """The picture's objects in any order: "dog, person."."""
+    """The image's objects in any order: "dog, person."."""
     return ", ".join(rng.sample(sorted(photo.objects), len(photo.objects))) + "."
 
 
@@ -128,7 +128,7 @@ def conversation(photo: Photo, number: int, turns: list[tuple[str, str]]) -> dic
 
 
 def text_line(counts: Counts, rng: random.Random, most: int = MOST_WORDS) -> dict[str, str]:
-    """A made-up picture of one to `most` objects in words, where later a picture will stand, with a question or a list.
+    """A made-up image of one to `most` objects in words, where later an image will stand, with a question or a list.
 
     Its objects are drawn evenly, so that only a look at the words tells the answer.
     """
@@ -148,7 +148,7 @@ def write(sets: list[tuple[Path, str]], out: Path, copies: int, questions: int, 
     """Write the three files; a set's own frequencies decide its negatives.
 
     Args:
-        copies: conversations, and lists, of each picture.
+        copies: conversations, and lists, of each image.
         questions: most in a conversation.
         texts: lines of text.jsonl.
     """

@@ -1,9 +1,9 @@
 """POPE by exact margins beside the usual ways to answer it, on one trained run, side by side.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.pope RUN --pope POPE --image_root IMAGES [--pictures 12]
+    OMP_NUM_THREADS=1 python -m benchmarks.pope RUN --pope POPE --image_root IMAGES [--images 12]
 
-- exact: all questions of a picture in one row behind their common beginning (`mllm.pope_margins.margins`)
-- batches: greedy generation of 16 questions at a time, each asked once about a picture
+- exact: all questions of an image in one row behind their common beginning (`mllm.pope.margins.margins`)
+- batches: greedy generation of 16 questions at a time, each asked once about an image
 - one at a time: greedy generation question by question, as evaluation scripts do, repetitions between splits included
 """
 
@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from diffclip.errors import exit_on_input_error
+from diffclip.base.errors import exit_on_input_error
 from mllm.chat import answer, question_turn
 from mllm.model import load
-from mllm.pope_files import POST_PROMPT, find_images, read
-from mllm.pope_margins import generate, margins, predictions
-from mllm.pope_scores import parse_strict
+from mllm.pope.margins import generate, margins, predictions
+from mllm.pope.questions import POST_PROMPT, find_images, read
+from mllm.pope.scores import parse_strict
 
 
 def timed(do: Callable[[], Any]) -> tuple[float, Any]:
@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("run", help="a run of stages.instruct")
     parser.add_argument("--pope", type=Path, required=True)
     parser.add_argument("--image_root", type=Path, required=True)
-    parser.add_argument("--pictures", type=int, default=12, help="how many pictures' questions are asked (12)")
+    parser.add_argument("--pictures", type=int, default=12, help="how many images' questions are asked (12)")
     parser.add_argument("--rounds", type=int, default=2, help="rounds in which the ways take turns (2)")
     options = parser.parse_args(argv)
     questions = read(options.pope)
@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> None:
             spent, found[name] = timed(do)
             seconds[name].append(spent)
     unique = len({(q.shown, q.text) for q in questions})
-    counts = f"{len(questions)} questions ({unique} different) about {len(chosen)} pictures"
+    counts = f"{len(questions)} questions ({unique} different) about {len(chosen)} images"
     print(f"{counts}, {torch.get_num_threads()} threads")
     usual = min(seconds["one at a time"])
     for name, times in seconds.items():

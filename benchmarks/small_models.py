@@ -12,7 +12,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-from diffclip.errors import InputError, exit_on_input_error
+from diffclip.base.errors import InputError, exit_on_input_error
 
 
 def smollm2(out: Path) -> None:
@@ -30,7 +30,7 @@ def smollm2(out: Path) -> None:
 
 
 def efficientnet(out: Path) -> None:
-    """Write EfficientNet-Lite0 as a vision tower: 49 tokens of 1,280 numbers for a picture of 224 pixels."""
+    """Write EfficientNet-Lite0 as a vision tower: 49 tokens of 1,280 numbers for an image of 224 pixels."""
     import torch
     from open_clip.timm_model import TimmModel
 

@@ -13,7 +13,7 @@ import sys
 from typing import Any
 
 _HOME = {
-    "InputError": "errors",
+    "InputError": "base.errors",
     "DifferentialAttention": "attention",
     "lambda_init_schedule": "attention",
     "MODELS": "models",

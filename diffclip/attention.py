@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from diffclip.errors import InputError
+from diffclip.base.errors import InputError
 
 FORMS = ("auto", "eager", "fused")
 KEEP_BELOW = 64  # tokens

@@ -21,11 +21,12 @@ from torchvision import transforms as T
 
 from diffclip.attention import DifferentialAttention, attention_scores, softmax_maps
 from diffclip.attention_v2 import DifferentialAttentionV2
-from diffclip.errors import InputError, exit_on_input_error
-from diffclip.pictures import open_picture
+from diffclip.base.errors import InputError, exit_on_input_error
+from diffclip.base.images import open_image
+from diffclip.base.overlay import overlay
 
 if TYPE_CHECKING:
-    import numpy as np
+    pass
 
 
 def both_maps(
@@ -163,7 +164,7 @@ def layer_maps(model: nn.Module, images: Tensor, layer: int = -1) -> dict[str, T
 def relevance(model: nn.Module, images: Tensor, texts: Tensor, layer: int = -1) -> Tensor:
     """Return how much each patch speaks for a text, by gradient (Chefer et al. 2021, arXiv 2103.15679, equation 5).
 
-    The map A that multiplies the values in one layer, times the gradient of the cosine similarity of picture and
+    The map A that multiplies the values in one layer, times the gradient of the cosine similarity of image and
     text by it, negative products left out, averaged over heads; of this, the class token's row. For differential
     attention A is the difference, signed, and so a negative weight with a negative gradient counts for the text.
 
@@ -222,15 +223,6 @@ def seen_part(transform: Any, nearest: bool = False) -> Callable[[Image.Image], 
 # ---------------------------------------------------------------- the figure
 
 
-def overlay(picture: np.ndarray, heat: np.ndarray) -> np.ndarray:
-    """Return the picture (height, width, 3) uint8, darkened where heat (height, width) is low against its maximum."""
-    from matplotlib import colormaps
-
-    share = (heat / max(heat.max(), 1e-12))[:, :, None]
-    colour = 255 * colormaps["inferno"](share[:, :, 0])[:, :, :3]
-    return ((1 - 0.65 * share) * (0.55 * picture + 60) + 0.65 * share * colour).clip(0, 255).astype("uint8")
-
-
 def figure(images: Sequence[str | Path], queries: Sequence[str], models: Sequence[str | Path], out: str | Path) -> None:
     """Draw one row per image and query, one column per model, and write it to `out` (PNG, PDF or SVG).
 
@@ -247,7 +239,7 @@ def figure(images: Sequence[str | Path], queries: Sequence[str], models: Sequenc
         raise InputError(f"{len(queries)} queries for {len(images)} images: give one for all, or one for each")
     titles = model_names([str(name) for name in models])
     rows = list(zip(images, list(queries) * (len(images) if len(queries) == 1 else 1)))
-    pictures = [open_picture(path, str(path)) for path, _ in rows]
+    pictures = [open_image(path) for path, _ in rows]
     canvas = Figure(figsize=(2.2 * (1 + len(models)), 2.35 * len(rows)), layout="constrained")
     axes = canvas.subplots(len(rows), 1 + len(models), squeeze=False)
     for column, name in enumerate(models, 1):
@@ -272,7 +264,7 @@ def figure(images: Sequence[str | Path], queries: Sequence[str], models: Sequenc
 
 
 def enlarged(image: Image.Image, side: int = 224) -> Image.Image:
-    """Return a small picture (a drawing for a tiny model) enlarged by a whole factor, its pixels as squares."""
+    """Return a small image (a drawing for a tiny model) enlarged by a whole factor, its pixels as squares."""
     factor = max(1, round(side / min(image.size)))
     return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
 
@@ -281,8 +273,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, prog="diffclip.attention_maps"
     )
-    parser.add_argument("images", nargs="+", help="picture files")
-    parser.add_argument("--query", nargs="+", required=True, help="one text for all pictures, or one for each")
+    parser.add_argument("images", nargs="+", help="image files")
+    parser.add_argument("--query", nargs="+", required=True, help="one text for all images, or one for each")
     parser.add_argument("--models", nargs="+", required=True, help="run directories, checkpoints or Hub ids")
     parser.add_argument("--out", required=True, help="PNG, PDF or SVG file to write")
     args = parser.parse_args(argv)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffclip.attention import FORMS, attention_scores, faster_form, recomputed
-from diffclip.errors import InputError
+from diffclip.base.errors import InputError
 
 
 class DifferentialAttentionV2(nn.Module):

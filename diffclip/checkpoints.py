@@ -17,8 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diffclip.base.errors import InputError, exit_on_input_error
 from diffclip.base.files import read_json
-from diffclip.errors import InputError, exit_on_input_error
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -211,10 +211,9 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _load_open_clip(directory: Path, config: dict[str, Any]) -> tuple[nn.Module, Callable, Callable]:
-    import diffclip.lean_timm  # noqa: F401 - before open_clip and timm
 
     # isort: split
-    import open_clip
+    from diffclip.base.backbones import open_clip
 
     model_cfg = config.get("model_cfg", config)
     refuse_foreign_code(model_cfg, str(directory / CONFIG))

@@ -3,15 +3,12 @@
 `DiffCLIPVisionModel.trunk` is the same module, under the same names, as `visual.trunk` of the dual encoder.
 """
 
-import diffclip.lean_timm  # noqa: F401 - before open_clip and timm
-
 # isort: split
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from PIL.Image import Image
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torchvision.transforms.functional import center_crop
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedConfig, PreTrainedModel
@@ -23,9 +20,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from diffclip.attention import DifferentialAttention
 from diffclip.attention_maps import attention_map
 from diffclip.attention_v2 import DifferentialAttentionV2
-from diffclip.errors import InputError
+from diffclip.base.backbones import TimmVisionTransformer
+from diffclip.base.errors import InputError
+from diffclip.base.images import cut_strip, to_rgb
 from diffclip.models import differentiate_tower, layer_lambda_inits, vision_trunk
-from diffclip.pictures import cut_strip, to_rgb
 
 
 class DiffCLIPVisionConfig(PreTrainedConfig):
@@ -84,7 +82,7 @@ class DiffCLIPVisionModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Draw one module's weights as `diffclip.build(init="matched")` does; loaded ones are left alone."""
-        if isinstance(module, VisionTransformer):
+        if isinstance(module, TimmVisionTransformer):
             init.trunc_normal_(module.pos_embed, std=0.02)
             init.normal_(module.cls_token, std=1e-6)
         elif isinstance(module, nn.Linear):
@@ -172,7 +170,7 @@ class DiffCLIPImageProcessor(PilBackend):
     do_normalize = True
 
     def process_image(self, image: Any, *args: Any, **kwargs: Any) -> np.ndarray:
-        """Turn a PIL image into (3, height, width) by the rules of `diffclip.pictures`; a strip loses its ends."""
+        """Turn a PIL image into (3, height, width) by the rules of `diffclip.base.images`; a strip loses its ends."""
         if isinstance(image, Image):
             image = cut_strip(to_rgb(image)) if self.do_center_crop else to_rgb(image)
         return super().process_image(image, *args, **kwargs)

@@ -1,7 +1,5 @@
 """Directories of transformers' CLIPModel (openai/clip-vit-base-patch16 and its kin), read as open_clip models."""
 
-import diffclip.lean_timm  # noqa: F401 - before open_clip and timm
-
 # isort: split
 import warnings
 from collections.abc import Callable
@@ -9,14 +7,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import open_clip
 import torch
 from PIL import Image
 from torch import Tensor, cat
 
+from diffclip.base.backbones import open_clip
+from diffclip.base.errors import InputError
+from diffclip.base.images import cut_strip, to_rgb
 from diffclip.checkpoints import load_strictly, refuse_auto_map
-from diffclip.errors import InputError
-from diffclip.pictures import cut_strip, to_rgb
 
 LAYER = (  # transformers' name, open_clip's
     ("self_attn.out_proj.", "attn.out_proj."),

@@ -1,11 +1,10 @@
 """The symmetric contrastive loss of CLIP over all ranks (open_clip's, with the settings that make it exact)."""
 
-import diffclip.lean_timm  # noqa: F401 - before open_clip and timm
-
 # isort: split
 import torch
 import torch.distributed as dist
-from open_clip.loss import ClipLoss
+
+from diffclip.base.backbones import ClipLoss
 
 
 def contrastive_loss(gather_with_grad: bool = True) -> ClipLoss:

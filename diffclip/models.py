@@ -5,8 +5,6 @@ the variants differ only in which attention modules are replaced. So the baselin
 own, and everything made for an open_clip model (losses, benchmarks) takes ours.
 """
 
-import diffclip.lean_timm  # noqa: F401 - before open_clip and timm
-
 # isort: split
 import copy
 import json
@@ -16,15 +14,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import open_clip
 import regex as re  # open_clip's tokenizer needs its classes of letters and digits
 import torch
 import torch.nn.functional as F
-from open_clip.timm_model import TimmModel
-from open_clip.transformer import Attention as OpenClipAttention
-from open_clip.transformer import CustomResidualAttentionBlock, ResidualAttentionBlock
-from timm.layers import Attention
-from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchvision import transforms as T
@@ -32,8 +24,18 @@ from torchvision.transforms.functional import InterpolationMode
 
 from diffclip.attention import DifferentialAttention, lambda_init_schedule
 from diffclip.attention_v2 import DifferentialAttentionV2, start_from
-from diffclip.errors import InputError
-from diffclip.pictures import cut_strip, to_rgb
+from diffclip.base.backbones import (
+    Block,
+    CustomResidualAttentionBlock,
+    OpenClipAttention,
+    ResidualAttentionBlock,
+    TimmAttention,
+    TimmModel,
+    TimmVisionTransformer,
+    open_clip,
+)
+from diffclip.base.errors import InputError
+from diffclip.base.images import cut_strip, to_rgb
 
 # What is differential in each variant (section 3 and table 1 of the paper); the baseline has nothing. V2 is not the
 # paper's: it has Microsoft's second version of differential attention.
@@ -120,7 +122,7 @@ class CLIP(open_clip.CLIP):
 class VisionTower(TimmModel):
     """open_clip's adapter (trunk, then head.proj) around a trunk that is already built."""
 
-    def __init__(self, trunk: VisionTransformer, embed_dim: int) -> None:
+    def __init__(self, trunk: TimmVisionTransformer, embed_dim: int) -> None:
         nn.Module.__init__(self)
         self.image_size = trunk.patch_embed.img_size
         self.trunk = trunk
@@ -174,14 +176,14 @@ class CustomDifferentialAttentionV2(MaskPerHead, DifferentialAttentionV2):
     """The second version, for open_clip's custom blocks."""
 
 
-def vision_trunk(vision_cfg: dict[str, Any], norm_eps: float) -> VisionTransformer:
+def vision_trunk(vision_cfg: dict[str, Any], norm_eps: float) -> TimmVisionTransformer:
     """Return a timm vision transformer with a class token, pooled at that token after the final norm.
 
     Args:
         vision_cfg: open_clip's keys: image_size, patch_size, width, layers, head_width, mlp_ratio.
         norm_eps: epsilon of its layer norms: 1e-6 in timm and SLIP, 1e-5 in the official DiffCLIP.
     """
-    return VisionTransformer(
+    return TimmVisionTransformer(
         img_size=vision_cfg["image_size"],
         patch_size=vision_cfg["patch_size"],
         embed_dim=vision_cfg["width"],
@@ -346,7 +348,7 @@ def _self_attention_blocks(tower: nn.Module) -> list[nn.Module]:
 
 
 def _differential_like(
-    attention: nn.MultiheadAttention | OpenClipAttention | Attention,
+    attention: nn.MultiheadAttention | OpenClipAttention | TimmAttention,
     lambda_init: float,
     version: int,
     preserve: bool,
@@ -359,7 +361,7 @@ def _differential_like(
     """
     if refused := _options_without_differential_form(attention):
         raise InputError(f"{where}: attention with {refused} has no differential form here")
-    if isinstance(attention, Attention):
+    if isinstance(attention, TimmAttention):
         qkv_weight, qkv_bias, out = attention.qkv.weight, attention.qkv.bias, attention.proj
         kinds = DifferentialAttention, DifferentialAttentionV2
         dropouts = {"attn_drop": attention.attn_drop.p, "proj_drop": attention.proj_drop.p}
@@ -397,7 +399,7 @@ def _differential_like(
 
 def _options_without_differential_form(attention: nn.Module) -> str:
     """Return what an ordinary attention has beyond projections, dropout and norms of queries and keys, or ""."""
-    if type(attention) is Attention:
+    if type(attention) is TimmAttention:
         found = {
             "scale_norm (a norm before the output projection)": not isinstance(attention.norm, nn.Identity),
             "gated output": attention.gate is not None,
@@ -490,7 +492,7 @@ def transforms(
 
 
 def decoding(transform: T.Compose) -> T.Compose:
-    """open_clip's transform with the rules of `diffclip.pictures` in front, for any PIL image and for strips."""
+    """open_clip's transform with the rules of `diffclip.base.images` in front, for any PIL image and for strips."""
     crops = any(isinstance(step, T.CenterCrop) for step in transform.transforms)
     return T.Compose([to_rgb, *([cut_strip] if crops else []), *transform.transforms])
 

@@ -1,4 +1,4 @@
-"""Where an answer looks: the language model's attention from the answer to the places where pictures stand.
+"""Where an answer looks: the language model's attention from the answer to the places where images stand.
 
 The later half of the layers and all heads are averaged. Attention is what the model reads, not a proof of why it
 answers: some patches draw much of it whatever is asked (attention sinks).
@@ -24,21 +24,21 @@ def answer_attention(model: Any, input_ids: Tensor, pixel_values: Tensor, first:
     Args:
         model: from `mllm.model.load`.
         input_ids: (1, tokens) int64, the conversation up to the answer's end, one placeholder per image feature.
-        pixel_values: (pictures, 3, height, width), in the model's dtype.
-        first: position of the answer's first token, behind all pictures. A token is written from the position before
+        pixel_values: (images, 3, height, width), in the model's dtype.
+        first: position of the answer's first token, behind all images. A token is written from the position before
             it, so the attention of positions first - 1 to tokens - 2 is returned.
         grid: rows and columns of patches.
 
     Returns:
-        (tokens - first, pictures, rows, columns) float32: not negative, and at most 1 in sum over the pictures of
+        (tokens - first, images, rows, columns) float32: not negative, and at most 1 in sum over the images of
         one token, the rest being what text gets.
 
     Raises:
-        ValueError: `first` is not behind all pictures, or the placeholders do not fit pictures and grid.
+        ValueError: `first` is not behind all images, or the placeholders do not fit images and grid.
     """
     columns = picture_positions(input_ids[0] == model.config.image_token_id, len(pixel_values), grid)
     if not int(columns.max()) < first < input_ids.shape[1]:
-        raise ValueError(f"the answer starts at {first}, but pictures end at {int(columns.max())}")
+        raise ValueError(f"the answer starts at {first}, but images end at {int(columns.max())}")
     before = model(input_ids=input_ids[:, : first - 1], pixel_values=pixel_values, use_cache=True, logits_to_keep=1)
     language = model.model.language_model
     with eager(language):
@@ -54,13 +54,13 @@ def picture_positions(placeholders: Tensor, pictures: int, grid: tuple[int, int]
     """Positions of the patches among a text's tokens.
 
     Args:
-        placeholders: (tokens,) bool, true where image features stand: for each picture its patches row by row, after
+        placeholders: (tokens,) bool, true where image features stand: for each image its patches row by row, after
             its class token where the model sees that.
-        pictures: how many there are.
+        images: how many there are.
         grid: rows and columns of patches.
 
     Returns:
-        (pictures, rows * columns) int64.
+        (images, rows * columns) int64.
 
     Raises:
         ValueError: there are more or fewer placeholders than that.
@@ -68,7 +68,7 @@ def picture_positions(placeholders: Tensor, pictures: int, grid: tuple[int, int]
     positions = placeholders.nonzero().flatten()
     patches = grid[0] * grid[1]
     if not pictures or len(positions) not in (pictures * patches, pictures * (patches + 1)):
-        raise ValueError(f"{len(positions)} placeholders for {pictures} pictures of {grid[0]} x {grid[1]} patches")
+        raise ValueError(f"{len(positions)} placeholders for {pictures} images of {grid[0]} x {grid[1]} patches")
     return positions.view(pictures, -1)[:, -patches:]
 
 
@@ -86,19 +86,19 @@ def eager(language: Any) -> Iterator[None]:
 def overlays(
     model: Any, processor: Any, turns: Sequence[dict[str, str]], pictures: Sequence[Image.Image]
 ) -> list[tuple[Image.Image, float]]:
-    """Each picture of a conversation as the tower sees it, with where the last answer looks laid over it.
+    """Each image of a conversation as the tower sees it, with where the last answer looks laid over it.
 
     Args:
         model, processor: from `mllm.model.load`.
         turns: {"from": "human" | "gpt", "value"}, ending with an answer.
-        pictures: in the order in which the conversation shows them; at least one.
+        images: in the order in which the conversation shows them; at least one.
 
     Returns:
-        For each picture the overlay, at least 336 pixels high, and the share of the answer's attention it gets.
+        For each image the overlay, at least 336 pixels high, and the share of the answer's attention it gets.
     """
     from diffclip.attention_maps import overlay, upsample
     from mllm.conversation import IGNORE, encode, render
-    from mllm.examples import image_tokens
+    from mllm.data.examples import image_tokens
     from mllm.image_modes import bounded
 
     segments = render(turns, model.config.conversation_template, end_token=processor.tokenizer.eos_token)
@@ -116,7 +116,7 @@ def overlays(
         first=int(gaps[-1]) + 1,
         grid=grid,
     )
-    heats = weights.mean(0).cpu()  # (pictures, rows, columns)
+    heats = weights.mean(0).cpu()  # (images, rows, columns)
     result = []
     for shown, heat in zip(as_seen(processor, pixels), heats):
         scale = -(-336 // shown.height)
@@ -127,7 +127,7 @@ def overlays(
 
 
 def as_seen(processor: Any, pixels: Tensor) -> list[Image.Image]:
-    """Pictures of what the tower gets, cropped, squashed or padded: (pictures, 3, height, width) as prepared for it."""
+    """Images of what the tower gets, cropped, squashed or padded: (images, 3, height, width) as prepared for it."""
     mean, std = (torch.tensor(getattr(processor.image_processor, f"image_{key}")) for key in ("mean", "std"))
-    colours = pixels.permute(0, 2, 3, 1) * std + mean  # (pictures, height, width, 3), 0 to 1
+    colours = pixels.permute(0, 2, 3, 1) * std + mean  # (images, height, width, 3), 0 to 1
     return [Image.fromarray(one) for one in (255 * colours).round().clip(0, 255).byte().numpy()]

@@ -1,4 +1,4 @@
-"""A page to chat with a multimodal run about pictures, which shows where in them each answer looks.
+"""A page to chat with a multimodal run about images, which shows where in them each answer looks.
 
 python -m mllm.app RUN                          # http://127.0.0.1:7860, for this machine alone
 python -m mllm.app RUN --host 0.0.0.0           # for all who reach this machine; there is no password
@@ -15,18 +15,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffclip.errors import InputError, exit_on_input_error
+from diffclip.base.errors import InputError, exit_on_input_error
 from mllm.chat import add_model_options, load_for_chat, question_turn, stream
 
 if TYPE_CHECKING:
     from gradio import Blocks
 
-HINT = "Add a picture with the button in the box below, ask about it, and go on asking."
-CSS = ".message-buttons {display: none}"  # one of them shares pictures on the web
+HINT = "Add an image with the button in the box below, ask about it, and go on asking."
+CSS = ".message-buttons {display: none}"  # one of them shares images on the web
 
 
 def build(model: Any, processor: Any, generation: dict) -> "Blocks":
-    """The page: the conversation, a box for questions and pictures, and where the last answer looks.
+    """The page: the conversation, a box for questions and images, and where the last answer looks.
 
     Args:
         model, processor: from `mllm.model.load`.
@@ -42,13 +42,13 @@ def build(model: Any, processor: Any, generation: dict) -> "Blocks":
             yield shown, talk, gr.skip(), asked  # as before
 
     with gr.Blocks(title="DiffCLIP chat", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
-        talk = gr.State(([], []))  # turns and pictures so far
+        talk = gr.State(([], []))  # turns and images so far
         with gr.Row():
             with gr.Column(scale=3):
                 chat = gr.Chatbot(label="Conversation", height=520, render_markdown=False, buttons=[], placeholder=HINT)
                 ask = gr.MultimodalTextbox(
                     show_label=False,
-                    placeholder="Ask about the picture",
+                    placeholder="Ask about the image",
                     file_types=["image"],
                     file_count="multiple",
                     stop_btn=True,
@@ -56,7 +56,7 @@ def build(model: Any, processor: Any, generation: dict) -> "Blocks":
                 )
                 clear = gr.Button("Clear")
             with gr.Column(scale=2):
-                gr.Markdown("Where the last answer looks")  # the gallery's own label would cover the picture
+                gr.Markdown("Where the last answer looks")  # the gallery's own label would cover the image
                 maps = gr.Gallery(
                     show_label=False,
                     columns=1,
@@ -83,24 +83,24 @@ def respond(
 
     Args:
         model, processor, generation: as in `build`.
-        asked: {"text": the question, "files": paths of new pictures}.
+        asked: {"text": the question, "files": paths of new images}.
         shown: the conversation as the page shows it, messages {"role", "content"}.
-        talk: the conversation as the model sees it, (turns, pictures).
+        talk: the conversation as the model sees it, (turns, images).
         look: whether to compute where the answer looks.
 
     Yields:
         (shown, talk, overlays, asked) as they are from then on; the box of the question is emptied at once.
 
     Raises:
-        InputError: a file that is no picture, no question, or more pictures than the template shows.
+        InputError: a file that is no image, no question, or more images than the template shows.
     """
-    from diffclip.pictures import open_picture
+    from diffclip.base.images import open_image
     from mllm.answer_attention import overlays
 
     question = asked["text"].strip()
-    new = [open_picture(file, Path(file).name) for file in asked["files"]]
+    new = [open_image(file, Path(file).name) for file in asked["files"]]
     if not question:
-        raise InputError("write a question beside the picture")
+        raise InputError("write a question beside the image")
     turns, pictures = [*talk[0], question_turn(question, len(new))], [*talk[1], *new]
     shown = [*shown, *({"role": "user", "content": {"path": file}} for file in asked["files"])]
     shown.append(message("user", question))

@@ -20,9 +20,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from diffclip.base.errors import InputError
+from diffclip.base.fingerprint import fingerprint
 from diffclip.checkpoints import official_file
-from diffclip.errors import InputError
-from diffclip.fingerprint import fingerprint
 from diffclip.hf import load_tower
 from mllm.conversation import IMAGE, TEMPLATES, chat_template
 from mllm.image_modes import with_mode
@@ -61,7 +61,7 @@ def assemble(
         vision_feature_layer: which of the tower's hidden states the projector reads; -2 is the paper's.
         class_token: whether the language model sees the tower's class token too, before the patches; the paper's
             does not.
-        image_mode: how pictures become square, see `mllm.image_modes`; "crop" is the paper's.
+        image_mode: how images become square, see `mllm.image_modes`; "crop" is the paper's.
         seed: decides the projector's weights.
         dtype: of all weights; float32 for training, also under bf16 autocast.
 
@@ -179,12 +179,12 @@ def whiten_projector(model: DiffCLIPLlavaForConditionalGeneration, pixel_values:
 
     In a few directions features vary a hundred times more than in those that tell shapes apart, and a projector that
     starts at random takes most of a short run to find the latter. With mean m and covariance C of the features of
-    some pictures, and s the standard deviation of the word embeddings:
+    some images, and s the standard deviation of the word embeddings:
 
         weight = P (C + 0.01 c I)^(-1/2),  bias = -weight m,  P_ij ~ N(0, s^2 / width),  c the largest eigenvalue of C
 
     Args:
-        pixel_values: (pictures, 3, height, width); a hundred pictures are enough.
+        pixel_values: (images, 3, height, width); a hundred images are enough.
         seed: decides P.
 
     Raises:
@@ -198,7 +198,7 @@ def whiten_projector(model: DiffCLIPLlavaForConditionalGeneration, pixel_values:
     features = states[model.config.vision_feature_layer]
     if model.config.vision_feature_select_strategy == "default":
         features = features[:, 1:]  # without the class token
-    features = features.flatten(0, 1).double()  # (pictures x tokens, width)
+    features = features.flatten(0, 1).double()  # (images x tokens, width)
     values, vectors = torch.linalg.eigh(features.T.cov())
     scale = (values.clamp(min=0) + 0.01 * values.max()).rsqrt()
     spread = model.get_input_embeddings().weight.double().std()
@@ -217,7 +217,7 @@ def _check_logits(
     path: str | Path,
 ) -> None:
     """InputError unless a text has the logits that the language model itself gives it, and can be gone on with."""
-    ids = tokenizer("The picture shows a cat on a red mat.", return_tensors="pt")["input_ids"]
+    ids = tokenizer("The image shows a cat on a red mat.", return_tensors="pt")["input_ids"]
     try:
         wanted = lm.eval()(input_ids=ids, use_cache=False).logits.float()
         found = model(input_ids=ids, use_cache=False).logits.float()
@@ -307,7 +307,7 @@ def _added(tokenizer: PreTrainedTokenizerBase) -> tuple[list[str], list[str]]:
 
 @torch.no_grad()
 def _feature_tokens(tower: PreTrainedModel, image_processor: Any, layer: int) -> tuple[int, int]:
-    """(tokens that are no patches: 1 with CLS, 0 without; patch tokens), seen on a black picture.
+    """(tokens that are no patches: 1 with CLS, 0 without; patch tokens), seen on a black image.
 
     Raises:
         InputError: the processor's size is not the tower's, or the token count fits neither case.
@@ -317,7 +317,7 @@ def _feature_tokens(tower: PreTrainedModel, image_processor: Any, layer: int) ->
     size = tower.config.image_size
     if (height, width) != (tuple(size) if isinstance(size, (list, tuple)) else (size, size)):
         raise InputError(
-            f"the image processor makes pictures of {height}x{width}, but the vision tower takes {size}: "
+            f"the image processor makes images of {height}x{width}, but the vision tower takes {size}: "
             "their preprocessor_config.json and config.json do not belong together"
         )
     patch = tower.config.patch_size

@@ -1,4 +1,4 @@
-"""Ask a multimodal run about pictures: one question, a conversation, or a file of questions.
+"""Ask a multimodal run about images: one question, a conversation, or a file of questions.
 
 python -m mllm.chat RUN --image a.jpg "Is there a dog?"          # the answer appears word by word
 python -m mllm.chat RUN --image a.jpg                            # a conversation; an empty line ends it
@@ -15,14 +15,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diffclip.base.errors import InputError, exit_on_input_error
 from diffclip.base.files import append_jsonl, cut_to_whole_lines, json_line, parse_json, write_whole
-from diffclip.errors import InputError, exit_on_input_error
 
 if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
 
-    from mllm.data import Picture
+    from mllm.data.rows import Picture
 
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p")  # options without a meaning in greedy decoding
 
@@ -61,8 +61,8 @@ def stream(
 
     Args:
         model, processor: from `mllm.model.load`.
-        turns: {"from": "human" | "gpt", "value"}, ending with a question; `<image>` where a picture stands.
-        pictures: in the order in which the conversation shows them.
+        turns: {"from": "human" | "gpt", "value"}, ending with a question; `<image>` where an image stands.
+        images: in the order in which the conversation shows them.
         options: see `generation`.
     """
     from threading import Event, Thread
@@ -141,11 +141,11 @@ def prepare(
     """The model's inputs for `prompts`: input_ids, attention_mask (texts, tokens), padded on the left; pixel_values.
 
     Args:
-        pictures: those of each text in a list of its own; or all in one list, in the order in which the texts show
+        images: those of each text in a list of its own; or all in one list, in the order in which the texts show
             them, where only their number can be checked.
 
     Raises:
-        InputError: more or fewer pictures than a text shows.
+        InputError: more or fewer images than a text shows.
     """
     from mllm.conversation import IMAGE
     from mllm.image_modes import bounded
@@ -164,23 +164,23 @@ def prepare(
 
 
 def check_shown(shown: int, given: int, template: str, name: str = "") -> None:
-    """Raise InputError, which begins with `name`, unless a conversation shows as many pictures as it is given."""
+    """Raise InputError, which begins with `name`, unless a conversation shows as many images as it is given."""
     if shown == given:
         return
     if shown > given:
-        remedy = "this template has no questions without a picture" if template == "plain" else "remove <image> from it"
-        remedy = f"give every <image> its picture, or {remedy}"
+        remedy = "this template has no questions without an image" if template == "plain" else "remove <image> from it"
+        remedy = f"give every <image> its image, or {remedy}"
     elif template == "chatml":
-        remedy = "write one <image> into the question for each picture, or none for all of them in front"
+        remedy = "write one <image> into the question for each image, or none for all of them in front"
     else:
-        remedy = "vicuna and plain show one a question: ask about one picture at a time"
+        remedy = "vicuna and plain show one a question: ask about one image at a time"
     raise InputError(
-        f"{name}in template `{template}` the conversation shows {shown} pictures, but {given} are given; {remedy}"
+        f"{name}in template `{template}` the conversation shows {shown} images, but {given} are given; {remedy}"
     )
 
 
 def question_turn(question: str, pictures: int) -> dict[str, str]:
-    """A human turn that shows its pictures in front, unless the question says where."""
+    """A human turn that shows its images in front, unless the question says where."""
     from mllm.conversation import IMAGE
 
     return {"from": "human", "value": question if IMAGE in question else f"{IMAGE}\n" * pictures + question}
@@ -188,9 +188,9 @@ def question_turn(question: str, pictures: int) -> dict[str, str]:
 
 def talk(model: Any, processor: Any, image: str, first: str, options: dict) -> None:
     """One question, or a conversation on the console until an empty line or end of input."""
-    from diffclip.pictures import open_picture
+    from diffclip.base.images import open_image
 
-    pictures = [open_picture(image, image)] if image else []
+    pictures = [open_image(image, image)] if image else []
     turns: list[dict[str, str]] = []
     question = first
     while True:
@@ -218,11 +218,11 @@ def answer_file(model: Any, processor: Any, source: Path, out: Path, root: Path,
     """Answer every row of a JSONL file; what `out` already holds is kept, so the same command goes on after a stop.
 
     Each line of `out` is the row with its `answer` and an `answer_id`: a hash of the model and the options, and one of
-    the row and its pictures. Answers are found again by it, so rows may have been added or moved in the meantime.
+    the row and its images. Answers are found again by it, so rows may have been added or moved in the meantime.
 
     Raises:
-        InputError: a row without a question, with a picture that cannot be found or read, or with more or fewer
-            pictures than its prompt shows, by its number; `out` holds something else than answers of this model, with
+        InputError: a row without a question, with an image that cannot be found or read, or with more or fewer
+            images than its prompt shows, by its number; `out` holds something else than answers of this model, with
             these options, to these rows.
     """
     from tqdm import tqdm
@@ -253,9 +253,9 @@ def answer_file(model: Any, processor: Any, source: Path, out: Path, root: Path,
 
 
 def _asked(model: Any, processor: Any, source: Path, root: Path) -> tuple[list[dict], list[list["Picture"]]]:
-    """The rows of a file of questions and the places of their pictures; InputError names the row that is at fault."""
+    """The rows of a file of questions and the places of their images; InputError names the row that is at fault."""
     from mllm.conversation import IMAGE
-    from mllm.data import read_json_rows
+    from mllm.data.rows import read_json_rows
 
     rows, places = list(read_json_rows(source)), []
     if not rows:
@@ -274,20 +274,20 @@ def _asked(model: Any, processor: Any, source: Path, root: Path) -> tuple[list[d
 
 
 def _pictures(row: dict, root: Path) -> list["Picture"]:
-    """The places of a row's pictures; InputError if one cannot be found."""
-    from mllm.data import media_problem, row_places
+    """The places of a row's images; InputError if one cannot be found."""
+    from mllm.data.rows import media_problem, row_places
 
     found = row_places(row, root)
     missing = [name for name, place in found if place is None]
     if missing:
-        raise InputError(f"picture {missing[0][:200]} is not under {root}, nor in a tar there; check --image_root")
+        raise InputError(f"image {missing[0][:200]} is not under {root}, nor in a tar there; check --image_root")
     if problem := media_problem(row, bool(found)):
         raise InputError(problem)
     return [place for _, place in found if place is not None]
 
 
 def _row_ids(rows: list[dict], places: list[list["Picture"]], source: Path) -> list[str]:
-    """A hash of each row and its pictures' bytes; rows that are repeated differ in how often they came before."""
+    """A hash of each row and its images' bytes; rows that are repeated differ in how often they came before."""
     pictures: dict[Picture, str] = {}
     before: Counter[str] = Counter()
     ids = []
@@ -334,7 +334,7 @@ def _known(out: Path, ids: list[str], source: Path) -> dict[str, str]:
             )
         if one not in wanted:
             raise InputError(
-                f"{name} answers a row that {source} does not hold, or its picture has changed; give another --out, or "
+                f"{name} answers a row that {source} does not hold, or its image has changed; give another --out, or "
                 "remove this line"
             )
         known[one] = row["answer"]
@@ -369,7 +369,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("run", metavar="RUN", help="a run of instruct (or align), or a Hub id")
     parser.add_argument("question", nargs="?", default="", help="ask this and end; else a conversation")
-    parser.add_argument("--image", default="", help="the picture that it is about")
+    parser.add_argument("--image", default="", help="the image that it is about")
     parser.add_argument("--batch", type=Path, help="JSONL file of rows {image, question}")
     parser.add_argument("--image_root", type=Path, default=Path(), help="folder that the rows' paths start from")
     parser.add_argument("--out", type=Path, help="where the answers go, with --batch")

@@ -7,7 +7,7 @@ tokenised a second time, so a template and a tokenizer cannot disagree about whe
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from diffclip.errors import InputError
+from diffclip.base.errors import InputError
 
 IMAGE = "<image>"
 IGNORE = -100  # label of positions that carry no loss
@@ -43,7 +43,7 @@ def render(
     Args:
         conversation: turns `{"from": "human" | "gpt", "value": text}`, alternating; a leading gpt turn is
             dropped.
-        template: "plain" (stage 1: the picture, then the caption and a newline; questions are dropped),
+        template: "plain" (stage 1: the image, then the caption and a newline; questions are dropped),
             "vicuna" (LLaVA 1.5's form; TinyLLaVA names it qwen2_instruct) or "chatml" (Qwen's own form).
         add_generation_prompt: the last turn is a question; end where the answer begins.
         end_token: closes each answer of "vicuna"; the language model's end-of-turn token.
@@ -118,7 +118,7 @@ def text_problem(questions: Sequence[str], answers: Sequence[str], control: Iter
         if written:
             return f"{kind} contains {written[0]}, which would become the model's control token; write it otherwise"
         if kind == "an answer" and IMAGE in text:
-            return f"{kind} contains {IMAGE}; only questions may show pictures"
+            return f"{kind} contains {IMAGE}; only questions may show images"
         try:
             text.encode()
         except UnicodeEncodeError as error:
@@ -138,7 +138,7 @@ def _plain(questions: list[str], answers: list[str]) -> list[Segment]:
 def _vicuna(questions: list[str], answers: list[str], end_token: str) -> list[Segment]:
     segments, lead = [], VICUNA_SYSTEM + " "
     for i, question in enumerate(questions):
-        if IMAGE in question:  # the picture always stands in front, once
+        if IMAGE in question:  # the image always stands in front, once
             question = f"{IMAGE}\n{question.replace(IMAGE, '').strip()}".strip()
         segments.append(Segment(f"{lead}USER: {question} ASSISTANT:", False))
         if i < len(answers):
@@ -164,7 +164,7 @@ def encode(segments: Iterable[Segment], tokenizer: Any, image_tokens: int) -> di
     Args:
         segments: output of `render`.
         tokenizer: a fast Hugging Face tokenizer that knows `<image>` as one token.
-        image_tokens: how many placeholders stand for one picture in the model's input.
+        image_tokens: how many placeholders stand for one image in the model's input.
 
     Returns:
         `input_ids` and `labels`, equally long; labels are the ids of supervised tokens, else -100. A token is

@@ -1,4 +1,4 @@
-"""How a picture that is not square becomes what the vision tower takes; the choice is saved with the processor."""
+"""How an image that is not square becomes what the vision tower takes; the choice is saved with the processor."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -6,15 +6,15 @@ from typing import Any
 from PIL import Image
 from transformers import LlavaImageProcessor
 
-from diffclip.errors import InputError
-from diffclip.pictures import cut_strip, to_rgb
+from diffclip.base.errors import InputError
+from diffclip.base.images import cut_strip, to_rgb
 
 MODES = ("crop", "squash", "pad")
-LONGEST = 9459  # pixels; a square of it has as many as PIL lets a picture have
+LONGEST = 9459  # pixels; a square of it has as many as PIL lets an image have
 
 
 def with_mode(image_processor: Any, mode: str) -> Any:
-    """Return the processor of a tower with another way to make pictures square.
+    """Return the processor of a tower with another way to make images square.
 
     Args:
         image_processor: of any CLIP-like tower, with a square `crop_size` or `size`.
@@ -45,7 +45,7 @@ def bounded(images: Iterable[Image.Image], image_processor: Any) -> list[Image.I
     """Images in RGB for an image processor, those changed that it would make gigabytes of.
 
     A centre crop gets the middle of a strip, which is all that it keeps; a strip that would be padded to a square of
-    more pixels than any picture may have is made smaller first.
+    more pixels than any image may have is made smaller first.
     """
     images = [to_rgb(image) for image in images]
     if getattr(image_processor, "do_pad", False):

@@ -20,12 +20,12 @@ from loguru import logger
 from PIL import EpsImagePlugin, Image
 from tqdm import tqdm
 
+from diffclip.base.errors import InputError
 from diffclip.base.files import append_jsonl, read_jsonl
-from diffclip.errors import InputError
-from diffclip.pictures import to_rgb
+from diffclip.base.images import to_rgb
 from mllm.chat import SAMPLING, check_shown, generation, prompts, question_turn, write
 from mllm.conversation import IGNORE, IMAGE, encode, render
-from mllm.examples import collate, image_tokens
+from mllm.data.examples import collate, image_tokens
 from mllm.image_modes import bounded
 from mllm.model import identity, load
 
@@ -87,12 +87,12 @@ class DiffCLIPLlavaForEvaluation(lmms):
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """Answers in the order of the requests; greedy unless the task asks to sample.
 
-        A question asked twice about the same picture, as POPE's three splits do, is answered once.
+        A question asked twice about the same image, as POPE's three splits do, is answered once.
         """
         unknown = sorted({name for request in requests for name in request.args[1]} - OPTIONS - {"until"})
         if unknown and self.rank == 0:
             logger.warning(f"diffclip_llava answers without the generation options {', '.join(unknown)}: unknown to it")
-        answers = Kept(self.answers, self.identity, self._rank)  # by options, prompt and pictures
+        answers = Kept(self.answers, self.identity, self._rank)  # by options, prompt and images
         keys: list[tuple] = [()] * len(requests)
         waiting: dict[tuple, list[Image.Image]] = {}
         for i in self._in_order(requests):
@@ -164,11 +164,11 @@ class DiffCLIPLlavaForEvaluation(lmms):
         # before the task's own convert("RGB"), which would lay transparency over black and cut 16 bits at 255
         pictures = list(doc_to_visual(_in_rgb(self.task_dict[task][split][doc_id])) or [])
         if not all(isinstance(picture, Image.Image) for picture in pictures):
-            raise ValueError(f"task {task} shows something that is no picture; diffclip_llava sees pictures only")
+            raise ValueError(f"task {task} shows something that is no image; diffclip_llava sees images only")
         return [to_rgb(picture) for picture in pictures]
 
     def _prompt(self, context: str, pictures: int, name: str) -> str:
-        """The prompt of a question; InputError that begins with `name` unless it shows all of its pictures."""
+        """The prompt of a question; InputError that begins with `name` unless it shows all of its images."""
         (text,) = prompts(self.model, self.processor, [[question_turn(context, pictures)]])
         check_shown(text.count(IMAGE), pictures, self.template, name)
         return text
@@ -192,7 +192,7 @@ class DiffCLIPLlavaForEvaluation(lmms):
         return pixels.to(self.model.dtype)
 
     def _answer(self, batch: Sequence[tuple[tuple, list[Image.Image]]]) -> list[str]:
-        """Answers to one batch of (options, prompt, ...) keys with their pictures, all of the same options."""
+        """Answers to one batch of (options, prompt, ...) keys with their images, all of the same options."""
         if not batch:
             return []
         options = json.loads(batch[0][0][0])
@@ -205,7 +205,7 @@ class DiffCLIPLlavaForEvaluation(lmms):
 
 
 class Kept(dict[tuple, str]):
-    """Answers by (options, prompt, pictures), kept in a file, if there is one, from one start to the next."""
+    """Answers by (options, prompt, images), kept in a file, if there is one, from one start to the next."""
 
     def __init__(self, file: Path | None, model: str, rank: int) -> None:
         """
@@ -245,7 +245,7 @@ def _generation(options: dict) -> dict[str, Any]:
 
 
 def _in_rgb(value: Any) -> Any:
-    """A row of a task with every image in it by the rules of `diffclip.pictures`."""
+    """A row of a task with every image in it by the rules of `diffclip.base.images`."""
     if isinstance(value, Image.Image):
         return to_rgb(value)
     if isinstance(value, dict):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from diffclip.errors import InputError
+from diffclip.base.errors import InputError
 from mllm.model import WeightsError
 
 if TYPE_CHECKING:

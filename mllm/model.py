@@ -39,9 +39,9 @@ from transformers.utils import can_return_tuple
 
 import diffclip.hf  # noqa: F401 - registers the DiffCLIP vision tower for AutoModel
 import mllm.open_clip_tower  # noqa: F401 - registers open_clip's
+from diffclip.base.errors import InputError
 from diffclip.base.files import read_json, write_json
-from diffclip.errors import InputError
-from diffclip.fingerprint import fingerprint
+from diffclip.base.fingerprint import fingerprint
 from mllm.conversation import IGNORE, NoSupervisionError
 
 PARTS = ("vision_tower", "projector", "language_model")
@@ -106,7 +106,7 @@ class DiffCLIPLlavaModel(LlavaModel):
         inputs_embeds: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> LlavaModelOutputWithPast:
-        """As transformers', except that a training step on text alone encodes a black picture, and adds nothing of it.
+        """As transformers', except that a training step on text alone encodes a black image, and adds nothing of it.
 
         All ranks then run all parts in one order: DDP waits for every gradient, ZeRO-3 gathers weights part by part.
         """
@@ -220,7 +220,7 @@ class DiffCLIPLlavaForConditionalGeneration(LlavaForConditionalGeneration):
 
         Args:
             input_ids: (batch, tokens) int64, with one `<image>` placeholder per image feature.
-            pixel_values: (pictures, 3, height, width), or None for text alone.
+            pixel_values: (images, 3, height, width), or None for text alone.
             attention_mask: (batch, tokens), 1 where there is a token.
             position_ids, past_key_values, inputs_embeds, logits_to_keep: as in transformers, for generation.
             labels: (batch, tokens) int64, -100 where nothing is learnt.
@@ -298,7 +298,8 @@ AutoProcessor.register(DiffCLIPLlavaConfig, LlavaProcessor, exist_ok=True)
 def save(model: DiffCLIPLlavaForConditionalGeneration, processor: LlavaProcessor, directory: str | Path) -> None:
     """Write model, processor and the fingerprints of the parts; `load` and the Auto classes read it back.
 
-    The processor pads on the left from then on, as generation needs it; training pads by itself, see `mllm.examples`.
+    The processor pads on the left from then on, as generation needs it; training pads by itself
+    (`mllm.data.examples`).
     """
     directory = Path(directory)
     model.save_pretrained(directory)
@@ -321,7 +322,7 @@ def load(
         dtype: cast the weights to this after checking them; by default they stay as stored.
 
     Raises:
-        InputError: not such a directory, weights missing or left over, pictures would be prepared in another way or
+        InputError: not such a directory, weights missing or left over, images would be prepared in another way or
             features taken from another layer than in training.
         WeightsError: the weights differ from those that were saved.
     """
@@ -350,7 +351,7 @@ def load(
         verify(model, prints)
         if transform not in (None, transform_fingerprint(processor)):
             raise InputError(
-                f"{directory}: its processor_config.json prepares pictures in another way than the model was trained "
+                f"{directory}: its processor_config.json prepares images in another way than the model was trained "
                 "with; put the file back that the training wrote"
             )
     model.eval()
@@ -377,7 +378,7 @@ def never_cut(tokenizer: Any) -> None:
 
 
 def transform_fingerprint(processor: LlavaProcessor) -> str:
-    """A short hash of all that decides which pixels and how many placeholders a picture becomes."""
+    """A short hash of all that decides which pixels and how many placeholders an image becomes."""
     images = processor.image_processor
     keys = ("size", "crop_size", "resample", "do_resize", "do_center_crop", "do_pad", "do_rescale", "rescale_factor")
     settings = {key: getattr(images, key, None) for key in (*keys, "do_normalize", "image_mean", "image_std")}

@@ -4,20 +4,23 @@
 file of weights; or `open_clip:hf-hub:ORG/NAME`, `open_clip:local-dir:FOLDER`, which carry their weights.
 """
 
-import diffclip.lean_timm  # noqa: F401 - before open_clip and timm
-
 # isort: split
 from typing import Any
 
 import torch
-from open_clip.model import _build_vision_tower
-from open_clip.transformer import QuickGELU, VisionTransformer
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
+from diffclip.base.backbones import (
+    OpenClipVisionTransformer,
+    QuickGELU,
+    build_vision_tower,
+    get_model_config,
+    open_clip,
+)
+from diffclip.base.errors import InputError
 from diffclip.checkpoints import refuse_foreign_code
-from diffclip.errors import InputError
 from diffclip.hf import DiffCLIPImageProcessor, image_processor
 from mllm.image_modes import with_mode
 
@@ -60,7 +63,7 @@ class OpenClipVisionModel(PreTrainedModel):
             visual: the tower itself, where it is already there.
         """
         super().__init__(config)
-        self.visual = visual or _build_vision_tower(config.embed_dim, dict(config.vision_cfg), config.quick_gelu)
+        self.visual = visual or build_vision_tower(config.embed_dim, dict(config.vision_cfg), config.quick_gelu)
         for module in self.visual.modules():  # transformers builds on the meta device, where what EVA's towers compute
             module._non_persistent_buffers_set.clear()  # of their own would be lost: it is saved with the weights
         self.gradient_checkpointing = False
@@ -139,8 +142,6 @@ def from_open_clip(name: str) -> tuple[OpenClipVisionModel, Any]:
     Raises:
         InputError: open_clip cannot load it, or it is a tower that a saved directory could not give back.
     """
-    import open_clip
-    from open_clip.factory import get_model_config
 
     architecture, _, pretrained = name.removeprefix(PREFIX).partition("@")
     if not pretrained and not architecture.startswith(("hf-hub:", "local-dir:")):
@@ -157,7 +158,7 @@ def from_open_clip(name: str) -> tuple[OpenClipVisionModel, Any]:
     cfg = open_clip.get_model_preprocess_cfg(model)
     mode = {"shortest": "crop", "squash": "squash"}.get(cfg["resize_mode"])
     if mode is None:
-        raise InputError(f"{name}: prepares pictures by resize_mode {cfg['resize_mode']}, which is not supported")
+        raise InputError(f"{name}: prepares images by resize_mode {cfg['resize_mode']}, which is not supported")
     side = cfg["size"] if isinstance(cfg["size"], int) else cfg["size"][0]
     visual = model.visual.float().eval()
     quick_gelu = any(isinstance(module, QuickGELU) for module in visual.modules())  # a tag may have decided it
@@ -202,7 +203,7 @@ def wrap(visual: nn.Module, embed_dim: int, vision_cfg: dict[str, Any], quick_ge
 
 def _has_tokens(visual: nn.Module) -> bool:
     """Whether it is a transformer; otherwise its features are maps of stages."""
-    return isinstance(visual, VisionTransformer) or hasattr(getattr(visual, "trunk", None), "num_prefix_tokens")
+    return isinstance(visual, OpenClipVisionTransformer) or hasattr(getattr(visual, "trunk", None), "num_prefix_tokens")
 
 
 def _stages(visual: nn.Module, pixels: Tensor, indices: range | None, final: bool) -> list[Tensor]:

@@ -8,13 +8,13 @@ to speak the language model's tokens, on image-caption pairs (the paper: LAION-C
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from diffclip.errors import InputError, exit_on_input_error
+from diffclip.base.errors import InputError, exit_on_input_error
 from stages.config import parse, require
 from stages.mllm_training import ConversationConfig
 from stages.run import Run, end_with_pipeline, upstream_model
 
 if TYPE_CHECKING:
-    from mllm.examples import ConversationDataset
+    from mllm.data.examples import ConversationDataset
 
 
 @dataclass
@@ -38,7 +38,7 @@ class AlignConfig(ConversationConfig):
         default=-2, metadata={"help": "which of the tower's hidden states is projected; the paper: the last but one"}
     )
     image_mode: Literal["crop", "squash", "pad"] = field(
-        default="crop", metadata={"help": "how pictures become square: the middle, all of it squashed, or with bars"}
+        default="crop", metadata={"help": "how images become square: the middle, all of it squashed, or with bars"}
     )
     projector_init: Literal["default", "whitened"] = field(
         default="default",
@@ -104,8 +104,8 @@ def align(config: AlignConfig) -> None:
             ]
             if not pixels:
                 raise InputError(
-                    f"{', '.join(config.data)}: none of {len(spread)} rows looked at has a picture, which "
-                    "`projector_init: whitened` needs; give pictures or set `projector_init: default`"
+                    f"{', '.join(config.data)}: none of {len(spread)} rows looked at has an image, which "
+                    "`projector_init: whitened` needs; give images or set `projector_init: default`"
                 )
             whiten_projector(model, torch.cat(pixels), config.seed)
 

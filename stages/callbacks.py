@@ -14,7 +14,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from diffclip.errors import InputError
+from diffclip.base.errors import InputError
 from stages.run import COMPLETE, Run
 
 

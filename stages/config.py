@@ -15,7 +15,7 @@ from typing import Any, NoReturn, TypeVar
 import yaml
 
 from diffclip.base import files
-from diffclip.errors import InputError
+from diffclip.base.errors import InputError
 
 Config = TypeVar("Config")
 

@@ -15,11 +15,11 @@ from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 import diffclip
+from diffclip.base.errors import InputError
 from diffclip.base.files import append_jsonl, read_json, write_json
 from diffclip.benchmarks import datasets, retrieval, zero_shot
 from diffclip.benchmarks.features import Encoder
-from diffclip.data import PairTable
-from diffclip.errors import InputError
+from diffclip.data.pairs import PairTable
 from diffclip.losses import contrastive_loss
 from diffclip.recipe import clamp_logit_scale, decay_parameter_names, learning_rate
 from stages.callbacks import check_weights
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 class ContrastiveTrainer(Trainer):
-    """Trains an open_clip-style model on batches of `diffclip.training_pairs.TrainingPairs`."""
+    """Trains an open_clip-style model on batches of `diffclip.data.training_pairs.TrainingPairs`."""
 
     def __init__(
         self,
@@ -196,7 +196,7 @@ def lambda_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def retrieval_of_pairs(encoder: Encoder, pairs: PairTable) -> dict[str, float]:
-    """R@1/5/10 in percent over held-out pairs, each caption of a picture a query of its own."""
+    """R@1/5/10 in percent over held-out pairs, each caption of an image a query of its own."""
     images, texts, owners = [], [], []
     with torch.inference_mode():
         for start in range(0, len(pairs), encoder.batch_size):

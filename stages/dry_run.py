@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from diffclip.errors import InputError
+from diffclip.base.errors import InputError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -159,7 +159,7 @@ def count_pair(name: str, bf16: bool) -> tuple[dict[str, int], Counted]:
 def count_conversation(
     llava_config: "DiffCLIPLlavaConfig", learns: set[str], text_tokens: int, lora_rank: int, bf16: bool
 ) -> tuple[dict[str, int], int, Counted]:
-    """Parameters by part, how many of them learn, and the cost of a conversation about one picture.
+    """Parameters by part, how many of them learn, and the cost of a conversation about one image.
 
     The model is built from its configuration with random weights: nothing is loaded, and no weight decides a size.
 

@@ -11,8 +11,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from diffclip.base.errors import InputError, exit_on_input_error
 from diffclip.base.files import json_line, read_jsonl, write_json, write_whole
-from diffclip.errors import InputError, exit_on_input_error
 from stages.config import parse, require
 from stages.overlays import (
     GRID,
@@ -27,8 +27,8 @@ from stages.overlays import (
 from stages.run import Run, end_with_pipeline, upstream_model
 
 if TYPE_CHECKING:
-    from mllm.data import Picture
-    from mllm.pope_files import Question
+    from mllm.data.rows import Picture
+    from mllm.pope.questions import Question
 
 
 @dataclass
@@ -49,10 +49,10 @@ class EvaluateConfig:
     mllm: str = field(default="", metadata={"help": "an instruction run"})
     pope: str = field(default="", metadata={"help": "POPE: the official folder, LLaVA's file, or the Hub's parquet"})
     pope_labels: str = field(default="", metadata={"help": "the official folder, where `pope` is LLaVA's file"})
-    image_root: str = field(default="", metadata={"help": "folder of POPE's pictures (parquet has them inside)"})
-    batch_size: int = field(default=64, metadata={"help": "pictures, or questions, at a time"})
+    image_root: str = field(default="", metadata={"help": "folder of POPE's images (parquet has them inside)"})
+    batch_size: int = field(default=64, metadata={"help": "images, or questions, at a time"})
     processes: int = field(default=0, metadata={"help": "of lmms-eval, sharing the questions; 0: one a GPU"})
-    examples: int = field(default=240, metadata={"help": "answers kept with their pictures for the report"})
+    examples: int = field(default=240, metadata={"help": "answers kept with their images for the report"})
     masked_objects: int = field(
         default=2000,
         metadata={"help": "objects of clip_data's segmentation/ (COCO format) that attention is scored on"},
@@ -157,8 +157,8 @@ def attention_metrics(config: EvaluateConfig, run: "Run", encoder: Encoder) -> d
 
 
 def pope_questions(config: EvaluateConfig, run: "Run") -> tuple[list["Question"], dict[str, "Picture"]]:
-    """POPE's questions with labels, and their pictures."""
-    from mllm.pope_files import images_of, read_labelled, version
+    """POPE's questions with labels, and their images."""
+    from mllm.pope.questions import images_of, read_labelled, version
 
     questions = read_labelled(config.pope, config.pope_labels or None)
     run.note(pope=version(questions))
@@ -171,7 +171,7 @@ def pope_metrics(
     """POPE of the multimodal model and its controls in percent, by generated answers."""
     import torch
 
-    from mllm.pope_lmms import evaluate_with_lmms
+    from mllm.pope.lmms import evaluate_with_lmms
 
     scores = evaluate_with_lmms(
         config.mllm,
@@ -190,7 +190,7 @@ def pope_metrics(
             metrics |= {f"{prefix}/{split}/{name}": 100 * value for name, value in row.items()}
     run.say(
         f"evaluate: POPE accuracy {metrics['pope/mean/accuracy']:.1f} (yes rate {metrics['pope/mean/yes_rate']:.1f}), "
-        f"with other pictures {metrics['pope_shuffled/mean/accuracy']:.1f}, "
+        f"with other images {metrics['pope_shuffled/mean/accuracy']:.1f}, "
         f"blind {metrics['pope_blind/mean/accuracy']:.1f}"
     )
     return metrics
@@ -203,7 +203,7 @@ def margin_metrics(
     import torch
 
     from mllm.model import load
-    from mllm.pope_margins import margins, score_margins
+    from mllm.pope.margins import margins, score_margins
 
     model, processor = load(config.mllm)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -224,7 +224,7 @@ def margin_metrics(
 
 
 def keep_examples(config: EvaluateConfig, run: "Run", images: Mapping[str, "Picture"], encoder: Encoder | None) -> None:
-    """Write examples.jsonl: questions of each split with both answers, and their pictures beside it.
+    """Write examples.jsonl: questions of each split with both answers, and their images beside it.
 
     With a dual encoder each row also has `heat`, the patches that speak for the object asked about.
     """
@@ -233,7 +233,7 @@ def keep_examples(config: EvaluateConfig, run: "Run", images: Mapping[str, "Pict
     kept: list[dict] = []
     for split in ("random", "popular", "adversarial"):
         asked = [a for a in answers if a["pass"] == "model" and a["split"] == split]
-        kept += asked[:: max(1, -(-len(asked) // (config.examples // 3)))]  # spread over the pictures
+        kept += asked[:: max(1, -(-len(asked) // (config.examples // 3)))]  # spread over the images
     places = {a["image"]: images[a["image"]] for a in kept}
     folder = run.path / "examples"
     folder.mkdir(exist_ok=True)
@@ -241,7 +241,7 @@ def keep_examples(config: EvaluateConfig, run: "Run", images: Mapping[str, "Pict
     queries = [query_of(a["text"]) for a in kept]
     heat: dict[int, GRID] = {}
     names = list(files)
-    for start in range(0, len(names), 64):  # a few pictures in memory at a time
+    for start in range(0, len(names), 64):  # a few images in memory at a time
         opened = {name: places[name].open() for name in names[start : start + 64]}
         asked = [i for i, a in enumerate(kept) if encoder and a["image"] in opened and queries[i]]
         if encoder and asked:

@@ -22,11 +22,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+from diffclip.base.errors import InputError, exit_on_input_error
 from diffclip.base.files import read_json, read_jsonl, write_json
 from diffclip.base.paths import inside
-from diffclip.errors import InputError, exit_on_input_error
 
-MOST_UNPACKED = 100  # times the archive's size; pictures are packed once over, text perhaps twenty times
+MOST_UNPACKED = 100  # times the archive's size; images are packed once over, text perhaps twenty times
 
 
 class Hub(NamedTuple):
@@ -44,7 +44,7 @@ class Web(NamedTuple):
 
 
 class Pictures(NamedTuple):
-    """The pictures that JSON-lines files already fetched name under "image", one by one."""
+    """The images that JSON-lines files already fetched name under "image", one by one."""
 
     named_in: str
     url: str
@@ -227,7 +227,7 @@ def fetch_hub(source: Hub, folder: Path) -> None:
 
 def fetch_web(source: Web, folder: Path) -> None:
     """Fetch one file; an archive is unpacked and then deleted."""
-    from diffclip.download import download
+    from diffclip.base.download import download
 
     into = folder / source.folder
     path = into / source.url.rsplit("/", 1)[1]
@@ -240,10 +240,10 @@ def fetch_web(source: Web, folder: Path) -> None:
 
 
 def fetch_pictures(source: Pictures, folder: Path, workers: int) -> None:
-    """Fetch what is missing of the pictures that JSON-lines files name."""
+    """Fetch what is missing of the images that JSON-lines files name."""
     from tqdm import tqdm
 
-    from diffclip.download import download
+    from diffclip.base.download import download
 
     paths: dict[str, Path] = {}  # by name, all of them below images/
     for file in sorted(folder.glob(source.named_in)):
@@ -262,7 +262,7 @@ def fetch_pictures(source: Pictures, folder: Path, workers: int) -> None:
     with ThreadPoolExecutor(workers) as pool:
         problems = [p for p in tqdm(pool.map(one, missing), "pictures", len(missing), unit="file") if p]
     if problems:
-        print(f"{len(problems)} of {len(paths)} pictures did not arrive, e.g. {problems[0]}", file=sys.stderr)
+        print(f"{len(problems)} of {len(paths)} images did not arrive, e.g. {problems[0]}", file=sys.stderr)
 
 
 def unpack(archive: Path, into: Path) -> None:
@@ -326,8 +326,8 @@ def _unpacked(archive: Path) -> Path:
 
 
 def count(folder: Path, unit: str, pattern: str) -> int:
-    """Pairs (from the shards' indices, which pretraining uses too), pictures in tars, or files."""
-    from diffclip.shards import IMAGE_SUFFIXES, index_shards
+    """Pairs (from the shards' indices, which pretraining uses too), images in tars, or files."""
+    from diffclip.data.shards import IMAGE_SUFFIXES, index_shards
 
     files = sorted(folder.glob(pattern))
     if unit == "files":
@@ -408,7 +408,7 @@ def fetch_pairs(urls: Path, out: Path, workers: int, dry_run: bool) -> None:
 def check_addresses(urls: Path) -> None:
     """InputError if the list lacks its columns, or holds an address that is not on the web.
 
-    img2dataset would fetch it all the same: `file:///home/me/private.jpg` becomes a picture of the shards.
+    img2dataset would fetch it all the same: `file:///home/me/private.jpg` becomes an image of the shards.
     """
     import pyarrow
     import pyarrow.compute

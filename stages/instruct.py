@@ -1,4 +1,4 @@
-"""Stage 3: instruct. Projector and language model learn from conversations about pictures; the tower stays frozen
+"""Stage 3: instruct. Projector and language model learn from conversations about images; the tower stays frozen
 (the paper: the COCO subset of LLaVA-665K, `--image_prefix coco/`).
 
     deepspeed --num_gpus 8 --module stages.instruct --config stages/configs/paper/instruct.yaml \
@@ -7,7 +7,7 @@
 
 from dataclasses import dataclass, field
 
-from diffclip.errors import exit_on_input_error
+from diffclip.base.errors import exit_on_input_error
 from stages.config import parse, require
 from stages.mllm_training import ConversationConfig
 from stages.run import Run, end_with_pipeline, upstream_model

@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from diffclip.base.errors import InputError, exit_on_input_error
 from diffclip.base.files import read_jsonl
-from diffclip.errors import InputError, exit_on_input_error
 from stages.config import parse, require
 from stages.run import Run, end_with_pipeline
 from stages.training import TrainingConfig
@@ -41,7 +41,7 @@ class LanguageConfig(TrainingConfig):
 
     text: str = field(default="", metadata={"help": 'JSONL file of {"text": …}'})
     conversations: list[str] = field(
-        default_factory=list, metadata={"help": "LLaVA JSON files whose text is read too, pictures left out"}
+        default_factory=list, metadata={"help": "LLaVA JSON files whose text is read too, images left out"}
     )
     vocabulary_from: list[str] = field(
         default_factory=list, metadata={"help": "LLaVA JSON files whose words the tokenizer knows, but are not learnt"}
@@ -78,7 +78,7 @@ def teach(config: LanguageConfig) -> None:
     from transformers import Qwen2Config, Qwen2ForCausalLM, Trainer, set_seed
 
     from mllm.conversation import VICUNA_SYSTEM
-    from mllm.examples import pad_batch
+    from mllm.data.examples import pad_batch
     from stages.callbacks import Watch
     from stages.training import per_device_batch, train, training_arguments
 
@@ -149,9 +149,9 @@ def read_texts(path: str) -> Iterator[str]:
 
 
 def read_conversations(path: str) -> Iterator[str]:
-    """The text of each LLaVA row in the form that instruct will use, without system sentence and picture."""
+    """The text of each LLaVA row in the form that instruct will use, without system sentence and image."""
     from mllm.conversation import IMAGE
-    from mllm.data import read_json_rows
+    from mllm.data.rows import read_json_rows
 
     for row in read_json_rows(path):
         turns = row.get("conversations") or []

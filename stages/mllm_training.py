@@ -7,14 +7,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from diffclip.errors import InputError
+from diffclip.base.errors import InputError
 from stages.training import TrainingConfig
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from mllm.examples import ConversationDataset
+    from mllm.data.examples import ConversationDataset
     from mllm.model import DiffCLIPLlavaConfig
     from stages.run import Run
 
@@ -63,7 +63,7 @@ class ConversationConfig(TrainingConfig):
     tokens: int = field(
         default=0, metadata={"help": "dry run: text tokens of a conversation, in the mean", "decides": False}
     )
-    max_length: int = field(default=2048, metadata={"help": "longer conversations are cut, picture tokens counted"})
+    max_length: int = field(default=2048, metadata={"help": "longer conversations are cut, image tokens counted"})
     max_grad_norm: float = field(default=1.0, metadata={"help": "gradient clipping, also under DeepSpeed"})
 
 
@@ -87,11 +87,11 @@ def train_on_conversations(
     from torch.utils.data import SequentialSampler, Subset
     from transformers import Trainer, TrainerCallback
 
-    from diffclip.fingerprint import fingerprint
+    from diffclip.base.fingerprint import fingerprint
     from mllm.assemble import ask_in
     from mllm.conversation import control_tokens
-    from mllm.data import load_rows
-    from mllm.examples import ConversationDataset, collate, training_order
+    from mllm.data.examples import ConversationDataset, collate, training_order
+    from mllm.data.rows import load_rows
     from mllm.lora import add_lora, base_weights, merge, quantise, take_out
     from mllm.model import freeze, parts, save
     from stages.callbacks import Watch

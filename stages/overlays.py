@@ -9,16 +9,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from diffclip.base.errors import InputError
 from diffclip.base.files import json_line, write_json, write_whole
-from diffclip.errors import InputError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import nn
 
 PICTURES = 8  # of the attention figures, two queries each
-SHOWN_SIDE = 224  # pixels of the kept pictures
-ASKED = re.compile(r"^\s*is there (?:(an?|the|any) )?(.+?) in (?:the|this) (?:image|picture|photo)\b", re.IGNORECASE)
+SHOWN_SIDE = 224  # pixels of the kept images
+ASKED = re.compile(r"^\s*is there (?:(an?|the|any) )?(.+?) in (?:the|this) (?:image|image|photo)\b", re.IGNORECASE)
 GRID = list[list[int]]
 
 
@@ -42,7 +42,7 @@ def query_of(question: str) -> str:
 def heat_maps(
     encoder: Encoder, pictures: Sequence["Image"], queries: Sequence[str], batch_size: int = 64
 ) -> list[GRID]:
-    """One grid for each picture and query, its largest value 255 (all 0 where nothing speaks for the query)."""
+    """One grid for each image and query, its largest value 255 (all 0 where nothing speaks for the query)."""
     import torch
 
     from diffclip.attention_maps import relevance
@@ -52,7 +52,7 @@ def heat_maps(
     for start in range(0, len(pictures), batch_size):
         batch = torch.stack([encoder.transform(p) for p in pictures[start : start + batch_size]]).to(device)
         texts = encoder.tokenizer(list(queries[start : start + batch_size])).to(device)
-        heat = relevance(encoder.model, batch, texts)  # (pictures, rows, columns)
+        heat = relevance(encoder.model, batch, texts)  # (images, rows, columns)
         top = heat.amax(dim=(1, 2), keepdim=True).clamp(min=1e-12)
         grids += (255 * heat / top).round().int().tolist()
     return grids
@@ -71,15 +71,15 @@ def why_no_maps(encoder: Encoder) -> str:
 
 
 def keep_attention(encoder: Encoder, queries: Sequence[tuple[Path, list[str]]], folder: Path) -> int:
-    """Write attention.jsonl in `folder`, and each picture as the model's crop shows it. Returns the number of maps."""
+    """Write attention.jsonl in `folder`, and each image as the model's crop shows it. Returns the number of maps."""
     from diffclip.attention_maps import enlarged, seen_part
-    from diffclip.pictures import open_picture
+    from diffclip.base.images import open_image
 
     seen = seen_part(encoder.transform)
     (folder / "attention").mkdir(parents=True, exist_ok=True)
     rows, pictures, texts = [], [], []
     for number, (path, asked) in enumerate(queries):
-        picture = open_picture(path, str(path))
+        picture = open_image(path)
         name = f"attention/{number:03d}.png"
         enlarged(seen(picture), SHOWN_SIDE).save(folder / name)
         for query in asked:
@@ -93,7 +93,7 @@ def keep_attention(encoder: Encoder, queries: Sequence[tuple[Path, list[str]]], 
 
 
 def queries_from_masks(items: Sequence[tuple[Path, str, Any]]) -> list[tuple[Path, list[str]]]:
-    """Two queries for each of the first pictures that hold two kinds of objects; items are those of `read_masks`."""
+    """Two queries for each of the first images that hold two kinds of objects; items are those of `read_masks`."""
     named: dict[Path, list[str]] = {}
     for path, name, _ in items:
         named.setdefault(path, []).append(f"a {name}")

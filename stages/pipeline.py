@@ -15,8 +15,8 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from diffclip.base.errors import InputError, exit_on_input_error
 from diffclip.base.files import read_json
-from diffclip.errors import InputError, exit_on_input_error
 from stages.config import parse, require
 
 

@@ -8,14 +8,14 @@
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from diffclip.base.errors import InputError, exit_on_input_error
 from diffclip.base.files import read_jsonl
-from diffclip.errors import InputError, exit_on_input_error
 from stages.config import parse, require
 from stages.run import Run, end_with_pipeline
 from stages.training import TrainingConfig
 
 if TYPE_CHECKING:
-    from diffclip.data import PairTable
+    from diffclip.data.pairs import PairTable
 
 
 @dataclass
@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def dry_run(config: PretrainConfig) -> None:
     """Print what the run would take on `config.hardware`."""
-    from diffclip.data import PairTable
+    from diffclip.data.pairs import PairTable
     from stages.dry_run import count_pair, estimate, parse_hardware, say
     from stages.training import zero_stage
 
@@ -102,7 +102,7 @@ def dry_run(config: PretrainConfig) -> None:
 
 def pretrain(config: PretrainConfig) -> None:
     """Train `config.model` and write a directory that `diffclip.load` and `AutoModel` read."""
-    from diffclip.data import PairTable, expand
+    from diffclip.data.pairs import PairTable, expand
 
     inputs = {f"train_data[{i}]": path for i, path in enumerate(expand(config.train_data))}
     inputs |= {f"val_pairs[{i}]": path for i, path in enumerate(expand(config.val_pairs))}
@@ -113,7 +113,7 @@ def pretrain(config: PretrainConfig) -> None:
     from transformers import set_seed
 
     import diffclip
-    from diffclip.training_pairs import TrainingPairs
+    from diffclip.data.training_pairs import TrainingPairs
     from stages.callbacks import Watch
     from stages.contrastive import ContrastiveTrainer
     from stages.training import per_device_batch, train, training_arguments
@@ -173,8 +173,8 @@ def report_problems(table: "PairTable", config: PretrainConfig, run: Run) -> Non
 
     An empty shard is named, but is no sample that is lost.
     """
-    from diffclip.shards import EMPTY
-    from diffclip.training_pairs import name_bad_samples
+    from diffclip.data.shards import EMPTY
+    from diffclip.data.training_pairs import name_bad_samples
 
     say_notices("train_data", table, run)
     if not table.problems:

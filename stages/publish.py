@@ -14,19 +14,19 @@ from typing import Any
 
 import yaml
 
+from diffclip.base.errors import InputError, exit_on_input_error
 from diffclip.base.files import read_json, read_yaml, write_whole
-from diffclip.errors import InputError, exit_on_input_error
 
 USE = {
     "pretrain": """import diffclip
 
 model, preprocess, tokenizer = diffclip.load("{repo}")""",
-    "align": """from diffclip.pictures import open_image
+    "align": """from diffclip.base.images import open_image
 from mllm import chat
 from mllm.model import load
 
 model, processor = load("{repo}")
-question = chat.question_turn("What is in the picture?", pictures=1)
+question = chat.question_turn("What is in the image?", images=1)
 print(chat.answer(model, processor, [[question]], [open_image("a.jpg")])[0])""",
 }
 USE["instruct"] = USE["align"]
@@ -34,7 +34,7 @@ USE["language"] = """from transformers import AutoModelForCausalLM, AutoTokenize
 
 tokenizer = AutoTokenizer.from_pretrained("{repo}")
 model = AutoModelForCausalLM.from_pretrained("{repo}")
-ids = tokenizer("A picture of", return_tensors="pt").input_ids
+ids = tokenizer("An image of", return_tensors="pt").input_ids
 print(tokenizer.decode(model.generate(ids, max_new_tokens=20)[0]))"""
 KIND = {  # library, pipeline tag and tags for the Hub
     "pretrain": ("open_clip", "zero-shot-image-classification", ["differential-attention", "clip"]),

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
+from diffclip.base.errors import InputError
 from diffclip.base.files import read_text
-from diffclip.errors import InputError
 
 PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".distcp", ".metadata")  # the last two: FSDP's
 UNREAD = "training_args.bin"  # Trainer writes it, and nothing of ours reads it

@@ -22,8 +22,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
+from diffclip.base.errors import InputError
 from diffclip.base.files import append_jsonl, read_json, write_json
-from diffclip.errors import InputError
 from stages.config import read_yaml, write_yaml
 
 PACKAGES = [

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from diffclip.base.errors import InputError
 from diffclip.base.files import read_json
-from diffclip.errors import InputError
 
 if TYPE_CHECKING:
     import torch

@@ -7,10 +7,11 @@ what is not UTF-8, not JSON or nested too deep is an `InputError` that names the
 import json
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from diffclip.errors import InputError
+from diffclip.base.errors import InputError
 
 
 def write_whole(path: str | Path, content: str | bytes) -> None:
@@ -18,13 +19,21 @@ def write_whole(path: str | Path, content: str | bytes) -> None:
 
     Text is written as UTF-8; what no UTF-8 can hold (halves of surrogate pairs) as its `\\udc80` escape.
     """
+    with whole(path) as temporary:
+        temporary.write_bytes(_encoded(content) if isinstance(content, str) else content)
+
+
+@contextmanager
+def whole(path: str | Path) -> Iterator[Path]:
+    """`write_whole` for what a library writes: yields a path beside `path` that takes its place at the end.
+
+    An exception inside leaves `path` as it was and nothing beside it.
+    """
     path = Path(path)
-    data = _encoded(content) if isinstance(content, str) else content
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}.tmp")
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.{os.urandom(4).hex()}.tmp{path.suffix}")
     try:
-        with open(temporary, "wb") as f:
-            f.write(data)
-            f.flush()
+        yield temporary
+        with open(temporary, "rb") as f:
             os.fsync(f.fileno())
         os.replace(temporary, path)
     finally:

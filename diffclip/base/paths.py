@@ -3,7 +3,7 @@
 import os
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-from diffclip.errors import InputError
+from diffclip.base.errors import InputError
 
 LONGEST = 255  # bytes of a folder's or file's name, on nearly all file systems
 

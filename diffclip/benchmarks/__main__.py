@@ -10,8 +10,8 @@ import os
 import sys
 from pathlib import Path
 
+from diffclip.base.errors import InputError, exit_on_input_error
 from diffclip.benchmarks import PROTOCOLS
-from diffclip.errors import InputError, exit_on_input_error
 
 
 def parser() -> argparse.ArgumentParser:
@@ -46,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--episodes", type=int, default=5000, help="few-shot episodes (5000)")
     p.add_argument("--way", type=int, default=5, help="classes of a few-shot episode (5)")
-    p.add_argument("--shot", type=int, default=5, help="pictures of each class to learn from (5)")
+    p.add_argument("--shot", type=int, default=5, help="images of each class to learn from (5)")
     p.add_argument("--seed", type=int, default=0, help="draws the few-shot episodes (0)")
     p.add_argument("--precision", choices=("float32", "bfloat16", "float16"), default="float32")
     p.add_argument("--batch-size", type=int, default=128)
@@ -87,7 +87,7 @@ def data(arguments: list[str]) -> None:
     from diffclip.benchmarks.paper import SETS, check
 
     title = f"the paper's benchmarks in {root}"
-    result = Table("set", "classes", "scored by", "state", "test pictures", "how to get it", title=title)
+    result = Table("set", "classes", "scored by", "state", "test images", "how to get it", title=title)
     for name, state, found, expected, how in check(root):
         classes = str(SETS[name].classes or "")
         result.add_row(name, classes, SETS[name].metrics(name), state, f"{found:,} of {expected:,}", how)

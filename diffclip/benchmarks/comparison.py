@@ -1,6 +1,6 @@
 """Models side by side: mean and standard deviation over seeds, and which differences are more than chance.
 
-A seed here is one that a model was pretrained with; the pictures and the few-shot episodes are the same for all. With
+A seed here is one that a model was pretrained with; the images and the few-shot episodes are the same for all. With
 one seed a model the doubt is in the sample of test items, with several also in the training, and it is the larger.
 """
 
@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from diffclip.base.errors import InputError
 from diffclip.base.files import read_json
-from diffclip.benchmarks.significance import mcnemar, over_seeds, paired_bootstrap
-from diffclip.errors import InputError
+from diffclip.base.statistics import mcnemar, over_seeds, paired_bootstrap
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -101,7 +101,7 @@ def compare(scores: Mapping[str, Sequence[Scores]], outcomes: Mapping[str, Seque
         for name, seeds in others:
             cells.append(_mean_sd([seed[key] for seed in seeds]))
             if len(seeds) > 1:
-                cells.append(_interval(*over_seeds([b[key] - a[key] for a, b in zip(first, seeds)])))
+                cells.append(_interval(*over_seeds([b[key] - a[key] for a, b in zip(first, seeds)])[:3]))
             else:
                 cells.append(_of_items(outcomes[reference][0].get(key), outcomes[name][0].get(key)))
         rows.append(cells)

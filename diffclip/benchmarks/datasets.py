@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from diffclip.base.errors import InputError
 from diffclip.base.files import read_json, read_text, read_yaml
 from diffclip.benchmarks.images import (
     SPLITS,
@@ -32,7 +33,6 @@ from diffclip.benchmarks.images import (
 from diffclip.benchmarks.mmvp import Pairs, read_mmvp
 from diffclip.benchmarks.torchvision_sets import read_torchvision
 from diffclip.benchmarks.zero_shot import templates as read_templates
-from diffclip.errors import InputError
 
 KEYS = {
     "classification": {"folder", "metric", "classnames", "templates", "torchvision"},
@@ -58,7 +58,7 @@ class Classification(NamedTuple):
 
 
 class Shift(NamedTuple):
-    """Other pictures of (some of) the classes of a classification set, with that set's labels."""
+    """Other images of (some of) the classes of a classification set, with that set's labels."""
 
     of: str
     pictures: Pictures
@@ -107,7 +107,7 @@ def read_suite_file(path: Path) -> Suite:
 
 
 def read(root: Path, suite: Suite) -> Data:
-    """List all pictures and captions of a suite, so that what is missing shows before anything is encoded.
+    """List all images and captions of a suite, so that what is missing shows before anything is encoded.
 
     Raises:
         InputError: an unknown key, a missing or empty folder, a class without a prompt name.
@@ -186,15 +186,15 @@ def _classification(root: Path, name: str, entry: Mapping[str, str]) -> Classifi
         pictures["test"] = pictures.pop("val")
     unseen = set(pictures["test"].labels) - set(pictures["train"].labels) if "train" in pictures else set()
     if unseen:
-        raise InputError(f"{folder}: train has no pictures of {classnames[min(unseen)]!r}, but the test set has")
+        raise InputError(f"{folder}: train has no images of {classnames[min(unseen)]!r}, but the test set has")
     present = len(set(pictures["test"].labels))
     if present < len(classnames):
-        notes.append(f"{len(classnames):,} classes compete, {present:,} of them have pictures to score")
+        notes.append(f"{len(classnames):,} classes compete, {present:,} of them have images to score")
     return Classification(classnames, labels, templates, metric, pictures, notes)
 
 
 def _split_folders(folder: Path) -> dict[str, Path]:
-    """train/, val/ and test/ by any of their names; a folder of pictures alone is a class that is called so."""
+    """train/, val/ and test/ by any of their names; a folder of images alone is a class that is called so."""
     found: dict[str, Path] = {}
     for path in visible(folder.iterdir()):
         split = split_named(path.name)
@@ -300,20 +300,20 @@ def _shift(folder: Path, of: str | None, labelled: dict[str, Classification]) ->
 
 def _imagenet() -> dict[str, int]:
     """The label of each WordNet number among ImageNet's 1,000 classes."""
-    from timm.data import ImageNetInfo
+    from diffclip.base.backbones import ImageNetInfo
 
     return _numbered(ImageNetInfo().label_names())
 
 
 def _imagenet_subset(folder: Path, wnids: list[str]) -> tuple[list[str], dict[str, int]]:
     """OpenAI's prompt names of these of ImageNet's classes, in ImageNet's order, and their labels among themselves."""
-    from open_clip import IMAGENET_CLASSNAMES
+    from diffclip.base.backbones import open_clip
 
     known = _imagenet()
     if unknown := [wnid for wnid in wnids if wnid not in known]:
         raise InputError(f"{folder}: {unknown[0]} is none of ImageNet's 1,000 classes: name it in classnames.json")
     ordered = sorted(wnids, key=known.__getitem__)
-    return [IMAGENET_CLASSNAMES[known[wnid]] for wnid in ordered], _numbered(ordered)
+    return [open_clip.IMAGENET_CLASSNAMES[known[wnid]] for wnid in ordered], _numbered(ordered)
 
 
 def _spaced(name: str) -> str:

@@ -1,6 +1,6 @@
 """All protocols on all data of a suite for one model: a flat dict of scores, each sample's outcome on disk.
 
-Every picture is encoded once; zero-shot and retrieval use features after the projection, probe and
+Every image is encoded once; zero-shot and retrieval use features after the projection, probe and
 few-shot before.
 """
 
@@ -12,11 +12,11 @@ import torch.distributed as dist
 from PIL import Image
 from torch import Tensor, nn
 
+from diffclip.base.errors import InputError
 from diffclip.base.files import write_json
 from diffclip.benchmarks import PROTOCOLS, datasets, few_shot, linear_probe, mmvp, retrieval, zero_shot
 from diffclip.benchmarks.features import Encoder, save_tensors
 from diffclip.benchmarks.images import Pictures
-from diffclip.errors import InputError
 
 METRICS_FILE = "clip_benchmarks.json"
 OUTCOMES_FILE = "clip_outcomes.safetensors"
@@ -68,13 +68,13 @@ def evaluate_clip(
         probe: "exact" for the official linear-probe solver, "fast" for the minimum that it stops short of where
             the penalty is weak: scores differ by some tenths of a point (see `linear_probe.linear_probe`).
         seed: draws the few-shot episodes; nothing else here is random.
-        way, shot: classes of a few-shot episode, and pictures of each to learn from.
+        way, shot: classes of a few-shot episode, and images of each to learn from.
         probe_features: linear probe and few-shot on features "before" the projection (the protocol) or "after" it.
         cache_dir: where features are kept, out_dir/features when None.
 
     Raises:
-        InputError: missing or malformed data, named; raised before any picture is encoded, but for
-        corrupt pictures.
+        InputError: missing or malformed data, named; raised before any image is encoded, but for
+        corrupt images.
     """
     if probe_features not in ("before", "after"):
         raise InputError(f"probe_features {probe_features!r} is neither before nor after")

@@ -1,4 +1,4 @@
-"""One encoding pass per (weights, transform, precision, pictures), kept on disk and shared by every protocol.
+"""One encoding pass per (weights, transform, precision, images), kept on disk and shared by every protocol.
 
 The cache key is a hash of what the features depend on, so a changed checkpoint never meets old ones;
 files appear by an atomic rename, so two processes may share a folder.
@@ -22,16 +22,16 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from diffclip.base.errors import InputError
+from diffclip.base.fingerprint import fingerprint
 from diffclip.benchmarks.images import Pictures
-from diffclip.errors import InputError
-from diffclip.fingerprint import fingerprint
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FORMAT = 2  # raise it when the meaning of a stored file changes
 
 
 class ImageFeatures(NamedTuple):
-    """Features of N pictures, float32 on the CPU, un-normalised."""
+    """Features of N images, float32 on the CPU, un-normalised."""
 
     before: Tensor  # (N, vision width): pooled, before the projection
     after: Tensor  # (N, embed_dim): after the projection, the joint space
@@ -78,10 +78,10 @@ class Encoder:
         self.fingerprint = fingerprint(model)
 
     def images(self, pictures: Pictures, name: str = "images") -> ImageFeatures:
-        """Encode pictures in order, or read them back when the same weights have seen the same pictures.
+        """Encode images in order, or read them back when the same weights have seen the same images.
 
         Raises:
-            InputError: a picture that cannot be decoded, named.
+            InputError: an image that cannot be decoded, named.
         """
         stored = self._cached(self._images_key(pictures), lambda: _joined(self._encode_batches(pictures, name)))
         return ImageFeatures(stored["before"].float(), stored["after"].float(), stored["labels"])
@@ -94,13 +94,13 @@ class Encoder:
         return self._cached(key, lambda: {"after": self._encode_ids(ids, name)})["after"].float()
 
     def images_together(self, wanted: Mapping[str, Pictures]) -> None:
-        """Encode pictures on all ranks of the process group; afterwards `images` of rank 0 finds them stored.
+        """Encode images on all ranks of the process group; afterwards `images` of rank 0 finds them stored.
 
         Rank r encodes each batch r, r + ranks, ... of those that one process would make, so that the features are
         the same bits on machines that are alike. Only rank 0 needs to see the cache.
 
         Raises:
-            InputError: a picture that cannot be decoded, on every rank.
+            InputError: an image that cannot be decoded, on every rank.
         """
         rank, ranks = dist.get_rank(), dist.get_world_size()
         for name, pictures in wanted.items():
@@ -238,7 +238,7 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str
 
 
 class _Transformed(Dataset):
-    """Pictures after the transform; a broken one is returned as the error, to pass whole through a worker."""
+    """Images after the transform; a broken one is returned as the error, to pass whole through a worker."""
 
     def __init__(self, pictures: Pictures, preprocess: Callable[[Image.Image], Tensor]) -> None:
         self.pictures = pictures

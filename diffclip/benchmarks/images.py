@@ -1,4 +1,4 @@
-"""Where benchmark pictures come from: class folders, webdataset shards, caption files and parquet.
+"""Where benchmark images come from: class folders, webdataset shards, caption files and parquet.
 
 Every reader gives a `Pictures` data set of (PIL image, label); nothing is decoded before it is asked for.
 """
@@ -14,16 +14,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from PIL import Image
 from torch.utils.data import Dataset
 
+from diffclip.base.errors import InputError
 from diffclip.base.files import parse_json, read_json, read_text
-from diffclip.data import caption_lines
-from diffclip.errors import InputError
-from diffclip.pictures import open_picture
-from diffclip.shards import walk
+from diffclip.base.images import open_image
+from diffclip.data.pairs import caption_lines
+from diffclip.data.shards import walk
 
 if TYPE_CHECKING:
     import pyarrow
 
-# of two pictures under one key of a shard the first in this order counts: the photo, not its mask
+# of two images under one key of a shard the first in this order counts: the photo, not its mask
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".bmp", ".ppm", ".gif", ".tif", ".tiff")
 SPLITS = {  # and what folders, files and the column `split` call them, in any case
     "train": ("train", "training", "restval"),
@@ -37,23 +37,23 @@ CAPTION_COLUMNS = ("caption", "captions", "text")
 
 
 class TarSlice(NamedTuple):
-    """One picture inside an uncompressed tar file: read at its offset, never unpacked."""
+    """One image inside an uncompressed tar file: read at its offset, never unpacked."""
 
     path: Path
     offset: int
     size: int
 
     def read(self) -> bytes:
-        """The encoded picture; OSError if it cannot be read."""
+        """The encoded image; OSError if it cannot be read."""
         with open(self.path, "rb") as file:
             file.seek(self.offset)
             return file.read(self.size)
 
 
 class Pictures(Dataset):
-    """Pictures by name, each a file, a slice of a tar file, or encoded bytes; items are (RGB image, label).
+    """Images by name, each a file, a slice of a tar file, or encoded bytes; items are (RGB image, label).
 
-    `digest` changes whenever a picture, its label or the order may have changed: it covers names, labels, and
+    `digest` changes whenever an image, its label or the order may have changed: it covers names, labels, and
     size and modification time of the files (the content itself where it is held as bytes).
     """
 
@@ -73,7 +73,7 @@ class Pictures(Dataset):
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         source = self.sources[index]
         encoded = source.read if isinstance(source, TarSlice) else source
-        return open_picture(encoded, self.names[index]), self.labels[index]
+        return open_image(encoded, self.names[index]), self.labels[index]
 
     @property
     def digest(self) -> str:
@@ -183,13 +183,13 @@ def _with_suffix(entries: Iterable[Path], suffix: str) -> list[Path]:
 
 
 def read_labelled(files: Sequence[Path], split: str) -> Pictures:
-    """Read pictures with numbers as labels: clip-benchmark's shards (KEY.webp + KEY.cls), or parquet (image, label).
+    """Read images with numbers as labels: clip-benchmark's shards (KEY.webp + KEY.cls), or parquet (image, label).
 
     Rows that a column `split` gives to another split are left out. Labels that are withheld, as those of ImageNet's
     test set, are -1.
 
     Raises:
-        InputError: a file that cannot be read, a picture without a label, or a label that is no whole number.
+        InputError: a file that cannot be read, an image without a label, or a label that is no whole number.
     """
     names, sources, labels = [], [], []
     for file in files:
@@ -199,7 +199,7 @@ def read_labelled(files: Sequence[Path], split: str) -> Pictures:
             sources.append(source)
             labels.append(label)
     if not names:
-        raise InputError(f"{files[0]} holds no pictures of the split {split}")
+        raise InputError(f"{files[0]} holds no images of the split {split}")
     negative = [row for row, label in enumerate(labels) if label < 0]
     if 0 < len(negative) < len(labels):
         raise InputError(
@@ -219,11 +219,11 @@ def _label(value: Any, name: str) -> int:
     raise InputError(f"{name}: label {str(value)[:40]!r} is no whole number: number the classes from 0")
 
 
-Members = dict[str, TarSlice | bytes]  # of one key of a shard, by suffix; pictures stay in the file
+Members = dict[str, TarSlice | bytes]  # of one key of a shard, by suffix; images stay in the file
 
 
 def _samples(path: Path, text: str) -> list[tuple[str, Members]]:
-    """Return (key, members) of a shard, read as training reads it: the pictures, and what has the suffix `text`.
+    """Return (key, members) of a shard, read as training reads it: the images, and what has the suffix `text`.
 
     Raises:
         InputError: it is no tar, or ends early.
@@ -254,7 +254,7 @@ def _labelled_tar(path: Path) -> Iterator[tuple[str, TarSlice | bytes, int]]:
         if picture is None:
             continue
         if ".cls" not in members:
-            raise InputError(f"{path}: picture {key} has no .cls label beside it")
+            raise InputError(f"{path}: image {key} has no .cls label beside it")
         yield name, picture, _label(str(members[".cls"], "utf-8", "replace").strip(), name)
 
 
@@ -316,7 +316,7 @@ def _rows(path: Path, columns: list[str], wanted: Sequence[bool]) -> Iterator[tu
 
 
 def _columns(path: Path, found: Sequence[str], second: Sequence[str], image: Sequence[str]) -> tuple[str, str]:
-    """Return the column of pictures, and that of labels or captions: the first of these names that is there."""
+    """Return the column of images, and that of labels or captions: the first of these names that is there."""
     both = [next((name for name in wanted if name in found), None) for wanted in (image, second)]
     if None in both:
         others = ", ".join((*image[1:], *second[1:]))
@@ -326,24 +326,24 @@ def _columns(path: Path, found: Sequence[str], second: Sequence[str], image: Seq
 
 
 def _encoded(picture: Any, path: Path, name: str) -> bytes | Path:
-    """The picture of a parquet row: bytes, or the Hub's {bytes, path}, whose path is relative to the file."""
+    """The image of a parquet row: bytes, or the Hub's {bytes, path}, whose path is relative to the file."""
     if isinstance(picture, dict):
         file = picture.get("path")
         picture = picture.get("bytes") or (path.parent / file if file else None)
     if not isinstance(picture, bytes | Path):
-        raise InputError(f"{name} holds no picture: remove the row")
+        raise InputError(f"{name} holds no image: remove the row")
     return picture
 
 
 class Captioned(NamedTuple):
-    """A retrieval set: pictures, all captions, and for each caption the row of its picture."""
+    """A retrieval set: images, all captions, and for each caption the row of its image."""
 
     images: Pictures
     captions: list[str]
     owner: list[int]
 
 
-# name for messages, picture, captions, and the split that the file gives the row
+# name for messages, image, captions, and the split that the file gives the row
 Rows = Iterable[tuple[str, Path | TarSlice | bytes, list[str], str | None]]
 
 
@@ -357,7 +357,7 @@ def read_captioned(path: Path) -> Captioned:
     Splits are told by a column or key `split`, and by files called train-..., test-... .
 
     Raises:
-        InputError: none of these, a picture without a caption, or several splits and none of them test.
+        InputError: none of these, an image without a caption, or several splits and none of them test.
     """
     readers = {".tar": _captioned_tar, ".parquet": _captioned_parquet, ".json": _captioned_json}
     readers |= dict.fromkeys((".csv", ".tsv"), _captioned_table)
@@ -384,13 +384,13 @@ def read_captioned(path: Path) -> Captioned:
             continue
         texts = [text.strip() for text in texts if text.strip()]  # an empty caption is no query
         if not texts:
-            raise InputError(f"{name} has no caption: each picture of a retrieval set needs at least one")
+            raise InputError(f"{name} has no caption: each image of a retrieval set needs at least one")
         captions += texts
         owner += [len(names)] * len(texts)
         names.append(name)
         sources.append(source)
     if not names:
-        raise InputError(f"{path} holds no pictures with captions")
+        raise InputError(f"{path} holds no images with captions")
     return Captioned(Pictures(names, sources), captions, owner)
 
 
@@ -416,7 +416,7 @@ def _captioned_tar(path: Path) -> Rows:
     for key, members in _samples(path, ".txt"):
         picture = _picture_of(members)
         if picture is None:
-            raise InputError(f"{path}: {key}.txt has no picture beside it")
+            raise InputError(f"{path}: {key}.txt has no image beside it")
         try:
             yield f"{path}:{key}", picture, caption_lines(str(members.get(".txt", b""), "utf-8-sig")), None
         except UnicodeDecodeError:
@@ -432,7 +432,7 @@ def _captioned_parquet(path: Path) -> Rows:
 
 
 def _captioned_table(path: Path) -> Rows:
-    """Rows of image and caption, several rows a picture; the separator is told from the header."""
+    """Rows of image and caption, several rows an image; the separator is told from the header."""
     lines = read_text(path).split("\n")
     separator = max("|\t;,", key=lines[0].count)
     # results.csv of Flickr30k does not quote: a quotation mark is text there
@@ -490,18 +490,18 @@ def _captioned_json(path: Path) -> Rows:
         else:
             raise InputError(f"{path} needs the form {{images: [...]}}, [{{image, caption}}] or {{file: [captions]}}")
     except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: an entry lacks its picture or its captions ({error})") from None
+        raise InputError(f"{path}: an entry lacks its image or its captions ({error})") from None
     return _beside(path, entries)
 
 
 def _beside(path: Path, entries: Sequence[tuple[str, Any, str | None]]) -> Rows:
-    """Find the pictures of a captions file beside it, in images/, or in the folder that its name ends in (val2017)."""
+    """Find the images of a captions file beside it, in images/, or in the folder that its name ends in (val2017)."""
     folders = (path.parent, path.parent / "images", path.parent / path.stem.rsplit("_", 1)[-1])
     wanted = _test_split([split for *_, split in entries], path)
     for name, texts, split in entries:
         if split != wanted:
-            continue  # the others' pictures need not be there
+            continue  # the others' images need not be there
         file = next((folder / str(name) for folder in folders if (folder / str(name)).is_file()), None)
         if file is None:
-            raise InputError(f"{path}: picture {name} is neither beside the file nor in images/")
+            raise InputError(f"{path}: image {name} is neither beside the file nor in images/")
         yield str(file), file, _texts(texts, f"{path}: {name}"), split

@@ -7,7 +7,7 @@ is compared with the category's mask in COCO-format annotations, by three scores
 - energy: the share of all relevance that lies inside (Wang et al. 2020, arXiv 1910.01279);
 - precision: average precision of the pixels ranked by relevance.
 
-Beside them stands `area`, the mask's share of the picture: what energy and precision are for a map of noise.
+Beside them stands `area`, the mask's share of the image: what energy and precision are for a map of noise.
 
     python -m diffclip.benchmarks.localisation --instances data/segmentation/instances.json \
         --images data/segmentation/images --models runs/clip/pretrain runs/diffclip/pretrain --out localisation.json
@@ -24,22 +24,23 @@ from typing import Any
 
 import numpy as np
 
+from diffclip.base.errors import InputError, exit_on_input_error
 from diffclip.base.files import write_json
-from diffclip.errors import InputError, exit_on_input_error
-from diffclip.pictures import open_picture
+from diffclip.base.images import open_image
+from diffclip.base.statistics import bootstrap_mean
 
 SCORES = ("pointing", "energy", "precision")
 PROMPT = "a {}"
 
 
 def read_masks(instances: str | Path, images: str | Path) -> Iterator[tuple[Path, str, np.ndarray]]:
-    """Yield (picture, category name, mask) for every category in every picture; all its objects are one mask.
+    """Yield (image, category name, mask) for every category in every image; all its objects are one mask.
 
     Masks are (height, width) bool, from polygons or run lengths. Crowds are left out, and so are annotations
     without a segmentation.
 
     Raises:
-        InputError: for annotations that are not COCO's, or a picture that is missing.
+        InputError: for annotations that are not COCO's, or an image that is missing.
     """
     from pycocotools.coco import COCO
 
@@ -52,7 +53,7 @@ def read_masks(instances: str | Path, images: str | Path) -> Iterator[tuple[Path
     for image_id, image in sorted(coco.imgs.items()):
         path = Path(images) / image["file_name"]
         if not path.is_file():
-            raise InputError(f"{path}: no such picture, but {instances} has it as image {image_id}")
+            raise InputError(f"{path}: no such image, but {instances} has it as image {image_id}")
         masks: dict[int, np.ndarray] = {}
         for annotation in coco.imgToAnns[image_id]:
             if annotation.get("iscrowd") or not annotation.get("segmentation"):
@@ -101,7 +102,7 @@ def localise(model: Any, transform: Any, tokenizer: Any, items: Sequence[tuple],
     rows = []
     for start in range(0, len(items), batch_size):
         batch = items[start : start + batch_size]
-        pictures = torch.stack([transform(open_picture(path, str(path))) for path, _, _ in batch]).to(device)
+        pictures = torch.stack([transform(open_image(path)) for path, _, _ in batch]).to(device)
         texts = tokenizer([PROMPT.format(name) for _, name, _ in batch]).to(device)
         heats = upsample(relevance(model, pictures, texts), pictures.shape[-2:]).cpu().numpy()
         for heat, (_, _, mask) in zip(heats, batch):
@@ -115,11 +116,11 @@ def localise(model: Any, transform: Any, tokenizer: Any, items: Sequence[tuple],
 def summary(found: dict[str, np.ndarray], pictures: Sequence[Any]) -> dict[str, Any]:
     """Return mean and 95 % interval of each score of each model, and of each model's difference to the first.
 
-    Intervals are bootstrapped over pictures, since the objects of one picture are not independent.
+    Intervals are bootstrapped over images, since the objects of one image are not independent.
 
     Args:
         found: model name -> what `localise` returned, the same items for all.
-        pictures: of each item, its picture.
+        images: of each item, its image.
     """
     _, picture = np.unique([str(p) for p in pictures], return_inverse=True)
     kept = ~np.isnan(np.stack(list(found.values()))).any(axis=(0, 2))
@@ -134,13 +135,8 @@ def summary(found: dict[str, np.ndarray], pictures: Sequence[Any]) -> dict[str, 
     return out
 
 
-def _interval(values: np.ndarray, picture: np.ndarray, resamples: int = 2000) -> dict[str, float]:
-    _, picture = np.unique(picture, return_inverse=True)
-    sums, counts = np.bincount(picture, values), np.bincount(picture)
-    drawn = np.random.default_rng(0).integers(len(sums), size=(resamples, len(sums)))
-    means = sums[drawn].sum(1) / counts[drawn].sum(1)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return {"mean": float(values.mean()), "low": float(low), "high": float(high)}
+def _interval(values: np.ndarray, image: np.ndarray) -> dict[str, float]:
+    return dict(zip(("mean", "low", "high"), bootstrap_mean(values, image)))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -150,7 +146,7 @@ def main(argv: list[str] | None = None) -> None:
         prog="diffclip.benchmarks.localisation",
     )
     parser.add_argument("--instances", required=True, help="COCO-format annotations with masks")
-    parser.add_argument("--images", required=True, help="folder of the pictures")
+    parser.add_argument("--images", required=True, help="folder of the images")
     parser.add_argument("--models", nargs="+", required=True, help="run directories, checkpoints or Hub ids")
     parser.add_argument("--out", required=True, help="JSON file to write")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
@@ -170,7 +166,7 @@ def main(argv: list[str] | None = None) -> None:
                 found[name] = localise(model.to(args.device), transform, tokenizer, items)
             except InputError as error:
                 raise InputError(f"{source}: {error}") from None
-            print(f"{name}: {len(items)} objects in {len({path for path, _, _ in items})} pictures", flush=True)
+            print(f"{name}: {len(items)} objects in {len({path for path, _, _ in items})} images", flush=True)
         result = summary(found, [path for path, _, _ in items])
         write_json(args.out, result)
         for name, row in result["models"].items():

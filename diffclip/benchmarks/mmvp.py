@@ -1,7 +1,7 @@
-"""MMVP-VLM (Tong et al. 2024): pairs of pictures that CLIP models confuse, each with its statement.
+"""MMVP-VLM (Tong et al. 2024): pairs of images that CLIP models confuse, each with its statement.
 
-A statement goes to the first picture when its softmax over the two exceeds one half, a tie to the second;
-a pair counts when both statements find their picture.
+A statement goes to the first image when its softmax over the two exceeds one half, a tie to the second;
+a pair counts when both statements find their image.
 """
 
 import csv
@@ -14,9 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from diffclip.base.errors import InputError
 from diffclip.base.files import read_text
 from diffclip.benchmarks.images import Pictures, images_in
-from diffclip.errors import InputError
 
 PROMPT = "a photo of {c}"
 # The DiffCLIP paper's 21.9 and 27.6 are 23 and 29 of 105 pairs, so seven of the nine categories; it does not say which.
@@ -25,7 +25,7 @@ BEYOND_SEVEN = ("Text", "Texts", "Viewpoint and Perspective")
 
 
 class Pairs(NamedTuple):
-    """P pairs: picture 2p and statement 2p belong together, and 2p + 1 likewise."""
+    """P pairs: image 2p and statement 2p belong together, and 2p + 1 likewise."""
 
     images: Pictures
     statements: list[str]
@@ -35,16 +35,16 @@ class Pairs(NamedTuple):
 def read_mmvp(folder: Path) -> Pairs:
     """Read the layout of the public release: Questions.csv and "MMVP VLM Images"/<category>/<id>.jpg.
 
-    Questions 2n+1 and 2n+2 form a pair, whatever the order of the file; the pictures are found by
+    Questions 2n+1 and 2n+2 form a pair, whatever the order of the file; the images are found by
     question id.
 
     Raises:
-        InputError: a missing file or column, a question without its partner, a picture that is missing or
+        InputError: a missing file or column, a question without its partner, an image that is missing or
         double.
     """
     path = folder / "Questions.csv"
     if not path.is_file():
-        raise InputError(f"{path} does not exist: MMVP-VLM is a folder with Questions.csv and the pictures")
+        raise InputError(f"{path} does not exist: MMVP-VLM is a folder with Questions.csv and the images")
     try:
         text = read_text(path)
     except InputError:  # the release was written on Windows; a byte that cp1252 lacks ends here
@@ -87,7 +87,7 @@ def read_mmvp(folder: Path) -> Pairs:
         if len(found) > 1:
             found = [image for image in found if _plain(image.parent.name) == _plain(category)]
         if len(found) != 1:
-            raise InputError(f"{folder}: question {number} ({category}) needs exactly one picture {number}.jpg")
+            raise InputError(f"{folder}: question {number} ({category}) needs exactly one image {number}.jpg")
         files += found
         statements.append(questions[number]["statement"].strip())
         if number % 2:
@@ -106,19 +106,19 @@ def _whole_rows(reader: csv.DictReader, path: Path) -> Iterator[dict[str, str | 
 
 
 def similarities(image_features: Tensor, text_features: Tensor) -> Tensor:
-    """Turn features of 2P pictures and 2P statements into cosines (P, 2 statements, 2 pictures)."""
+    """Turn features of 2P images and 2P statements into cosines (P, 2 statements, 2 images)."""
     images = torch.nn.functional.normalize(image_features.float(), dim=-1).unflatten(0, (-1, 2))
     texts = torch.nn.functional.normalize(text_features.float(), dim=-1).unflatten(0, (-1, 2))
     return texts @ images.transpose(1, 2)
 
 
 def picks_first(similarity: Tensor, logit_scale: float = 100.0) -> Tensor:
-    """Return (P, 2) bool: statement s of pair p is matched with the first picture. Ties go to the second."""
+    """Return (P, 2) bool: statement s of pair p is matched with the first image. Ties go to the second."""
     return (logit_scale * similarity).softmax(dim=-1)[..., 0] > 0.5
 
 
 def right_pairs(similarity: Tensor, logit_scale: float = 100.0) -> Tensor:
-    """Return (P,) bool: both statements of the pair found their own picture."""
+    """Return (P,) bool: both statements of the pair found their own image."""
     first = picks_first(similarity, logit_scale)
     return first[:, 0] & ~first[:, 1]
 

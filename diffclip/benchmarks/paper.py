@@ -3,8 +3,8 @@
 A set lies in a folder of its name below the data root, in any form that `diffclip.benchmarks.datasets` reads, or where
 torchvision puts it when its root is that folder or the data root. The nine classification sets are those of the
 linear-probe and few-shot tables. `0_data.sh` fetches these and all others in clip-benchmark's shards, whose splits are
-VTAB's for six of them: cifar10 and cifar100 train on 45,000 pictures there, not 50,000, and caltech101, dtd, flowers
-and pets on other pictures than TensorFlow Datasets' default splits; `torchvision_sets` is nearer to those.
+VTAB's for six of them: cifar10 and cifar100 train on 45,000 images there, not 50,000, and caltech101, dtd, flowers
+and pets on other images than TensorFlow Datasets' default splits; `torchvision_sets` is nearer to those.
 """
 
 from pathlib import Path
@@ -16,7 +16,7 @@ from diffclip.benchmarks.torchvision_sets import MARKERS, read_torchvision, torc
 
 
 class PaperSet(NamedTuple):
-    """One set; `test` is how many pictures its test split had when it was published."""
+    """One set; `test` is how many images its test split had when it was published."""
 
     part: str  # of a suite: classification, shifts, retrieval, mmvp
     classes: int
@@ -88,7 +88,7 @@ def suite(root: Path) -> tuple[Suite, dict[str, str]]:
 
 
 def check(root: Path) -> list[tuple[str, str, int, int, str]]:
-    """Return (name, "complete", "partial" or "missing", test pictures found, expected, remedy) of every set."""
+    """Return (name, "complete", "partial" or "missing", test images found, expected, remedy) of every set."""
     rows = []
     for name, about in SETS.items():
         unpacked = torchvision_root(name, root / name, root)
@@ -99,7 +99,7 @@ def check(root: Path) -> list[tuple[str, str, int, int, str]]:
 
 
 def count_test(folder: Path, part: str) -> int:
-    """Pictures of a set's test split, whatever its form; 0 if there is none."""
+    """Images of a set's test split, whatever its form; 0 if there is none."""
     from diffclip.benchmarks.images import read_captioned, read_labelled
 
     if not folder.is_dir():

@@ -22,7 +22,7 @@ class Ranks(NamedTuple):
 
 @torch.no_grad()
 def ranks(image_features: Tensor, text_features: Tensor, text_owner: Tensor, block: int = 512) -> Ranks:
-    """Rank by cosine similarity, each product of a picture and a text computed once.
+    """Rank by cosine similarity, each product of an image and a text computed once.
 
     Similarities within `TIE` are equal, which is what float32 leaves of equal ones, and are ordered by row: so a
     collapsed model stays at chance.
@@ -30,18 +30,18 @@ def ranks(image_features: Tensor, text_features: Tensor, text_owner: Tensor, blo
     Args:
         image_features: (I, width), any floating dtype, need not be normalised.
         text_features: (T, width).
-        text_owner: (T,) integer, row of the picture that each caption belongs to.
+        text_owner: (T,) integer, row of the image that each caption belongs to.
         block: texts at a time; memory is two times block x I floats, never I x T.
 
     Raises:
-        ValueError: an owner outside the pictures, or a picture without a caption.
+        ValueError: an owner outside the images, or an image without a caption.
     """
     images = F.normalize(image_features.float(), dim=-1)
     texts = F.normalize(text_features.float(), dim=-1)
     owner = torch.as_tensor(text_owner, dtype=torch.int64, device=images.device)
     owned = torch.bincount(owner, minlength=len(images))
     if len(owner) != len(texts) or len(owned) != len(images) or (owned == 0).any():
-        raise ValueError("text_owner must give each caption one of the pictures, and each picture a caption")
+        raise ValueError("text_owner must give each caption one of the images, and each image a caption")
 
     own = torch.cat([(t * images[o]).sum(dim=1) for t, o in zip(texts.split(block), owner.split(block))])  # (T,)
     best = own.new_full((len(images),), -torch.inf).scatter_reduce(0, owner, own, "amax")  # (I,) of its own captions
@@ -60,7 +60,7 @@ def ranks(image_features: Tensor, text_features: Tensor, text_owner: Tensor, blo
     to_text = clear.long()
     for tied in (equal > clear + 1).nonzero()[:, 0].split(block):
         near = (images[tied] @ texts.T - best[tied, None]).abs() <= TIE  # (tied, T)
-        first_own = (near & (owner == tied[:, None])).int().argmax(dim=1)  # a picture's first caption among equals
+        first_own = (near & (owner == tied[:, None])).int().argmax(dim=1)  # an image's first caption among equals
         to_text[tied] += (near & (torch.arange(len(texts), device=owner.device) < first_own[:, None])).sum(dim=1)
     return Ranks(torch.cat(to_image).cpu(), to_text.cpu())
 

@@ -4,12 +4,12 @@ Splits, beside TensorFlow Datasets' (TFDS), which the official evaluation reads:
 
 - food101, aircraft, flowers, dtd (partition 1) and pets: the authors' own, as in TFDS; only the order within a split
   may differ, on which few-shot episodes depend and nothing else.
-- cifar10, cifar100: the authors' own, all 50,000 pictures in train.
-- caltech101: 30 pictures a class to train on and the rest to test, as in TFDS, but other pictures (TFDS draws them with
+- cifar10, cifar100: the authors' own, all 50,000 images in train.
+- caltech101: 30 images a class to train on and the rest to test, as in TFDS, but other images (TFDS draws them with
   numpy's generator), and without TFDS's 102nd class, the background clutter.
 - sun397: 70 / 10 / 20 % of each class; TFDS ships a random list in these shares of the whole.
 
-The rule for the last two: within each class pictures are ordered by the SHA-256 of their path below the set's folder,
+The rule for the last two: within each class images are ordered by the SHA-256 of their path below the set's folder,
 so the split depends neither on the order of the files nor on any library's random numbers. Sets without a
 validation split have a fifth of train set aside by `linear_probe.hold_out`.
 """
@@ -20,8 +20,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from diffclip.base.errors import InputError
 from diffclip.benchmarks.images import Pictures
-from diffclip.errors import InputError
 
 # what torchvision's class finds below its root, by which the layout is recognised
 MARKERS = {
@@ -43,7 +43,7 @@ def torchvision_root(name: str, *folders: Path) -> Path | None:
 
 
 def read_torchvision(name: str, root: Path, *, download: bool = False) -> tuple[list[str], dict[str, Pictures]]:
-    """Return the class names in the order of the labels, and the pictures of each split.
+    """Return the class names in the order of the labels, and the images of each split.
 
     Args:
         name: a key of `MARKERS`.
@@ -98,16 +98,16 @@ def read_torchvision(name: str, root: Path, *, download: bool = False) -> tuple[
 
 
 def _cifar(data: Any, name: str) -> Pictures:
-    """CIFAR's pictures are rows of an array: each becomes a file in memory in the plainest format there is."""
+    """CIFAR's images are rows of an array: each becomes a file in memory in the plainest format there is."""
     height, width = data.data.shape[1:3]
     sources = [b"P6 %d %d 255\n" % (width, height) + picture.tobytes() for picture in data.data]
-    return Pictures([f"{name} picture {n}" for n in range(len(sources))], sources, data.targets)
+    return Pictures([f"{name} image {n}" for n in range(len(sources))], sources, data.targets)
 
 
 def _split(
     base: Path, files: Sequence[str | Path], labels: Sequence[int], cut: Callable[[int], dict[str, int]]
 ) -> dict[str, Pictures]:
-    """Split by the rule of this module; `cut` says how many of a class's n pictures each split gets, in order."""
+    """Split by the rule of this module; `cut` says how many of a class's n images each split gets, in order."""
     classes: dict[int, list[tuple[bytes, Path]]] = {}
     for file, label in zip(map(Path, files), labels):
         digest = hashlib.sha256(file.relative_to(base).as_posix().encode()).digest()

@@ -4,7 +4,7 @@
         --dataset wds/imagenetv2 --dataset_root data/imagenet-v2 --no_amp --output scores.json
 
 All arguments are clip-benchmark's; `--pretrained` takes whatever `diffclip.load` reads. Of a shard's members only those
-are decoded that hold pictures, texts, numbers and plain arrays: webdataset's own table would unpickle others, and with
+are decoded that hold images, texts, numbers and plain arrays: webdataset's own table would unpickle others, and with
 that run whatever the shard's author put into them.
 """
 

@@ -1,4 +1,4 @@
-"""Zero-shot classification: a class is the mean of its prompts' text features, a picture goes to the nearest.
+"""Zero-shot classification: a class is the mean of its prompts' text features, an image goes to the nearest.
 
 The classifier follows CLIP (Radford et al. 2021, section 3.1.4): normalise each prompt, average, normalise.
 """
@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffclip.base.errors import InputError
 from diffclip.base.files import read_json, read_text
-from diffclip.errors import InputError
 
 
 def templates(name: str | Path) -> list[str]:
@@ -25,9 +25,9 @@ def templates(name: str | Path) -> list[str]:
     Raises:
         InputError: no such file, or a prompt without a place for the class name.
     """
-    from open_clip import OPENAI_IMAGENET_TEMPLATES, SIMPLE_IMAGENET_TEMPLATES
+    from diffclip.base.backbones import open_clip
 
-    shipped = {"imagenet7": SIMPLE_IMAGENET_TEMPLATES, "imagenet80": OPENAI_IMAGENET_TEMPLATES}
+    shipped = {"imagenet7": open_clip.SIMPLE_IMAGENET_TEMPLATES, "imagenet80": open_clip.OPENAI_IMAGENET_TEMPLATES}
     if name in shipped:
         return [template("{c}") for template in shipped[name]]
     path = Path(name)
@@ -74,7 +74,7 @@ def classifier(
 
 
 class ZeroShot(NamedTuple):
-    """Per-picture outcomes; `metrics` turns them into percent."""
+    """Per-image outcomes; `metrics` turns them into percent."""
 
     predicted: Tensor  # (N,) int64
     labels: Tensor  # (N,) int64
@@ -95,7 +95,7 @@ class ZeroShot(NamedTuple):
 
 @torch.no_grad()
 def classify(image_features: Tensor, class_vectors: Tensor, labels: Tensor, block: int = 8192) -> ZeroShot:
-    """Classify pictures (N, width) by cosine with class vectors (classes, width); labels (N,) int64.
+    """Classify images (N, width) by cosine with class vectors (classes, width); labels (N,) int64.
 
     The scale of the logits does not matter for any score. Works in blocks, never on all N x classes logits.
     """

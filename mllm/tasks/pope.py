@@ -1,17 +1,17 @@
-"""What lmms-eval calls for the POPE task files: the picture, the prompt, and the scores by its own matching rule."""
+"""What lmms-eval calls for the POPE task files: the image, the prompt, and the scores by its own matching rule."""
 
 from typing import Any
 
 from PIL import Image
 
-from diffclip.pictures import to_rgb
-from mllm.pope_scores import SCORES, parse_lmms_eval, score
+from diffclip.base.images import to_rgb
+from mllm.pope.scores import SCORES, parse_lmms_eval, score
 
 Records = list[dict[str, str]]
 
 
 def visual(doc: dict[str, Any]) -> list[Image.Image]:
-    """The picture of a question; none in the control without pictures."""
+    """The image of a question; none in the control without images."""
     return [to_rgb(doc["image"])] if doc["image"] else []
 
 

@@ -13,7 +13,7 @@ import io
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from diffclip.errors import InputError
+from diffclip.base.errors import InputError
 from stages.report.data import Arms, gather, mean_sd, write_text
 from stages.report.pope import pope_verdict
 from stages.report.setup import checks, details, stand_in

@@ -1,4 +1,4 @@
-from diffclip.errors import exit_on_input_error
+from diffclip.base.errors import exit_on_input_error
 from stages.report import main
 
 if __name__ == "__main__":

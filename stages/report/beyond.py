@@ -49,7 +49,7 @@ class Cost(NamedTuple):
     stage: str
     seconds: float | None
     runs: int
-    seen: float | None  # pictures, conversations or texts in training
+    seen: float | None  # images, conversations or texts in training
     rate: float | None  # of them a second
     energy: float | None  # kWh
     hardware: str
@@ -85,7 +85,7 @@ def _mean(values: tuple[float | None, ...]) -> float | None:
 
 
 def cost(arms: Arms) -> Table:
-    """Time, pictures and energy of every stage."""
+    """Time, images and energy of every stage."""
     columns = ["", "runs", "time", "samples seen", "samples a second", "energy", "hardware"]
     table = Table(columns, name="cost", title="Cost")
     unknown = "no energy meter: run.json has no energy_kwh"
@@ -110,7 +110,7 @@ def cost(arms: Arms) -> Table:
             total = sum(one.seconds for one in stages if one.seconds is not None)
             table.rows.append(["all these stages", "", duration(total), "", "", "", ""])
     table.caption = (
-        "Of finished runs, means over seeds. Samples are pictures in pretraining, conversations after it; their rate "
+        "Of finished runs, means over seeds. Samples are images in pretraining, conversations after it; their rate "
         "is the median of the log's, so without start-up and evaluation."
     )
     return table

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from diffclip.errors import InputError
+from diffclip.base.errors import InputError
 
 STAGES = ("language", "pretrain", "align", "instruct", "evaluate")
 POPE_SPLITS = ("random", "popular", "adversarial")

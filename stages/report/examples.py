@@ -1,4 +1,4 @@
-"""Questions with their picture, and answers and attention of every model, from the evaluate runs' examples.jsonl.
+"""Questions with their image, and answers and attention of every model, from the evaluate runs' examples.jsonl.
 
 The page's script shows them; what it gets is bounded, so that ten thousand examples make no page that freezes.
 """
@@ -14,10 +14,10 @@ from typing import Any
 from stages.report.data import POPE_SPLITS, Arms, read_lines
 from stages.report.maps import grid, open_inside
 
-MOST_TEXT = 5_000_000  # characters of all examples without their pictures
-MOST_PICTURES = 8_000_000  # characters of all pictures
+MOST_TEXT = 5_000_000  # characters of all examples without their images
+MOST_PICTURES = 8_000_000  # characters of all images
 LONGEST = 300  # characters of a question or an answer
-# up to so many pictures are shown with so many pixels a side
+# up to so many images are shown with so many pixels a side
 SIDES = ((60, 320), (300, 224), (1200, 128))
 SMALLEST = 96
 
@@ -91,7 +91,7 @@ def _gallery(arms: Arms, seed: str, rows: dict[tuple, Rows]) -> Gallery:
 
 
 def spread(keys: Sequence[tuple], count: int) -> list[tuple]:
-    """Up to `count` keys in their order, evenly spaced in every split: neighbours often share a picture."""
+    """Up to `count` keys in their order, evenly spaced in every split: neighbours often share an image."""
     by_split: dict[str, list[tuple]] = {split: [] for split in POPE_SPLITS}
     for key in keys:
         by_split.setdefault(key[0], []).append(key)
@@ -104,7 +104,7 @@ def spread(keys: Sequence[tuple], count: int) -> list[tuple]:
 
 def item(models: Sequence[str], key: tuple, rows: Rows) -> dict[str, Any]:
     """One question for the script: s(plit), q(uestion), l(abel), t(ext of the query), p(icture's number), and for
-    each model, or null, in a(nswers) [answer, answer with another picture, right or not] and in h(eat) [columns,
+    each model, or null, in a(nswers) [answer, answer with another image, right or not] and in h(eat) [columns,
     values in base64].
     """
     split, _, question, label = key
@@ -135,7 +135,7 @@ def _places(rows: Rows) -> list[tuple[Path, str]]:
 
 
 def picture(directory: Path, name: str, side: int = SIDES[0][1]) -> dict[str, Any] | None:
-    """{u: data URI, w, h} of a picture inside `directory`; None if it is elsewhere or unreadable."""
+    """{u: data URI, w, h} of an image inside `directory`; None if it is elsewhere or unreadable."""
     image = open_inside(directory, name)
     if image is None:
         return None

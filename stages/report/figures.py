@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure as Drawing
 
 LONG = f"; logs of more than {figures_curves.MOST_POINTS} lines are averaged over neighbouring ones"
-PAIRS_SHOWN = 2  # pictures of figure 2, as in the paper; the others make figure 6
+PAIRS_SHOWN = 2  # images of figure 2, as in the paper; the others make figure 6
 ATTENTION = "Where each model looks for a text: the patches that speak for it, by gradient, in the last layer"
 
 
@@ -97,7 +97,7 @@ def inline(svg: str, name: str) -> str:
     """matplotlib's SVG for use inside a page: ids of its own, the page's fonts, colours as CSS variables."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'(<image [^>]*?)\bid="[^"]*"', r"\1", svg)  # equal pictures have equal ones; nothing points at them
+    svg = re.sub(r'(<image [^>]*?)\bid="[^"]*"', r"\1", svg)  # equal images have equal ones; nothing points at them
     svg = re.sub(r'\bid="', f'id="{name}-', svg)
     svg = re.sub(r'(url\(#|href="#)', rf"\g<1>{name}-", svg)
     svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", svg)
@@ -135,7 +135,7 @@ def _of_the_paper(arms: Arms, maps: list[Map]) -> list[Plan]:
     )
     said = [str(r.record["attention"]) for r in arms.runs if r.stage == "evaluate" and r.record.get("attention")]
     why = said[-1] if said else why
-    note = "Bright is much, each map against its own maximum. Pictures are the first with two kinds of objects."
+    note = "Bright is much, each map against its own maximum. Images are the first with two kinds of objects."
     plans.append(
         Plan(
             "figure2",
@@ -161,7 +161,7 @@ def _of_the_paper(arms: Arms, maps: list[Map]) -> list[Plan]:
         Plan(
             "figure4",
             "Figure 4. MMVP-VLM",
-            "Share of pairs with both pictures right, by visual pattern.",
+            "Share of pairs with both images right, by visual pattern.",
             (lambda: chart(arms, patterns)) if patterns else None,
             "no evaluate run has MMVP-VLM scores",
         )
@@ -183,9 +183,9 @@ def _of_the_paper(arms: Arms, maps: list[Map]) -> list[Plan]:
         Plan(
             "figure6",
             "Figure 6. More attention maps",
-            "As Figure 2, for the pictures after it.",
+            "As Figure 2, for the images after it.",
             (lambda: figures_maps.attention(arms, rest)) if rest else None,
-            f"{why}, with more than {PAIRS_SHOWN} pictures" if not maps else "no more pictures were kept",
+            f"{why}, with more than {PAIRS_SHOWN} images" if not maps else "no more images were kept",
         )
     )
     return plans

@@ -20,7 +20,7 @@ SIDE = 168  # pixels of a map in the figure
 
 
 def attention(arms: Arms, maps: Sequence["Map"]) -> "Figure":
-    """One row a picture and query: the query, the picture, and each model's map over it."""
+    """One row an image and query: the query, the image, and each model's map over it."""
     import matplotlib.pyplot as plt
 
     models = [m for m in arms.models if any(m in one.heat for one in maps)]
@@ -52,7 +52,7 @@ def attention(arms: Arms, maps: Sequence["Map"]) -> "Figure":
 
 
 def overlay(picture: "Image", heat: list[list[int]]) -> "np.ndarray":
-    """The picture, darkened where heat (rows of 0 to 255) is low, as `diffclip.attention_maps.overlay` draws it."""
+    """The image, darkened where heat (rows of 0 to 255) is low, as `diffclip.attention_maps.overlay` draws it."""
     import numpy as np
     from matplotlib import colormaps
     from PIL import Image

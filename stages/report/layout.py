@@ -203,7 +203,7 @@ def mmvp(arms: Arms) -> Table:
     columns = [*columns, *more] or [Column(NONE, "mmvp/")]
     table = Table(["Model", *(c.title for c in columns)], name="mmvp", title="MMVP-VLM, the numbers of Figure 4")
     table.rows = rows_of(arms, table, columns)
-    table.caption = captioned("Share of pairs with both pictures right, in percent.", arms)
+    table.caption = captioned("Share of pairs with both images right, in percent.", arms)
     return table
 
 

@@ -1,4 +1,4 @@
-"""The attention maps that evaluate runs kept, read forgivingly: attention.jsonl with its pictures."""
+"""The attention maps that evaluate runs kept, read forgivingly: attention.jsonl with its images."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +15,7 @@ LARGEST_GRID = 64  # patches a side; more is no map of a vision transformer
 
 @dataclass
 class Map:
-    """One picture and query, and each model's grid of relevance (rows of 0 to 255)."""
+    """One image and query, and each model's grid of relevance (rows of 0 to 255)."""
 
     picture: str
     query: str
@@ -23,7 +23,7 @@ class Map:
     heat: dict[str, list[list[int]]] = field(default_factory=dict)
 
     def pixels(self, side: int) -> "np.ndarray":
-        """The picture as (side, side, 3)."""
+        """The image as (side, side, 3)."""
         import numpy as np
         from PIL import Image
 
@@ -31,7 +31,7 @@ class Map:
 
 
 def attention_maps(arms: Arms) -> list[Map]:
-    """The maps of the first seed that has any, models side by side by picture and query."""
+    """The maps of the first seed that has any, models side by side by image and query."""
     for seed in dict.fromkeys(s for model in arms.models for s in arms.seeds(model)):
         found: dict[tuple[str, str], Map] = {}
         for model in arms.models:
@@ -44,7 +44,7 @@ def attention_maps(arms: Arms) -> list[Map]:
 
 
 def add_map(found: dict[tuple[str, str], Map], model: str, row: dict[str, Any], folder: Path) -> None:
-    """Put one line of attention.jsonl to the others; a line that is damaged or without its picture is left out."""
+    """Put one line of attention.jsonl to the others; a line that is damaged or without its image is left out."""
     heat = grid(row.get("heat"))
     picture, query = str(row.get("file") or row.get("image")), str(row.get("query"))[:200]
     if heat is None:
@@ -73,13 +73,13 @@ def grid(value: Any) -> list[list[int]] | None:
 
 
 def open_inside(folder: Path, name: str) -> "Image | None":
-    """The picture `name` inside `folder` as RGB; None if it is elsewhere or cannot be read."""
-    from diffclip.pictures import BROKEN, open_image
+    """The image `name` inside `folder` as RGB; None if it is elsewhere or cannot be read."""
+    from diffclip.base.images import BROKEN, decode
 
     path = (folder / name).resolve()
     if not name or folder.resolve() not in path.parents:
         return None
     try:
-        return open_image(path)
+        return decode(path)
     except BROKEN:
         return None

@@ -65,7 +65,7 @@ def paper_table3() -> Table:
     table.caption += (
         " They stand at chance: the Random row equals scoring 2,910 answers against the first 2,910 labels of the "
         "later file of 3,000, where even a perfect model gets at most 51.3 %. Here answers meet labels "
-        "by picture and question."
+        "by image and question."
     )
     return table
 

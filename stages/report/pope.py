@@ -2,9 +2,10 @@
 
 import math
 
+from diffclip.base.statistics import bootstrap_mean
 from stages.report.cells import DASH, Table, distinct, number, p_value, percent, score
 from stages.report.data import POPE_SPLITS, Arms, is_number, mean_sd
-from stages.report.significance import by_cluster, mcnemar_p, paired_answers
+from stages.report.significance import mcnemar_p, paired_answers
 
 SPLITS = (*POPE_SPLITS, "mean")
 # (row, pattern of the key, None or why it would be absent)
@@ -89,7 +90,7 @@ def pope_pairs(arms: Arms) -> Table | None:
                     continue
                 a, b = answers.first, answers.second
                 counts = [len(a), (a & b).sum(), (a & ~b).sum(), (~a & b).sum(), (~a & ~b).sum()]
-                ends = by_cluster(100 * (b.astype(float) - a), answers.pictures)
+                ends = bootstrap_mean(100 * (b.astype(float) - a), answers.pictures)[1:]
                 mean, low, high = (percent([v], sign=True) for v in (100 * (b.mean() - a.mean()), *ends))
                 p = p_value(mcnemar_p(answers))
                 table.rows.append([split, *(f"{int(c):,}" for c in counts), mean, f"[{low}, {high}]", p])
@@ -97,7 +98,7 @@ def pope_pairs(arms: Arms) -> Table | None:
                 table.rows.pop()
     table.caption = (
         "p is McNemar's exact test on the questions that just one of the two gets right; the interval resamples "
-        "pictures, since the questions about one picture are not independent. Both know nothing of other seeds."
+        "images, since the questions about one image are not independent. Both know nothing of other seeds."
     )
     return table if table.rows else None
 

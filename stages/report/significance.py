@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
+from diffclip.base.statistics import bootstrap_mean, mcnemar, over_seeds, paired_bootstrap, percentiles, resampled_sums
 from stages.report.data import AVERAGED, POPE_SPLITS, Arms, RunDir, as_dict, is_number, read_json, read_lines
 
 RESAMPLES = 4000
@@ -55,23 +56,15 @@ def difference(arms: Arms, first: str, other: str, key: str) -> Difference:
 
 
 def _over_seeds(differences: list[float]) -> Difference:
-    from scipy.stats import ttest_1samp
-
-    from diffclip.benchmarks.significance import over_seeds
-
     if len(set(differences)) == 1:
         return Difference(
             differences[0], why="the differences of all seeds are the same, so they have no spread to test"
         )
-    mean, low, high = over_seeds(differences)
-    p = float(ttest_1samp(differences, 0).pvalue)
-    return Difference(mean, low, high, p, f"t test over {len(differences)} seeds")
+    return Difference(*over_seeds(differences), f"t test over {len(differences)} seeds")
 
 
 def _items(ours: RunDir, theirs: RunDir, key: str, mean: float) -> Difference:
     """Paired bootstrap over the test items of a CLIP benchmark, and McNemar's exact test for right-or-wrong ones."""
-    from diffclip.benchmarks.significance import mcnemar, paired_bootstrap
-
     if _digest(ours) != _digest(theirs):
         return Difference(mean, why="the models were not evaluated on the same items")
     first, second = (outcomes(run.path).get(key) for run in (ours, theirs))
@@ -108,11 +101,9 @@ def _average(ours: RunDir, theirs: RunDir, key: str, mean: float) -> Difference:
     generator = np.random.default_rng(0)
     drawn = np.zeros(RESAMPLES)
     for first, second in pairs:
-        values, counts = np.unique(second - first, return_counts=True)
-        draws = generator.multinomial(len(first), counts / len(first), size=RESAMPLES)
-        drawn += draws @ values / len(first) / len(pairs)
-    low, high = 100 * np.quantile(drawn, [0.025, 0.975])
-    return Difference(mean, float(low), float(high), None, "bootstrap over the items of each set")
+        sums = resampled_sums((second - first)[:, None], RESAMPLES, generator)
+        drawn += sums[:, 0] / len(first) / len(pairs)
+    return Difference(mean, *percentiles(100 * drawn), None, "bootstrap over the items of each set")
 
 
 @_once
@@ -136,7 +127,7 @@ def _run_with(arms: Arms, model: str, seed: str, key: str) -> RunDir | None:
     return next((r for r in reversed(arms.of("evaluate", model, seed)) if key in r.metrics), None)
 
 
-# --- POPE: answers met by (split, picture, question) --------------------------------------------------------------
+# --- POPE: answers met by (split, image, question) --------------------------------------------------------------
 
 
 class Answers(NamedTuple):
@@ -144,12 +135,12 @@ class Answers(NamedTuple):
 
     first: np.ndarray  # right or wrong
     second: np.ndarray
-    pictures: np.ndarray  # number of each question's picture
+    pictures: np.ndarray  # number of each question's image
 
 
 @_once
 def pope_answers(folder: Path) -> dict[tuple[str, str, str], bool]:
-    """{(split, picture, question): right} of the model's own pass; anything but yes or no is wrong, as in lmms-eval."""
+    """{(split, image, question): right} of the model's own pass; anything but yes or no is wrong, as in lmms-eval."""
     found = {}
     for row in read_lines(folder / "pope" / "answers.jsonl"):
         if row.get("pass") == "model":
@@ -179,14 +170,14 @@ def _pope(first: Path, second: Path, key: str, mean: float) -> Difference:
     found = answers.second.astype(float) - answers.first
     if not math.isclose(100 * found.mean(), mean, abs_tol=0.05):
         return Difference(mean, why="the stored answers do not give the stored scores")
-    low, high = by_cluster(100 * found, answers.pictures)
+    _, low, high = bootstrap_mean(100 * found, answers.pictures, resamples=RESAMPLES)
     if split == "mean":  # its yes-questions stand in every split, so that it has no independent pairs to count
-        return Difference(mean, low, high, None, "bootstrap over pictures")
-    return Difference(mean, low, high, mcnemar_p(answers), "bootstrap over pictures, McNemar's exact p")
+        return Difference(mean, low, high, None, "bootstrap over images")
+    return Difference(mean, low, high, mcnemar_p(answers), "bootstrap over images, McNemar's exact p")
 
 
 def mcnemar_p(answers: Answers) -> float:
-    from diffclip.benchmarks.significance import mcnemar
+    from diffclip.base.statistics import mcnemar
 
     return mcnemar(answers.first, answers.second)
 
@@ -196,7 +187,7 @@ def mcnemar_p(answers: Answers) -> float:
 
 @_once
 def object_scores(folder: Path) -> tuple[tuple[tuple[str, str], ...], dict[str, np.ndarray]]:
-    """((picture, object) of every item, {score: one number per item, NaN where there is none})."""
+    """((image, object) of every item, {score: one number per item, NaN where there is none})."""
     record = as_dict(read_json(folder / "localisation.json", []))
     pictures, objects = (
         record.get(name) if isinstance(record.get(name), list) else [] for name in ("pictures", "objects")
@@ -218,18 +209,5 @@ def _localisation(first: Path, second: Path, key: str, mean: float) -> Differenc
     found = theirs[name] - ours[name]
     kept = ~np.isnan(found)
     _, pictures = np.unique([picture for picture, _ in items], return_inverse=True)
-    low, high = by_cluster(found[kept], pictures[kept])
-    return Difference(mean, low, high, None, "bootstrap over pictures")
-
-
-def by_cluster(values: np.ndarray, clusters: np.ndarray, level: float = 0.95) -> tuple[float, float]:
-    """Percentile interval of the mean, resampling whole clusters: what is asked about one picture goes together."""
-    _, clusters = np.unique(clusters, return_inverse=True)
-    sums, counts = np.bincount(clusters, values), np.bincount(clusters)
-    generator = np.random.default_rng(0)
-    means = []
-    for _ in range(RESAMPLES // 500):  # in parts, so that ten thousand pictures need no gigabyte
-        drawn = generator.integers(len(sums), size=(500, len(sums)))
-        means.append(sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1))
-    low, high = np.quantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+    _, low, high = bootstrap_mean(found[kept], pictures[kept], resamples=RESAMPLES)
+    return Difference(mean, low, high, None, "bootstrap over images")

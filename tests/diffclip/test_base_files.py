@@ -10,7 +10,7 @@ import time
 import pytest
 
 from diffclip.base import files
-from diffclip.errors import InputError
+from diffclip.base.errors import InputError
 
 ODD = ["a\u2028b", "c\x85d", "e\u2029f", "g\x0bh\x0ci\x1cj", "\ud800 half", os.fsdecode(b"caf\xe9.jpg"), "日本"]
 

@@ -12,7 +12,7 @@ from torch import nn
 from diffclip.attention import DifferentialAttention, faster_form, lambda_init_schedule, softmax_maps
 from diffclip.attention_maps import attention_map
 from diffclip.attention_v2 import DifferentialAttentionV2
-from diffclip.errors import InputError
+from diffclip.base.errors import InputError
 
 FORMS = ("eager", "fused")
 

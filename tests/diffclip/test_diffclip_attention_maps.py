@@ -7,8 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
-from diffclip import attention_maps, checkpoints, models, scenes, scenes_export
+from diffclip import attention_maps, checkpoints, models
 from diffclip.benchmarks import localisation
+from diffclip.scenes import drawing as scenes
+from diffclip.scenes.__main__ import main as export_scenes
 
 NAMES = ["CLIP-tiny", "DiffCLIP-tiny", "DiffCLIP-V2-tiny"]
 
@@ -102,7 +104,7 @@ def test_scores_of_planted_maps():
 
 
 def test_masks_are_those_of_the_scenes(tmp_path):
-    scenes_export.main(["export", str(tmp_path / "s"), "--only", "segmentation", "--segmentation", "6", "--seed", "3"])
+    export_scenes(["export", str(tmp_path / "s"), "--only", "segmentation", "--segmentation", "6", "--seed", "3"])
     folder = tmp_path / "s" / "segmentation"
     items = list(localisation.read_masks(folder / "instances.json", folder / "images"))
     wanted = []
@@ -115,12 +117,12 @@ def test_masks_are_those_of_the_scenes(tmp_path):
     assert [(p.name, n) for p, n, _ in items] == [(p, n) for p, n, _ in wanted]
     assert all(np.array_equal(a[2], b[2]) for a, b in zip(items, wanted))
     (folder / "images" / "000003.png").unlink()
-    with pytest.raises(localisation.InputError, match=r"000003\.png: no such picture"):
+    with pytest.raises(localisation.InputError, match=r"000003\.png: no such image"):
         list(localisation.read_masks(folder / "instances.json", folder / "images"))
 
 
 def test_command_compares_models_with_intervals(tmp_path):
-    scenes_export.main(["export", str(tmp_path / "s"), "--only", "segmentation", "--segmentation", "12"])
+    export_scenes(["export", str(tmp_path / "s"), "--only", "segmentation", "--segmentation", "12"])
     for name in NAMES[:2]:
         checkpoints.save(models.build(name), tmp_path / name)
     folder, out = tmp_path / "s" / "segmentation", tmp_path / "found.json"

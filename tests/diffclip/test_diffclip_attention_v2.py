@@ -9,7 +9,7 @@ from transformers import AutoModel
 from diffclip import checkpoints, models
 from diffclip.attention_maps import attention_map, both_maps
 from diffclip.attention_v2 import DifferentialAttentionV2
-from diffclip.errors import InputError
+from diffclip.base.errors import InputError
 
 FORMS = ("eager", "fused")
 

@@ -10,8 +10,8 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
+from diffclip.base.errors import InputError
 from diffclip.benchmarks import datasets, images, mmvp, zero_shot
-from diffclip.errors import InputError
 
 NAMES = ["red", "lime", "blue"]
 
@@ -78,7 +78,7 @@ def test_the_hubs_folder_columns_and_class_names(folder, tmp_path, columns):
     found = read_set(tmp_path)
     assert found.classnames == NAMES and found.splits["test"].labels == [0, 2]
     assert found.splits["train"].labels == [2, 1, 0] and colour_of(found.splits["train"], 1) == (0, 255, 0)
-    assert found.notes == ["3 classes compete, 2 of them have pictures to score"]
+    assert found.notes == ["3 classes compete, 2 of them have images to score"]
 
 
 def test_other_columns_are_named(folder, tmp_path):

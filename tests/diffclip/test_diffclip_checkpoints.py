@@ -21,8 +21,8 @@ from safetensors.torch import load_file, save_file
 
 import diffclip
 from diffclip import checkpoints, models
-from diffclip.errors import InputError
-from diffclip.fingerprint import fingerprint
+from diffclip.base.errors import InputError
+from diffclip.base.fingerprint import fingerprint
 
 
 @pytest.fixture(params=["CLIP-tiny", "DiffCLIP-tiny", "DiffCLIP-star-tiny", "DiffCLIP-dagger-tiny"])

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from diffclip.base.errors import InputError
+from diffclip.base.statistics import over_seeds
 from diffclip.benchmarks.comparison import compare, markdown, model_groups, model_names
-from diffclip.benchmarks.significance import over_seeds
-from diffclip.errors import InputError
 
 
 def test_groups_of_seeds():

@@ -24,7 +24,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture
 def root(tmp_path):
-    """Noise in each format: 3 classes of 31 + 5 + 7 pictures, and 11 pictures with captions."""
+    """Noise in each format: 3 classes of 31 + 5 + 7 images, and 11 images with captions."""
     rng = np.random.default_rng(0)
 
     def picture() -> Image.Image:
@@ -69,7 +69,7 @@ def test_two_ranks_give_the_same_features_scores_and_outcomes(model, root, tmp_p
 
 
 def test_a_broken_picture_ends_every_rank(model, root, tmp_path):
-    (root / "classification/things/train/cat/09.png").write_bytes(b"not a picture")  # of the second rank's first batch
+    (root / "classification/things/train/cat/09.png").write_bytes(b"not an image")  # of the second rank's first batch
     ended = run(*TORCHRUN, "2", "-m", *arguments(model, root, tmp_path / "out"), check=False)
     assert ended.returncode != 0
     assert "cat/09.png cannot be read as an image" in ended.stderr.replace("\n", "")

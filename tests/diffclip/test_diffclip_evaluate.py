@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 import diffclip
+from diffclip.base.errors import InputError
 from diffclip.benchmarks import __main__ as command
 from diffclip.benchmarks import datasets, evaluate_clip
-from diffclip.errors import InputError
 
 COLOURS = {
     "red": (250, 0, 0),
@@ -27,7 +27,7 @@ COLOURS = {
 
 
 class Oracle(nn.Module):
-    """Sees the colour of a picture and reads the colour word of a text; `blind` sees nothing."""
+    """Sees the colour of an image and reads the colour word of a text; `blind` sees nothing."""
 
     def __init__(self, blind=False):
         super().__init__()
@@ -123,7 +123,7 @@ def test_shots_ways_and_features_by_choice(root, tmp_path):
 
 @pytest.mark.parametrize("form", ["shards", "parquet"])
 def test_numbered_labels_give_the_same_scores_as_class_folders(root, tmp_path, form):
-    """The same pictures in clip-benchmark's shards, or in parquet, in another order."""
+    """The same images in clip-benchmark's shards, or in parquet, in another order."""
     names = list(COLOURS)
     sets = {("classification", "colour", split): names for split in ("train", "val", "test")}
     sets[("shifts", "dim", "test")] = ["pink", "lime", "black"]
@@ -211,7 +211,7 @@ def test_a_suite_file_gives_the_same_as_the_layout(root, tmp_path):
 @pytest.mark.parametrize(
     "suite,message",
     [
-        ({"pictures": {}}, "unknown key pictures"),
+        ({"pictures": {}}, "unknown key images"),
         ({"classification": {"a": {"folder": "x", "metrics": "y"}}}, "classification a: unknown key metrics"),
         ({"retrieval": {"a": {}}}, "retrieval a: path is missing"),
         ({"classification": {"a": {"folder": "gone"}}}, "gone does not exist"),
@@ -249,7 +249,7 @@ def no_data(root):
 
 
 def corrupt(root):
-    (root / "shifts/dim/pink_thing/0.png").write_bytes(b"not a picture")
+    (root / "shifts/dim/pink_thing/0.png").write_bytes(b"not an image")
 
 
 @pytest.mark.parametrize(
@@ -258,7 +258,7 @@ def corrupt(root):
         (rename_class, "test/green_thing has no prompt name"),
         (empty_class, "val/novel holds no images"),
         (no_prompt, "classnames.json.*no prompt name"),
-        (not_trained, "train has no pictures of 'red thing'"),
+        (not_trained, "train has no images of 'red thing'"),
         (no_data, "holds none of classification/"),
         (corrupt, "pink_thing/0.png cannot be read as an image"),
     ],

@@ -1,4 +1,4 @@
-"""The feature cache: the model's own features, never stale, never half written; broken pictures are named."""
+"""The feature cache: the model's own features, never stale, never half written; broken images are named."""
 
 import os
 
@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
+from diffclip.base.errors import InputError
 from diffclip.benchmarks import features
 from diffclip.benchmarks.images import Pictures, read_class_folders
-from diffclip.errors import InputError
 
 TEXT = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
 TOWERS = {

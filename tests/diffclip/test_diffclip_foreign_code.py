@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 
 import diffclip
 from diffclip import checkpoints
+from diffclip.base.errors import InputError
 from diffclip.benchmarks.__main__ import main as benchmarks
-from diffclip.errors import InputError
 
 TREE = Path(__file__).resolve().parents[2]
 CONFIG = {

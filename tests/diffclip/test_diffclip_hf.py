@@ -21,7 +21,7 @@ from transformers import (
 import diffclip
 from diffclip import checkpoints, hf, models
 from diffclip.attention import DifferentialAttention
-from diffclip.fingerprint import fingerprint
+from diffclip.base.fingerprint import fingerprint
 
 NAMES = ["CLIP-tiny", "DiffCLIP-tiny", "DiffCLIP-star-tiny"]
 

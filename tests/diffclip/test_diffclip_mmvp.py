@@ -7,9 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
+from diffclip.base.errors import InputError
+from diffclip.base.statistics import mcnemar, paired_bootstrap
 from diffclip.benchmarks import mmvp
-from diffclip.benchmarks.significance import mcnemar, paired_bootstrap
-from diffclip.errors import InputError
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def test_a_number_used_twice_is_told_apart_by_category(tmp_path):
 @pytest.mark.parametrize(
     "change,message",
     [
-        ({"skip": (3,)}, "question 3 .*needs exactly one picture"),
+        ({"skip": (3,)}, "question 3 .*needs exactly one image"),
         ({"rows": ROWS[:3]}, "question 3 has no partner 4"),
         ({"rows": [*ROWS, "4,Count,again"]}, "line 6: question 4 occurs twice"),
         ({"rows": [*ROWS[:3], "4,Count,two balls, big"]}, "line 5: more cells than columns"),

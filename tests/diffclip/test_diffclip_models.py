@@ -19,7 +19,7 @@ from diffclip import checkpoints, models
 from diffclip.attention import DifferentialAttention, lambda_init_schedule
 from diffclip.attention_maps import attention_map
 from diffclip.attention_v2 import DifferentialAttentionV2
-from diffclip.errors import InputError
+from diffclip.base.errors import InputError
 
 PARAMETERS = {
     "CLIP-B-16": 149_619_969,
@@ -507,7 +507,7 @@ def test_transforms_take_any_mode(mode, train):
 
 
 def test_training_transform_crops_within_the_scale_and_never_flips():
-    """On a picture whose red grows to the right, every crop keeps red growing to the right."""
+    """On an image whose red grows to the right, every crop keeps red growing to the right."""
     ramp = np.zeros((96, 96, 3), np.uint8)
     ramp[..., 0] = np.linspace(0, 250, 96, dtype=np.uint8)
     transform = models.transforms(models.MODELS["CLIP-tiny"], train=True, crop_scale=(0.25, 1.0))

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def shard(path: Path, rows: list[tuple[str, bytes]]) -> None:
-    """A tar of noise pictures, each with one more member of the suffix and content given."""
+    """A tar of noise images, each with one more member of the suffix and content given."""
     rng = np.random.default_rng(len(rows))
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as tar:

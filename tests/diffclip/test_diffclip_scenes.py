@@ -7,8 +7,8 @@ from itertools import combinations, islice
 import numpy as np
 import pytest
 
-from diffclip import scenes
-from diffclip.scenes import COLORS, SHAPES, draw, make_scene, masks, one_object
+from diffclip.scenes import drawing as scenes
+from diffclip.scenes.drawing import COLORS, SHAPES, draw, make_scene, masks, one_object
 
 SOME = [make_scene(0, "test", i) for i in range(400)]
 

@@ -11,9 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffclip import scenes, scenes_export
+from diffclip.base.errors import InputError
+from diffclip.scenes import drawing as scenes
+from diffclip.scenes import export as scenes_export
+from diffclip.scenes.__main__ import main
 
-SMALL = {"pairs": 30, "retrieval": 10, "class-train": 80, "class-val": 10, "class-test": 80, "align": 12}
+SMALL = {"pairs": 30, "retrieval": 10, "class_train": 80, "class_val": 10, "class_test": 80, "align": 12}
 SMALL |= {"conversations": 9, "texts": 20, "pope": 8, "mmvp": 2, "segmentation": 12, "seed": 3}
 
 
@@ -25,7 +28,7 @@ def arguments(folder, **changed):
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("scenes")
-    scenes_export.main(arguments(folder))
+    main(arguments(folder))
     return folder
 
 
@@ -121,21 +124,19 @@ def test_run_lengths_on_random_masks():
 
 def test_called_again_it_does_nothing_and_other_options_are_refused(made, capsys):
     stamp = (made / "pretrain/00000.tar").stat().st_mtime_ns
-    scenes_export.main(arguments(made))
+    main(arguments(made))
     assert "complete" in capsys.readouterr().out
-    with pytest.raises(SystemExit) as stop:
-        scenes_export.main(arguments(made, pairs=31))
-    said = capsys.readouterr().err
-    assert stop.value.code == 2 and "pairs=30" in said and "pairs=31" in said and "Traceback" not in said
+    with pytest.raises(InputError, match=r"pairs=30.*pairs=31"):
+        main(arguments(made, pairs=31))
     assert (made / "pretrain/00000.tar").stat().st_mtime_ns == stamp
 
 
 def test_parts_alone_and_after_an_interruption_equal_the_whole(made, tmp_path):
     (tmp_path / "pope").mkdir()
     (tmp_path / "pope/left over").touch()  # as a killed run leaves it: no scenes.json
-    scenes_export.main(arguments(tmp_path, only="pope,mmvp"))
+    main(arguments(tmp_path, only="pope,mmvp"))
     assert json.loads((tmp_path / "scenes.json").read_text())["parts"] == ["pope", "mmvp"]
-    scenes_export.main(arguments(tmp_path))
+    main(arguments(tmp_path))
     names = sorted(p.relative_to(made) for p in made.rglob("*"))
     assert names == sorted(p.relative_to(tmp_path) for p in tmp_path.rglob("*"))
     assert all((made / n).read_bytes() == (tmp_path / n).read_bytes() for n in names if (made / n).is_file())
@@ -144,10 +145,10 @@ def test_parts_alone_and_after_an_interruption_equal_the_whole(made, tmp_path):
 @pytest.mark.parametrize(
     ("changed", "word"), [({"pairs": 0}, "--pairs"), ({"only": "pop"}, "pop"), ({"size": 8}, "--size")]
 )
-def test_bad_options_name_the_option(tmp_path, capsys, changed, word):
-    with pytest.raises(SystemExit) as stop:
-        scenes_export.main(arguments(tmp_path / "new", **changed))
-    assert stop.value.code == 2 and word in capsys.readouterr().err and not (tmp_path / "new").exists()
+def test_bad_options_name_the_option(tmp_path, changed, word):
+    with pytest.raises(InputError, match=word):
+        main(arguments(tmp_path / "new", **changed))
+    assert not (tmp_path / "new").exists()
 
 
 def test_no_test_scene_is_a_training_scene():
@@ -161,11 +162,11 @@ def test_no_test_scene_is_a_training_scene():
     for what in scenes_export.CLASSES:
         for split, into in {"train": train, "val": train, "test": test}.items():
             stream = f"classification/{what}/{split}"
-            into |= {scenes_export.class_scene(0, what, stream, i)[0] for i in range(n[f"class-{split}"])}
+            into |= {scenes_export.class_scene(0, what, stream, i)[0] for i in range(n[f"class_{split}"])}
     for role in scenes_export.SHIFTS:
-        test |= {scenes_export.class_scene(0, "shape", f"shifts/{role}", i, role)[0] for i in range(n["class-test"])}
-    assert len(train) == n["pairs"] + n["align"] + 3 * (n["class-train"] + n["class-val"])
-    assert len(test) == n["pope"] + n["retrieval"] + n["segmentation"] + 7 * n["class-test"]
+        test |= {scenes_export.class_scene(0, "shape", f"shifts/{role}", i, role)[0] for i in range(n["class_test"])}
+    assert len(train) == n["pairs"] + n["align"] + 3 * (n["class_train"] + n["class_val"])
+    assert len(test) == n["pope"] + n["retrieval"] + n["segmentation"] + 7 * n["class_test"]
     assert not train & test
     written = {scenes.make_scene(0, "text", i).things for i in range(n["texts"])}
     assert not written & {scene.things for scene in test}

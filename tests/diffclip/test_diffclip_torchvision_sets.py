@@ -1,4 +1,4 @@
-"""torchvision's own classes and our reader see the same pictures, labels and splits; the rules are fixed and fair."""
+"""torchvision's own classes and our reader see the same images, labels and splits; the rules are fixed and fair."""
 
 import hashlib
 import pickle
@@ -13,9 +13,9 @@ import torchvision
 from PIL import Image
 from scipy.io import savemat
 
+from diffclip.base.errors import InputError
 from diffclip.benchmarks import datasets, paper
 from diffclip.benchmarks.torchvision_sets import MARKERS, read_torchvision, torchvision_root
-from diffclip.errors import InputError
 
 ROOT = Path(__file__).parents[2]
 

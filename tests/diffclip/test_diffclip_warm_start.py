@@ -15,7 +15,7 @@ from torch import nn
 
 from diffclip import models
 from diffclip.attention_maps import attention_map
-from diffclip.errors import InputError
+from diffclip.base.errors import InputError
 
 SMALL_TEXT = {"context_length": 12, "vocab_size": 96, "width": 32, "heads": 4, "layers": 2}
 SMALL_VISION = {"image_size": 16, "patch_size": 8, "width": 32, "head_width": 8, "layers": 2}

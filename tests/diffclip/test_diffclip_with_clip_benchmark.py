@@ -21,7 +21,7 @@ NAMES = ["noise", "sky", "grass", "stone", "sand", "water"]
 
 @pytest.fixture
 def shards(tmp_path):
-    """Sixty random pictures in clip-benchmark's layout."""
+    """Sixty random images in clip-benchmark's layout."""
     folder, rng = tmp_path / "data" / "classification" / "mine", np.random.default_rng(0)
     (folder / "test").mkdir(parents=True)
     with tarfile.open(folder / "test" / "0.tar", "w") as tar:
@@ -35,7 +35,7 @@ def shards(tmp_path):
                 tar.addfile(info, io.BytesIO(content))
     (folder / "test" / "nshards.txt").write_text("1")
     (folder / "classnames.txt").write_text("\n".join(NAMES))
-    (folder / "zeroshot_classification_templates.txt").write_text("a photo of {c}.\n{c} in a picture.")
+    (folder / "zeroshot_classification_templates.txt").write_text("a photo of {c}.\n{c} in an image.")
     return folder
 
 

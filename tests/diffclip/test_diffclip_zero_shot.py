@@ -7,8 +7,8 @@ import open_clip
 import pytest
 import torch
 
+from diffclip.base.errors import InputError
 from diffclip.benchmarks import zero_shot
-from diffclip.errors import InputError
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Where an answer looks: attention weights computed by hand, the places of two pictures, and what the overlay shows."""
+"""Where an answer looks: attention weights computed by hand, the places of two images, and what the overlay shows."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ ANSWER = "a small blue circle left"
 
 @pytest.fixture
 def two_pictures(tower_dir, language_dir, picture):
-    """A model whose template shows two pictures in one question; such a conversation; and its pictures."""
+    """A model whose template shows two images in one question; such a conversation; and its images."""
     model, processor = assemble(tower_dir, language_dir, seed=3, template="chatml")
     turns = [{"from": "human", "value": "left <image> right <image> Is there a red square?"}]
     return model, processor, turns, [picture(0), picture(1)]
@@ -54,7 +54,7 @@ def test_weights_are_those_of_a_computation_by_hand(two_pictures):
     assert got.shape == (ids.shape[1] - first, 2, 4, 4) and got.dtype == torch.float32
     wanted = weights_by_hand(model, ids, pixels, layer=1).mean(0)  # the later half of two layers
     starts = [i for i, one in enumerate(ids[0].tolist()) if one == model.config.image_token_id][::16]
-    assert starts[1] > starts[0] + 16  # words stand between the pictures
+    assert starts[1] > starts[0] + 16  # words stand between the images
     for number, start in enumerate(starts):
         rows = wanted[first - 1 : -1, start : start + 16]
         torch.testing.assert_close(got[:, number].flatten(1), rows, atol=1e-6, rtol=1e-4)
@@ -64,10 +64,10 @@ def test_weights_are_those_of_a_computation_by_hand(two_pictures):
 
 
 def test_a_patch_has_its_place_in_the_map(two_pictures):
-    """Attention put on one patch of the second picture shows there, in the row and column where it is."""
+    """Attention put on one patch of the second image shows there, in the row and column where it is."""
     model, processor, turns, pictures = two_pictures
     ids, pixels, first = whole_conversation(model, processor, turns, pictures)
-    place = picture_positions(ids[0] == model.config.image_token_id, 2, (4, 4))[1, 6]  # second picture, row 1, column 2
+    place = picture_positions(ids[0] == model.config.image_token_id, 2, (4, 4))[1, 6]  # second image, row 1, column 2
 
     def point(module, args, output):  # as if every head attended to nothing else
         if output[1] is None:
@@ -87,7 +87,7 @@ def test_a_patch_has_its_place_in_the_map(two_pictures):
 def test_class_tokens_are_left_out_and_wrong_counts_refused():
     placeholders = torch.tensor([0, 1, 1, 1, 1, 1, 0, 1, 1, 1, 1, 1], dtype=torch.bool)
     assert picture_positions(placeholders, 2, (2, 2)).tolist() == [[2, 3, 4, 5], [8, 9, 10, 11]]
-    with pytest.raises(ValueError, match="10 placeholders for 3 pictures of 2 x 2"):
+    with pytest.raises(ValueError, match="10 placeholders for 3 images of 2 x 2"):
         picture_positions(placeholders, 3, (2, 2))
 
 

@@ -11,8 +11,8 @@ import pytest
 from browser import open_page
 from launch import ROOT, environment, run_program
 
-from diffclip.errors import InputError
-from diffclip.pictures import open_image
+from diffclip.base.errors import InputError
+from diffclip.base.images import decode
 from mllm import app, chat
 from mllm.answer_attention import overlays
 from mllm.assemble import assemble
@@ -28,7 +28,7 @@ def saved(tmp_path_factory, tower_dir, language_dir, picture):
     folder = tmp_path_factory.mktemp("app")
     save(*assemble(tower_dir, language_dir, seed=3), folder / "run")
     picture(0, (300, 200)).save(folder / "scene.png")
-    (folder / "broken.png").write_bytes(b"no picture")
+    (folder / "broken.png").write_bytes(b"no image")
     return folder
 
 
@@ -76,9 +76,9 @@ def wait_until(page, holds):
 
 @pytest.fixture(scope="module")
 def wanted(saved):
-    """[(answer, caption of its overlay)] by mllm.chat and mllm.answer_attention, and the answer without a picture."""
+    """[(answer, caption of its overlay)] by mllm.chat and mllm.answer_attention, and the answer without an image."""
     model, processor = load(saved / "run")
-    pictures, turns, found = [open_image(saved / "scene.png")], [], []
+    pictures, turns, found = [decode(saved / "scene.png")], [], []
     for question in QUESTIONS:
         turns.append(chat.question_turn(question, 0 if turns else 1))
         (text,) = chat.answer(model, processor, [turns], pictures, max_new_tokens=12)
@@ -102,7 +102,7 @@ def test_a_conversation_in_the_browser(saved, wanted, tmp_path):
         called = []
         page.on("request", lambda request: called.append(request.url))
         page.goto(address)
-        box, said = page.get_by_placeholder("Ask about the picture"), page.get_by_test_id("bot")
+        box, said = page.get_by_placeholder("Ask about the image"), page.get_by_test_id("bot")
         files, maps = page.get_by_label("File thumbnail"), page.get_by_label("Thumbnail 1 of 1")
 
         def ask(question, *paths):
@@ -113,7 +113,7 @@ def test_a_conversation_in_the_browser(saved, wanted, tmp_path):
             page.get_by_label("Submit").click()
 
         ask("Is it?", saved / "broken.png")
-        page.get_by_text("broken.png cannot be read as an image (not a picture)").wait_for()
+        page.get_by_text("broken.png cannot be read as an image (not an image)").wait_for()
         assert said.count() == 0 and box.input_value() == "Is it?"  # to be mended and asked again
         page.get_by_label("Remove file").click()
         files.wait_for(state="detached")
@@ -144,7 +144,7 @@ def test_answers_grow_and_questions_that_cannot_be_asked_change_nothing(saved, w
     _, talk, maps, box = steps[-1]
     assert talk[0][-1]["value"] == wanted[0][0][0] and maps[0][1] == wanted[0][0][1] and box is None
     assert all(step[2] is None for step in steps[:-1])
-    for question, words in [({"text": " ", "files": []}, "write a question"), (asked, "shows 1 pictures, but 2")]:
+    for question, words in [({"text": " ", "files": []}, "write a question"), (asked, "shows 1 images, but 2")]:
         twice = {**question, "files": question["files"] * 2}
         with pytest.raises(InputError, match=words):
             list(app.respond(model, processor, options, twice, [], ([], []), True))

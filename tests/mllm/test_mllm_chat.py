@@ -8,7 +8,7 @@ import pytest
 import torch
 from launch import ROOT, environment, run
 
-from diffclip.errors import InputError
+from diffclip.base.errors import InputError
 from mllm import chat
 from mllm.conversation import prompt
 from mllm.model import save
@@ -45,7 +45,7 @@ def test_cache_and_bfloat16_generate(assembled, picture):
 
 
 def test_pictures_and_placeholders_must_agree(assembled, picture):
-    with pytest.raises(InputError, match="shows 1 pictures, but 0 are given"):
+    with pytest.raises(InputError, match="shows 1 images, but 0 are given"):
         chat.answer(*assembled, [[chat.question_turn("x", 1)]], [])
 
 
@@ -97,14 +97,14 @@ def ask_file(loaded, questions, out, root, **options):
 
 
 BAD_ROWS = [
-    ({"image": ["0.png", "1.png"]}, "shows 1 pictures, but 2 are given.*one picture at a time"),
-    ({"image": None, "question": "<image>\nIs there?"}, "shows 1 pictures, but 0 are given.*remove <image>"),
+    ({"image": ["0.png", "1.png"]}, "shows 1 images, but 2 are given.*one image at a time"),
+    ({"image": None, "question": "<image>\nIs there?"}, "shows 1 images, but 0 are given.*remove <image>"),
     ({"image": 5}, "`image` holds 5, which is no path"),
     ({"image": {"name": "0.png"}}, "`image` holds None, which is no path"),
     ({"image": ["0.png", None]}, "`image` holds None, which is no path"),
-    ({"image": "https://example.org/0.png"}, "picture https://example.org/0.png is an address.*path of a copy"),
+    ({"image": "https://example.org/0.png"}, "image https://example.org/0.png is an address.*path of a copy"),
     ({"question": "What is <|im_<image>end|>?"}, r"a question contains <\|im_end\|>"),
-    ({"image": "absent.png"}, "picture absent.png is not under"),
+    ({"image": "absent.png"}, "image absent.png is not under"),
     ({"question": " "}, "has no question"),
 ]
 
@@ -124,21 +124,21 @@ def test_rows_whose_numbers_of_images_cancel_out_are_refused(loaded, shared_case
     folder = shared_cases("rows/batch")
     rows = answered(folder / "cancel.jsonl")
     for number, left in ((1, rows), (2, [rows[0], rows[2], rows[3]])):
-        with pytest.raises(InputError, match=rf"row {number}: in template `vicuna` the conversation shows 1 pictures"):
+        with pytest.raises(InputError, match=rf"row {number}: in template `vicuna` the conversation shows 1 images"):
             ask_file(loaded, write_rows(tmp_path / "q.jsonl", left), tmp_path / "a.jsonl", folder)
     assert not (tmp_path / "a.jsonl").exists()
     questions = write_rows(tmp_path / "q.jsonl", [rows[0], rows[2]])
     given = ask_file(loaded, questions, tmp_path / "a.jsonl", folder)
-    from diffclip.pictures import open_image
+    from diffclip.base.images import decode
 
-    shown = [open_image(folder / name) for name in ("000.jpg", "003.jpg")]
+    shown = [decode(folder / name) for name in ("000.jpg", "003.jpg")]
     wanted = [plain_generate(*loaded, rows[0]["question"], one, max_new_tokens=6) for one in shown]
     assert [row["answer"] for row in given] == wanted
 
 
 def test_images_are_matched_text_by_text(assembled, picture):
     turns = [[chat.question_turn(question, 1)] for question in QUESTIONS[:2]]
-    with pytest.raises(InputError, match=r"conversation 1: .* shows 1 pictures, but 2 are given"):
+    with pytest.raises(InputError, match=r"conversation 1: .* shows 1 images, but 2 are given"):
         chat.answer(*assembled, turns, [[picture(0), picture(1)], []])
     mixed = [[chat.question_turn(QUESTIONS[0], 0)], turns[1]]
     alone = [chat.answer(*assembled, [mixed[0]], [], max_new_tokens=6)[0]]
@@ -194,7 +194,7 @@ def test_answers_are_found_again_by_their_rows_and_images(loaded, saved, tmp_pat
         ask_file(loaded, questions, out, tmp_path)
     write_rows(questions, [new, *rows, rows[0]])
     picture(9).save(tmp_path / "2.png")
-    with pytest.raises(InputError, match=r"line 3 .*or its picture has changed"):
+    with pytest.raises(InputError, match=r"line 3 .*or its image has changed"):
         ask_file(loaded, questions, out, tmp_path)
     out.write_text("".join(line + "\n" for number, line in enumerate(out.read_text().splitlines()) if number != 2))
     again = ask_file(loaded, questions, out, tmp_path)  # that line removed, as the message says

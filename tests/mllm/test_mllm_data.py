@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from diffclip.errors import InputError
+from diffclip.base.errors import InputError
 from mllm.conversation import IGNORE, NoSupervisionError, encode, render
-from mllm.data import find_pictures, load_rows
-from mllm.examples import ConversationDataset, collate, padded_length, training_order
+from mllm.data.examples import ConversationDataset, collate, padded_length, training_order
+from mllm.data.rows import find_pictures, load_rows
 from mllm.model import freeze
 
 
@@ -22,7 +22,7 @@ def turns(*values):
 
 @pytest.fixture
 def folder(tmp_path, picture):
-    """Two pictures as files and one inside a tar."""
+    """Two images as files and one inside a tar."""
     (tmp_path / "coco").mkdir()
     (tmp_path / "shots").mkdir()
     picture(0).save(tmp_path / "coco/0.png")
@@ -141,9 +141,9 @@ def test_files_win_over_tars_and_absent_names_are_none(folder, picture):
         ({"image": "coco/0.png", "conversations": turns("<image>\na")}, ["answer"]),
         ({"image": "coco/0.png", "conversations": turns("<image>\na", " ")}, ["empty"]),
         ({"image": "coco/0.png", "conversations": turns("<image>\na", "<image>")}, ["<image>"]),
-        ({"image": "coco/0.png", "conversations": turns("a", "b")}, ["1 pictures", "shows 0"]),
-        ({"conversations": turns("<image>\na", "b")}, ["0 pictures", "shows 1"]),
-        ({"image": ["coco/0.png", "coco/1.png"], "conversations": turns("<image>\na", "b")}, ["2 pictures"]),
+        ({"image": "coco/0.png", "conversations": turns("a", "b")}, ["1 images", "shows 0"]),
+        ({"conversations": turns("<image>\na", "b")}, ["0 images", "shows 1"]),
+        ({"image": ["coco/0.png", "coco/1.png"], "conversations": turns("<image>\na", "b")}, ["2 images"]),
         ({"image": "coco/0.png"}, ["conversations"]),
     ],
 )
@@ -194,7 +194,7 @@ def test_files_that_hold_no_rows(folder, content):
 
 
 def test_broken_picture_is_named(folder, assembled):
-    (folder / "coco/0.png").write_bytes(b"no picture")
+    (folder / "coco/0.png").write_bytes(b"no image")
     dataset = ConversationDataset(
         load_rows([write(folder / "r.json", ROWS[:1])], folder), assembled[1], template="vicuna"
     )

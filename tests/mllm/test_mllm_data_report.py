@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from launch import ROOT, run
 
-from mllm.data import load_rows
-from mllm.data_report import describe, kind
+from mllm.data.report import describe, kind
+from mllm.data.rows import load_rows
 from mllm.model import save
 
 
@@ -39,19 +39,19 @@ def test_check_names_every_fault_and_ends_with_2(folder):
     (folder / "rows.json").write_text(json.dumps(rows))
     told = run("mllm.data", "check", str(folder / "rows.json"), f"--image_root={folder}", check=False)
     lines = told.stdout.splitlines()
-    assert told.returncode == 2 and lines[-1] == "6 rows, 2 pictures: 5 faults"
+    assert told.returncode == 2 and lines[-1] == "6 rows, 2 images: 5 faults"
     for number, words in [
         (1, "absent.png is not under"),
         (2, "broken.jpg cannot be read as an image"),
         (3, "a question has no answer"),
-        (4, "has 1 pictures, but its conversation shows 0"),
+        (4, "has 1 images, but its conversation shows 0"),
         (5, "an answer is empty"),
     ]:
         assert sum(f"row {number} " in line and words in line for line in lines) == 1, words
     assert not any("row 0 " in line for line in lines)
     (folder / "good.json").write_text(json.dumps(rows[:1]))
     told = run("mllm.data", "check", str(folder / "good.json"), f"--image_root={folder}", check=False)
-    assert told.returncode == 0 and told.stdout.strip().endswith("1 rows, 1 pictures: no fault found")
+    assert told.returncode == 0 and told.stdout.strip().endswith("1 rows, 1 images: no fault found")
 
 
 def test_stats_count_answers_and_tokens(folder, assembled):
@@ -67,7 +67,7 @@ def test_stats_count_answers_and_tokens(folder, assembled):
     told = run("mllm.data", "stats", str(folder / "rows.jsonl"), *options)
     found = json.loads((folder / "out/stats.json").read_text())
     assert found["rows"] == 4 and found["answers"] == 5
-    assert found["rows with no picture, one, more"] == [2, 2, 0]
+    assert found["rows with no image, one, more"] == [2, 2, 0]
     assert found["kinds of answers, %"] == {"yes": 20.0, "no": 20.0, "number": 20.0, "one word": 20.0, "long": 20.0}
     assert found["yes among yes and no, %"] == 50.0
     assert found["rows longer than 30"] >= 2 and 0 < found["supervised tokens, %"] < 50
@@ -113,7 +113,7 @@ def test_many_rows_cost_little_memory_once_they_were_checked(folder):
     rows = load_rows([folder / "rows.jsonl"], folder)
     assert len(rows) == 100_000 and rows[99_999].key.endswith("row 99999 (id 99999)")
     program = (
-        "import datasets, psutil, sys; from mllm.data import load_rows; p = psutil.Process();"
+        "import datasets, psutil, sys; from mllm.data.rows import load_rows; p = psutil.Process();"
         "before = p.memory_full_info().uss; rows = load_rows([sys.argv[1]], sys.argv[2]);"
         "print(len(rows), rows[5].key, p.memory_full_info().uss - before)"
     )

@@ -1,11 +1,11 @@
-"""`python -m benchmarks.held_out`: no picture on both sides, whatever the order; scores that can be counted by hand."""
+"""`python -m benchmarks.held_out`: no image on both sides, whatever the order; scores that can be counted by hand."""
 
 import json
 
 import pytest
 
 from benchmarks.held_out import held_out, main, score
-from diffclip.errors import InputError
+from diffclip.base.errors import InputError
 
 
 def row(i: int, source: str, turns: int = 1) -> dict:

@@ -1,4 +1,4 @@
-"""Ways to make a picture square: what is seen, what is not, and that the choice is saved with the model."""
+"""Ways to make an image square: what is seen, what is not, and that the choice is saved with the model."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from PIL import Image
 from transformers import AutoProcessor
 
 import diffclip
-from diffclip.errors import InputError
+from diffclip.base.errors import InputError
 from diffclip.hf import image_processor
 from mllm.assemble import assemble
 from mllm.image_modes import bounded, with_mode

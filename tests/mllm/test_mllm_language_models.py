@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from diffclip.errors import InputError
+from diffclip.base.errors import InputError
 from mllm.assemble import assemble
 from mllm.lora import base_weights
 from mllm.model import load, parts, save

@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from diffclip.base.errors import InputError
 from diffclip.base.files import read_jsonl
-from diffclip.errors import InputError
 from mllm.conversation import prompt
 from mllm.model import save
-from mllm.pope_files import POST_PROMPT, SPLITS, find_images, read
-from mllm.pope_lmms import _same, evaluate_with_lmms, score_answers, write_parquet, write_tasks
-from mllm.pope_scores import (
+from mllm.pope.lmms import _same, evaluate_with_lmms, score_answers, write_parquet, write_tasks
+from mllm.pope.questions import POST_PROMPT, SPLITS, find_images, read
+from mllm.pope.scores import (
     GREY,
     grey_images,
     grey_picture,
@@ -46,7 +46,7 @@ def installed(tmp_path, monkeypatch):
 
 @pytest.fixture
 def pope_dir(tmp_path, picture):
-    """POPE about four pictures; a name and a question hold what some readers take for the end of a line."""
+    """POPE about four images; a name and a question hold what some readers take for the end of a line."""
     coin = random.Random(0)
     folder = tmp_path / "pope"
     (folder / "images").mkdir(parents=True)
@@ -71,7 +71,7 @@ def run_dir(assembled, tmp_path):
 
 
 def asked_about(pope_dir):
-    """POPE's questions and their pictures."""
+    """POPE's questions and their images."""
     questions = read(pope_dir)
     return questions, find_images(questions, pope_dir / "images")
 
@@ -160,7 +160,7 @@ def test_an_lmms_eval_that_fails_is_an_error(installed, tmp_path, pope_dir, monk
     stand_in = tmp_path / "python"
     stand_in.write_text("#!/bin/sh\necho 'Error during evaluation: it broke' >&2\n")
     stand_in.chmod(0o755)
-    monkeypatch.setattr("mllm.pope_lmms.sys.executable", str(stand_in))
+    monkeypatch.setattr("mllm.pope.lmms.sys.executable", str(stand_in))
     with pytest.raises(InputError, match=r"code 0 and no results.*it broke"):
         evaluate_with_lmms(tmp_path / "run", *asked_about(pope_dir), tmp_path / "out", controls=())
 
@@ -173,7 +173,7 @@ def test_a_tasks_own_conversion_to_rgb_shows_what_our_decoder_shows():
     import numpy as np
     from PIL import EpsImagePlugin, Image
 
-    from diffclip.pictures import open_image
+    from diffclip.base.images import decode
     from mllm.lmms_plugin import DiffCLIPLlavaForEvaluation
 
     exif = Image.Exif()
@@ -195,7 +195,7 @@ def test_a_tasks_own_conversion_to_rgb_shows_what_our_decoder_shows():
     plugin = DiffCLIPLlavaForEvaluation.__new__(DiffCLIPLlavaForEvaluation)  # no model is needed for this
     plugin.task_dict = {"t": {"test": rows}}
     for i, content in enumerate(contents):
-        wanted = open_image(content)
+        wanted = decode(content)
         first = plugin._pictures(lambda doc: [doc["image"].convert("RGB")], i, "t", "test")
         rest = plugin._pictures(lambda doc: [one.convert("RGB") for one in doc["more"]], i, "t", "test")
         for seen in (*first, *rest):
@@ -213,7 +213,7 @@ def test_scores_that_differ_from_lmms_evals_are_an_error():
 def test_unknown_controls_and_missing_pictures_are_refused(pope_dir, tmp_path):
     with pytest.raises(InputError, match="mirrored"):
         evaluate_with_lmms(tmp_path, *asked_about(pope_dir), tmp_path / "out", controls=("mirrored",))
-    with pytest.raises(InputError, match=r"4 pictures.*0\.png"):
+    with pytest.raises(InputError, match=r"4 images.*0\.png"):
         find_images(read(pope_dir), pope_dir / "nowhere")
     questions, images = asked_about(pope_dir)
     with pytest.raises(InputError, match="no labels"):
@@ -395,7 +395,7 @@ def test_no_question_gets_its_neighbours_image(evaluation_model, picture):
     evaluation_model.task_dict = {"t": {"test": docs}}
     for kind, options in (("generate_until", {"max_new_tokens": 4}), ("loglikelihood", "yes")):
         for first, words in (
-            (0, "question 0 of test: .* shows 1 pictures, but 2"),
+            (0, "question 0 of test: .* shows 1 images, but 2"),
             (1, "question 1 .* but 0 are given"),
         ):
             order = [first, 1 - first]

@@ -9,8 +9,8 @@ import torch
 from peft import PeftModel
 from transformers import AutoModel, AutoModelForCausalLM, Qwen2Config
 
-from diffclip.errors import InputError
-from diffclip.fingerprint import fingerprint
+from diffclip.base.errors import InputError
+from diffclip.base.fingerprint import fingerprint
 from mllm.assemble import assemble
 from mllm.lora import add_lora, base_weights, merge, quantise
 from mllm.model import freeze, load, parts, save

@@ -28,17 +28,17 @@ from transformers import (
 import diffclip
 import mllm.assemble as mllm_assemble
 from diffclip import checkpoints
-from diffclip.errors import InputError
-from diffclip.fingerprint import fingerprint
+from diffclip.base.errors import InputError
+from diffclip.base.fingerprint import fingerprint
 from mllm.assemble import assemble, plan, whiten_projector
 from mllm.chat import answer, question_turn
 from mllm.conversation import IGNORE, NoSupervisionError, prompt
-from mllm.examples import collate
+from mllm.data.examples import collate
 from mllm.model import WeightsError, freeze, identity, load, parts, save, verify
 
 
 def ask(processor, pictures, questions):
-    """Left-padded model inputs for one question about each picture."""
+    """Left-padded model inputs for one question about each image."""
     processor.tokenizer.padding_side = "left"
     texts = [prompt([{"from": "human", "value": f"<image>\n{q}"}], "vicuna") for q in questions]
     return processor(images=pictures, text=texts, padding=True, return_tensors="pt")
@@ -479,7 +479,7 @@ def test_another_transform_than_in_training_is_refused(assembled, tmp_path, chan
     settings = json.loads(file.read_text())
     settings["image_processor"] |= change
     file.write_text(json.dumps(settings))
-    with pytest.raises(InputError, match=r"prepares pictures in another way than the model was trained"):
+    with pytest.raises(InputError, match=r"prepares images in another way than the model was trained"):
         load(tmp_path)
 
 

@@ -6,8 +6,8 @@ import open_clip
 import pytest
 import torch
 
-from diffclip.errors import InputError
-from diffclip.fingerprint import fingerprint
+from diffclip.base.errors import InputError
+from diffclip.base.fingerprint import fingerprint
 from mllm.assemble import assemble, plan
 from mllm.model import load, save
 from mllm.open_clip_tower import from_open_clip

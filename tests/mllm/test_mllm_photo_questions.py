@@ -7,8 +7,8 @@ from collections import Counter
 import pytest
 
 from benchmarks.photo_questions import Photo, count, main, negative, read_set, text_line, yes_no
-from diffclip.errors import InputError
-from mllm.data import load_rows
+from diffclip.base.errors import InputError
+from mllm.data.rows import load_rows
 
 SEEN = {"a.png": ["dog", "person"], "b.png": ["person"], "c.png": ["car", "person"], "d.png": ["oven"]}
 

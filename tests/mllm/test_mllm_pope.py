@@ -8,9 +8,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from diffclip.errors import InputError
-from mllm import pope_files
-from mllm.pope_files import (
+from diffclip.base.errors import InputError
+from mllm.pope import questions as pope_files
+from mllm.pope.questions import (
     SPLITS,
     Question,
     answered,
@@ -23,7 +23,7 @@ from mllm.pope_files import (
     version,
     with_labels,
 )
-from mllm.pope_scores import (
+from mllm.pope.scores import (
     PARSERS,
     always_yes,
     blind,
@@ -41,7 +41,7 @@ OBJECTS = ("cat", "dog", "clock", "airplane")
 
 
 def rows(split, pictures=6):
-    """Questions about all objects; picture i holds object (i mod 4), always the two of them before clock."""
+    """Questions about all objects; image i holds object (i mod 4), always the two of them before clock."""
     return [
         {
             "question_id": 10 * i + j,
@@ -212,7 +212,7 @@ def test_missing_and_doubled_splits_are_refused(folder):
 
 
 def questions_about(truth):
-    """One question per (picture, object) with its label from truth(picture, object)."""
+    """One question per (image, object) with its label from truth(image, object)."""
     return [
         Question("random", f"{i}", f"Is there a {o} in the image?", truth(i, o), f"{i}{o}", f"{i}")
         for i in range(40)
@@ -229,7 +229,7 @@ def test_blind_rule_knows_priors_and_nothing_else():
 
 
 def test_blind_rule_never_learns_from_the_picture_it_answers_about():
-    # Every object is asked about one picture only: nothing can be learnt about it from the other folds.
+    # Every object is asked about one image only: nothing can be learnt about it from the other folds.
     alone = [
         Question("random", f"{i}", f"Is there a thing{i} in the image?", "yes" if i % 4 else "no", str(i), f"{i}")
         for i in range(40)
@@ -252,14 +252,14 @@ def test_strict_parser_takes_punctuation():
 
 
 def parquet(path, split_files):
-    """The Hub's layout: a row for each question with its picture, named without an extension."""
+    """The Hub's layout: a row for each question with its image, named without an extension."""
     lines = [(split, row) for split in SPLITS for row in rows(split)]
     columns = {
         "question_id": [str(row["question_id"]) for _, row in lines],
         "question": [row["text"] for _, row in lines],
         "answer": [row["label"] for _, row in lines],
         "image_source": [row["image"].removesuffix(".png") for _, row in lines],
-        "image": [{"bytes": f"picture {row['image']}".encode(), "path": None} for _, row in lines],
+        "image": [{"bytes": f"image {row['image']}".encode(), "path": None} for _, row in lines],
         "category": [split for split, _ in lines],
     }
     path.mkdir()
@@ -280,7 +280,7 @@ def test_the_hubs_parquet_holds_the_same_questions(folder, tmp_path, split_files
     assert version(hub) == version(official)
     unpacked = unpack_images(tmp_path / "hub", tmp_path / "images")
     places = find_images(hub, unpacked)
-    assert places["3"].read() == b"picture 3.png" and len(list(unpacked.iterdir())) == 6
+    assert places["3"].read() == b"image 3.png" and len(list(unpacked.iterdir())) == 6
     (tmp_path / "hub" / "other.parquet").write_bytes(b"PAR1")
     with pytest.raises(InputError, match=r"other\.parquet"):
         read(tmp_path / "hub")
@@ -337,7 +337,7 @@ def test_releases_are_told_by_digests_of_their_content(monkeypatch):
     for same in (
         release(3000),
         release(3000)[::-1],
-        release(3000, "COCO_val2014_{:012}"),  # as the Hub names pictures
+        release(3000, "COCO_val2014_{:012}"),  # as the Hub names images
         release(3000, end="imange?"),  # as the authors' first files spell it
     ):
         assert all(f"{s} 3,000: the known {s}" in version(same) for s in SPLITS)
@@ -361,7 +361,7 @@ def test_coco_pictures_are_found_in_its_usual_folders(tmp_path, place):
     file.write_bytes(b"x")
     question = Question("random", name, "Is there a cat in the image?", "yes", "1", name)
     assert find_images([question], tmp_path)[name].file == str(file)
-    with pytest.raises(InputError, match="1 pictures"):
+    with pytest.raises(InputError, match="1 images"):
         find_images([question._replace(shown="COCO_val2014_000000000010.jpg")], tmp_path)
 
 
@@ -373,7 +373,7 @@ def test_intervals_are_the_binomials_when_questions_are_independent():
     share = said.count("yes") / 400
     spread = 1.96 * (share * (1 - share) / 400) ** 0.5
     assert low == pytest.approx(share - spread, abs=0.006) and high == pytest.approx(share + spread, abs=0.006)
-    # four times the same picture and answer are no more evidence than one
+    # four times the same image and answer are no more evidence than one
     copies = [q._replace(image=f"{i % 100}.png", question_id=str(i)) for i, q in enumerate(asked)]
     wider = intervals(copies, said[:100] * 4, resamples=4000)["random"]["accuracy"]
     assert wider[1] - wider[0] == pytest.approx(2 * (high - low), rel=0.15)
@@ -470,18 +470,18 @@ def test_pictures_of_a_parquet_stay_in_their_folder(tmp_path, name):
 
 
 def test_pictures_of_a_parquet_are_its_own(tmp_path):
-    """Not those that another set of the same names had left in the folder; a row without its picture is named."""
+    """Not those that another set of the same names had left in the folder; a row without its image is named."""
     parquet(tmp_path / "hub", split_files=False)
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "3.jpg").write_bytes(b"of another set")
     unpack_images(tmp_path / "hub", tmp_path / "images")
-    assert (tmp_path / "images" / "3.jpg").read_bytes() == b"picture 3.png"
+    assert (tmp_path / "images" / "3.jpg").read_bytes() == b"image 3.png"
     file = tmp_path / "hub" / "test-00000-of-00001.parquet"
     table = pyarrow.parquet.read_table(file)
     empty = pyarrow.array([{"bytes": None, "path": "/etc/hostname"}] * len(table))
     place = table.schema.get_field_index("image")
     pyarrow.parquet.write_table(table.set_column(place, "image", empty), file)
-    with pytest.raises(InputError, match="row 0: carries no picture"):
+    with pytest.raises(InputError, match="row 0: carries no image"):
         unpack_images(tmp_path / "hub", tmp_path / "other")
 
 

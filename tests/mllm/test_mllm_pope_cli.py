@@ -9,16 +9,16 @@ import pytest
 from launch import ROOT
 from test_mllm_pope import rows, write
 
-from diffclip.errors import InputError
+from diffclip.base.errors import InputError
 from mllm.model import save
-from mllm.pope import main
-from mllm.pope_files import SPLITS, find_images, read
-from mllm.pope_margins import margins
+from mllm.pope.__main__ import main
+from mllm.pope.margins import margins
+from mllm.pope.questions import SPLITS, find_images, read
 
 
 @pytest.fixture
 def pope(tmp_path, picture):
-    """The official three files about six pictures, and the pictures."""
+    """The official three files about six images, and the images."""
     for split in SPLITS:
         write(tmp_path / f"coco_pope_{split}.json", rows(split))
     (tmp_path / "images").mkdir()
@@ -37,9 +37,9 @@ def test_check_names_release_oracle_blind_rule_and_pictures(pope, capsys):
     main(["check", str(pope), "--image_root", str(pope / "images")])
     out = capsys.readouterr().out
     assert "random 24: no public release" in out and "; digest " in out
-    assert "an oracle scores 100.0" in out and "6 pictures found" in out
+    assert "an oracle scores 100.0" in out and "6 images found" in out
     (pope / "images" / "4.png").unlink()
-    with pytest.raises(InputError, match=r"1 pictures.*4\.png"):
+    with pytest.raises(InputError, match=r"1 images.*4\.png"):
         main(["check", str(pope), "--image_root", str(pope / "images")])
 
 
@@ -105,7 +105,7 @@ def test_margins_with_all_controls(pope, assembled, tmp_path):
     for line in lines:
         if line["pass"] == "grey":
             grey[line["text"]].add(round(line["margin"], 4))
-    assert all(len(values) == 1 for values in grey.values())  # one picture for all
+    assert all(len(values) == 1 for values in grey.values())  # one image for all
     with pytest.raises(InputError, match="--image_root is missing"):
         main(["margins", str(tmp_path / "run"), "--pope", str(pope), "--out", str(tmp_path / "out")])
 

@@ -8,16 +8,16 @@ import torch
 import yaml
 from test_mllm_pope import write
 
-from diffclip.errors import InputError
-from diffclip.fingerprint import fingerprint
+from diffclip.base.errors import InputError
+from diffclip.base.fingerprint import fingerprint
 from mllm.assemble import assemble
-from mllm.data import load_rows
-from mllm.examples import ConversationDataset, collate
+from mllm.data.examples import ConversationDataset, collate
+from mllm.data.rows import load_rows
 from mllm.model import freeze, parts, save
-from mllm.pope import main
-from mllm.pope_diagnose import CAUSES, diagnose
-from mllm.pope_files import POST_PROMPT, SPLITS, answered, find_images, read
-from mllm.pope_margins import generate
+from mllm.pope.__main__ import main
+from mllm.pope.diagnose import CAUSES, diagnose
+from mllm.pope.margins import generate
+from mllm.pope.questions import POST_PROMPT, SPLITS, answered, find_images, read
 
 THINGS = ("red square", "small blue circle", "green star")
 
@@ -152,7 +152,7 @@ def forget_training(root):
 
 def test_a_healthy_run_has_no_cause(root):
     answers = evaluated(root)
-    controls = [{**row, "pass": "no_image", "answer": "I see no picture."} for row in answers]  # are not looked at
+    controls = [{**row, "pass": "no_image", "answer": "I see no image."} for row in answers]  # are not looked at
     cause, findings = found(root, answers + controls)
     assert cause is None and all(f.fine for f in findings)
 

@@ -6,18 +6,18 @@ import numpy as np
 import pytest
 import torch
 
-from diffclip.errors import InputError
+from diffclip.base.errors import InputError
 from mllm.conversation import prompt
 from mllm.model import load, save
-from mllm.pope_files import POST_PROMPT, SPLITS, Question
-from mllm.pope_margins import best_threshold, generate, margins, pack, score_margins, yes_no_tokens
-from mllm.pope_scores import GREY, grey_images, grey_picture, no_images, shuffle_images
+from mllm.pope.margins import best_threshold, generate, margins, pack, score_margins, yes_no_tokens
+from mllm.pope.questions import POST_PROMPT, SPLITS, Question
+from mllm.pope.scores import GREY, grey_images, grey_picture, no_images, shuffle_images
 
 OBJECTS = ("red square", "small blue circle", "green star", "left green square", "circle")
 
 
 def asked(pictures=5, seed=0):
-    """Questions of three splits about a few pictures; some are asked in several splits."""
+    """Questions of three splits about a few images; some are asked in several splits."""
     coin = random.Random(seed)
     return [
         Question(split, f"{i}.png", f"Is there a {thing} in the image?", coin.choice(("yes", "no")), str(n), f"{i}.png")
@@ -51,7 +51,7 @@ def test_margins_are_those_of_questions_asked_alone(assembled, picture, template
     found = margins(model, processor, questions, named.__getitem__, batch_size=3, most=3)
     alone = [one_at_a_time(model, processor, q, named.__getitem__) for q in questions]
     np.testing.assert_allclose(found, alone, atol=1e-4)
-    assert np.ptp(alone[: len(alone) // 4]) > 1e-2  # pictures and questions matter, or equality says nothing
+    assert np.ptp(alone[: len(alone) // 4]) > 1e-2  # images and questions matter, or equality says nothing
 
 
 @pytest.mark.parametrize("ask", [margins, generate])
@@ -59,7 +59,7 @@ def test_a_question_that_shows_more_than_it_has_is_refused(assembled, picture, a
     model, processor = assembled
     first, *others = asked(2)
     rows = [first._replace(text=f"<image>\n{first.text}", shown=""), *others]  # in a control without images
-    with pytest.raises(InputError, match="shows 1 pictures, but 0 are given"):
+    with pytest.raises(InputError, match="shows 1 images, but 0 are given"):
         ask(model, processor, rows, lambda name: picture(0))
 
 

@@ -12,10 +12,10 @@ import pytest
 import torch
 from transformers import AutoProcessor, AutoTokenizer
 
-from diffclip.errors import InputError
+from diffclip.base.errors import InputError
 from mllm.chat import prompts
 from mllm.conversation import IGNORE, Segment, control_tokens, encode, render
-from mllm.data import find_pictures, load_rows, main, read_json_rows
+from mllm.data.rows import find_pictures, load_rows, main, read_json_rows
 from mllm.model import load, save
 
 
@@ -84,20 +84,20 @@ def test_pictures_under_each_known_key_are_the_same(folder, picture):
 @pytest.mark.parametrize(
     "keys, question, words",
     [
-        ({"images": ["a.png"]}, "What?", ["1 pictures", "shows 0", "put one <image>"]),
+        ({"images": ["a.png"]}, "What?", ["1 images", "shows 0", "put one <image>"]),
         ({"video": "v.mp4"}, "<video>\nWhat?", ["`video`", "drop the row"]),
         ({"video": "v_1", "image": "a.png"}, "<image>\nWhat?", ["`video`"]),
         ({"audios": ["a.wav"]}, "What?", ["`audios`"]),
         ({"img": "a.png"}, "What?", ["`img`", "call it `image`"]),
         ({"frames": ["a.JPG"]}, "What?", ["`frames`"]),
-        ({"image": None}, "<image>\nWhat?", ["0 pictures", "shows 1", "take <image> out"]),
+        ({"image": None}, "<image>\nWhat?", ["0 images", "shows 1", "take <image> out"]),
         ({"image": "https://a.org/a.png"}, "<image>\nWhat?", ["https://a.org/a.png is an address", "path of a copy"]),
         ({"image": 5}, "<image>\nWhat?", ["`image` holds 5"]),
         ({"image": [["a.png"]]}, "<image>\nWhat?", ["`image` holds ['a.png']"]),
         ({"image": "a.png", "images": ["b.png"]}, "<image>\nWhat?", ["`image`", "`images`"]),
         ({"image": "data:image/png;base64,!!"}, "<image>\nWhat?", ["not base64"]),
-        ({"image": "iVBOR" * 1000}, "<image>\nWhat?", ["no path of a picture"]),
-        ({"image": "a\udce9.png"}, "<image>\nWhat?", ["no path of a picture"]),
+        ({"image": "iVBOR" * 1000}, "<image>\nWhat?", ["no path of an image"]),
+        ({"image": "a\udce9.png"}, "<image>\nWhat?", ["no path of an image"]),
     ],
 )
 def test_what_cannot_be_shown_is_never_learnt_as_text(folder, capsys, keys, question, words):
@@ -146,7 +146,7 @@ def test_control_tokens_are_those_of_the_model(folder, assembled):
 
 def test_a_padding_token_that_is_the_end_token_leaves_the_end_in_the_labels(folder, tower_dir, language_dir, tmp_path):
     from mllm.assemble import assemble
-    from mllm.examples import ConversationDataset, collate
+    from mllm.data.examples import ConversationDataset, collate
 
     tokenizer = AutoTokenizer.from_pretrained(language_dir)
     shutil.copytree(language_dir, tmp_path / "lm")
@@ -247,7 +247,7 @@ def test_pictures_inside_parquet_and_saved_datasets(folder, picture):
         assert name == "plain.parquet" or rows[3].pictures == []
         assert rows.texts([0, 2])[1] == [1, 1]
         assert checked(folder / name, folder) == 0
-    broken = [{"id": "x", "image": b"no picture", "conversations": turns}]
+    broken = [{"id": "x", "image": b"no image", "conversations": turns}]
     parquet.write_table(pa.Table.from_pylist(broken), folder / "broken.parquet")
     assert checked(folder / "broken.parquet", folder) == 2
 
@@ -340,10 +340,10 @@ def test_marks_line_ends_and_encodings(folder):
 
 
 def test_two_pictures_in_one_question(folder, capsys, assembled):
-    from mllm.examples import ConversationDataset
+    from mllm.data.examples import ConversationDataset
 
     file = write(folder / "r.json", row("<image>\n<image>\nSame?", image=["a.png", "b.png"]))
-    refused(file, folder, capsys, "has 2 pictures", "shows 1", "use template chatml")
+    refused(file, folder, capsys, "has 2 images", "shows 1", "use template chatml")
     refused(file, folder, capsys, "plain", "use template vicuna or chatml", template="plain")
     rows = load_rows([file], folder, template="chatml")
     example = ConversationDataset(rows, assembled[1], template="chatml")[0]
@@ -354,7 +354,7 @@ def test_shared_cases(shared_cases, capsys):
     cases = shared_cases("rows")
     images = cases / "images"
     for name, *words in (
-        ("other-keys/images_key_no_tag.json", "1 pictures", "shows 0"),
+        ("other-keys/images_key_no_tag.json", "1 images", "shows 0"),
         ("other-keys/video_key.json", "`video`"),
         ("surrogate_answer.json", "half a character"),
         ("image-field/image_int.json", "`image` holds 5"),

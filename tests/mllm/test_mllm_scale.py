@@ -9,7 +9,7 @@ from test_mllm_open_clip_tower import open_clip_name
 import diffclip
 from mllm.assemble import assemble
 from mllm.conversation import encode, render
-from mllm.examples import image_tokens
+from mllm.data.examples import image_tokens
 from mllm.model import freeze, load, parts, save
 from stages import mllm_training
 from stages.instruct import InstructConfig

@@ -11,7 +11,7 @@ import torch
 from launch import ROOT, run, run_deepspeed, start
 from safetensors.torch import load_file
 
-from diffclip.errors import InputError
+from diffclip.base.errors import InputError
 from mllm.assemble import assemble
 from mllm.model import load, save
 from stages import align, instruct

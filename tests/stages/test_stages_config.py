@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from diffclip.errors import InputError
+from diffclip.base.errors import InputError
 from stages.align import AlignConfig
 from stages.config import parse, read_yaml, require, write_yaml
 from stages.evaluate import EvaluateConfig

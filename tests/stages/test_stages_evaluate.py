@@ -7,8 +7,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from diffclip import scenes_export
-from diffclip.errors import InputError
+from diffclip.base.errors import InputError
+from diffclip.scenes.__main__ import main as export_scenes
 from stages import evaluate
 
 TEXT = {"context_length": 32, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
@@ -22,7 +22,7 @@ VISION = {
 def data(tmp_path_factory):
     """Drawings for zero-shot and for the maps."""
     folder = tmp_path_factory.mktemp("evaluate") / "scenes"
-    scenes_export.main(["export", str(folder), "--only", "segmentation", "--segmentation", "6"])
+    export_scenes(["export", str(folder), "--only", "segmentation", "--segmentation", "6"])
     for colour in ("red", "blue"):
         for number in range(3):
             path = folder / "classification" / "colours" / "test" / colour / f"{number}.png"
@@ -109,7 +109,7 @@ def test_scores_outlive_a_later_failure(tmp_path, data):
 
 
 def test_a_set_that_fails_leaves_the_scores_before_it(tmp_path, data):
-    """A broken picture of the second protocol: the first one's scores are on disk, with the reason."""
+    """A broken image of the second protocol: the first one's scores are on disk, with the reason."""
     import diffclip
     from diffclip.benchmarks import evaluate_clip
 
@@ -117,7 +117,7 @@ def test_a_set_that_fails_leaves_the_scores_before_it(tmp_path, data):
     (tmp_path / "data" / "retrieval").mkdir(parents=True)
     (tmp_path / "data" / "classification").symlink_to(data / "classification")
     (tmp_path / "data" / "retrieval" / "x.json").write_text('{"a.png": ["a thing"]}')
-    (tmp_path / "data" / "retrieval" / "a.png").write_bytes(b"no picture")
+    (tmp_path / "data" / "retrieval" / "a.png").write_bytes(b"no image")
     with pytest.raises(InputError, match=r"a\.png cannot be read"):
         evaluate_clip(*diffclip.load(tmp_path / "model"), tmp_path / "data", tmp_path / "scores", quiet=True)
     stored = json.loads((tmp_path / "scores/clip_benchmarks.json").read_text())

@@ -14,8 +14,8 @@ import pytest
 from launch import run
 from PIL import Image
 
-from diffclip.data import PairTable
-from diffclip.errors import InputError
+from diffclip.base.errors import InputError
+from diffclip.data.pairs import PairTable
 from stages import fetch
 
 
@@ -27,7 +27,7 @@ def jpeg(value: int) -> bytes:
 
 @pytest.fixture
 def pope(server, monkeypatch):
-    """The set "pope" with its addresses on the loopback: two question files, three pictures of which one is gone."""
+    """The set "pope" with its addresses on the loopback: two question files, three images of which one is gone."""
     for split in ("random", "popular"):
         rows = [{"image": f"{i}.jpg", "text": "Is there a dog?", "label": "no"} for i in range(3)]
         server.files[f"/coco_pope_{split}.json"] = "\n".join(map(json.dumps, rows)).encode()
@@ -101,7 +101,7 @@ def member(name: str, size: int = 7, **fields: object) -> tarfile.TarInfo:
 
 
 def test_links_in_archives_lead_nowhere(server, tmp_path):
-    """A link to a folder outside, and then a file below it; a link to a file that then would be served as a picture."""
+    """A link to a folder outside, and then a file below it; a link to a file that then would be served as an image."""
     outside = tmp_path / "outside"
     outside.mkdir()
     server.files["/x.tar.gz"] = tar_with(
@@ -179,7 +179,7 @@ def test_the_same_command_twice_at_once(pope, tmp_path):
         one.start()
     for one in pair:
         one.join(60)
-    assert [one.exitcode for one in pair] == [0, 0] and len(pope.sent) == 4  # two lists, two pictures
+    assert [one.exitcode for one in pair] == [0, 0] and len(pope.sent) == 4  # two lists, two images
     assert (tmp_path / "pope" / "images" / "1.jpg").read_bytes() == jpeg(1)
 
 

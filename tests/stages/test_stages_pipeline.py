@@ -14,8 +14,8 @@ import psutil
 import pytest
 from launch import QUICKSTART, ROOT, environment, run
 
-from diffclip.errors import InputError
-from diffclip.fingerprint import fingerprint
+from diffclip.base.errors import InputError
+from diffclip.base.fingerprint import fingerprint
 from stages.pipeline import finished
 
 SMALL = {"pairs": 256, "retrieval": 20, "class_train": 160, "class_val": 80, "class_test": 80, "align": 64}

@@ -31,7 +31,7 @@ def jpeg(rng: np.random.Generator) -> bytes:
 
 
 def write_shard(path: Path, pairs: int, seed: int = 0, replace: dict[int, bytes] | None = None) -> None:
-    """A tar of random pictures and captions; `replace` puts other bytes in the place of some pictures."""
+    """A tar of random images and captions; `replace` puts other bytes in the place of some images."""
     rng = np.random.default_rng(seed)
     with tarfile.open(path, "w") as tar:
         for i in range(pairs):
@@ -231,7 +231,7 @@ def test_two_ranks_with_two_workers_see_every_pair_once_an_epoch(shards, tmp_pat
 
 
 def test_bad_pictures_are_skipped_and_named_until_they_are_too_many(tmp_path):
-    write_shard(tmp_path / "x.tar", 64, replace={5: b"", 9: b"no picture"})
+    write_shard(tmp_path / "x.tar", 64, replace={5: b"", 9: b"no image"})
     out = tmp_path / "run"
     refused = run(*command(str(tmp_path / "x.tar"), out), check=False)
     assert refused.returncode == 2 and "could not be read, more than max_bad_share 0.01" in refused.stderr
@@ -261,7 +261,7 @@ def test_odd_names_and_damaged_lines_of_bad_samples_end_no_training(tmp_path, mo
     write_shard(folder / "x.tar", 32)
     with tarfile.open(folder / "x.tar", "a", format=tarfile.GNU_FORMAT) as tar:
         odd = b"caf\xe9\xe2\x80\xa8"
-        for name, content in ((odd + b".jpg", b"no picture"), (odd + b".txt", b"red"), (b"l\xff.txt", b"x")):
+        for name, content in ((odd + b".jpg", b"no image"), (odd + b".txt", b"red"), (b"l\xff.txt", b"x")):
             info = tarfile.TarInfo(os.fsdecode(name))
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
@@ -275,8 +275,8 @@ def test_odd_names_and_damaged_lines_of_bad_samples_end_no_training(tmp_path, mo
 
 
 def test_an_empty_shard_is_named_and_no_lost_sample(tmp_path):
-    from diffclip.data import PairTable
-    from diffclip.errors import InputError
+    from diffclip.base.errors import InputError
+    from diffclip.data.pairs import PairTable
     from stages.pretrain import PretrainConfig, report_problems, say_bad_samples
     from stages.run import Run
 
@@ -289,7 +289,7 @@ def test_an_empty_shard_is_named_and_no_lost_sample(tmp_path):
     assert json.loads((tmp_path / "run" / "run.json").read_text())["bad_samples"] == 1
     with tarfile.open(tmp_path / "0.tar", "a") as tar:
         tar.addfile(tarfile.TarInfo("lost.txt"))
-    with pytest.raises(InputError, match=r"1 of 9 samples lack a part, e\.g\. .*0\.tar/lost \(no picture\)"):
+    with pytest.raises(InputError, match=r"1 of 9 samples lack a part, e\.g\. .*0\.tar/lost \(no image\)"):
         report_problems(PairTable([str(tmp_path / "*.tar")]), config, run)
 
 

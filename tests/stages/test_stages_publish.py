@@ -7,7 +7,7 @@ import pytest
 from huggingface_hub import ModelCard
 from launch import run
 
-from diffclip.errors import InputError
+from diffclip.base.errors import InputError
 from stages import publish
 
 

@@ -14,7 +14,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from diffclip.errors import InputError
+from diffclip.base.errors import InputError
 from stages.report import build_report
 from stages.report.cells import percent
 from stages.report.data import gather
@@ -337,10 +337,10 @@ def test_a_missing_cell_says_that_the_run_is_not_finished(tmp_path):
 
 def test_a_missing_cell_repeats_why_the_benchmark_was_skipped(tmp_path):
     write_run(tmp_path / "b", "evaluate", model="B", metrics={"mmvp/average": 30})
-    skipped = {"skipped": {"few_shot/shape": "class 'star' has 3 pictures"}}
+    skipped = {"skipped": {"few_shot/shape": "class 'star' has 3 images"}}
     (tmp_path / "b" / "clip_benchmarks.json").write_text(json.dumps(skipped))
     note = missing(tmp_path, "Few-shot, accuracy / shape")[1]
-    assert note == "evaluate of B, seed 0: few_shot/shape was left out: class 'star' has 3 pictures"
+    assert note == "evaluate of B, seed 0: few_shot/shape was left out: class 'star' has 3 images"
 
 
 def test_a_missing_cell_names_the_half_that_was_not_given(tmp_path):
@@ -412,7 +412,7 @@ def test_damaged_values_do_not_stop_the_report(tmp_path):
     metrics = scores() | {f"pope/{split}/questions": -5 for split in SPLITS} | {"mmvp/Color": 10**400}
     (arm / "evaluate" / "metrics.json").write_text(json.dumps(metrics))
     (arm / "evaluate" / "attention.jsonl").write_text('{"heat": [[300]], "image": 5}\n[1]\n{"heat": [[1, 2], [3]]}\n')
-    (arm / "evaluate" / "localisation.json").write_text('{"pictures": 3, "scores": [1]}')
+    (arm / "evaluate" / "localisation.json").write_text('{"images": 3, "scores": [1]}')
     words = Page(build_report([tmp_path / "runs"], tmp_path / "report")).words
     assert (
         "Figure 2. Attention maps for queries Not drawn" in words

@@ -297,10 +297,10 @@ def test_hostile_text_stays_text_in_the_browser(tmp_path, browser_page):
         assert not re.search(r"(?<!\\)[$&#_%]x?\$_|<script", path.read_text(encoding="utf-8")), path.name
     opened, complaints = new_page(browser_page, index)
     shown = opened.inner_text("#panel")
-    assert "<script>alert(1)</script>" in shown and "picture missing" in shown
+    assert "<script>alert(1)</script>" in shown and "image missing" in shown
     assert "<script>alert(1)</script>" in opened.inner_text("#panel h3")
     assert opened.locator("#panel script, #tiles script, option script").count() == 0
-    assert opened.locator("#tiles img").count() == 0, "a picture outside the run was shown"
+    assert opened.locator("#tiles img").count() == 0, "an image outside the run was shown"
     assert complaints == []
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 
-from diffclip.errors import InputError
+from diffclip.base.errors import InputError
 from stages.run import COMPLETE, Run, digest, upstream_model
 
 

@@ -15,7 +15,7 @@ from test_stages_pretrain import write_shard
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
-from diffclip.errors import InputError
+from diffclip.base.errors import InputError
 from stages import language, pretrain
 from stages.align import AlignConfig
 from stages.callbacks import Watch

@@ -11,12 +11,12 @@ import torch
 from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from diffclip.base.errors import InputError
 from diffclip.base.files import read_json, read_yaml
-from diffclip.errors import InputError
-from diffclip.fingerprint import fingerprint
-from mllm import pope_scores
+from diffclip.base.fingerprint import fingerprint
 from mllm.model import FINGERPRINTS, parts, transform_fingerprint
-from mllm.pope_files import Question
+from mllm.pope import scores as pope_scores
+from mllm.pope.questions import Question
 
 Answer = tuple[Question, str | None]
 
@@ -58,10 +58,10 @@ def diagnose(
 
     Args:
         directory: the run; what training wrote beside the weights (run.json, config.yaml) is used where it is there.
-        questions: POPE with labels, from `mllm.pope_files.read`; without it the model is not asked anything.
-        images: their pictures, from `mllm.pope_files.find_images`.
-        answers: of an earlier evaluation, from `mllm.pope_files.answered`, to be checked against `questions`.
-        pictures: how many pictures the model is asked about.
+        questions: POPE with labels, from `mllm.pope.questions.read`; without it the model is not asked anything.
+        images: their images, from `mllm.pope.questions.find_images`.
+        answers: of an earlier evaluation, from `mllm.pope.questions.answered`, to be checked against `questions`.
+        images: how many images the model is asked about.
     """
     directory = Path(directory)
     prints = _mapping(directory / FINGERPRINTS, read_json)
@@ -88,7 +88,7 @@ def diagnose(
 
 
 def transform(processor: Any, prints: dict) -> Finding:
-    """Are pictures prepared as in training?"""
+    """Are images prepared as in training?"""
     expected = prints.get("transform")
     if expected is None:
         return Finding("wrong transform", None, f"{FINGERPRINTS} says nothing of the training's")
@@ -148,8 +148,8 @@ def language_model(found: dict, prints: dict, record: dict) -> Finding:
 def training_data(model: Any, processor: Any, config: dict, most: int = 400) -> Iterator[Finding]:
     """Did the rows of the training have supervised tokens, and questions to be answered with yes or no?"""
     from mllm.conversation import NoSupervisionError, control_tokens
-    from mllm.data import load_rows
-    from mllm.examples import ConversationDataset
+    from mllm.data.examples import ConversationDataset
+    from mllm.data.rows import load_rows
 
     data = config.get("data") or []
     if not data or not all(Path(path).exists() for path in data):
@@ -174,7 +174,7 @@ def training_data(model: Any, processor: Any, config: dict, most: int = 400) -> 
             dataset[i]
         except NoSupervisionError:
             empty += 1
-        except InputError:  # a picture that is gone says nothing of labels
+        except InputError:  # an image that is gone says nothing of labels
             continue
     share = 100 * empty / len(chosen)
     remedy = "raise max_length, or mend the answers; python -m mllm.data check names the rows"
@@ -194,8 +194,8 @@ def behaviour(
     answers: Sequence[Answer],
     pictures: int,
 ) -> Iterator[Finding]:
-    """What the model answers: labels, use of the picture, bias, parser."""
-    from mllm.pope_margins import generate, margins, score_margins
+    """What the model answers: labels, use of the image, bias, parser."""
+    from mllm.pope.margins import generate, margins, score_margins
 
     names = list(dict.fromkeys(q.image for q in questions))
     chosen = set(names[:: max(1, -(-len(names) // pictures))])
@@ -205,13 +205,13 @@ def behaviour(
     other = margins(model, processor, pope_scores.shuffle_images(asked), lambda name: images[name].open())
     moved = float(np.abs(own - other).max())
     remedy = "align longer, look at the loss of align, and at the projector's learning rate"
-    seen = f"another picture moves log P(yes) / P(no) by {np.abs(own - other).mean():.3g} in the mean"
+    seen = f"another image moves log P(yes) / P(no) by {np.abs(own - other).mean():.3g} in the mean"
     yield Finding("ignored image", moved > 1e-3 * max(1.0, float(np.abs(own).mean())), seen, remedy)
     exact = score_margins(asked, own)["mean"]
     rate = exact["yes_rate"]
     seen = (
         f"yes to {100 * rate:.0f} % by the likelier word, auc {100 * exact['auc']:.0f}, accuracy "
-        f"{100 * exact['accuracy']:.0f}, and {100 * exact['accuracy_tuned']:.0f} with a threshold from other pictures"
+        f"{100 * exact['accuracy']:.0f}, and {100 * exact['accuracy_tuned']:.0f} with a threshold from other images"
     )
     yield Finding("pure yes-bias", 0.02 < rate < 0.98, seen, "balance yes and no in the training; or score by margins")
     sample = asked[:: max(1, len(asked) // 64)]
@@ -223,7 +223,7 @@ def labels(
     asked: Sequence[Question], questions: Sequence[Question], answers: Sequence[Answer], own: np.ndarray
 ) -> Finding:
     """Do an earlier evaluation's labels belong to its questions, and its answers to this model?"""
-    cause, remedy = "label misalignment", "match answers and labels by picture and question, as mllm.pope score does"
+    cause, remedy = "label misalignment", "match answers and labels by image and question, as mllm.pope score does"
     if not answers:
         return Finding(cause, None, "not looked at: give --answers, the answers.jsonl of an evaluation")
     truth = {q.key: q.label for q in questions}
@@ -296,15 +296,15 @@ def _mapping(path: Path, read: Callable[[Path], Any]) -> dict:
 
 def run(options: argparse.Namespace) -> int:
     """Print the findings as a table; 1 if a cause was found, with the first of them named."""
-    from mllm.pope import show
-    from mllm.pope_files import answered, images_of, index, read_labelled
+    from mllm.pope.__main__ import show
+    from mllm.pope.questions import answered, images_of, index, read_labelled
 
     questions: list[Question] = read_labelled(options.pope) if options.pope else []
     answers: list[Answer] = []
     if options.answers and questions:
         answers = list(index(answered(options.answers, questions), lambda a: a[0].key, str(options.answers)).values())
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    with TemporaryDirectory() as folder:  # for the pictures of a parquet file
+    with TemporaryDirectory() as folder:  # for the images of a parquet file
         images = images_of(questions, options.pope, options.image_root, folder) if questions else {}
         findings = list(diagnose(options.run, questions, images, answers, pictures=options.pictures, device=device))
     marks = {True: "ok", False: "FOUND", None: "?"}

@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from diffclip.base.errors import InputError
 from diffclip.base.files import write_whole
-from diffclip.errors import InputError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")  # of several images under one key the first of these is taken
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")
@@ -35,7 +35,7 @@ def cache_dir() -> Path:
 
 @dataclass
 class Shard:
-    """One tar: where each sample's picture and caption lie in it, and what is wrong with the rest of it."""
+    """One tar: where each sample's image and caption lie in it, and what is wrong with the rest of it."""
 
     path: str
     keys: np.ndarray  # (samples,) bytes; names without suffix
@@ -125,7 +125,7 @@ def _index(path: str, caption: str) -> Shard:
         images = sorted((s for s in members if _rank(s) is not None), key=_rank)
         text = next((s for s in members if s.lower() == caption), None)
         if not images or text is None:
-            problems.append((f"{path}/{_shown(key)}", f"no .{caption} caption" if images else "no picture"))
+            problems.append((f"{path}/{_shown(key)}", f"no .{caption} caption" if images else "no image"))
             continue
         if len(images) > 1:
             example = example if several else (f"{path}/{_shown(key)}", ", ".join(images))

@@ -3,7 +3,7 @@
     python -m mllm.data check rows.json --image_root images     # every fault, by row
     python -m mllm.data stats rows.json --image_root images --model runs/align   # answers, lengths, what is supervised
 
-Pictures are opened when they are needed; they may be plain files or members of webdataset tars.
+Images are opened when they are needed; they may be plain files or members of webdataset tars.
 """
 
 import base64
@@ -19,9 +19,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, overload
 
+from diffclip.base.errors import InputError, exit_on_input_error
 from diffclip.base.files import parse_json, read_jsonl, read_text
 from diffclip.base.paths import inside
-from diffclip.errors import InputError, exit_on_input_error
 from mllm.conversation import IMAGE, QWEN_CONTROL, pair_turns, render, text_problem
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ MEDIA_FILE = re.compile(
 
 
 class Picture(NamedTuple):
-    """Where a picture's bytes lie: a whole file (size 0), a stretch of a tar, or the row itself (content)."""
+    """Where an image's bytes lie: a whole file (size 0), a stretch of a tar, or the row itself (content)."""
 
     file: str
     offset: int = 0
@@ -45,7 +45,7 @@ class Picture(NamedTuple):
     content: bytes | None = None
 
     def read(self) -> bytes:
-        """The encoded picture; OSError if it cannot be read."""
+        """The encoded image; OSError if it cannot be read."""
         if self.content is not None:
             return self.content
         handle = os.open(self.file, os.O_RDONLY)
@@ -56,13 +56,13 @@ class Picture(NamedTuple):
 
     def open(self, key: str = "") -> "Image.Image":
         """Decode to RGB; InputError naming the row that shows it, if given, and the file when that fails."""
-        from diffclip.pictures import open_picture
+        from diffclip.base.images import open_image
 
-        return open_picture(self.read, f"{key}: {self.file}" if key else self.file)
+        return open_image(self.read, f"{key}: {self.file}" if key else self.file)
 
 
 class Row(NamedTuple):
-    """One conversation: where it came from, its turns, its pictures."""
+    """One conversation: where it came from, its turns, its images."""
 
     key: str  # "file.json: row 17 (id abc)"
     conversation: list[dict[str, str]]
@@ -93,11 +93,11 @@ class Rows(Sequence[Row]):
         ]
         if None in pictures:
             gone = row["images"][pictures.index(None)]
-            raise InputError(f"{row['key']}: picture {gone} is no longer under {self.image_root}")
+            raise InputError(f"{row['key']}: image {gone} is no longer under {self.image_root}")
         return Row(row["key"], json.loads(row["conversation"]), pictures)
 
     def texts(self, indices: Sequence[int]) -> tuple[list[list[dict[str, str]]], list[int]]:
-        """Conversations and numbers of pictures of some rows, without looking for the pictures."""
+        """Conversations and numbers of images of some rows, without looking for the images."""
         some = self.without_pictures[indices]
         return [json.loads(text) for text in some["conversation"]], [len(names) for names in some["images"]]
 
@@ -113,21 +113,21 @@ def load_rows(
     """Read rows `{"id", "image", "conversations": [{"from": "human" | "gpt", "value"}]}` and check them all.
 
     What was checked is kept in the cache folder of `datasets`, so the same files open in a moment the next time, and
-    in every other process. Pictures that rows hold themselves are kept there too.
+    in every other process. Images that rows hold themselves are kept there too.
 
     Args:
         files: JSON arrays, JSONL, parquet, or folders of `datasets.save_to_disk`; several make a mixture, in order.
         image_root: folder that the rows' `image` paths start from. A path that is no file there is looked for
             in the tars of its folder: `shots/train/7.jpg` as member `7.jpg` of a tar in `shots/train/`; where several
             hold one, the row names it: `shots/train/00000.tar/7.jpg`. `images` and `image_path` are read like `image`,
-            and hold paths, `data:` URIs or encoded pictures (`datasets`' {"bytes", "path"}), one or a list.
+            and hold paths, `data:` URIs or encoded images (`datasets`' {"bytes", "path"}), one or a list.
         image_prefix: keep only rows whose image path starts with this; "coco/" is LLaVA-665K's COCO subset.
-        template: the conversation format that the rows are to be written in, which decides how many pictures show.
+        template: the conversation format that the rows are to be written in, which decides how many images show.
         control: tokens that no text may contain, from `mllm.conversation.control_tokens`.
 
     Raises:
-        InputError: unreadable file, missing picture, video or sound, turns out of order, empty answer, control tokens
-            in a text, more or fewer pictures than the conversation shows; names the row.
+        InputError: unreadable file, missing image, video or sound, turns out of order, empty answer, control tokens
+            in a text, more or fewer images than the conversation shows; names the row.
     """
     from datasets import Dataset, Features, Value, disable_progress_bars, enable_progress_bars
     from datasets.exceptions import DatasetGenerationError
@@ -197,7 +197,7 @@ def examine(
     template: str = "vicuna",
     control: Sequence[str] = QWEN_CONTROL,
 ) -> Iterator[tuple[str, dict, list[tuple[str, Picture | None]], str]]:
-    """Every row with its name, its pictures by name, and what is wrong with it or ""; arguments as in `load_rows`."""
+    """Every row with its name, its images by name, and what is wrong with it or ""; arguments as in `load_rows`."""
     for path in files:
         for number, row in enumerate(read_json_rows(path)):
             name = f"{path}: row {number} (id {row.get('id', '?')})"
@@ -214,7 +214,7 @@ def examine(
             missing = [name for name, place in pictures if place is None]
             problem = media_problem(row, bool(images)) or _turn_problem(row.get("conversations"), control)
             if missing:
-                problem = f"picture {missing[0]} is not under {image_root}, nor in a tar there; check image_root"
+                problem = f"image {missing[0]} is not under {image_root}, nor in a tar there; check image_root"
             yield key, row, pictures, problem or _count_problem(row["conversations"], len(images), template)
 
 
@@ -228,7 +228,7 @@ def find_pictures(root: str | Path, names: Iterable[str]) -> dict[str, Picture |
     places: dict[str, Picture | None] = {}
     for name in names:
         if re.match(r"\w{2,}://", name):
-            raise InputError(f"picture {name[:200]} is an address, which is not fetched; give the path of a copy")
+            raise InputError(f"image {name[:200]} is an address, which is not fetched; give the path of a copy")
         path = os.path.abspath(inside(root, name, "image"))
         if os.path.isfile(path):
             places[name] = Picture(path)
@@ -240,7 +240,7 @@ def find_pictures(root: str | Path, names: Iterable[str]) -> dict[str, Picture |
         found = {path: found[path]} if path in found else found
         if len(found) > 1:
             known = " and ".join(os.path.relpath(place, os.path.abspath(root)) for place in sorted(found)[:2])
-            raise InputError(f"picture {name} is in {len(found)} places, {known}; write in the row which of them it is")
+            raise InputError(f"image {name} is in {len(found)} places, {known}; write in the row which of them it is")
         places[name] = next(iter(found.values()), None)
     return places
 
@@ -263,7 +263,7 @@ def read_json_rows(path: str | Path) -> Iterator[dict]:
 
 
 def _table_rows(path: Path) -> Iterator[dict]:
-    """Rows of a parquet file or a `datasets` folder, pictures in them still encoded."""
+    """Rows of a parquet file or a `datasets` folder, images in them still encoded."""
     from datasets import load_from_disk
     from pyarrow.parquet import ParquetFile
 
@@ -284,14 +284,14 @@ def _table_rows(path: Path) -> Iterator[dict]:
 
 
 def row_images(row: dict) -> list[tuple[str, bytes | None]]:
-    """A row's pictures: (path, None), or (what to call it, the encoded picture) of one that the row holds itself.
+    """A row's images: (path, None), or (what to call it, the encoded image) of one that the row holds itself.
 
     Raises:
-        InputError: more than one key holds pictures, or something is no picture.
+        InputError: more than one key holds images, or something is no image.
     """
     given = [key for key in IMAGE_KEYS if _filled(row.get(key))]
     if len(given) > 1:
-        raise InputError(f"has pictures in `{given[0]}` and in `{given[1]}`; keep one of them")
+        raise InputError(f"has images in `{given[0]}` and in `{given[1]}`; keep one of them")
     if not given:
         return []
     value = row[given[0]]
@@ -307,19 +307,19 @@ def row_places(row: dict, image_root: str | Path) -> list[tuple[str, Picture | N
 
 
 def _row_image(value: object, key: str) -> tuple[str, bytes | None]:
-    name = f"picture in `{key}`"
-    if isinstance(value, dict):  # as `datasets` keeps pictures
+    name = f"image in `{key}`"
+    if isinstance(value, dict):  # as `datasets` keeps images
         value, name = value.get("bytes") or value.get("path"), value.get("path") or name
     if isinstance(value, bytes):
         return name, value
     if not isinstance(value, str) or not value:
         raise InputError(
-            f"`{key}` holds {str(value)[:40]}, which is no path of a picture; give a path, or a list of them"
+            f"`{key}` holds {str(value)[:40]}, which is no path of an image; give a path, or a list of them"
         )
     if not value.startswith("data:"):
         if len(value) > 1000 or value != value.encode(errors="ignore").decode():
             raise InputError(
-                f"`{key}` holds {value[:40]!a}..., which is no path of a picture; give one, or data:image/png;base64,"
+                f"`{key}` holds {value[:40]!a}..., which is no path of an image; give one, or data:image/png;base64,"
             )
         return value, None
     head, _, content = value.partition(",")
@@ -341,7 +341,7 @@ def media_problem(row: dict, shows: bool) -> str:
         if key in OTHER_MEDIA:
             return f"has a `{key}`, which this model cannot see or hear; drop the row"
         if not shows and _is_media(value):
-            return f"names a picture or film in `{key}`, which is not read; call it `image`, or drop the key or the row"
+            return f"names an image or film in `{key}`, which is not read; call it `image`, or drop the key or the row"
     return ""
 
 
@@ -366,20 +366,20 @@ def _turn_problem(conversation: object, control: Sequence[str]) -> str:
 
 
 def _count_problem(conversation: list[dict[str, str]], pictures: int, template: str) -> str:
-    """Why a template does not show each of a row's pictures once, or ""."""
+    """Why a template does not show each of a row's images once, or ""."""
     shown = sum(segment.text.count(IMAGE) for segment in render(conversation, template))
     if shown == pictures:
         return ""
     tags = sum(turn["value"].count(IMAGE) for turn in conversation)
     if template == "plain":
-        advice = "it shows one picture before each answer: use template vicuna or chatml, or drop the row"
+        advice = "it shows one image before each answer: use template vicuna or chatml, or drop the row"
     elif template == "vicuna" and tags == pictures:
-        advice = "it shows one picture a question: use template chatml, or ask about each in a question of its own"
+        advice = "it shows one image a question: use template chatml, or ask about each in a question of its own"
     elif not pictures:
-        advice = f"give its pictures in `image`, or take {IMAGE} out of the questions"
+        advice = f"give its images in `image`, or take {IMAGE} out of the questions"
     else:
-        advice = f"put one {IMAGE} into a question for each picture"
-    return f"has {pictures} pictures, but its conversation shows {shown} in template `{template}`; {advice}"
+        advice = f"put one {IMAGE} into a question for each image"
+    return f"has {pictures} images, but its conversation shows {shown} in template `{template}`; {advice}"
 
 
 def _tars_state(folder: str) -> tuple[tuple[str, int, int], ...]:
@@ -430,7 +430,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--max_length", type=int, default=2048, help="longer rows are reported")
     parser.add_argument("--out", default="", help="stats: folder for lengths.png and stats.json")
     options = parser.parse_args(argv)
-    from mllm import data_report
+    from mllm.data import report as data_report
 
     sys.exit(data_report.check(options) if options.action == "check" else data_report.stats(options))
 

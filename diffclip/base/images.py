@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
-from diffclip.errors import InputError
+from diffclip.base.errors import InputError
 
 BROKEN = (  # all that a decoder or parser may raise at bytes that it was not made for
     OSError,
@@ -37,13 +37,29 @@ TURNS = {  # EXIF orientation -> what turns the stored pixels as the camera was 
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-STRIP = 16  # a picture that is longer than so many times its width
+STRIP = 16  # an image that is longer than so many times its width
 
 # of odd tags in a file that can be read; what cannot, raises (once for all: catch_warnings is not made for threads)
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
-def open_image(source: bytes | str | Path) -> Image.Image:
+def open_image(source: bytes | str | Path | Callable[[], bytes], name: str = "") -> Image.Image:
+    """`decode` for images that a user named: InputError with `name` when one is missing or broken.
+
+    Args:
+        source: the encoded image, its path, or a function that reads it.
+        name: what the message calls it; by default the path.
+    """
+    name = name or (str(source) if isinstance(source, (str, Path)) else "the image")
+    try:
+        return decode(source() if callable(source) else source)
+    except BROKEN as error:
+        unknown = isinstance(error, UnidentifiedImageError)  # whose own words are about a Python object
+        reason = "not an image" if unknown else str(error) or type(error).__name__
+        raise InputError(f"{name} cannot be read as an image ({reason}): replace or remove it") from error
+
+
+def decode(source: bytes | str | Path) -> Image.Image:
     """Decode an image of one of `FORMATS`: its first frame, by the rules of `to_rgb`.
 
     Raises:
@@ -65,7 +81,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     Raises:
         one of BROKEN: the rest of a lazily opened file cannot be decoded.
     """
-    ImageFile.LOAD_TRUNCATED_IMAGES = False  # lmms_eval sets it: half a picture would pass for a whole
+    ImageFile.LOAD_TRUNCATED_IMAGES = False  # lmms_eval sets it: half an image would pass for a whole
     image.load()
     turn = _turn(image)
     if image.mode[0] in "IF":  # PIL would cut these at 255 instead of scaling
@@ -90,21 +106,6 @@ def cut_strip(image: Image.Image) -> Image.Image:
     most = STRIP * min(width, height)
     left, top = (max(0, (side - most) // 2) for side in (width, height))  # both ends lose alike
     return image.crop((left, top, width - left, height - top)) if left or top else image
-
-
-def open_picture(source: bytes | str | Path | Callable[[], bytes], name: str) -> Image.Image:
-    """`open_image` for pictures that a user named: InputError with `name` when one is missing or broken.
-
-    Args:
-        source: the encoded picture, its path, or a function that reads it.
-        name: what the message calls it.
-    """
-    try:
-        return open_image(source() if callable(source) else source)
-    except BROKEN as error:
-        unknown = isinstance(error, UnidentifiedImageError)  # whose own words are about a Python object
-        reason = "not a picture" if unknown else str(error) or type(error).__name__
-        raise InputError(f"{name} cannot be read as an image ({reason}): replace or remove it") from error
 
 
 def _grey(values: np.ndarray) -> Image.Image:

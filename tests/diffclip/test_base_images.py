@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 
 import diffclip
-from diffclip.errors import InputError
+from diffclip.base.errors import InputError
+from diffclip.base.images import BROKEN, cut_strip, decode, open_image, to_rgb
 from diffclip.hf import image_processor
-from diffclip.pictures import BROKEN, cut_strip, open_image, open_picture, to_rgb
 
 CONFIG = diffclip.MODELS["DiffCLIP-B-32"]
 
@@ -31,7 +31,7 @@ def corners(height=6, width=4) -> np.ndarray:
     return pixels
 
 
-STORED = {  # how a camera stores the upright picture under each EXIF orientation, after the EXIF standard
+STORED = {  # how a camera stores the upright image under each EXIF orientation, after the EXIF standard
     1: lambda p: p,
     2: lambda p: p[:, ::-1],
     3: lambda p: p[::-1, ::-1],
@@ -58,7 +58,7 @@ def test_exif_turns_a_picture_once(orientation, kind):
             wanted = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
     else:
         content, wanted = encoded(stored, kind, exif=exif.tobytes(), **options), corners()
-    image = open_image(content)
+    image = decode(content)
     assert np.array_equal(np.asarray(image), wanted)
     assert to_rgb(image) is image  # and never again
     assert to_rgb(to_rgb(Image.open(io.BytesIO(content)))).tobytes() == image.tobytes()
@@ -75,16 +75,16 @@ def test_datasets_which_turns_too_gives_the_same(tmp_path):
         {"image": [{"bytes": content, "path": None}]}, features=datasets.Features({"image": datasets.Image()})
     )
     decoded = rows[0]["image"]
-    assert open_image(content).size == (32, 64)
+    assert decode(content).size == (32, 64)
     for seen in (to_rgb(decoded), to_rgb(decoded.convert("RGB"))):
-        assert seen.tobytes() == open_image(content).tobytes()
+        assert seen.tobytes() == decode(content).tobytes()
 
 
 def test_damaged_exif_keeps_the_picture():
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8))
-    plain = open_image(encoded(picture, "JPEG"))
+    plain = decode(encoded(picture, "JPEG"))
     for exif in (b"Exif\0\0", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff", b"Exif\0\0II*\0" + struct.pack("<I", 999), b"junk"):
-        assert open_image(encoded(picture, "JPEG", exif=exif)).tobytes() == plain.tobytes()
+        assert decode(encoded(picture, "JPEG", exif=exif)).tobytes() == plain.tobytes()
 
 
 def test_plain_pictures_are_what_pil_gives():
@@ -92,11 +92,11 @@ def test_plain_pictures_are_what_pil_gives():
     for kind in ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF"):
         content = encoded(Image.fromarray(pixels), kind)
         with Image.open(io.BytesIO(content)) as image:
-            assert open_image(content).tobytes() == image.convert("RGB").tobytes(), kind
+            assert decode(content).tobytes() == image.convert("RGB").tobytes(), kind
     opaque = Image.fromarray(np.dstack([pixels, np.full((40, 30), 255, np.uint8)]))
-    assert open_image(encoded(opaque, "PNG")).tobytes() == pixels.tobytes()
+    assert decode(encoded(opaque, "PNG")).tobytes() == pixels.tobytes()
     palette = Image.fromarray(pixels).quantize(16)
-    assert open_image(encoded(palette, "PNG")).tobytes() == palette.convert("RGB").tobytes()
+    assert decode(encoded(palette, "PNG")).tobytes() == palette.convert("RGB").tobytes()
 
 
 def test_transparency_lies_over_white():
@@ -104,17 +104,17 @@ def test_transparency_lies_over_white():
     wanted = np.array([[255, 0], [127, 204]])  # of black: 255 - alpha
     black = np.zeros((2, 2), np.uint8)
     for image in (Image.fromarray(np.dstack([black] * 3 + [alpha])), Image.fromarray(np.dstack([black, alpha]), "LA")):
-        for seen in (open_image(encoded(image, "PNG")), to_rgb(image)):
+        for seen in (decode(encoded(image, "PNG")), to_rgb(image)):
             assert np.abs(np.asarray(seen).astype(int) - wanted[..., None]).max() <= 1
     palette = Image.new("P", (2, 1))
     palette.putpalette([0, 0, 0, 10, 20, 30])
     palette.putdata([0, 1])
     for kind in ("PNG", "GIF"):
-        assert open_image(encoded(palette, kind, transparency=0)).getdata()[0] == (255, 255, 255), kind
-        assert open_image(encoded(palette, kind, transparency=0)).getdata()[1] == (10, 20, 30), kind
-    partly = open_image(encoded(palette, "PNG", transparency=bytes([51, 255])))
+        assert decode(encoded(palette, kind, transparency=0)).getdata()[0] == (255, 255, 255), kind
+        assert decode(encoded(palette, kind, transparency=0)).getdata()[1] == (10, 20, 30), kind
+    partly = decode(encoded(palette, "PNG", transparency=bytes([51, 255])))
     assert partly.getpixel((0, 0)) == (204,) * 3
-    key = open_image(encoded(Image.new("RGB", (2, 2), (1, 2, 3)), "PNG", transparency=(1, 2, 3)))
+    key = decode(encoded(Image.new("RGB", (2, 2), (1, 2, 3)), "PNG", transparency=(1, 2, 3)))
     assert key.getpixel((0, 0)) == (255,) * 3
 
 
@@ -137,7 +137,7 @@ RAMP = np.arange(256).reshape(16, 16)
     ],
 )
 def test_greys_of_many_bits_are_scaled_to_eight(values, kind):
-    image = open_image(encoded(Image.fromarray(values), kind))
+    image = decode(encoded(Image.fromarray(values), kind))
     assert image.mode == "RGB" and np.array_equal(np.asarray(image), np.dstack([RAMP] * 3))
 
 
@@ -150,7 +150,7 @@ def test_floats_that_are_no_numbers_do_not_spoil_the_rest():
 
 
 def test_the_cases_that_users_have(shared_cases):
-    exif3, exif6 = (np.asarray(open_image(shared_cases(f"images/exif{n}.jpg"))).astype(int) for n in (3, 6))
+    exif3, exif6 = (np.asarray(decode(shared_cases(f"images/exif{n}.jpg"))).astype(int) for n in (3, 6))
     with Image.open(shared_cases("images/exif6.jpg")) as image:
         stored = np.asarray(image).astype(int)
     assert exif3.shape == stored.shape and exif6.shape == (stored.shape[1], stored.shape[0], 3)
@@ -158,9 +158,9 @@ def test_the_cases_that_users_have(shared_cases):
     with Image.open(shared_cases("images/exif3.jpg")) as image:
         assert np.array_equal(exif3, np.asarray(image)[::-1, ::-1])
     for name in ("gray16.png", "int32.tif"):
-        assert open_image(shared_cases(f"images/{name}")).getextrema() == ((52, 235),) * 3, name
+        assert decode(shared_cases(f"images/{name}")).getextrema() == ((52, 235),) * 3, name
     for name in ("icon_black_on_transparent.png", "icon_LA.png"):
-        assert open_image(shared_cases(f"images/{name}")).getextrema() == ((0, 255),) * 3, name
+        assert decode(shared_cases(f"images/{name}")).getextrema() == ((0, 255),) * 3, name
 
 
 # ---- every path from a PIL image to pixels
@@ -189,7 +189,7 @@ def test_transform_and_processor_decode_alike():
     ]
     for path in paths():
         for content in contents:
-            assert torch.equal(path(Image.open(io.BytesIO(content))), path(open_image(content)))
+            assert torch.equal(path(Image.open(io.BytesIO(content))), path(decode(content)))
 
 
 @pytest.mark.parametrize("size", [(4000, 1), (1, 4000), (30_000, 100), (4001, 3)])
@@ -241,21 +241,21 @@ def test_eps_never_reaches_ghostscript(tmp_path, monkeypatch, name):
         source = tmp_path / name
         source.write_bytes(EPS)
     with pytest.raises(BROKEN):
-        open_image(source)
+        decode(source)
     with pytest.raises(InputError, match=r"picked.eps cannot be read as an image"):
-        open_picture(source, "picked.eps")
+        open_image(source, "picked.eps")
     assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("kind", ["PCX", "SGI", "PDF", "TGA", "EPS", "MSP"])
 def test_formats_beyond_the_list_are_refused(kind):
     with pytest.raises(BROKEN):
-        open_image(encoded(Image.new("1" if kind == "MSP" else "RGB", (8, 8)), kind))
+        decode(encoded(Image.new("1" if kind == "MSP" else "RGB", (8, 8)), kind))
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "ICO"])
 def test_formats_of_the_list_are_read(kind):
-    image = open_image(encoded(Image.new("RGB", (32, 32), (255, 255, 255)), kind))
+    image = decode(encoded(Image.new("RGB", (32, 32), (255, 255, 255)), kind))
     assert image.mode == "RGB" and image.size == (32, 32) and image.getpixel((5, 5)) == (255, 255, 255)
 
 

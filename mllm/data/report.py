@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 
+from diffclip.base.errors import InputError
 from diffclip.base.files import write_json
-from diffclip.errors import InputError
 from mllm.conversation import IGNORE
-from mllm.data import Picture, Rows, examine, load_rows
+from mllm.data.rows import Picture, Rows, examine, load_rows
 
 
 def check(options: argparse.Namespace) -> int:
-    """Print every fault of every row; pictures are decoded, and each picture only once.
+    """Print every fault of every row; images are decoded, and each image only once.
 
     Returns:
         0 without faults, else 2.
@@ -26,8 +26,8 @@ def check(options: argparse.Namespace) -> int:
 
     faults: list[str] = []
     rows = 0
-    seen: dict[Picture, str] = {}  # picture -> the first row that shows it
-    inside = 0  # pictures that rows hold themselves, decoded at once so as not to keep them
+    seen: dict[Picture, str] = {}  # image -> the first row that shows it
+    inside = 0  # images that rows hold themselves, decoded at once so as not to keep them
     examined = examine(options.files, options.image_root, **how(options))
     for key, _, pictures, problem in tqdm(examined, unit="row", disable=None):
         rows += 1
@@ -50,9 +50,7 @@ def check(options: argparse.Namespace) -> int:
             faults.append(f"{checked[int(number)].key}: {what if supervised[number] else 'no supervised token'}")
     for fault in faults:
         print(fault)
-    print(
-        f"{rows:,} rows, {len(seen) + inside:,} pictures: {f'{len(faults):,} faults' if faults else 'no fault found'}"
-    )
+    print(f"{rows:,} rows, {len(seen) + inside:,} images: {f'{len(faults):,} faults' if faults else 'no fault found'}")
     return 2 if faults else 0
 
 
@@ -70,7 +68,7 @@ def how(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def broken(place: Picture, key: str) -> str:
-    """Why the picture that row `key` shows cannot be decoded, or ""."""
+    """Why the image that row `key` shows cannot be decoded, or ""."""
     try:
         place.open(key)
     except InputError as error:
@@ -91,7 +89,7 @@ def kind(answer: str) -> str:
 
 
 def describe(rows: Rows) -> dict:
-    """Counts of rows, pictures, turns and kinds of answers; shares in percent."""
+    """Counts of rows, images, turns and kinds of answers; shares in percent."""
     kinds: Counter[str] = Counter()
     common: Counter[str] = Counter()
     turns, shown = [], []
@@ -107,7 +105,7 @@ def describe(rows: Rows) -> dict:
     binary = kinds["yes"] + kinds["no"]
     return {
         "rows": len(rows),
-        "rows with no picture, one, more": [sum(n == 0 for n in shown), shown.count(1), sum(n > 1 for n in shown)],
+        "rows with no image, one, more": [sum(n == 0 for n in shown), shown.count(1), sum(n > 1 for n in shown)],
         "answers": total,
         "answers a row": round(total / len(rows), 2),
         "kinds of answers, %": {name: round(100 * n / total, 1) for name, n in kinds.most_common()},
@@ -122,7 +120,7 @@ def tokens(options: argparse.Namespace, rows: Rows) -> tuple[np.ndarray, np.ndar
 
     import mllm.model  # noqa: F401 - AutoProcessor must know the model's configuration
     from mllm.conversation import encode, render
-    from mllm.examples import image_tokens
+    from mllm.data.examples import image_tokens
 
     processor = AutoProcessor.from_pretrained(options.model, trust_remote_code=False)
     pictures = image_tokens(processor)
@@ -137,7 +135,7 @@ def tokens(options: argparse.Namespace, rows: Rows) -> tuple[np.ndarray, np.ndar
 
 
 def stats(options: argparse.Namespace) -> int:
-    """Print `describe`, with --model also tokens; with --out write them as JSON, and the lengths as a picture."""
+    """Print `describe`, with --model also tokens; with --out write them as JSON, and the lengths as an image."""
     rows = load_rows(options.files, options.image_root, **how(options))
     found = describe(rows)
     if options.model:

@@ -5,8 +5,9 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from diffclip.errors import InputError
-from mllm.pope_files import SPLITS, Question
+from diffclip.base.errors import InputError
+from diffclip.base.statistics import percentiles, resampled_sums
+from mllm.pope.questions import SPLITS, Question
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -94,9 +95,9 @@ def intervals(
     level: float = 0.95,
     seed: int = 0,
 ) -> dict[str, dict[str, tuple[float, float]]]:
-    """Percentile intervals of accuracy and f1 for every split and their mean, resampling pictures.
+    """Percentile intervals of accuracy and f1 for every split and their mean, resampling images.
 
-    A picture's questions stand or fall together, in all splits, so pictures are drawn and not questions (the cluster
+    An image's questions stand or fall together, in all splits, so images are drawn and not questions (the cluster
     bootstrap of Davison and Hinkley 1997, section 3.8).
 
     Returns:
@@ -112,15 +113,13 @@ def intervals(
     for q, said in zip(questions, predictions, strict=True):
         both = (said == "yes") + (q.label == "yes")
         counts[pictures[q.image], splits.index(q.split)] += (1, said == q.label, both == 2, both)
-    drawn = np.random.default_rng(seed).multinomial(len(pictures), np.full(len(pictures), 1 / len(pictures)), resamples)
-    total, right, both_yes, any_yes = np.moveaxis(np.tensordot(drawn, counts, 1), -1, 0)  # (resamples, splits) each
+    drawn = resampled_sums(counts.reshape(len(counts), -1), resamples, seed).reshape(resamples, *counts.shape[1:])
+    total, right, both_yes, any_yes = np.moveaxis(drawn, -1, 0)  # (resamples, splits) each
     scores = {"accuracy": right / np.maximum(total, 1), "f1": 2 * both_yes / np.maximum(any_yes, 1)}
-    ends = [(1 - level) / 2, (1 + level) / 2]
     table: dict[str, dict[str, tuple[float, float]]] = {split: {} for split in (*splits, "mean")}
     for name, values in scores.items():
         for split, column in zip((*splits, "mean"), (*values.T, values.mean(1))):
-            low, high = np.quantile(column, ends)
-            table[split][name] = (float(low), float(high))
+            table[split][name] = percentiles(column, level)
     return table
 
 
@@ -128,9 +127,9 @@ def intervals(
 
 
 def blind(questions: Sequence[Question], folds: int = 5, seed: int = 0) -> list[str]:
-    """Predictions of the best rule that sees no picture: the usual answer to this question, in this split.
+    """Predictions of the best rule that sees no image: the usual answer to this question, in this split.
 
-    Pictures are divided into folds; the answers for one fold come from the others. A question that these never
+    Images are divided into folds; the answers for one fold come from the others. A question that these never
     ask gets the answer that is more common among them.
     """
     fold_of = fold_of_pictures(questions, folds, seed)
@@ -150,14 +149,14 @@ def blind(questions: Sequence[Question], folds: int = 5, seed: int = 0) -> list[
 
 
 def fold_of_pictures(questions: Sequence[Question], folds: int, seed: int) -> dict[str, int]:
-    """A fold for each picture, drawn by the seed."""
+    """A fold for each image, drawn by the seed."""
     pictures = sorted({q.image for q in questions})
     random.Random(seed).shuffle(pictures)
     return {picture: i % folds for i, picture in enumerate(pictures)}
 
 
 def grey_images(questions: Sequence[Question]) -> list[Question]:
-    """The same questions, each shown with one and the same grey picture."""
+    """The same questions, each shown with one and the same grey image."""
     return [q._replace(shown=GREY) for q in questions]
 
 
@@ -169,7 +168,7 @@ def grey_picture() -> "Image":
 
 
 def no_images(questions: Sequence[Question]) -> list[Question]:
-    """The same questions, asked without any picture."""
+    """The same questions, asked without any image."""
     return [q._replace(shown="") for q in questions]
 
 
@@ -179,10 +178,10 @@ def always_yes(questions: Sequence[Question]) -> list[str]:
 
 
 def shuffle_images(questions: Sequence[Question], seed: int = 0) -> list[Question]:
-    """The same questions shown with other pictures: no picture stays in its place, each is used for another."""
+    """The same questions shown with other images: no image stays in its place, each is used for another."""
     pictures = sorted({q.image for q in questions})
     if len(pictures) < 2:
-        raise InputError("shuffling needs questions about at least two pictures")
+        raise InputError("shuffling needs questions about at least two images")
     random.Random(seed).shuffle(pictures)
     other = dict(zip(pictures, [*pictures[1:], pictures[0]]))  # one cycle, so nothing stays in place
     return [q._replace(shown=other[q.image]) for q in questions]

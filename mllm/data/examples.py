@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from diffclip.errors import InputError
+from diffclip.base.errors import InputError
 from mllm.conversation import IGNORE, IMAGE, NoSupervisionError, encode, render
-from mllm.data import Row, Rows
+from mllm.data.rows import Row, Rows
 from mllm.image_modes import bounded
 
 if TYPE_CHECKING:
@@ -21,16 +21,16 @@ if TYPE_CHECKING:
 class ConversationDataset(Dataset):
     """Examples for training.
 
-    `dataset[i]` holds input_ids and labels (tokens,) int64; with pictures, also pixel_values (n, 3, H, W).
+    `dataset[i]` holds input_ids and labels (tokens,) int64; with images, also pixel_values (n, 3, H, W).
     """
 
     def __init__(self, rows: Rows, processor: "LlavaProcessor", *, template: str, max_length: int = 2048) -> None:
         """
         Args:
-            rows: from `mllm.data.load_rows`, checked with the same template.
+            rows: from `mllm.data.rows.load_rows`, checked with the same template.
             processor: of the model to train.
             template: conversation format, see `mllm.conversation`.
-            max_length: longer examples are cut at the end, picture tokens counted.
+            max_length: longer examples are cut at the end, image tokens counted.
         """
         self.rows, self.processor = rows, processor
         self.template, self.max_length = template, max_length
@@ -48,7 +48,7 @@ class ConversationDataset(Dataset):
             raise NoSupervisionError(f"{row.key}: no supervised token in the first {self.max_length}; raise max_length")
         shown = int((example["input_ids"] == self.processor.image_token_id).sum())
         if shown != self.image_tokens * len(row.pictures):
-            raise InputError(f"{row.key}: max_length {self.max_length} cuts a picture off; raise it")
+            raise InputError(f"{row.key}: max_length {self.max_length} cuts an image off; raise it")
         if row.pictures:
             images = bounded((p.open(row.key) for p in row.pictures), self.processor.image_processor)
             pixels = self.processor.image_processor(images, return_tensors="pt")
@@ -57,7 +57,7 @@ class ConversationDataset(Dataset):
 
     @cached_property
     def lengths(self) -> list[int]:
-        """Tokens of every example, picture tokens counted, for batches of equal length."""
+        """Tokens of every example, image tokens counted, for batches of equal length."""
         found: list[int] = []
         for first in range(0, len(self.rows), 4096):
             chunk = range(first, min(first + 4096, len(self.rows)))
@@ -171,6 +171,6 @@ def collate(
 
 
 def image_tokens(processor: "LlavaProcessor") -> int:
-    """How many placeholders the processor writes for one picture."""
+    """How many placeholders the processor writes for one image."""
     pixels = processor.image_processor([Image.new("RGB", (64, 64))], return_tensors="pt")
     return processor.replace_image_token(pixels, 0).count(IMAGE)

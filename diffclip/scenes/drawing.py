@@ -1,6 +1,6 @@
-"""The built-in world: pictures of one to four coloured shapes whose content is known exactly.
+"""The built-in world: images of one to four coloured shapes whose content is known exactly.
 
-Scene `index` of stream `split` depends on (seed, split, index) alone. From its description come the picture
+Scene `index` of stream `split` depends on (seed, split, index) alone. From its description come the image
 and the masks (here), captions (scenes_text.py), questions (scenes_questions.py) and files (scenes_export.py).
 
     python -m diffclip.scenes show --seed 0 sheet.png
@@ -27,7 +27,7 @@ COMPANY = (
 )
 COMPANY_FACTOR = 2.0  # how much likelier a shape is beside its companion
 REPEAT_FACTOR = 0.3  # how much less likely a shape is beside another of its kind
-COUNTS = (0.16, 0.28, 0.34, 0.22)  # share of pictures with 1, 2, 3, 4 objects
+COUNTS = (0.16, 0.28, 0.34, 0.22)  # share of images with 1, 2, 3, 4 objects
 
 COLORS = {
     "red": (215, 35, 40),
@@ -42,12 +42,12 @@ COLORS = {
 DIRECTIONS = ("left", "right", "up", "down")  # of arrows
 BACKGROUNDS = ("plain", "grainy", "striped", "checkered", "shaded")
 RENDITIONS = ("mosaic", "dots", "hatched", "pastel")  # styles that training never shows
-CANVAS = 48  # units of all positions and sizes; pictures of any size in pixels are drawn from them
+CANVAS = 48  # units of all positions and sizes; images of any size in pixels are drawn from them
 CELL = 8  # objects start and end on this grid: elsewhere, a small ViT hardly learns shapes in minutes
 
 
 class Thing(NamedTuple):
-    """One object: x, y are the top left corner of its square box of side d, in units of 1/48 picture."""
+    """One object: x, y are the top left corner of its square box of side d, in units of 1/48 image."""
 
     shape: str
     color: str
@@ -172,7 +172,7 @@ def one_object(seed: int, split: str, index: int, shape: str = "", color: str = 
     """A scene of a single object, its shape and colour drawn uniformly where not given.
 
     `role` names a shifted set: "a" (small, low contrast, clutter in nearly its own colour), "r" (another
-    rendition), "sketch" (outlines on paper); anything else is an ordinary picture.
+    rendition), "sketch" (outlines on paper); anything else is an ordinary image.
     """
     rng = stream_rng(seed, split, index)
     shape, color = shape or rng.choice(SHAPES), color or rng.choice(tuple(COLORS))
@@ -294,7 +294,7 @@ def _box(thing: Thing, size: int) -> tuple[int, int, int]:
 
 
 def draw(scene: Scene, size: int = 64) -> np.ndarray:
-    """The picture: (size, size, 3) uint8."""
+    """The image: (size, size, 3) uint8."""
     canvas = _paint_background(scene.background, size)
     for thing in scene.things:
         left, top, side = _box(thing, size)
@@ -329,15 +329,9 @@ def masks(scene: Scene, size: int = 64) -> np.ndarray:
 
 
 def stream(seed: int, split: str, size: int = 64, start: int = 0) -> Iterator[tuple[np.ndarray, Scene]]:
-    """Endless pictures of a split with their descriptions, from scene `start` on; nothing is stored."""
+    """Endless images of a split with their descriptions, from scene `start` on; nothing is stored."""
     index = start
     while True:
         scene = make_scene(seed, split, index)
         yield draw(scene, size), scene
         index += 1
-
-
-if __name__ == "__main__":
-    from diffclip.scenes_export import main
-
-    main()

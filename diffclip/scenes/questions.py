@@ -1,6 +1,6 @@
 """What can be asked about a scene: POPE's questions and negatives, and conversations in LLaVA's form.
 
-Answers are computed from the scene; the same questions serve the pictures and the text-only training.
+Answers are computed from the scene; the same questions serve the images and the text-only training.
 """
 
 import random
@@ -9,13 +9,13 @@ from collections.abc import Callable
 from functools import lru_cache
 from itertools import cycle, islice, permutations
 
-from diffclip.scenes import (
+from diffclip.scenes.drawing import (
     COLORS,
     SHAPES,
     Scene,
     make_scene,
 )
-from diffclip.scenes_text import (
+from diffclip.scenes.text import (
     NUMBERS,
     OPPOSITE,
     RELATIONS,
@@ -39,7 +39,7 @@ SHORT = "\nAnswer the question using a single word or phrase."  # LLaVA-1.5's su
 
 @lru_cache(maxsize=1)
 def world_statistics() -> tuple[tuple[str, ...], dict[str, tuple[str, ...]]]:
-    """Shapes by how many pictures hold them; for each shape, the others by how often both are there."""
+    """Shapes by how many images hold them; for each shape, the others by how often both are there."""
     present: Counter = Counter()
     together: Counter = Counter()
     for i in range(4000):
@@ -297,14 +297,14 @@ def worded(made: Question, rng: random.Random) -> tuple[str, str]:
 
 
 def align_conversation(scene: Scene, rng: random.Random) -> Turns:
-    """One turn as in LLaVA's caption stage: a request with the picture before or after it, a caption."""
+    """One turn as in LLaVA's caption stage: a request with the image before or after it, a caption."""
     parts = ["<image>", rng.choice(CAPTION_REQUESTS)]
     rng.shuffle(parts)
     return _turns([("\n".join(parts), sentence(caption(scene, rng, 0.7)))])
 
 
 def instruct_conversation(scene: Scene, rng: random.Random, count: int, any_request: bool = True) -> Turns:
-    """Several turns in LLaVA's form; the first question carries the picture.
+    """Several turns in LLaVA's form; the first question carries the image.
 
     Without `any_request`, a single turn that asks whether one shape is there. From these a small model learns to
     look in minutes; among captions and other questions it takes many times longer, so they should come last.
@@ -334,6 +334,6 @@ def text_line(scene: Scene, rng: random.Random, any_request: bool = True) -> str
         question, answer = rng.choice(CAPTION_REQUESTS), sentence(caption(scene, rng, 0.7))
     else:
         [(question, answer)] = rounds(scene, rng, 1)
-    # the words stand before the first round, or inside its question, where a picture will stand
+    # the words stand before the first round, or inside its question, where an image will stand
     start = f"{scene_in_words(scene)} USER: " if rng.random() < 0.5 else f"USER: {scene_in_words(scene)}\n"
     return f"{start}{question} ASSISTANT: {answer}<|im_end|>"

@@ -1,6 +1,6 @@
 """POPE without generating: how much likelier the model is to begin with yes than with no.
 
-All questions about a picture stand in one row behind their common beginning (system prompt, picture, first words),
+All questions about an image stand in one row behind their common beginning (system prompt, image, first words),
 which is computed once: a mask lets each question see that beginning and itself, as if it were asked alone.
 """
 
@@ -13,13 +13,13 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from diffclip.errors import InputError
+from diffclip.base.errors import InputError
 from mllm.chat import answer, check_shown, question_turn
 from mllm.conversation import IGNORE, IMAGE, encode, render
-from mllm.examples import image_tokens
+from mllm.data.examples import image_tokens
 from mllm.image_modes import bounded
-from mllm.pope_files import POST_PROMPT, SPLITS, Question
-from mllm.pope_scores import GREY, fold_of_pictures, grey_picture
+from mllm.pope.questions import POST_PROMPT, SPLITS, Question
+from mllm.pope.scores import GREY, fold_of_pictures, grey_picture
 
 MARGIN_SCORES = ("accuracy", "auc", "ap", "accuracy_tuned", "yes_rate")
 
@@ -61,10 +61,10 @@ def margins(
 
     Args:
         model, processor: from `mllm.model.load`.
-        questions: one that is asked again about the same picture, as in several splits, is computed once.
-        open_image: gives the picture of a name; not called for "" (no picture) and `mllm.pope_scores.GREY`.
+        questions: one that is asked again about the same image, as in several splits, is computed once.
+        open_image: gives the image of a name; not called for "" (no image) and `mllm.pope.scores.GREY`.
         post_prompt: follows each question.
-        batch_size: pictures at a time.
+        batch_size: images at a time.
         most: questions in one row.
 
     Returns:
@@ -79,7 +79,7 @@ def margins(
         for shown, texts in asked.items()
         for first in range(0, len(texts), most)
     ]
-    rows.sort(key=lambda row: (row[0] == "", len(row[1])))  # alike in length; those without a picture by themselves
+    rows.sort(key=lambda row: (row[0] == "", len(row[1])))  # alike in length; those without an image by themselves
     found: dict[tuple[str, str], float] = {}
     with tqdm(total=len(rows), desc="pope margins", unit="picture", disable=None) as bar:
         start = 0
@@ -102,7 +102,7 @@ def _batch_margins(
     yes: list[int],
     no: list[int],
 ) -> list[list[float]]:
-    """Margins of rows (picture, questions), all with a picture or all without."""
+    """Margins of rows (image, questions), all with an image or all without."""
     tokens, template = image_tokens(processor), model.config.conversation_template
     end = processor.tokenizer.eos_token
     packed = []
@@ -164,7 +164,7 @@ def score_margins(questions: Sequence[Question], values: np.ndarray, folds: int 
     """Scores of margins for every split that occurs, and under "mean" their plain average.
 
     accuracy at margin 0; auc, the share of (yes, no) pairs of questions in the right order; ap, the average precision;
-    accuracy_tuned, at the threshold that is best in the other folds of pictures; yes_rate at 0. All in [0, 1].
+    accuracy_tuned, at the threshold that is best in the other folds of images; yes_rate at 0. All in [0, 1].
     """
     from sklearn.metrics import average_precision_score, roc_auc_score
 
@@ -207,7 +207,7 @@ def best_threshold(margin: np.ndarray, is_yes: np.ndarray) -> float:
 
 
 def predictions(values: np.ndarray, threshold: float = 0.0) -> list[str]:
-    """Margins as yes or no, for `mllm.pope_scores.score_splits`."""
+    """Margins as yes or no, for `mllm.pope.scores.score_splits`."""
     return ["yes" if value > threshold else "no" for value in values]
 
 
@@ -221,7 +221,7 @@ def generate(
     batch_size: int = 16,
     max_new_tokens: int = 16,
 ) -> list[str]:
-    """Greedy answers to questions, each asked once about a picture; arguments as in `margins`."""
+    """Greedy answers to questions, each asked once about an image; arguments as in `margins`."""
     asked = list(dict.fromkeys((q.shown, q.text) for q in questions))
     found: dict[tuple[str, str], str] = {}
     for first in tqdm(range(0, len(asked), batch_size), desc="pope answers", disable=None):
@@ -233,5 +233,5 @@ def generate(
 
 
 def picture_of(shown: str, open_image: Callable[[str], Image.Image]) -> Image.Image:
-    """The picture of a question, or the grey one of the control."""
+    """The image of a question, or the grey one of the control."""
     return grey_picture() if shown == GREY else open_image(shown)

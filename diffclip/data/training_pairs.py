@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
+from diffclip.base.errors import InputError
 from diffclip.base.files import append_jsonl
-from diffclip.data import BadSample, PairTable
-from diffclip.errors import InputError
+from diffclip.data.pairs import BadSample, PairTable
 
 MOST_TRIES = 100
 
@@ -122,7 +122,7 @@ def name_bad_samples(path: Path, samples: Sequence[tuple[str, str]]) -> None:
 def seeded(seed: int) -> Iterator[None]:
     """Let torch's global CPU generator, from which torchvision draws its crops, start at `seed`; restore it after.
 
-    `torch.manual_seed` would do, but records a stack trace for absent GPUs, a third of the cost of a small picture.
+    `torch.manual_seed` would do, but records a stack trace for absent GPUs, a third of the cost of a small image.
     """
     state = torch.random.get_rng_state()
     torch.default_generator.manual_seed(seed)

@@ -7,7 +7,7 @@ import random
 from collections import Counter
 from itertools import combinations, permutations
 
-from diffclip.scenes import (
+from diffclip.scenes.drawing import (
     CANVAS,
     COLORS,
     DIRECTIONS,
@@ -73,7 +73,7 @@ def full_phrase(thing: Thing) -> str:
 
 
 def place(thing: Thing) -> str:
-    """Which of the nine fields of the picture holds the object's centre: "top left", "left", "middle", ..."""
+    """Which of the nine fields of the image holds the object's centre: "top left", "left", "middle", ..."""
     x, y = thing.centre
     across = "left" if x < CANVAS * 0.36 else "right" if x > CANVAS * 0.64 else ""
     down = "top" if y < CANVAS * 0.36 else "bottom" if y > CANVAS * 0.64 else ""
@@ -194,7 +194,7 @@ def detailed_caption(scene: Scene, rng: random.Random) -> str:
 
 
 def scene_in_words(scene: Scene) -> str:
-    """The list that stands for the picture in text-only training: object phrases in reading order."""
+    """The list that stands for the image in text-only training: object phrases in reading order."""
     listed = ". ".join(f"{full_phrase(t)} {at(t)}" for t in reading_order(scene))
     return f"{listed}. {a(scene.background.tone)} {scene.background.kind} background."
 

@@ -4,23 +4,25 @@ webdataset shards, image folders, LLaVA JSON, POPE JSON lines, MMVP-VLM's table 
 is written beside its place and renamed, and scenes.json comes last.
 """
 
-import argparse
 import csv
 import io
 import json
 import os
-import random
 import shutil
 import tarfile
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from diffclip import scenes, scenes_questions, scenes_text
-from diffclip.errors import InputError, exit_on_input_error
-from diffclip.scenes import COLORS, SHAPES, Scene, make_scene, one_object, stream_rng
+from diffclip.base.errors import InputError
+from diffclip.scenes import drawing as scenes
+from diffclip.scenes import questions as scenes_questions
+from diffclip.scenes import text as scenes_text
+from diffclip.scenes.drawing import COLORS, SHAPES, Scene, make_scene, one_object, stream_rng
 
 VERSION = 5  # raised whenever the same options give other files
 SHARD = 1000  # pairs per tar
@@ -75,12 +77,12 @@ def _write_shards(folder: Path, samples: Iterator[dict[str, bytes]]) -> None:
 
 
 def pope_scene(seed: int, index: int) -> Scene:
-    """At least three distinct shapes, so that every picture has three positive questions."""
+    """At least three distinct shapes, so that every image has three positive questions."""
     return make_scene(seed, "pope", index, min_shapes=3)
 
 
 def retrieval_scene(seed: int, index: int) -> Scene:
-    """At least two distinct shapes: captions of single objects fit too many pictures."""
+    """At least two distinct shapes: captions of single objects fit too many images."""
     return make_scene(seed, "retrieval", index, min_shapes=2)
 
 
@@ -97,7 +99,7 @@ def class_scene(seed: int, what: str, split: str, index: int, role: str = "") ->
 Tick = Callable[[], None]
 
 
-def write_pretrain(folder: Path, o: argparse.Namespace, tick: Tick) -> None:
+def write_pretrain(folder: Path, o: Namespace, tick: Tick) -> None:
     def samples() -> Iterator[dict[str, bytes]]:
         for i in range(o.pairs):
             scene = make_scene(o.seed, "pretrain", i)
@@ -109,7 +111,7 @@ def write_pretrain(folder: Path, o: argparse.Namespace, tick: Tick) -> None:
     _write_shards(folder, samples())
 
 
-def write_retrieval(folder: Path, o: argparse.Namespace, tick: Tick) -> None:
+def write_retrieval(folder: Path, o: Namespace, tick: Tick) -> None:
     def samples() -> Iterator[dict[str, bytes]]:
         for i in range(o.retrieval):
             scene = retrieval_scene(o.seed, i)
@@ -120,9 +122,7 @@ def write_retrieval(folder: Path, o: argparse.Namespace, tick: Tick) -> None:
     _write_shards(folder, samples())
 
 
-def _write_classes(
-    folder: Path, count: int, what: str, stream: str, o: argparse.Namespace, tick: Tick, role: str = ""
-) -> None:
+def _write_classes(folder: Path, count: int, what: str, stream: str, o: Namespace, tick: Tick, role: str = "") -> None:
     for name in CLASSES[what]:
         (folder / name).mkdir(parents=True)
     for i in range(count):
@@ -131,7 +131,7 @@ def _write_classes(
         tick()
 
 
-def write_classification(folder: Path, o: argparse.Namespace, tick: Tick) -> None:
+def write_classification(folder: Path, o: Namespace, tick: Tick) -> None:
     for what, names in CLASSES.items():
         for split in ("train", "val", "test"):
             count = getattr(o, f"class_{split}")
@@ -140,12 +140,12 @@ def write_classification(folder: Path, o: argparse.Namespace, tick: Tick) -> Non
         _dump(folder / what / "templates.json", TEMPLATES[what])
 
 
-def write_shifts(folder: Path, o: argparse.Namespace, tick: Tick) -> None:
+def write_shifts(folder: Path, o: Namespace, tick: Tick) -> None:
     for role in SHIFTS:
         _write_classes(folder / role, o.class_test, "shape", f"shifts/{role}", o, tick, role)
 
 
-def write_llava(folder: Path, o: argparse.Namespace, tick: Tick) -> None:
+def write_llava(folder: Path, o: Namespace, tick: Tick) -> None:
     (folder / "images").mkdir(parents=True)
     align, instruct = [], []
     for i in range(max(o.align, o.conversations)):
@@ -170,7 +170,7 @@ def write_llava(folder: Path, o: argparse.Namespace, tick: Tick) -> None:
             tick()
 
 
-def write_pope(folder: Path, o: argparse.Namespace, tick: Tick) -> None:
+def write_pope(folder: Path, o: Namespace, tick: Tick) -> None:
     (folder / "images").mkdir(parents=True)
     rows: dict[str, list[dict]] = {way: [] for way in POPE_WAYS}
     for i in range(o.pope):
@@ -187,7 +187,7 @@ def write_pope(folder: Path, o: argparse.Namespace, tick: Tick) -> None:
         (folder / f"scenes_pope_{way}.json").write_text(lines)
 
 
-def write_mmvp(folder: Path, o: argparse.Namespace, tick: Tick) -> None:
+def write_mmvp(folder: Path, o: Namespace, tick: Tick) -> None:
     rows, question = [], 0
     for category in scenes_text.MMVP_CATEGORIES:
         images = folder / "MMVP VLM Images" / category
@@ -210,7 +210,7 @@ def run_lengths(mask: np.ndarray) -> list[int]:
     return np.diff(np.concatenate(([0], edges))).tolist()
 
 
-def write_segmentation(folder: Path, o: argparse.Namespace, tick: Tick) -> None:
+def write_segmentation(folder: Path, o: Namespace, tick: Tick) -> None:
     (folder / "images").mkdir(parents=True)
     images, annotations = [], []
     for i in range(o.segmentation):
@@ -237,7 +237,7 @@ def write_segmentation(folder: Path, o: argparse.Namespace, tick: Tick) -> None:
     _dump(folder / "instances.json", {"images": images, "annotations": annotations, "categories": categories})
 
 
-PARTS: dict[str, Callable[[Path, argparse.Namespace, Tick], None]] = {
+PARTS: dict[str, Callable[[Path, Namespace, Tick], None]] = {
     "pretrain": write_pretrain,
     "retrieval": write_retrieval,
     "classification": write_classification,
@@ -249,7 +249,7 @@ PARTS: dict[str, Callable[[Path, argparse.Namespace, Tick], None]] = {
 }
 
 
-def _steps(part: str, o: argparse.Namespace) -> int:
+def _steps(part: str, o: Namespace) -> int:
     return {
         "pretrain": o.pairs,
         "retrieval": o.retrieval,
@@ -271,27 +271,27 @@ def _dump(path: Path, content: object) -> None:
 COUNTS = {
     "pairs": (20000, "image-text pairs in pretrain/"),
     "captions": (5, "captions per pair"),
-    "retrieval": (1000, "pictures in retrieval/"),
-    "class-train": (800, "training pictures of each classification set"),
-    "class-val": (200, "validation pictures of each classification set"),
-    "class-test": (800, "test pictures of each classification set and of each shifted set"),
+    "retrieval": (1000, "images in retrieval/"),
+    "class_train": (800, "training images of each classification set"),
+    "class_val": (200, "validation images of each classification set"),
+    "class_test": (800, "test images of each classification set and of each shifted set"),
     "align": (8000, "caption conversations in llava/align.json"),
-    "conversations": (6000, "conversations in llava/instruct.json, on the first pictures of align.json"),
+    "conversations": (6000, "conversations in llava/instruct.json, on the first images of align.json"),
     "rounds": (6, "questions per conversation"),
     "texts": (20000, "lines in llava/text.jsonl"),
-    "pope": (300, "pictures in pope/, six questions each in each of the three files"),
+    "pope": (300, "images in pope/, six questions each in each of the three files"),
     "mmvp": (15, "pairs per category in mmvp/"),
-    "segmentation": (300, "pictures in segmentation/"),
+    "segmentation": (300, "images in segmentation/"),
 }
 
 
-def export(directory: Path, options: argparse.Namespace) -> None:
+def export(directory: Path, options: Namespace) -> None:
     """Write the parts named in options.only (all by default); InputError if another world is there."""
     made = {"version": VERSION, "seed": options.seed, "size": options.size}
-    made |= {name.replace("-", "_"): getattr(options, name.replace("-", "_")) for name in COUNTS}
+    made |= {name: getattr(options, name) for name in COUNTS}
     for name, value in made.items():
         if value < (32 if name == "size" else 0 if name == "seed" else 1):
-            raise InputError(f"--{name.replace('_', '-')} {value} is too small: give a larger number")
+            raise InputError(f"--{name} {value} is too small: give a larger number")
     if options.rounds > 20:
         raise InputError(f"--rounds {options.rounds} is too large: there are not that many questions, give at most 20")
     asked = options.only.split(",") if options.only else list(PARTS)
@@ -315,8 +315,6 @@ def export(directory: Path, options: argparse.Namespace) -> None:
     if not parts:
         print(f"{directory}: complete")
         return
-
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     directory.mkdir(parents=True, exist_ok=True)
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn())
@@ -351,55 +349,3 @@ def export(directory: Path, options: argparse.Namespace) -> None:
     _dump(temporary, about)
     os.replace(temporary, record)
     print(f"{directory}: wrote {', '.join(parts)}")
-
-
-def show(path: Path, seed: int, count: int = 20) -> None:
-    """A contact sheet: pictures with a caption under each, then the shifted sets and MMVP-style pairs."""
-    import textwrap
-
-    cells = []
-    for i in range(count):
-        scene = make_scene(seed, "pretrain", i)
-        cells.append((scene, scenes_text.caption(scene, random.Random(i))))
-    for role in SHIFTS:
-        for i in range(5):
-            scene, name = class_scene(seed, "shape", f"shifts/{role}", i + 2, role)
-            cells.append((scene, f"shifts/{role}: {name}"))
-    for category in scenes_text.MMVP_CATEGORIES:
-        cells += [(scene, f"{category}: {text}") for scene, text in scenes_text.mmvp_pair(category, seed, 0)]
-    columns, cell, height, zoom = 8, 200, 216, 2
-    sheet = Image.new("RGB", (columns * cell, -(-len(cells) // columns) * height), "white")
-    pen = ImageDraw.Draw(sheet)
-    for k, (scene, text) in enumerate(cells):
-        left, top = k % columns * cell + 10, k // columns * height + 8
-        picture = Image.fromarray(scenes.draw(scene, 64)).resize((64 * zoom,) * 2, Image.Resampling.NEAREST)
-        sheet.paste(picture, (left + 20, top))
-        pen.text((left, top + 64 * zoom + 3), textwrap.fill(text, 30), "black", font_size=11)
-    sheet.save(path)
-    print(path)
-
-
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m diffclip.scenes", description=scenes.__doc__.split("\n")[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    how = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter}
-    to_files = commands.add_parser("export", help="write training and test sets to a folder", **how)
-    to_files.add_argument("directory", type=Path)
-    to_files.add_argument("--seed", type=int, default=0, help="seed of the world")
-    to_files.add_argument("--size", type=int, default=64, help="side of the pictures in pixels")
-    for name, (default, text) in COUNTS.items():
-        to_files.add_argument(f"--{name}", type=int, default=default, help=text)
-    to_files.add_argument("--only", help="comma-separated parts to write: " + ", ".join(PARTS))
-    sheet = commands.add_parser("show", help="draw a contact sheet to look at", **how)
-    sheet.add_argument("path", type=Path)
-    sheet.add_argument("--seed", type=int, default=0, help="seed of the world")
-    options = parser.parse_args(arguments)
-    with exit_on_input_error():
-        if options.command == "show":
-            show(options.path, options.seed)
-        else:
-            export(options.directory, options)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,7 +1,8 @@
 """Image-text pairs for contrastive training, as one random-access table over any of the usual sources.
 
-webdataset tars are read by offset (`diffclip.shards`); CSV/TSV, parquet and `datasets` go through `datasets`, which
-gives the same random access. What cannot be read raises `BadSample`; `diffclip.training_pairs` decides what then.
+webdataset tars are read by offset (`diffclip.data.shards`); CSV/TSV, parquet and `datasets` go through `datasets`,
+which gives the same random access. What cannot be read raises `BadSample`; `diffclip.data.training_pairs` decides what
+then.
 """
 
 import csv
@@ -18,9 +19,9 @@ import braceexpand
 import numpy as np
 from PIL import Image
 
-from diffclip.errors import InputError
-from diffclip.pictures import BROKEN, open_image
-from diffclip.shards import IMAGE_SUFFIXES, TAR_SUFFIXES, Shard, cache_dir, index_shards
+from diffclip.base.errors import InputError
+from diffclip.base.images import BROKEN, decode
+from diffclip.data.shards import IMAGE_SUFFIXES, TAR_SUFFIXES, Shard, cache_dir, index_shards
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -42,8 +43,8 @@ def expand(patterns: Sequence[str]) -> list[str]:
     """Local paths of all sources that the patterns name, sorted per pattern.
 
     A pattern is a path with globs and `{00000..00012}` braces (a folder stands for the shards in it), an http(s)
-    address with braces (downloaded once into `diffclip.shards.cache_dir`), or `hf:owner/name`, a dataset of the Hub,
-    which stays as it is.
+    address with braces (downloaded once into `diffclip.data.shards.cache_dir`), or `hf:owner/name`, a dataset of the
+    Hub, which stays as it is.
 
     Raises:
         InputError: a pattern matches nothing, or a download fails.
@@ -76,7 +77,7 @@ def downloaded(url: str) -> str:
 
     from filelock import FileLock
 
-    from diffclip.download import download
+    from diffclip.base.download import download
 
     name = url.split("?")[0].rsplit("/", 1)[-1]
     path = cache_dir() / "downloads" / hashlib.sha256(url.encode()).hexdigest()[:16] / name
@@ -91,7 +92,7 @@ class PairTable:
     """All pairs of several sources: `len(table)`, `table[i]` -> (image, list of captions), `table.key(i)`.
 
     `table.ranges` has the (start, end) of each source's pairs, `table.problems` what was left out as
-    (key, reason): samples that lack a picture or a caption, shards that end early; `table.notices`, in the same form,
+    (key, reason): samples that lack an image or a caption, shards that end early; `table.notices`, in the same form,
     what is no fault, but was read in one way of several.
     """
 
@@ -125,7 +126,7 @@ class PairTable:
         try:
             if isinstance(part, Shard):
                 image, text = part.read(row)
-                return open_image(image), parse_captions(text, self.caption_member)
+                return decode(image), parse_captions(text, self.caption_member)
             return part[row]
         except BROKEN as error:
             raise BadSample(part.key(row), str(error) or type(error).__name__) from None
@@ -162,13 +163,13 @@ class Columns:
     def __getitem__(self, row: int) -> tuple[Image.Image, list[str]]:
         values = self.rows[row]
         image = values[self.image]
-        if isinstance(image, dict):  # an undecoded picture of `datasets`: its bytes, or where they lie
+        if isinstance(image, dict):  # an undecoded image of `datasets`: its bytes, or where they lie
             image = image["bytes"] or image["path"]
         if image is None:
-            raise ValueError("no picture")
+            raise ValueError("no image")
         if isinstance(image, str):
             image = Path(self.path).parent / image
-        return open_image(image), _not_empty(texts(values[self.caption]))
+        return decode(image), _not_empty(texts(values[self.caption]))
 
 
 @dataclass
@@ -190,7 +191,7 @@ class Files:
 
     def __getitem__(self, row: int) -> tuple[Image.Image, list[str]]:
         image, captions = self.pairs[row]
-        return open_image(image), parse_captions(Path(captions).read_bytes(), self.member)
+        return decode(image), parse_captions(Path(captions).read_bytes(), self.member)
 
 
 def _table(path: str, member: str) -> Columns | Files:
@@ -281,7 +282,7 @@ def _files(folder: str, member: str) -> Files:
             f".{member} of the same name beside them; set caption_member, or name the files in it"
         )
     problems = [(image, f"no .{member} caption") for stem, image in images.items() if stem not in captions]
-    problems += [(captions[stem], "no picture") for stem in sorted(captions.keys() - images.keys())]
+    problems += [(captions[stem], "no image") for stem in sorted(captions.keys() - images.keys())]
     return Files(folder, found, member, problems)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from filelock import FileLock
 from tqdm import tqdm
 
-from diffclip.errors import InputError
+from diffclip.base.errors import InputError
 
 TRIES = 5  # without a byte of progress in between
 TIMEOUT = 60  # seconds without a byte

@@ -1,5 +1,5 @@
 """POPE's questions (Li et al. 2023, "Evaluating Object Hallucination in Large Vision-Language Models") in every layout
-that is passed around. Answers meet labels by (split, picture, question), never by their place in a file: a wrong
+that is passed around. Answers meet labels by (split, image, question), never by their place in a file: a wrong
 order of lines gives a perfect model 50 %, and looks like a model that hallucinates.
 """
 
@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from diffclip.base.errors import InputError
 from diffclip.base.files import read_jsonl, write_whole
 from diffclip.base.paths import inside
-from diffclip.errors import InputError
 
 SPLITS = ("random", "popular", "adversarial")
 POST_PROMPT = "\nAnswer the question using a single word or phrase."  # lmms-eval's own, and LLaVA's in training
@@ -31,18 +31,18 @@ COCO_FOLDERS = ("", "val2014", "images", "val2017", "train2017", "train2014")
 
 
 class Question(NamedTuple):
-    """One yes/no question about one picture."""
+    """One yes/no question about one image."""
 
     split: str  # random, popular or adversarial: how its negatives were chosen
-    image: str  # file name of the picture it asks about
+    image: str  # file name of the image it asks about
     text: str  # without LLaVA's "Answer the question using a single word or phrase."
     label: str  # "yes", "no", or "" where the file has no labels
     question_id: str
-    shown: str  # file name of the picture the model sees; differs from `image` only in controls, "" for none
+    shown: str  # file name of the image the model sees; differs from `image` only in controls, "" for none
 
     @property
     def key(self) -> tuple[str, str, str]:
-        """What makes a question one and the same in any file; the Hub's set names pictures without .jpg."""
+        """What makes a question one and the same in any file; the Hub's set names images without .jpg."""
         return self.split, os.path.splitext(self.image)[0], mended(self.text)
 
 
@@ -107,7 +107,7 @@ def version(questions: Sequence[Question]) -> str:
 
 
 def digest(questions: Iterable[Question]) -> str:
-    """The first 12 hexadecimal digits of a SHA-256 of pictures, questions and labels, in any order."""
+    """The first 12 hexadecimal digits of a SHA-256 of images, questions and labels, in any order."""
     text = "\n".join(sorted(json.dumps([*q.key, q.label]) for q in questions))
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -183,7 +183,7 @@ def answered(
         InputError: the file cannot be read, a line is not JSON or no answer; names the line.
     """
     by_id = {q.question_id: q for q in questions}
-    asked: dict[tuple, list[Question]] = defaultdict(list)  # by picture and question, a split each
+    asked: dict[tuple, list[Question]] = defaultdict(list)  # by image and question, a split each
     for q in questions:
         asked[q.key[1:]].append(q)
     for number, row in read_jsonl(path):
@@ -224,14 +224,14 @@ def _answer(value: object, where: str) -> str | None:
 
 
 def find_images(questions: Sequence[Question], image_root: str | Path) -> dict[str, Any]:
-    """Where the pictures that `questions` show lie: a `mllm.data.Picture` for each name.
+    """Where the images that `questions` show lie: a `mllm.data.rows.Picture` for each name.
 
-    COCO's names of 2014 and of 2017 stand for the same picture, and its usual folders may lie under `image_root`.
+    COCO's names of 2014 and of 2017 stand for the same image, and its usual folders may lie under `image_root`.
 
     Raises:
-        InputError: a name that leads outside `image_root`, or pictures that are not there, with the first of them.
+        InputError: a name that leads outside `image_root`, or images that are not there, with the first of them.
     """
-    from mllm.data import Picture, find_pictures
+    from mllm.data.rows import Picture, find_pictures
 
     places: dict[str, Any] = {}
     shown = {q.shown: q for q in questions if q.shown}
@@ -245,7 +245,7 @@ def find_images(questions: Sequence[Question], image_root: str | Path) -> dict[s
         places[name] = Picture(file) if file else find_pictures(image_root, [name])[name]
     missing = [name for name, place in places.items() if place is None]
     if missing:
-        raise InputError(f"{len(missing)} pictures of POPE are not under {image_root}, e.g. {missing[0]}")
+        raise InputError(f"{len(missing)} images of POPE are not under {image_root}, e.g. {missing[0]}")
     return places
 
 
@@ -258,18 +258,18 @@ def images_of(
         unpack_to: folder that these are written to.
 
     Raises:
-        InputError: there is neither, or a picture is missing.
+        InputError: there is neither, or an image is missing.
     """
     if not image_root and not _parquets(Path(path)):
-        raise InputError("--image_root is missing: the folder of POPE's pictures (val2014 for COCO)")
+        raise InputError("--image_root is missing: the folder of POPE's images (val2014 for COCO)")
     return find_images(questions, image_root or unpack_images(path, unpack_to))
 
 
 def unpack_images(path: str | Path, folder: str | Path) -> Path:
-    """Write the pictures that a parquet layout carries as files, each once; returns `folder`.
+    """Write the images that a parquet layout carries as files, each once; returns `folder`.
 
     Raises:
-        InputError: a row has no picture, or a name that leads outside `folder`.
+        InputError: a row has no image, or a name that leads outside `folder`.
     """
     import pyarrow.parquet
 
@@ -289,7 +289,7 @@ def unpack_images(path: str | Path, folder: str | Path) -> Path:
                 done.add(file)
                 content = image.get("bytes") if isinstance(image, Mapping) else image
                 if not isinstance(content, bytes):
-                    raise InputError(f"{where}: carries no picture; use a copy that does, or files and --image_root")
+                    raise InputError(f"{where}: carries no image; use a copy that does, or files and --image_root")
                 if not file.is_file() or file.read_bytes() != content:  # perhaps of another set, of equal names
                     file.parent.mkdir(parents=True, exist_ok=True)
                     write_whole(file, content)

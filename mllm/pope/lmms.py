@@ -1,4 +1,4 @@
-"""POPE through the real lmms-eval, offline: questions and pictures become parquet and task files, lmms-eval runs as
+"""POPE through the real lmms-eval, offline: questions and images become parquet and task files, lmms-eval runs as
 a process of its own, and its answers are scored here once more, so that a silent failure cannot pass for a result.
 """
 
@@ -14,16 +14,16 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diffclip.base.errors import InputError
 from diffclip.base.files import json_line, read_json, read_jsonl, write_whole
-from diffclip.errors import InputError
-from mllm import pope_scores
-from mllm.pope_files import POST_PROMPT, SPLITS, Question
-from mllm.pope_scores import GREY, grey_images, grey_picture, no_images, shuffle_images
+from mllm.pope import scores as pope_scores
+from mllm.pope.questions import POST_PROMPT, SPLITS, Question
+from mllm.pope.scores import GREY, grey_images, grey_picture, no_images, shuffle_images
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from mllm.data import Picture
+    from mllm.data.rows import Picture
 
 ANSWERED = "answered.jsonl"  # what a killed evaluation had answered
 CONTROLS = {
@@ -34,7 +34,7 @@ CONTROLS = {
 
 
 def write_parquet(questions: Sequence[Question], images: Mapping[str, "Picture"], path: str | Path) -> None:
-    """Write questions and their pictures, from `mllm.pope_files.find_images`, in the columns of lmms-lab/POPE."""
+    """Write questions and their images, from `mllm.pope.questions.find_images`, in the columns of lmms-lab/POPE."""
     import datasets
     import pyarrow.parquet
 
@@ -43,7 +43,7 @@ def write_parquet(questions: Sequence[Question], images: Mapping[str, "Picture"]
     encoded |= {GREY: {"bytes": _png(grey_picture()), "path": GREY}, "": None}
     names = ("question_id", "question", "answer", "image_source", "image", "category")
     features = datasets.Features({name: datasets.Value("string") for name in names} | {"image": datasets.Image()})
-    # Arrow writes it silently; the schema carries the features, so that `image` is read back as a picture.
+    # Arrow writes it silently; the schema carries the features, so that `image` is read back as an image.
     with pyarrow.parquet.ParquetWriter(path, features.arrow_schema) as writer:
         for first in range(0, len(questions), 500):  # photos of thousands of questions are more than one table may hold
             rows = [
@@ -93,10 +93,10 @@ def evaluate_with_lmms(
 
     Args:
         run_dir: a run of stages.instruct.
-        questions: with labels, from `mllm.pope_files.read`.
-        images: their pictures, from `mllm.pope_files.find_images`.
+        questions: with labels, from `mllm.pope.questions.read`.
+        images: their images, from `mllm.pope.questions.find_images`.
         out_dir: gets task files, lmms-eval's results and log, and answers.jsonl.
-        controls: further passes of the model, of `CONTROLS`: each question with another picture, with a grey one, with
+        controls: further passes of the model, of `CONTROLS`: each question with another image, with a grey one, with
             none.
         batch_size: questions at a time, in each process.
         device: of a single process, e.g. "cuda:0"; by default its own.
@@ -105,8 +105,8 @@ def evaluate_with_lmms(
 
     Returns:
         {"model" | a control | "blind" | "always_yes": {split or "mean": scores}}; rows of the model and its controls
-        also hold accuracy_strict and accuracy_official, see `mllm.pope_scores.PARSERS`, and the model's accuracy_low
-        and accuracy_high, f1_low and f1_high, see `mllm.pope_scores.intervals`.
+        also hold accuracy_strict and accuracy_official, see `mllm.pope.scores.PARSERS`, and the model's accuracy_low
+        and accuracy_high, f1_low and f1_high, see `mllm.pope.scores.intervals`.
 
     Raises:
         InputError: questions without labels, unknown control, or lmms-eval ended without results.
@@ -161,7 +161,7 @@ def _png(picture: "Image") -> bytes:
 
 
 def score_answers(questions: Sequence[Question], answers: Sequence[str | None]) -> dict[str, dict[str, float]]:
-    """`mllm.pope_scores.score_splits` by lmms-eval's rule, with the accuracies of the other parsers beside it."""
+    """`mllm.pope.scores.score_splits` by lmms-eval's rule, with the accuracies of the other parsers beside it."""
     table = pope_scores.score_splits(questions, pope_scores.parse(answers))
     for parser in ("strict", "official"):
         other = pope_scores.score_splits(questions, pope_scores.parse(answers, parser))
@@ -210,7 +210,7 @@ def run_lmms_eval(
         "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]),
     }
     code = _run_with_progress(command, environment, log)
-    shutil.rmtree(out_dir / "datasets_cache", ignore_errors=True)  # lmms-eval's copy of all pictures
+    shutil.rmtree(out_dir / "datasets_cache", ignore_errors=True)  # lmms-eval's copy of all images
     written = sorted(set(output.rglob("*_results.json")) - before)
     if not written:
         tail = " | ".join(log.read_text(encoding="utf-8", errors="replace").split("\n")[-12:])

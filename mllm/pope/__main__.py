@@ -1,6 +1,6 @@
 """POPE on the command line.
 
-python -m mllm.pope check POPE --image_root IMAGES              # which release, are its pictures there
+python -m mllm.pope check POPE --image_root IMAGES              # which release, are its images there
 python -m mllm.pope score POPE ANSWERS.jsonl                    # answers of any program, matched by question
 python -m mllm.pope margins RUN --pope POPE --image_root IMAGES --out DIR   # exact yes/no scores, without generating
 python -m mllm.pope compare EVALUATE_A EVALUATE_B               # the paper's table 3 with McNemar's test
@@ -14,10 +14,20 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from diffclip.base.errors import InputError, exit_on_input_error
 from diffclip.base.files import json_line, write_json, write_whole
-from diffclip.errors import InputError, exit_on_input_error
-from mllm.pope_files import SPLITS, answered, find_images, images_of, index, read, read_answers, read_labelled, version
-from mllm.pope_scores import PARSERS, SCORES, blind, intervals, parse, score, score_splits
+from mllm.pope.questions import (
+    SPLITS,
+    answered,
+    find_images,
+    images_of,
+    index,
+    read,
+    read_answers,
+    read_labelled,
+    version,
+)
+from mllm.pope.scores import PARSERS, SCORES, blind, intervals, parse, score, score_splits
 
 
 def table_of(scores: dict[str, dict[str, float]], columns: Sequence[str]) -> list[list[str]]:
@@ -39,18 +49,18 @@ def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> N
 
 
 def check_files(options: argparse.Namespace) -> None:
-    """Which release the files are, whether an oracle scores 100 on them, whether their pictures are there."""
+    """Which release the files are, whether an oracle scores 100 on them, whether their images are there."""
     questions = read(options.pope, options.labels)
     print(version(questions))
     if all(q.label for q in questions):
         oracle = score_splits(questions, [q.label for q in questions])["mean"]["accuracy"]
         blind_rule = score_splits(questions, blind(questions))
         shown = ", ".join(f"{split} {100 * row['accuracy']:.1f}" for split, row in blind_rule.items())
-        print(f"an oracle scores {100 * oracle:.1f}; the best rule that sees no picture: {shown}")
+        print(f"an oracle scores {100 * oracle:.1f}; the best rule that sees no image: {shown}")
     else:
         print("no labels: give --labels, the official files")
     if options.image_root:
-        print(f"{len(find_images(questions, options.image_root)):,} pictures found under {options.image_root}")
+        print(f"{len(find_images(questions, options.image_root)):,} images found under {options.image_root}")
 
 
 def score_file(options: argparse.Namespace) -> None:
@@ -69,7 +79,7 @@ def score_file(options: argparse.Namespace) -> None:
         if name == options.parser:
             for split, ends in intervals(questions, said).items():
                 low, high = ends["accuracy"]
-                print(f"{split}: accuracy between {100 * low:.1f} and {100 * high:.1f} (95 %, pictures resampled)")
+                print(f"{split}: accuracy between {100 * low:.1f} and {100 * high:.1f} (95 %, images resampled)")
             verdict = uses_image(score_splits(questions, said), score_splits(questions, blind(questions)))
     print(verdict)
 
@@ -82,17 +92,17 @@ def tell_of_nulls(answers: Sequence[str | None], name: Path) -> None:
 
 
 def uses_image(model: dict[str, dict[str, float]], blind_rule: dict[str, dict[str, float]]) -> str:
-    """One sentence: whether a model beats the best rule that sees no picture."""
+    """One sentence: whether a model beats the best rule that sees no image."""
     own, other = 100 * model["mean"]["accuracy"], 100 * blind_rule["mean"]["accuracy"]
     verdict = "uses the image" if own > other else "does not use the image"
-    return f"the model {verdict}: accuracy {own:.1f} against {other:.1f} of the best rule that sees no picture"
+    return f"the model {verdict}: accuracy {own:.1f} against {other:.1f} of the best rule that sees no image"
 
 
 def compare_runs(options: argparse.Namespace) -> None:
     """The paper's table 3 for two evaluations, with McNemar's exact test for every split."""
     import numpy as np
 
-    from diffclip.benchmarks.significance import mcnemar
+    from diffclip.base.statistics import mcnemar
 
     def right_and_said(folder: Path) -> dict[tuple, tuple[str, str]]:
         file = folder / "pope" / "answers.jsonl" if folder.is_dir() else folder
@@ -128,8 +138,8 @@ def compare_runs(options: argparse.Namespace) -> None:
 
 def score_margins_of(options: argparse.Namespace) -> None:
     """Exact yes/no scores of a model with all controls, into margins.json and margins.jsonl."""
-    from mllm import pope_margins
-    from mllm.pope_lmms import CONTROLS
+    from mllm.pope import margins as pope_margins
+    from mllm.pope.lmms import CONTROLS
 
     model, processor, questions, open_image = load_with_questions(options)
     options.out.mkdir(parents=True, exist_ok=True)
@@ -155,7 +165,7 @@ def score_margins_of(options: argparse.Namespace) -> None:
 
 
 def load_with_questions(options: argparse.Namespace) -> tuple[Any, Any, list[Any], Callable[[str], Any]]:
-    """Model and processor on their device, the labelled questions, and what opens their pictures."""
+    """Model and processor on their device, the labelled questions, and what opens their images."""
     import torch
     from transformers.utils import logging
 
@@ -171,14 +181,14 @@ def load_with_questions(options: argparse.Namespace) -> tuple[Any, Any, list[Any
 
 def diagnose(options: argparse.Namespace) -> int:
     """Walk the causes of a score at chance and name the first that fails; exit code 1 where there is one."""
-    from mllm.pope_diagnose import run
+    from mllm.pope.diagnose import run
 
     return run(options)
 
 
 def audit_scores(options: argparse.Namespace) -> None:
     """The whole numbers that published accuracy, precision and recall allow."""
-    from mllm.pope_audit import audit
+    from mllm.pope.audit import audit
 
     audit(options)
 
@@ -207,16 +217,16 @@ def main(argv: list[str] | None = None) -> int | None:
     exact = command("margins", score_margins_of, "run")
     exact.add_argument("--pope", type=Path, help="POPE's files", required=True)
     exact.add_argument("--out", type=Path, required=True, help="folder to write")
-    exact.add_argument("--batch_size", type=int, default=16, help="pictures at a time (16)")
+    exact.add_argument("--batch_size", type=int, default=16, help="images at a time (16)")
     exact.add_argument("--generate", action="store_true", help="answers by greedy generation, too")
     walk = command("diagnose", diagnose, "run")
     walk.add_argument("--pope", type=Path, help="POPE's files")
     walk.add_argument("--answers", type=Path, help="an answers.jsonl with labels to check (pope/ of evaluate)")
-    walk.add_argument("--pictures", type=int, default=64, help="how many pictures to ask about (64)")
+    walk.add_argument("--pictures", type=int, default=64, help="how many images to ask about (64)")
     for one in (exact, walk):
         one.add_argument("--device", help="cuda, cpu, ... (cuda where there is one)")
     for one in (check, exact, walk):
-        one.add_argument("--image_root", type=Path, help="folder of the pictures (not for parquet)")
+        one.add_argument("--image_root", type=Path, help="folder of the images (not for parquet)")
     audited = command("audit", audit_scores)
     for name in ("accuracy", "precision", "recall"):
         audited.add_argument(name, type=float, help="in percent, with two decimals")

@@ -1,0 +1,1 @@
+"""POPE: questions, scores, exact margins, lmms-eval, diagnosis of scores at chance, audit of published ones."""
