@@ -29,7 +29,7 @@ def test_the_users_own_setting_wins(clean, users):
     runpy.run_path(threads.__file__)
     found = {name: os.environ[name] for name in OURS if name in os.environ}
     clean.delenv("GOMP_SPINCOUNT", raising=False)
-    assert found == (users or {"GOMP_SPINCOUNT": "1000"})
+    assert found == (users or {"GOMP_SPINCOUNT": "3000"})
 
 
 def test_nothing_is_said_when_it_is_too_late(clean):
