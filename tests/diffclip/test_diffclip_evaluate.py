@@ -2,7 +2,6 @@
 
 import io
 import json
-import sys
 import tarfile
 
 import pytest
@@ -14,7 +13,9 @@ from torch import nn
 import diffclip
 from diffclip.base.errors import InputError
 from diffclip.benchmarks import __main__ as command
-from diffclip.benchmarks import datasets, evaluate_clip
+from diffclip.benchmarks import datasets
+from diffclip.benchmarks.evaluate import evaluate_clip
+from diffclip.benchmarks.protocol import Settings
 
 COLOURS = {
     "red": (250, 0, 0),
@@ -84,8 +85,9 @@ def root(tmp_path):
     return root
 
 
-def evaluate(root, out, model=None, **options):
-    return evaluate_clip(model or Oracle(), preprocess, tokenizer, root, out, quiet=True, episodes=50, **options)
+def evaluate(root, out, model=None, suite=None, **options):
+    settings = Settings(quiet=True, episodes=50, **options)
+    return evaluate_clip(model or Oracle(), preprocess, tokenizer, root, out, settings, suite=suite)
 
 
 def test_an_oracle_scores_100_everywhere(root, tmp_path):
@@ -211,7 +213,7 @@ def test_a_suite_file_gives_the_same_as_the_layout(root, tmp_path):
 @pytest.mark.parametrize(
     "suite,message",
     [
-        ({"pictures": {}}, "unknown key images"),
+        ({"images": {}}, "unknown key images; use classification, shifts, retrieval, mmvp"),
         ({"classification": {"a": {"folder": "x", "metrics": "y"}}}, "classification a: unknown key metrics"),
         ({"retrieval": {"a": {}}}, "retrieval a: path is missing"),
         ({"classification": {"a": {"folder": "gone"}}}, "gone does not exist"),
@@ -299,13 +301,10 @@ def test_command_line_compares_models(root, tmp_path, monkeypatch, capsys):
         diffclip, "load", lambda path: (models[path.split("/")[-1]], preprocess, tokenizer), raising=False
     )
     arguments = ["--model", "runs/sighted", "runs/blind", "--data-root", str(root), "--out", str(tmp_path / "out")]
-    monkeypatch.setattr(sys, "argv", ["benchmarks", *arguments, "--episodes", "50"])
-    command.main()
+    command.main([*arguments, "--episodes", "50"])
     lines = capsys.readouterr().out.splitlines()
     row = next(line for line in lines if "zero_shot/colour/top1" in line)
     assert "100.0" in row and "16.7" in row and "-83.3 [" in row and "n.s." not in row
     assert (tmp_path / "out/blind/clip_benchmarks.json").exists()
-    monkeypatch.setattr(sys, "argv", ["benchmarks", *arguments, "--data-root", "nowhere"])
-    with pytest.raises(SystemExit, match="2"):
-        command.main()
-    assert capsys.readouterr().err == "error: nowhere does not exist: give the folder that holds the benchmark data\n"
+    with pytest.raises(InputError, match="nowhere does not exist: give the folder that holds the benchmark data"):
+        command.main(["run", *arguments, "--data-root", "nowhere"])
