@@ -126,10 +126,14 @@ def _captioned_table(path: Path) -> Rows:
     """Rows of image and caption, several rows an image; the separator is told from the header."""
     lines = read_text(path).split("\n")
     separator = max("|\t;,", key=lines[0].count)
-    # results.csv of Flickr30k does not quote: a quotation mark is text there
-    quoting = csv.QUOTE_MINIMAL if separator in ",;" else csv.QUOTE_NONE
+    quotes = separator in ",;"  # results.csv of Flickr30k does not quote: a quotation mark is text there
     try:
-        header, *rows = csv.reader((f"{line}\n" for line in lines), delimiter=separator, quoting=quoting, strict=True)
+        header, *rows = csv.reader(
+            (f"{line}\n" for line in lines),
+            delimiter=separator,
+            quoting=csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE,
+            strict=True,
+        )
     except csv.Error as error:
         raise InputError(f"{path} cannot be read as a table ({error})") from None
     columns = [column.strip().lower() for column in header]

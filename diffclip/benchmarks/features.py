@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import safetensors.torch
 import torch
@@ -102,9 +102,12 @@ class Encoder:
         Raises:
             InputError: an image that cannot be decoded, on every rank.
         """
+        if self.cache_dir is None:
+            raise ValueError("ranks share features through a cache_dir")
         rank, ranks = dist.get_rank(), dist.get_world_size()
         for name, images in wanted.items():
-            path, key = self._place(self._images_key(images))
+            file, key = self._place(self._images_key(images))
+            path = self.cache_dir / file
             stored = [path.exists()]
             dist.broadcast_object_list(stored)
             if stored[0]:
@@ -125,17 +128,19 @@ class Encoder:
     def _images_key(self, images: Images) -> dict:
         return {"pictures": images.digest, "transform": _printed(self.preprocess), "kind": "image"}
 
-    def _place(self, key: dict) -> tuple[Path, str]:
+    def _place(self, key: dict) -> tuple[str, str]:
+        """The file of an entry, and the whole key, of which its name is a hash."""
         # lambda_init, the norms' epsilons and the activation are not in the weights
         config = getattr(self.model, "model_config", None) or _printed(self.model)
         model = [self.fingerprint, config]
         text = json.dumps({"format": FORMAT, "model": model, "precision": self.precision, **key}, sort_keys=True)
-        return self.cache_dir / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.safetensors", text
+        return f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.safetensors", text
 
     def _cached(self, key: dict, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         if self.cache_dir is None:
             return compute()
-        path, text = self._place(key)
+        file, text = self._place(key)
+        path = self.cache_dir / file
         if path.exists():
             return safetensors.torch.load_file(path)
         features = compute()
@@ -148,7 +153,7 @@ class Encoder:
         batches = [rows[i : i + self.batch_size] for i in rows[:: self.batch_size]][first::step]
         loader = DataLoader(
             _Transformed(images, self.preprocess),
-            batch_sampler=batches,
+            batch_sampler=[list(batch) for batch in batches],
             num_workers=self.workers,
             collate_fn=_collate,
             pin_memory=self.device.type == "cuda",
@@ -168,10 +173,11 @@ class Encoder:
     @torch.no_grad()
     def _encode_ids(self, ids: Tensor, name: str) -> Tensor:
         features = []
+        encode_text = cast(Callable[[Tensor], Tensor], self.model.encode_text)
         with self._progress(len(ids), name, "text") as bar:
             for batch in ids.split(self.batch_size):  # (batch, context)
                 with self._autocast():
-                    features.append(self._stored(self.model.encode_text(batch.to(self.device))))
+                    features.append(self._stored(encode_text(batch.to(self.device))))
                 bar.update(len(batch))
         return torch.cat(features)
 
@@ -193,7 +199,7 @@ def encode_image(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
 
     CLIP's ResNets end in attention with the projection as its last matrix, which the identity then stands in for.
     """
-    visual = model.visual
+    visual: Any = model.visual  # of open_clip, timm or ours, whose types say nothing of their parts
     if hasattr(visual, "trunk"):
         before = visual.trunk(images)
         return before, visual.head(before)

@@ -48,8 +48,8 @@ def labelled_files(folder: Path, split: str) -> list[Path]:
                 return list(files)
     for place in places:
         unnamed = [path for path in _with_suffix(place.iterdir(), ".parquet") if split_of(path) is None]
-        if files := [path for path in unnamed if split in row_splits(path)]:
-            return files
+        if with_split := [path for path in unnamed if split in row_splits(path)]:
+            return with_split
     return []
 
 

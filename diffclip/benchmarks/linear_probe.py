@@ -120,8 +120,8 @@ def search(validate: Callable[[float], float]) -> tuple[float, list[tuple[float,
     known = {best[0]: best[1]}
 
     centre = torch.tensor(best[0]).log10()
-    grid = torch.logspace(centre - 2, centre + 2, 29)
-    grid = [C for C in grid.tolist() if COARSE[0] <= C <= COARSE[-1]]
+    grid: list[float] = torch.logspace(centre - 2, centre + 2, 29).tolist()
+    grid = [C for C in grid if COARSE[0] <= C <= COARSE[-1]]
     while len(grid) > 1:
         n = len(grid)
         low, middle, high = n // 4, n // 2, (-n) // 4

@@ -107,7 +107,8 @@ def localise(
         batch = items[start : start + batch_size]
         pixels = torch.stack([transform(open_image(path)) for path, _, _ in batch]).to(device)
         texts = tokenizer([PROMPT.format(name) for _, name, _ in batch]).to(device)
-        heats = upsample(relevance(model, pixels, texts), pixels.shape[-2:]).cpu().numpy()
+        height, width = pixels.shape[-2:]
+        heats = upsample(relevance(model, pixels, texts), (height, width)).cpu().numpy()
         for heat, (_, _, mask) in zip(heats, batch):
             seen = np.asarray(crop(Image.fromarray(mask).convert("RGB")))[:, :, 0] > 127
             whole = seen.any() and not seen.all()

@@ -6,6 +6,7 @@ A class follows CLIP (Radford et al. 2021, section 3.1.4): normalise each prompt
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -65,7 +66,8 @@ def classifier(
     The model stays in the mode it is in: call `model.eval()` first where dropout matters.
     """
     device = next(model.parameters()).device
+    encode_text = cast(Callable[[Tensor], Tensor], model.encode_text)
     texts = prompts(classnames, class_templates)
     batches = (texts[start : start + batch_size] for start in range(0, len(texts), batch_size))
-    features = torch.cat([model.encode_text(tokenizer(batch).to(device)) for batch in batches])
+    features = torch.cat([encode_text(tokenizer(batch).to(device)) for batch in batches])
     return class_means(features.unflatten(0, (len(classnames), len(class_templates))))
