@@ -122,16 +122,19 @@ def load_encoder(path: str) -> Encoder:
 
 def clip_metrics(config: EvaluateConfig, run: "Run", encoder: Encoder) -> dict[str, float]:
     """Zero-shot, shifts, retrieval, linear probe, few-shot and MMVP-VLM on what `clip_data` holds, in percent."""
-    from diffclip.benchmarks import evaluate_clip
+    from diffclip.benchmarks.evaluate import evaluate_clip
+    from diffclip.benchmarks.protocol import Settings
 
     metrics = evaluate_clip(
         *encoder,
         config.clip_data,
         run.path,
-        seed=config.seed,
-        episodes=config.few_shot_episodes,
-        probe=config.linear_probe,
-        batch_size=config.batch_size,
+        Settings(
+            seed=config.seed,
+            episodes=config.few_shot_episodes,
+            probe=config.linear_probe,
+            batch_size=config.batch_size,
+        ),
     )
     run.say(f"evaluate: {len(metrics)} scores of {config.clip} on {config.clip_data}")
     return metrics
@@ -139,7 +142,7 @@ def clip_metrics(config: EvaluateConfig, run: "Run", encoder: Encoder) -> dict[s
 
 def attention_metrics(config: EvaluateConfig, run: "Run", encoder: Encoder) -> dict[str, float]:
     """Attention maps for the report, and their scores against the masks of `clip_data`/segmentation, if there are."""
-    from diffclip.benchmarks.localisation import read_masks
+    from diffclip.benchmarks.mask_scores import read_masks
 
     folder = Path(config.clip_data) / "segmentation"
     if not (folder / "instances.json").is_file():

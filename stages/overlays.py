@@ -104,7 +104,7 @@ def localisation(encoder: Encoder, items: Sequence[tuple], folder: Path) -> dict
     """Scores of the maps against masks in percent, `localisation/...`; those of each object go to localisation.json."""
     import numpy as np
 
-    from diffclip.benchmarks.localisation import SCORES, localise
+    from diffclip.benchmarks.mask_scores import SCORES, localise
 
     found = localise(*encoder, items)  # (objects, 4), NaN where the crop leaves an object out
     kept = ~np.isnan(found).any(axis=1)

@@ -9,7 +9,7 @@ from PIL import Image
 
 from diffclip import attention_maps, checkpoints, maps, models
 from diffclip.base.errors import InputError
-from diffclip.benchmarks import localisation
+from diffclip.benchmarks import localisation, mask_scores
 from diffclip.scenes import drawing as scenes
 from diffclip.scenes.__main__ import main as export_scenes
 
@@ -90,21 +90,21 @@ def test_figure_is_drawn_for_several_models(tmp_path):
 def test_scores_of_planted_maps():
     mask = np.zeros((10, 10), bool)
     mask[2:5, 3:7] = True
-    perfect = localisation.map_scores(mask.astype(float), mask)
+    perfect = mask_scores.map_scores(mask.astype(float), mask)
     assert perfect == {"pointing": 100, "energy": 100, "precision": 100, "area": 12}
-    assert localisation.map_scores(np.zeros((10, 10)), mask)["energy"] == pytest.approx(12)
-    wrong = localisation.map_scores((~mask).astype(float), mask)
+    assert mask_scores.map_scores(np.zeros((10, 10)), mask)["energy"] == pytest.approx(12)
+    wrong = mask_scores.map_scores((~mask).astype(float), mask)
     assert wrong["pointing"] == wrong["energy"] == 0 and wrong["precision"] == pytest.approx(12)
     half = np.zeros((10, 10))
     half[2, 3], half[9, 9] = 1.0, 3.0
-    found = localisation.map_scores(half, mask)
+    found = mask_scores.map_scores(half, mask)
     assert found["pointing"] == 0 and found["energy"] == pytest.approx(25)
 
 
 def test_masks_are_those_of_the_scenes(tmp_path):
     export_scenes(["export", str(tmp_path / "s"), "--only", "segmentation", "--segmentation", "6", "--seed", "3"])
     folder = tmp_path / "s" / "segmentation"
-    items = list(localisation.read_masks(folder / "instances.json", folder / "images"))
+    items = list(mask_scores.read_masks(folder / "instances.json", folder / "images"))
     wanted = []
     for i in range(6):
         scene = scenes.make_scene(3, "segmentation", i)
@@ -116,7 +116,7 @@ def test_masks_are_those_of_the_scenes(tmp_path):
     assert all(np.array_equal(a[2], b[2]) for a, b in zip(items, wanted))
     (folder / "images" / "000003.png").unlink()
     with pytest.raises(InputError, match=r"000003\.png: no such image"):
-        list(localisation.read_masks(folder / "instances.json", folder / "images"))
+        list(mask_scores.read_masks(folder / "instances.json", folder / "images"))
 
 
 def test_command_compares_models_with_intervals(tmp_path):
@@ -129,7 +129,7 @@ def test_command_compares_models_with_intervals(tmp_path):
     found = json.loads(out.read_text())
     one, other = found["models"].values()
     assert found["pictures"] == 12 and one["area"] == other["area"]
-    for score in localisation.SCORES:
+    for score in mask_scores.SCORES:
         assert 0 <= one[score]["low"] <= one[score]["mean"] <= one[score]["high"] <= 100
         assert other[f"{score}_difference"]["mean"] == pytest.approx(other[score]["mean"] - one[score]["mean"])
 

@@ -68,7 +68,7 @@ TEXT = {
 
 
 @pytest.mark.parametrize("reason", TEXT)
-def test_open_clip_directories_bring_no_code(reason, tmp_path, monkeypatch):
+def test_open_clip_directories_bring_no_code(reason, tmp_path):
     folder = tmp_path / "clip"
     open_clip_directory(folder, **TEXT[reason])
     marker = plant(folder)
@@ -77,10 +77,8 @@ def test_open_clip_directories_bring_no_code(reason, tmp_path, monkeypatch):
         diffclip.load(folder)
     with pytest.raises(InputError, match=reason):
         convert.main([str(folder), str(tmp_path / "out")])
-    monkeypatch.setattr(sys, "argv", ["benchmarks", "--model", str(folder), "--out", str(tmp_path / "out")])
-    with pytest.raises(SystemExit) as end:
-        benchmarks()
-    assert end.value.code == 2
+    with pytest.raises(InputError, match=reason):
+        benchmarks(["--model", str(folder), "--data_root", str(tmp_path), "--output_dir", str(tmp_path / "out")])
     assert not marker.exists()
 
 
