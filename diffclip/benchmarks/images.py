@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from diffclip.base.errors import InputError
 from diffclip.base.files import parse_json, read_json, read_text
 from diffclip.base.images import open_image
-from diffclip.data.pairs import caption_lines
+from diffclip.data.captions import caption_lines
 from diffclip.data.shards import walk
 
 if TYPE_CHECKING:
