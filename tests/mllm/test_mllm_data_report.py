@@ -90,9 +90,9 @@ def test_parquet_and_saved_datasets_give_the_rows_of_the_json(folder):
     table = Dataset.from_list(rows)
     table.to_parquet(str(folder / "rows.parquet"))
     table.save_to_disk(str(folder / "saved"))
-    wanted = [(r.conversation, r.pictures) for r in load_rows([folder / "rows.json"], folder)]
+    wanted = [(r.conversation, r.images) for r in load_rows([folder / "rows.json"], folder)]
     for other in ("rows.parquet", "saved"):
-        assert [(r.conversation, r.pictures) for r in load_rows([folder / other], folder)] == wanted
+        assert [(r.conversation, r.images) for r in load_rows([folder / other], folder)] == wanted
     assert describe(load_rows([folder / "saved"], folder))["yes among yes and no, %"] == 60.0
 
 
