@@ -94,7 +94,8 @@ def find_places(root: str | Path, names: Iterable[str]) -> dict[str, ImagePlace 
 def _row_image(value: object, key: str) -> tuple[str, bytes | None]:
     name = f"image in `{key}`"
     if isinstance(value, dict):  # as `datasets` keeps images
-        value, name = value.get("bytes") or value.get("path"), value.get("path") or name
+        name = value.get("path") or name
+        value = value.get("bytes") or value.get("path")
     if isinstance(value, bytes):
         return name, value
     if not isinstance(value, str) or not value:

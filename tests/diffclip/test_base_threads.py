@@ -53,4 +53,4 @@ def test_the_libgomp_that_torch_loads_is_told(package):
     said = [line for line in ended.stderr.splitlines() if "GOMP_SPINCOUNT" in line]
     if not said:
         pytest.skip("this torch does not use GNU's OpenMP")
-    assert all(f"'{threads.SPINS}'" in line for line in said)
+    assert all("'3000'" in line for line in said)
