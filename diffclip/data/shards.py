@@ -106,8 +106,8 @@ def index_shard(path: str, caption: str = "txt") -> Shard:
             return Shard(path, stored["keys"], stored["spans"], problems, notices)
     shard = _index(path, caption)
     buffer = io.BytesIO()
-    texts = {name: np.array(getattr(shard, name), dtype=str).reshape(-1, 2) for name in ("problems", "notices")}
-    np.savez(buffer, allow_pickle=False, keys=shard.keys, spans=shard.spans, **texts)
+    left_out, noted = (np.array(pairs, dtype=str).reshape(-1, 2) for pairs in (shard.problems, shard.notices))
+    np.savez(buffer, keys=shard.keys, spans=shard.spans, problems=left_out, notices=noted)
     cached.parent.mkdir(parents=True, exist_ok=True)
     write_whole(cached, buffer.getvalue())
     return shard
