@@ -26,7 +26,7 @@ def caption_lines(text: str) -> list[str]:
 def texts(value: object) -> list[str]:
     """Captions in a cell or JSON value: text, bytes of UTF-8, a number as text, {"raw": ...}, or a list of these."""
     if isinstance(value, (list, tuple)):
-        return [text for one in value for text in texts(one)]
+        return [text for item in value for text in texts(item)]
     if isinstance(value, dict):
         return texts(next((value[key] for key in ("raw", "caption", "text") if key in value), None))
     if value is None:

@@ -53,8 +53,8 @@ class Rows(Sequence[Row]):
 
     def texts(self, indices: Sequence[int]) -> tuple[list[list[dict[str, str]]], list[int]]:
         """Conversations and numbers of images of some rows, without looking for the images."""
-        some = self._texts[indices]
-        return [json.loads(text) for text in some["conversation"]], [len(names) for names in some["images"]]
+        rows = self._texts[indices]
+        return [json.loads(text) for text in rows["conversation"]], [len(names) for names in rows["images"]]
 
 
 def load_rows(

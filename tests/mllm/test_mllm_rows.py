@@ -286,6 +286,19 @@ def test_a_compressed_tar_is_named(folder, picture):
         find_places(folder, ["sub/c.png"])
 
 
+def test_a_tar_that_ends_within_an_image_is_named_and_one_without_its_end_is_read(folder, picture):
+    tar_of(folder / "whole.tar", c=encoded(picture(1)), d=encoded(picture(2)))
+    with tarfile.open(folder / "whole.tar") as tar:
+        last = tar.getmembers()[-1]
+    content = (folder / "whole.tar").read_bytes()
+    for name, end in (("endless", -(-last.size // 512) * 512), ("cut", 10)):
+        (folder / name).mkdir()
+        (folder / name / "0.tar").write_bytes(content[: last.offset_data + end])
+    assert find_places(folder, ["endless/d.png"])["endless/d.png"].read() == encoded(picture(2))
+    with pytest.raises(InputError, match=r"0\.tar: ends early, within d.*download or write it again"):
+        find_places(folder, ["cut/c.png"])
+
+
 def test_two_folders_never_share_rows(tmp_path, monkeypatch):
     """The same relative paths, sizes and times, as copies have them."""
     for name, answer in (("one", "Red."), ("two", "Sea.")):
