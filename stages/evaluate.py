@@ -27,7 +27,7 @@ from stages.overlays import (
 from stages.run import Run, end_with_pipeline, upstream_model
 
 if TYPE_CHECKING:
-    from mllm.data.rows import Picture
+    from mllm.data.images import ImagePlace
     from mllm.pope.questions import Question
 
 
@@ -159,7 +159,7 @@ def attention_metrics(config: EvaluateConfig, run: "Run", encoder: Encoder) -> d
     return metrics
 
 
-def pope_questions(config: EvaluateConfig, run: "Run") -> tuple[list["Question"], dict[str, "Picture"]]:
+def pope_questions(config: EvaluateConfig, run: "Run") -> tuple[list["Question"], dict[str, "ImagePlace"]]:
     """POPE's questions with labels, and their images."""
     from mllm.pope.questions import images_of, read_labelled, version
 
@@ -169,7 +169,7 @@ def pope_questions(config: EvaluateConfig, run: "Run") -> tuple[list["Question"]
 
 
 def pope_metrics(
-    config: EvaluateConfig, run: "Run", questions: Sequence["Question"], images: Mapping[str, "Picture"]
+    config: EvaluateConfig, run: "Run", questions: Sequence["Question"], images: Mapping[str, "ImagePlace"]
 ) -> dict[str, float]:
     """POPE of the multimodal model and its controls in percent, by generated answers."""
     import torch
@@ -200,7 +200,7 @@ def pope_metrics(
 
 
 def margin_metrics(
-    config: EvaluateConfig, run: "Run", questions: Sequence["Question"], images: Mapping[str, "Picture"]
+    config: EvaluateConfig, run: "Run", questions: Sequence["Question"], images: Mapping[str, "ImagePlace"]
 ) -> dict[str, float]:
     """POPE by the margin between yes and no, in percent; the margins themselves go to pope/margins.jsonl."""
     import torch
@@ -226,7 +226,9 @@ def margin_metrics(
     }
 
 
-def keep_examples(config: EvaluateConfig, run: "Run", images: Mapping[str, "Picture"], encoder: Encoder | None) -> None:
+def keep_examples(
+    config: EvaluateConfig, run: "Run", images: Mapping[str, "ImagePlace"], encoder: Encoder | None
+) -> None:
     """Write examples.jsonl: questions of each split with both answers, and their images beside it.
 
     With a dual encoder each row also has `heat`, the patches that speak for the object asked about.

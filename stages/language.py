@@ -151,9 +151,9 @@ def read_texts(path: str) -> Iterator[str]:
 def read_conversations(path: str) -> Iterator[str]:
     """The text of each LLaVA row in the form that instruct will use, without system sentence and image."""
     from mllm.conversation import IMAGE
-    from mllm.data.rows import read_json_rows
+    from mllm.data.layouts import read_rows
 
-    for row in read_json_rows(path):
+    for row in read_rows(path):
         turns = row.get("conversations") or []
         words = [
             f"USER: {turn['value'].replace(IMAGE, '').strip()} "

@@ -21,7 +21,7 @@ from diffclip.benchmarks.rows import (
     split_of,
     two_columns,
 )
-from diffclip.data.pairs import caption_lines
+from diffclip.data.captions import caption_lines
 
 CAPTION_COLUMNS = ("caption", "captions", "text")
 

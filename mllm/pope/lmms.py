@@ -23,7 +23,7 @@ from mllm.pope.scores import GREY, grey_images, grey_picture, no_images, shuffle
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from mllm.data.rows import Picture
+    from mllm.data.images import ImagePlace
 
 ANSWERED = "answered.jsonl"  # what a killed evaluation had answered
 CONTROLS = {
@@ -33,7 +33,7 @@ CONTROLS = {
 }
 
 
-def write_parquet(questions: Sequence[Question], images: Mapping[str, "Picture"], path: str | Path) -> None:
+def write_parquet(questions: Sequence[Question], images: Mapping[str, "ImagePlace"], path: str | Path) -> None:
     """Write questions and their images, from `mllm.pope.questions.find_images`, in the columns of lmms-lab/POPE."""
     import datasets
     import pyarrow.parquet
@@ -80,7 +80,7 @@ def write_tasks(folder: str | Path, parquets: Mapping[str, str | Path], post_pro
 def evaluate_with_lmms(
     run_dir: str | Path,
     questions: Sequence[Question],
-    images: Mapping[str, "Picture"],
+    images: Mapping[str, "ImagePlace"],
     out_dir: str | Path,
     *,
     controls: Sequence[str] = tuple(CONTROLS),

@@ -224,14 +224,14 @@ def _answer(value: object, where: str) -> str | None:
 
 
 def find_images(questions: Sequence[Question], image_root: str | Path) -> dict[str, Any]:
-    """Where the images that `questions` show lie: a `mllm.data.rows.Picture` for each name.
+    """Where the images that `questions` show lie: a `mllm.data.images.ImagePlace` for each name.
 
     COCO's names of 2014 and of 2017 stand for the same image, and its usual folders may lie under `image_root`.
 
     Raises:
         InputError: a name that leads outside `image_root`, or images that are not there, with the first of them.
     """
-    from mllm.data.rows import Picture, find_pictures
+    from mllm.data.images import ImagePlace, find_places
 
     places: dict[str, Any] = {}
     shown = {q.shown: q for q in questions if q.shown}
@@ -242,7 +242,7 @@ def find_images(questions: Sequence[Question], image_root: str | Path) -> dict[s
         names = [name, f"{stem}.jpg", *([f"{coco[1]}.jpg"] if coco else [])]
         files = (os.path.join(image_root, folder, one) for folder in COCO_FOLDERS for one in names)
         file = next(filter(os.path.isfile, files), None)
-        places[name] = Picture(file) if file else find_pictures(image_root, [name])[name]
+        places[name] = ImagePlace(file) if file else find_places(image_root, [name])[name]
     missing = [name for name, place in places.items() if place is None]
     if missing:
         raise InputError(f"{len(missing)} images of POPE are not under {image_root}, e.g. {missing[0]}")
