@@ -1,12 +1,12 @@
 """How all figures look: colours, type, legends. Colour-blind safe, and small enough to be read on a phone."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 
 from stages.report.data import Arms
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 # After Okabe and Ito, darkened to a contrast of 3 on white; the page swaps them for lighter ones in the dark.
 COLOURS = ("#0072b2", "#d55e00", "#00846a", "#b4508c", "#6b6b00", "#6a51a3")
@@ -48,7 +48,7 @@ def short(text: str, limit: int) -> str:
 
 
 def legend(
-    axes: "Axes",
+    axes: Axes,
     arms: Arms,
     models: Sequence[str] | None = None,
     marks: Sequence = (),
@@ -56,9 +56,6 @@ def legend(
     lines: bool = False,
 ) -> None:
     """Models, and further marks with their names, above the plot."""
-    from matplotlib.lines import Line2D
-    from matplotlib.patches import Patch
-
     own = []
     for model in models or arms.models:
         dashes = DASHES[arms.models.index(model) % len(DASHES)]

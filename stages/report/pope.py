@@ -2,10 +2,12 @@
 
 import math
 
-from diffclip.base.statistics import bootstrap_mean
+from diffclip.base.schema import POPE_SPLITS
+from diffclip.base.statistics import mcnemar
 from stages.report.cells import DASH, Table, distinct, number, p_value, percent, score
-from stages.report.data import POPE_SPLITS, Arms, is_number, mean_sd
-from stages.report.significance import mcnemar_p, paired_answers
+from stages.report.data import Arms, mean_sd
+from stages.report.reading import is_number
+from stages.report.significance import paired_answers
 
 SPLITS = (*POPE_SPLITS, "mean")
 # (row, pattern of the key, None or why it would be absent)
@@ -90,9 +92,9 @@ def pope_pairs(arms: Arms) -> Table | None:
                     continue
                 a, b = answers.first, answers.second
                 counts = [len(a), (a & b).sum(), (a & ~b).sum(), (~a & b).sum(), (~a & ~b).sum()]
-                ends = bootstrap_mean(100 * (b.astype(float) - a), answers.pictures)[1:]
-                mean, low, high = (percent([v], sign=True) for v in (100 * (b.mean() - a.mean()), *ends))
-                p = p_value(mcnemar_p(answers))
+                differences = (100 * (b.mean() - a.mean()), *answers.interval())
+                mean, low, high = (percent([v], sign=True) for v in differences)
+                p = p_value(mcnemar(a, b))
                 table.rows.append([split, *(f"{int(c):,}" for c in counts), mean, f"[{low}, {high}]", p])
             if len(table.rows[-1]) == 1:
                 table.rows.pop()

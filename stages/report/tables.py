@@ -2,9 +2,11 @@
 
 import re
 
+from diffclip.base.schema import POPE_SPLITS
 from stages.report.cells import DASH, MINUS, Table, distinct, p_value, percent, score
-from stages.report.data import POPE_SPLITS, Arms, is_number, mean_sd
+from stages.report.data import Arms, mean_sd
 from stages.report.pope import POPE_KEYS
+from stages.report.reading import is_number
 from stages.report.significance import Difference, difference
 
 # (heading, pattern of the metric's key, whether its absence is worth a line), in the order of the paper's tables.
