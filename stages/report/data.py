@@ -196,8 +196,8 @@ def add_averages(arms: Arms) -> None:
 
 def _add_average(arms: Arms, keys: list[str], name: str) -> None:
     for run in arms.runs:
-        values = [run.metrics.get(k) for k in keys]
-        if run.stage == "evaluate" and name not in run.metrics and all(map(is_number, values)):
+        values = [v for k in keys if is_number(v := run.metrics.get(k))]
+        if run.stage == "evaluate" and name not in run.metrics and len(values) == len(keys):
             run.metrics[name] = statistics.fmean(values)
 
 

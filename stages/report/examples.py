@@ -111,7 +111,9 @@ def item(models: Sequence[str], key: tuple, rows: Rows) -> dict[str, Any]:
     values in base64].
     """
     split, _, question, label = key
-    answers, heats, query = [], [], ""
+    answers: list[list | None] = []
+    heats: list[list | None] = []
+    query = ""
     for model in models:
         row = rows[model][0] if model in rows else None
         if row is None:

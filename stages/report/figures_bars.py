@@ -2,6 +2,7 @@
 
 import textwrap
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
@@ -113,19 +114,18 @@ def pope_bars(arms: Arms) -> Figure:
 
 def cost_bars(arms: Arms) -> Figure:
     """Wall-clock time of the stages, one bar a model, the stages behind each other."""
-    known = [c for c in costs(arms) if c.seconds]
-    names = list(dict.fromkeys(c.model for c in known))
-    unit, word = (3600, "hours") if max(c.seconds for c in known) > 6000 else (60, "minutes")
+    known = [(c, c.seconds) for c in costs(arms) if c.seconds]
+    names = list(dict.fromkeys(c.model for c, _ in known))
+    unit, word = (3600, "hours") if max(seconds for _, seconds in known) > 6000 else (60, "minutes")
     figure, axes = plt.subplots(figsize=(WIDTH, 0.95 + 0.34 * len(names)))
     for i, name in enumerate(names):
         start = 0.0
-        for one in (c for c in known if c.model == name):
-            share = one.seconds / unit
-            colour = COLOURS[STAGES.index(one.stage) % len(COLOURS)]
-            axes.barh(i, share, 0.62, left=start, color=colour, edgecolor=PAPER, linewidth=1)
-            start += share
-        shift = {"xytext": (4, 0), "textcoords": "offset points"}
-        axes.annotate(duration(start * unit), (start, i), va="center", fontsize=7.5, **shift)
+        for c, seconds in known:
+            if c.model == name:
+                colour = COLOURS[STAGES.index(c.stage) % len(COLOURS)]
+                axes.barh(i, seconds / unit, 0.62, left=start, color=colour, edgecolor=PAPER, linewidth=1)
+                start += seconds / unit
+        axes.annotate(duration(start * unit), (start, i), (4, 0), textcoords="offset points", va="center", fontsize=7.5)
     axes.set_yticks(range(len(names)), [short(name, 24) or "shared" for name in names])
     axes.invert_yaxis()
     axes.margins(x=0.16)
@@ -133,8 +133,14 @@ def cost_bars(arms: Arms) -> Figure:
     axes.set_xlabel(word)
     axes.grid(axis="x", linewidth=0.6, color=GRID)
     axes.tick_params(axis="y", length=0)
-    stages = [s for s in STAGES if any(c.stage == s for c in known)]
+    stages = [s for s in STAGES if any(c.stage == s for c, _ in known)]
     patches = [Patch(facecolor=COLOURS[STAGES.index(s) % len(COLOURS)]) for s in stages]
-    place = {"loc": "lower left", "bbox_to_anchor": (0, 1.0), "ncols": 5, "borderaxespad": 0.3, "fontsize": 8}
+    place: dict[str, Any] = {
+        "loc": "lower left",
+        "bbox_to_anchor": (0, 1.0),
+        "ncols": 5,
+        "borderaxespad": 0.3,
+        "fontsize": 8,
+    }
     axes.legend(patches, stages, **place, handlelength=1.2, columnspacing=1.0)
     return figure

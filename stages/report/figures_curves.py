@@ -45,7 +45,9 @@ def points_of(curve: list[dict[str, float]], key: str) -> list[tuple[float, floa
     points = [(line["step"], line[key]) for line in curve if is_number(line.get(key))]
     width = -(-len(points) // MOST_POINTS)
     parts = [points[i : i + width] for i in range(0, len(points), max(1, width))]
-    return [tuple(map(statistics.fmean, zip(*part))) for part in parts] if width > 1 else points
+    if width <= 1:
+        return points
+    return [(statistics.fmean(s for s, _ in part), statistics.fmean(v for _, v in part)) for part in parts]
 
 
 def runs_with_lambda(arms: Arms) -> list[RunDir]:

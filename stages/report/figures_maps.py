@@ -3,10 +3,12 @@
 import math
 import textwrap
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.projections.polar import PolarAxes
 
 from stages.report.data import Arms, mean_sd
 from stages.report.figures_style import DASHES, INK, MARKS, MUTED, PAPER, WIDTH, colour_of, short
@@ -29,7 +31,7 @@ def attention(arms: Arms, maps: Sequence[Map]) -> Figure:
         squeeze=False,
         width_ratios=[share] + [1] * (columns - 1),
     )
-    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0.01, hspace=0.01)
+    figure.set_layout_engine("constrained", w_pad=0.02, h_pad=0.02, wspace=0.01, hspace=0.01)
     for axes in grid.flat:
         axes.set_axis_off()
     for row, one in zip(grid, maps):
@@ -50,6 +52,7 @@ def radar(arms: Arms, columns: Sequence[Column]) -> Figure:
     """One axis a column, one closed line a model, means over seeds."""
     angles = [2 * math.pi * i / len(columns) for i in range(len(columns))]
     figure, axes = plt.subplots(figsize=(WIDTH, 4.3), subplot_kw={"projection": "polar"})
+    assert isinstance(axes, PolarAxes)
     axes.set_theta_zero_location("N")
     axes.set_theta_direction(-1)
     top = 0.0
@@ -62,7 +65,7 @@ def radar(arms: Arms, columns: Sequence[Column]) -> Figure:
         shown.append(model)
         top = max(top, *(value for _, value in points))
         closed = [*points, points[0]] if len(points) == len(columns) else points
-        look = {"color": colour_of(arms, model), "marker": MARKS[i % len(MARKS)], "markersize": 4}
+        look: dict[str, Any] = {"color": colour_of(arms, model), "marker": MARKS[i % len(MARKS)], "markersize": 4}
         axes.plot(*zip(*closed), DASHES[i % len(DASHES)], linewidth=1.6, **look)
         axes.fill(*zip(*points), color=colour_of(arms, model), alpha=0.1)
     step = next(s for s in (1, 2, 5, 10, 20, 25) if top <= 5 * s) if top <= 125 else 25

@@ -1,6 +1,7 @@
 """How all figures look: colours, type, legends. Colour-blind safe, and small enough to be read on a phone."""
 
 from collections.abc import Sequence
+from typing import Any, Literal
 
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
@@ -10,7 +11,7 @@ from stages.report.data import Arms
 
 # After Okabe and Ito, darkened to a contrast of 3 on white; the page swaps them for lighter ones in the dark.
 COLOURS = ("#0072b2", "#d55e00", "#00846a", "#b4508c", "#6b6b00", "#6a51a3")
-DASHES = ("-", "--", "-.", ":")
+DASHES: tuple[Literal["-", "--", "-.", ":"], ...] = ("-", "--", "-.", ":")
 MARKS = ("o", "s", "^", "D", "v", "P")
 INK, MUTED, GRID, PAPER = "#1d2127", "#5c6470", "#dcdfe4", "#fefefe"
 STYLE = {
@@ -62,5 +63,11 @@ def legend(
         colour = colour_of(arms, model)
         own.append(Line2D([], [], color=colour, linestyle=dashes) if lines else Patch(facecolor=colour))
     labels = [short(m, 30) for m in models or arms.models] + [*names]
-    place = {"loc": "lower left", "bbox_to_anchor": (0, 1.0), "ncols": 2, "borderaxespad": 0.3, "fontsize": 8}
+    place: dict[str, Any] = {
+        "loc": "lower left",
+        "bbox_to_anchor": (0, 1.0),
+        "ncols": 2,
+        "borderaxespad": 0.3,
+        "fontsize": 8,
+    }
     axes.legend([*own, *marks], labels, **place, handlelength=1.6, columnspacing=1.2)

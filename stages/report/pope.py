@@ -34,8 +34,12 @@ POPE_ROWS = (
 ENDS = ("low", "high")  # of an interval, behind the measure
 POPE_KEYS = (*(pattern for _, pattern, _ in POPE_ROWS), "pope/{}/questions")
 POPE_KEYS += tuple(f"pope/{{}}/{measure}_{end}" for measure in ("accuracy", "f1") for end in ENDS)
-CONTROLS = (("pope_blind", "blind rule"), ("pope_shuffled", "images shuffled"))
-CONTROLS += (("pope_grey", "images grey"), ("pope_no_image", "no image"))
+CONTROLS = (
+    ("pope_blind", "blind rule"),
+    ("pope_shuffled", "images shuffled"),
+    ("pope_grey", "images grey"),
+    ("pope_no_image", "no image"),
+)
 
 
 def pope(arms: Arms) -> Table:
@@ -82,8 +86,8 @@ def pope_pairs(arms: Arms) -> Table | None:
     for other in others:
         seeds = [s for s in arms.seeds(first) if s in arms.seeds(other)]
         for seed in seeds:
-            runs = [next(iter(reversed(arms.of("evaluate", m, seed))), None) for m in (first, other)]
-            if None in runs:
+            runs = [run for m in (first, other) for run in arms.of("evaluate", m, seed)[-1:]]
+            if len(runs) < 2:
                 continue
             table.rows.append([f"{other} against {first}, seed {seed}"])
             for split in POPE_SPLITS:

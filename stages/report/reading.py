@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from diffclip.base import files
 from diffclip.base.errors import InputError
@@ -73,7 +73,7 @@ def clean(value: Any) -> Any:
     return value
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[float]:
     """Whether it is a finite number of a size that can be drawn."""
     return isinstance(value, int | float) and not isinstance(value, bool) and -1e15 < value < 1e15
 

@@ -100,14 +100,14 @@ def _average(ours: RunDir, theirs: RunDir, key: str, mean: float) -> Difference:
     pattern = next((pattern for pattern, average in AVERAGED if average == key), "")
     before, _, after = pattern.partition("{}")
     sets = [k for k in theirs.metrics if pattern and k.startswith(before) and k.endswith(after) and k != key]
-    pairs = [(outcomes(ours.path).get(k), outcomes(theirs.path).get(k)) for k in sets]
-    if not pairs or any(a is None or b is None or len(a) != len(b) for a, b in pairs):
+    first, second = outcomes(ours.path), outcomes(theirs.path)
+    differences = [second[k] - first[k] for k in sets if k in first and k in second and len(first[k]) == len(second[k])]
+    if not sets or len(differences) < len(sets):
         return Difference(mean, why="outcomes of single items are not stored for it")
     generator = np.random.default_rng(0)
     drawn = np.zeros(RESAMPLES)
-    for first, second in pairs:
-        sums = resampled_sums((second - first)[:, None], RESAMPLES, generator)
-        drawn += sums[:, 0] / len(first) / len(pairs)
+    for values in differences:
+        drawn += resampled_sums(values[:, None], RESAMPLES, generator)[:, 0] / len(values) / len(sets)
     return Difference(mean, *percentiles(100 * drawn), None, "bootstrap over the items of each set")
 
 
@@ -151,7 +151,7 @@ def pope_answers(folder: Path) -> dict[tuple[str, str, str], bool]:
     found = {}
     for row in read_lines(folder / schema.POPE / schema.ANSWERS):
         if row.get("pass") == "model":
-            key = tuple(str(row.get(name)) for name in ("split", "image", "text"))
+            key = (str(row.get("split")), str(row.get("image")), str(row.get("text")))
             found[key] = str(row.get("answer")).strip().lower() == str(row.get("label")).strip().lower()
     return found
 
@@ -189,16 +189,18 @@ def _pope(first: Path, second: Path, key: str, mean: float) -> Difference:
 def object_scores(folder: Path) -> tuple[tuple[tuple[str, str], ...], dict[str, np.ndarray]]:
     """((image, object) of every item, {score: one number per item, NaN where there is none})."""
     record = as_dict(read_json(folder / schema.LOCALISATION, []))
-    images, objects = (
-        record.get(name) if isinstance(record.get(name), list) else [] for name in ("pictures", "objects")
-    )
+    images, objects = (_list(record.get(name)) for name in ("pictures", "objects"))
     items = tuple((str(image), str(name)) for image, name in zip(images, objects))
     scores = {
-        name: np.array([float(v) if is_number(v) else math.nan for v in values])
+        name: np.array([float(v) if is_number(v) else math.nan for v in _list(values)])
         for name, values in as_dict(record.get("scores")).items()
-        if isinstance(values, list) and len(values) == len(items)
+        if len(_list(values)) == len(items)
     }
     return items, scores
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def _localisation(first: Path, second: Path, key: str, mean: float) -> Difference:
