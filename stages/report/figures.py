@@ -58,7 +58,7 @@ def figures(arms: Arms, directory: Path) -> list[Figure]:
     """Draw every figure that the runs have numbers for, also as SVG and PNG files (300 dpi) in `directory`."""
     matplotlib.use("Agg")
     drawn = []
-    with plt.rc_context(STYLE):
+    with plt.rc_context(STYLE):  # type: ignore[arg-type] # it wants a Literal of all of matplotlib's keys
         for plan in plans(arms):
             if plan.draw is None:
                 drawn.append(Figure(plan.name, plan.title, plan.caption, absent=plan.why))

@@ -2,7 +2,6 @@
 
 import textwrap
 from collections.abc import Sequence
-from typing import Any
 
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
@@ -13,7 +12,7 @@ from diffclip.base.schema import STAGES
 from stages.report.beyond import costs
 from stages.report.cells import duration, percent
 from stages.report.data import Arms, mean_sd
-from stages.report.figures_style import COLOURS, GRID, INK, MUTED, PAPER, WIDTH, colour_of, legend, short
+from stages.report.figures_style import ABOVE, COLOURS, GRID, INK, MUTED, PAPER, WIDTH, colour_of, legend, short
 from stages.report.layout import SIGN, Column
 from stages.report.pope import CONTROLS, SPLITS
 from stages.report.significance import difference
@@ -135,12 +134,5 @@ def cost_bars(arms: Arms) -> Figure:
     axes.tick_params(axis="y", length=0)
     stages = [s for s in STAGES if any(c.stage == s for c, _ in known)]
     patches = [Patch(facecolor=COLOURS[STAGES.index(s) % len(COLOURS)]) for s in stages]
-    place: dict[str, Any] = {
-        "loc": "lower left",
-        "bbox_to_anchor": (0, 1.0),
-        "ncols": 5,
-        "borderaxespad": 0.3,
-        "fontsize": 8,
-    }
-    axes.legend(patches, stages, **place, handlelength=1.2, columnspacing=1.0)
+    axes.legend(patches, stages, **ABOVE, ncols=5, handlelength=1.2, columnspacing=1.0)
     return figure

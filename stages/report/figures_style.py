@@ -37,6 +37,7 @@ STYLE = {
     "legend.frameon": False,
     "legend.labelcolor": INK,
 }
+ABOVE: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0, 1.0), "borderaxespad": 0.3, "fontsize": 8}
 WIDTH = 5.0  # inches; 360 units in the page
 
 
@@ -63,11 +64,4 @@ def legend(
         colour = colour_of(arms, model)
         own.append(Line2D([], [], color=colour, linestyle=dashes) if lines else Patch(facecolor=colour))
     labels = [short(m, 30) for m in models or arms.models] + [*names]
-    place: dict[str, Any] = {
-        "loc": "lower left",
-        "bbox_to_anchor": (0, 1.0),
-        "ncols": 2,
-        "borderaxespad": 0.3,
-        "fontsize": 8,
-    }
-    axes.legend([*own, *marks], labels, **place, handlelength=1.6, columnspacing=1.2)
+    axes.legend([*own, *marks], labels, **ABOVE, ncols=2, handlelength=1.6, columnspacing=1.2)
