@@ -7,7 +7,7 @@ import sys
 
 import numpy as np
 import pytest
-from launch import ROOT, run
+from launch import ROOT, call
 
 from mllm.data.report import describe, kind
 from mllm.data.rows import load_rows
@@ -26,7 +26,7 @@ def folder(tmp_path, picture):
     return tmp_path
 
 
-def test_check_names_every_fault_and_ends_with_2(folder):
+def test_check_names_every_fault_and_ends_with_2(folder, capsys):
     (folder / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 cut off")
     rows = [
         row(0, "<image>\nIs it?", "Yes", image="a.png"),
@@ -37,9 +37,9 @@ def test_check_names_every_fault_and_ends_with_2(folder):
         row(5, "Is it?", " "),
     ]
     (folder / "rows.json").write_text(json.dumps(rows))
-    told = run("mllm.data", "check", str(folder / "rows.json"), f"--image_root={folder}", check=False)
-    lines = told.stdout.splitlines()
-    assert told.returncode == 2 and lines[-1] == "6 rows, 2 images: 5 faults"
+    call("mllm.data", "check", str(folder / "rows.json"), f"--image_root={folder}", code=2)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == "6 rows, 2 images: 5 faults"
     for number, words in [
         (1, "absent.png is not under"),
         (2, "broken.jpg cannot be read as an image"),
@@ -50,11 +50,11 @@ def test_check_names_every_fault_and_ends_with_2(folder):
         assert sum(f"row {number} " in line and words in line for line in lines) == 1, words
     assert not any("row 0 " in line for line in lines)
     (folder / "good.json").write_text(json.dumps(rows[:1]))
-    told = run("mllm.data", "check", str(folder / "good.json"), f"--image_root={folder}", check=False)
-    assert told.returncode == 0 and told.stdout.strip().endswith("1 rows, 1 images: no fault found")
+    call("mllm.data", "check", str(folder / "good.json"), f"--image_root={folder}")
+    assert capsys.readouterr().out.strip().endswith("1 rows, 1 images: no fault found")
 
 
-def test_stats_count_answers_and_tokens(folder, assembled):
+def test_stats_count_answers_and_tokens(folder, assembled, capsys):
     save(*assembled, folder / "model")
     rows = [
         row(0, "<image>\nIs it red?", "Yes", "And blue?", "No, it is not.", image="a.png"),
@@ -64,14 +64,14 @@ def test_stats_count_answers_and_tokens(folder, assembled):
     ]
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     options = [f"--image_root={folder}", f"--model={folder / 'model'}", f"--out={folder / 'out'}", "--max_length=30"]
-    told = run("mllm.data", "stats", str(folder / "rows.jsonl"), *options)
+    call("mllm.data", "stats", str(folder / "rows.jsonl"), *options)
     found = json.loads((folder / "out/stats.json").read_text())
     assert found["rows"] == 4 and found["answers"] == 5
     assert found["rows with no image, one, more"] == [2, 2, 0]
     assert found["kinds of answers, %"] == {"yes": 20.0, "no": 20.0, "number": 20.0, "one word": 20.0, "long": 20.0}
     assert found["yes among yes and no, %"] == 50.0
     assert found["rows longer than 30"] >= 2 and 0 < found["supervised tokens, %"] < 50
-    assert (folder / "out/lengths.png").stat().st_size > 1000 and "tokens a row" in told.stdout
+    assert (folder / "out/lengths.png").stat().st_size > 1000 and "tokens a row" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
