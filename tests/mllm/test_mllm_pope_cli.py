@@ -1,15 +1,12 @@
 """python -m mllm.pope: what its commands print and write, against the functions behind them."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
-from launch import ROOT
 from test_mllm_pope import rows, write
 
-from diffclip.base.errors import InputError
+from diffclip.base.errors import InputError, exit_on_input_error
 from mllm.model import save
 from mllm.pope.__main__ import main
 from mllm.pope.margins import margins
@@ -110,7 +107,8 @@ def test_margins_with_all_controls(pope, assembled, tmp_path):
         main(["margins", str(tmp_path / "run"), "--pope", str(pope), "--out", str(tmp_path / "out")])
 
 
-def test_bad_input_is_one_sentence_and_exit_code_2(tmp_path):
-    command = [sys.executable, "-m", "mllm.pope", "check", str(tmp_path / "nowhere")]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert ended.returncode == 2 and ended.stderr.startswith("error: ") and ended.stderr.count("\n") == 1
+def test_bad_input_is_one_sentence_and_exit_code_2(tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended, exit_on_input_error():
+        main(["check", str(tmp_path / "nowhere")])
+    errors = capsys.readouterr().err
+    assert ended.value.code == 2 and errors.startswith("error: ") and errors.count("\n") == 1
