@@ -8,7 +8,7 @@ from open_clip import ClipLoss
 import diffclip
 from benchmarks.attention import peak_megabytes
 from diffclip.base.errors import InputError
-from stages.dry_run import HARDWARE, Counted, count_pair, estimate, parse_hardware
+from stages.costs import HARDWARE, Counted, count_pair, estimate, parse_hardware
 
 PAPER = ROOT / "stages" / "configs" / "paper"
 

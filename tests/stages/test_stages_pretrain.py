@@ -246,18 +246,18 @@ def test_bad_pictures_are_skipped_and_named_until_they_are_too_many(tmp_path):
 
 def test_odd_names_and_damaged_lines_of_bad_samples_end_no_training(tmp_path, monkeypatch):
     """In this process; a kill left half a line, another program bytes that are no text."""
-    from stages import pretrain
+    from stages import pretrain, pretraining
 
     out, folder = tmp_path / "run", tmp_path / "odd \u2028"
     folder.mkdir()
-    report = pretrain.report_problems
+    report = pretraining.report_problems
 
     def damaged(*arguments):
         report(*arguments)
         with open(out / "bad_samples.jsonl", "ab") as f:
             f.write(b'\xff\xfe\n3\n["key"]\n{"key": "old", "reason": "r"}\n{"key": "ha')
 
-    monkeypatch.setattr(pretrain, "report_problems", damaged)
+    monkeypatch.setattr(pretraining, "report_problems", damaged)
     write_shard(folder / "x.tar", 32)
     with tarfile.open(folder / "x.tar", "a", format=tarfile.GNU_FORMAT) as tar:
         odd = b"caf\xe9\xe2\x80\xa8"
@@ -277,15 +277,16 @@ def test_odd_names_and_damaged_lines_of_bad_samples_end_no_training(tmp_path, mo
 def test_an_empty_shard_is_named_and_no_lost_sample(tmp_path):
     from diffclip.base.errors import InputError
     from diffclip.data.pairs import PairTable
-    from stages.pretrain import PretrainConfig, report_problems, say_bad_samples
+    from stages.pretraining import log_bad_samples, report_problems
     from stages.run import Run
+    from stages.settings import PretrainConfig
 
     write_shard(tmp_path / "0.tar", 8)
     write_shard(tmp_path / "1.tar", 0)
     config = PretrainConfig(output_dir=str(tmp_path / "run"))
     run = Run("pretrain", config, {})
     report_problems(PairTable([str(tmp_path / "*.tar")]), config, run)
-    say_bad_samples(run)
+    log_bad_samples(run)
     assert json.loads((tmp_path / "run" / "run.json").read_text())["bad_samples"] == 1
     with tarfile.open(tmp_path / "0.tar", "a") as tar:
         tar.addfile(tarfile.TarInfo("lost.txt"))
