@@ -373,15 +373,18 @@ def check(config: Any) -> None:
         label = f"setting `{setting.metadata.get('flag', setting.name)}`"
         for each in value if isinstance(value, list) else [value]:
             if allowed:
-                allowed.check(each, f"{label}:")
+                allowed.check(each, label)
             if names and each not in names:
                 raise InputError(f"{label}: there is no {each}{near(str(each), names)}")
     if isinstance(config, TrainingConfig):
         _check_trainer(config)
-    if isinstance(config, LanguageConfig) and config.hidden_size % (2 * config.heads):
-        raise InputError(
-            f"setting `hidden_size`: {config.hidden_size} is no multiple of twice the `heads`, {config.heads}"
-        )
+    if isinstance(config, LanguageConfig):
+        width = config.hidden_size // config.heads
+        if width % 2 or not width:  # rotary embeddings turn pairs
+            raise InputError(
+                f"setting `hidden_size` {config.hidden_size}: each of the {config.heads} heads would be {width} wide; "
+                "give an even multiple of `heads`"
+            )
 
 
 def _check_trainer(config: TrainingConfig) -> None:

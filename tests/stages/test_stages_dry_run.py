@@ -83,7 +83,8 @@ def test_hardware_is_checked():
 def test_the_papers_run_is_within_a_factor_and_nothing_is_written(tmp_path):
     found = run(
         "stages.pretrain",
-        f"--config={PAPER / 'pretrain_cc12m_diffclip.yaml'}",
+        f"--config={PAPER / 'pretrain_cc12m.yaml'}",
+        "--model=DiffCLIP-B-16",
         "--dry-run",
         "--samples=10900000",
         "--hardware=a100-80gb:8",
