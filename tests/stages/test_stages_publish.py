@@ -5,7 +5,6 @@ import json
 
 import pytest
 from huggingface_hub import ModelCard
-from launch import run
 
 from diffclip.base.errors import InputError
 from stages import model_card, publish
@@ -54,9 +53,9 @@ def test_an_unfinished_run_is_refused(finished):
 
 
 def test_without_the_hub_the_card_stays_and_one_sentence_says_why(finished):
-    ended = run("stages.publish", str(finished), "--repo=me/my-model", check=False)
-    assert ended.returncode == 2 and (finished / "README.md").is_file()
-    assert "the Hub did not take it" in ended.stderr and len(ended.stderr.strip().splitlines()) == 1
+    with pytest.raises(InputError, match="the Hub did not take it") as refused:
+        publish.main([str(finished), "--repo=me/my-model"])
+    assert (finished / "README.md").is_file() and len(str(refused.value).splitlines()) == 1
 
 
 def test_what_is_sent_leaves_out_checkpoints_and_logs(finished, monkeypatch):
