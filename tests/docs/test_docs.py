@@ -19,12 +19,9 @@ from pathlib import Path
 import pytest
 from launch import ROOT, environment
 
-from stages.align import AlignConfig
 from stages.config import parse
-from stages.evaluate import EvaluateConfig
-from stages.instruct import InstructConfig
-from stages.pipeline import PipelineConfig, free_port
-from stages.pretrain import PretrainConfig
+from stages.pipeline import free_port
+from stages.settings import AlignConfig, EvaluateConfig, InstructConfig, PipelineConfig, PretrainConfig
 
 PAGES = [ROOT / "README.md", *sorted(p for p in (ROOT / "docs").glob("*.md") if p.name != "results.md")]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)

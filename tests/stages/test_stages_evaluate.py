@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from diffclip.base.errors import InputError
 from diffclip.scenes.__main__ import main as export_scenes
 from stages import evaluate
+from stages.settings import EvaluateConfig
 
 TEXT = {"context_length": 32, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
 VISION = {
@@ -51,7 +52,7 @@ def write_model(kind, folder):
 
 
 def config(tmp_path, data, **settings):
-    return evaluate.EvaluateConfig(
+    return EvaluateConfig(
         output_dir=str(tmp_path / "out"), clip=str(tmp_path / "model"), clip_data=str(data), **settings
     )
 
@@ -87,7 +88,7 @@ def test_a_clip_of_the_hub_by_its_id(tmp_path, data, monkeypatch):
 
     def run(clip):
         out = {"output_dir": str(tmp_path / "out"), "clip_data": str(data), "few_shot_episodes": 10}
-        evaluate.evaluate(evaluate.EvaluateConfig(clip=clip, **out))
+        evaluate.evaluate(EvaluateConfig(clip=clip, **out))
         return json.loads((tmp_path / "out/run.json").read_text())
 
     assert (run("some/one")["state"], run("some/one")["model"]) == ("finished", "one")
