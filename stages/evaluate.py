@@ -158,7 +158,8 @@ def attention_metrics(config: EvaluateConfig, run: "Run", encoder: Encoder) -> d
 
 def pope_questions(config: EvaluateConfig, run: "Run") -> tuple[list["Question"], dict[str, "Picture"]]:
     """POPE's questions with labels, and their images."""
-    from mllm.pope.questions import images_of, read_labelled, version
+    from mllm.pope.images import images_of
+    from mllm.pope.questions import read_labelled, version
 
     questions = read_labelled(config.pope, config.pope_labels or None)
     run.note(pope=version(questions))

@@ -12,8 +12,12 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
+from diffclip.base.errors import InputError
 from diffclip.base.statistics import bootstrap_mean, mcnemar, over_seeds, paired_bootstrap, percentiles, resampled_sums
-from stages.report.data import AVERAGED, POPE_SPLITS, Arms, RunDir, as_dict, is_number, read_json, read_lines
+from mllm.pope.answers import read_answers
+from mllm.pope.parsers import parse
+from mllm.pope.questions import Key
+from stages.report.data import AVERAGED, POPE_SPLITS, Arms, RunDir, as_dict, is_number, read_json
 
 RESAMPLES = 4000
 T = TypeVar("T")
@@ -127,7 +131,7 @@ def _run_with(arms: Arms, model: str, seed: str, key: str) -> RunDir | None:
     return next((r for r in reversed(arms.of("evaluate", model, seed)) if key in r.metrics), None)
 
 
-# --- POPE: answers met by (split, image, question) --------------------------------------------------------------
+# --- POPE: answers met by `Question.key` ------------------------------------------------------------------------
 
 
 class Answers(NamedTuple):
@@ -139,14 +143,13 @@ class Answers(NamedTuple):
 
 
 @_once
-def pope_answers(folder: Path) -> dict[tuple[str, str, str], bool]:
-    """{(split, image, question): right} of the model's own pass; anything but yes or no is wrong, as in lmms-eval."""
-    found = {}
-    for row in read_lines(folder / "pope" / "answers.jsonl"):
-        if row.get("pass") == "model":
-            key = tuple(str(row.get(name)) for name in ("split", "image", "text"))
-            found[key] = str(row.get("answer")).strip().lower() == str(row.get("label")).strip().lower()
-    return found
+def pope_answers(folder: Path) -> dict[Key, bool]:
+    """{question: right} of the model's own pass; anything but yes or no is wrong, as in lmms-eval."""
+    try:
+        answers = read_answers(folder / "pope" / "answers.jsonl")
+    except InputError:  # none, or damaged
+        return {}
+    return {answer.key: parse([answer.text]) == [answer.question.label] for answer in answers}
 
 
 def paired_answers(first: Path, second: Path, split: str) -> Answers | None:
