@@ -18,9 +18,10 @@ from diffclip.benchmarks.mask_scores import read_masks
 from diffclip.benchmarks.protocol import Settings
 from mllm.data.images import ImagePlace
 from mllm.model import load
+from mllm.pope.images import images_of
 from mllm.pope.lmms import evaluate_with_lmms
 from mllm.pope.margins import margins, score_margins
-from mllm.pope.questions import Question, images_of, read_labelled, version
+from mllm.pope.questions import Question, read_labelled, version
 from stages.overlays import (
     GRID,
     Encoder,

@@ -221,8 +221,9 @@ def hub(workspace, monkeypatch) -> None:
 
 def write_lmms_task(folder: Path) -> None:
     """The workspace's POPE questions as a task of lmms-eval, `tiny_pope`, in tasks/."""
+    from mllm.pope.images import find_images
     from mllm.pope.lmms import write_parquet, write_tasks
-    from mllm.pope.questions import find_images, read
+    from mllm.pope.questions import read
 
     questions = read(folder / "POPE")[:4]
     (folder / "tasks").mkdir()
