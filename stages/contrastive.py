@@ -6,8 +6,9 @@ import math
 import os
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import nn
@@ -202,12 +203,13 @@ def lambda_modules(model: CLIP) -> dict[str, Any]:
 
 def retrieval_of_pairs(encoder: Encoder, pairs: PairTable) -> dict[str, float]:
     """R@1/5/10 in percent over held-out pairs, each caption of an image a query of its own."""
+    encode_image = cast(Callable[[torch.Tensor], torch.Tensor], encoder.model.encode_image)
     images, texts, owners = [], [], []
     with torch.inference_mode():
         for start in range(0, len(pairs), encoder.batch_size):
             batch = [pairs[i] for i in range(start, min(start + encoder.batch_size, len(pairs)))]
             pixels = torch.stack([encoder.preprocess(image) for image, _ in batch]).to(encoder.device)
-            images.append(encoder.model.encode_image(pixels).float().cpu())
+            images.append(encode_image(pixels).float().cpu())
             for i, (_, captions) in enumerate(batch, start):
                 texts += captions
                 owners += [i] * len(captions)

@@ -37,7 +37,7 @@ def check_checkpoint(folder: str | Path) -> None:
 def check_pickle(path: Path, folder: Path, types: list[Callable]) -> None:
     """Raise InputError if the restricted unpickler, which may make `types`, refuses `path`; reads no values."""
     try:
-        with safe_globals(), torch.serialization.safe_globals(types):
+        with safe_globals(), torch.serialization.safe_globals([*types]):
             torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # a damaged pickle may raise anything
         named = re.search(r"GLOBAL ([\w.]+)", str(error))
