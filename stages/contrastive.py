@@ -19,7 +19,7 @@ import diffclip
 from diffclip.base.errors import InputError
 from diffclip.base.files import append_jsonl, read_json, write_json
 from diffclip.base.schema import BAD_SAMPLES, BEST, METRICS, NON_FINITE, NonFinite
-from diffclip.benchmarks import datasets, retrieval, zero_shot
+from diffclip.benchmarks import datasets, prompts, retrieval, zero_shot
 from diffclip.benchmarks.features import Encoder
 from diffclip.data.pairs import PairTable
 from diffclip.data.training_pairs import TrainingPairs
@@ -147,8 +147,8 @@ class ContrastiveTrainer(Trainer):
         encoder = Encoder(model, self.eval_transform, self.tokenize, quiet=True)
         metrics: dict[str, float] = {}
         if self.val_set is not None:
-            prompts = self.val_set.templates or zero_shot.templates("imagenet7")
-            vectors = zero_shot.classifier(model, self.tokenize, self.val_set.classnames, prompts)
+            templates = self.val_set.templates or prompts.templates("imagenet7")
+            vectors = prompts.classifier(model, self.tokenize, self.val_set.classnames, templates)
             features = encoder.images(self.val_set.splits.get("val", self.val_set.splits["test"]))
             metrics |= zero_shot.classify(features.after, vectors, features.labels).metrics()
         if self.val_pairs is not None:

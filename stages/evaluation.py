@@ -13,13 +13,15 @@ from diffclip.base.devices import pick_device
 from diffclip.base.errors import InputError
 from diffclip.base.files import json_line, read_jsonl, write_json, write_whole
 from diffclip.base.schema import ANSWERS, EXAMPLES, IMAGES, MARGINS, METRICS, POPE, POPE_SPLITS, Example
-from diffclip.benchmarks import evaluate_clip
-from diffclip.benchmarks.localisation import read_masks
-from mllm.data.rows import Picture
+from diffclip.benchmarks.evaluate import evaluate_clip
+from diffclip.benchmarks.mask_scores import read_masks
+from diffclip.benchmarks.protocol import Settings
+from mllm.data.images import ImagePlace
 from mllm.model import load
+from mllm.pope.images import images_of
 from mllm.pope.lmms import evaluate_with_lmms
 from mllm.pope.margins import margins, score_margins
-from mllm.pope.questions import Question, images_of, read_labelled, version
+from mllm.pope.questions import Question, read_labelled, version
 from stages.overlays import (
     GRID,
     Encoder,
@@ -77,10 +79,12 @@ def clip_metrics(config: EvaluateConfig, run: Run, encoder: Encoder) -> dict[str
         *encoder,
         config.clip_data,
         run.path,
-        seed=config.seed,
-        episodes=config.few_shot_episodes,
-        probe=config.linear_probe,
-        batch_size=config.batch_size,
+        Settings(
+            seed=config.seed,
+            episodes=config.few_shot_episodes,
+            probe=config.linear_probe,
+            batch_size=config.batch_size,
+        ),
     )
     run.log(f"evaluate: {len(metrics)} scores of {config.clip} on {config.clip_data}")
     return metrics
@@ -103,7 +107,7 @@ def attention_metrics(config: EvaluateConfig, run: Run, encoder: Encoder) -> dic
     return metrics
 
 
-def pope_questions(config: EvaluateConfig, run: Run) -> tuple[list[Question], dict[str, Picture]]:
+def pope_questions(config: EvaluateConfig, run: Run) -> tuple[list[Question], dict[str, ImagePlace]]:
     """POPE's questions with labels, and their images."""
     questions = read_labelled(config.pope, config.pope_labels or None)
     run.note(pope=version(questions))
@@ -111,7 +115,7 @@ def pope_questions(config: EvaluateConfig, run: Run) -> tuple[list[Question], di
 
 
 def pope_metrics(
-    config: EvaluateConfig, run: Run, questions: Sequence[Question], images: Mapping[str, Picture]
+    config: EvaluateConfig, run: Run, questions: Sequence[Question], images: Mapping[str, ImagePlace]
 ) -> dict[str, float]:
     """POPE of the multimodal model and its controls in percent, by generated answers."""
     scores = evaluate_with_lmms(
@@ -138,7 +142,7 @@ def pope_metrics(
 
 
 def margin_metrics(
-    config: EvaluateConfig, run: Run, questions: Sequence[Question], images: Mapping[str, Picture]
+    config: EvaluateConfig, run: Run, questions: Sequence[Question], images: Mapping[str, ImagePlace]
 ) -> dict[str, float]:
     """POPE by the margin between yes and no, in percent; the margins themselves go to pope/margins.jsonl."""
     model, processor = load(config.mllm)
@@ -159,7 +163,7 @@ def margin_metrics(
     }
 
 
-def write_examples(config: EvaluateConfig, run: Run, images: Mapping[str, Picture], encoder: Encoder | None) -> None:
+def write_examples(config: EvaluateConfig, run: Run, images: Mapping[str, ImagePlace], encoder: Encoder | None) -> None:
     """Write examples.jsonl: questions of each split with both answers, and their images beside it.
 
     With a dual encoder each row also has `heat`, the patches that speak for the object asked about.

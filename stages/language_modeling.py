@@ -10,7 +10,7 @@ from diffclip.base.errors import InputError
 from diffclip.base.files import read_jsonl
 from mllm.conversation import IMAGE, VICUNA_SYSTEM
 from mllm.data.examples import pad_batch
-from mllm.data.rows import read_json_rows
+from mllm.data.layouts import read_rows
 from stages.callbacks import Watch
 from stages.run import Run
 from stages.settings import LanguageConfig
@@ -97,7 +97,7 @@ def read_texts(path: str) -> Iterator[str]:
 
 def read_conversations(path: str) -> Iterator[str]:
     """The text of each LLaVA row in the form that instruct will use, without system sentence and image."""
-    for row in read_json_rows(path):
+    for row in read_rows(path):
         turns = row.get("conversations") or []
         words = [
             f"USER: {turn['value'].replace(IMAGE, '').strip()} "

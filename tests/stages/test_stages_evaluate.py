@@ -112,7 +112,8 @@ def test_scores_outlive_a_later_failure(tmp_path, data):
 def test_a_set_that_fails_leaves_the_scores_before_it(tmp_path, data):
     """A broken image of the second protocol: the first one's scores are on disk, with the reason."""
     import diffclip
-    from diffclip.benchmarks import evaluate_clip
+    from diffclip.benchmarks.evaluate import evaluate_clip
+    from diffclip.benchmarks.protocol import Settings
 
     write_model("ViT", tmp_path / "model")
     (tmp_path / "data" / "retrieval").mkdir(parents=True)
@@ -120,6 +121,6 @@ def test_a_set_that_fails_leaves_the_scores_before_it(tmp_path, data):
     (tmp_path / "data" / "retrieval" / "x.json").write_text('{"a.png": ["a thing"]}')
     (tmp_path / "data" / "retrieval" / "a.png").write_bytes(b"no image")
     with pytest.raises(InputError, match=r"a\.png cannot be read"):
-        evaluate_clip(*diffclip.load(tmp_path / "model"), tmp_path / "data", tmp_path / "scores", quiet=True)
+        evaluate_clip(*diffclip.load(tmp_path / "model"), tmp_path / "data", tmp_path / "scores", Settings(quiet=True))
     stored = json.loads((tmp_path / "scores/clip_benchmarks.json").read_text())
     assert "zero_shot/colours/top1" in stored["metrics"] and "a.png cannot be read" in stored["failed"]

@@ -1,6 +1,3 @@
-"""The page's only script: tiles of examples, a panel with the one in hand, filters. All text goes in as text."""
-
-SCRIPT = """
 "use strict";
 (() => {
   const holder = document.getElementById("example-data");
@@ -28,7 +25,7 @@ SCRIPT = """
   option(outcome, "wrong", "wrong: any model");
   data.models.forEach((model, i) => option(outcome, "wrong-" + i, "wrong: " + model));
   if (data.models.length > 1) option(outcome, "changed", "answers differ between models");
-  option(outcome, "same", "same answer with another picture");
+  option(outcome, "same", "same answer with another image");
   option(split, "all", "all");
   [...new Set(data.items.map(e => e.s))].forEach(s => option(split, s, s || "(no split)"));
 
@@ -50,7 +47,7 @@ SCRIPT = """
     const x = value / 255 * (STOPS.length - 1), i = Math.min(Math.floor(x), STOPS.length - 2);
     return STOPS[i].map((c, k) => c + (STOPS[i + 1][k] - c) * (x - i));
   };
-  const drawHeat = (heat, picture) => {
+  const drawHeat = (heat, shot) => {
     const [columns, packed] = heat;
     const bytes = Uint8Array.from(atob(packed), c => c.charCodeAt(0));
     const canvas = make("canvas", "heat");
@@ -62,14 +59,14 @@ SCRIPT = """
       image.data.set([r, g, b, 255 * (0.45 + 0.3 * v / 255)], 4 * i);
     });
     canvas.getContext("2d").putImageData(image, 0, 0);
-    const side = Math.min(picture.w, picture.h);  // the model sees the middle square
-    canvas.style.width = 100 * side / picture.w + "%";
-    canvas.style.height = 100 * side / picture.h + "%";
+    const side = Math.min(shot.w, shot.h);  // the model sees the middle square
+    canvas.style.width = 100 * side / shot.w + "%";
+    canvas.style.height = 100 * side / shot.h + "%";
     return canvas;
   };
-  const picture = (e, alt) => {
-    const shot = data.pictures[e.p];
-    if (!shot) return make("span", "nopicture", "picture missing");
+  const imageOf = (e, alt) => {
+    const shot = data.images[e.p];
+    if (!shot) return make("span", "noimage", "image missing");
     const image = make("img", Math.max(shot.w, shot.h) <= 96 ? "small" : "");
     image.src = shot.u;
     image.alt = alt;
@@ -77,7 +74,7 @@ SCRIPT = """
     image.height = shot.h;
     return image;
   };
-  const mark = right => make("span", right ? "right" : "wrong", right ? "\\u2713" : "\\u2717");
+  const mark = right => make("span", right ? "right" : "wrong", right ? "\u2713" : "\u2717");
 
   const show = number => {
     const e = data.items[number];
@@ -85,17 +82,17 @@ SCRIPT = """
     const shots = make("div", "shots");
     const add = (heat, name, colourOf) => {
       const figure = make("figure"), frame = make("div", "frame");
-      frame.append(picture(e, "The picture asked about"));
-      if (heat && data.pictures[e.p]) frame.append(drawHeat(heat, data.pictures[e.p]));
+      frame.append(imageOf(e, "The image asked about"));
+      if (heat && data.images[e.p]) frame.append(drawHeat(heat, data.images[e.p]));
       const caption = make("figcaption", "", name);
       if (colourOf !== undefined) caption.prepend(make("span", "dot model-" + colourOf % 6));
       figure.append(frame, caption);
       shots.append(figure);
     };
-    add(null, "picture");
+    add(null, "image");
     data.models.forEach((model, i) => e.h[i] && add(e.h[i], model, i));
     const facts = make("table", "answers"), head = make("tr");
-    ["", "answer", "with another picture"].forEach(t => head.append(make("th", "", t)));
+    ["", "answer", "with another image"].forEach(t => head.append(make("th", "", t)));
     facts.append(head);
     data.models.forEach((model, i) => {
       const row = make("tr"), name = make("th", "", model), a = e.a[i];
@@ -103,13 +100,13 @@ SCRIPT = """
       name.prepend(make("span", "dot model-" + i % 6));
       const answer = make("td", "", a ? (a[0] || "(empty)") + " " : "not stored");
       if (a) answer.append(mark(a[2]));
-      row.append(name, answer, make("td", "muted", a ? a[1] || "\\u2013" : ""));
+      row.append(name, answer, make("td", "muted", a ? a[1] || "\u2013" : ""));
       facts.append(row);
     });
     const label = make("p", "muted", "right answer: ");
-    label.append(make("strong", "", e.l || "(none)"), document.createTextNode(" \\u00b7 split: " + (e.s || "(none)")));
+    label.append(make("strong", "", e.l || "(none)"), document.createTextNode(" \u00b7 split: " + (e.s || "(none)")));
     const drawn = e.h.some(h => h);
-    const note = drawn ? "Bright patches speak for \\u201c" + e.t + "\\u201d in the dual encoder\\u2019s vision tower."
+    const note = drawn ? "Bright patches speak for \u201c" + e.t + "\u201d in the dual encoder\u2019s vision tower."
       : "No attention was kept for this question.";
     panel.replaceChildren(shots, make("h3", "", e.q), label, facts, make("p", "muted", note));
     tiles.querySelectorAll("[aria-pressed=true]").forEach(t => t.setAttribute("aria-pressed", "false"));
@@ -122,7 +119,7 @@ SCRIPT = """
     button.type = "button";
     button.dataset.number = number;
     button.setAttribute("aria-pressed", "false");
-    button.append(picture(e, ""), make("span", "question", e.q));
+    button.append(imageOf(e, ""), make("span", "question", e.q));
     const marks = make("span", "marks");
     data.models.forEach((model, i) => {
       if (!e.a[i]) return;
@@ -179,4 +176,3 @@ SCRIPT = """
   words.addEventListener("input", refresh);
   refresh();
 })();
-"""
