@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.data import SequentialSampler, Subset
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import LlavaProcessor, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from diffclip.base.errors import InputError
 from diffclip.base.fingerprint import fingerprint
@@ -18,7 +18,7 @@ from mllm.conversation import control_tokens
 from mllm.data.examples import ConversationDataset, collate, training_order
 from mllm.data.rows import load_rows
 from mllm.lora import add_lora, base_weights, merge, quantise, take_out
-from mllm.model import freeze, load, parts, save
+from mllm.model import DiffCLIPLlavaForConditionalGeneration, freeze, load, parts, save
 from stages.callbacks import Watch
 from stages.provenance import upstream_model
 from stages.run import Run
@@ -67,8 +67,8 @@ def train_aligned(config: InstructConfig, run: Run) -> None:
 
 
 def train_on_conversations(
-    model: Any,
-    processor: Any,
+    model: DiffCLIPLlavaForConditionalGeneration,
+    processor: LlavaProcessor,
     config: ConversationConfig,
     run: Run,
     before_training: Callable[[ConversationDataset], None] | None = None,
@@ -104,7 +104,7 @@ def train_on_conversations(
     exact = computed_buffers(model)
     if config.deepspeed and config.precision == "bf16":
         # DeepSpeed will, keeping float32 copies of what learns; what is proven unchanged are the rounded weights
-        model.to(torch.bfloat16)
+        model.to(torch.bfloat16)  # type: ignore[arg-type] # transformers' decorator hides the signature
         restore_buffers(model, exact)
     before = fingerprints(model)
     originals = quantise(model, training_device(config)) if lora and config.lora_bits == 4 else {}
@@ -159,18 +159,25 @@ def train_on_conversations(
 class ConversationTrainer(Trainer):
     """transformers' Trainer over examples in a given order, with learning rates by part of the model."""
 
-    def __init__(self, learning_rates: Mapping[str, float], **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.learning_rates = learning_rates
+    def __init__(
+        self,
+        *,
+        model: DiffCLIPLlavaForConditionalGeneration,
+        train_dataset: Subset,
+        learning_rates: Mapping[str, float],
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(model, train_dataset=train_dataset, **kwargs)
+        self.parts, self.examples, self.learning_rates = parts(model), train_dataset, learning_rates
 
     def create_optimizer(self, *args: Any) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(*args)
         for name, rate in self.learning_rates.items():
-            set_learning_rate(optimizer, parts(self.model)[name], rate)
+            set_learning_rate(optimizer, self.parts[name], rate)
         return optimizer
 
     def _get_train_sampler(self, *args: object) -> SequentialSampler:
-        return SequentialSampler(self.train_dataset)  # the order of the whole run, so that it resumes exactly
+        return SequentialSampler(self.examples)  # the order of the whole run, so that it resumes exactly
 
 
 class CheckStart(TrainerCallback):
@@ -178,7 +185,7 @@ class CheckStart(TrainerCallback):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: DiffCLIPLlavaForConditionalGeneration,
         config: ConversationConfig,
         buffers: Mapping[str, torch.Tensor],
         expected: Mapping[str, str],
@@ -197,7 +204,7 @@ class CheckStart(TrainerCallback):
                     raise RuntimeError(f"{name} is not what it was before DeepSpeed took it: the run is not valid")
 
 
-def fingerprints(model: Any) -> dict[str, str]:
+def fingerprints(model: DiffCLIPLlavaForConditionalGeneration) -> dict[str, str]:
     """The fingerprint of each part of a multimodal model."""
     return {name: fingerprint(module) for name, module in parts(model).items()}
 

@@ -124,4 +124,5 @@ def print_estimate(
             f"This does not fit into {device.memory / 1e9:.0f} GB: set a smaller micro_batch_size, take more devices, "
             "or DeepSpeed's ZeRO."
         )
-    print_table(("", ""), rows, title, notes)
+    print(title)  # not the table's title, which would be wrapped to its width
+    print_table(("", ""), rows, notes=notes)

@@ -149,10 +149,10 @@ def upload(run: Path, repo: str, private: bool) -> str:
     Raises:
         InputError: the Hub refuses or cannot be reached.
     """
-    left_out = [CHECKPOINTS, "events.*", "runs/*", "*.jsonl", LOG, ".*"]
+    ignored = [CHECKPOINTS, "events.*", "runs/*", "*.jsonl", LOG, ".*"]
     try:
         huggingface_hub.create_repo(repo, private=private, exist_ok=True)
-        return str(huggingface_hub.upload_folder(repo_id=repo, folder_path=run, ignore_patterns=left_out))
+        return str(huggingface_hub.upload_folder(repo_id=repo, folder_path=run, ignore_patterns=ignored))
     except (HfHubHTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(
