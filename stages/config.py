@@ -16,6 +16,8 @@ import yaml
 
 from diffclip.base import files
 from diffclip.base.errors import InputError
+from stages.settings import check
+from stages.zero import find_deepspeed_file
 
 Config = TypeVar("Config")
 
@@ -29,13 +31,14 @@ def parse(config_class: type[Config], description: str, argv: list[str] | None =
         argv: the command line without the program's name; `sys.argv[1:]` by default.
 
     Raises:
-        InputError: unknown key, wrong type, missing or malformed YAML file.
+        InputError: unknown key, wrong type, a value out of its range, missing or malformed YAML file.
     """
     from transformers import HfArgumentParser
 
     class Parser(HfArgumentParser):
         def add_argument(self, *names: str, **options: Any) -> argparse.Action:
-            options.pop("decides", None)  # of a field's metadata, see stages.training.TrainingConfig
+            for key in ("group", "range", "names", "decides", "flag"):  # of a field's metadata, see stages.settings
+                options.pop(key, None)
             return super().add_argument(*names, **options)
 
         def error(self, message: str) -> NoReturn:
@@ -52,7 +55,10 @@ def parse(config_class: type[Config], description: str, argv: list[str] | None =
     namespace, _ = parser.parse_known_args(_config_flags(argv))
     from_yaml = _as_flags(read_yaml(namespace.config, config_class)) if namespace.config else []
     values = vars(parser.parse_args(from_yaml + argv))
-    return config_class(**{f.name: values[f.name] for f in dataclasses.fields(config_class)})
+    config = config_class(**{f.name: values[f.name] for f in dataclasses.fields(config_class)})
+    check(config)
+    find_deepspeed_file(config)
+    return config
 
 
 def read_yaml(path: str | Path, config_class: type) -> dict[str, Any]:

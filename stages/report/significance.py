@@ -15,10 +15,14 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from diffclip.base import schema
+from diffclip.base.errors import InputError
 from diffclip.base.schema import POPE_SPLITS
 from diffclip.base.statistics import bootstrap_mean, mcnemar, over_seeds, paired_bootstrap, percentiles, resampled_sums
+from mllm.pope.answers import read_answers
+from mllm.pope.parsers import parse
+from mllm.pope.questions import Key
 from stages.report.data import AVERAGED, Arms, RunDir
-from stages.report.reading import as_dict, is_number, read_json, read_lines
+from stages.report.reading import as_dict, is_number, read_json
 
 RESAMPLES = 4000
 T = TypeVar("T")
@@ -129,7 +133,7 @@ def _run_with(arms: Arms, model: str, seed: str, key: str) -> RunDir | None:
     return next((r for r in reversed(arms.of("evaluate", model, seed)) if key in r.metrics), None)
 
 
-# --- POPE: answers met by (split, image, question) --------------------------------------------------------------
+# --- POPE: answers met by `Question.key` ------------------------------------------------------------------------
 
 
 class Answers(NamedTuple):
@@ -146,14 +150,13 @@ class Answers(NamedTuple):
 
 
 @_once
-def pope_answers(folder: Path) -> dict[tuple[str, str, str], bool]:
-    """{(split, image, question): right} of the model's own pass; anything but yes or no is wrong, as in lmms-eval."""
-    found = {}
-    for row in read_lines(folder / schema.POPE / schema.ANSWERS):
-        if row.get("pass") == "model":
-            key = (str(row.get("split")), str(row.get("image")), str(row.get("text")))
-            found[key] = str(row.get("answer")).strip().lower() == str(row.get("label")).strip().lower()
-    return found
+def pope_answers(folder: Path) -> dict[Key, bool]:
+    """{question: right} of the model's own pass; anything but yes or no is wrong, as in lmms-eval."""
+    try:
+        answers = read_answers(folder / schema.POPE / schema.ANSWERS)
+    except InputError:  # none, or damaged
+        return {}
+    return {answer.key: parse([answer.text]) == [answer.question.label] for answer in answers}
 
 
 def paired_answers(first: Path, second: Path, split: str) -> Answers | None:

@@ -3,22 +3,22 @@
 import re
 
 from diffclip.base.schema import POPE_SPLITS
+from diffclip.benchmarks import PROTOCOLS
 from stages.report.cells import DASH, MINUS, Table, distinct, p_value, percent, score
 from stages.report.data import Arms, mean_sd
 from stages.report.pope import POPE_KEYS
 from stages.report.reading import is_number
 from stages.report.significance import Difference, difference
 
-# (heading, pattern of the metric's key, whether its absence is worth a line), in the order of the paper's tables.
-# The pattern's groups make the row's name; a key without any is an average.
+PAPER_ORDER = ("linear_probe", "few_shot", "zero_shot", "retrieval", "shift", "mmvp")  # other protocols stand behind
+# (heading, pattern of the metric's key, whether its absence is worth a line). The pattern's groups make the row's
+# name; a key without any is an average.
 SECTIONS = (
-    ("Linear probe, accuracy", r"linear_probe/(.+)/accuracy", True),
-    ("Few-shot, accuracy", r"few_shot/(.+)/accuracy", True),
-    ("Zero-shot classification, top-1", r"zero_shot/(.+)/top1", True),
-    ("Retrieval, text to image", r"retrieval/(?:(.+)/)?text_to_image/(R@\d+)", True),
-    ("Retrieval, image to text", r"retrieval/(?:(.+)/)?image_to_text/(R@\d+)", True),
-    ("Distribution shifts, zero-shot top-1", r"shift/(?:average|(.+)/top1)", True),
-    ("MMVP-VLM, pairs right", r"mmvp/(.+)", True),
+    *(
+        (heading, pattern, name in PAPER_ORDER)
+        for name in dict.fromkeys((*PAPER_ORDER, *PROTOCOLS))
+        for heading, pattern in PROTOCOLS[name].tables.items()
+    ),
     ("POPE, accuracy", r"pope/(random|popular|adversarial|mean)/accuracy", True),
     ("POPE, F1", r"pope/(random|popular|adversarial|mean)/f1", False),
 )

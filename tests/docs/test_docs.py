@@ -19,12 +19,9 @@ from pathlib import Path
 import pytest
 from launch import ROOT, environment
 
-from stages.align import AlignConfig
 from stages.config import parse
-from stages.evaluate import EvaluateConfig
-from stages.instruct import InstructConfig
-from stages.pipeline import PipelineConfig, free_port
-from stages.pretrain import PretrainConfig
+from stages.pipeline import free_port
+from stages.settings import AlignConfig, EvaluateConfig, InstructConfig, PipelineConfig, PretrainConfig
 
 PAGES = [ROOT / "README.md", *sorted(p for p in (ROOT / "docs").glob("*.md") if p.name != "results.md")]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -210,7 +207,7 @@ def trained(workspace) -> Path:
 @pytest.fixture
 def hub(workspace, monkeypatch) -> None:
     """A Hub cache that holds a small model under the id of the published weights, in their layout."""
-    from diffclip.checkpoints import main as checkpoints
+    from diffclip.convert import main as convert
 
     folder = workspace / "hub" / "models--hammh0a--DiffCLIP_ViTB16_CC12M"
     if not folder.exists():
@@ -218,14 +215,15 @@ def hub(workspace, monkeypatch) -> None:
         (folder / "refs" / "main").write_text("0" * 40)
         (folder / "snapshots" / ("0" * 40)).mkdir(parents=True)
         file = folder / "snapshots" / ("0" * 40) / "checkpoint_best.pt"
-        checkpoints(["convert", str(workspace / "runs" / "diffclip" / "pretrain"), str(file)])
+        convert([str(workspace / "runs" / "diffclip" / "pretrain"), str(file)])
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(workspace / "hub"))
 
 
 def write_lmms_task(folder: Path) -> None:
     """The workspace's POPE questions as a task of lmms-eval, `tiny_pope`, in tasks/."""
+    from mllm.pope.images import find_images
     from mllm.pope.lmms import write_parquet, write_tasks
-    from mllm.pope.questions import find_images, read
+    from mllm.pope.questions import read
 
     questions = read(folder / "POPE")[:4]
     (folder / "tasks").mkdir()

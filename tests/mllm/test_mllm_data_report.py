@@ -90,9 +90,9 @@ def test_parquet_and_saved_datasets_give_the_rows_of_the_json(folder):
     table = Dataset.from_list(rows)
     table.to_parquet(str(folder / "rows.parquet"))
     table.save_to_disk(str(folder / "saved"))
-    wanted = [(r.conversation, r.pictures) for r in load_rows([folder / "rows.json"], folder)]
+    wanted = [(r.conversation, r.images) for r in load_rows([folder / "rows.json"], folder)]
     for other in ("rows.parquet", "saved"):
-        assert [(r.conversation, r.pictures) for r in load_rows([folder / other], folder)] == wanted
+        assert [(r.conversation, r.images) for r in load_rows([folder / other], folder)] == wanted
     assert describe(load_rows([folder / "saved"], folder))["yes among yes and no, %"] == 60.0
 
 
@@ -103,6 +103,7 @@ def test_a_changed_file_is_read_anew(folder):
     assert load_rows([folder / "rows.json"], folder)[0].conversation[1]["value"] == "Never"
 
 
+@pytest.mark.slow
 def test_many_rows_cost_little_memory_once_they_were_checked(folder):
     """40,000 rows: a process that opens them grows by less than 40 MB (they are 27 MB of text)."""
     rng = np.random.default_rng(0)

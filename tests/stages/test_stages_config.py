@@ -9,14 +9,9 @@ import pytest
 import yaml
 
 from diffclip.base.errors import InputError
-from stages.align import AlignConfig
 from stages.config import parse, read_yaml, require, write_yaml
-from stages.evaluate import EvaluateConfig
-from stages.instruct import InstructConfig
-from stages.language import LanguageConfig
-from stages.pipeline import PipelineConfig
-from stages.pretrain import PretrainConfig
-from stages.training import zero_stage
+from stages.settings import AlignConfig, EvaluateConfig, InstructConfig, LanguageConfig, PipelineConfig, PretrainConfig
+from stages.zero import zero_stage
 
 CONFIGS = Path(__file__).parents[2] / "stages" / "configs"
 CLASSES = {
@@ -90,9 +85,9 @@ def test_every_shipped_config_loads_and_says_what_it_is_for(path):
 def test_a_shipped_config_and_its_deepspeed_file_are_found_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in (CONFIGS / "paper/instruct.yaml", "stages/configs/paper/instruct.yaml"):
-        assert zero_stage(parse(InstructConfig, "", ["--config", str(name)])) == 2
+        assert zero_stage(parse(InstructConfig, "", ["--config", str(name)]).deepspeed) == 2
     (tmp_path / "own.json").write_text('{"zero_optimization": {"stage": 3}}')
-    assert zero_stage(parse(InstructConfig, "", ["--deepspeed", "own.json"])) == 3
+    assert zero_stage(parse(InstructConfig, "", ["--deepspeed", "own.json"]).deepspeed) == 3
 
 
 @pytest.mark.parametrize("text, message", [(None, "no such DeepSpeed file"), ('{"a": 1,}', "not valid JSON")])

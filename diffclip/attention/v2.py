@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffclip.attention import FORMS, attention_scores, faster_form, recomputed
+from diffclip.attention.base import Differential, attention_scores, recomputed
 from diffclip.base.errors import InputError
 
 
-class DifferentialAttentionV2(nn.Module):
+class DifferentialAttentionV2(Differential):
     """Self-attention whose `num_heads` heads are each a difference of two softmax maps over one key and value.
 
     With head width d = dim / num_heads there are 2 num_heads queries, and num_heads keys and values of width d.
@@ -27,44 +27,34 @@ class DifferentialAttentionV2(nn.Module):
     queries, and none of lambda's (dim + 1) num_heads.
 
     Args:
-        dim: width of the tokens.
+        dim, attn_drop, attn_implementation: as in `Differential`.
         num_heads: number of differences; a divisor of dim.
         lambda_init: what sigmoid(lambda) starts from for every token, in (0, 1).
         qkv_bias, out_bias: whether the projections of queries, keys and values, and that of the output, have biases.
-        attn_drop: dropout on the entries of each map, before the difference.
-        attn_implementation: "eager", "fused", or "auto" (see `attention.faster_form`).
-
-    `q_norm` and `k_norm` do nothing until a tower with normalised queries and keys puts its own there.
 
     Raises:
         InputError: for a head count that does not divide dim, or a lambda_init outside (0, 1).
     """
+
+    default_lambda_init = 0.5
 
     def __init__(
         self,
         dim: int,
         num_heads: int,
         *,
-        lambda_init: float = 0.5,
+        lambda_init: float = default_lambda_init,
         qkv_bias: bool = True,
         out_bias: bool = True,
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
         attn_implementation: str = "auto",
     ) -> None:
-        super().__init__()
         if num_heads < 1 or dim % num_heads:
             raise InputError(f"num_heads must divide the width: got num_heads={num_heads}, width={dim}")
         if not 0 < lambda_init < 1:
             raise InputError(f"lambda_init of version 2 is a sigmoid's value, between 0 and 1: got {lambda_init}")
-        if attn_implementation not in FORMS:
-            raise InputError(f"attn_implementation must be one of {', '.join(FORMS)}: got {attn_implementation!r}")
-        self.num_heads = num_heads
-        self.head_dim = dim // num_heads
-        self.lambda_init = lambda_init
-        self.attn_drop = attn_drop
-        self.attn_implementation = attn_implementation
-
+        super().__init__(dim, num_heads, lambda_init, attn_drop, attn_implementation)
         self.q_proj = nn.Linear(dim, 2 * dim, bias=qkv_bias)
         self.k_proj = nn.Linear(dim, dim, bias=qkv_bias)
         self.v_proj = nn.Linear(dim, dim, bias=qkv_bias)
@@ -106,16 +96,6 @@ class DifferentialAttentionV2(nn.Module):
         return attn_mask
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """Attend within x.
-
-        Args:
-            x: (batch, tokens, dim).
-            attn_mask: broadcastable to (batch, num_heads, tokens, tokens); boolean (True = attend) or additive.
-            is_causal: each token attends to itself and earlier ones. Not together with attn_mask.
-
-        Returns:
-            (batch, tokens, dim).
-        """
         dropout = self.attn_drop if self.training else 0.0
         mixed = recomputed(self.mix, *self.project(x), self.compute_lambda(x), attn_mask, is_causal, dropout)
         return self.proj_drop(self.out_proj(mixed))
@@ -131,10 +111,7 @@ class DifferentialAttentionV2(nn.Module):
         dropout: float,
     ) -> Tensor:
         """Return the differences of all heads side by side, (batch, tokens, dim)."""
-        form = self.attn_implementation
-        if form == "auto":
-            form = faster_form(q)
-        if form == "eager":
+        if self.form_for(q) == "eager":
             maps = F.dropout(self.softmax_maps(q, k, attn_mask, is_causal), dropout)
             out = (maps[:, 0::2] - lambda_ * maps[:, 1::2]) @ v  # (batch, heads, tokens, d)
         else:
@@ -146,35 +123,37 @@ class DifferentialAttentionV2(nn.Module):
             out = mixed[:, 0::2] - lambda_ * mixed[:, 1::2]
         return out.transpose(1, 2).flatten(2)
 
-    def extra_repr(self) -> str:
-        return f"num_heads={self.num_heads}, lambda_init={self.lambda_init:.4g}, form={self.attn_implementation}"
+    def maps(
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, _ = self.project(x)
+        maps = self.softmax_maps(q, k, attn_mask, is_causal)
+        return maps[:, 0::2], maps[:, 1::2], self.compute_lambda(x)  # (batch, heads, tokens, tokens), twice
 
+    def apply_map(self, x: Tensor, map_: Tensor) -> Tensor:
+        return self.out_proj((map_ @ self.project(x)[2]).transpose(1, 2).flatten(2))
 
-@torch.no_grad()
-def start_from(new: DifferentialAttentionV2, qkv: Tensor, bias: Tensor | None, out: nn.Linear, preserve: bool) -> None:
-    """Take over the weights of ordinary attention with the same number of heads.
+    @torch.no_grad()
+    def start_from(self, qkv: Tensor, bias: Tensor | None, out: nn.Linear, preserve: bool) -> None:
+        """Take over the projections, and with `preserve` the function.
 
-    Args:
-        qkv, bias: its (3 dim, dim) weight and (3 dim) bias of queries, keys and values.
-        out: its output projection.
-        preserve: True makes the second query of each head a copy of the first and divides the output weights by
-            1 - lambda_init, so that the function is the same: (A - lambda A) / (1 - lambda) = A. The two queries part
-            in training, since their gradients differ in sign and size. False draws the second queries anew, with
-            the spread of the first ones, for training from scratch.
-    """
-    q, k, v = qkv.chunk(3)
-    new.k_proj.weight.copy_(k)
-    new.v_proj.weight.copy_(v)
-    second = q if preserve else torch.randn_like(q) * q.std()
-    new.q_proj.weight.copy_(interleave_heads(q, second, new.num_heads))
-    if bias is not None:
-        q_bias, k_bias, v_bias = bias.chunk(3)
-        new.k_proj.bias.copy_(k_bias)
-        new.v_proj.bias.copy_(v_bias)
-        new.q_proj.bias.copy_(interleave_heads(q_bias, q_bias, new.num_heads))
-    new.out_proj.weight.copy_(out.weight / (1 - new.lambda_init) if preserve else out.weight)
-    if out.bias is not None:
-        new.out_proj.bias.copy_(out.bias)
+        That makes the second query of each head a copy of the first and divides the output weights by
+        1 - lambda_init: (A - lambda A) / (1 - lambda) = A. The two queries part in training, since their gradients
+        differ in sign and size. Otherwise the second queries are drawn anew, with the spread of the first ones.
+        """
+        q, k, v = qkv.chunk(3)
+        self.k_proj.weight.copy_(k)
+        self.v_proj.weight.copy_(v)
+        second = q if preserve else torch.randn_like(q) * q.std()
+        self.q_proj.weight.copy_(interleave_heads(q, second, self.num_heads))
+        if bias is not None:
+            q_bias, k_bias, v_bias = bias.chunk(3)
+            self.k_proj.bias.copy_(k_bias)
+            self.v_proj.bias.copy_(v_bias)
+            self.q_proj.bias.copy_(interleave_heads(q_bias, q_bias, self.num_heads))
+        self.out_proj.weight.copy_(out.weight / (1 - self.lambda_init) if preserve else out.weight)
+        if out.bias is not None:
+            self.out_proj.bias.copy_(out.bias)
 
 
 def interleave_heads(first: Tensor, second: Tensor, heads: int) -> Tensor:
