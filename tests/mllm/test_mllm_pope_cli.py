@@ -1,9 +1,12 @@
 """python -m mllm.pope: what its commands print and write, against the functions behind them."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+from launch import ROOT
 from test_mllm_pope import rows, write
 
 from diffclip.base.errors import InputError, exit_on_input_error
