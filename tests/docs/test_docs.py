@@ -51,8 +51,7 @@ PARSED = {  # pages whose stages have the paper's size: their flags and configur
     "pope.md": tuple(CONFIGS),
     "paper_scale.md": ("stages.pretrain",),
 }
-# training and lmms-eval start processes of their own; clip-benchmark's command changes webdataset for its whole process
-OWN_PROCESS = ("stages.", "mllm.app", "diffclip.benchmarks.with_clip_benchmark")
+OWN_PROCESS = ("mllm.app", "diffclip.benchmarks.with_clip_benchmark")  # a server; changes webdataset for its process
 
 
 def blocks(page: Path, language: str) -> list[str]:
