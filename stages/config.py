@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 
 from diffclip.base import files
-from diffclip.base.commands import Parser, closest
+from diffclip.base.commands import Parser, closest, near
 from diffclip.base.errors import InputError
 from stages.shipped import find
 
@@ -29,8 +29,9 @@ BOOLEANS |= {"false": False, "f": False, "no": False, "n": False, "0": False}
 class SettingsParser(Parser):
     """The flags of a dataclass of settings.
 
-    Of a field's metadata it takes `help`, `group` (its heading in `--help`), `aliases` (old names, which are still
-    taken and not shown) and `range` (a `diffclip.base.commands.Range`).
+    Of a field's metadata it takes "help"; "group", its heading in `--help`; "range" (`diffclip.base.commands.Range`);
+    "names", the texts that it may be; "flag", the name that is shown where it is not the field's own; and "aliases",
+    old names, which are taken and not shown, as the field's own then is.
     """
 
     def __init__(self, config_class: type, description: str) -> None:
@@ -46,13 +47,13 @@ class SettingsParser(Parser):
         hints = typing.get_type_hints(config_class)
         self.kinds = {name: _without_none(hints[name]) for name in self.fields}
         for name, field in self.fields.items():
-            flag = f"--{name}"
-            headings[field.metadata.get("group", "settings")].add_argument(
-                flag, default=_default(field), help=_help(field), **_options(self.kinds[name])
-            )
+            shown, *others = map("--{}".format, _names(field))
+            heading = headings[field.metadata.get("group", "settings")]
+            options = _options(self.kinds[name])
+            heading.add_argument(shown, dest=name, default=_default(field), help=_help(field), **options)
+            self.also(shown, *others)
             if _default(field) is True:
                 self.add_argument(f"--no_{name}", dest=name, action="store_false", help=argparse.SUPPRESS)
-            self.also(flag, *(f"--{alias}" for alias in field.metadata.get("aliases", ())))
 
     def read(self, argv: Sequence[str], before: argparse.Namespace | None = None, source: str = "") -> Any:
         """Parse and check flags; those that are not given keep their value of `before`.
@@ -64,9 +65,8 @@ class SettingsParser(Parser):
             namespace = self.parse_args(argv, before)
             for name, field in self.fields.items():
                 value = getattr(namespace, name)
-                for number in value if isinstance(value, list) else [value]:
-                    if "range" in field.metadata and number is not None:
-                        field.metadata["range"].check(number, name)
+                for each in value if isinstance(value, list) else [value]:
+                    check(field, each)
         except InputError as error:
             raise InputError(f"{source}: {error}" if source else str(error)) from None
         return namespace
@@ -91,7 +91,7 @@ def parse(config_class: type[Config], description: str | None, argv: list[str] |
 
     Args:
         config_class: a dataclass whose fields all have defaults; XConfig is the command `diffclip x`.
-        description: the first lines of `--help`; an indented block at its end is the example.
+        description: of `--help`, as `diffclip.base.commands.Parser` takes it.
         argv: the command line without the program's name; `sys.argv[1:]` by default.
 
     Raises:
@@ -118,14 +118,23 @@ def read_yaml(path: str | Path, config_class: type) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise InputError(f"{path}: expected `key: value` lines, found {type(values).__name__}")
     fields = dataclasses.fields(config_class)
-    known = [field.name for field in fields]
-    names = {alias: field.name for field in fields for alias in (field.name, *field.metadata.get("aliases", ()))}
+    known = [_names(field)[0] for field in fields]
+    names = {name: field.name for field in fields for name in _names(field)}
     for key in values:
         if key not in names:
             close = closest(str(key), known)
             hint = f"did you mean `{close}`?" if close else f"known keys: {', '.join(known)}"
             raise InputError(f"{path}: unknown key `{key}`; {hint}")
     return {names[key]: value for key, value in values.items()}
+
+
+def check(field: dataclasses.Field, value: Any) -> None:
+    """Raise InputError unless a setting may have that value, by its metadata `range` and `names`."""
+    name, names = _names(field)[0], field.metadata.get("names")
+    if "range" in field.metadata and value is not None:
+        field.metadata["range"].check(value, name)
+    if names and value not in names:
+        raise InputError(f"{name} {value}{near(str(value), names)}")
 
 
 def write_yaml(config: Any, path: str | Path) -> None:
@@ -170,6 +179,12 @@ def _without_none(kind: Any) -> Any:
     return present[0] if type(None) in typing.get_args(kind) else kind
 
 
+def _names(field: dataclasses.Field) -> list[str]:
+    """All names of a setting, the one that is shown first."""
+    shown = field.metadata.get("flag", field.name)
+    return list(dict.fromkeys([shown, field.name, *field.metadata.get("aliases", ())]))
+
+
 def _default(field: dataclasses.Field) -> Any:
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
@@ -179,7 +194,7 @@ def _help(field: dataclasses.Field) -> str:
     default = _default(field)
     notes = [str(field.metadata["range"])] if "range" in field.metadata else []
     if isinstance(default, bool):
-        notes += [f"default: {str(default).lower()}"]
+        notes += [f"default: true; also --no_{field.name}" if default else "default: false"]
     elif default or default == 0:
         notes += [f"default: {' '.join(map(str, default)) if isinstance(default, list) else default}"]
     text = field.metadata.get("help", "") + (f" ({'; '.join(notes)})" if notes else "")
@@ -194,6 +209,6 @@ def _boolean(text: str) -> bool:
 
 def _json(text: str) -> Any:
     try:
-        return json.loads(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not JSON: {error}") from None
+        return files.parse_json(text, repr(text))
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None

@@ -33,6 +33,7 @@ class Parser(argparse.ArgumentParser):
         layout = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=32)
         options.setdefault("formatter_class", layout)
         super().__init__(prog, description=description, allow_abbrev=False, **options)
+        self._negative_number_matcher = re.compile(r"-(\d|\.\d|inf$)")  # argparse takes -1e-3 for a flag
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         args = list(sys.argv[1:] if args is None else args)
