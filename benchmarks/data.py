@@ -22,7 +22,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 import diffclip
-from diffclip.data.pairs import PairTable, expand
+from diffclip.data.pairs import PairTable
+from diffclip.data.sources import expand
 from diffclip.data.training_pairs import TrainingPairs
 
 BATCH = 64

@@ -28,7 +28,7 @@ from pathlib import Path
 
 from diffclip.base.errors import InputError, exit_on_input_error
 from mllm.conversation import IMAGE
-from mllm.data.rows import read_json_rows
+from mllm.data.layouts import read_rows
 
 ONE_IN = 10
 
@@ -123,7 +123,7 @@ def main(argv: list[str] | None = None) -> None:
     if options.command == "split":
         split(options.captions, options.conversations, options.source, options.some, options.out, options.seed)
         return
-    for name, (asked, right, frequent) in score(list(read_json_rows(options.answers))).items():
+    for name, (asked, right, frequent) in score(list(read_rows(options.answers))).items():
         print(f"{name} ({asked:,}): {right:.1%} to the letter, the most frequent answer {frequent:.1%}")
 
 

@@ -16,7 +16,7 @@ import time
 SETTINGS = {
     "libgomp's default": {"GOMP_SPINCOUNT": "300000"},
     "ours": {},
-    "100 spins": {"GOMP_SPINCOUNT": "100"},
+    "1,000 spins": {"GOMP_SPINCOUNT": "1000"},
     "10,000 spins": {"GOMP_SPINCOUNT": "10000"},
     "passive": {"OMP_WAIT_POLICY": "PASSIVE"},
 }

@@ -8,10 +8,8 @@ import time
 from collections.abc import Callable
 from itertools import islice
 
+from diffclip.scenes import conversations, parts, text
 from diffclip.scenes import drawing as scenes
-from diffclip.scenes import export as scenes_export
-from diffclip.scenes import questions as scenes_questions
-from diffclip.scenes import text as scenes_text
 
 
 def rate(make: Callable[[int], object], count: int) -> float:
@@ -34,20 +32,20 @@ def main() -> None:
         return scenes.make_scene(0, "benchmark", i)
 
     measured = {
-        "picture": lambda i: scenes.draw(scene(i), options.size),
+        "image": lambda i: scenes.draw(scene(i), options.size),
         "image and masks": lambda i: (
             scenes.draw(scene(i), options.size),
             scenes.masks(scene(i), options.size),
         ),
         "image and 5 captions": lambda i: (
             scenes.draw(scene(i), options.size),
-            scenes_text.captions(scene(i), rng, 5),
+            text.captions(scene(i), rng, 5),
         ),
         "image and 6 questions": lambda i: (
             scenes.draw(scene(i), options.size),
-            scenes_questions.rounds(scene(i), rng, 6),
+            conversations.rounds(scene(i), rng, 6),
         ),
-        "image as PNG": lambda i: scenes_export.png(scene(i), options.size),
+        "image as PNG": lambda i: parts.png(scene(i), options.size),
     }
     for name, make in measured.items():
         print(f"{name:26s} {rate(make, options.count):8.0f} /s at {options.size} px, one core")

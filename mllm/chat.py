@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
 
-    from mllm.data.rows import Picture
+    from mllm.data.images import ImagePlace
 
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p")  # options without a meaning in greedy decoding
 
@@ -252,12 +252,12 @@ def answer_file(model: Any, processor: Any, source: Path, out: Path, root: Path,
     print(f"wrote {out}: {len(rows):,} answers")
 
 
-def _asked(model: Any, processor: Any, source: Path, root: Path) -> tuple[list[dict], list[list["Picture"]]]:
+def _asked(model: Any, processor: Any, source: Path, root: Path) -> tuple[list[dict], list[list["ImagePlace"]]]:
     """The rows of a file of questions and the places of their images; InputError names the row that is at fault."""
     from mllm.conversation import IMAGE
-    from mllm.data.rows import read_json_rows
+    from mllm.data.layouts import read_rows
 
-    rows, places = list(read_json_rows(source)), []
+    rows, places = list(read_rows(source)), []
     if not rows:
         raise InputError(f"{source}: holds no row; rows are {{image, question}}")
     for number, row in enumerate(rows):
@@ -273,9 +273,10 @@ def _asked(model: Any, processor: Any, source: Path, root: Path) -> tuple[list[d
     return rows, places
 
 
-def _pictures(row: dict, root: Path) -> list["Picture"]:
+def _pictures(row: dict, root: Path) -> list["ImagePlace"]:
     """The places of a row's images; InputError if one cannot be found."""
-    from mllm.data.rows import media_problem, row_places
+    from mllm.data.checks import media_problem
+    from mllm.data.images import row_places
 
     found = row_places(row, root)
     missing = [name for name, place in found if place is None]
@@ -286,9 +287,9 @@ def _pictures(row: dict, root: Path) -> list["Picture"]:
     return [place for _, place in found if place is not None]
 
 
-def _row_ids(rows: list[dict], places: list[list["Picture"]], source: Path) -> list[str]:
+def _row_ids(rows: list[dict], places: list[list["ImagePlace"]], source: Path) -> list[str]:
     """A hash of each row and its images' bytes; rows that are repeated differ in how often they came before."""
-    pictures: dict[Picture, str] = {}
+    pictures: dict[ImagePlace, str] = {}
     before: Counter[str] = Counter()
     ids = []
     for number, (row, some) in enumerate(zip(rows, places)):

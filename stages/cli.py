@@ -36,7 +36,7 @@ VERBS = {
     ),
     "maps": Verb("models", "draw which patches speak for a text", "diffclip.attention_maps"),
     "localise": Verb("models", "score attention maps against masks of objects", "diffclip.benchmarks.localisation"),
-    "convert": Verb("models", "write weights in another layout", "diffclip.checkpoints convert"),
+    "convert": Verb("models", "write weights in another layout", "diffclip.convert"),
     "check": Verb("multimodal", "find the rows of a LLaVA file that cannot be trained on", "mllm.data.__main__ check"),
     "stats": Verb("multimodal", "say what a LLaVA file holds", "mllm.data.__main__ stats"),
     "chat": Verb("multimodal", "ask a trained model about images", "mllm.chat"),

@@ -16,9 +16,11 @@ from typing import Any, Literal, TypeVar
 import yaml
 
 from diffclip.base import files
-from diffclip.base.commands import Parser, closest, near
+from diffclip.base.commands import Parser, closest
 from diffclip.base.errors import InputError
+from stages.settings import check, check_value
 from stages.shipped import find
+from stages.zero import find_deepspeed_file
 
 Config = TypeVar("Config")
 GROUPS = ("data", "model", "optimisation", "LoRA", "run", "dry run")  # the order in `--help`
@@ -29,9 +31,8 @@ BOOLEANS |= {"false": False, "f": False, "no": False, "n": False, "0": False}
 class SettingsParser(Parser):
     """The flags of a dataclass of settings.
 
-    Of a field's metadata it takes "help"; "group", its heading in `--help`; "range" (`diffclip.base.commands.Range`);
-    "names", the texts that it may be; "flag", the name that is shown where it is not the field's own; and "aliases",
-    old names, which are taken and not shown, as the field's own then is.
+    Fields have the metadata that `stages.settings` describes. Where "flag" gives a name, it is what is shown; the
+    field's own and those of "aliases" are taken beside it.
     """
 
     def __init__(self, config_class: type, description: str) -> None:
@@ -64,9 +65,7 @@ class SettingsParser(Parser):
         try:
             namespace = self.parse_args(argv, before)
             for name, field in self.fields.items():
-                value = getattr(namespace, name)
-                for each in value if isinstance(value, list) else [value]:
-                    check(field, each)
+                check_value(field, getattr(namespace, name))
         except InputError as error:
             raise InputError(f"{source}: {error}" if source else str(error)) from None
         return namespace
@@ -104,7 +103,10 @@ def parse(config_class: type[Config], description: str | None, argv: list[str] |
         file = find(name)
         from_yaml = parser.read(parser.flags_of(read_yaml(file, config_class), str(file)), source=str(file))
     values = vars(parser.read(argv, from_yaml))
-    return config_class(**{name: values[name] for name in parser.fields})
+    config = config_class(**{name: values[name] for name in parser.fields})
+    check(config)
+    find_deepspeed_file(config)
+    return config
 
 
 def read_yaml(path: str | Path, config_class: type) -> dict[str, Any]:
@@ -126,15 +128,6 @@ def read_yaml(path: str | Path, config_class: type) -> dict[str, Any]:
             hint = f"did you mean `{close}`?" if close else f"known keys: {', '.join(known)}"
             raise InputError(f"{path}: unknown key `{key}`; {hint}")
     return {names[key]: value for key, value in values.items()}
-
-
-def check(field: dataclasses.Field, value: Any) -> None:
-    """Raise InputError unless a setting may have that value, by its metadata `range` and `names`."""
-    name, names = _names(field)[0], field.metadata.get("names")
-    if "range" in field.metadata and value is not None:
-        field.metadata["range"].check(value, name)
-    if names and value not in names:
-        raise InputError(f"{name} {value}{near(str(value), names)}")
 
 
 def write_yaml(config: Any, path: str | Path) -> None:

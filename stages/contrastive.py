@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -17,16 +17,15 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 import diffclip
 from diffclip.base.errors import InputError
 from diffclip.base.files import append_jsonl, read_json, write_json
-from diffclip.benchmarks import datasets, retrieval, zero_shot
+from diffclip.base.schema import BAD_SAMPLES, BEST, METRICS, NON_FINITE, NonFinite
+from diffclip.benchmarks import datasets, prompts, retrieval, zero_shot
 from diffclip.benchmarks.features import Encoder
 from diffclip.data.pairs import PairTable
 from diffclip.losses import contrastive_loss
 from diffclip.recipe import clamp_logit_scale, decay_parameter_names, learning_rate
 from stages.callbacks import check_weights
-
-if TYPE_CHECKING:
-    from stages.pretrain import PretrainConfig
-    from stages.run import Run
+from stages.run import Run
+from stages.settings import PretrainConfig
 
 
 class ContrastiveTrainer(Trainer):
@@ -35,9 +34,9 @@ class ContrastiveTrainer(Trainer):
     def __init__(
         self,
         *,
-        config: "PretrainConfig",
+        config: PretrainConfig,
         steps_per_epoch: int,
-        run: "Run",
+        run: Run,
         val_pairs: PairTable | None = None,
         **kwargs: Any,
     ) -> None:
@@ -85,12 +84,13 @@ class ContrastiveTrainer(Trainer):
         finite = torch.isfinite(image).all(dim=1) & torch.isfinite(text).all(dim=1)
         culprits = [key for key, fine in zip(keys, finite.tolist()) if not fine]
         step = self.state.global_step + 1
-        record = {"step": step, "rank": self.args.process_index, "loss": str(loss), "culprits": culprits, "keys": keys}
-        named = self.run.path / "non_finite.jsonl"
-        append_jsonl(named, [record])
+        rank = self.args.process_index
+        record = NonFinite(step=step, rank=rank, loss=str(loss), culprits=culprits, keys=keys)
+        path = self.run.path / NON_FINITE
+        append_jsonl(path, [record])
         blame = f"the features of {culprits[0]} are not finite" if len(culprits) == 1 else "the model has diverged"
         raise InputError(
-            f"loss is {loss} at step {step} ({blame}): the samples are named in {named}; start again without them or "
+            f"loss is {loss} at step {step} ({blame}): the samples are named in {path}; start again without them or "
             "with a lower learning rate in another output_dir; the last good checkpoint is "
             f"{self.run.resume_from or 'none'}"
         )
@@ -102,7 +102,7 @@ class ContrastiveTrainer(Trainer):
         if often_enough and self.bad > self.config.max_bad_share * (self.seen + self.bad):
             raise InputError(
                 f"{self.bad} of {self.seen + self.bad} samples could not be read, more than max_bad_share "
-                f"{self.config.max_bad_share:g}: see {self.run.path / 'bad_samples.jsonl'}, mend the data or raise it"
+                f"{self.config.max_bad_share:g}: see {self.run.path / BAD_SAMPLES}, mend the data or raise it"
             )
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
@@ -132,7 +132,7 @@ class ContrastiveTrainer(Trainer):
     def validate(self) -> dict[str, float]:
         """Zero-shot accuracy on `val_data` and R@k on `val_pairs`, in percent; {} if neither was named.
 
-        The model of the best epoch so far, by top-1 or else by mean R@1, is kept in `best/`.
+        The model of the best epoch so far, by top-1 or else by mean R@1, is written to `best/`.
         """
         if self.val_set is None and self.val_pairs is None:
             return {}
@@ -140,10 +140,9 @@ class ContrastiveTrainer(Trainer):
         encoder = Encoder(model, self.eval_transform, self.tokenize, quiet=True)
         metrics: dict[str, float] = {}
         if self.val_set is not None:
-            prompts = self.val_set.templates or zero_shot.templates("imagenet7")
-            vectors = zero_shot.classifier(model, self.tokenize, self.val_set.classnames, prompts)
-            pictures = self.val_set.splits.get("val", self.val_set.splits["test"])
-            features = encoder.images(pictures)
+            templates = self.val_set.templates or prompts.templates("imagenet7")
+            vectors = prompts.classifier(model, self.tokenize, self.val_set.classnames, templates)
+            features = encoder.images(self.val_set.splits.get("val", self.val_set.splits["test"]))
             metrics |= zero_shot.classify(features.after, vectors, features.labels).metrics()
         if self.val_pairs is not None:
             metrics |= retrieval_of_pairs(encoder, self.val_pairs)
@@ -151,19 +150,19 @@ class ContrastiveTrainer(Trainer):
         metrics = {f"val/{name}": value for name, value in metrics.items()}
         self.run.append_metrics({"step": self.state.global_step, **metrics})
         if self.run.is_main:
-            self.keep_if_best(model, metrics)
+            self.save_if_best(model, metrics)
         return metrics
 
-    def keep_if_best(self, model: nn.Module, metrics: dict[str, float]) -> None:
+    def save_if_best(self, model: nn.Module, metrics: dict[str, float]) -> None:
         """Write `model` to `best/`, whole or not at all, if it is better than what is there."""
         recalls = [metrics.get(f"val/{way}/R@1", 0.0) for way in ("text_to_image", "image_to_text")]
         score = metrics.get("val/top1", sum(recalls) / 2)
-        best, temporary = self.run.path / "best", self.run.path / "best.tmp"
+        best, temporary = self.run.path / BEST, self.run.path / f"{BEST}.tmp"
         if score_of(best) >= score:
             return
         shutil.rmtree(temporary, ignore_errors=True)
         diffclip.save(model, temporary)
-        write_json(temporary / "metrics.json", {"score": score, "step": self.state.global_step, **metrics})
+        write_json(temporary / METRICS, {"score": score, "step": self.state.global_step, **metrics})
         shutil.rmtree(best, ignore_errors=True)
         os.replace(temporary, best)
 
@@ -180,7 +179,7 @@ class ContrastiveTrainer(Trainer):
 def score_of(best: Path) -> float:
     """The score of the model in `best/`; minus infinity if there is none, or none that can be read."""
     try:
-        return float(read_json(best / "metrics.json")["score"])
+        return float(read_json(best / METRICS)["score"])
     except (InputError, KeyError, TypeError, ValueError):
         return -math.inf
 
@@ -228,11 +227,11 @@ class AfterStep(TrainerCallback):
             check_weights(self.trainer.model, self.trainer.run, state.global_step, args.device)  # before best/ has them
             metrics = self.trainer.validate()
             if metrics:
-                said = " ".join(f"{name} {value:.1f}" for name, value in metrics.items())
-                self.trainer.run.say(f"pretrain epoch {epoch}: {said}")
-                wanted = control.should_log
-                self.trainer.log(metrics)  # for TensorBoard; it takes the wish to log this step's loss for fulfilled
-                control.should_log = wanted
+                scores = " ".join(f"{name} {value:.1f}" for name, value in metrics.items())
+                self.trainer.run.log(f"pretrain epoch {epoch}: {scores}")
+                log_loss = control.should_log
+                self.trainer.log(metrics)  # for TensorBoard; afterwards Trainer holds this step's loss for logged
+                control.should_log = log_loss
 
 
 def read_val_set(folder: str) -> datasets.Classification:

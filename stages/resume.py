@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 
 import torch
+from transformers.trainer_pt_utils import safe_globals  # what Trainer keeps of numpy's random state
 
 from diffclip.base.errors import InputError
 from diffclip.base.files import read_text
@@ -34,8 +35,6 @@ def check_checkpoint(folder: str | Path) -> None:
 
 def check_pickle(path: Path, folder: Path, types: list[type]) -> None:
     """Raise InputError if the restricted unpickler, which may make `types`, refuses `path`; reads no values."""
-    from transformers.trainer_pt_utils import safe_globals  # what Trainer keeps of numpy's random state
-
     try:
         with safe_globals(), torch.serialization.safe_globals(types):
             torch.load(path, map_location="cpu", weights_only=True, mmap=True)

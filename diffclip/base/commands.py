@@ -107,16 +107,18 @@ class Range:
     least: float = -math.inf
     most: float = math.inf
     above: float = -math.inf  # an end that is not reached itself, as 0 of a learning rate
+    below: float = math.inf  # the same at the upper end, as 1 of a dropout
 
     def __str__(self) -> str:
         words = [f"at least {self.least:g}"] if self.least > -math.inf else []
         words += [f"above {self.above:g}"] if self.above > -math.inf else []
         words += [f"at most {self.most:g}"] if self.most < math.inf else []
+        words += [f"below {self.below:g}"] if self.below < math.inf else []
         return " and ".join(words) or "a finite number"
 
     def check(self, value: float, name: str) -> None:
         """Raise an `InputError` that names the setting, unless `value` is in the range."""
-        if not (math.isfinite(value) and self.least <= value <= self.most and value > self.above):
+        if not (math.isfinite(value) and self.least <= value <= self.most and self.above < value < self.below):
             raise InputError(f"{name} {value:g}: must be {self}" if value == value else f"{name} nan: must be {self}")
 
 

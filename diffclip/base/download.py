@@ -58,10 +58,10 @@ def download(url: str, path: str | Path, *, sha256: str = "", wait: float = 1.0,
 def _state(path: Path) -> tuple[int, int] | None:
     """What changes when another file takes its place."""
     try:
-        found = path.stat()
+        stat = path.stat()
     except OSError:
         return None
-    return found.st_ino, found.st_mtime_ns
+    return stat.st_ino, stat.st_mtime_ns
 
 
 def _fetch(url: str, path: Path, sha256: str, wait: float, quiet: bool) -> None:
@@ -84,9 +84,9 @@ def _fetch(url: str, path: Path, sha256: str, wait: float, quiet: bool) -> None:
         if failures == TRIES:
             raise InputError(f"{url}: no progress in {TRIES} tries ({problem}); start again to go on") from None
         time.sleep(wait * 2**failures)
-    if sha256 and (found := file_sha256(part)) != sha256.lower():
+    if sha256 and (arrived := file_sha256(part)) != sha256.lower():
         _drop(part)
-        raise InputError(f"{url}: arrived with the digest {found[:12]}…, not {sha256[:12]}…: the file has changed")
+        raise InputError(f"{url}: arrived with the digest {arrived[:12]}…, not {sha256[:12]}…: the file has changed")
     os.replace(part, path)
     _tag(part).unlink(missing_ok=True)
 
@@ -146,13 +146,13 @@ def _continue(url: str, part: Path, quiet: bool) -> None:
 
 def _end_of_range(headers: Any, start: int, tag: str, part: Path) -> int | None:
     """The file's length, if known, by an answer with its bytes from `start` on; ConnectionError if it holds others."""
-    found = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", headers.get("Content-Range", "").strip())
+    sent = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", headers.get("Content-Range", "").strip())
     same = headers.get("Last-Modified" if tag.endswith("GMT") else "ETag", tag) == tag
-    if not found or int(found[1]) != start or (tag and not same):
+    if not sent or int(sent[1]) != start or (tag and not same):
         _drop(part)
-        sent = headers.get("Content-Range", "no Content-Range")
-        raise ConnectionError(f"asked for bytes from {start:,} on, the server sent {sent}")
-    return int(found[3]) if found[3] != "*" else None
+        answer = headers.get("Content-Range", "no Content-Range")
+        raise ConnectionError(f"asked for bytes from {start:,} on, the server sent {answer}")
+    return int(sent[3]) if sent[3] != "*" else None
 
 
 def _validator(headers: Any) -> str:

@@ -54,7 +54,7 @@ def read_text(path: str | Path) -> str:
     try:
         return Path(path).read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 (byte {error.start}); {_remedy(path)}") from None
+        raise InputError(f"{path}: not UTF-8 (byte {error.start}); {utf8_remedy(path)}") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
 
@@ -97,7 +97,7 @@ def read_jsonl(path: str | Path, *, damaged: str = "raise") -> Iterator[tuple[in
                     yield number, parse_json(line.decode("utf-8"), f"{path}:{number}")
                 except UnicodeDecodeError as error:
                     if damaged == "raise":
-                        reason = f"not UTF-8 (byte {error.start} of the line); {_remedy(path)}"
+                        reason = f"not UTF-8 (byte {error.start} of the line); {utf8_remedy(path)}"
                         raise InputError(f"{path}:{number}: {reason}") from None
                 except InputError:
                     if damaged == "raise":
@@ -161,7 +161,8 @@ def _encoded(text: str) -> bytes:
     return text.encode("utf-8", errors="backslashreplace")
 
 
-def _remedy(path: str | Path) -> str:
+def utf8_remedy(path: str | Path) -> str:
+    """How a message about a file that is not UTF-8 goes on."""
     with open(path, "rb") as f:
         encoding = "utf-16" if f.read(2) in (b"\xff\xfe", b"\xfe\xff") else "latin1"
-    return f"convert it, e.g. `iconv -f {encoding} -t utf-8 {path} > new`"
+    return f"convert it, e.g. by `iconv -f {encoding} -t utf-8 {path} > new{Path(path).suffix}`"

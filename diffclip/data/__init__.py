@@ -1,1 +1,3 @@
-"""Image-text pairs: the sources (`pairs`, `shards`) and their order in a training (`training_pairs`)."""
+"""Image-text pairs: `sources` names the files, `shards`, `tables` and `folders` read them, `captions` their texts;
+`pairs` is one table over all of them, `training_pairs` its order in a training.
+"""

@@ -7,8 +7,6 @@ in a cache folder, since CC12M has more than a thousand of them and every proces
 import hashlib
 import io
 import os
-import shlex
-import tarfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -19,13 +17,14 @@ from tqdm import tqdm
 
 from diffclip.base.errors import InputError
 from diffclip.base.files import write_whole
+from diffclip.base.tars import members, printable, read_at
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")  # of several images under one key the first of these is taken
-TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")
-UNPACKERS = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ": "unxz", b"\x28\xb5\x2f\xfd": "unzstd"}
 EMPTY = "the shard is empty"
 LITTER = ("thumbs.db", "desktop.ini")  # of a file manager, as are names with a dot in front
 CACHE_FROM = 16 << 20  # bytes; a smaller tar is walked in less time than its index is read
+
+Places = dict[str, tuple[int, int]]  # a sample's members by suffix: (offset, bytes)
 
 
 def cache_dir() -> Path:
@@ -48,18 +47,12 @@ class Shard:
 
     def key(self, index: int) -> str:
         """The name of a sample, `shard.tar/key`."""
-        return f"{self.path}/{_shown(bytes(self.keys[index]))}"
+        return f"{self.path}/{printable(bytes(self.keys[index]))}"
 
     def read(self, index: int) -> tuple[bytes, bytes]:
         """Image bytes and caption bytes of one sample; OSError when the file is gone or shorter than it was."""
         image_at, image_size, text_at, text_size = (int(n) for n in self.spans[index])
-        handle = os.open(self.path, os.O_RDONLY)  # not kept: a thousand shards are more than a process may hold open
-        try:
-            image, text = os.pread(handle, image_size, image_at), os.pread(handle, text_size, text_at)
-        finally:
-            os.close(handle)
-        if len(image) != image_size or len(text) != text_size:
-            raise OSError("the shard has become shorter since it was indexed")
+        image, text = read_at(self.path, (image_at, image_size), (text_at, text_size))
         return image, text
 
 
@@ -107,12 +100,14 @@ def index_shard(path: str, caption: str = "txt") -> Shard:
     cached = cache_dir() / "index" / f"{hashlib.sha256(os.fsencode(identity)).hexdigest()[:32]}.npz"
     if cached.is_file():
         with np.load(cached, allow_pickle=False) as stored:
-            said = ([tuple(pair) for pair in stored[name].tolist()] for name in ("problems", "notices"))
-            return Shard(path, stored["keys"], stored["spans"], *said)
+            problems, notices = (
+                [(key, reason) for key, reason in stored[name].tolist()] for name in ("problems", "notices")
+            )
+            return Shard(path, stored["keys"], stored["spans"], problems, notices)
     shard = _index(path, caption)
     buffer = io.BytesIO()
-    said = {name: np.array(getattr(shard, name), dtype=str).reshape(-1, 2) for name in ("problems", "notices")}
-    np.savez(buffer, keys=shard.keys, spans=shard.spans, **said)
+    left_out, noted = (np.array(pairs, dtype=str).reshape(-1, 2) for pairs in (shard.problems, shard.notices))
+    np.savez(buffer, keys=shard.keys, spans=shard.spans, problems=left_out, notices=noted)
     cached.parent.mkdir(parents=True, exist_ok=True)
     write_whole(cached, buffer.getvalue())
     return shard
@@ -121,23 +116,23 @@ def index_shard(path: str, caption: str = "txt") -> Shard:
 def _index(path: str, caption: str) -> Shard:
     samples, problems = walk(path)
     keys, spans, several, example = [], [], 0, ("", "")
-    for key, members in samples:
-        images = sorted((s for s in members if _rank(s) is not None), key=_rank)
-        text = next((s for s in members if s.lower() == caption), None)
+    for key, places in samples:
+        images = sorted((s for s in places if f".{s.lower()}" in IMAGE_SUFFIXES), key=lambda s: image_rank(f".{s}"))
+        text = next((s for s in places if s.lower() == caption), None)
         if not images or text is None:
-            problems.append((f"{path}/{_shown(key)}", f"no .{caption} caption" if images else "no image"))
+            problems.append((f"{path}/{printable(key)}", f"no .{caption} caption" if images else "no image"))
             continue
         if len(images) > 1:
-            example = example if several else (f"{path}/{_shown(key)}", ", ".join(images))
+            example = example if several else (f"{path}/{printable(key)}", ", ".join(images))
             several += 1
         keys.append(os.fsencode(key))
-        spans.append((*members[images[0]], *members[text]))
+        spans.append((*places[images[0]], *places[text]))
     if not samples:
         problems.insert(0, (path, EMPTY))
     elif not keys:
-        suffixes = sorted({f".{_shown(suffix)}" for _, members in samples for suffix in members})
-        found = f"{len(samples)} keys in it, with {', '.join(suffixes[:8])}"
-        problems.insert(0, (path, f"no sample has both an image and a .{caption} caption ({found})"))
+        suffixes = sorted({f".{printable(suffix)}" for _, places in samples for suffix in places})
+        contents = f"{len(samples)} keys in it, with {', '.join(suffixes[:8])}"
+        problems.insert(0, (path, f"no sample has both an image and a .{caption} caption ({contents})"))
     notices = []
     if several:
         order = ", ".join(suffix[1:] for suffix in IMAGE_SUFFIXES)
@@ -151,77 +146,39 @@ def _index(path: str, caption: str) -> Shard:
     )
 
 
-def walk(path: str | Path) -> tuple[list[tuple[str, dict[str, tuple[int, int]]]], list[tuple[str, str]]]:
+def walk(path: str | Path) -> tuple[list[tuple[str, Places]], list[tuple[str, str]]]:
     """(key, {suffix: (offset, bytes)}) of all samples of a tar, and where it ends early as (path, reason).
 
     Raises:
         InputError: as `index_shard`.
     """
     path = str(path)
-    samples: list[tuple[str, dict[str, tuple[int, int]]]] = []
-    latest: dict[str, dict[str, tuple[int, int]]] = {}  # the sample of each key that members are put to
-    before, together = "", []  # the last member's key, and the suffixes that came with it without another key between
-    size, problems = os.path.getsize(path), []
-    if size == 0:
-        return samples, problems
-    try:
-        with tarfile.open(path, "r:") as tar:
-            while True:
-                try:
-                    member = tar.next()
-                except tarfile.ReadError as error:
-                    problems.append((path, f"the shard ends early ({error})"))
-                    break
-                if member is None:
-                    if size < tar.offset + tarfile.BLOCKSIZE:  # tarfile takes a cut header for the end
-                        problems.append((path, "the shard ends early (no end-of-archive block)"))
-                    break
-                if member.name.startswith("/") or ".." in member.name.split("/"):
-                    raise InputError(f"{path}: member {member.name!r} has a path that leads outside; do not use it")
-                folder, name = os.path.split(member.name)
-                stem, dot, suffix = name.partition(".")
-                if not member.isfile() or not dot or not stem or name.lower() in LITTER or "__MACOSX" in folder:
-                    continue
-                if member.offset_data + member.size > size:
-                    problems.append((path, f"the shard ends early, within {_shown(member.name)}"))
-                    break
-                key = os.path.join(folder, stem)
-                if key != before:
-                    before, together = key, []
-                if key not in latest or suffix in latest[key]:
-                    # what came just before belongs to the new sample, too
-                    moved = {s: latest[key].pop(s) for s in together if suffix not in together}
-                    latest[key] = moved
-                    samples.append((key, moved))
-                    together = list(moved)
-                latest[key][suffix] = (member.offset_data, member.size)
-                together.append(suffix)
-    except (tarfile.TarError, OSError) as error:
-        _refuse_compressed(path)
-        raise InputError(f"{path}: not a readable tar file ({error}); download or write it again") from None
-    return samples, problems
+    samples: list[tuple[str, Places]] = []
+    latest: dict[str, Places] = {}  # the sample of each key that members are put to
+    before, together = "", list[str]()  # the last member's key, and the suffixes since then
+    if os.path.getsize(path) == 0:
+        return samples, []
+    entries, ends_early = members(path)
+    for member in entries:
+        if member.name.startswith("/") or ".." in member.name.split("/"):
+            raise InputError(f"{path}: member {member.name!r} has a path that leads outside; do not use it")
+        folder, name = os.path.split(member.name)
+        stem, dot, suffix = name.partition(".")
+        if not member.isfile() or not dot or not stem or name.lower() in LITTER or "__MACOSX" in folder:
+            continue
+        key = os.path.join(folder, stem)
+        if key != before:
+            before, together = key, []
+        if key not in latest or suffix in latest[key]:
+            # what came just before belongs to the new sample, too
+            latest[key] = {s: latest[key].pop(s) for s in together if suffix not in together}
+            samples.append((key, latest[key]))
+            together = list(latest[key])
+        latest[key][suffix] = (member.offset_data, member.size)
+        together.append(suffix)
+    return samples, [(path, f"the shard {ends_early}")] if ends_early else []
 
 
-def _refuse_compressed(path: str) -> None:
-    with open(path, "rb") as f:
-        start = f.read(8)
-    unpack = next((command for magic, command in UNPACKERS.items() if start.startswith(magic)), None)
-    if unpack is None:
-        return
-    suffix = max((s for s in TAR_SUFFIXES if path.endswith(s)), key=len, default="")
-    unpacked = path.removesuffix(suffix) + (".unpacked.tar" if suffix == ".tar" else ".tar")
-    raise InputError(
-        f"{path}: is compressed, and shards are read at offsets: unpack it by "
-        f"`{unpack} -c {shlex.quote(path)} > {shlex.quote(unpacked)}` and name {unpacked}"
-    )
-
-
-def _rank(suffix: str) -> int | None:
-    """The place of a suffix among `IMAGE_SUFFIXES`; None for what is no image."""
-    name = f".{suffix.lower()}"
-    return IMAGE_SUFFIXES.index(name) if name in IMAGE_SUFFIXES else None
-
-
-def _shown(name: str | bytes) -> str:
-    """A member's name as text that can be printed and written, whatever its bytes are."""
-    return os.fsencode(name).decode("utf-8", errors="backslashreplace")
+def image_rank(suffix: str) -> int:
+    """The place of a suffix among `IMAGE_SUFFIXES`, which is their number for what is no image."""
+    return IMAGE_SUFFIXES.index(suffix.lower()) if suffix.lower() in IMAGE_SUFFIXES else len(IMAGE_SUFFIXES)

@@ -94,7 +94,9 @@ class TrainingPairs(Dataset):
             except BadSample as error:
                 if self.bad_samples is None or bad == MOST_TRIES:
                     raise
-                self._name(error)
+                if error.key not in self._named:
+                    self._named.add(error.key)
+                    name_bad_samples(self.bad_samples, [(error.key, error.reason)])
                 bad += 1
                 row = self._replacement(k, bad)
         with seeded(self.seed * 1_000_003 + k):
@@ -105,12 +107,6 @@ class TrainingPairs(Dataset):
         """The row that stands in for the bad-th unreadable one at place k: any that the epoch sees."""
         seen = self.order(k // self.per_epoch) if self.weights else range(len(self.table))
         return int(seen[int(np.random.default_rng((self.seed, k, bad)).integers(len(seen)))])
-
-    def _name(self, error: BadSample) -> None:
-        if error.key in self._named:
-            return
-        self._named.add(error.key)
-        name_bad_samples(self.bad_samples, [(error.key, error.reason)])
 
 
 def name_bad_samples(path: Path, samples: Sequence[tuple[str, str]]) -> None:

@@ -5,33 +5,43 @@ diffclip scenes export DIR --seed 0 --pairs 20000 --conversations 6000 --size 64
 """
 
 from argparse import ArgumentDefaultsHelpFormatter
+from dataclasses import fields
 from pathlib import Path
 
-from diffclip.base.commands import Parser, number
-from diffclip.base.errors import exit_on_input_error
-from diffclip.scenes.export import COUNTS, PARTS, export
-from diffclip.scenes.sheet import show
+from diffclip.base.commands import Parser, near, number
+from diffclip.base.errors import InputError, exit_on_input_error
+from diffclip.scenes.options import PARTS, Options
 
 
 def main(argv: list[str] | None = None) -> None:
+    """`export` writes training and test sets, `show` draws a contact sheet."""
     parser = Parser("diffclip scenes", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    how = {"formatter_class": ArgumentDefaultsHelpFormatter}
-    to_files = commands.add_parser("export", help="write training and test sets to a folder", **how)
+    to_files = commands.add_parser(
+        "export", help="write training and test sets to a folder", formatter_class=ArgumentDefaultsHelpFormatter
+    )
     to_files.add_argument("directory", type=Path)
-    to_files.add_argument("--seed", type=int, default=0, help="seed of the world")
-    to_files.add_argument("--size", type=number(int, 32), default=64, help="side of the images in pixels")
-    for name, (default, text) in COUNTS.items():
-        to_files.add_argument(f"--{name}", type=number(int, 1), default=default, help=text)
+    for option in fields(Options):
+        allowed = option.metadata["range"]
+        kind = number(int, allowed.least, allowed.most)
+        to_files.add_argument(f"--{option.name}", type=kind, default=option.default, help=option.metadata["help"])
     to_files.add_argument("--only", help="comma-separated parts to write: " + ", ".join(PARTS))
-    sheet = commands.add_parser("show", help="draw a contact sheet to look at", **how)
-    sheet.add_argument("path", type=Path)
-    sheet.add_argument("--seed", type=int, default=0, help="seed of the world")
-    options = parser.parse_args(argv)
-    if options.command == "show":
-        show(options.path, options.seed)
-    else:
-        export(options.directory, options)
+    to_image = commands.add_parser(
+        "show", help="draw a contact sheet to look at", formatter_class=ArgumentDefaultsHelpFormatter
+    )
+    to_image.add_argument("path", type=Path)
+    to_image.add_argument("--seed", type=number(int, 0), default=0, help="seed of the world")
+    arguments = parser.parse_args(argv)
+    from diffclip.scenes import export, sheet
+
+    if arguments.command == "show":
+        return sheet.show(arguments.path, arguments.seed)
+    parts = arguments.only.split(",") if arguments.only else list(PARTS)
+    for part in parts:
+        if part not in PARTS:
+            raise InputError(f"--only {part} is not a part of the export{near(part, PARTS)}")
+    options = Options(**{option.name: getattr(arguments, option.name) for option in fields(Options)})
+    export.export(arguments.directory, options, parts)
 
 
 if __name__ == "__main__":

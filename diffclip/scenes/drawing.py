@@ -1,7 +1,7 @@
 """The built-in world: images of one to four coloured shapes whose content is known exactly.
 
 Scene `index` of stream `split` depends on (seed, split, index) alone. From its description come the image
-and the masks (here), captions (scenes_text.py), questions (scenes_questions.py) and files (scenes_export.py).
+and the masks (here), captions (text.py), questions (questions.py, conversations.py) and files (parts.py, export.py).
 
     python -m diffclip.scenes show --seed 0 sheet.png
     python -m diffclip.scenes export DIR --seed 0 --pairs 20000 --conversations 6000 --size 64
@@ -117,9 +117,9 @@ def make_thing(rng: random.Random, shape: str, color: str, size: str, d: int | N
     """An object without a place (x = y = 0); its tint is jittered a little around the named colour."""
     if d is None:
         d = 2 * CELL if size == "small" else 3 * CELL
-    rgb = tuple(min(255, max(0, c + _between(rng, -10, 10))) for c in COLORS[color])
+    red, green, blue = (min(255, max(0, c + _between(rng, -10, 10))) for c in COLORS[color])
     direction = rng.choice(DIRECTIONS) if shape == "arrow" else ""
-    return Thing(shape, color, size, direction, 0, 0, d, rgb)
+    return Thing(shape, color, size, direction, 0, 0, d, (red, green, blue))
 
 
 def arrange(rng: random.Random, things: list[Thing]) -> tuple[Thing, ...]:
@@ -180,9 +180,9 @@ def one_object(seed: int, split: str, index: int, shape: str = "", color: str = 
     background = make_background(rng)
     if role == "a":
         thing = make_thing(rng, shape, color, "small", d=_between(rng, 9, 11))
-        near = tuple(round(0.5 * o + 0.5 * b) for o, b in zip(thing.rgb, background.rgb))
+        red, green, blue = (round(0.5 * o + 0.5 * b) for o, b in zip(thing.rgb, background.rgb))
         kind = rng.choice(("grainy", "striped", "checkered"))
-        background = background._replace(kind=kind, rgb=near, contrast=_between(rng, 20, 30))
+        background = background._replace(kind=kind, rgb=(red, green, blue), contrast=_between(rng, 20, 30))
     elif role == "sketch":
         thing = thing._replace(rgb=(_between(rng, 20, 70),) * 3)
         background = background._replace(kind="plain", tone="white", rgb=(_between(rng, 238, 252),) * 3)
@@ -242,19 +242,19 @@ TURNS |= {"down": lambda x, y: (y, x), "up": lambda x, y: (y, 1 - x)}
 def alpha(shape: str, direction: str, pixels: int, outline: bool = False) -> np.ndarray:
     """Antialiased coverage of a shape in its box: (pixels, pixels) float32 in 0..1, read-only."""
     fine = 8 * pixels
-    picture = Image.new("L", (fine, fine), 0)
+    image = Image.new("L", (fine, fine), 0)
     turn = TURNS[direction or "right"]
-    pen = ImageDraw.Draw(picture)
+    pen = ImageDraw.Draw(image)
     for fill, contour in zip((255, 0), _contours(shape)):
         points = [turn(x, y) for x, y in contour]
         pen.polygon([(x * (fine - 1), y * (fine - 1)) for x, y in points], fill=fill)
     if outline:
         # framed, so that an edge on the box's border is drawn too; lines are box/22 wide, at least 5/8 pixel
         framed = Image.new("L", (fine + 16, fine + 16), 0)
-        framed.paste(picture, (8, 8))
+        framed.paste(image, (8, 8))
         inside = framed.filter(ImageFilter.MinFilter(2 * max(5, fine // 22) + 1))
-        picture = Image.fromarray(np.asarray(framed) - np.asarray(inside)).crop((8, 8, 8 + fine, 8 + fine))
-    out = np.asarray(picture.resize((pixels, pixels), Image.Resampling.BOX), dtype=np.float32) / 255
+        image = Image.fromarray(np.asarray(framed) - np.asarray(inside)).crop((8, 8, 8 + fine, 8 + fine))
+    out = np.asarray(image.resize((pixels, pixels), Image.Resampling.BOX), dtype=np.float32) / 255
     out.flags.writeable = False
     return out
 
@@ -310,12 +310,12 @@ def draw(scene: Scene, size: int = 64) -> np.ndarray:
             rgb = 0.55 * rgb + 0.45 * 255
         patch = canvas[top : top + side, left : left + side]
         patch += cover * (rgb - patch)
-    picture = np.clip(canvas, 0, 255).astype(np.uint8)
+    pixels = np.clip(canvas, 0, 255).astype(np.uint8)
     if scene.style == "mosaic":
         tile = max(2, size // 32)
-        coarse = Image.fromarray(picture).resize((size // tile,) * 2, Image.Resampling.BOX)
-        picture = np.asarray(coarse.resize((size, size), Image.Resampling.NEAREST))
-    return picture
+        coarse = Image.fromarray(pixels).resize((size // tile,) * 2, Image.Resampling.BOX)
+        pixels = np.asarray(coarse.resize((size, size), Image.Resampling.NEAREST))
+    return pixels
 
 
 def masks(scene: Scene, size: int = 64) -> np.ndarray:

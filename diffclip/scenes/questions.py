@@ -1,4 +1,4 @@
-"""What can be asked about a scene: POPE's questions and negatives, and conversations in LLaVA's form.
+"""What can be asked about a scene: POPE's questions and negatives, and questions of nine other kinds.
 
 Answers are computed from the scene; the same questions serve the images and the text-only training.
 """
@@ -21,15 +21,11 @@ from diffclip.scenes.text import (
     RELATIONS,
     a,
     at,
-    caption,
-    detailed_caption,
     named,
     place,
     plural,
     reference,
     relation,
-    scene_in_words,
-    sentence,
 )
 
 SHORT = "\nAnswer the question using a single word or phrase."  # LLaVA-1.5's suffix, also lmms-eval's for POPE
@@ -40,8 +36,8 @@ SHORT = "\nAnswer the question using a single word or phrase."  # LLaVA-1.5's su
 @lru_cache(maxsize=1)
 def world_statistics() -> tuple[tuple[str, ...], dict[str, tuple[str, ...]]]:
     """Shapes by how many images hold them; for each shape, the others by how often both are there."""
-    present: Counter = Counter()
-    together: Counter = Counter()
+    present: Counter[str] = Counter()
+    together: Counter[tuple[str, ...]] = Counter()
     for i in range(4000):
         shapes = {t.shape for t in make_scene(0, "statistics", i).things}
         present.update(shapes)
@@ -88,8 +84,7 @@ def pope_questions(scene: Scene, way: str, rng: random.Random, pairs: int = 3) -
 
 # ---------------------------------------------------------------- questions with a short and a long answer
 
-Question = tuple[str, str, str]
-Turns = list[dict[str, str]]
+Question = tuple[str, str, str]  # with its short and its long answer
 
 
 def _answers(yes: bool, fact: str) -> tuple[str, str]:
@@ -103,7 +98,7 @@ def presence_deck(scene: Scene, rng: random.Random) -> list[Question]:
     Drawing each question by itself would favour No, since few shapes are present to ask about again.
     """
     present = list(dict.fromkeys(t.shape for t in scene.things))
-    deck, used = [ask_colored_presence(scene, rng)], []
+    deck, used = [ask_colored_presence(scene, rng)], list[str]()
     for shape in present:
         thing = next(t for t in scene.things if t.shape == shape)
         fact = f"there is {a(f'{thing.color} {shape}')} {at(thing)}"
@@ -239,7 +234,7 @@ def ask_background(scene: Scene, rng: random.Random) -> Question:
     return "What does the background look like?", kind.capitalize(), f"The background is {kind}."
 
 
-# Three quarters of the rounds come from the deck of yes/no questions, the others from these, in these proportions.
+# What the other questions of conversations are, in these proportions.
 ASK: dict[Callable[[Scene, random.Random], Question | None], float] = {
     ask_color: 1.5,
     ask_shape: 1.0,
@@ -251,89 +246,3 @@ ASK: dict[Callable[[Scene, random.Random], Question | None], float] = {
     ask_direction: 0.4,
     ask_background: 0.5,
 }
-DECK_SHARE, DETAIL_SHARE, CAPTION_SHARE = 0.75, 0.03, 0.03
-CAPTION_REQUESTS = (
-    "Describe the image in one sentence.",
-    "What does this picture show?",
-    "Write a short caption for the image.",
-    "Give a brief description of the picture.",
-    "Say in a few words what can be seen here.",
-    "Sum up what the image contains.",
-)
-DETAIL_REQUESTS = (
-    "Describe the image in detail.",
-    "What can be seen in this picture? Tell me everything.",
-    "Give a full description of the image.",
-)
-
-
-def rounds(scene: Scene, rng: random.Random, count: int) -> list[tuple[str, str]]:
-    """`count` different questions with their answers, some of them answered shortly on request."""
-    out: dict[str, str] = {}
-    deck, asks, weights = presence_deck(scene, rng), tuple(ASK), tuple(ASK.values())
-    while len(out) < count:
-        kind = rng.random()
-        if kind < DETAIL_SHARE:
-            question, answer = rng.choice(DETAIL_REQUESTS), detailed_caption(scene, rng)
-        elif kind < DETAIL_SHARE + CAPTION_SHARE:
-            question, answer = rng.choice(CAPTION_REQUESTS), sentence(caption(scene, rng, 0.7))
-        else:
-            ask_deck = deck and rng.random() < DECK_SHARE
-            made = deck.pop() if ask_deck else rng.choices(asks, weights)[0](scene, rng)
-            if made is None:
-                continue
-            question, answer = worded(made, rng)
-        if question.removesuffix(SHORT) not in {q.removesuffix(SHORT) for q in out}:
-            out[question] = answer
-    return list(out.items())
-
-
-def worded(made: Question, rng: random.Random) -> tuple[str, str]:
-    """The question, mostly asking for a single word or phrase, and its answer; a bare Yes or No comes unasked too."""
-    question, short, long = made
-    style = rng.random()
-    answer = short if style < 0.6 or (short in ("Yes", "No") and style < 0.8) else long
-    return question + SHORT * (style < 0.6), answer
-
-
-def align_conversation(scene: Scene, rng: random.Random) -> Turns:
-    """One turn as in LLaVA's caption stage: a request with the image before or after it, a caption."""
-    parts = ["<image>", rng.choice(CAPTION_REQUESTS)]
-    rng.shuffle(parts)
-    return _turns([("\n".join(parts), sentence(caption(scene, rng, 0.7)))])
-
-
-def instruct_conversation(scene: Scene, rng: random.Random, count: int, any_request: bool = True) -> Turns:
-    """Several turns in LLaVA's form; the first question carries the image.
-
-    Without `any_request`, a single turn that asks whether one shape is there. From these a small model learns to
-    look in minutes; among captions and other questions it takes many times longer, so they should come last.
-    """
-    if any_request:
-        (question, answer), *rest = rounds(scene, rng, count)
-        return _turns([(f"<image>\n{question}", answer), *rest])
-    questions = pope_questions(scene, rng.choice(("random", "popular", "adversarial")), rng)
-    question, answer = rng.choice(questions)
-    return _turns([(f"<image>\n{question}{SHORT}", answer.capitalize())])
-
-
-def _turns(pairs: list[tuple[str, str]]) -> Turns:
-    return [{"from": who, "value": text} for pair in pairs for who, text in zip(("human", "gpt"), pair)]
-
-
-def text_line(scene: Scene, rng: random.Random, any_request: bool = True) -> str:
-    """Text alone: the scene in words and one yes/no question about it in the vicuna form.
-
-    With `any_request`, half the lines have another request instead, two in three of them for a caption. Among
-    those a small model takes many times longer to discover that an answer can be looked up in the scene, so they
-    should come last.
-    """
-    if not any_request or rng.random() < 0.5:
-        question, answer = worded(presence_deck(scene, rng)[0], rng)
-    elif rng.random() < 0.67:
-        question, answer = rng.choice(CAPTION_REQUESTS), sentence(caption(scene, rng, 0.7))
-    else:
-        [(question, answer)] = rounds(scene, rng, 1)
-    # the words stand before the first round, or inside its question, where an image will stand
-    start = f"{scene_in_words(scene)} USER: " if rng.random() < 0.5 else f"USER: {scene_in_words(scene)}\n"
-    return f"{start}{question} ASSISTANT: {answer}<|im_end|>"

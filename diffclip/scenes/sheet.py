@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw
 
 from diffclip.scenes import drawing
 from diffclip.scenes.drawing import make_scene
-from diffclip.scenes.export import SHIFTS, class_scene
+from diffclip.scenes.parts import SHIFTS, class_scene
 from diffclip.scenes.text import MMVP_CATEGORIES, caption, mmvp_pair
 
 

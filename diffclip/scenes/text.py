@@ -214,8 +214,8 @@ def mmvp_pair(category: str, seed: int, index: int) -> list[tuple[Scene, str]]:
     scene = make_scene(seed, split, index, min_shapes=2)
     first, *others = scene.things
 
-    def with_first(**changes: object) -> Scene:
-        return scene._replace(things=(first._replace(**changes), *others))
+    def with_first(thing: Thing) -> Scene:
+        return scene._replace(things=(thing, *others))
 
     if category == "Orientation and Direction":
         arrow = make_thing(rng, "arrow", first.color, first.size, first.d)._replace(x=first.x, y=first.y)
@@ -230,11 +230,11 @@ def mmvp_pair(category: str, seed: int, index: int) -> list[tuple[Scene, str]]:
             (scene._replace(things=tuple(others)), f"only {join(rest)}"),
         ]
     if category == "State and Condition":
-        one, other = rng.sample(tuple(BACKGROUND_WORDS), 2)
+        two = rng.sample(tuple(BACKGROUND_WORDS), 2)
         background = scene.background._replace(contrast=16)
         return [
             (scene._replace(background=background._replace(kind=k)), f"{a(first.shape)} on {a(k)} background")
-            for k in (one, other)
+            for k in two
         ]
     if category == "Quantity and Count":
         many = [make_thing(rng, first.shape, rng.choice(tuple(COLORS)), "small") for _ in range(4)]
@@ -247,10 +247,10 @@ def mmvp_pair(category: str, seed: int, index: int) -> list[tuple[Scene, str]]:
         related = [(p, q) for p, q in combinations(scene.things, 2) if relation(p, q)]
         if not related:  # two objects alone, one beside the other
             scene = scene._replace(things=(first._replace(x=0, y=16), others[0]._replace(x=24, y=16)))
-            related = [scene.things]
-        one, other = rng.choice(related)
-        name, other_name = (a(f"{t.color} {t.shape}") for t in (one, other))
-        side = relation(one, other)
+            related = [(scene.things[0], scene.things[1])]
+        thing, neighbour = rng.choice(related)
+        name, other_name = (a(f"{t.color} {t.shape}") for t in (thing, neighbour))
+        side = relation(thing, neighbour)
         across = side in ("left", "right")
         flipped = tuple(
             t._replace(x=CANVAS - t.x - t.d) if across else t._replace(y=CANVAS - t.y - t.d) for t in scene.things
@@ -262,10 +262,10 @@ def mmvp_pair(category: str, seed: int, index: int) -> list[tuple[Scene, str]]:
     if category == "Color and Appearance":
         two = rng.sample(tuple(COLORS), 2)
         others = [t for t in others if t.shape != first.shape]
-        return [(with_first(color=c, rgb=COLORS[c]), f"{a(c)} {first.shape}") for c in two]
+        return [(with_first(first._replace(color=c, rgb=COLORS[c])), f"{a(c)} {first.shape}") for c in two]
     if category == "Structural Characteristics":
         two = rng.sample([s for s in SHAPES if s not in {t.shape for t in others} and s != "arrow"], 2)
-        return [(with_first(shape=s, direction=""), f"{a(first.color)} {s}") for s in two]
+        return [(with_first(first._replace(shape=s, direction="")), f"{a(first.color)} {s}") for s in two]
     raise ValueError(f"no pairs for the category {category!r}")
 
 

@@ -2,20 +2,17 @@
 
 from collections.abc import Callable
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import Dataset
+from transformers import LlavaProcessor
 
 from diffclip.base.errors import InputError
 from mllm.conversation import IGNORE, IMAGE, NoSupervisionError, encode, render
-from mllm.data.rows import Row, Rows
+from mllm.data.rows import Rows
 from mllm.image_modes import bounded
-
-if TYPE_CHECKING:
-    from transformers import LlavaProcessor
 
 
 class ConversationDataset(Dataset):
@@ -24,7 +21,7 @@ class ConversationDataset(Dataset):
     `dataset[i]` holds input_ids and labels (tokens,) int64; with images, also pixel_values (n, 3, H, W).
     """
 
-    def __init__(self, rows: Rows, processor: "LlavaProcessor", *, template: str, max_length: int = 2048) -> None:
+    def __init__(self, rows: Rows, processor: LlavaProcessor, *, template: str, max_length: int = 2048) -> None:
         """
         Args:
             rows: from `mllm.data.rows.load_rows`, checked with the same template.
@@ -42,15 +39,16 @@ class ConversationDataset(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         row = self.rows[index]
-        encoded = encode(self._segments(row), self.processor.tokenizer, self.image_tokens)
+        segments = render(row.conversation, self.template, end_token=self.end_token)
+        encoded = encode(segments, self.processor.tokenizer, self.image_tokens)
         example = {name: torch.tensor(ids[: self.max_length]) for name, ids in encoded.items()}
         if (example["labels"] == IGNORE).all():
             raise NoSupervisionError(f"{row.key}: no supervised token in the first {self.max_length}; raise max_length")
-        shown = int((example["input_ids"] == self.processor.image_token_id).sum())
-        if shown != self.image_tokens * len(row.pictures):
+        placeholders = int((example["input_ids"] == self.processor.image_token_id).sum())
+        if placeholders != self.image_tokens * len(row.images):
             raise InputError(f"{row.key}: max_length {self.max_length} cuts an image off; raise it")
-        if row.pictures:
-            images = bounded((p.open(row.key) for p in row.pictures), self.processor.image_processor)
+        if row.images:
+            images = bounded((image.open(row.key) for image in row.images), self.processor.image_processor)
             pixels = self.processor.image_processor(images, return_tensors="pt")
             example["pixel_values"] = pixels["pixel_values"]
         return example
@@ -58,20 +56,18 @@ class ConversationDataset(Dataset):
     @cached_property
     def lengths(self) -> list[int]:
         """Tokens of every example, image tokens counted, for batches of equal length."""
-        found: list[int] = []
+        lengths: list[int] = []
         for first in range(0, len(self.rows), 4096):
             chunk = range(first, min(first + 4096, len(self.rows)))
-            conversations, pictures = self.rows.texts(chunk)
+            conversations, images = self.rows.texts(chunk)
             texts = [
-                "".join(s.text for s in render(one, self.template, end_token=self.end_token)) for one in conversations
+                "".join(segment.text for segment in render(turns, self.template, end_token=self.end_token))
+                for turns in conversations
             ]
             counts = [len(ids) for ids in self.processor.tokenizer(texts)["input_ids"]]
             extra = self.image_tokens - 1
-            found += [min(n + extra * shown, self.max_length) for n, shown in zip(counts, pictures)]
-        return found
-
-    def _segments(self, row: Row) -> list:
-        return render(row.conversation, self.template, end_token=self.end_token)
+            lengths += [min(n + extra * shown, self.max_length) for n, shown in zip(counts, images)]
+        return lengths
 
 
 def training_order(dataset: ConversationDataset, kind: str, batch: int, steps: int, seed: int) -> list[int]:
@@ -97,7 +93,7 @@ def training_order(dataset: ConversationDataset, kind: str, batch: int, steps: i
             lengths = np.asarray(dataset.lengths)
             blurred = lengths + rng.uniform(0, 5, len(lengths))
             stretches = np.array_split(epoch, range(64 * batch, len(epoch), 64 * batch))
-            sorted_rows = np.concatenate([one[np.argsort(-blurred[one])] for one in stretches])
+            sorted_rows = np.concatenate([stretch[np.argsort(-blurred[stretch])] for stretch in stretches])
             # the rows left out are a random stretch of it, not always the shortest
             cut = rng.integers(0, len(rows) % batch + 1)
             batches = rng.permutation(sorted_rows[cut : cut + len(rows) // batch * batch].reshape(-1, batch))
@@ -153,7 +149,7 @@ def pack(ids: list[torch.Tensor], labels: list[torch.Tensor], pad_token: int) ->
 
 
 def collate(
-    processor: "LlavaProcessor", packing: bool = False
+    processor: LlavaProcessor, packing: bool = False
 ) -> Callable[[list[dict[str, torch.Tensor]]], dict[str, torch.Tensor]]:
     """A collator that pads as `pad_batch` does or, with `packing`, as `pack` does.
 
@@ -170,7 +166,7 @@ def collate(
     return batch
 
 
-def image_tokens(processor: "LlavaProcessor") -> int:
+def image_tokens(processor: LlavaProcessor) -> int:
     """How many placeholders the processor writes for one image."""
     pixels = processor.image_processor([Image.new("RGB", (64, 64))], return_tensors="pt")
     return processor.replace_image_token(pixels, 0).count(IMAGE)

@@ -9,11 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
+from transformers import AutoProcessor, AutoTokenizer
 
 from diffclip.base.errors import InputError
 from diffclip.base.files import write_json
-from mllm.conversation import IGNORE
-from mllm.data.rows import Picture, Rows, examine, load_rows
+from mllm.conversation import IGNORE, control_tokens, encode, render
+from mllm.data.checks import examine
+from mllm.data.examples import image_tokens
+from mllm.data.images import ImagePlace
+from mllm.data.rows import Rows, load_rows
+from mllm.model import from_pretrained
 
 
 def check(options: argparse.Namespace) -> int:
@@ -22,18 +28,16 @@ def check(options: argparse.Namespace) -> int:
     Returns:
         0 without faults, else 2.
     """
-    from tqdm import tqdm
-
     faults: list[str] = []
     rows = 0
-    seen: dict[Picture, str] = {}  # image -> the first row that shows it
+    seen: dict[ImagePlace, str] = {}  # image -> the first row that shows it
     inside = 0  # images that rows hold themselves, decoded at once so as not to keep them
-    examined = examine(options.files, options.image_root, **how(options))
-    for key, _, pictures, problem in tqdm(examined, unit="row", disable=None):
+    examined = examine(options.files, options.image_root, **row_settings(options))
+    for key, _, places, problem in tqdm(examined, unit="row", disable=None):
         rows += 1
         if problem:
             faults.append(f"{key}: {problem}")
-        for _, place in pictures:
+        for _, place in places:
             if place and place.content is not None:
                 inside += 1
                 faults += filter(None, [broken(place, key)])
@@ -41,9 +45,9 @@ def check(options: argparse.Namespace) -> int:
                 seen.setdefault(place, key)
     with ThreadPoolExecutor(8) as pool:
         problems = pool.map(broken, seen, seen.values())
-        faults += filter(None, tqdm(problems, total=len(seen), unit="picture", disable=None))
+        faults += filter(None, tqdm(problems, total=len(seen), unit="image", disable=None))
     if options.model and not faults:
-        checked = load_rows(options.files, options.image_root, **how(options))
+        checked = load_rows(options.files, options.image_root, **row_settings(options))
         lengths, supervised = tokens(options, checked)
         for number in np.flatnonzero((lengths > options.max_length) | (supervised == 0)):
             what = f"{lengths[number]} tokens, more than max_length {options.max_length}"
@@ -54,20 +58,15 @@ def check(options: argparse.Namespace) -> int:
     return 2 if faults else 0
 
 
-def how(options: argparse.Namespace) -> dict[str, Any]:
+def row_settings(options: argparse.Namespace) -> dict[str, Any]:
     """How rows are examined: the control tokens are those of the model, where one is given."""
     settings: dict[str, Any] = {"image_prefix": options.image_prefix, "template": options.template}
     if options.model:
-        from transformers import AutoTokenizer
-
-        from mllm.conversation import control_tokens
-        from mllm.model import from_pretrained
-
         settings["control"] = control_tokens(from_pretrained(AutoTokenizer, options.model))
     return settings
 
 
-def broken(place: Picture, key: str) -> str:
+def broken(place: ImagePlace, key: str) -> str:
     """Why the image that row `key` shows cannot be decoded, or ""."""
     try:
         place.open(key)
@@ -92,10 +91,11 @@ def describe(rows: Rows) -> dict:
     """Counts of rows, images, turns and kinds of answers; shares in percent."""
     kinds: Counter[str] = Counter()
     common: Counter[str] = Counter()
-    turns, shown = [], []
+    turns: list[int] = []
+    images: list[int] = []
     for first in range(0, len(rows), 4096):
-        conversations, pictures = rows.texts(range(first, min(first + 4096, len(rows))))
-        shown += pictures
+        conversations, counts = rows.texts(range(first, min(first + 4096, len(rows))))
+        images += counts
         for conversation in conversations:
             answers = [turn["value"] for turn in conversation if turn["from"] == "gpt"]
             turns.append(len(answers))
@@ -105,7 +105,7 @@ def describe(rows: Rows) -> dict:
     binary = kinds["yes"] + kinds["no"]
     return {
         "rows": len(rows),
-        "rows with no image, one, more": [sum(n == 0 for n in shown), shown.count(1), sum(n > 1 for n in shown)],
+        "rows with no image, one, more": [images.count(0), images.count(1), sum(n > 1 for n in images)],
         "answers": total,
         "answers a row": round(total / len(rows), 2),
         "kinds of answers, %": {name: round(100 * n / total, 1) for name, n in kinds.most_common()},
@@ -116,45 +116,39 @@ def describe(rows: Rows) -> dict:
 
 def tokens(options: argparse.Namespace, rows: Rows) -> tuple[np.ndarray, np.ndarray]:
     """Tokens of each row, and how many of them are supervised, (rows,) int64 each; nothing is cut."""
-    from transformers import AutoProcessor
-
-    import mllm.model  # noqa: F401 - AutoProcessor must know the model's configuration
-    from mllm.conversation import encode, render
-    from mllm.data.examples import image_tokens
-
     processor = AutoProcessor.from_pretrained(options.model, trust_remote_code=False)
-    pictures = image_tokens(processor)
+    image_length = image_tokens(processor)
     counts = []
     for first in range(0, len(rows), 4096):
         for conversation in rows.texts(range(first, min(first + 4096, len(rows))))[0]:
             segments = render(conversation, options.template, end_token=processor.tokenizer.eos_token)
-            labels = encode(segments, processor.tokenizer, pictures)["labels"]
+            labels = encode(segments, processor.tokenizer, image_length)["labels"]
             counts.append((len(labels), sum(label != IGNORE for label in labels)))
     lengths, supervised = np.array(counts).T
     return lengths, supervised
 
 
 def stats(options: argparse.Namespace) -> int:
-    """Print `describe`, with --model also tokens; with --out write them as JSON, and the lengths as an image."""
-    rows = load_rows(options.files, options.image_root, **how(options))
-    found = describe(rows)
+    """Print `describe`, with --model also tokens; with --output_dir write them as JSON, and the lengths as an image."""
+    rows = load_rows(options.files, options.image_root, **row_settings(options))
+    counts = describe(rows)
     if options.model:
         lengths, supervised = tokens(options, rows)
-        found |= {
+        counts |= {
             "tokens a row: median, 95 %, longest": [int(np.quantile(lengths, q)) for q in (0.5, 0.95, 1)],
             "supervised tokens, %": round(100 * float(supervised.sum() / lengths.sum()), 1),
             "rows without a supervised token": int((supervised == 0).sum()),
             f"rows longer than {options.max_length}": int((lengths > options.max_length).sum()),
         }
         print(*histogram(lengths), sep="\n")
-    for name, value in found.items():
+    for name, value in counts.items():
         print(f"{name}: {value}")
-    if options.out:
-        out = Path(options.out)
+    if options.output_dir:
+        out = Path(options.output_dir)
         out.mkdir(parents=True, exist_ok=True)
-        write_json(out / "stats.json", found)
+        write_json(out / "stats.json", counts)
         if options.model:
-            picture(lengths, supervised, out / "lengths.png")
+            plot_lengths(lengths, supervised, out / "lengths.png")
         print(f"wrote {out}")
     return 0
 
@@ -167,7 +161,7 @@ def histogram(lengths: np.ndarray, bins: int = 12, width: int = 50) -> Iterator[
         yield f"{int(low):>6d} - {int(high):<6d} {'#' * round(width * count / counts.max()):{width}s} {count:,}"
 
 
-def picture(lengths: np.ndarray, supervised: np.ndarray, path: Path) -> None:
+def plot_lengths(lengths: np.ndarray, supervised: np.ndarray, path: Path) -> None:
     """Histograms of all and of the supervised tokens a row."""
     import matplotlib
 

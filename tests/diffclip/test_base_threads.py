@@ -29,7 +29,7 @@ def test_the_users_own_setting_wins(clean, users):
     runpy.run_path(threads.__file__)
     found = {name: os.environ[name] for name in OURS if name in os.environ}
     clean.delenv("GOMP_SPINCOUNT", raising=False)
-    assert found == (users or {"GOMP_SPINCOUNT": "1000"})
+    assert found == (users or {"GOMP_SPINCOUNT": "3000"})
 
 
 def test_nothing_is_said_when_it_is_too_late(clean):
@@ -53,4 +53,4 @@ def test_the_libgomp_that_torch_loads_is_told(package):
     said = [line for line in ended.stderr.splitlines() if "GOMP_SPINCOUNT" in line]
     if not said:
         pytest.skip("this torch does not use GNU's OpenMP")
-    assert all("'1000'" in line for line in said)
+    assert all("'3000'" in line for line in said)

@@ -14,7 +14,8 @@ from torchvision.transforms import functional as F
 import diffclip
 from diffclip.base.errors import InputError
 from diffclip.data import shards as shards_module
-from diffclip.data.pairs import BadSample, PairTable, expand
+from diffclip.data.pairs import BadSample, PairTable
+from diffclip.data.sources import expand
 from diffclip.data.training_pairs import TrainingPairs
 
 PAIRS = 12

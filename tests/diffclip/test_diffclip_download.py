@@ -8,7 +8,7 @@ import pytest
 
 from diffclip.base.download import download
 from diffclip.base.errors import InputError
-from diffclip.data.pairs import expand
+from diffclip.data.sources import expand
 
 CONTENT = random.Random(0).randbytes(300_000)
 

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 import diffclip
-from diffclip import checkpoints, hf, models
+from diffclip import checkpoints, hf, models, preprocessing, variants
 from diffclip.attention import DifferentialAttention
 from diffclip.base.fingerprint import fingerprint
 
@@ -167,7 +167,7 @@ def test_llava_around_the_tower(run, image, tmp_path):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_from_config_starts_as_build_does(name):
-    config = hf.vision_config(models.MODELS[name])
+    config = hf.vision_config(variants.MODELS[name])
     torch.manual_seed(0)
     tower, built = AutoModel.from_config(config).trunk, models.build(name).visual.trunk
     for key, value in tower.state_dict().items():
@@ -220,7 +220,7 @@ def test_eager_attention_can_be_asked_for(run, image):
 def test_image_processor_gives_the_transforms_pixels(run, size, mode):
     directory, model = run
     processor = AutoImageProcessor.from_pretrained(directory)
-    transform = models.transforms(model.model_config, train=False)
+    transform = preprocessing.transforms(model.model_config, train=False)
     pixels = np.random.default_rng(0).integers(0, 255, (*size, 3), dtype=np.uint8)
     image = Image.fromarray(pixels).convert(mode)
     found = processor(image, return_tensors="pt").pixel_values[0]

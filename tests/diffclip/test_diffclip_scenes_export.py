@@ -3,18 +3,19 @@
 import csv
 import json
 import re
-import subprocess
-import sys
 import tarfile
+from dataclasses import asdict
 
 import numpy as np
 import pytest
+from launch import run
 from PIL import Image
 
 from diffclip.base.errors import InputError
 from diffclip.scenes import drawing as scenes
-from diffclip.scenes import export as scenes_export
+from diffclip.scenes import parts
 from diffclip.scenes.__main__ import main
+from diffclip.scenes.options import Options
 
 SMALL = {"pairs": 30, "retrieval": 10, "class_train": 80, "class_val": 10, "class_test": 80, "align": 12}
 SMALL |= {"conversations": 9, "texts": 20, "pope": 8, "mmvp": 2, "segmentation": 12, "seed": 3}
@@ -116,7 +117,7 @@ def test_run_lengths_on_random_masks():
     for _ in range(50):
         mask = rng.random((5, 7)) < rng.random()
         value, flat = False, []
-        for n in scenes_export.run_lengths(mask):
+        for n in parts.run_lengths(mask):
             flat += [value] * n
             value = not value
         assert np.array_equal(np.array(flat).reshape(7, 5).T, mask)
@@ -143,7 +144,14 @@ def test_parts_alone_and_after_an_interruption_equal_the_whole(made, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changed", "word"), [({"pairs": 0}, "--pairs"), ({"only": "pop"}, "pop"), ({"size": 8}, "--size")]
+    ("changed", "word"),
+    [
+        ({"pairs": 0}, "--pairs"),
+        ({"only": "pop"}, "pop is not a part of the export: did you mean pope"),
+        ({"size": 8}, "--size"),
+        ({"rounds": 21}, "--rounds.*at most 20"),
+        ({"seed": -1}, "--seed"),
+    ],
 )
 def test_bad_options_name_the_option(tmp_path, changed, word):
     with pytest.raises(InputError, match=word):
@@ -153,18 +161,18 @@ def test_bad_options_name_the_option(tmp_path, changed, word):
 
 def test_no_test_scene_is_a_training_scene():
     """Over the default counts, by the whole description: what decides every pixel."""
-    n = {name: default for name, (default, _) in scenes_export.COUNTS.items()}
+    n = asdict(Options())
     train = {scenes.make_scene(0, "pretrain", i) for i in range(n["pairs"])}
     train |= {scenes.make_scene(0, "llava", i) for i in range(n["align"])}
-    test = {scenes_export.pope_scene(0, i) for i in range(n["pope"])}
-    test |= {scenes_export.retrieval_scene(0, i) for i in range(n["retrieval"])}
+    test = {parts.pope_scene(0, i) for i in range(n["pope"])}
+    test |= {parts.retrieval_scene(0, i) for i in range(n["retrieval"])}
     test |= {scenes.make_scene(0, "segmentation", i) for i in range(n["segmentation"])}
-    for what in scenes_export.CLASSES:
+    for what in parts.CLASSES:
         for split, into in {"train": train, "val": train, "test": test}.items():
             stream = f"classification/{what}/{split}"
-            into |= {scenes_export.class_scene(0, what, stream, i)[0] for i in range(n[f"class_{split}"])}
-    for role in scenes_export.SHIFTS:
-        test |= {scenes_export.class_scene(0, "shape", f"shifts/{role}", i, role)[0] for i in range(n["class_test"])}
+            into |= {parts.class_scene(0, what, stream, i)[0] for i in range(n[f"class_{split}"])}
+    for role in parts.SHIFTS:
+        test |= {parts.class_scene(0, "shape", f"shifts/{role}", i, role)[0] for i in range(n["class_test"])}
     assert len(train) == n["pairs"] + n["align"] + 3 * (n["class_train"] + n["class_val"])
     assert len(test) == n["pope"] + n["retrieval"] + n["segmentation"] + 7 * n["class_test"]
     assert not train & test
@@ -172,13 +180,11 @@ def test_no_test_scene_is_a_training_scene():
     assert not written & {scene.things for scene in test}
 
 
-def test_command_line(tmp_path):
-    command = [sys.executable, "-m", "diffclip.scenes"]
-    shown = subprocess.run(
-        [*command, "show", "--seed", "1", str(tmp_path / "sheet.png")], capture_output=True, text=True
-    )
-    assert shown.returncode == 0, shown.stderr
+def test_command_line(tmp_path, capsys):
+    run("diffclip.scenes", "show", "--seed", "1", str(tmp_path / "sheet.png"))
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert len(set(sheet.convert("L").getdata())) > 50
-    help_text = subprocess.run([*command, "export", "--help"], capture_output=True, text=True).stdout
-    assert all(re.search(rf"--{name}\b", help_text) for name in scenes_export.COUNTS)
+    with pytest.raises(SystemExit):
+        main(["export", "--help"])
+    help_text = capsys.readouterr().out
+    assert all(re.search(rf"--{name}\b", help_text) for name in asdict(Options()))

@@ -19,13 +19,10 @@ import pytest
 from launch import ROOT, environment
 
 from stages import shipped
-from stages.align import AlignConfig
 from stages.cli import VERBS, call
 from stages.config import parse
-from stages.evaluate import EvaluateConfig
-from stages.instruct import InstructConfig
-from stages.pipeline import PipelineConfig, free_port
-from stages.pretrain import PretrainConfig
+from stages.pipeline import free_port
+from stages.settings import AlignConfig, EvaluateConfig, InstructConfig, PipelineConfig, PretrainConfig
 
 PAGES = [ROOT / "README.md", *sorted(p for p in (ROOT / "docs").glob("*.md") if p.name != "results.md")]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -208,8 +205,9 @@ def hub(workspace, monkeypatch) -> None:
 
 def write_lmms_task(folder: Path) -> None:
     """The workspace's POPE questions as a task of lmms-eval, `tiny_pope`, in tasks/."""
+    from mllm.pope.images import find_images
     from mllm.pope.lmms import write_parquet, write_tasks
-    from mllm.pope.questions import find_images, read
+    from mllm.pope.questions import read
 
     questions = read(folder / "POPE")[:4]
     (folder / "tasks").mkdir()

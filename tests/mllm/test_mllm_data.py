@@ -12,7 +12,8 @@ import torch
 from diffclip.base.errors import InputError
 from mllm.conversation import IGNORE, NoSupervisionError, encode, render
 from mllm.data.examples import ConversationDataset, collate, padded_length, training_order
-from mllm.data.rows import find_pictures, load_rows
+from mllm.data.images import find_places
+from mllm.data.rows import load_rows
 from mllm.model import freeze
 
 
@@ -120,7 +121,7 @@ def test_packed_examples_have_the_loss_and_gradients_of_padded_ones(folder, asse
 
 def test_prefix_keeps_a_subset_and_several_files_make_a_mixture(folder):
     file = write(folder / "rows.json", ROWS)
-    assert [r.pictures[0].file for r in load_rows([file], folder, image_prefix="coco/")] == [str(folder / "coco/0.png")]
+    assert [r.images[0].file for r in load_rows([file], folder, image_prefix="coco/")] == [str(folder / "coco/0.png")]
     assert len(load_rows([file, file], folder)) == 6
     with pytest.raises(InputError, match="vg/"):
         load_rows([file], folder, image_prefix="vg/")
@@ -128,7 +129,7 @@ def test_prefix_keeps_a_subset_and_several_files_make_a_mixture(folder):
 
 def test_files_win_over_tars_and_absent_names_are_none(folder, picture):
     picture(5).save(folder / "shots/2.png")
-    places = find_pictures(folder, ["shots/2.png", "shots/3.png", "nowhere/1.png"])
+    places = find_places(folder, ["shots/2.png", "shots/3.png", "nowhere/1.png"])
     assert places["shots/2.png"].file == str(folder / "shots/2.png")
     assert places["shots/3.png"] is None and places["nowhere/1.png"] is None
 
@@ -206,8 +207,8 @@ def test_real_rows_with_pictures_in_tars(shared_data, assembled):
     root = shared_data("llava").parent
     rows = load_rows([root / "llava/stage1_captions.json"], root)
     assert len(rows) == 8166
-    in_tar = next(r for r in rows if r.pictures[0].file.endswith(".tar"))
-    assert in_tar.pictures[0].open().mode == "RGB"
+    in_tar = next(r for r in rows if r.images[0].file.endswith(".tar"))
+    assert in_tar.images[0].open().mode == "RGB"
 
 
 class Rows(NamedTuple):
@@ -270,5 +271,5 @@ def test_rows_show_nothing_outside_of_image_root(folder, picture, name):
     with pytest.raises(InputError, match=r"leads outside|as Windows writes it"):
         load_rows([folder / "coco" / "rows.json"], folder / "coco")
     if name == "{}/secret.png":
-        (found,) = load_rows([folder / "coco" / "rows.json"], folder)[0].pictures
+        (found,) = load_rows([folder / "coco" / "rows.json"], folder)[0].images
         assert found.file == str(folder / "secret.png")

@@ -15,7 +15,10 @@ from transformers import AutoProcessor, AutoTokenizer
 from diffclip.base.errors import InputError
 from mllm.chat import prompts
 from mllm.conversation import IGNORE, Segment, control_tokens, encode, render
-from mllm.data.rows import find_pictures, load_rows, main, read_json_rows
+from mllm.data.__main__ import main
+from mllm.data.images import find_places
+from mllm.data.layouts import read_rows
+from mllm.data.rows import load_rows
 from mllm.model import load, save
 
 
@@ -67,7 +70,7 @@ def refused(file, root, capsys, *words, **options):
 def test_pictures_under_each_known_key_are_the_same(folder, picture):
     data = "data:image/png;base64," + base64.b64encode(encoded(picture(ord("a")))).decode()
     found = [
-        load_rows([write(folder / "r.json", row(**keys))], folder)[0].pictures[0].open().tobytes()
+        load_rows([write(folder / "r.json", row(**keys))], folder)[0].images[0].open().tobytes()
         for keys in (
             {"image": "a.png"},
             {"image": ["a.png"]},
@@ -113,7 +116,7 @@ def test_other_keys_of_text_rows_are_no_media(folder):
         "image": "",
         "video": math.nan,  # a missing value, as pandas writes it
     }
-    assert load_rows([write(folder / "r.json", row("What?", **keys))], folder)[0].pictures == []
+    assert load_rows([write(folder / "r.json", row("What?", **keys))], folder)[0].images == []
 
 
 @pytest.mark.parametrize(
@@ -242,9 +245,9 @@ def test_pictures_inside_parquet_and_saved_datasets(folder, picture):
     pictures.to_parquet(str(folder / "features.parquet"))
     for name in ("structs.parquet", "plain.parquet", "saved", "features.parquet"):
         rows = load_rows([folder / name], folder)
-        shown = [r.pictures[0].open(r.key).tobytes() for r in rows[:3]]
+        shown = [r.images[0].open(r.key).tobytes() for r in rows[:3]]
         assert shown == [picture(n).tobytes() for n in range(3)], name
-        assert name == "plain.parquet" or rows[3].pictures == []
+        assert name == "plain.parquet" or rows[3].images == []
         assert rows.texts([0, 2])[1] == [1, 1]
         assert checked(folder / name, folder) == 0
     broken = [{"id": "x", "image": b"no image", "conversations": turns}]
@@ -270,17 +273,30 @@ def test_a_name_in_two_tars_is_refused_unless_the_row_names_the_tar(folder, caps
     )
     refused(write(folder / "r.json", row(image="sub/deep.png")), folder, capsys, "sub/1.tar/x/deep.png")
     names = ["sub/0.tar/same.png", "sub/1.tar/same.png", "sub/1.tar/x/deep.png", "sub/1.tar/y/deep.png", "sub/one.png"]
-    found = [place.read() for place in find_pictures(folder, names).values()]
+    found = [place.read() for place in find_places(folder, names).values()]
     assert found == [red, blue, red, blue, red]
-    assert load_rows([write(folder / "r.json", row(image=names[1]))], folder)[0].pictures[0].read() == blue
+    assert load_rows([write(folder / "r.json", row(image=names[1]))], folder)[0].images[0].read() == blue
 
 
 def test_a_compressed_tar_is_named(folder, picture):
     (folder / "sub").mkdir()
     with tarfile.open(folder / "sub/0.tar", "w:gz") as tar:
         tar.add(folder / "a.png", "c.png")
-    with pytest.raises(InputError, match=r"0\.tar: not a readable tar"):
-        find_pictures(folder, ["sub/c.png"])
+    with pytest.raises(InputError, match=r"0\.tar: is compressed.*`gunzip -c "):
+        find_places(folder, ["sub/c.png"])
+
+
+def test_a_tar_that_ends_within_an_image_is_named_and_one_without_its_end_is_read(folder, picture):
+    tar_of(folder / "whole.tar", c=encoded(picture(1)), d=encoded(picture(2)))
+    with tarfile.open(folder / "whole.tar") as tar:
+        last = tar.getmembers()[-1]
+    content = (folder / "whole.tar").read_bytes()
+    for name, end in (("endless", -(-last.size // 512) * 512), ("cut", 10)):
+        (folder / name).mkdir()
+        (folder / name / "0.tar").write_bytes(content[: last.offset_data + end])
+    assert find_places(folder, ["endless/d.png"])["endless/d.png"].read() == encoded(picture(2))
+    with pytest.raises(InputError, match=r"0\.tar: ends early, within d.*download or write it again"):
+        find_places(folder, ["cut/c.png"])
 
 
 def test_two_folders_never_share_rows(tmp_path, monkeypatch):
@@ -306,7 +322,7 @@ def test_pictures_of_two_folders_never_mix(tmp_path, monkeypatch, picture):
         monkeypatch.chdir(tmp_path / name)
         rows = load_rows([tmp_path / "r.json"], ".")
         monkeypatch.chdir(tmp_path)
-        assert rows[0].pictures[0].open().tobytes() == picture(number).tobytes()
+        assert rows[0].images[0].open().tobytes() == picture(number).tobytes()
 
 
 def test_a_file_rewritten_inside_a_folder_is_read_anew(folder):
@@ -326,8 +342,8 @@ def test_marks_line_ends_and_encodings(folder):
     write(folder / "bom.json", row("What?"), encoding="utf-8-sig")
     lines = json.dumps(row("What?", "a\u2028b\x85c"), ensure_ascii=False) + "\r\n"
     (folder / "bom.jsonl").write_text(lines * 2, encoding="utf-8-sig", newline="")
-    assert len(list(read_json_rows(folder / "bom.json"))) == 1
-    assert [one["conversations"][1]["value"] for one in read_json_rows(folder / "bom.jsonl")] == ["a\u2028b\x85c"] * 2
+    assert len(list(read_rows(folder / "bom.json"))) == 1
+    assert [one["conversations"][1]["value"] for one in read_rows(folder / "bom.jsonl")] == ["a\u2028b\x85c"] * 2
     write(folder / "wide.json", row("What?"), encoding="utf-16")
     with pytest.raises(InputError, match=r"wide\.json.*not UTF-8.*iconv -f utf-16"):
         load_rows([folder / "wide.json"], folder)
@@ -372,4 +388,4 @@ def test_shared_cases(shared_cases, capsys):
         load_rows([cases / "encodings/utf16_rows.json"], images)
     for name, count in (("onevision", 2), ("binary", 1)):
         rows = load_rows([cases / f"parquet/{name}.parquet"], images)
-        assert [r.pictures[0].open().size for r in rows] == [(48, 48)] * count
+        assert [r.images[0].open().size for r in rows] == [(48, 48)] * count

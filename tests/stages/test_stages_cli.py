@@ -69,7 +69,6 @@ def helps() -> dict[str, tuple]:
     return dict(json.loads(line) for line in ended.stdout.splitlines())
 
 
-@pytest.mark.skip(reason="until `import diffclip` is light")
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_is_there_and_needs_no_heavy_library(command, helps):
     code, text, heavy = helps[command]
@@ -77,7 +76,6 @@ def test_help_is_there_and_needs_no_heavy_library(command, helps):
     assert not heavy
 
 
-@pytest.mark.skip(reason="until every front takes main(argv) and base.commands.Parser")
 @pytest.mark.parametrize("verb", VERBS)
 def test_help_of_a_verb_shows_what_is_typed(verb, helps):
     text = helps[f"diffclip {verb}"][1]

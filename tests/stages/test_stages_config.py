@@ -10,14 +10,17 @@ import yaml
 
 from diffclip.base.commands import Range
 from diffclip.base.errors import InputError
-from stages.align import AlignConfig
-from stages.config import SettingsParser, check, parse, read_yaml, require, write_yaml
-from stages.evaluate import EvaluateConfig
-from stages.instruct import InstructConfig
-from stages.language import LanguageConfig
-from stages.pipeline import PipelineConfig
-from stages.pretrain import PretrainConfig
-from stages.training import zero_stage
+from stages.config import SettingsParser, parse, read_yaml, require, write_yaml
+from stages.settings import (
+    AlignConfig,
+    EvaluateConfig,
+    InstructConfig,
+    LanguageConfig,
+    PipelineConfig,
+    PretrainConfig,
+    check_value,
+)
+from stages.zero import zero_stage
 
 CONFIGS = Path(__file__).parents[2] / "stages" / "configs"
 CLASSES = {
@@ -91,9 +94,9 @@ def test_every_shipped_config_loads_and_says_what_it_is_for(path):
 def test_a_shipped_config_and_its_deepspeed_file_are_found_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in (CONFIGS / "paper/instruct.yaml", "stages/configs/paper/instruct.yaml"):
-        assert zero_stage(parse(InstructConfig, "", ["--config", str(name)])) == 2
+        assert zero_stage(parse(InstructConfig, "", ["--config", str(name)]).deepspeed) == 2
     (tmp_path / "own.json").write_text('{"zero_optimization": {"stage": 3}}')
-    assert zero_stage(parse(InstructConfig, "", ["--deepspeed", "own.json"])) == 3
+    assert zero_stage(parse(InstructConfig, "", ["--deepspeed", "own.json"]).deepspeed) == 3
 
 
 @pytest.mark.parametrize("text, message", [(None, "no such DeepSpeed file"), ('{"a": 1,}', "not valid JSON")])
@@ -143,11 +146,11 @@ class Checked:
 def test_a_number_out_of_its_range_is_refused_in_flags_and_yaml_alike(typed, tmp_path):
     file = tmp_path / "c.yaml"
     file.write_text(f"rate: .{typed}" if typed[-1] in "nf" and typed[0] != "-" else f"rate: {typed}")
-    with pytest.raises(InputError, match=rf"^rate {float(typed):g}: must be above 0$"):
+    with pytest.raises(InputError, match=rf"^setting `rate` {float(typed):g}: must be above 0$"):
         parse(Checked, "", ["--rate", typed])
-    with pytest.raises(InputError, match=rf"c\.yaml: rate {float(typed):g}: must be above 0$"):
+    with pytest.raises(InputError, match=rf"c\.yaml: setting `rate` {float(typed):g}: must be above 0$"):
         parse(Checked, "", ["--config", str(file)])
-    with pytest.raises(InputError, match="weights -1: must be at least 0"):
+    with pytest.raises(InputError, match="`weights` -1: must be at least 0"):
         parse(Checked, "", ["--weights", "1", "-1"])
 
 
@@ -159,7 +162,7 @@ def test_a_number_out_of_its_range_is_refused_in_flags_and_yaml_alike(typed, tmp
         (["--kind", "vicunia"], r"--kind vicunia: did you mean vicuna\?"),
         (["--kind", "zzz"], "--kind zzz: must be one of plain, vicuna"),
         (["--bits", "8"], "--bits 8: must be one of 4, 16"),
-        (["--model", "DifCLIP"], r"model DifCLIP: did you mean DiffCLIP\?"),
+        (["--model", "DifCLIP"], r"setting `model`: there is no DifCLIP: did you mean DiffCLIP\?"),
         (["--rate", "fast"], "--rate: invalid float value: 'fast'"),
         (["--fast", "maybe"], "--fast: 'maybe' is neither true nor false"),
         (["--more", "{x"], "--more: '{x': not valid JSON"),
@@ -211,6 +214,4 @@ def test_help_is_grouped_and_ends_with_the_example(capsys):
 def test_every_default_is_a_value_that_its_setting_may_have(config_class):
     parser = SettingsParser(config_class, "")
     for setting in dataclasses.fields(config_class):
-        value = parser.get_default(setting.name)
-        for each in value if isinstance(value, list) else [value]:
-            check(setting, each)
+        check_value(setting, parser.get_default(setting.name))

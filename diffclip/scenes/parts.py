@@ -1,0 +1,243 @@
+"""One function for each part of an export, which writes its files in the format that everything downstream reads.
+
+webdataset shards, image folders, LLaVA JSON, POPE JSON lines, MMVP-VLM's table and COCO instances.
+"""
+
+import csv
+import io
+import json
+import tarfile
+from collections.abc import Callable, Iterator
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from diffclip.base.files import json_line, write_json, write_whole
+from diffclip.scenes.conversations import align_conversation, instruct_conversation, text_line
+from diffclip.scenes.drawing import COLORS, SHAPES, Scene, draw, make_scene, masks, one_object, stream_rng
+from diffclip.scenes.options import Options
+from diffclip.scenes.questions import pope_questions
+from diffclip.scenes.text import MMVP_CATEGORIES, captions, mmvp_pair
+
+SHARD = 1000  # pairs per tar
+SHIFTS = ("v2", "a", "r", "sketch")
+POPE_WAYS = ("random", "popular", "adversarial")
+EASY_CONVERSATIONS = 0.6  # the share, the first ones, that ask for presence alone
+MIXED = 0.3  # of the conversations after that: captions, counting and all other kinds
+EASY_TEXTS = 0.7  # the share of lines, the first ones, that ask for presence alone
+TEMPLATES = {
+    "shape": [
+        "a {c}.",
+        "a picture of a {c}.",
+        "a large {c}.",
+        "a small {c}.",
+        "there is a {c}.",
+        "only a {c}.",
+    ],
+    "color": ["a {c} shape.", "a picture of a {c} object.", "a {c} circle.", "a {c} square.", "a {c} star."],
+    "shape_color": ["a {c}.", "a picture of a {c}.", "a large {c}.", "a small {c}.", "there is a {c}."],
+}
+CLASSES = {
+    "shape": list(SHAPES),
+    "color": list(COLORS),
+    "shape_color": [f"{color} {shape}" for shape in SHAPES for color in COLORS],
+}
+
+
+def png(scene: Scene, size: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(draw(scene, size)).save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+def _write_shards(folder: Path, samples: Iterator[dict[str, bytes]]) -> None:
+    """Samples {"png": …, "txt": …} as webdataset tars with fixed times: equal options give equal bytes."""
+    folder.mkdir(parents=True)
+    for number, group in groupby(enumerate(samples), lambda numbered: numbered[0] // SHARD):
+        with tarfile.open(folder / f"{number:05d}.tar", "w") as shard:
+            for i, sample in group:
+                for extension, content in sample.items():
+                    entry = tarfile.TarInfo(f"{i:09d}.{extension}")
+                    entry.size = len(content)
+                    shard.addfile(entry, io.BytesIO(content))
+
+
+# ---------------------------------------------------------------- the scenes of each part
+
+
+def pope_scene(seed: int, index: int) -> Scene:
+    """At least three distinct shapes, so that every image has three positive questions."""
+    return make_scene(seed, "pope", index, min_shapes=3)
+
+
+def retrieval_scene(seed: int, index: int) -> Scene:
+    """At least two distinct shapes: captions of single objects fit too many images."""
+    return make_scene(seed, "retrieval", index, min_shapes=2)
+
+
+def class_scene(seed: int, what: str, split: str, index: int, role: str = "") -> tuple[Scene, str]:
+    """One object of class `index` modulo the number of classes, so that classes are balanced; its name."""
+    name = CLASSES[what][index % len(CLASSES[what])]
+    shape = name if what == "shape" else name.split()[1] if what == "shape_color" else ""
+    color = "" if what == "shape" else name.split()[0]
+    return one_object(seed, split, index, shape, color, role), name
+
+
+# ---------------------------------------------------------------- one function per part
+
+Tick = Callable[[], None]
+
+
+def write_pretrain(folder: Path, options: Options, tick: Tick) -> None:
+    def samples() -> Iterator[dict[str, bytes]]:
+        for i in range(options.pairs):
+            scene = make_scene(options.seed, "pretrain", i)
+            texts = captions(scene, stream_rng(options.seed, "pretrain/captions", i), options.captions)
+            about = {"key": f"{i:09d}", "caption": texts[0], "captions": texts}
+            yield {"png": png(scene, options.size), "txt": texts[0].encode(), "json": json.dumps(about).encode()}
+            tick()
+
+    _write_shards(folder, samples())
+
+
+def write_retrieval(folder: Path, options: Options, tick: Tick) -> None:
+    def samples() -> Iterator[dict[str, bytes]]:
+        for i in range(options.retrieval):
+            scene = retrieval_scene(options.seed, i)
+            texts = captions(scene, stream_rng(options.seed, "retrieval/captions", i), 5, detail=1.0)
+            yield {"png": png(scene, options.size), "txt": "\n".join(texts).encode()}
+            tick()
+
+    _write_shards(folder, samples())
+
+
+def _write_classes(
+    folder: Path, count: int, what: str, stream: str, options: Options, tick: Tick, role: str = ""
+) -> None:
+    for name in CLASSES[what]:
+        (folder / name).mkdir(parents=True)
+    for i in range(count):
+        scene, name = class_scene(options.seed, what, stream, i, role)
+        (folder / name / f"{i:06d}.png").write_bytes(png(scene, options.size))
+        tick()
+
+
+def write_classification(folder: Path, options: Options, tick: Tick) -> None:
+    for what, names in CLASSES.items():
+        for split in ("train", "val", "test"):
+            count = getattr(options, f"class_{split}")
+            _write_classes(folder / what / split, count, what, f"classification/{what}/{split}", options, tick)
+        write_json(folder / what / "classnames.json", names)
+        write_json(folder / what / "templates.json", TEMPLATES[what])
+
+
+def write_shifts(folder: Path, options: Options, tick: Tick) -> None:
+    for role in SHIFTS:
+        _write_classes(folder / role, options.class_test, "shape", f"shifts/{role}", options, tick, role)
+
+
+def write_llava(folder: Path, options: Options, tick: Tick) -> None:
+    (folder / "images").mkdir(parents=True)
+    align, instruct = [], []
+    for i in range(max(options.align, options.conversations)):
+        scene, image = make_scene(options.seed, "llava", i), f"{i:06d}.png"
+        (folder / "images" / image).write_bytes(png(scene, options.size))
+        if i < options.align:
+            turns = align_conversation(scene, stream_rng(options.seed, "llava/align", i))
+            align.append({"id": f"align_{i:06d}", "image": image, "conversations": turns})
+        if i < options.conversations:
+            rng = stream_rng(options.seed, "llava/instruct", i)
+            mixed = i >= EASY_CONVERSATIONS * options.conversations and rng.random() < MIXED
+            turns = instruct_conversation(scene, rng, options.rounds, any_request=mixed)
+            instruct.append({"id": f"instruct_{i:06d}", "image": image, "conversations": turns})
+        tick()
+    write_json(folder / "align.json", align)
+    write_json(folder / "instruct.json", instruct)
+    with open(folder / "text.jsonl", "w", encoding="utf-8") as file:
+        for i in range(options.texts):
+            rng, late = stream_rng(options.seed, "text/words", i), i >= EASY_TEXTS * options.texts
+            text = text_line(make_scene(options.seed, "text", i), rng, any_request=late)
+            file.write(json_line({"text": text}))
+            tick()
+
+
+def write_pope(folder: Path, options: Options, tick: Tick) -> None:
+    (folder / "images").mkdir(parents=True)
+    rows: dict[str, list[dict[str, Any]]] = {way: [] for way in POPE_WAYS}
+    for i in range(options.pope):
+        scene, image = pope_scene(options.seed, i), f"{i:06d}.png"
+        (folder / "images" / image).write_bytes(png(scene, options.size))
+        for way in POPE_WAYS:
+            # the same generator for each way: the positive questions are the same in all three files
+            for text, label in pope_questions(scene, way, stream_rng(options.seed, "pope/questions", i)):
+                row = {"question_id": len(rows[way]) + 1, "image": image, "text": text, "label": label}
+                rows[way].append(row)
+        tick()
+    for way in POPE_WAYS:
+        write_whole(folder / f"scenes_pope_{way}.json", "".join(map(json_line, rows[way])))
+
+
+def write_mmvp(folder: Path, options: Options, tick: Tick) -> None:
+    rows, question = [], 0
+    for category in MMVP_CATEGORIES:
+        images = folder / "MMVP VLM Images" / category
+        images.mkdir(parents=True)
+        for i in range(options.mmvp):
+            for scene, statement in mmvp_pair(category, options.seed, i):
+                question += 1
+                image = Image.fromarray(draw(scene, options.size))
+                image.save(images / f"{question}.jpg", quality=95, subsampling=0)
+                rows.append((question, category, statement))
+            tick()
+    with open(folder / "Questions.csv", "w", newline="") as file:
+        csv.writer(file).writerows([("Question ID", "Type", "Statement"), *rows])
+
+
+def run_lengths(mask: np.ndarray) -> list[int]:
+    """COCO's uncompressed run lengths of a (height, width) bool mask: columns first, zeros first."""
+    flat = np.concatenate(([False], mask.ravel(order="F"), [not mask[-1, -1]]))
+    edges = np.flatnonzero(flat[1:] != flat[:-1])
+    return np.diff(np.concatenate(([0], edges))).tolist()
+
+
+def write_segmentation(folder: Path, options: Options, tick: Tick) -> None:
+    (folder / "images").mkdir(parents=True)
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    for i in range(options.segmentation):
+        scene, name = make_scene(options.seed, "segmentation", i), f"{i:06d}.png"
+        (folder / "images" / name).write_bytes(png(scene, options.size))
+        images.append({"id": i + 1, "file_name": name, "width": options.size, "height": options.size})
+        for thing, mask in zip(scene.things, masks(scene, options.size)):
+            rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+            x, y = int(columns[0]), int(rows[0])
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": i + 1,
+                    "category_id": SHAPES.index(thing.shape) + 1,
+                    "bbox": [x, y, int(columns[-1]) - x + 1, int(rows[-1]) - y + 1],
+                    "area": int(mask.sum()),
+                    "iscrowd": 0,
+                    "segmentation": {"size": [options.size, options.size], "counts": run_lengths(mask)},
+                    "color": thing.color,
+                }
+            )
+        tick()
+    categories = [{"id": k + 1, "name": shape, "supercategory": "shape"} for k, shape in enumerate(SHAPES)]
+    write_json(folder / "instances.json", {"images": images, "annotations": annotations, "categories": categories})
+
+
+WRITERS: dict[str, Callable[[Path, Options, Tick], None]] = {
+    "pretrain": write_pretrain,
+    "retrieval": write_retrieval,
+    "classification": write_classification,
+    "shifts": write_shifts,
+    "llava": write_llava,
+    "pope": write_pope,
+    "mmvp": write_mmvp,
+    "segmentation": write_segmentation,
+}
