@@ -22,7 +22,12 @@ class Parser(argparse.ArgumentParser):
         super().__init__(prog, description=description, allow_abbrev=False, **options)
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
-        parsed, unknown = self.parse_known_args(args, namespace)
+        return self._all_known(*self.parse_known_args(args, namespace))
+
+    def parse_intermixed_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        return self._all_known(*self.parse_known_intermixed_args(args, namespace))
+
+    def _all_known(self, parsed: Any, unknown: list[str]) -> Any:
         if unknown:
             flag = unknown[0].split("=", 1)[0]
             known = [name for name in self._all_flags() if name.startswith("--")]
