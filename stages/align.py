@@ -57,10 +57,13 @@ def main(argv: list[str] | None = None) -> None:
     config = parse(AlignConfig, __doc__, argv)
     if config.dry_run:
         require(config, "vision_tower", "language_model")
-        from mllm.assemble import plan
+        from mllm.assemble import assembled_config
         from stages.mllm_training import dry_run
 
-        return dry_run(config, plan(config.vision_tower, config.language_model, config.projector, config.class_token))
+        return dry_run(
+            config,
+            assembled_config(config.vision_tower, config.language_model, config.projector, config.class_token),
+        )
     require(config, "output_dir", "vision_tower", "language_model", "data", "image_root")
     align(config)
 
@@ -81,11 +84,12 @@ def align(config: AlignConfig) -> None:
 
     import torch
 
-    from mllm.assemble import assemble, whiten_projector
+    from mllm.assemble import assemble
+    from mllm.projector import whiten_projector
     from stages.mllm_training import train_on_conversations
 
     run.note(model=upstream_model(config.vision_tower))
-    model, processor = assemble(
+    vlm = assemble(
         config.vision_tower,
         config.language_model,
         projector=config.projector,
@@ -107,9 +111,9 @@ def align(config: AlignConfig) -> None:
                     f"{', '.join(config.data)}: none of {len(spread)} rows looked at has an image, which "
                     "`projector_init: whitened` needs; give images or set `projector_init: default`"
                 )
-            whiten_projector(model, torch.cat(pixels), config.seed)
+            whiten_projector(vlm.model, torch.cat(pixels), config.seed)
 
-    train_on_conversations(model, processor, config, run, start=start)
+    train_on_conversations(vlm, config, run, start=start)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from diffclip.base.errors import InputError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from mllm.model import DiffCLIPLlavaConfig
+    from mllm.llava import DiffCLIPLlavaConfig
 
 # Share of the peak that a run reaches, loading and communication included. The paper's 10 A100-days for 40 epochs of
 # CC12M imply 0.2 for a B/16 step as counted here; nothing else is known about their runs.
@@ -168,8 +168,9 @@ def count_conversation(
     """
     import torch
 
+    from mllm.llava import DiffCLIPLlavaForConditionalGeneration
     from mllm.lora import add_lora
-    from mllm.model import DiffCLIPLlavaForConditionalGeneration, freeze
+    from mllm.weights import freeze
 
     model = DiffCLIPLlavaForConditionalGeneration(llava_config)
     if hasattr(model.model.vision_tower.config, "stop_early"):

@@ -200,15 +200,12 @@ def margin_metrics(
     config: EvaluateConfig, run: "Run", questions: Sequence["Question"], images: Mapping[str, "Picture"]
 ) -> dict[str, float]:
     """POPE by the margin between yes and no, in percent; the margins themselves go to pope/margins.jsonl."""
-    import torch
-
     from mllm.model import load
     from mllm.pope.margins import margins, score_margins
 
-    model, processor = load(config.mllm)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    vlm = load(config.mllm, device=None)
     try:
-        values = margins(model, processor, questions, lambda name: images[name].open(), batch_size=config.batch_size)
+        values = margins(vlm, questions, lambda name: images[name].open(), batch_size=config.batch_size)
     except InputError as error:  # a tokenizer that begins yes and no alike; generated answers tell all the same
         run.note(pope_margin=f"no margins: {error}")
         return {}

@@ -30,10 +30,10 @@ def main(argv: list[str] | None = None) -> None:
     config = parse(InstructConfig, __doc__, argv)
     if config.dry_run:
         require(config, "model")
-        from mllm.assemble import planned
+        from mllm.assemble import run_config
         from stages.mllm_training import dry_run
 
-        return dry_run(config, planned(config.model))
+        return dry_run(config, run_config(config.model))
     require(config, "output_dir", "model", "data", "image_root")
     instruct(config)
 
@@ -51,8 +51,7 @@ def instruct(config: InstructConfig) -> None:
     from mllm.model import load
 
     run.note(model=upstream_model(config.model))
-    model, processor = load(config.model, dtype=torch.float32)
-    train_on_conversations(model, processor, config, run)
+    train_on_conversations(load(config.model, dtype=torch.float32), config, run)
 
 
 if __name__ == "__main__":

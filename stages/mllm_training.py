@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from mllm.data.examples import ConversationDataset
-    from mllm.model import DiffCLIPLlavaConfig
+    from mllm.llava import DiffCLIPLlavaConfig
+    from mllm.model import VisionLanguageModel
     from stages.run import Run
 
 
@@ -68,16 +69,15 @@ class ConversationConfig(TrainingConfig):
 
 
 def train_on_conversations(
-    model: Any,
-    processor: Any,
+    vlm: "VisionLanguageModel",
     config: ConversationConfig,
     run: "Run",
     start: Callable[["ConversationDataset"], None] | None = None,
 ) -> None:
-    """Train the parts of `model` named in `config.learns`, prove the others unchanged, and write `config.output_dir`.
+    """Train the parts of `vlm` named in `config.learns`, prove the others unchanged, and write `config.output_dir`.
 
     Args:
-        model, processor: from `mllm.assemble.assemble` or `mllm.model.load`.
+        vlm: from `mllm.assemble.assemble` or `mllm.model.load`.
         start: called with the examples before training, e.g. to set weights from them.
 
     Raises:
@@ -88,12 +88,11 @@ def train_on_conversations(
     from transformers import Trainer, TrainerCallback
 
     from diffclip.base.fingerprint import fingerprint
-    from mllm.assemble import ask_in
     from mllm.conversation import control_tokens
     from mllm.data.examples import ConversationDataset, collate, training_order
     from mllm.data.rows import load_rows
-    from mllm.lora import add_lora, base_weights, merge, quantise, take_out
-    from mllm.model import freeze, parts, save
+    from mllm.lora import add_lora, base_weights, merge, quantise
+    from mllm.weights import freeze, parts
     from stages.callbacks import Watch
     from stages.training import per_device_batch, train, training_arguments, training_device
 
@@ -101,7 +100,8 @@ def train_on_conversations(
     lora = bool(config.lora_rank)
     if lora and "language_model" not in learns:
         raise InputError("lora_rank: the language model does not learn; add language_model to `learns`")
-    ask_in(model, processor, config.template)
+    model, processor = vlm
+    vlm.use_template(config.template)
     rows = load_rows(
         config.data,
         config.image_root,
@@ -184,14 +184,14 @@ def train_on_conversations(
         if lora:
             if not originals and fingerprint(base_weights(model)) != before["language_model"]:
                 raise RuntimeError("weights of the language model beside LoRA's changed: the run is not valid")
-            merge(adapter, config.output_dir, originals) if run.is_main else take_out(adapter, originals)
+            merge(adapter, config.output_dir if run.is_main else None, originals)
         after = {name: fingerprint(module) for name, module in parts(model).items()}
         for name in after:
             if (after[name] == before[name]) == (name in learns):
                 raise RuntimeError(f"{name} {'did not change' if name in learns else 'changed'}: the run is not valid")
         run.note(after=after)
         if run.is_main:
-            save(model, processor, config.output_dir)
+            vlm.save(config.output_dir)
     run.finish(metrics)
 
 

@@ -61,7 +61,7 @@ def how(options: argparse.Namespace) -> dict[str, Any]:
         from transformers import AutoTokenizer
 
         from mllm.conversation import control_tokens
-        from mllm.model import from_pretrained
+        from mllm.weights import from_pretrained
 
         settings["control"] = control_tokens(from_pretrained(AutoTokenizer, options.model))
     return settings

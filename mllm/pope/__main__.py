@@ -141,13 +141,13 @@ def score_margins_of(options: argparse.Namespace) -> None:
     from mllm.pope import margins as pope_margins
     from mllm.pope.lmms import CONTROLS
 
-    model, processor, questions, open_image = load_with_questions(options)
+    vlm, questions, open_image = load_with_questions(options)
     options.out.mkdir(parents=True, exist_ok=True)
     scores: dict[str, Any] = {}
     lines = []
     for name in ("model", *CONTROLS):
         asked = CONTROLS[name](questions, 0) if name in CONTROLS else questions
-        values = pope_margins.margins(model, processor, asked, open_image, batch_size=options.batch_size)
+        values = pope_margins.margins(vlm, asked, open_image, batch_size=options.batch_size)
         scores[name] = pope_margins.score_margins(asked, values)
         lines += [{"pass": name, **q._asdict(), "margin": value} for q, value in zip(asked, values.tolist())]
         columns = pope_margins.MARGIN_SCORES
@@ -155,7 +155,7 @@ def score_margins_of(options: argparse.Namespace) -> None:
     scores["blind"] = score_splits(questions, blind(questions))
     print(uses_image(scores["model"], scores["blind"]))
     if options.generate:
-        answers = pope_margins.generate(model, processor, questions, open_image, batch_size=options.batch_size)
+        answers = pope_margins.generate(vlm, questions, open_image, batch_size=options.batch_size)
         scores["generated"] = score_splits(questions, parse(answers))
         show("generated answers (%)", ["split", *SCORES], table_of(scores["generated"], SCORES))
         lines += [{"pass": "generated", **q._asdict(), "answer": said} for q, said in zip(questions, answers)]
@@ -164,19 +164,14 @@ def score_margins_of(options: argparse.Namespace) -> None:
     print(f"wrote {options.out / 'margins.json'}")
 
 
-def load_with_questions(options: argparse.Namespace) -> tuple[Any, Any, list[Any], Callable[[str], Any]]:
-    """Model and processor on their device, the labelled questions, and what opens their images."""
-    import torch
-    from transformers.utils import logging
-
+def load_with_questions(options: argparse.Namespace) -> tuple[Any, list[Any], Callable[[str], Any]]:
+    """The model on its device, the labelled questions, and what opens their images."""
     from mllm.model import load
 
     questions = read_labelled(options.pope)
     places = images_of(questions, options.pope, options.image_root, options.out / "images")
-    logging.disable_progress_bar()
-    model, processor = load(options.run)
-    model.to(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return model, processor, questions, lambda name: places[name].open()
+    vlm = load(options.run, device=options.device, quiet=True)
+    return vlm, questions, lambda name: places[name].open()
 
 
 def diagnose(options: argparse.Namespace) -> int:

@@ -14,9 +14,10 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from diffclip.base.errors import InputError
 from diffclip.base.files import read_json, read_yaml
 from diffclip.base.fingerprint import fingerprint
-from mllm.model import FINGERPRINTS, parts, transform_fingerprint
+from mllm.model import FINGERPRINTS, VisionLanguageModel, transform_fingerprint
 from mllm.pope import scores as pope_scores
 from mllm.pope.questions import Question
+from mllm.weights import parts
 
 Answer = tuple[Question, str | None]
 
@@ -84,7 +85,7 @@ def diagnose(
         unknown = "not looked at: give --pope and --image_root"
         yield from (Finding(cause, None, unknown) for cause in CAUSES[-4:])
         return
-    yield from behaviour(model, processor, questions, images or {}, answers, pictures)
+    yield from behaviour(VisionLanguageModel(model, processor), questions, images or {}, answers, pictures)
 
 
 def transform(processor: Any, prints: dict) -> Finding:
@@ -187,8 +188,7 @@ def training_data(model: Any, processor: Any, config: dict, most: int = 400) -> 
 
 
 def behaviour(
-    model: Any,
-    processor: Any,
+    vlm: VisionLanguageModel,
     questions: Sequence[Question],
     images: dict[str, Any],
     answers: Sequence[Answer],
@@ -200,9 +200,9 @@ def behaviour(
     names = list(dict.fromkeys(q.image for q in questions))
     chosen = set(names[:: max(1, -(-len(names) // pictures))])
     asked = [q for q in questions if q.image in chosen]
-    own = margins(model, processor, asked, lambda name: images[name].open())
+    own = margins(vlm, asked, lambda name: images[name].open())
     yield labels(asked, questions, answers, own)
-    other = margins(model, processor, pope_scores.shuffle_images(asked), lambda name: images[name].open())
+    other = margins(vlm, pope_scores.shuffle_images(asked), lambda name: images[name].open())
     moved = float(np.abs(own - other).max())
     remedy = "align longer, look at the loss of align, and at the projector's learning rate"
     seen = f"another image moves log P(yes) / P(no) by {np.abs(own - other).mean():.3g} in the mean"
@@ -215,7 +215,7 @@ def behaviour(
     )
     yield Finding("pure yes-bias", 0.02 < rate < 0.98, seen, "balance yes and no in the training; or score by margins")
     sample = asked[:: max(1, len(asked) // 64)]
-    said = generate(model, processor, sample, lambda name: images[name].open())
+    said = generate(vlm, sample, lambda name: images[name].open())
     yield parser([answer for _, answer in answers] or said)
 
 

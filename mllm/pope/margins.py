@@ -6,7 +6,6 @@ which is computed once: a mask lets each question see that beginning and itself,
 
 from collections.abc import Callable, Sequence
 from itertools import takewhile
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,17 +13,15 @@ from PIL import Image
 from tqdm import tqdm
 
 from diffclip.base.errors import InputError
-from mllm.chat import answer, check_shown, question_turn
-from mllm.conversation import IGNORE, IMAGE, encode, render
-from mllm.data.examples import image_tokens
-from mllm.image_modes import bounded
+from mllm.conversation import IGNORE, question_turn
+from mllm.model import VisionLanguageModel
 from mllm.pope.questions import POST_PROMPT, SPLITS, Question
 from mllm.pope.scores import GREY, fold_of_pictures, grey_picture
 
 MARGIN_SCORES = ("accuracy", "auc", "ap", "accuracy_tuned", "yes_rate")
 
 
-def yes_no_tokens(model: Any, processor: Any) -> tuple[list[int], list[int]]:
+def yes_no_tokens(vlm: VisionLanguageModel) -> tuple[list[int], list[int]]:
     """First tokens of "Yes" and "yes", and of "No" and "no", as the model was trained to write them.
 
     A token that begins words of both is left out: small vocabularies may spell " yes" and " no" from a lone space on.
@@ -37,8 +34,7 @@ def yes_no_tokens(model: Any, processor: Any) -> tuple[list[int], list[int]]:
         firsts = set()
         for word in words:
             turns = [{"from": "human", "value": "?"}, {"from": "gpt", "value": word}]
-            template, end = model.config.conversation_template, processor.tokenizer.eos_token
-            labels = encode(render(turns, template, end_token=end), processor.tokenizer, 1)["labels"]
+            labels = vlm.encode(turns)["labels"]
             firsts.add(next(label for label in labels if label != IGNORE))
         found.append(firsts)
     yes, no = sorted(found[0] - found[1]), sorted(found[1] - found[0])
@@ -48,8 +44,7 @@ def yes_no_tokens(model: Any, processor: Any) -> tuple[list[int], list[int]]:
 
 
 def margins(
-    model: Any,
-    processor: Any,
+    vlm: VisionLanguageModel,
     questions: Sequence[Question],
     open_image: Callable[[str], Image.Image],
     *,
@@ -60,7 +55,7 @@ def margins(
     """log P(yes) - log P(no) at the first token of the answer, for every question.
 
     Args:
-        model, processor: from `mllm.model.load`.
+        vlm: from `mllm.model.load`.
         questions: one that is asked again about the same image, as in several splits, is computed once.
         open_image: gives the image of a name; not called for "" (no image) and `mllm.pope.scores.GREY`.
         post_prompt: follows each question.
@@ -70,7 +65,7 @@ def margins(
     Returns:
         (questions,) float64, in their order.
     """
-    yes, no = yes_no_tokens(model, processor)
+    yes, no = yes_no_tokens(vlm)
     asked: dict[str, dict[str, None]] = {}
     for q in questions:
         asked.setdefault(q.shown, {})[q.text] = None
@@ -85,7 +80,7 @@ def margins(
         start = 0
         while start < len(rows):
             batch = [row for row in rows[start : start + batch_size] if (row[0] == "") == (rows[start][0] == "")]
-            for row, values in zip(batch, _batch_margins(model, processor, batch, open_image, post_prompt, yes, no)):
+            for row, values in zip(batch, _batch_margins(vlm, batch, open_image, post_prompt, yes, no)):
                 found |= {(row[0], text): value for text, value in zip(row[1], values)}
             start += len(batch)
             bar.update(len(batch))
@@ -94,8 +89,7 @@ def margins(
 
 @torch.no_grad()
 def _batch_margins(
-    model: Any,
-    processor: Any,
+    vlm: VisionLanguageModel,
     rows: Sequence[tuple[str, list[str]]],
     open_image: Callable[[str], Image.Image],
     post_prompt: str,
@@ -103,17 +97,14 @@ def _batch_margins(
     no: list[int],
 ) -> list[list[float]]:
     """Margins of rows (image, questions), all with an image or all without."""
-    tokens, template = image_tokens(processor), model.config.conversation_template
-    end = processor.tokenizer.eos_token
-    packed = []
+    model, packed = vlm.model, []
     for shown, texts in rows:
-        asked = [render([question_turn(text + post_prompt, bool(shown))], template, True, end) for text in texts]
-        for text, segments in zip(texts, asked):
-            count = sum(segment.text.count(IMAGE) for segment in segments)
-            check_shown(count, int(bool(shown)), template, f"question `{text}` about {shown or 'no picture'}: ")
-        packed.append(pack([encode(segments, processor.tokenizer, tokens)["input_ids"] for segments in asked]))
+        name = f"question `{{}}` about {shown or 'no picture'}: "
+        turns = [[question_turn(text + post_prompt, bool(shown))] for text in texts]
+        encoded = [vlm.encode(t, bool(shown), ask=True, name=name.format(text)) for t, text in zip(turns, texts)]
+        packed.append(pack([row["input_ids"] for row in encoded]))
     length = max(len(ids) for ids, _, _, _ in packed)
-    ids = torch.full((len(rows), length), processor.tokenizer.pad_token_id)
+    ids = torch.full((len(rows), length), vlm.tokenizer.pad_token_id)
     positions = torch.zeros_like(ids)
     allowed = torch.eye(length, dtype=torch.bool).repeat(
         len(rows), 1, 1
@@ -125,9 +116,7 @@ def _batch_margins(
     mask = torch.zeros(allowed.shape, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)[:, None]
     inputs = {"input_ids": ids, "position_ids": positions, "attention_mask": mask}
     if rows[0][0]:
-        pictures = bounded((picture_of(shown, open_image) for shown, _ in rows), processor.image_processor)
-        pixels = processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
-        inputs["pixel_values"] = pixels.to(dtype)
+        inputs["pixel_values"] = vlm.pixels(picture_of(shown, open_image) for shown, _ in rows).to(dtype)
     states = model.model(**{name: tensor.to(device) for name, tensor in inputs.items()}, use_cache=False)
     result = []
     for i, (_, _, _, lasts) in enumerate(packed):
@@ -212,8 +201,7 @@ def predictions(values: np.ndarray, threshold: float = 0.0) -> list[str]:
 
 
 def generate(
-    model: Any,
-    processor: Any,
+    vlm: VisionLanguageModel,
     questions: Sequence[Question],
     open_image: Callable[[str], Image.Image],
     *,
@@ -228,7 +216,7 @@ def generate(
         some = asked[first : first + batch_size]
         turns = [[question_turn(text + post_prompt, bool(shown))] for shown, text in some]
         pictures = [[picture_of(shown, open_image)] if shown else [] for shown, _ in some]
-        found |= dict(zip(some, answer(model, processor, turns, pictures, max_new_tokens=max_new_tokens)))
+        found |= dict(zip(some, vlm.answer(turns, pictures, max_new_tokens=max_new_tokens)))
     return [found[q.shown, q.text] for q in questions]
 
 

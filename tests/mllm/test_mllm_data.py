@@ -13,7 +13,7 @@ from diffclip.base.errors import InputError
 from mllm.conversation import IGNORE, NoSupervisionError, encode, render
 from mllm.data.examples import ConversationDataset, collate, padded_length, training_order
 from mllm.data.rows import find_pictures, load_rows
-from mllm.model import freeze
+from mllm.weights import freeze
 
 
 def turns(*values):
