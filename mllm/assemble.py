@@ -1,7 +1,7 @@
 """A vision tower and a language model become one multimodal model; only the projector between them is new."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, cast
 
 import torch
 from PIL import Image
@@ -12,6 +12,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BaseImageProcessor,
     GenerationConfig,
     LlavaProcessor,
     PreTrainedModel,
@@ -65,6 +66,7 @@ def assemble(
         WeightsError: a part's weights changed while assembling.
     """
     tower, image_processor = _load_tower(vision_tower, dtype)
+    tower.to(dtype)  # type: ignore[arg-type] # as transformers declares it, it cannot be called on an instance
     image_processor = with_mode(image_processor, image_mode)
     tokenizer = from_pretrained(AutoTokenizer, language_model)
     lm = load_strictly(AutoModelForCausalLM, language_model, dtype=dtype)
@@ -72,7 +74,7 @@ def assemble(
     if not hasattr(lm.config, "tie_word_embeddings"):
         lm.config.tie_word_embeddings = False
     own_head(lm.config)  # refuses classes that are made otherwise
-    if len(tokenizer) > lm.get_input_embeddings().num_embeddings:  # most tables have spare rows
+    if len(tokenizer) > cast(nn.Embedding, lm.get_input_embeddings()).num_embeddings:  # most tables have spare rows
         lm.resize_token_embeddings(len(tokenizer))
     extra, tokens = _feature_tokens(tower, image_processor, vision_feature_layer)
     if class_token and not extra:
@@ -184,13 +186,12 @@ def _with_head(lm: PreTrainedModel) -> nn.ModuleDict:
     return nn.ModuleDict({"model": lm.base_model, "lm_head": lm.get_output_embeddings()})
 
 
-def _load_tower(path: str | Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Any]:
+def _load_tower(path: str | Path, dtype: torch.dtype) -> tuple[PreTrainedModel, BaseImageProcessor]:
     """The vision tower of a pretraining run or of any CLIP-like model, without its text half; its image processor."""
     if str(path).startswith(PREFIX):
-        tower, image_processor = from_open_clip(str(path))
-        return tower.to(dtype), image_processor
+        return from_open_clip(str(path))
     if (official := _official_tower(path)) is not None:
-        return official[0].to(dtype), official[1]
+        return official
     config = from_pretrained(AutoConfig, path)
     vision = getattr(config, "vision_config", None)
     only = "" if vision is None else "vision"
@@ -198,7 +199,7 @@ def _load_tower(path: str | Path, dtype: torch.dtype) -> tuple[PreTrainedModel, 
     return tower, AutoImageProcessor.from_pretrained(path, trust_remote_code=False)
 
 
-def _official_tower(path: str | Path) -> tuple[PreTrainedModel, Any] | None:
+def _official_tower(path: str | Path) -> tuple[PreTrainedModel, BaseImageProcessor] | None:
     """The vision tower of a file of the official DiffCLIP or SLIP, its folder or Hub id; None for anything else."""
     try:
         AutoConfig.from_pretrained(path, trust_remote_code=False)
@@ -209,7 +210,7 @@ def _official_tower(path: str | Path) -> tuple[PreTrainedModel, Any] | None:
 
 
 @torch.no_grad()
-def _feature_tokens(tower: PreTrainedModel, image_processor: Any, layer: int) -> tuple[int, int]:
+def _feature_tokens(tower: PreTrainedModel, image_processor: BaseImageProcessor, layer: int) -> tuple[int, int]:
     """(tokens that are no patches: 1 with CLS, 0 without; patch tokens), seen on a black image.
 
     Raises:

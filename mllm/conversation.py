@@ -222,7 +222,7 @@ def _first_token(encoded: "Encoding", position: int, text_length: int) -> int:
     if token is None:  # the end of the text, or a character that no token covers
         ends = [end for _, end in encoded.offsets] if position < text_length else []
         return next((i for i, end in enumerate(ends) if end > position), len(encoded))
-    while token and encoded.token_to_chars(token - 1)[1] > position:  # a character of several tokens
+    while token and encoded.offsets[token - 1][1] > position:  # a character of several tokens
         token -= 1
     return token
 

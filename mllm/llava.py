@@ -32,8 +32,6 @@ from transformers.models.llava.modeling_llava import (
 )
 from transformers.utils import can_return_tuple
 
-import diffclip.hf  # noqa: F401 - registers the DiffCLIP vision tower for AutoModel
-import mllm.open_clip_tower  # noqa: F401 - registers open_clip's
 from diffclip.base.errors import InputError
 from mllm.conversation import IGNORE, NoSupervisionError
 
@@ -56,8 +54,8 @@ class DiffCLIPLlavaConfig(LlavaConfig):
     own_logits: bool = True  # the fingerprints of earlier versions, which left out how logits are scaled, lack it
 
     if TYPE_CHECKING:  # what may be given as dictionaries has become configurations in __post_init__
-        vision_config: PreTrainedConfig  # type: ignore[assignment]
-        text_config: PreTrainedConfig  # type: ignore[assignment]
+        vision_config: PreTrainedConfig
+        text_config: PreTrainedConfig
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
@@ -74,7 +72,8 @@ class DiffCLIPLlavaModel(LlavaModel):
         LlavaPreTrainedModel.__init__(self, config)  # LlavaModel's would build its own projector
         self.vision_tower = AutoModel.from_config(config.vision_config)
         if config.projector == "linear":
-            self.multi_modal_projector = nn.Linear(config.vision_config.hidden_size, config.text_config.hidden_size)
+            vision, text = config.vision_config, config.text_config
+            self.multi_modal_projector = nn.Linear(vision.hidden_size, text.hidden_size)  # type: ignore[assignment]
         else:
             self.multi_modal_projector = LlavaMultiModalProjector(config)
         self.language_model = AutoModel.from_config(config.text_config)
@@ -152,6 +151,11 @@ class DiffCLIPLlavaForConditionalGeneration(LlavaForConditionalGeneration):
 
     config: DiffCLIPLlavaConfig
     accepts_loss_kwargs = True  # Trainer passes num_items_in_batch: the loss is a mean over tokens, not batches
+
+    if TYPE_CHECKING:  # as transformers declares them, they cannot be called on an instance
+
+        def generate(self, *args: Any, **kwargs: Any) -> torch.Tensor: ...  # type: ignore[override]
+        def to(self, *args: Any, **kwargs: Any) -> "DiffCLIPLlavaForConditionalGeneration": ...  # type: ignore[override]
 
     def __init__(self, config: DiffCLIPLlavaConfig) -> None:
         head, name, embeddings = own_head(config.text_config)

@@ -44,7 +44,8 @@ def add_lora(
         raise InputError(
             f"lora_rank: the language model {type(lm).__name__} has none of the layers {', '.join(TARGETS)}"
         )
-    config = LoraConfig(r=rank, lora_alpha=alpha or 2 * rank, lora_dropout=dropout, target_modules=sorted(found))
+    scale: Any = alpha or 2 * rank  # any number does, though peft declares an integer
+    config = LoraConfig(r=rank, lora_alpha=scale, lora_dropout=dropout, target_modules=sorted(found))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return get_peft_model(

@@ -85,7 +85,7 @@ class VisionLanguageModel(NamedTuple):
 
     def to(self, device: torch.device | str) -> "VisionLanguageModel":
         """Move the weights to a device, in place; returns the object itself."""
-        self.model.to(device)  # type: ignore[arg-type] # transformers' decorator hides that it is a method
+        self.model.to(device)
         return self
 
     def prompts(self, conversations: Sequence[Conversation]) -> list[str]:

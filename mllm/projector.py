@@ -1,5 +1,7 @@
 """The projector between vision tower and language model: how its weights begin."""
 
+from typing import cast
+
 import torch
 from torch import nn
 
@@ -46,7 +48,7 @@ def whiten_projector(model: DiffCLIPLlavaForConditionalGeneration, pixel_values:
     features = features.flatten(0, 1).double()  # (images x tokens, width)
     values, vectors = torch.linalg.eigh(features.T.cov())
     scale = (values.clamp(min=0) + 0.01 * values.max()).rsqrt()
-    spread = model.get_input_embeddings().weight.double().std()
+    spread = cast(nn.Embedding, model.get_input_embeddings()).weight.double().std()
     generator = torch.Generator().manual_seed(seed)
     mixing = torch.randn(projector.weight.shape, generator=generator, dtype=torch.float64).to(features.device)
     weight = (spread * len(values) ** -0.5 * mixing) @ (vectors * scale) @ vectors.T

@@ -35,6 +35,7 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, template: str, path: s
 
 
 def check_tokens(tokenizer: PreTrainedTokenizerBase, template: str, path: str | Path) -> None:
+    """Raise InputError unless the tokenizer can write the template, and ends no text by itself."""
     if template == "chatml" and not {"<|im_start|>", "<|im_end|>"} <= tokenizer.get_vocab().keys():
         raise InputError(f"{path}: template chatml needs the tokens <|im_start|> and <|im_end|>; use vicuna")
     _, behind = _added_tokens(tokenizer)
@@ -50,7 +51,7 @@ def _added_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[str], list[s
     bare = len(tokenizer("yes", add_special_tokens=False)["input_ids"])
     marked = tokenizer("yes", return_special_tokens_mask=True)
     before = marked["special_tokens_mask"].index(0)
-    tokens = tokenizer.convert_ids_to_tokens(marked["input_ids"])
+    tokens = list(tokenizer.convert_ids_to_tokens(marked["input_ids"]))
     return tokens[:before], tokens[before + bare :]
 
 
