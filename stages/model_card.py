@@ -17,12 +17,10 @@ USE = {
 
 model, preprocess, tokenizer = diffclip.load("{repo}")""",
     "align": """from diffclip.base.images import open_image
-from mllm import chat
 from mllm.model import load
 
-model, processor = load("{repo}")
-question = chat.question_turn("What is in the image?", images=1)
-print(chat.answer(model, processor, [[question]], [open_image("a.jpg")])[0])""",
+vlm = load("{repo}")
+print(vlm.ask("What is in the image?", [open_image("a.jpg")]))""",
 }
 USE["instruct"] = USE["align"]
 USE["language"] = """from transformers import AutoModelForCausalLM, AutoTokenizer
