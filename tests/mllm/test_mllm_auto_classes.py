@@ -10,7 +10,6 @@ import torch
 
 import diffclip
 from mllm.assemble import assemble
-from mllm.model import save
 
 TREE = Path(__file__).resolve().parents[2]
 
@@ -21,7 +20,7 @@ def runs(language_dir, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     torch.manual_seed(0)
     diffclip.save(diffclip.build("DiffCLIP-tiny"), folder / "tower")
-    save(*assemble(folder / "tower", language_dir), folder / "llava")
+    assemble(folder / "tower", language_dir).save(folder / "llava")
     return folder
 
 

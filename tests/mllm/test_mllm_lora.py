@@ -36,7 +36,7 @@ def logits(model):
 
 
 def test_merged_logits_equal_the_adapters_and_the_run_loads_like_any_other(assembled, language_dir, tmp_path):
-    model, _processor = assembled
+    model = assembled.model
     before, untouched = parts(model), logits(model)
     prints = {name: fingerprint(module) for name, module in before.items()}
     freeze(model, {"projector"})

@@ -208,7 +208,7 @@ print(model.generate(**inputs, max_new_tokens=6)[0].tolist())
 
 
 def test_a_saved_processor_pads_left_and_training_pads_right(assembled, picture, tmp_path):
-    model, _processor = assembled
+    model = assembled.model
     assembled.save(tmp_path)
     read = AutoProcessor.from_pretrained(tmp_path)
     texts = [prompt([{"from": "human", "value": f"<image>\n{q}"}], "vicuna") for q in ("Is there a red square?", "a")]
@@ -396,7 +396,6 @@ def test_a_tower_that_turns_random_while_assembling_is_found(tower_dir, language
 
 @pytest.mark.parametrize("part", ["vision_tower", "projector", "language_model"])
 def test_weights_swapped_on_disk_are_found(assembled, tmp_path, part):
-    _model, _processor = assembled
     assembled.save(tmp_path)
     keys = {"vision_tower": "vision_tower", "projector": "projector", "language_model": "language_model"}
     file = tmp_path / "model.safetensors"
@@ -442,7 +441,7 @@ def test_paths_that_are_no_models_are_named(tower_dir, language_dir, tmp_path):
 
 
 def test_verify_names_the_part(assembled, tmp_path):
-    model, _processor = assembled
+    model = assembled.model
     assembled.save(tmp_path)
     prints = json.loads((tmp_path / "fingerprints.json").read_text())
     del prints["transform"], prints["settings"]  # not of weights

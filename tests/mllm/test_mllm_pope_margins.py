@@ -56,7 +56,6 @@ def test_margins_are_those_of_questions_asked_alone(assembled, picture, template
 
 @pytest.mark.parametrize("ask", [margins, generate])
 def test_a_question_that_shows_more_than_it_has_is_refused(assembled, picture, ask):
-    _model, _processor = assembled
     first, *others = asked(2)
     rows = [first._replace(text=f"<image>\n{first.text}", shown=""), *others]  # in a control without images
     with pytest.raises(InputError, match="shows 1 images, but 0 are given"):
@@ -64,7 +63,7 @@ def test_a_question_that_shows_more_than_it_has_is_refused(assembled, picture, a
 
 
 def test_a_question_is_computed_once_and_a_picture_opened_once(assembled, picture):
-    model, _processor = assembled
+    model = assembled.model
     opened, seen = [], []
     model.model.register_forward_hook(
         lambda module, args, kwargs, out: seen.append(kwargs["input_ids"].shape), with_kwargs=True
@@ -120,14 +119,14 @@ def test_greedy_answers_are_the_models_own(assembled, picture):
 
 
 def test_words_that_begin_alike_are_refused(assembled):
-    _model, processor = assembled
+    processor = assembled.processor
     processor.tokenizer.add_tokens([" "])  # as a tokenizer would that parts spaces from words
     with pytest.raises(InputError, match="same token"):
         yes_no_tokens(assembled)
 
 
 def test_a_token_that_begins_both_small_words_is_left_out(assembled):
-    _model, processor = assembled
+    processor = assembled.processor
     processor.tokenizer.add_tokens([" ", " Yes", " No"])  # " yes" and " no" go on from the lone space
     tokens = yes_no_tokens(assembled)
     assert [processor.tokenizer.convert_ids_to_tokens(one) for one in tokens] == [[" Yes"], [" No"]]

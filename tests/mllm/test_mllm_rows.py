@@ -134,7 +134,7 @@ def test_texts_that_no_tokenizer_takes_as_they_stand(folder, capsys, question, a
 
 
 def test_control_tokens_are_those_of_the_model(folder, assembled):
-    _model, processor = assembled
+    processor = assembled.processor
     processor.tokenizer.add_special_tokens({"additional_special_tokens": ["</s>", "\n"]})
     control = control_tokens(processor.tokenizer)
     assert {"</s>", "<|im_end|>"} <= set(control) and not {"<image>", "\n"} & set(control)
@@ -215,7 +215,7 @@ def test_a_tokenizer_that_was_saved_to_cut_and_fill_up_does_neither(tower_dir, l
 def test_a_tokenizer_that_cannot_stop_appending_is_refused(assembled):
     from tokenizers.processors import TemplateProcessing
 
-    _model, processor = assembled
+    processor = assembled.processor
     end = [("<|im_end|>", processor.tokenizer.eos_token_id)]
     appending = TemplateProcessing(single="$A <|im_end|>", special_tokens=end)
     processor.tokenizer.backend_tokenizer.post_processor = appending  # as in runs of earlier versions
