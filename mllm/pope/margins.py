@@ -109,19 +109,10 @@ def _batch_margins(
     """Margins of rows (image, questions), all with an image or all without."""
     model, packed = vlm.model, []
     for shown, texts in rows:
-<<<<<<< HEAD
-        name = f"question `{{}}` about {shown or 'no image'}: "
-        turns = [[question_turn(text + post_prompt, bool(shown))] for text in texts]
-        encoded = [vlm.encode(t, bool(shown), ask=True, name=name.format(text)) for t, text in zip(turns, texts)]
-=======
-        count, about = int(bool(shown)), shown or "no picture"
-        encoded = [
-            vlm.encode(
-                [question_turn(text + post_prompt, count)], count, ask=True, name=f"question `{text}` about {about}: "
-            )
-            for text in texts
-        ]
->>>>>>> mllm
+        count, about = int(bool(shown)), shown or "no image"
+        names = [f"question `{text}` about {about}: " for text in texts]
+        turns = [[question_turn(text + post_prompt, count)] for text in texts]
+        encoded = [vlm.encode(t, count, ask=True, name=name) for t, name in zip(turns, names)]
         packed.append(pack([row["input_ids"] for row in encoded]))
     length = max(len(ids) for ids, _, _, _ in packed)
     ids = torch.full((len(rows), length), vlm.tokenizer.pad_token_id)
