@@ -19,8 +19,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffclip.attention import DifferentialAttention
-from diffclip.attention_v2 import DifferentialAttentionV2
+from diffclip.attention import DifferentialAttention, DifferentialAttentionV2
 
 SHAPES = {"vision": (197, 768, 12, False), "text": (77, 512, 8, True)}
 

@@ -23,7 +23,7 @@ from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 import diffclip
 from mllm.assemble import plan
-from stages.dry_run import HARDWARE, count_conversation, estimate
+from stages.costs import HARDWARE, count_conversation, estimate
 from stages.pipeline import free_port
 
 QWEN = {

@@ -20,9 +20,10 @@ import torch
 from diffclip.base.errors import exit_on_input_error
 from mllm.chat import answer, question_turn
 from mllm.model import load
+from mllm.pope.images import find_images
 from mllm.pope.margins import generate, margins, predictions
-from mllm.pope.questions import POST_PROMPT, find_images, read
-from mllm.pope.scores import parse_strict
+from mllm.pope.parsers import parse_strict
+from mllm.pope.questions import POST_PROMPT, read
 
 
 def timed(do: Callable[[], Any]) -> tuple[float, Any]:

@@ -1,17 +1,16 @@
-"""Where a model looks: its attention maps, and which patches speak for a text (figure 2 of the paper).
+"""Where a model looks: its attention maps, and which patches speak for a text (figure 2 of the paper)."""
 
-python -m diffclip.attention_maps mug.jpg street.jpg --query "a mug" "a bicycle" \
-    --models runs/clip/pretrain runs/diffclip/pretrain --out fig.png
-"""
+import runpy
+import sys
 
-from __future__ import annotations
+if __name__ == "__main__":  # `python -m diffclip.attention_maps`: the command, before anything heavy is imported
+    runpy.run_module("diffclip.maps", run_name="__main__")
+    sys.exit()
 
-import argparse
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,14 +18,9 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision import transforms as T
 
-from diffclip.attention import DifferentialAttention, attention_scores, softmax_maps
-from diffclip.attention_v2 import DifferentialAttentionV2
-from diffclip.base.errors import InputError, exit_on_input_error
-from diffclip.base.images import open_image
-from diffclip.base.overlay import overlay
-
-if TYPE_CHECKING:
-    pass
+from diffclip.attention import Differential
+from diffclip.attention.base import attention_scores
+from diffclip.base.errors import InputError
 
 
 def both_maps(
@@ -35,20 +29,14 @@ def both_maps(
     """Return (A1, A2, lambda) of an attention module for its input x (batch, tokens, dim).
 
     Args:
-        attention: differential attention of either version, timm's `Attention`, or torch's `MultiheadAttention`.
+        attention: differential attention of any kind, timm's `Attention`, or torch's `MultiheadAttention`.
 
     Returns:
         A1, A2: softmax maps (batch, maps, tokens, tokens), with heads / 2 maps in version 1 and one per head
         otherwise; lambda broadcasts to them. A2 and lambda are None for ordinary attention.
     """
-    if isinstance(attention, DifferentialAttention):
-        q, k, _ = attention.project(x)
-        first, second = softmax_maps(q, k, attn_mask, is_causal)
-        return first, second, attention.compute_lambda().to(q.dtype)
-    if isinstance(attention, DifferentialAttentionV2):
-        q, k, _ = attention.project(x)
-        maps = attention.softmax_maps(q, k, attn_mask, is_causal)
-        return maps[:, 0::2], maps[:, 1::2], attention.compute_lambda(x)
+    if isinstance(attention, Differential):
+        return attention.maps(x, attn_mask, is_causal)
     q, k, _ = _ordinary(attention, x)
     return attention_scores(q, k, attn_mask, is_causal).softmax(dim=-1), None, None
 
@@ -74,13 +62,9 @@ def attention_map(attention: nn.Module, x: Tensor, attn_mask: Tensor | None = No
 
 def apply_map(attention: nn.Module, x: Tensor, map_: Tensor) -> Tensor:
     """Return what the module makes of x (batch, tokens, dim) with `map_` in the place of its own map."""
-    if isinstance(attention, DifferentialAttention):
-        mixed = attention.diff_norm(map_ @ attention.project(x)[2])
-    elif isinstance(attention, DifferentialAttentionV2):
-        mixed = map_ @ attention.project(x)[2]
-    else:
-        mixed = map_ @ _ordinary(attention, x)[2]
-    mixed = mixed.transpose(1, 2).flatten(2)
+    if isinstance(attention, Differential):
+        return attention.apply_map(x, map_)
+    mixed = (map_ @ _ordinary(attention, x)[2]).transpose(1, 2).flatten(2)
     if _is_timms(attention):
         mixed = attention.norm(mixed)
     return attention.proj(mixed) if hasattr(attention, "proj") else attention.out_proj(mixed)
@@ -101,7 +85,7 @@ def vision_attention(model: nn.Module, layer: int) -> nn.Module:
         blocks = getattr(getattr(visual, "transformer", None), "resblocks", None)
         token = getattr(visual, "pool_type", "") == "tok" and visual.attn_pool is None
     attention = getattr(blocks[-1], "attn", None) if blocks else None
-    known = isinstance(attention, DifferentialAttention | DifferentialAttentionV2 | nn.MultiheadAttention)
+    known = isinstance(attention, Differential | nn.MultiheadAttention)
     if not token or not (known or _is_timms(attention)):
         kind = type(getattr(visual, "trunk", visual)).__name__
         raise InputError(f"no attention maps for this model: its {kind} is no vision transformer with a class token")
@@ -220,68 +204,7 @@ def seen_part(transform: Any, nearest: bool = False) -> Callable[[Image.Image], 
     raise InputError("no attention maps for this model: its transform does not tell how it resizes and crops")
 
 
-# ---------------------------------------------------------------- the figure
-
-
-def figure(images: Sequence[str | Path], queries: Sequence[str], models: Sequence[str | Path], out: str | Path) -> None:
-    """Draw one row per image and query, one column per model, and write it to `out` (PNG, PDF or SVG).
-
-    Raises:
-        InputError: for an image or model that cannot be read, or counts of images and queries that do not match.
-    """
-    import numpy as np
-    from matplotlib.figure import Figure
-
-    from diffclip import checkpoints
-    from diffclip.benchmarks.comparison import model_names
-
-    if len(queries) not in (1, len(images)):
-        raise InputError(f"{len(queries)} queries for {len(images)} images: give one for all, or one for each")
-    titles = model_names([str(name) for name in models])
-    rows = list(zip(images, list(queries) * (len(images) if len(queries) == 1 else 1)))
-    pictures = [open_image(path) for path, _ in rows]
-    canvas = Figure(figsize=(2.2 * (1 + len(models)), 2.35 * len(rows)), layout="constrained")
-    axes = canvas.subplots(len(rows), 1 + len(models), squeeze=False)
-    for column, name in enumerate(models, 1):
-        model, transform, tokenizer = checkpoints.load(name)
-        try:
-            heats = relevance(
-                model, torch.stack([transform(p) for p in pictures]), tokenizer([query for _, query in rows])
-            )
-            seen = seen_part(transform)
-        except InputError as error:
-            raise InputError(f"{name}: {error}") from None
-        for row, (picture, heat) in enumerate(zip(pictures, heats)):
-            shown = np.asarray(enlarged(seen(picture)))
-            axes[row, column].imshow(overlay(shown, upsample(heat[None], shown.shape[:2])[0].numpy()))
-            axes[row, 0].imshow(shown)
-        axes[0, column].set_title(titles[column - 1], fontsize=9)
-    for row, (_, query) in enumerate(rows):
-        axes[row, 0].set_title(f'"{query}"', fontsize=9)
-    for axis in axes.flat:
-        axis.set_axis_off()
-    canvas.savefig(out, dpi=200)
-
-
 def enlarged(image: Image.Image, side: int = 224) -> Image.Image:
     """Return a small image (a drawing for a tiny model) enlarged by a whole factor, its pixels as squares."""
     factor = max(1, round(side / min(image.size)))
     return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, prog="diffclip.attention_maps"
-    )
-    parser.add_argument("images", nargs="+", help="image files")
-    parser.add_argument("--query", nargs="+", required=True, help="one text for all images, or one for each")
-    parser.add_argument("--models", nargs="+", required=True, help="run directories, checkpoints or Hub ids")
-    parser.add_argument("--out", required=True, help="PNG, PDF or SVG file to write")
-    args = parser.parse_args(argv)
-    with exit_on_input_error():
-        figure(args.images, args.query, args.models, args.out)
-        print(f"wrote {args.out}")
-
-
-if __name__ == "__main__":
-    main()

@@ -3,7 +3,6 @@
 `DiffCLIPVisionModel.trunk` is the same module, under the same names, as `visual.trunk` of the dual encoder.
 """
 
-# isort: split
 from typing import Any, ClassVar
 
 import numpy as np
@@ -17,22 +16,21 @@ from transformers.image_processing_backends import PilBackend
 from transformers.image_utils import PILImageResampling
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from diffclip.attention import DifferentialAttention
+from diffclip.attention import Differential
 from diffclip.attention_maps import attention_map
-from diffclip.attention_v2 import DifferentialAttentionV2
 from diffclip.base.backbones import TimmVisionTransformer
-from diffclip.base.errors import InputError
 from diffclip.base.images import cut_strip, to_rgb
-from diffclip.models import differentiate_tower, layer_lambda_inits, vision_trunk
+from diffclip.models import vision_trunk
+from diffclip.warm_start import differentiate_tower, layer_lambda_inits
 
 
 class DiffCLIPVisionConfig(PreTrainedConfig):
     """Shape of the vision tower.
 
     `lambda_init` has one value per layer; None stands for ordinary attention, the CLIP baseline. `attention_version`
-    is 2 for Microsoft's second version of differential attention. With
-    `stop_early`, a call that selects hidden states by index computes no block after the last one selected,
-    and gives no last_hidden_state: LLaVA reads hidden_states[-2] alone, so its last block is wasted work.
+    is the kind's number in `attention.KINDS`. With `stop_early`, a call that selects hidden states by index computes
+    no block after the last one selected, and gives no last_hidden_state: LLaVA reads hidden_states[-2] alone, so its
+    last block is wasted work.
     """
 
     model_type = "diffclip_vision"
@@ -90,7 +88,7 @@ class DiffCLIPVisionModel(PreTrainedModel):
             init.zeros_(module.bias)
         elif isinstance(module, (nn.LayerNorm, nn.RMSNorm, nn.Conv2d)):
             module.reset_parameters()
-        elif isinstance(module, DifferentialAttention | DifferentialAttentionV2):
+        elif isinstance(module, Differential):
             module.reset_lambdas()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -197,25 +195,6 @@ def vision_config(model_config: dict[str, Any]) -> DiffCLIPVisionConfig:
         lambda_init=lambda_init,
         attention_version=options.get("version", 1),
     )
-
-
-def load_tower(path_or_id: str) -> tuple[DiffCLIPVisionModel, DiffCLIPImageProcessor]:
-    """Return the vision tower, in evaluation mode, of what has no config.json of one: the official code's files.
-
-    Args:
-        path_or_id: such a file, its folder or its Hub id, as for `diffclip.load`.
-
-    Raises:
-        InputError: it cannot be read, or is no dual encoder of ours.
-    """
-    from diffclip import checkpoints  # which imports this module
-
-    model = checkpoints.load(path_or_id)[0]
-    if not hasattr(model, "model_config"):
-        raise InputError(f"{path_or_id}: a {type(model).__name__} that is not ours: its tower is read by transformers")
-    tower = DiffCLIPVisionModel(vision_config(model.model_config))
-    tower.trunk.load_state_dict(model.visual.trunk.state_dict())
-    return tower.eval(), image_processor(model.model_config)
 
 
 def image_processor(model_config: dict[str, Any]) -> DiffCLIPImageProcessor:

@@ -1,6 +1,5 @@
 """Directories of transformers' CLIPModel (openai/clip-vit-base-patch16 and its kin), read as open_clip models."""
 
-# isort: split
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -10,11 +9,15 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor, cat
+from transformers import AutoImageProcessor, AutoTokenizer, CLIPConfig
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from diffclip.base.backbones import open_clip
 from diffclip.base.errors import InputError
+from diffclip.base.files import read_json
 from diffclip.base.images import cut_strip, to_rgb
-from diffclip.checkpoints import load_strictly, refuse_auto_map
+from diffclip.foreign_code import refuse_auto_map
+from diffclip.weights import load_strictly, read_pickle, read_safetensors, tensors
 
 LAYER = (  # transformers' name, open_clip's
     ("self_attn.out_proj.", "attn.out_proj."),
@@ -38,23 +41,18 @@ NORMS = {
 }
 
 
-def load_transformers_clip(
-    directory: Path, config: dict[str, Any], state: dict[str, Tensor]
-) -> tuple[open_clip.CLIP, Callable, Callable]:
+def load_transformers_clip(directory: Path, config: dict[str, Any]) -> tuple[open_clip.CLIP, Callable, Callable]:
     """Return (model in evaluation mode, its transform for evaluation, its tokenizer) for a CLIPModel's directory.
 
     Images and texts are prepared by the directory's own image processor (on PIL) and tokenizer.
 
     Args:
         config: of its config.json.
-        state: of its weights.
 
     Raises:
         InputError: for an activation that open_clip's CLIP does not have, weights that do not fit, or an image
             processor or tokenizer that cannot be followed.
     """
-    from transformers import CLIPConfig
-
     try:
         whole = CLIPConfig.from_dict(config)
     except Exception as error:  # transformers checks each value in its own way
@@ -87,7 +85,7 @@ def load_transformers_clip(
         },
         quick_gelu=vision.hidden_act == "quick_gelu",
     )
-    load_strictly(model, rename(state), str(directory))
+    load_strictly(model, rename(read_weights(directory)), str(directory))
     transform = image_transform(directory, vision.image_size)
     return model.eval(), transform, tokenizer(directory, text.max_position_embeddings, text.vocab_size)
 
@@ -126,9 +124,6 @@ def image_transform(directory: Path, side: int) -> ImageTransform:
     Raises:
         InputError: it cannot be read without running its code, or makes images of another size than the tower takes.
     """
-    from transformers import AutoImageProcessor
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-
     names = [name for name in ("preprocessor_config.json", "processor_config.json") if (directory / name).is_file()]
     for name in names:
         refuse_auto_map(directory / name, "AutoImageProcessor")
@@ -160,8 +155,6 @@ def tokenizer(directory: Path, context_length: int, vocab_size: int) -> Callable
     Raises:
         InputError: it cannot be read without running its code, or gives ids that the model has no embedding for.
     """
-    from transformers import AutoTokenizer
-
     files = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "tokenizer.model")
     if not any((directory / name).is_file() for name in files):
         if vocab_size != 49408:
@@ -221,3 +214,16 @@ def rename(state: dict[str, Tensor]) -> dict[str, Tensor]:
         else:
             out[name] = tensor
     return out
+
+
+def read_weights(directory: Path) -> dict[str, Tensor]:
+    """Read model.safetensors, the files that model.safetensors.index.json lists, or pytorch_model.bin."""
+    if (index := directory / "model.safetensors.index.json").is_file():
+        listed = read_json(index)
+        names = set(listed["weight_map"].values()) if isinstance(listed, dict) and "weight_map" in listed else set()
+        if not names or any(Path(str(name)).name != name for name in names):
+            raise InputError(f"{index}: lists no weight files of its own directory under weight_map")
+        return {key: tensor for name in sorted(names) for key, tensor in read_safetensors(directory / name).items()}
+    if not (directory / "model.safetensors").is_file() and (directory / "pytorch_model.bin").is_file():
+        return tensors(read_pickle(directory / "pytorch_model.bin"), directory / "pytorch_model.bin")
+    return read_safetensors(directory / "model.safetensors")

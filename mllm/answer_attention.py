@@ -96,7 +96,8 @@ def overlays(
     Returns:
         For each image the overlay, at least 336 pixels high, and the share of the answer's attention it gets.
     """
-    from diffclip.attention_maps import overlay, upsample
+    from diffclip.attention_maps import upsample
+    from diffclip.base.overlay import overlay
     from mllm.conversation import IGNORE, encode, render
     from mllm.data.examples import image_tokens
     from mllm.image_modes import bounded

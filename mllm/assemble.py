@@ -22,8 +22,7 @@ from transformers import (
 
 from diffclip.base.errors import InputError
 from diffclip.base.fingerprint import fingerprint
-from diffclip.checkpoints import official_file
-from diffclip.hf import load_tower
+from diffclip.checkpoints import load_tower, official_file
 from mllm.conversation import IMAGE, TEMPLATES, chat_template
 from mllm.image_modes import with_mode
 from mllm.model import (

@@ -20,7 +20,7 @@ from diffclip.base.backbones import (
     open_clip,
 )
 from diffclip.base.errors import InputError
-from diffclip.checkpoints import refuse_foreign_code
+from diffclip.foreign_code import refuse_foreign_code
 from diffclip.hf import DiffCLIPImageProcessor, image_processor
 from mllm.image_modes import with_mode
 

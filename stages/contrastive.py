@@ -1,13 +1,14 @@
 """transformers' Trainer with the paper's recipe in it: loss over all ranks, parameter groups, schedule per
-iteration, bounded temperature, validation after each epoch, and what one wants to know while it runs.
+iteration, bounded temperature, validation after each epoch, and more in the log.
 """
 
 import math
 import os
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import nn
@@ -17,44 +18,48 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 import diffclip
 from diffclip.base.errors import InputError
 from diffclip.base.files import append_jsonl, read_json, write_json
-from diffclip.benchmarks import datasets, retrieval, zero_shot
+from diffclip.base.schema import BAD_SAMPLES, BEST, METRICS, NON_FINITE, NonFinite
+from diffclip.benchmarks import datasets, prompts, retrieval, zero_shot
 from diffclip.benchmarks.features import Encoder
 from diffclip.data.pairs import PairTable
+from diffclip.data.training_pairs import TrainingPairs
 from diffclip.losses import contrastive_loss
+from diffclip.models import CLIP
 from diffclip.recipe import clamp_logit_scale, decay_parameter_names, learning_rate
 from stages.callbacks import check_weights
-
-if TYPE_CHECKING:
-    from stages.pretrain import PretrainConfig
-    from stages.run import Run
+from stages.run import Run
+from stages.settings import PretrainConfig
 
 
 class ContrastiveTrainer(Trainer):
-    """Trains an open_clip-style model on batches of `diffclip.data.training_pairs.TrainingPairs`."""
+    """Trains a dual encoder on batches of pairs."""
 
     def __init__(
         self,
         *,
-        config: "PretrainConfig",
+        model: CLIP,
+        train_dataset: TrainingPairs,
+        config: PretrainConfig,
         steps_per_epoch: int,
-        run: "Run",
+        run: Run,
         val_pairs: PairTable | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
+        super().__init__(model, train_dataset=train_dataset, **kwargs)
+        self.clip, self.pairs = model, train_dataset  # Trainer's own `model` and `train_dataset`, with their types
         self.config, self.steps_per_epoch, self.run = config, steps_per_epoch, run
         self.loss = contrastive_loss(config.gather_with_grad)
-        self.tokenize = diffclip.tokenizer(self.model.model_config)
-        self.eval_transform = diffclip.transforms(self.model.model_config, train=False)
+        self.tokenize = diffclip.tokenizer(model.model_config)
+        self.eval_transform = diffclip.transforms(model.model_config, train=False)
         self.val_set = read_val_set(config.val_data) if config.val_data else None
         self.val_pairs = val_pairs
-        self.lambdas = lambda_modules(self.model)
+        self.lambdas = lambda_modules(model)
         self.seen = self.bad = 0  # samples of this process, since it started
         self.waited, self.last_log = 0.0, time.perf_counter()
         self.add_callback(AfterStep(self))
 
     def _get_train_sampler(self, *args: object) -> SequentialSampler:
-        return SequentialSampler(self.train_dataset)  # TrainingPairs is already in training order
+        return SequentialSampler(self.pairs)  # TrainingPairs is already in training order
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Any]:
         start = time.perf_counter()
@@ -67,10 +72,10 @@ class ContrastiveTrainer(Trainer):
         model: nn.Module,
         inputs: dict[str, torch.Tensor],
         return_outputs: bool = False,
-        **kwargs: object,
+        num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
         chunk = self.config.micro_batch_size
-        pixels = diffclip.normalize(self.model.model_config, inputs["image"])
+        pixels = diffclip.normalize(self.clip.model_config, inputs["image"])
         image, text, scale = model(image=pixels, text=inputs["text"], chunk=chunk if chunk < len(pixels) else 0)[:3]
         loss = self.loss(image, text, scale)
         if not torch.isfinite(loss):
@@ -80,17 +85,17 @@ class ContrastiveTrainer(Trainer):
 
     def stop_at_non_finite(self, loss: float, items: torch.Tensor, image: torch.Tensor, text: torch.Tensor) -> NoReturn:
         """Name this rank's share of the batch in non_finite.jsonl, and raise InputError."""
-        pairs = self.train_dataset
-        keys = [pairs.table.key(pairs.row(int(k))) for k in items]
+        keys = [self.pairs.table.key(self.pairs.row(int(k))) for k in items]
         finite = torch.isfinite(image).all(dim=1) & torch.isfinite(text).all(dim=1)
         culprits = [key for key, fine in zip(keys, finite.tolist()) if not fine]
         step = self.state.global_step + 1
-        record = {"step": step, "rank": self.args.process_index, "loss": str(loss), "culprits": culprits, "keys": keys}
-        named = self.run.path / "non_finite.jsonl"
-        append_jsonl(named, [record])
+        rank = self.args.process_index
+        record = NonFinite(step=step, rank=rank, loss=str(loss), culprits=culprits, keys=keys)
+        path = self.run.path / NON_FINITE
+        append_jsonl(path, [record])
         blame = f"the features of {culprits[0]} are not finite" if len(culprits) == 1 else "the model has diverged"
         raise InputError(
-            f"loss is {loss} at step {step} ({blame}): the samples are named in {named}; start again without them or "
+            f"loss is {loss} at step {step} ({blame}): the samples are named in {path}; start again without them or "
             "with a lower learning rate in another output_dir; the last good checkpoint is "
             f"{self.run.resume_from or 'none'}"
         )
@@ -102,7 +107,7 @@ class ContrastiveTrainer(Trainer):
         if often_enough and self.bad > self.config.max_bad_share * (self.seen + self.bad):
             raise InputError(
                 f"{self.bad} of {self.seen + self.bad} samples could not be read, more than max_bad_share "
-                f"{self.config.max_bad_share:g}: see {self.run.path / 'bad_samples.jsonl'}, mend the data or raise it"
+                f"{self.config.max_bad_share:g}: see {self.run.path / BAD_SAMPLES}, mend the data or raise it"
             )
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
@@ -126,13 +131,15 @@ class ContrastiveTrainer(Trainer):
                 / peak
             )
 
-        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, factor)
+        optimizer = optimizer or self.optimizer
+        assert optimizer is not None  # Trainer makes it first
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return self.lr_scheduler
 
     def validate(self) -> dict[str, float]:
         """Zero-shot accuracy on `val_data` and R@k on `val_pairs`, in percent; {} if neither was named.
 
-        The model of the best epoch so far, by top-1 or else by mean R@1, is kept in `best/`.
+        The model of the best epoch so far, by top-1 or else by mean R@1, is written to `best/`.
         """
         if self.val_set is None and self.val_pairs is None:
             return {}
@@ -140,10 +147,9 @@ class ContrastiveTrainer(Trainer):
         encoder = Encoder(model, self.eval_transform, self.tokenize, quiet=True)
         metrics: dict[str, float] = {}
         if self.val_set is not None:
-            prompts = self.val_set.templates or zero_shot.templates("imagenet7")
-            vectors = zero_shot.classifier(model, self.tokenize, self.val_set.classnames, prompts)
-            pictures = self.val_set.splits.get("val", self.val_set.splits["test"])
-            features = encoder.images(pictures)
+            templates = self.val_set.templates or prompts.templates("imagenet7")
+            vectors = prompts.classifier(model, self.tokenize, self.val_set.classnames, templates)
+            features = encoder.images(self.val_set.splits.get("val", self.val_set.splits["test"]))
             metrics |= zero_shot.classify(features.after, vectors, features.labels).metrics()
         if self.val_pairs is not None:
             metrics |= retrieval_of_pairs(encoder, self.val_pairs)
@@ -151,25 +157,25 @@ class ContrastiveTrainer(Trainer):
         metrics = {f"val/{name}": value for name, value in metrics.items()}
         self.run.append_metrics({"step": self.state.global_step, **metrics})
         if self.run.is_main:
-            self.keep_if_best(model, metrics)
+            self.save_if_best(model, metrics)
         return metrics
 
-    def keep_if_best(self, model: nn.Module, metrics: dict[str, float]) -> None:
+    def save_if_best(self, model: nn.Module, metrics: dict[str, float]) -> None:
         """Write `model` to `best/`, whole or not at all, if it is better than what is there."""
         recalls = [metrics.get(f"val/{way}/R@1", 0.0) for way in ("text_to_image", "image_to_text")]
         score = metrics.get("val/top1", sum(recalls) / 2)
-        best, temporary = self.run.path / "best", self.run.path / "best.tmp"
+        best, temporary = self.run.path / BEST, self.run.path / f"{BEST}.tmp"
         if score_of(best) >= score:
             return
         shutil.rmtree(temporary, ignore_errors=True)
         diffclip.save(model, temporary)
-        write_json(temporary / "metrics.json", {"score": score, "step": self.state.global_step, **metrics})
+        write_json(temporary / METRICS, {"score": score, "step": self.state.global_step, **metrics})
         shutil.rmtree(best, ignore_errors=True)
         os.replace(temporary, best)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            logs["logit_scale"] = self.model.logit_scale.detach().exp().item()
+            logs["logit_scale"] = self.clip.logit_scale.detach().exp().item()
             logs |= {f"lambda/{name}": m.mean_lambda() for name, m in self.lambdas.items()}
             now = time.perf_counter()
             logs["data_wait"] = self.waited / max(now - self.last_log, 1e-9)
@@ -180,12 +186,12 @@ class ContrastiveTrainer(Trainer):
 def score_of(best: Path) -> float:
     """The score of the model in `best/`; minus infinity if there is none, or none that can be read."""
     try:
-        return float(read_json(best / "metrics.json")["score"])
+        return float(read_json(best / METRICS)["score"])
     except (InputError, KeyError, TypeError, ValueError):
         return -math.inf
 
 
-def lambda_modules(model: nn.Module) -> dict[str, nn.Module]:
+def lambda_modules(model: CLIP) -> dict[str, Any]:
     """The differential attention modules of a model by tower and layer, e.g. "vision.0"."""
     towers = {"vision": model.visual, "text": model.transformer}
     return {
@@ -197,12 +203,13 @@ def lambda_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 def retrieval_of_pairs(encoder: Encoder, pairs: PairTable) -> dict[str, float]:
     """R@1/5/10 in percent over held-out pairs, each caption of an image a query of its own."""
+    encode_image = cast(Callable[[torch.Tensor], torch.Tensor], encoder.model.encode_image)
     images, texts, owners = [], [], []
     with torch.inference_mode():
         for start in range(0, len(pairs), encoder.batch_size):
             batch = [pairs[i] for i in range(start, min(start + encoder.batch_size, len(pairs)))]
             pixels = torch.stack([encoder.preprocess(image) for image, _ in batch]).to(encoder.device)
-            images.append(encoder.model.encode_image(pixels).float().cpu())
+            images.append(encode_image(pixels).float().cpu())
             for i, (_, captions) in enumerate(batch, start):
                 texts += captions
                 owners += [i] * len(captions)
@@ -218,21 +225,21 @@ class AfterStep(TrainerCallback):
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        clamp_logit_scale(self.trainer.model)
+        clamp_logit_scale(self.trainer.clip)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         epoch, rest = divmod(state.global_step, self.trainer.steps_per_epoch)
         if rest == 0 and state.global_step < state.max_steps:
-            check_weights(self.trainer.model, self.trainer.run, state.global_step, args.device)  # before best/ has them
+            check_weights(self.trainer.clip, self.trainer.run, state.global_step, args.device)  # before best/ has them
             metrics = self.trainer.validate()
             if metrics:
-                said = " ".join(f"{name} {value:.1f}" for name, value in metrics.items())
-                self.trainer.run.say(f"pretrain epoch {epoch}: {said}")
-                wanted = control.should_log
-                self.trainer.log(metrics)  # for TensorBoard; it takes the wish to log this step's loss for fulfilled
-                control.should_log = wanted
+                scores = " ".join(f"{name} {value:.1f}" for name, value in metrics.items())
+                self.trainer.run.log(f"pretrain epoch {epoch}: {scores}")
+                log_loss = control.should_log
+                self.trainer.log(metrics)  # for TensorBoard; afterwards Trainer holds this step's loss for logged
+                control.should_log = log_loss
 
 
 def read_val_set(folder: str) -> datasets.Classification:

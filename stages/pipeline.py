@@ -11,39 +11,23 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from diffclip.base.errors import InputError, exit_on_input_error
 from diffclip.base.files import read_json
+from diffclip.base.schema import LOG, RECORD
 from stages.config import parse, require
+from stages.settings import PipelineConfig
 
-
-@dataclass
-class PipelineConfig:
-    """Settings of the chain; each stage's own settings are in the YAML file named for it."""
-
-    output_dir: str = field(default="runs/quickstart", metadata={"help": "everything is written below"})
-    variants: list[str] = field(
-        default_factory=lambda: ["CLIP", "DiffCLIP"],
-        metadata={"help": "CLIP, DiffCLIP, DiffCLIP-star, DiffCLIP-dagger"},
-    )
-    size: str = field(default="tiny", metadata={"help": "model size, the last part of the model's name"})
-    seed: int = field(default=0, metadata={"help": "seed of the scenes and of every stage"})
-    ranks: int = field(default=1, metadata={"help": "processes of the multimodal stages under deepspeed"})
-    scenes: dict = field(default_factory=dict, metadata={"help": "options of diffclip.scenes export, as JSON"})
-    pretrain: str = field(default="", metadata={"help": "YAML of stages.pretrain"})
-    language: str = field(default="", metadata={"help": "YAML of stages.language"})
-    align: str = field(default="", metadata={"help": "YAML of stages.align"})
-    instruct: str = field(default="", metadata={"help": "YAML of stages.instruct"})
-    evaluate: str = field(default="", metadata={"help": "YAML of stages.evaluate"})
+PID = "DIFFCLIP_PIPELINE_PID"  # environment variable: the process that a stage ends with
 
 
 def main(argv: list[str] | None = None) -> None:
     config = parse(PipelineConfig, __doc__, argv)
     require(config, "output_dir", "variants", "pretrain", "language", "align", "instruct", "evaluate")
-    os.environ["DIFFCLIP_PIPELINE_PID"] = str(os.getpid())
+    os.environ[PID] = str(os.getpid())
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // config.ranks)))
@@ -57,8 +41,8 @@ def main(argv: list[str] | None = None) -> None:
     seed = f"--seed={config.seed}"
     data = out / "scenes"
     scenes = [f"--{key.replace('_', '-')}={value}" for key, value in config.scenes.items()]
-    python(["diffclip.scenes", "export", str(data), seed, *scenes])
-    python(
+    run_python(["diffclip.scenes", "export", str(data), seed, *scenes])
+    run_python(
         ["stages.language", f"--config={config.language}", seed]
         + [f"--text={data}/llava/text.jsonl", f"--output_dir={out}/language"]
         + ["--vocabulary_from", f"{data}/llava/align.json", f"{data}/llava/instruct.json"]
@@ -66,30 +50,30 @@ def main(argv: list[str] | None = None) -> None:
     evaluated = []
     for variant in config.variants:
         runs = out / variant
-        python(
+        run_python(
             ["stages.pretrain", f"--config={config.pretrain}", seed, f"--model={variant}-{config.size}"]
             + [f"--train_data={data}/pretrain/*.tar", f"--val_data={data}/classification/shape"]
             + [f"--output_dir={runs}/pretrain"]
         )
-        deepspeed(
+        run_deepspeed(
             config.ranks,
             ["stages.align", f"--config={config.align}", seed, f"--vision_tower={runs}/pretrain"]
             + [f"--language_model={out}/language", f"--data={data}/llava/align.json"]
             + [f"--image_root={data}/llava/images", f"--output_dir={runs}/align"],
         )
-        deepspeed(
+        run_deepspeed(
             config.ranks,
             ["stages.instruct", f"--config={config.instruct}", seed, f"--model={runs}/align"]
             + [f"--data={data}/llava/instruct.json", f"--image_root={data}/llava/images"]
             + [f"--output_dir={runs}/instruct"],
         )
-        python(
+        run_python(
             ["stages.evaluate", f"--config={config.evaluate}", seed, f"--clip={runs}/pretrain"]
             + [f"--mllm={runs}/instruct", f"--clip_data={data}", f"--pope={data}/pope"]
             + [f"--image_root={data}/pope/images", f"--output_dir={runs}/evaluate"]
         )
         evaluated.append(str(runs))
-    python(["stages.report", *evaluated, "--out", f"{out}/report"])
+    run_python(["stages.report", *evaluated, "--out", f"{out}/report"])
     print(f"\nAll stages took {(time.time() - started) / 60:.1f} minutes. Report: {out}/report/index.html")
     print(what_next(out, config.variants))
 
@@ -113,24 +97,42 @@ def what_next(out: Path, variants: list[str]) -> str:
     )
 
 
-def python(arguments: list[str]) -> None:
+def end_with_pipeline() -> None:
+    """If a pipeline started this process (environment variable `PID`), exit within a second of its death.
+
+    The deepspeed launcher does not pass signals on, so without this a killed quickstart would train on unseen.
+    Stages call it before their slow imports.
+    """
+    pid = os.environ.get(PID)
+    if pid is None:
+        return
+
+    def watch() -> None:
+        while os.path.exists(f"/proc/{pid}"):
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def run_python(arguments: list[str]) -> None:
     """Run `python -m ...` to its end; exits with its code if it fails."""
-    run([sys.executable, "-m", *arguments], shown=["python", "-m", *arguments])
+    run([sys.executable, "-m", *arguments], typed=["python", "-m", *arguments])
 
 
-def deepspeed(ranks: int, arguments: list[str]) -> None:
+def run_deepspeed(ranks: int, arguments: list[str]) -> None:
     """Run a stage under the deepspeed launcher on `ranks` devices of this machine.
 
     The launcher can exit with 0 although a rank died, so the result is looked for in run.json.
     """
     out = Path(next(a for a in arguments if a.startswith("--output_dir=")).split("=", 1)[1])
     if finished(out):  # the stage says so itself, in a tenth of the launcher's time
-        return python(arguments)
+        return run_python(arguments)
     command = ["deepspeed", "--num_gpus", str(ranks), "--log_level", "warning", "--module", *arguments]
     launcher = [sys.executable, str(Path(sys.executable).parent / "deepspeed"), "--master_port", str(free_port())]
-    run([*launcher, *command[1:]], shown=command)
+    run([*launcher, *command[1:]], typed=command)
     if not finished(out):
-        raise InputError(f"{arguments[0]} did not finish: see the lines above and {out}/log.txt, then start again")
+        raise InputError(f"{arguments[0]} did not finish: see the lines above and {out}/{LOG}, then start again")
 
 
 def free_port() -> int:
@@ -142,14 +144,14 @@ def free_port() -> int:
 
 def finished(out: Path) -> bool:
     """Whether the run directory `out` says that its stage came to its end."""
-    record = out / "run.json"
-    found = read_json(record) if record.is_file() else None
-    return isinstance(found, dict) and found.get("state") == "finished"
+    path = out / RECORD
+    record = read_json(path) if path.is_file() else None
+    return isinstance(record, dict) and record.get("state") == "finished"
 
 
-def run(command: list[str], shown: list[str]) -> None:
-    """Run a command in a process group of its own, so that an interrupt ends all of it."""
-    print(f"\n$ {' '.join(shown)}", flush=True)
+def run(command: list[str], typed: list[str]) -> None:
+    """Run a command in a process group of its own, so that an interrupt ends all of it; print it as typed."""
+    print(f"\n$ {' '.join(typed)}", flush=True)
     process = subprocess.Popen(command, start_new_session=True)
     try:
         code = process.wait()

@@ -6,7 +6,6 @@ one seed a model the doubt is in the sample of test items, with several also in 
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -14,10 +13,8 @@ from diffclip.base.errors import InputError
 from diffclip.base.files import read_json
 from diffclip.base.statistics import mcnemar, over_seeds, paired_bootstrap
 
-if TYPE_CHECKING:
-    from rich.table import Table
-
-SHOWN = ("top1", "R@1", "R@5", "R@10", "accuracy", "average", "average_with_base", "average7")  # ends of scores' names
+# ends of the names of scores that are compared
+COMPARED = ("top1", "R@1", "R@5", "R@10", "accuracy", "average", "average_with_base", "average7")
 
 Scores = Mapping[str, float]
 Outcomes = Mapping[str, np.ndarray]
@@ -53,9 +50,9 @@ def model_names(sources: Sequence[str]) -> list[str]:
         InputError: the same model twice, or names that stay alike.
     """
     paths = [Path(source).resolve() for source in sources]
-    told = [_recorded_name(path) for path in paths]
-    names = [name or path.name for name, path in zip(told, paths)]
-    found = list(names)
+    recorded = [_recorded_name(path) for path in paths]
+    names = [name or path.name for name, path in zip(recorded, paths)]
+    distinct = list(names)
     for row, name in enumerate(names):
         alike = [path.parts for path, other in zip(paths, names) if other == name]
         if len(alike) > 1:
@@ -64,11 +61,11 @@ def model_names(sources: Sequence[str]) -> list[str]:
             if start + end == min(map(len, alike)):  # one path is the beginning of another
                 start -= 1
             differs = "-".join(paths[row].parts[start : len(paths[row].parts) - end])
-            found[row] = "-".join(part for part in (told[row], differs) if part) or name
-    if len(set(found)) < len(found):
-        twice = next(name for name in found if found.count(name) > 1)
+            distinct[row] = "-".join(part for part in (recorded[row], differs) if part) or name
+    if len(set(distinct)) < len(distinct):
+        twice = next(name for name in distinct if distinct.count(name) > 1)
         raise InputError(f"two models are called {twice}: give each once, or NAME=PATH where the command takes that")
-    return found
+    return distinct
 
 
 def _in_common(rows: Sequence[Sequence[str]]) -> int:
@@ -95,7 +92,7 @@ def compare(scores: Mapping[str, Sequence[Scores]], outcomes: Mapping[str, Seque
     (reference, first), *others = scores.items()
     rows = [["percent", reference, *(cell for name, _ in others for cell in (name, f"{name} - {reference}"))]]
     for key in first[0]:
-        if key.rsplit("/", 1)[-1] not in SHOWN:
+        if key.rsplit("/", 1)[-1] not in COMPARED:
             continue
         cells = [key, _mean_sd([seed[key] for seed in first])]
         for name, seeds in others:
@@ -108,18 +105,6 @@ def compare(scores: Mapping[str, Sequence[Scores]], outcomes: Mapping[str, Seque
     return rows
 
 
-def table(rows: Sequence[Sequence[str]]) -> "Table":
-    """The rows of `compare` for a console."""
-    from rich.table import Table
-
-    result = Table(title="CLIP benchmarks")
-    for number, name in enumerate(rows[0]):
-        result.add_column(name, no_wrap=number == 0)
-    for row in rows[1:]:
-        result.add_row(*row)
-    return result
-
-
 def markdown(rows: Sequence[Sequence[str]]) -> str:
     """The rows of `compare` as a Markdown table."""
     lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
@@ -130,7 +115,7 @@ def _of_items(first: np.ndarray | None, second: np.ndarray | None) -> str:
     if first is None or second is None:  # an average of scores has no items of its own
         return ""
     text = _interval(*(100 * value for value in paired_bootstrap(first, second)))
-    binary = all(np.isin(one, (0, 1)).all() for one in (first, second))
+    binary = all(np.isin(values, (0, 1)).all() for values in (first, second))
     return f"{text} p={mcnemar(first, second):.2g}" if binary else text
 
 

@@ -8,11 +8,10 @@ import hashlib
 import json
 import os
 import re
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import safetensors.torch
 import torch
@@ -23,8 +22,9 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from diffclip.base.errors import InputError
+from diffclip.base.files import whole
 from diffclip.base.fingerprint import fingerprint
-from diffclip.benchmarks.images import Pictures
+from diffclip.benchmarks.images import Images
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FORMAT = 2  # raise it when the meaning of a stored file changes
@@ -77,13 +77,13 @@ class Encoder:
         self.quiet = quiet
         self.fingerprint = fingerprint(model)
 
-    def images(self, pictures: Pictures, name: str = "images") -> ImageFeatures:
+    def images(self, images: Images, name: str = "images") -> ImageFeatures:
         """Encode images in order, or read them back when the same weights have seen the same images.
 
         Raises:
             InputError: an image that cannot be decoded, named.
         """
-        stored = self._cached(self._images_key(pictures), lambda: _joined(self._encode_batches(pictures, name)))
+        stored = self._cached(self._images_key(images), lambda: _joined(self._encode_batches(images, name)))
         return ImageFeatures(stored["before"].float(), stored["after"].float(), stored["labels"])
 
     def texts(self, texts: Sequence[str], name: str = "texts") -> Tensor:
@@ -93,7 +93,7 @@ class Encoder:
         key = {"ids": digest, "shape": list(ids.shape), "kind": "text"}
         return self._cached(key, lambda: {"after": self._encode_ids(ids, name)})["after"].float()
 
-    def images_together(self, wanted: Mapping[str, Pictures]) -> None:
+    def images_together(self, wanted: Mapping[str, Images]) -> None:
         """Encode images on all ranks of the process group; afterwards `images` of rank 0 finds them stored.
 
         Rank r encodes each batch r, r + ranks, ... of those that one process would make, so that the features are
@@ -102,15 +102,18 @@ class Encoder:
         Raises:
             InputError: an image that cannot be decoded, on every rank.
         """
+        if self.cache_dir is None:
+            raise ValueError("ranks share features through a cache_dir")
         rank, ranks = dist.get_rank(), dist.get_world_size()
-        for name, pictures in wanted.items():
-            path, key = self._place(self._images_key(pictures))
+        for name, images in wanted.items():
+            file, key = self._place(self._images_key(images))
+            path = self.cache_dir / file
             stored = [path.exists()]
             dist.broadcast_object_list(stored)
             if stored[0]:
                 continue
             try:
-                share: object = self._encode_batches(pictures, name, rank, ranks)
+                share: object = self._encode_batches(images, name, rank, ranks)
             except InputError as error:  # told to all, so that none waits for this rank
                 share = error
             shares: list = [None] * ranks
@@ -122,20 +125,22 @@ class Encoder:
                 rows = [shares[n % ranks][n // ranks] for n in range(sum(map(len, shares)))]
                 save_tensors(_joined(rows), path, {"key": key})
 
-    def _images_key(self, pictures: Pictures) -> dict:
-        return {"pictures": pictures.digest, "transform": _printed(self.preprocess), "kind": "image"}
+    def _images_key(self, images: Images) -> dict:
+        return {"pictures": images.digest, "transform": _printed(self.preprocess), "kind": "image"}
 
-    def _place(self, key: dict) -> tuple[Path, str]:
+    def _place(self, key: dict) -> tuple[str, str]:
+        """The file of an entry, and the whole key, of which its name is a hash."""
         # lambda_init, the norms' epsilons and the activation are not in the weights
         config = getattr(self.model, "model_config", None) or _printed(self.model)
         model = [self.fingerprint, config]
         text = json.dumps({"format": FORMAT, "model": model, "precision": self.precision, **key}, sort_keys=True)
-        return self.cache_dir / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.safetensors", text
+        return f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.safetensors", text
 
     def _cached(self, key: dict, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         if self.cache_dir is None:
             return compute()
-        path, text = self._place(key)
+        file, text = self._place(key)
+        path = self.cache_dir / file
         if path.exists():
             return safetensors.torch.load_file(path)
         features = compute()
@@ -143,12 +148,12 @@ class Encoder:
         return features
 
     @torch.no_grad()
-    def _encode_batches(self, pictures: Pictures, name: str, first: int = 0, step: int = 1) -> list[dict[str, Tensor]]:
-        rows = range(len(pictures))
+    def _encode_batches(self, images: Images, name: str, first: int = 0, step: int = 1) -> list[dict[str, Tensor]]:
+        rows = range(len(images))
         batches = [rows[i : i + self.batch_size] for i in rows[:: self.batch_size]][first::step]
         loader = DataLoader(
-            _Transformed(pictures, self.preprocess),
-            batch_sampler=batches,
+            _Transformed(images, self.preprocess),
+            batch_sampler=[list(batch) for batch in batches],
             num_workers=self.workers,
             collate_fn=_collate,
             pin_memory=self.device.type == "cuda",
@@ -158,9 +163,9 @@ class Encoder:
             for batch in loader:
                 if isinstance(batch, InputError):
                     raise batch
-                images, targets = batch  # (batch, 3, H, W), (batch,)
+                pixels, targets = batch  # (batch, 3, H, W), (batch,)
                 with self._autocast():
-                    low, high = encode_image(self.model, images.to(self.device, non_blocking=True))
+                    low, high = encode_image(self.model, pixels.to(self.device, non_blocking=True))
                 encoded.append({"before": self._stored(low), "after": self._stored(high), "labels": targets})
                 bar.update(len(targets))
         return encoded
@@ -168,10 +173,11 @@ class Encoder:
     @torch.no_grad()
     def _encode_ids(self, ids: Tensor, name: str) -> Tensor:
         features = []
+        encode_text = cast(Callable[[Tensor], Tensor], self.model.encode_text)
         with self._progress(len(ids), name, "text") as bar:
             for batch in ids.split(self.batch_size):  # (batch, context)
                 with self._autocast():
-                    features.append(self._stored(self.model.encode_text(batch.to(self.device))))
+                    features.append(self._stored(encode_text(batch.to(self.device))))
                 bar.update(len(batch))
         return torch.cat(features)
 
@@ -193,7 +199,7 @@ def encode_image(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
 
     CLIP's ResNets end in attention with the projection as its last matrix, which the identity then stands in for.
     """
-    visual = model.visual
+    visual: Any = model.visual  # of open_clip, timm or ours, whose types say nothing of their parts
     if hasattr(visual, "trunk"):
         before = visual.trunk(images)
         return before, visual.head(before)
@@ -227,29 +233,23 @@ def _identity(layer: nn.Linear) -> nn.Linear:
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file so that it appears whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".tmp")
-    os.close(handle)
-    try:
+    with whole(path) as temporary:
         safetensors.torch.save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, metadata)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 class _Transformed(Dataset):
     """Images after the transform; a broken one is returned as the error, to pass whole through a worker."""
 
-    def __init__(self, pictures: Pictures, preprocess: Callable[[Image.Image], Tensor]) -> None:
-        self.pictures = pictures
+    def __init__(self, images: Images, preprocess: Callable[[Image.Image], Tensor]) -> None:
+        self.images = images
         self.preprocess = preprocess
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int] | InputError:
         try:
-            image, label = self.pictures[index]
+            image, label = self.images[index]
         except InputError as error:
             return error
         return self.preprocess(image), label

@@ -10,6 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from diffclip.benchmarks.images import Images
+from diffclip.benchmarks.protocol import Classification, Evaluation, Protocol
+
 
 class Episodes(NamedTuple):
     """E episodes as row numbers; rows of one class stand together, -1 pads a class with too few queries."""
@@ -132,3 +135,29 @@ def _sample(rows: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """Draw `count` of each row of (E, way, rows) without replacement, padding last: (E, way * count)."""
     order = torch.rand(rows.shape, generator=generator).masked_fill(rows < 0, -1).topk(count).indices
     return rows.gather(2, order).flatten(1)
+
+
+def images(name: str, labelled: Classification) -> dict[str, Images]:
+    """Train and test, where there is one to learn from."""
+    splits = ("train", "test") if "train" in labelled.splits else ()
+    return {f"{name} {split}": labelled.splits[split] for split in splits}
+
+
+def score(evaluation: Evaluation, name: str, labelled: Classification) -> None:
+    """Add few_shot/NAME/{accuracy,sd,ci95}."""
+    if "train" not in labelled.splits:
+        evaluation.skipped[f"few_shot/{name}"] = "there is no train split"
+        return
+    train, train_labels = evaluation.probe_rows(name, labelled, "train")
+    test, labels = evaluation.probe_rows(name, labelled, "test")
+    use = evaluation.settings
+    try:
+        episodes = draw(train_labels, labels, way=use.way, shot=use.shot, episodes=use.episodes, seed=use.seed)
+    except ValueError as error:
+        evaluation.skipped[f"few_shot/{name}"] = str(error)
+        return
+    accuracy = accuracies(train, test, train_labels, labels, episodes)
+    evaluation.add(f"few_shot/{name}", summary(accuracy), {"accuracy": accuracy})
+
+
+PROTOCOL = Protocol(images, score)

@@ -13,9 +13,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.optimize import minimize
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from diffclip.benchmarks.zero_shot import mean_per_class
+from diffclip.benchmarks.images import Images
+from diffclip.benchmarks.protocol import Classification, Evaluation, Protocol
+from diffclip.benchmarks.zero_shot import balanced, mean_per_class
 
 METRICS = ("accuracy", "mean_per_class")
 MODES = ("exact", "fast")
@@ -79,9 +83,9 @@ def linear_probe(
     small = train[0].numel() * classes < 5e8
     with single_thread() if small else nullcontext():
         fit_train = solver(train)
-        C, visited = search(lambda C: score(predict(valid[0], fit_train(C)), valid[1], metric))
+        C, visited = search(lambda C: percent(predict(valid[0], fit_train(C)), valid[1], metric))
         predicted = predict(test[0], solver(final)(C))
-    return Probe(score(predicted, test[1], metric), predicted, C, visited)
+    return Probe(percent(predicted, test[1], metric), predicted, C, visited)
 
 
 @contextmanager
@@ -91,8 +95,6 @@ def single_thread() -> Iterator[None]:
     A small fit is thousands of calls of microseconds; threads that wait for a busy core in each made it 90
     times slower on a loaded machine.
     """
-    from threadpoolctl import threadpool_limits
-
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -118,8 +120,8 @@ def search(validate: Callable[[float], float]) -> tuple[float, list[tuple[float,
     known = {best[0]: best[1]}
 
     centre = torch.tensor(best[0]).log10()
-    grid = torch.logspace(centre - 2, centre + 2, 29)
-    grid = [C for C in grid.tolist() if COARSE[0] <= C <= COARSE[-1]]
+    grid: list[float] = torch.logspace(centre - 2, centre + 2, 29).tolist()
+    grid = [C for C in grid if COARSE[0] <= C <= COARSE[-1]]
     while len(grid) > 1:
         n = len(grid)
         low, middle, high = n // 4, n // 2, (-n) // 4
@@ -150,7 +152,7 @@ def at_least_float32(features: Tensor) -> Tensor:
     return features if features.dtype == torch.float64 else features.float()
 
 
-def score(predicted: Tensor, labels: Tensor, metric: str) -> float:
+def percent(predicted: Tensor, labels: Tensor, metric: str) -> float:
     """Return accuracy, or the mean of the recalls of the classes present, in percent."""
     correct = predicted == labels.cpu()
     if metric == "mean_per_class":
@@ -215,8 +217,6 @@ def fast_solver(features: Tensor, labels: Tensor, classes: int) -> Callable[[flo
     once the classes are separated, so that r is taken anew until that gains nothing. float64 on the CPU. Where the
     official fit cannot leave zero this one stays there too.
     """
-    from scipy.optimize import minimize
-
     mean = features.double().mean(dim=0)
     spread, basis = torch.linalg.eigh((features.double() - mean).T.cov(correction=0))
     spread = spread.clamp_min(0)
@@ -272,3 +272,26 @@ def fast_solver(features: Tensor, labels: Tensor, classes: int) -> Callable[[flo
         return W.to(features), (b - W @ mean).to(features)
 
     return solve
+
+
+def images(name: str, labelled: Classification) -> dict[str, Images]:
+    """All splits, where there is one to train on."""
+    return {f"{name} {s}": rows for s, rows in labelled.splits.items()} if "train" in labelled.splits else {}
+
+
+def score(evaluation: Evaluation, name: str, labelled: Classification) -> None:
+    """Add linear_probe/NAME/{accuracy,mean_per_class,C}."""
+    if "train" not in labelled.splits:
+        evaluation.skipped[f"linear_probe/{name}"] = "there is no train split"
+        return
+    rows = {split: evaluation.probe_rows(name, labelled, split) for split in labelled.splits}
+    mode = evaluation.settings.probe
+    fitted = linear_probe(rows["train"], rows.get("val"), rows["test"], metric=labelled.metric, mode=mode)
+    labels = rows["test"][1]
+    correct = fitted.predicted == labels
+    scores = {metric: percent(fitted.predicted, labels, metric) for metric in METRICS}
+    outcomes = {"accuracy": correct, "mean_per_class": balanced(correct, labels)}
+    evaluation.add(f"linear_probe/{name}", scores | {"C": fitted.C}, outcomes)
+
+
+PROTOCOL = Protocol(images, score)

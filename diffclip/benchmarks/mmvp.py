@@ -16,7 +16,9 @@ from torch import Tensor
 
 from diffclip.base.errors import InputError
 from diffclip.base.files import read_text
-from diffclip.benchmarks.images import Pictures, images_in
+from diffclip.benchmarks.images import Images, images_in
+from diffclip.benchmarks.protocol import Evaluation, Protocol
+from diffclip.benchmarks.zero_shot import balanced
 
 PROMPT = "a photo of {c}"
 # The DiffCLIP paper's 21.9 and 27.6 are 23 and 29 of 105 pairs, so seven of the nine categories; it does not say which.
@@ -27,7 +29,7 @@ BEYOND_SEVEN = ("Text", "Texts", "Viewpoint and Perspective")
 class Pairs(NamedTuple):
     """P pairs: image 2p and statement 2p belong together, and 2p + 1 likewise."""
 
-    images: Pictures
+    images: Images
     statements: list[str]
     categories: list[str]  # one per pair
 
@@ -72,10 +74,10 @@ def read_mmvp(folder: Path) -> Pairs:
             raise InputError(f"{path} line {line}: question {number} occurs twice")
         questions[number] = row
 
-    pictures: dict[int, list[Path]] = {}
+    by_number: dict[int, list[Path]] = {}
     for image in images_in(folder):
         if image.stem.isdecimal():
-            pictures.setdefault(int(image.stem), []).append(image)
+            by_number.setdefault(int(image.stem), []).append(image)
 
     files, statements, categories = [], [], []
     for number in sorted(questions):
@@ -83,7 +85,7 @@ def read_mmvp(folder: Path) -> Pairs:
         if partner not in questions:
             raise InputError(f"{path}: question {number} has no partner {partner}")
         category = questions[number].get("type", "").strip()
-        found = pictures.get(number, [])
+        found = by_number.get(number, [])
         if len(found) > 1:
             found = [image for image in found if _plain(image.parent.name) == _plain(category)]
         if len(found) != 1:
@@ -92,7 +94,7 @@ def read_mmvp(folder: Path) -> Pairs:
         statements.append(questions[number]["statement"].strip())
         if number % 2:
             categories.append(category)
-    return Pairs(Pictures([str(file) for file in files], files), statements, categories)
+    return Pairs(Images([str(file) for file in files], files), statements, categories)
 
 
 def _whole_rows(reader: csv.DictReader, path: Path) -> Iterator[dict[str, str | None]]:
@@ -142,3 +144,20 @@ def averages(percent: dict[str, float]) -> dict[str, float]:
 
 def _plain(name: str | None) -> str:
     return re.sub(r"[^a-z0-9]", "", (name or "").lower())
+
+
+def images(name: str, pairs: Pairs) -> dict[str, Images]:
+    return {"mmvp images": pairs.images}
+
+
+def score(evaluation: Evaluation, name: str, pairs: Pairs) -> None:
+    """Add mmvp/CATEGORY, mmvp/average and mmvp/average7, of the public nine categories."""
+    statements = [PROMPT.replace("{c}", statement) for statement in pairs.statements]
+    features = evaluation.encoder.images(pairs.images, "mmvp images").after
+    right = right_pairs(similarities(features, evaluation.encoder.texts(statements, "mmvp statements")))
+    percent = by_category(right, pairs.categories)
+    numbers = torch.tensor([list(percent).index(category) for category in pairs.categories])
+    evaluation.add("mmvp", percent | averages(percent), {"average": balanced(right, numbers)})
+
+
+PROTOCOL = Protocol(images, score, read=read_mmvp)

@@ -8,11 +8,22 @@ and pets on other images than TensorFlow Datasets' default splits; `torchvision_
 """
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from diffclip.benchmarks.datasets import MEAN_PER_CLASS, SPLITS, Suite
-from diffclip.benchmarks.images import images_in, labelled_files
-from diffclip.benchmarks.torchvision_sets import MARKERS, read_torchvision, torchvision_root
+# The probe's metric in the paper's protocol; all other sets use accuracy.
+MEAN_PER_CLASS = {"aircraft", "caltech101", "flowers", "pets"}
+# what torchvision's class finds below its root, by which the layout is recognised
+TORCHVISION = {
+    "food101": "food-101",
+    "cifar10": "cifar-10-batches-py",
+    "cifar100": "cifar-100-python",
+    "sun397": "SUN397",
+    "aircraft": "fgvc-aircraft-2013b",
+    "dtd": "dtd/dtd",
+    "pets": "oxford-iiit-pet",
+    "caltech101": "caltech101/101_ObjectCategories",
+    "flowers": "flowers-102",
+}
 
 
 class PaperSet(NamedTuple):
@@ -55,15 +66,20 @@ SETS = {
 }
 
 
+def torchvision_root(name: str, *folders: Path) -> Path | None:
+    """Return the first of `folders` in which torchvision has unpacked the set, None without any."""
+    return next((f for f in folders if name in TORCHVISION and (f / TORCHVISION[name]).is_dir()), None)
+
+
 def remedy(name: str, root: Path) -> str:
     """One sentence on how to get a set."""
-    other = f", or python -m diffclip.benchmarks data download {name} --data-root {root}" if name in MARKERS else ""
+    other = f", or python -m diffclip.benchmarks data download {name} --data_root {root}" if name in TORCHVISION else ""
     return f"{root / name} is missing: ./scripts/0_data.sh {name} --out {root}{other}"
 
 
-def suite(root: Path) -> tuple[Suite, dict[str, str]]:
+def suite(root: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """Return the suite of those sets that lie under `root`, and for each of the others how to get it."""
-    found: Suite = {}
+    found: dict[str, Any] = {}
     missing: dict[str, str] = {}
     for name, about in SETS.items():
         unpacked = torchvision_root(name, root / name, root)
@@ -85,27 +101,3 @@ def suite(root: Path) -> tuple[Suite, dict[str, str]]:
         for name in found.pop("shifts", {}):
             missing[f"shifts/{name}"] = f"needs imagenet for its class names: {remedy('imagenet', root)}"
     return found, missing
-
-
-def check(root: Path) -> list[tuple[str, str, int, int, str]]:
-    """Return (name, "complete", "partial" or "missing", test images found, expected, remedy) of every set."""
-    rows = []
-    for name, about in SETS.items():
-        unpacked = torchvision_root(name, root / name, root)
-        count = len(read_torchvision(name, unpacked)[1]["test"]) if unpacked else count_test(root / name, about.part)
-        state = "missing" if not count else "complete" if count >= about.test else "partial"
-        rows.append((name, state, count, about.test, "" if state == "complete" else remedy(name, root).split(": ")[1]))
-    return rows
-
-
-def count_test(folder: Path, part: str) -> int:
-    """Images of a set's test split, whatever its form; 0 if there is none."""
-    from diffclip.benchmarks.images import read_captioned, read_labelled
-
-    if not folder.is_dir():
-        return 0
-    inner = next((folder / alias for alias in SPLITS["test"] if (folder / alias).is_dir()), folder)
-    if part == "retrieval":
-        return len(read_captioned(inner).images)
-    files = labelled_files(folder, "test")
-    return len(read_labelled(files, "test")) if files else len(images_in(inner))

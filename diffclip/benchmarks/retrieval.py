@@ -10,6 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from diffclip.benchmarks.captioned import Captioned
+from diffclip.benchmarks.images import Images
+from diffclip.benchmarks.protocol import Evaluation, Protocol
+
 TIE = 3e-7  # some units in the last place of a cosine in float32
 
 
@@ -79,3 +83,22 @@ def recalls(found: Ranks, ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
         for direction, rank in found._asdict().items()
         for k in ks
     }
+
+
+def images(name: str, captioned: Captioned) -> dict[str, Images]:
+    return {f"retrieval {name} images": captioned.images}
+
+
+def score(evaluation: Evaluation, name: str, captioned: Captioned) -> None:
+    """Add retrieval/[NAME/]{text_to_image,image_to_text}/R@{1,5,10}."""
+    prefix = f"retrieval/{name}" if name else "retrieval"
+    found = ranks(
+        evaluation.encoder.images(captioned.images, f"{prefix} images").after,
+        evaluation.encoder.texts(captioned.captions, f"{prefix} captions"),
+        torch.tensor(captioned.owner),
+    )
+    hits = {f"{way}/R@{k}": rank < k for way, rank in found._asdict().items() for k in (1, 5, 10)}
+    evaluation.add(prefix, recalls(found), hits)
+
+
+PROTOCOL = Protocol(images, score)

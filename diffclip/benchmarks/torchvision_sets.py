@@ -20,44 +20,28 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from torchvision import datasets
+
 from diffclip.base.errors import InputError
-from diffclip.benchmarks.images import Pictures
-
-# what torchvision's class finds below its root, by which the layout is recognised
-MARKERS = {
-    "food101": "food-101",
-    "cifar10": "cifar-10-batches-py",
-    "cifar100": "cifar-100-python",
-    "sun397": "SUN397",
-    "aircraft": "fgvc-aircraft-2013b",
-    "dtd": "dtd/dtd",
-    "pets": "oxford-iiit-pet",
-    "caltech101": "caltech101/101_ObjectCategories",
-    "flowers": "flowers-102",
-}
+from diffclip.benchmarks.images import Images
+from diffclip.benchmarks.paper import TORCHVISION
 
 
-def torchvision_root(name: str, *folders: Path) -> Path | None:
-    """Return the first of `folders` in which torchvision has unpacked the set, None without any."""
-    return next((folder for folder in folders if name in MARKERS and (folder / MARKERS[name]).is_dir()), None)
-
-
-def read_torchvision(name: str, root: Path, *, download: bool = False) -> tuple[list[str], dict[str, Pictures]]:
+def read_torchvision(name: str, root: Path, *, download: bool = False) -> tuple[list[str], dict[str, Images]]:
     """Return the class names in the order of the labels, and the images of each split.
 
     Args:
-        name: a key of `MARKERS`.
+        name: a key of `TORCHVISION`.
         root: torchvision's root folder.
         download: fetch what is missing by torchvision's own links and check it by its digests.
 
     Raises:
         InputError: unknown name, files missing or damaged, or a failed download.
     """
-    from torchvision import datasets
-
-    if name not in MARKERS:
-        raise InputError(f"torchvision set {name!r} is unknown: use one of {', '.join(MARKERS)}")
-    root, keep = Path(root), {"download": download}
+    if name not in TORCHVISION:
+        raise InputError(f"torchvision set {name!r} is unknown: use one of {', '.join(TORCHVISION)}")
+    keep = {"download": download}
+    found: dict[str, Any]
     try:
         match name:
             case "food101":
@@ -65,7 +49,7 @@ def read_torchvision(name: str, root: Path, *, download: bool = False) -> tuple[
             case "cifar10" | "cifar100":
                 kind = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
                 found = {s: kind(root, s == "train", **keep) for s in ("train", "test")}
-                return _spaced(found["train"].classes), {s: _cifar(one, f"{name} {s}") for s, one in found.items()}
+                return _spaced(found["train"].classes), {s: _cifar(rows, f"{name} {s}") for s, rows in found.items()}
             case "aircraft":
                 found = {s: datasets.FGVCAircraft(root, s, **keep) for s in ("train", "val", "test")}
             case "dtd":
@@ -77,36 +61,36 @@ def read_torchvision(name: str, root: Path, *, download: bool = False) -> tuple[
             case "flowers":
                 found = {s: datasets.Flowers102(root, s, **keep) for s in ("train", "val", "test")}
             case "sun397":
-                one = datasets.SUN397(root, **keep)
-                return _spaced(one.classes), _split(root / "SUN397", one._image_files, one._labels, _shares)
+                whole = datasets.SUN397(root, **keep)
+                return _spaced(whole.classes), _split(root / "SUN397", whole._image_files, whole._labels, _shares)
             case "caltech101":
-                one = datasets.Caltech101(root, **keep)
-                base = root / MARKERS[name]
-                files = [base / one.categories[c] / f"image_{n:04d}.jpg" for c, n in zip(one.y, one.index)]
-                return _spaced(one.categories), _split(base, files, one.y, _thirty)
+                whole = datasets.Caltech101(root, **keep)
+                base = root / TORCHVISION[name]
+                files = [base / whole.categories[c] / f"image_{n:04d}.jpg" for c, n in zip(whole.y, whole.index)]
+                return _spaced(whole.categories), _split(base, files, whole.y, _thirty)
     except (OSError, RuntimeError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise InputError(
-            f"{root / MARKERS[name]} cannot be read as torchvision's {name} ({reason}): download it again with "
-            f"python -m diffclip.benchmarks data download {name} --data-root {root}"
+            f"{root / TORCHVISION[name]} cannot be read as torchvision's {name} ({reason}): download it again with "
+            f"python -m diffclip.benchmarks data download {name} --data_root {root}"
         ) from error
     splits = {}
-    for split, one in found.items():
-        files = one._images if name == "pets" else one._image_files
-        splits[split] = Pictures([str(file) for file in files], [Path(file) for file in files], one._labels)
+    for split, rows in found.items():
+        files = rows._images if name == "pets" else rows._image_files
+        splits[split] = Images([str(file) for file in files], [Path(file) for file in files], rows._labels)
     return _spaced(found["train"].classes), splits
 
 
-def _cifar(data: Any, name: str) -> Pictures:
+def _cifar(data: Any, name: str) -> Images:
     """CIFAR's images are rows of an array: each becomes a file in memory in the plainest format there is."""
     height, width = data.data.shape[1:3]
-    sources = [b"P6 %d %d 255\n" % (width, height) + picture.tobytes() for picture in data.data]
-    return Pictures([f"{name} image {n}" for n in range(len(sources))], sources, data.targets)
+    sources = [b"P6 %d %d 255\n" % (width, height) + pixels.tobytes() for pixels in data.data]
+    return Images([f"{name} image {n}" for n in range(len(sources))], sources, data.targets)
 
 
 def _split(
     base: Path, files: Sequence[str | Path], labels: Sequence[int], cut: Callable[[int], dict[str, int]]
-) -> dict[str, Pictures]:
+) -> dict[str, Images]:
     """Split by the rule of this module; `cut` says how many of a class's n images each split gets, in order."""
     classes: dict[int, list[tuple[bytes, Path]]] = {}
     for file, label in zip(map(Path, files), labels):
@@ -120,7 +104,7 @@ def _split(
             chosen.setdefault(split, []).extend((file, label) for file in sorted(ordered[start : start + count]))
             start += count
     return {
-        split: Pictures([str(file) for file, _ in rows], [file for file, _ in rows], [label for _, label in rows])
+        split: Images([str(file) for file, _ in rows], [file for file, _ in rows], [label for _, label in rows])
         for split, rows in chosen.items()
     }
 

@@ -1,6 +1,6 @@
 """What counts can stand behind published POPE scores: rounded percentages allow few whole numbers, often none."""
 
-import argparse
+from argparse import Namespace
 from math import ceil, floor
 from typing import NamedTuple
 
@@ -23,7 +23,7 @@ def solutions(accuracy: float, precision: float, recall: float, questions: int, 
     """
     half = 0.5 * 10**-decimals + 1e-9
     shares = {name: ((v - half) / 100, (v + half) / 100) for name, v in zip("apr", (accuracy, precision, recall))}
-    found = []
+    counts = []
     for is_yes in range(1, questions):
         low, high = (share * is_yes for share in shares["r"])
         for true_yes in range(max(0, ceil(low)), min(is_yes, floor(high)) + 1):
@@ -31,21 +31,21 @@ def solutions(accuracy: float, precision: float, recall: float, questions: int, 
             right = true_yes + questions - is_yes
             low, high = (right - share * questions for share in reversed(shares["a"]))
             if true_yes:
-                said = [true_yes / share if share > 0 else float("inf") for share in reversed(shares["p"])]
-                low, high = max(low, said[0] - true_yes), min(high, said[1] - true_yes)
+                least, most = (true_yes / share if share > 0 else float("inf") for share in reversed(shares["p"]))
+                low, high = max(low, least - true_yes), min(high, most - true_yes)
             for false_yes in range(max(0, ceil(low)), min(questions - is_yes, floor(high)) + 1):
-                found.append(Counts(is_yes, questions - is_yes, true_yes, false_yes))
-    return found
+                counts.append(Counts(is_yes, questions - is_yes, true_yes, false_yes))
+    return counts
 
 
-def audit(options: argparse.Namespace) -> None:
-    """Print the counts that published scores allow, for each number of questions."""
+def run(options: Namespace) -> None:
+    """The whole numbers that published accuracy, precision and recall allow, for each number of questions."""
     for questions in options.questions:
-        found = solutions(options.accuracy, options.precision, options.recall, questions)
-        print(f"{questions:,} questions: {len(found)} solution{'s' * (len(found) != 1)}")
-        for one in found[:10]:
-            yes = 100 * (one.true_yes + one.false_yes) / questions
+        allowed = solutions(options.accuracy, options.precision, options.recall, questions)
+        print(f"{questions:,} questions: {len(allowed)} solution{'s' * (len(allowed) != 1)}")
+        for counts in allowed[:10]:
+            yes = 100 * (counts.true_yes + counts.false_yes) / questions
             print(
-                f"  {one.is_yes:,} yes and {one.is_no:,} no questions; yes was said to {one.true_yes:,} and "
-                f"{one.false_yes:,} of them, to {yes:.1f} % of all"
+                f"  {counts.is_yes:,} yes and {counts.is_no:,} no questions; yes was said to {counts.true_yes:,} and "
+                f"{counts.false_yes:,} of them, to {yes:.1f} % of all"
             )

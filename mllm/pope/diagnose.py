@@ -1,24 +1,33 @@
 """Why is a POPE score at chance? The causes, each looked at by itself, in the order in which one would hide another."""
 
-import argparse
-from collections.abc import Callable, Iterator, Sequence
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from diffclip.base.console import print_table
+from diffclip.base.devices import pick_device
 from diffclip.base.errors import InputError
 from diffclip.base.files import read_json, read_yaml
 from diffclip.base.fingerprint import fingerprint
+from mllm.conversation import NoSupervisionError, control_tokens
+from mllm.data.examples import ConversationDataset
+from mllm.data.images import ImagePlace
+from mllm.data.rows import load_rows
 from mllm.model import FINGERPRINTS, parts, transform_fingerprint
-from mllm.pope import scores as pope_scores
-from mllm.pope.questions import Question
-
-Answer = tuple[Question, str | None]
+from mllm.pope.answers import Answer, read_answers
+from mllm.pope.controls import shuffle_images
+from mllm.pope.images import images_of
+from mllm.pope.margins import generate, margins, score_margins
+from mllm.pope.parsers import parse, parse_strict
+from mllm.pope.questions import Question, read_labelled
 
 
 class Finding(NamedTuple):
@@ -48,20 +57,20 @@ CAUSES = (
 def diagnose(
     directory: str | Path,
     questions: Sequence[Question] = (),
-    images: dict[str, Any] | None = None,
+    images: Mapping[str, ImagePlace] | None = None,
     answers: Sequence[Answer] = (),
     *,
-    pictures: int = 64,
-    device: str = "cpu",
+    asked_images: int = 64,
+    device: str | torch.device = "cpu",
 ) -> Iterator[Finding]:
     """Look at a run of instruct for every cause of a chance score; each of `CAUSES` is found at most once.
 
     Args:
         directory: the run; what training wrote beside the weights (run.json, config.yaml) is used where it is there.
         questions: POPE with labels, from `mllm.pope.questions.read`; without it the model is not asked anything.
-        images: their images, from `mllm.pope.questions.find_images`.
-        answers: of an earlier evaluation, from `mllm.pope.questions.answered`, to be checked against `questions`.
-        images: how many images the model is asked about.
+        images: their images, from `mllm.pope.images.find_images`.
+        answers: of an earlier evaluation, from `mllm.pope.answers.read_answers`, to be checked against `questions`.
+        asked_images: how many images the model is asked about.
     """
     directory = Path(directory)
     prints = _mapping(directory / FINGERPRINTS, read_json)
@@ -74,17 +83,17 @@ def diagnose(
         raise InputError(f"{directory}: no model ({' '.join(str(error).split())[:200]}); give a run") from None
     yield transform(processor, prints)
     yield settings(model, prints, config)
-    found = {name: fingerprint(module) for name, module in parts(model).items()}
+    current = {name: fingerprint(module) for name, module in parts(model).items()}
     upstream = _mapping(Path(record.get("inputs", {}).get("model", {}).get("path", "")) / "run.json", read_json)
-    yield tower(model, found, prints, record, upstream)
-    yield projector(model, found, prints, record, upstream)
-    yield language_model(found, prints, record)
+    yield tower(parts(model)["vision_tower"], current, prints, record, upstream)
+    yield projector(current, prints, record, upstream)
+    yield language_model(current, prints, record)
     yield from training_data(model, processor, config)
     if not questions:
         unknown = "not looked at: give --pope and --image_root"
         yield from (Finding(cause, None, unknown) for cause in CAUSES[-4:])
         return
-    yield from behaviour(model, processor, questions, images or {}, answers, pictures)
+    yield from behaviour(model, processor, questions, images or {}, answers, asked_images)
 
 
 def transform(processor: Any, prints: dict) -> Finding:
@@ -102,35 +111,35 @@ def settings(model: Any, prints: dict, config: dict) -> Finding:
     cause, expected = "wrong layer or template", prints.get("settings")
     asked, trained = model.config.conversation_template, config.get("template", "plain")
     if trained not in ("plain", asked):
-        said = f"conversation_template is {asked}, config.yaml trained with {trained}"
-        return Finding(cause, False, said, "put back the config.json that the training wrote, or train again")
+        seen = f"conversation_template is {asked}, config.yaml trained with {trained}"
+        return Finding(cause, False, seen, "put back the config.json that the training wrote, or train again")
     if expected is None:
         return Finding(cause, None, f"{FINGERPRINTS} says nothing of the training's")
-    found = {name: getattr(model.config, name) for name in expected}
-    wrong = [f"{name} is {found[name]}, was {value}" for name, value in expected.items() if found[name] != value]
+    current = {name: getattr(model.config, name) for name in expected}
+    wrong = [f"{name} is {current[name]}, was {value}" for name, value in expected.items() if current[name] != value]
     seen = "; ".join(wrong) or f"layer {expected['vision_feature_layer']}, {expected['conversation_template']}"
     return Finding(cause, not wrong, seen, "put back the config.json that the training wrote")
 
 
-def tower(model: nn.Module, found: dict, prints: dict, record: dict, upstream: dict) -> Finding:
+def tower(vision_tower: nn.Module, current: dict, prints: dict, record: dict, upstream: dict) -> Finding:
     """Is the vision tower trained, and the one that the run was made with?"""
     cause, remedy = "random or swapped tower", "run align and instruct again with the pretrained tower"
-    trained = trained_norms(parts(model)["vision_tower"])
+    trained = trained_norms(vision_tower)
     if trained is False:
         return Finding(cause, False, "all of its norms have weight 1 and bias 0: it was never trained", remedy)
-    wrong = _mismatch("vision_tower", found, prints, record, upstream)
+    wrong = _mismatch("vision_tower", current, prints, record, upstream)
     if wrong:
         return Finding(cause, False, wrong, remedy)
     return Finding(cause, True, "trained, and the one of the run" if record else "trained; there is no run.json")
 
 
-def projector(model: nn.Module, found: dict, prints: dict, record: dict, upstream: dict) -> Finding:
+def projector(current: dict, prints: dict, record: dict, upstream: dict) -> Finding:
     """Is the projector the one that was trained?"""
     cause, remedy = "unloaded projector", "run instruct again from the finished align run"
     start = upstream.get("before", {}).get("projector")
-    if found["projector"] == start:
+    if current["projector"] == start:
         return Finding(cause, False, "it is the one that align started from: nothing was learnt into it", remedy)
-    wrong = _mismatch("projector", found, prints, record, upstream)
+    wrong = _mismatch("projector", current, prints, record, upstream)
     if wrong:
         return Finding(cause, False, wrong, remedy)
     if not record and not start:
@@ -138,19 +147,15 @@ def projector(model: nn.Module, found: dict, prints: dict, record: dict, upstrea
     return Finding(cause, True, "the one that was trained")
 
 
-def language_model(found: dict, prints: dict, record: dict) -> Finding:
+def language_model(current: dict, prints: dict, record: dict) -> Finding:
     """Is the language model the one that was trained?"""
-    wrong = _mismatch("language_model", found, prints, record, {})
+    wrong = _mismatch("language_model", current, prints, record, {})
     remedy = "put back the weights that the training wrote"
     return Finding("swapped language model", not wrong, wrong or "the one that was trained", remedy)
 
 
 def training_data(model: Any, processor: Any, config: dict, most: int = 400) -> Iterator[Finding]:
     """Did the rows of the training have supervised tokens, and questions to be answered with yes or no?"""
-    from mllm.conversation import NoSupervisionError, control_tokens
-    from mllm.data.examples import ConversationDataset
-    from mllm.data.rows import load_rows
-
     data = config.get("data") or []
     if not data or not all(Path(path).exists() for path in data):
         unknown = "the training's data is not there: run it where the paths of config.yaml hold"
@@ -179,10 +184,10 @@ def training_data(model: Any, processor: Any, config: dict, most: int = 400) -> 
     share = 100 * empty / len(chosen)
     remedy = "raise max_length, or mend the answers; python -m mllm.data check names the rows"
     yield Finding("no supervised tokens", empty == 0, f"{share:.0f} % of {len(chosen)} rows have none", remedy)
-    said = [pope_scores.parse_strict(answer) for answer in answers]
-    kinds = {kind: said.count(kind) for kind in ("yes", "no")}
+    predictions = [parse_strict(answer) for answer in answers]
+    kinds = {kind: predictions.count(kind) for kind in ("yes", "no")}
     fine = min(kinds.values()) > 0
-    seen = f"{kinds['yes']} yes and {kinds['no']} no among {len(said):,} answers"
+    seen = f"{kinds['yes']} yes and {kinds['no']} no among {len(answers):,} answers"
     yield Finding("no yes/no data", fine, seen, "instruct on rows whose answers are Yes and No, both")
 
 
@@ -190,19 +195,21 @@ def behaviour(
     model: Any,
     processor: Any,
     questions: Sequence[Question],
-    images: dict[str, Any],
+    images: Mapping[str, ImagePlace],
     answers: Sequence[Answer],
-    pictures: int,
+    asked_images: int,
 ) -> Iterator[Finding]:
     """What the model answers: labels, use of the image, bias, parser."""
-    from mllm.pope.margins import generate, margins, score_margins
-
     names = list(dict.fromkeys(q.image for q in questions))
-    chosen = set(names[:: max(1, -(-len(names) // pictures))])
+    chosen = set(names[:: max(1, -(-len(names) // asked_images))])
     asked = [q for q in questions if q.image in chosen]
-    own = margins(model, processor, asked, lambda name: images[name].open())
+
+    def open_image(name: str) -> Image.Image:
+        return images[name].open()
+
+    own = margins(model, processor, asked, open_image)
     yield labels(asked, questions, answers, own)
-    other = margins(model, processor, pope_scores.shuffle_images(asked), lambda name: images[name].open())
+    other = margins(model, processor, shuffle_images(asked), open_image)
     moved = float(np.abs(own - other).max())
     remedy = "align longer, look at the loss of align, and at the projector's learning rate"
     seen = f"another image moves log P(yes) / P(no) by {np.abs(own - other).mean():.3g} in the mean"
@@ -215,8 +222,7 @@ def behaviour(
     )
     yield Finding("pure yes-bias", 0.02 < rate < 0.98, seen, "balance yes and no in the training; or score by margins")
     sample = asked[:: max(1, len(asked) // 64)]
-    said = generate(model, processor, sample, lambda name: images[name].open())
-    yield parser([answer for _, answer in answers] or said)
+    yield parser([answer.text for answer in answers] or generate(model, processor, sample, open_image))
 
 
 def labels(
@@ -233,10 +239,10 @@ def labels(
     wrong = sum(q.label not in ("", truth[q.key]) for q, _ in answers)  # "": a file without labels
     if wrong:
         return Finding(cause, False, f"{wrong} of {len(answers)} labels are not those of their question", remedy)
-    strict = pope_scores.parse((answer for _, answer in answers), "strict")
-    given = {q.key: said for (q, _), said in zip(answers, strict)}
-    read = [(given.get(q.key), "yes" if value > 0 else "no") for q, value in zip(asked, own)]
-    same = [said == likelier for said, likelier in read if said in ("yes", "no")]
+    predictions = parse((answer.text for answer in answers), "strict")
+    given = {answer.key: prediction for answer, prediction in zip(answers, predictions)}
+    pairs = [(given.get(q.key), "yes" if value > 0 else "no") for q, value in zip(asked, own)]
+    same = [prediction == likelier for prediction, likelier in pairs if prediction in ("yes", "no")]
     if not same:
         return Finding(cause, None, "none of its answers to these questions is yes or no")
     share = float(np.mean(same))
@@ -246,12 +252,10 @@ def labels(
 
 def parser(answers: Sequence[str | None]) -> Finding:
     """Are the model's words read as it means them?"""
-    invalid = {
-        name: pope_scores.parse(answers, name).count("invalid") / len(answers) for name in ("lmms_eval", "strict")
-    }
+    invalid = {name: parse(answers, name).count("invalid") / len(answers) for name in ("lmms_eval", "strict")}
     nulls = sum(answer is None for answer in answers)
-    read = zip(answers, pope_scores.parse(answers))
-    examples = list(dict.fromkeys(a for a, said in read if said == "invalid" and a is not None))[:3]
+    pairs = zip(answers, parse(answers))
+    examples = list(dict.fromkeys(a for a, read_as in pairs if read_as == "invalid" and a is not None))[:3]
     fine = invalid["lmms_eval"] < 0.05
     seen = f"lmms-eval's rule cannot read {100 * invalid['lmms_eval']:.0f} % of {len(answers)} answers"
     if invalid["strict"] < invalid["lmms_eval"]:
@@ -263,22 +267,17 @@ def parser(answers: Sequence[str | None]) -> Finding:
 
 def trained_norms(module: nn.Module) -> bool | None:
     """Whether any norm of the module has learnt weights; None if it has no norms with weights."""
-    norms = [
-        m
-        for m in module.modules()
-        if isinstance(m, (nn.LayerNorm, nn.BatchNorm2d, nn.RMSNorm)) and getattr(m, "weight", None) is not None
-    ]
-    if not norms:
-        return None
-    biases = [m.bias for m in norms if getattr(m, "bias", None) is not None]
-    return not (all(torch.all(m.weight == 1) for m in norms) and all(torch.all(bias == 0) for bias in biases))
+    norms = (m for m in module.modules() if isinstance(m, (nn.LayerNorm, nn.BatchNorm2d, nn.RMSNorm)))
+    start = {"weight": 1.0, "bias": 0.0}
+    values = [(p, start[name]) for m in norms for name, p in m.named_parameters(recurse=False) if name in start]
+    return any(not torch.all(p == value) for p, value in values) if values else None
 
 
-def _mismatch(part: str, found: dict, prints: dict, record: dict, upstream: dict) -> str:
+def _mismatch(part: str, current: dict, prints: dict, record: dict, upstream: dict) -> str:
     """What a part's fingerprint contradicts, in words, or ""."""
-    if prints.get(part, found[part]) != found[part]:
+    if prints.get(part, current[part]) != current[part]:
         return "its weights are not those that were saved"
-    if record.get("after", {}).get(part, found[part]) != found[part]:
+    if record.get("after", {}).get(part, current[part]) != current[part]:
         return "its weights are not those that the training ended with (run.json)"
     start, end = record.get("before", {}).get(part), upstream.get("after", {}).get(part)
     if start and end and start != end:
@@ -288,27 +287,22 @@ def _mismatch(part: str, found: dict, prints: dict, record: dict, upstream: dict
 
 def _mapping(path: Path, read: Callable[[Path], Any]) -> dict:
     """What a file of the run holds, or nothing where there is no such file."""
-    found = read(path) if path.is_file() else {}
-    if not isinstance(found, dict):
+    content = read(path) if path.is_file() else {}
+    if not isinstance(content, dict):
         raise InputError(f"{path}: holds no settings by name; put back what the training wrote, or remove it")
-    return found
+    return content
 
 
-def run(options: argparse.Namespace) -> int:
-    """Print the findings as a table; 1 if a cause was found, with the first of them named."""
-    from mllm.pope.__main__ import show
-    from mllm.pope.questions import answered, images_of, index, read_labelled
-
-    questions: list[Question] = read_labelled(options.pope) if options.pope else []
-    answers: list[Answer] = []
-    if options.answers and questions:
-        answers = list(index(answered(options.answers, questions), lambda a: a[0].key, str(options.answers)).values())
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+def run(options: Namespace) -> int:
+    """Walk the causes of a score at chance and name the first that fails; exit code 1 where there is one."""
+    device = pick_device(options.device)
+    questions = read_labelled(options.pope) if options.pope else []
+    answers = read_answers(options.answers, questions) if options.answers and questions else []
     with TemporaryDirectory() as folder:  # for the images of a parquet file
         images = images_of(questions, options.pope, options.image_root, folder) if questions else {}
-        findings = list(diagnose(options.run, questions, images, answers, pictures=options.pictures, device=device))
+        findings = list(diagnose(options.run, questions, images, answers, asked_images=options.images, device=device))
     marks = {True: "ok", False: "FOUND", None: "?"}
-    show(f"{options.run}", ["", "cause", "seen"], [[marks[f.fine], f.cause, f.seen] for f in findings])
+    print_table(["", "cause", "seen"], [[marks[f.fine], f.cause, f.seen] for f in findings], f"{options.run}")
     wrong = next((f for f in findings if f.fine is False), None)
     if wrong is None:
         print("no cause found; what remains is training: more data, more steps, a better tower")

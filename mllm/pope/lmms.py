@@ -12,35 +12,28 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import entry_points
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import datasets
+import pyarrow.parquet
+from PIL import Image
 
 from diffclip.base.errors import InputError
 from diffclip.base.files import json_line, read_json, read_jsonl, write_whole
-from mllm.pope import scores as pope_scores
+from mllm.data.images import ImagePlace
+from mllm.pope.controls import CONTROLS, GREY, always_yes, blind, grey_image
+from mllm.pope.parsers import parse
 from mllm.pope.questions import POST_PROMPT, SPLITS, Question
-from mllm.pope.scores import GREY, grey_images, grey_picture, no_images, shuffle_images
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-    from mllm.data.images import ImagePlace
+from mllm.pope.scores import SCORES, intervals, score, score_splits
 
 ANSWERED = "answered.jsonl"  # what a killed evaluation had answered
-CONTROLS = {
-    "shuffled": shuffle_images,
-    "grey": lambda questions, seed: grey_images(questions),
-    "no_image": lambda questions, seed: no_images(questions),
-}
 
 
-def write_parquet(questions: Sequence[Question], images: Mapping[str, "ImagePlace"], path: str | Path) -> None:
-    """Write questions and their images, from `mllm.pope.questions.find_images`, in the columns of lmms-lab/POPE."""
-    import datasets
-    import pyarrow.parquet
-
+def write_parquet(questions: Sequence[Question], images: Mapping[str, ImagePlace], path: str | Path) -> None:
+    """Write questions and their images, from `mllm.pope.images.find_images`, in the columns of lmms-lab/POPE."""
     shown = {q.shown for q in questions} - {GREY, ""}
     encoded: dict[str, Any] = {name: {"bytes": images[name].read(), "path": name} for name in shown}
-    encoded |= {GREY: {"bytes": _png(grey_picture()), "path": GREY}, "": None}
+    encoded |= {GREY: {"bytes": _png(grey_image()), "path": GREY}, "": None}
     names = ("question_id", "question", "answer", "image_source", "image", "category")
     features = datasets.Features({name: datasets.Value("string") for name in names} | {"image": datasets.Image()})
     # Arrow writes it silently; the schema carries the features, so that `image` is read back as an image.
@@ -80,7 +73,7 @@ def write_tasks(folder: str | Path, parquets: Mapping[str, str | Path], post_pro
 def evaluate_with_lmms(
     run_dir: str | Path,
     questions: Sequence[Question],
-    images: Mapping[str, "ImagePlace"],
+    images: Mapping[str, ImagePlace],
     out_dir: str | Path,
     *,
     controls: Sequence[str] = tuple(CONTROLS),
@@ -94,7 +87,7 @@ def evaluate_with_lmms(
     Args:
         run_dir: a run of stages.instruct.
         questions: with labels, from `mllm.pope.questions.read`.
-        images: their images, from `mllm.pope.questions.find_images`.
+        images: their images, from `mllm.pope.images.find_images`.
         out_dir: gets task files, lmms-eval's results and log, and answers.jsonl.
         controls: further passes of the model, of `CONTROLS`: each question with another image, with a grey one, with
             none.
@@ -105,7 +98,7 @@ def evaluate_with_lmms(
 
     Returns:
         {"model" | a control | "blind" | "always_yes": {split or "mean": scores}}; rows of the model and its controls
-        also hold accuracy_strict and accuracy_official, see `mllm.pope.scores.PARSERS`, and the model's accuracy_low
+        also hold accuracy_strict and accuracy_official, see `mllm.pope.parsers.PARSERS`, and the model's accuracy_low
         and accuracy_high, f1_low and f1_high, see `mllm.pope.scores.intervals`.
 
     Raises:
@@ -116,7 +109,7 @@ def evaluate_with_lmms(
         raise InputError(f"unknown POPE controls {sorted(unknown)}: use {', '.join(CONTROLS)}")
     if not all(q.label for q in questions):
         raise InputError("POPE's questions have no labels; give the official files, too")
-    passes = {"model": questions, **{name: CONTROLS[name](questions, seed) for name in controls}}
+    passes = {"model": list(questions), **{name: CONTROLS[name](questions, seed) for name in controls}}
     out_dir = Path(out_dir).resolve()
     tasks = out_dir / "tasks"
     tasks.mkdir(parents=True, exist_ok=True)
@@ -140,31 +133,29 @@ def evaluate_with_lmms(
     lines = [json_line({"pass": name, **q._asdict(), "answer": answer}) for name, q, answer in pairs]
     write_whole(out_dir / "answers.jsonl", "".join(lines))
     for task, part in parts.items():
-        said = pope_scores.parse(answers[task])
-        _same(pope_scores.score(said, [q.label for q in part]), results[task], task)
+        _same(score(parse(answers[task]), [q.label for q in part]), results[task], task)
     scores: dict[str, Any] = {name: score_answers(asked[name], given[name]) for name in passes}
-    said = pope_scores.parse(given["model"])
-    for split, ends in pope_scores.intervals(asked["model"], said, seed=seed).items():
-        for score, (low, high) in ends.items():
-            scores["model"][split] |= {f"{score}_low": low, f"{score}_high": high}
+    for split, ends in intervals(asked["model"], parse(given["model"]), seed=seed).items():
+        for name, (low, high) in ends.items():
+            scores["model"][split] |= {f"{name}_low": low, f"{name}_high": high}
     for file in out_dir.glob(f"{ANSWERED}.*"):
         file.unlink()
-    scores["blind"] = pope_scores.score_splits(questions, pope_scores.blind(questions, seed=seed))
-    scores["always_yes"] = pope_scores.score_splits(questions, pope_scores.always_yes(questions))
+    scores["blind"] = score_splits(questions, blind(questions, seed=seed))
+    scores["always_yes"] = score_splits(questions, always_yes(questions))
     return scores
 
 
-def _png(picture: "Image") -> bytes:
+def _png(image: Image.Image) -> bytes:
     file = io.BytesIO()
-    picture.save(file, "PNG")
+    image.save(file, "PNG")
     return file.getvalue()
 
 
 def score_answers(questions: Sequence[Question], answers: Sequence[str | None]) -> dict[str, dict[str, float]]:
     """`mllm.pope.scores.score_splits` by lmms-eval's rule, with the accuracies of the other parsers beside it."""
-    table = pope_scores.score_splits(questions, pope_scores.parse(answers))
+    table = score_splits(questions, parse(answers))
     for parser in ("strict", "official"):
-        other = pope_scores.score_splits(questions, pope_scores.parse(answers, parser))
+        other = score_splits(questions, parse(answers, parser))
         for split, row in table.items():
             row[f"accuracy_{parser}"] = other[split]["accuracy"]
     return table
@@ -231,6 +222,7 @@ def _run_with_progress(command: list[str], environment: dict[str, str], log: Pat
     process = subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
     )
+    assert process.stdout is not None
     with open(log, "w", encoding="utf-8") as f:  # universal newlines: every redraw of a bar is a line
         for line in process.stdout:
             f.write(line)
@@ -241,6 +233,6 @@ def _run_with_progress(command: list[str], environment: dict[str, str], log: Pat
 
 
 def _same(ours: Mapping[str, float], theirs: Mapping[str, float], task: str) -> None:
-    for name in pope_scores.SCORES:
+    for name in SCORES:
         if abs(ours[name] - theirs[name]) > 1e-9:
             raise RuntimeError(f"{task}: {name} is {ours[name]} here and {theirs[name]} in lmms-eval")

@@ -4,6 +4,7 @@ All questions about an image stand in one row behind their common beginning (sys
 which is computed once: a mask lets each question see that beginning and itself, as if it were asked alone.
 """
 
+from argparse import Namespace
 from collections.abc import Callable, Sequence
 from itertools import takewhile
 from typing import Any
@@ -11,15 +12,24 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from sklearn.metrics import average_precision_score, roc_auc_score
 from tqdm import tqdm
+from transformers.utils import logging
 
+from diffclip.base.devices import pick_device
 from diffclip.base.errors import InputError
+from diffclip.base.files import json_line, write_json, write_whole
 from mllm.chat import answer, check_shown, question_turn
 from mllm.conversation import IGNORE, IMAGE, encode, render
 from mllm.data.examples import image_tokens
 from mllm.image_modes import bounded
-from mllm.pope.questions import POST_PROMPT, SPLITS, Question
-from mllm.pope.scores import GREY, fold_of_pictures, grey_picture
+from mllm.model import load
+from mllm.pope.controls import CONTROLS, GREY, blind, folds_of_images, grey_image
+from mllm.pope.images import images_of
+from mllm.pope.parsers import parse
+from mllm.pope.questions import POST_PROMPT, SPLITS, Question, read_labelled, version
+from mllm.pope.scores import SCORES, score_splits, uses_image
+from mllm.pope.tables import print_scores
 
 MARGIN_SCORES = ("accuracy", "auc", "ap", "accuracy_tuned", "yes_rate")
 
@@ -32,7 +42,7 @@ def yes_no_tokens(model: Any, processor: Any) -> tuple[list[int], list[int]]:
     Raises:
         InputError: nothing is left of one of them, so that the first token does not decide.
     """
-    found = []
+    first_tokens = []
     for words in (("Yes", "yes"), ("No", "no")):
         firsts = set()
         for word in words:
@@ -40,8 +50,8 @@ def yes_no_tokens(model: Any, processor: Any) -> tuple[list[int], list[int]]:
             template, end = model.config.conversation_template, processor.tokenizer.eos_token
             labels = encode(render(turns, template, end_token=end), processor.tokenizer, 1)["labels"]
             firsts.add(next(label for label in labels if label != IGNORE))
-        found.append(firsts)
-    yes, no = sorted(found[0] - found[1]), sorted(found[1] - found[0])
+        first_tokens.append(firsts)
+    yes, no = sorted(first_tokens[0] - first_tokens[1]), sorted(first_tokens[1] - first_tokens[0])
     if not (yes and no):
         raise InputError("yes and no begin with the same token of this tokenizer: score generated answers instead")
     return yes, no
@@ -62,7 +72,7 @@ def margins(
     Args:
         model, processor: from `mllm.model.load`.
         questions: one that is asked again about the same image, as in several splits, is computed once.
-        open_image: gives the image of a name; not called for "" (no image) and `mllm.pope.scores.GREY`.
+        open_image: gives the image of a name; not called for "" (no image) and `mllm.pope.controls.GREY`.
         post_prompt: follows each question.
         batch_size: images at a time.
         most: questions in one row.
@@ -80,16 +90,17 @@ def margins(
         for first in range(0, len(texts), most)
     ]
     rows.sort(key=lambda row: (row[0] == "", len(row[1])))  # alike in length; those without an image by themselves
-    found: dict[tuple[str, str], float] = {}
-    with tqdm(total=len(rows), desc="pope margins", unit="picture", disable=None) as bar:
+    values: dict[tuple[str, str], float] = {}
+    with tqdm(total=len(rows), desc="pope margins", unit="image", disable=None) as bar:
         start = 0
         while start < len(rows):
             batch = [row for row in rows[start : start + batch_size] if (row[0] == "") == (rows[start][0] == "")]
-            for row, values in zip(batch, _batch_margins(model, processor, batch, open_image, post_prompt, yes, no)):
-                found |= {(row[0], text): value for text, value in zip(row[1], values)}
+            results = _batch_margins(model, processor, batch, open_image, post_prompt, yes, no)
+            for (shown, texts), margins_of_row in zip(batch, results):
+                values |= {(shown, text): value for text, value in zip(texts, margins_of_row)}
             start += len(batch)
             bar.update(len(batch))
-    return np.array([found[q.shown, q.text] for q in questions])
+    return np.array([values[q.shown, q.text] for q in questions])
 
 
 @torch.no_grad()
@@ -110,14 +121,13 @@ def _batch_margins(
         asked = [render([question_turn(text + post_prompt, bool(shown))], template, True, end) for text in texts]
         for text, segments in zip(texts, asked):
             count = sum(segment.text.count(IMAGE) for segment in segments)
-            check_shown(count, int(bool(shown)), template, f"question `{text}` about {shown or 'no picture'}: ")
+            check_shown(count, int(bool(shown)), template, f"question `{text}` about {shown or 'no image'}: ")
         packed.append(pack([encode(segments, processor.tokenizer, tokens)["input_ids"] for segments in asked]))
     length = max(len(ids) for ids, _, _, _ in packed)
     ids = torch.full((len(rows), length), processor.tokenizer.pad_token_id)
     positions = torch.zeros_like(ids)
-    allowed = torch.eye(length, dtype=torch.bool).repeat(
-        len(rows), 1, 1
-    )  # padding sees itself, so that no row is empty
+    # padding sees itself, so that no row is empty
+    allowed = torch.eye(length, dtype=torch.bool).repeat(len(rows), 1, 1)  # (rows, tokens, tokens)
     for i, (row_ids, row_positions, row_allowed, _) in enumerate(packed):
         ids[i, : len(row_ids)], positions[i, : len(row_ids)] = row_ids, row_positions
         allowed[i, : len(row_ids), : len(row_ids)] = row_allowed
@@ -125,8 +135,8 @@ def _batch_margins(
     mask = torch.zeros(allowed.shape, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)[:, None]
     inputs = {"input_ids": ids, "position_ids": positions, "attention_mask": mask}
     if rows[0][0]:
-        pictures = bounded((picture_of(shown, open_image) for shown, _ in rows), processor.image_processor)
-        pixels = processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
+        images = bounded((image_of(shown, open_image) for shown, _ in rows), processor.image_processor)
+        pixels = processor.image_processor(images, return_tensors="pt")["pixel_values"]
         inputs["pixel_values"] = pixels.to(dtype)
     states = model.model(**{name: tensor.to(device) for name, tensor in inputs.items()}, use_cache=False)
     result = []
@@ -166,9 +176,7 @@ def score_margins(questions: Sequence[Question], values: np.ndarray, folds: int 
     accuracy at margin 0; auc, the share of (yes, no) pairs of questions in the right order; ap, the average precision;
     accuracy_tuned, at the threshold that is best in the other folds of images; yes_rate at 0. All in [0, 1].
     """
-    from sklearn.metrics import average_precision_score, roc_auc_score
-
-    fold_of = fold_of_pictures(questions, folds, seed)
+    fold_of = folds_of_images(questions, folds, seed)
     table: dict[str, dict[str, float]] = {}
     for split in SPLITS:
         chosen = [i for i, q in enumerate(questions) if q.split == split]
@@ -178,9 +186,10 @@ def score_margins(questions: Sequence[Question], values: np.ndarray, folds: int 
         is_yes = np.array([questions[i].label == "yes" for i in chosen])
         fold = np.array([fold_of[questions[i].image] for i in chosen])
         right = 0
-        for one in set(fold.tolist()):
-            threshold = best_threshold(margin[fold != one], is_yes[fold != one])
-            right += int(((margin[fold == one] > threshold) == is_yes[fold == one]).sum())
+        for number in set(fold.tolist()):
+            held_out = fold == number
+            threshold = best_threshold(margin[~held_out], is_yes[~held_out])
+            right += int(((margin[held_out] > threshold) == is_yes[held_out]).sum())
         both = is_yes.any() and not is_yes.all()
         table[split] = {
             "accuracy": float(((margin > 0) == is_yes).mean()),
@@ -223,15 +232,48 @@ def generate(
 ) -> list[str]:
     """Greedy answers to questions, each asked once about an image; arguments as in `margins`."""
     asked = list(dict.fromkeys((q.shown, q.text) for q in questions))
-    found: dict[tuple[str, str], str] = {}
+    answers: dict[tuple[str, str], str] = {}
     for first in tqdm(range(0, len(asked), batch_size), desc="pope answers", disable=None):
-        some = asked[first : first + batch_size]
-        turns = [[question_turn(text + post_prompt, bool(shown))] for shown, text in some]
-        pictures = [[picture_of(shown, open_image)] if shown else [] for shown, _ in some]
-        found |= dict(zip(some, answer(model, processor, turns, pictures, max_new_tokens=max_new_tokens)))
-    return [found[q.shown, q.text] for q in questions]
+        batch = asked[first : first + batch_size]
+        turns = [[question_turn(text + post_prompt, bool(shown))] for shown, text in batch]
+        images = [[image_of(shown, open_image)] if shown else [] for shown, _ in batch]
+        answers |= dict(zip(batch, answer(model, processor, turns, images, max_new_tokens=max_new_tokens)))
+    return [answers[q.shown, q.text] for q in questions]
 
 
-def picture_of(shown: str, open_image: Callable[[str], Image.Image]) -> Image.Image:
+def image_of(shown: str, open_image: Callable[[str], Image.Image]) -> Image.Image:
     """The image of a question, or the grey one of the control."""
-    return grey_picture() if shown == GREY else open_image(shown)
+    return grey_image() if shown == GREY else open_image(shown)
+
+
+def run(options: Namespace) -> None:
+    """Exact yes/no scores of a model with all controls, into margins.json and margins.jsonl."""
+    device = pick_device(options.device)
+    questions = read_labelled(options.pope)
+    images = images_of(questions, options.pope, options.image_root, options.output_dir / "images")
+    logging.disable_progress_bar()
+    model, processor = load(options.run)
+    model.to(device)  # type: ignore[arg-type]  # transformers' wrapper of `to` loses its signature
+
+    def open_image(name: str) -> Image.Image:
+        return images[name].open()
+
+    options.output_dir.mkdir(parents=True, exist_ok=True)
+    scores: dict[str, Any] = {}
+    lines = []
+    for name in ("model", *CONTROLS):
+        asked = CONTROLS[name](questions, 0) if name in CONTROLS else questions
+        values = margins(model, processor, asked, open_image, batch_size=options.batch_size)
+        scores[name] = score_margins(asked, values)
+        lines += [{"pass": name, **q._asdict(), "margin": value} for q, value in zip(asked, values.tolist())]
+        print_scores(f"{name} (%)", scores[name], MARGIN_SCORES)
+    scores["blind"] = score_splits(questions, blind(questions))
+    print(uses_image(scores["model"], scores["blind"]))
+    if options.generate:
+        answers = generate(model, processor, questions, open_image, batch_size=options.batch_size)
+        scores["generated"] = score_splits(questions, parse(answers))
+        print_scores("generated answers (%)", scores["generated"], SCORES)
+        lines += [{"pass": "generated", **q._asdict(), "answer": text} for q, text in zip(questions, answers)]
+    write_whole(options.output_dir / "margins.jsonl", "".join(map(json_line, lines)))
+    write_json(options.output_dir / "margins.json", {"version": version(questions), **scores})
+    print(f"wrote {options.output_dir / 'margins.json'}")

@@ -5,7 +5,8 @@ from typing import Any
 from PIL import Image
 
 from diffclip.base.images import to_rgb
-from mllm.pope.scores import SCORES, parse_lmms_eval, score
+from mllm.pope.parsers import parse_lmms_eval
+from mllm.pope.scores import SCORES, score
 
 Records = list[dict[str, str]]
 

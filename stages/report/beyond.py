@@ -3,8 +3,10 @@
 import statistics
 from typing import NamedTuple
 
+from diffclip.base.schema import STAGES
 from stages.report.cells import DASH, Table, duration, number, percent, score
-from stages.report.data import STAGES, Arms, RunDir, is_number, mean_sd
+from stages.report.data import Arms, RunDir, mean_sd
+from stages.report.reading import is_number
 from stages.report.significance import difference
 from stages.report.tables import difference_cells, paired_differences
 
@@ -63,9 +65,9 @@ def costs(arms: Arms) -> list[Cost]:
     for model, stage, runs in groups:
         done = [r for r in runs if r.state == "finished"]
         if done:
-            facts = [_mean(values) for values in zip(*(_facts(r) for r in done))]
+            seconds, seen, rate, energy = (_mean(values) for values in zip(*(_facts(r) for r in done)))
             hardware = ", ".join(dict.fromkeys(str(r.record.get("hardware", "")) for r in done))
-            found.append(Cost(model, stage, facts[0], len(done), *facts[1:], hardware))
+            found.append(Cost(model, stage, seconds, len(done), seen, rate, energy, hardware))
     return found
 
 
@@ -119,10 +121,10 @@ def cost(arms: Arms) -> Table:
 def cost_verdict(arms: Arms) -> str:
     """How much longer the other models trained, in one sentence; "" if it cannot be said."""
     first, *others = arms.models
-    seconds = {(c.model, c.stage): c.seconds for c in costs(arms) if c.stage != "evaluate"}
+    seconds = {(c.model, c.stage): c.seconds for c in costs(arms) if c.stage != "evaluate" and c.seconds}
     sentences = []
     for other in others:
-        stages = [s for s in STAGES[1:-1] if seconds.get((first, s)) and seconds.get((other, s))]
+        stages = [s for s in STAGES[1:-1] if (first, s) in seconds and (other, s) in seconds]
         if stages:
             ratio = sum(seconds[other, s] for s in stages) / sum(seconds[first, s] for s in stages)
             word = "more" if ratio >= 1 else "less"

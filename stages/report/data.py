@@ -3,21 +3,17 @@
 Nothing here raises on a partial or damaged run: what cannot be read becomes a sentence that the report shows.
 """
 
-import json
-import os
 import re
 import statistics
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from diffclip.base import schema
 from diffclip.base.errors import InputError
+from diffclip.base.schema import POPE_SPLITS, STAGES
+from stages.report.reading import as_dict, flat, is_number, read_curve, read_json, read_yaml
 
-STAGES = ("language", "pretrain", "align", "instruct", "evaluate")
-POPE_SPLITS = ("random", "popular", "adversarial")
 # Groups whose average over their sets is a row of its own: key pattern with {} for the set, key of the average.
 AVERAGED = (
     ("linear_probe/{}/accuracy", "linear_probe/average/accuracy"),
@@ -90,13 +86,13 @@ class Arms:
         self.models = sorted(names, key=lambda n: (not n.startswith("CLIP"), len(n), n)) or ["(no model yet)"]
 
     def seeds(self, model: str) -> list[str]:
-        found = {run.seed for run in self.runs if run.model == model}
-        return sorted(found, key=lambda s: (len(s), s))
+        seeds = {run.seed for run in self.runs if run.model == model}
+        return sorted(seeds, key=lambda s: (len(s), s))
 
     def of(self, stage: str, model: str, seed: str | None = None) -> list[RunDir]:
         """Runs of a stage, the newest last."""
-        found = [r for r in self.runs if (r.stage, r.model) == (stage, model) and seed in (None, r.seed)]
-        return sorted(found, key=lambda r: str(r.record.get("started", "")))
+        runs = [r for r in self.runs if (r.stage, r.model) == (stage, model) and seed in (None, r.seed)]
+        return sorted(runs, key=lambda r: str(r.record.get("started", "")))
 
     def latest(self, stage: str, model: str) -> list[RunDir]:
         """One run a seed: the newest."""
@@ -131,7 +127,7 @@ class Arms:
             value = run.metrics[key]
             return f"{run.name}: {key} is {value!r}, which is no percentage"
         if not run.metrics:
-            return f"{run.name}: metrics.json holds no numbers"
+            return f"{run.name}: {schema.METRICS} holds no numbers"
         for name, reason in run.skipped.items():
             if key.startswith(name) or name.startswith(key):
                 return f"{run.name}: {name} was left out: {reason}"
@@ -146,35 +142,36 @@ def gather(paths: list[Path]) -> Arms:
     Raises:
         InputError: a path does not exist, or no run.json lies below any of them.
     """
-    found: dict[Path, RunDir] = {}
+    runs: dict[Path, RunDir] = {}
     problems: list[str] = []
-    queue = []
+    queue: list[Path] = []
     for path in paths:
         if not path.exists():
             raise InputError(f"{path}: no such run directory")
-        queue += sorted(path.rglob("run.json"))
+        queue += (file.parent for file in sorted(path.rglob(schema.RECORD)))
     while queue:
-        file = queue.pop(0)
-        directory = file.parent.resolve()
-        if directory in found:
+        folder = queue.pop(0)
+        if folder.resolve() in runs:
             continue
-        record = read_json(file, problems)
+        record = read_json(folder / schema.RECORD, problems)
         if not isinstance(record, dict):
             continue
-        run = found[directory] = RunDir(file.parent, record)
-        run.config = read_yaml(file.parent / "config.yaml", problems)
-        if (file.parent / "metrics.json").is_file():
-            run.metrics = dict(flat(read_json(file.parent / "metrics.json", problems)))
-        if run.stage == "evaluate" and (file.parent / "clip_benchmarks.json").is_file():
-            about = read_json(file.parent / "clip_benchmarks.json", problems)
-            run.skipped, run.about = (as_dict(as_dict(about).get(name)) for name in ("skipped", "about"))
-        run.curve = read_curve(file.parent / "metrics.jsonl")
+        run = runs[folder.resolve()] = RunDir(folder, record)
+        run.config = read_yaml(folder / schema.CONFIG, problems)
+        if (folder / schema.METRICS).is_file():
+            run.metrics = dict(flat(read_json(folder / schema.METRICS, problems)))
+        if run.stage == "evaluate" and (folder / schema.CLIP_BENCHMARKS).is_file():
+            benchmarks = as_dict(read_json(folder / schema.CLIP_BENCHMARKS, problems))
+            run.skipped, run.about = as_dict(benchmarks.get("skipped")), as_dict(benchmarks.get("about"))
+        run.curve = read_curve(folder / schema.CURVE)
         # the language model or the vision tower may lie elsewhere: what was learnt from belongs to the report
-        inputs = [Path(str(as_dict(i).get("path", "?"))) / "run.json" for i in run.get("inputs").values()]
-        queue += [path for path in inputs if path.is_file()]
-    if not found:
-        raise InputError(f"no run.json below {', '.join(map(str, paths))}: give the output directories of stages")
-    arms = Arms(list(found.values()), problems)
+        inputs = [Path(str(as_dict(i).get("path", "?"))) for i in run.get("inputs").values()]
+        queue += [path for path in inputs if (path / schema.RECORD).is_file()]
+    if not runs:
+        raise InputError(
+            f"no {schema.RECORD} below {', '.join(map(str, paths))}: give the output directories of stages"
+        )
+    arms = Arms(list(runs.values()), problems)
     for model in arms.models:
         for stage in STAGES[1:-1]:
             twice = [r for r in arms.of(stage, model) if r not in arms.latest(stage, model)]
@@ -199,96 +196,11 @@ def add_averages(arms: Arms) -> None:
 
 def _add_average(arms: Arms, keys: list[str], name: str) -> None:
     for run in arms.runs:
-        values = [run.metrics.get(k) for k in keys]
-        if run.stage == "evaluate" and name not in run.metrics and all(map(is_number, values)):
+        values = [v for k in keys if is_number(v := run.metrics.get(k))]
+        if run.stage == "evaluate" and name not in run.metrics and len(values) == len(keys):
             run.metrics[name] = statistics.fmean(values)
 
 
 def mean_sd(values: list[float]) -> tuple[float, float | None]:
     """Mean and sample standard deviation (None for a single value)."""
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
-
-
-# --- reading ----------------------------------------------------------------------------------------------------
-
-
-def read_json(path: Path, problems: list[str]) -> Any:
-    """Parsed and cleaned JSON; None, and a sentence in `problems`, if it cannot be read."""
-    try:
-        return clean(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, RecursionError) as error:
-        problems.append(f"{path}: cannot be read ({clean(str(error))[:120]}); left out")
-        return None
-
-
-def read_yaml(path: Path, problems: list[str]) -> dict[str, Any]:
-    try:
-        return as_dict(clean(yaml.safe_load(path.read_text(encoding="utf-8")))) if path.is_file() else {}
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        problems.append(f"{path}: cannot be read ({clean(str(error))[:120]}); left out")
-        return {}
-
-
-def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Every JSON object of a JSONL file; lines cut off by a crash are skipped."""
-    if not path.is_file():
-        return
-    with open(path, encoding="utf-8", errors="replace") as f:
-        for line in f:
-            try:
-                value = clean(json.loads(line))
-            except (ValueError, RecursionError):
-                continue
-            if isinstance(value, dict):
-                yield value
-
-
-def read_curve(path: Path) -> list[dict[str, float]]:
-    """metrics.jsonl by step, losses and validation in one; after a resume the later value of a step counts."""
-    by_step: dict[float, dict] = {}
-    for line in read_lines(path):
-        if is_number(line.get("step")):
-            by_step.setdefault(line["step"], {}).update(line)
-    return [by_step[step] for step in sorted(by_step)]
-
-
-def flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """("a/b", leaf) of nested mappings."""
-    if not isinstance(value, dict):
-        if prefix:
-            yield prefix, value
-        return
-    for key, inner in value.items():
-        yield from flat(inner, f"{prefix}/{key}" if prefix else str(key))
-
-
-def clean(value: Any) -> Any:
-    """The same value with control characters, bidirectional overrides and lone surrogates made visible."""
-    if isinstance(value, str):
-        if value.isprintable() and len(value) <= 4000:  # nearly always, and a hundred times faster
-            return value
-        return "".join(c if c.isprintable() else " " if c.isspace() else "\ufffd" for c in value[:4000])
-    if isinstance(value, dict):
-        return {clean(str(k)): clean(v) for k, v in value.items()}
-    if isinstance(value, list):
-        if all(type(v) is int for v in value):  # heat maps: ten thousand of them take no time then
-            return value
-        return [clean(v) for v in value]
-    return value
-
-
-def is_number(value: Any) -> bool:
-    """Whether it is a finite number of a size that can be drawn."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and -1e15 < value < 1e15
-
-
-def as_dict(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file so that a crash leaves either the old one or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

@@ -11,11 +11,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from stages.report.data import POPE_SPLITS, Arms, read_lines
+from diffclip.base import schema
+from diffclip.base.schema import POPE_SPLITS
+from stages.report.data import Arms
 from stages.report.maps import grid, open_inside
+from stages.report.reading import read_lines
 
 MOST_TEXT = 5_000_000  # characters of all examples without their images
-MOST_PICTURES = 8_000_000  # characters of all images
+MOST_IMAGES = 8_000_000  # characters of all images
 LONGEST = 300  # characters of a question or an answer
 # up to so many images are shown with so many pixels a side
 SIDES = ((60, 320), (300, 224), (1200, 128))
@@ -26,18 +29,18 @@ Rows = dict[str, tuple[dict[str, Any], Path]]  # model: line of examples.jsonl, 
 
 @dataclass
 class Gallery:
-    """What the page's script gets: `items` as `item` makes them, `pictures` as {u: data URI, w, h}."""
+    """What the page's script gets: `items` as `item` makes them, `images` as {u: data URI, w, h}."""
 
     models: list[str]
     seed: str = ""
     stored: int = 0
     items: list[dict[str, Any]] = field(default_factory=list)
-    pictures: list[dict[str, Any]] = field(default_factory=list)
-    without_picture: int = 0  # left out for the size of the page
+    images: list[dict[str, Any]] = field(default_factory=list)
+    without_image: int = 0  # left out for the size of the page
 
     def script_data(self) -> str:
         """JSON that may stand inside a script element: nothing in it can end the element."""
-        data = {"models": self.models, "items": self.items, "pictures": self.pictures}
+        data = {"models": self.models, "items": self.items, "images": self.images}
         text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
         for character in "<>&\u2028\u2029":
             text = text.replace(character, f"\\u{ord(character):04x}")
@@ -53,7 +56,7 @@ def examples(arms: Arms) -> Gallery:
         rows: dict[tuple, Rows] = {}
         for model in arms.models:
             for run in arms.of("evaluate", model, seed):
-                for row in read_lines(run.path / "examples.jsonl"):
+                for row in read_lines(run.path / schema.EXAMPLES):
                     # the text belongs to the key: ids may be numbered afresh in every file
                     key = tuple(_text(row, name) for name in ("split", "question_id", "question", "label"))
                     rows.setdefault(key, {})[model] = (row, run.path)
@@ -67,24 +70,24 @@ def _gallery(arms: Arms, seed: str, rows: dict[tuple, Rows]) -> Gallery:
     items = {key: item(arms.models, key, found) for key, found in rows.items()}
     size = sum(map(_length, items.values()))
     chosen = spread(list(items), len(items) if size <= MOST_TEXT else int(len(items) * MOST_TEXT / size))
-    pictures = {key: _places(rows[key]) for key in chosen}
-    count = len({places[0] for places in pictures.values() if places})
+    places_of = {key: _places(rows[key]) for key in chosen}
+    count = len({places[0] for places in places_of.values() if places})
     side = next((side for most, side in SIDES if count <= most), SMALLEST)
     numbers: dict[tuple[Path, str], int] = {}
     used = 0
     for key in chosen:
-        places = pictures[key]
+        places = places_of[key]
         if not places:
             continue
         if places[0] not in numbers:
-            if used > MOST_PICTURES:
-                result.without_picture += 1
+            if used > MOST_IMAGES:
+                result.without_image += 1
                 continue
-            found = next((shown for folder, name in places if (shown := picture(folder, name, side))), None)
-            numbers[places[0]] = len(result.pictures) if found else -1
-            if found:
-                result.pictures.append(found)
-                used += len(found["u"])
+            image = next((i for folder, name in places if (i := image_data(folder, name, side))), None)
+            numbers[places[0]] = len(result.images) if image else -1
+            if image:
+                result.images.append(image)
+                used += len(image["u"])
         items[key]["p"] = numbers[places[0]]
     result.items = [items[key] for key in chosen]
     return result
@@ -108,7 +111,9 @@ def item(models: Sequence[str], key: tuple, rows: Rows) -> dict[str, Any]:
     values in base64].
     """
     split, _, question, label = key
-    answers, heats, query = [], [], ""
+    answers: list[list | None] = []
+    heats: list[list | None] = []
+    query = ""
     for model in models:
         row = rows[model][0] if model in rows else None
         if row is None:
@@ -134,7 +139,7 @@ def _places(rows: Rows) -> list[tuple[Path, str]]:
     return [(folder, name) for row, folder in rows.values() if (name := _text(row, "image"))]
 
 
-def picture(directory: Path, name: str, side: int = SIDES[0][1]) -> dict[str, Any] | None:
+def image_data(directory: Path, name: str, side: int = SIDES[0][1]) -> dict[str, Any] | None:
     """{u: data URI, w, h} of an image inside `directory`; None if it is elsewhere or unreadable."""
     image = open_inside(directory, name)
     if image is None:

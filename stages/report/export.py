@@ -1,11 +1,13 @@
-"""The report's tables as Markdown, CSV and LaTeX (booktabs), with all that comes from runs shown literally."""
+"""The report as text: Markdown, CSV and LaTeX (booktabs), with all that comes from runs shown literally."""
 
 import csv
 import io
-from pathlib import Path
 
 from stages.report.cells import MINUS, Table
-from stages.report.data import write_text
+from stages.report.data import Arms, mean_sd
+from stages.report.sections import Section
+from stages.report.setup import checks, details, stand_in
+from stages.report.tables import comparison_keys, evidence, paired_differences
 
 LATEX = {
     "\\": r"\textbackslash{}",
@@ -24,13 +26,6 @@ LATEX = {
     "|": r"\textbar{}",
     "×": r"$\times$",
 }
-
-
-def write_tables(tables: list[Table], directory: Path) -> None:
-    """NAME.csv and NAME.tex of every table."""
-    for table in tables:
-        write_text(directory / f"{table.name}.csv", as_csv(table))
-        write_text(directory / f"{table.name}.tex", as_latex(table))
 
 
 def as_csv(table: Table) -> str:
@@ -110,3 +105,53 @@ def markdown(text: str) -> str:
     for character in "\\`*_[]|#":
         text = text.replace(character, "\\" + character)
     return text
+
+
+def markdown_report(arms: Arms, title: str, subtitle: str, parts: list[Section]) -> str:
+    """The report without its examples, for places where only text goes."""
+    text = [f"# {markdown(title)}", markdown(subtitle), f"**{markdown(evidence(arms))}**"]
+    if stand_in(arms):
+        text.append("**The language model is a stand-in taught on a little text; it is not Qwen2.5-0.5B-Instruct.**")
+    for part in parts:
+        if part.anchor == "examples":
+            continue
+        text.append(f"## {markdown(part.title)}")
+        text += [markdown(part.text).replace("\n", "\n\n")] if part.text else []
+        text += ["\n".join(f"- {markdown(sentence)}" for _, sentence in part.verdicts)] if part.verdicts else []
+        for figure in part.figures:
+            absent = f"Not drawn: {markdown(figure.absent)}."
+            image = f"![{markdown(figure.caption)}](figures/{figure.name}.svg)"
+            text += [f"### {markdown(figure.title)}", absent if figure.absent else image]
+        for table in part.tables:
+            text += [f"### {markdown(table.title)}{' (not ours)' if table.published else ''}", as_markdown(table)]
+        if part.anchor == "run":
+            marks = {True: "ok", False: "CAUTION", None: "unknown"}
+            text.append("\n".join(f"- {marks[ok]}: {markdown(sentence)}" for ok, sentence in checks(arms)))
+            text += ["\n".join(f"- {markdown(problem)}." for problem in arms.problems)] if arms.problems else []
+    for run in arms.runs:
+        text += [f"### {markdown(run.name)}", as_markdown(details(run))]
+    return "\n\n".join(text) + "\n"
+
+
+def csv_table(arms: Arms) -> str:
+    """The comparison for machines: percentages with four decimals, number of seeds, sd, differences."""
+    first, *rest = arms.models
+    columns = ["section", "benchmark", "metric"]
+    columns += [f"{m} {what}" for m in arms.models for what in ("mean", "sd", "seeds")]
+    columns += [f"{m} - {first} {what}" for m in rest for what in ("mean", "sd", "seeds")]
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    for heading, keys in comparison_keys(arms):
+        for key, name in keys:
+            groups = [list(arms.scores(model, key).values()) for model in arms.models]
+            groups += [paired_differences(arms, first, model, key) for model in rest]
+            writer.writerow([heading, name, key, *(cell for values in groups for cell in _numbers(values))])
+    return text.getvalue()
+
+
+def _numbers(values: list[float]) -> list[str]:
+    if not values:
+        return ["", "", "0"]
+    mean, sd = mean_sd(values)
+    return [f"{mean:.4f}", "" if sd is None else f"{sd:.4f}", str(len(values))]

@@ -4,22 +4,23 @@ A chart never rests on colour alone: bars carry their numbers, curves their own 
 """
 
 import io
-import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import matplotlib
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure as Drawing
+
+from diffclip.base.files import whole, write_whole
+from diffclip.base.schema import POPE_SPLITS, STAGES
 from stages.report import figures_bars, figures_curves, figures_maps
 from stages.report.beyond import costs
-from stages.report.data import POPE_SPLITS, STAGES, Arms
+from stages.report.data import Arms
 from stages.report.figures_style import COLOURS, GRID, INK, MUTED, PAPER, STYLE
 from stages.report.layout import Column, mmvp_columns, shift_columns, six_tasks
 from stages.report.maps import Map, attention_maps
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure as Drawing
 
 LONG = f"; logs of more than {figures_curves.MOST_POINTS} lines are averaged over neighbouring ones"
 PAIRS_SHOWN = 2  # images of figure 2, as in the paper; the others make figure 6
@@ -49,19 +50,15 @@ class Plan:
     name: str
     title: str
     caption: str
-    draw: Callable[[], "Drawing"] | None
+    draw: Callable[[], Drawing] | None
     why: str = ""
 
 
 def figures(arms: Arms, directory: Path) -> list[Figure]:
     """Draw every figure that the runs have numbers for, also as SVG and PNG files (300 dpi) in `directory`."""
-    import matplotlib
-
     matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     drawn = []
-    with plt.rc_context(STYLE):
+    with plt.rc_context(STYLE):  # type: ignore[arg-type] # it wants a Literal of all of matplotlib's keys
         for plan in plans(arms):
             if plan.draw is None:
                 drawn.append(Figure(plan.name, plan.title, plan.caption, absent=plan.why))
@@ -72,14 +69,9 @@ def figures(arms: Arms, directory: Path) -> list[Figure]:
                 figure.savefig(svg, format="svg", metadata={"Date": None})
                 text = numbered(svg.getvalue())
                 figure.set_layout_engine("none")  # it is laid out now
-                directory.mkdir(parents=True, exist_ok=True)
-                for suffix in ("svg", "png"):
-                    temporary = directory / f"{plan.name}.tmp"
-                    if suffix == "svg":
-                        temporary.write_text(text, encoding="utf-8")
-                    else:
-                        figure.savefig(temporary, format="png", dpi=300)
-                    os.replace(temporary, directory / f"{plan.name}.{suffix}")
+                write_whole(directory / f"{plan.name}.svg", text)
+                with whole(directory / f"{plan.name}.png") as path:
+                    figure.savefig(path, dpi=300)
             finally:
                 plt.close(figure)
             drawn.append(Figure(plan.name, plan.title, plan.caption, inline(text, plan.name)))
@@ -127,9 +119,9 @@ def _of_the_paper(arms: Arms, maps: list[Map]) -> list[Plan]:
             "no evaluate run has scores of the dual encoder",
         )
     ]
-    pictures = list(dict.fromkeys(m.picture for m in maps))
-    first = [m for m in maps if m.picture in pictures[:PAIRS_SHOWN]]
-    rest = [m for m in maps if m.picture in pictures[PAIRS_SHOWN : PAIRS_SHOWN + 4]]
+    images = list(dict.fromkeys(m.name for m in maps))
+    first = [m for m in maps if m.name in images[:PAIRS_SHOWN]]
+    rest = [m for m in maps if m.name in images[PAIRS_SHOWN : PAIRS_SHOWN + 4]]
     why = (
         "no evaluate run kept attention maps (attention.jsonl): it needs a dual encoder and segmentation/ in clip_data"
     )

@@ -2,23 +2,25 @@
 
 import textwrap
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+
+from diffclip.base.schema import STAGES
 from stages.report.beyond import costs
 from stages.report.cells import duration, percent
-from stages.report.data import STAGES, Arms, mean_sd
-from stages.report.figures_style import COLOURS, GRID, INK, MUTED, PAPER, WIDTH, colour_of, legend, short
+from stages.report.data import Arms, mean_sd
+from stages.report.figures_style import ABOVE, COLOURS, GRID, INK, MUTED, PAPER, WIDTH, colour_of, legend, short
 from stages.report.layout import SIGN, Column
 from stages.report.pope import CONTROLS, SPLITS
 from stages.report.significance import difference
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 SHAPES = ("D", "o", "s", "^")  # of POPE's controls
 
 
-def bars(arms: Arms, rows: Sequence[Column], models: Sequence[str] | None = None, baseline: str = "") -> "Figure":
+def bars(arms: Arms, rows: Sequence[Column], models: Sequence[str] | None = None, baseline: str = "") -> Figure:
     """Horizontal bars, one a model and row, whiskers of one sd, the number and the difference at the end.
 
     Args:
@@ -26,8 +28,6 @@ def bars(arms: Arms, rows: Sequence[Column], models: Sequence[str] | None = None
         models: those to show, the first being the reference; all by default.
         baseline: key of a score that a dashed line marks.
     """
-    import matplotlib.pyplot as plt
-
     models = models or arms.models
     count = len(models)
     figure, axes = plt.subplots(figsize=(WIDTH, 0.55 + len(rows) * (0.2 + 0.19 * count)))
@@ -69,11 +69,8 @@ def _delta(arms: Arms, first: str, model: str, key: str) -> str:
     return f" ({percent([found.mean], sign=True)}{SIGN if found.significant else ''})"
 
 
-def pope_bars(arms: Arms) -> "Figure":
+def pope_bars(arms: Arms) -> Figure:
     """POPE accuracy by split, each bar with the marks of its controls."""
-    import matplotlib.pyplot as plt
-    from matplotlib.lines import Line2D
-
     figure, axes = plt.subplots(figsize=(WIDTH, 3.1))
     count = len(arms.models)
     width = 0.8 / count
@@ -114,24 +111,20 @@ def pope_bars(arms: Arms) -> "Figure":
     return figure
 
 
-def cost_bars(arms: Arms) -> "Figure":
+def cost_bars(arms: Arms) -> Figure:
     """Wall-clock time of the stages, one bar a model, the stages behind each other."""
-    import matplotlib.pyplot as plt
-    from matplotlib.patches import Patch
-
-    known = [c for c in costs(arms) if c.seconds]
-    names = list(dict.fromkeys(c.model for c in known))
-    unit, word = (3600, "hours") if max(c.seconds for c in known) > 6000 else (60, "minutes")
+    known = [(c, c.seconds) for c in costs(arms) if c.seconds]
+    names = list(dict.fromkeys(c.model for c, _ in known))
+    unit, word = (3600, "hours") if max(seconds for _, seconds in known) > 6000 else (60, "minutes")
     figure, axes = plt.subplots(figsize=(WIDTH, 0.95 + 0.34 * len(names)))
     for i, name in enumerate(names):
         start = 0.0
-        for one in (c for c in known if c.model == name):
-            share = one.seconds / unit
-            colour = COLOURS[STAGES.index(one.stage) % len(COLOURS)]
-            axes.barh(i, share, 0.62, left=start, color=colour, edgecolor=PAPER, linewidth=1)
-            start += share
-        shift = {"xytext": (4, 0), "textcoords": "offset points"}
-        axes.annotate(duration(start * unit), (start, i), va="center", fontsize=7.5, **shift)
+        for c, seconds in known:
+            if c.model == name:
+                colour = COLOURS[STAGES.index(c.stage) % len(COLOURS)]
+                axes.barh(i, seconds / unit, 0.62, left=start, color=colour, edgecolor=PAPER, linewidth=1)
+                start += seconds / unit
+        axes.annotate(duration(start * unit), (start, i), (4, 0), textcoords="offset points", va="center", fontsize=7.5)
     axes.set_yticks(range(len(names)), [short(name, 24) or "shared" for name in names])
     axes.invert_yaxis()
     axes.margins(x=0.16)
@@ -139,8 +132,7 @@ def cost_bars(arms: Arms) -> "Figure":
     axes.set_xlabel(word)
     axes.grid(axis="x", linewidth=0.6, color=GRID)
     axes.tick_params(axis="y", length=0)
-    stages = [s for s in STAGES if any(c.stage == s for c in known)]
+    stages = [s for s in STAGES if any(c.stage == s for c, _ in known)]
     patches = [Patch(facecolor=COLOURS[STAGES.index(s) % len(COLOURS)]) for s in stages]
-    place = {"loc": "lower left", "bbox_to_anchor": (0, 1.0), "ncols": 5, "borderaxespad": 0.3, "fontsize": 8}
-    axes.legend(patches, stages, **place, handlelength=1.2, columnspacing=1.0)
+    axes.legend(patches, stages, **ABOVE, ncols=5, handlelength=1.2, columnspacing=1.0)
     return figure

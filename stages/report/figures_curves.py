@@ -1,22 +1,21 @@
 """Curves of training: losses, logit scale, and lambda layer by layer."""
 
 import statistics
-from typing import TYPE_CHECKING
 
-from stages.report.data import Arms, RunDir, is_number
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, MaxNLocator
+
+from stages.report.data import Arms, RunDir
 from stages.report.figures_style import COLOURS, DASHES, INK, MUTED, WIDTH, colour_of, legend, short
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+from stages.report.reading import is_number
 
 MOST_POINTS = 400  # a line; more make files of megabytes that look the same
 
 
-def curves(arms: Arms, stage: str, key: str) -> "Figure":
+def curves(arms: Arms, stage: str, key: str) -> Figure:
     """`key` of metrics.jsonl over the steps, one line a run, colour and dashes by model."""
-    import matplotlib.pyplot as plt
-
     figure, axes = plt.subplots(figsize=(WIDTH, 2.5))
     for run in (r for r in arms.runs if r.stage == stage):
         points = points_of(run.curve, key)
@@ -34,10 +33,8 @@ def curves(arms: Arms, stage: str, key: str) -> "Figure":
     return figure
 
 
-def name_steps(axes: "Axes", most: int = 6) -> None:
+def name_steps(axes: Axes, most: int = 6) -> None:
     """Few labels on the axis of steps, 25k for 25000, so that they never meet."""
-    from matplotlib.ticker import EngFormatter, MaxNLocator
-
     axes.set_xlabel("step")
     axes.xaxis.set_major_locator(MaxNLocator(most, integer=True))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
@@ -48,7 +45,9 @@ def points_of(curve: list[dict[str, float]], key: str) -> list[tuple[float, floa
     points = [(line["step"], line[key]) for line in curve if is_number(line.get(key))]
     width = -(-len(points) // MOST_POINTS)
     parts = [points[i : i + width] for i in range(0, len(points), max(1, width))]
-    return [tuple(map(statistics.fmean, zip(*part))) for part in parts] if width > 1 else points
+    if width <= 1:
+        return points
+    return [(statistics.fmean(s for s, _ in part), statistics.fmean(v for _, v in part)) for part in parts]
 
 
 def runs_with_lambda(arms: Arms) -> list[RunDir]:
@@ -57,10 +56,8 @@ def runs_with_lambda(arms: Arms) -> list[RunDir]:
     return [run for run in first if run is not None]
 
 
-def lambdas(arms: Arms) -> "Figure":
+def lambdas(arms: Arms) -> Figure:
     """Lambda over the steps of pretraining, a row a model, a column a tower, a line a layer."""
-    import matplotlib.pyplot as plt
-
     shown = [(run.model, run.curve, _layers(run.curve)) for run in runs_with_lambda(arms)]
     towers = list(dict.fromkeys(tower for _, _, layers in shown for tower in layers))
     figure, grid = plt.subplots(

@@ -3,26 +3,23 @@
 import math
 import textwrap
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Any
+
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.projections.polar import PolarAxes
 
 from stages.report.data import Arms, mean_sd
 from stages.report.figures_style import DASHES, INK, MARKS, MUTED, PAPER, WIDTH, colour_of, short
 from stages.report.layout import Column
-
-if TYPE_CHECKING:
-    import numpy as np
-    from matplotlib.figure import Figure
-    from PIL.Image import Image
-
-    from stages.report.maps import Map
+from stages.report.maps import Map
 
 SIDE = 168  # pixels of a map in the figure
 
 
-def attention(arms: Arms, maps: Sequence["Map"]) -> "Figure":
+def attention(arms: Arms, maps: Sequence[Map]) -> Figure:
     """One row an image and query: the query, the image, and each model's map over it."""
-    import matplotlib.pyplot as plt
-
     models = [m for m in arms.models if any(m in one.heat for one in maps)]
     columns = 2 + len(models)
     share = 0.8
@@ -34,7 +31,7 @@ def attention(arms: Arms, maps: Sequence["Map"]) -> "Figure":
         squeeze=False,
         width_ratios=[share] + [1] * (columns - 1),
     )
-    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0.01, hspace=0.01)
+    figure.set_layout_engine("constrained", w_pad=0.02, h_pad=0.02, wspace=0.01, hspace=0.01)
     for axes in grid.flat:
         axes.set_axis_off()
     for row, one in zip(grid, maps):
@@ -43,34 +40,19 @@ def attention(arms: Arms, maps: Sequence["Map"]) -> "Figure":
         row[1].imshow(one.pixels(SIDE), interpolation="none")
         for axes, model in zip(row[2:], models):
             if model in one.heat:
-                axes.imshow(overlay(one.image, one.heat[model]), interpolation="none")
+                axes.imshow(one.overlaid(model, SIDE), interpolation="none")
             else:
                 axes.text(0.5, 0.5, "not kept", ha="center", va="center", fontsize=8, color=MUTED)
-    for axes, title in zip(grid[0][1:], ["picture", *models]):
+    for axes, title in zip(grid[0][1:], ["image", *models]):
         axes.set_title(textwrap.fill(short(title, 40), max(6, int(13 * cell))), fontsize=8.5, color=INK)
     return figure
 
 
-def overlay(picture: "Image", heat: list[list[int]]) -> "np.ndarray":
-    """The image, darkened where heat (rows of 0 to 255) is low, as `diffclip.attention_maps.overlay` draws it."""
-    import numpy as np
-    from matplotlib import colormaps
-    from PIL import Image
-
-    pixels = np.asarray(picture.resize((SIDE, SIDE), Image.Resampling.NEAREST), dtype=float)
-    smooth = Image.fromarray(np.asarray(heat, dtype=np.uint8)).resize((SIDE, SIDE), Image.Resampling.BILINEAR)
-    share = np.asarray(smooth, dtype=float)[:, :, None] / 255
-    colour = 255 * colormaps["inferno"](share[:, :, 0])[:, :, :3]
-    return ((1 - 0.65 * share) * (0.55 * pixels + 60) + 0.65 * share * colour).clip(0, 255).astype("uint8")
-
-
-def radar(arms: Arms, columns: Sequence[Column]) -> "Figure":
+def radar(arms: Arms, columns: Sequence[Column]) -> Figure:
     """One axis a column, one closed line a model, means over seeds."""
-    import matplotlib.pyplot as plt
-    from matplotlib.lines import Line2D
-
     angles = [2 * math.pi * i / len(columns) for i in range(len(columns))]
     figure, axes = plt.subplots(figsize=(WIDTH, 4.3), subplot_kw={"projection": "polar"})
+    assert isinstance(axes, PolarAxes)
     axes.set_theta_zero_location("N")
     axes.set_theta_direction(-1)
     top = 0.0
@@ -83,7 +65,7 @@ def radar(arms: Arms, columns: Sequence[Column]) -> "Figure":
         shown.append(model)
         top = max(top, *(value for _, value in points))
         closed = [*points, points[0]] if len(points) == len(columns) else points
-        look = {"color": colour_of(arms, model), "marker": MARKS[i % len(MARKS)], "markersize": 4}
+        look: dict[str, Any] = {"color": colour_of(arms, model), "marker": MARKS[i % len(MARKS)], "markersize": 4}
         axes.plot(*zip(*closed), DASHES[i % len(DASHES)], linewidth=1.6, **look)
         axes.fill(*zip(*points), color=colour_of(arms, model), alpha=0.1)
     step = next(s for s in (1, 2, 5, 10, 20, 25) if top <= 5 * s) if top <= 125 else 25

@@ -1,16 +1,17 @@
 """How all figures look: colours, type, legends. Colour-blind safe, and small enough to be read on a phone."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Any, Literal
+
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 
 from stages.report.data import Arms
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
 # After Okabe and Ito, darkened to a contrast of 3 on white; the page swaps them for lighter ones in the dark.
 COLOURS = ("#0072b2", "#d55e00", "#00846a", "#b4508c", "#6b6b00", "#6a51a3")
-DASHES = ("-", "--", "-.", ":")
+DASHES: tuple[Literal["-", "--", "-.", ":"], ...] = ("-", "--", "-.", ":")
 MARKS = ("o", "s", "^", "D", "v", "P")
 INK, MUTED, GRID, PAPER = "#1d2127", "#5c6470", "#dcdfe4", "#fefefe"
 STYLE = {
@@ -36,6 +37,7 @@ STYLE = {
     "legend.frameon": False,
     "legend.labelcolor": INK,
 }
+ABOVE: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0, 1.0), "borderaxespad": 0.3, "fontsize": 8}
 WIDTH = 5.0  # inches; 360 units in the page
 
 
@@ -48,7 +50,7 @@ def short(text: str, limit: int) -> str:
 
 
 def legend(
-    axes: "Axes",
+    axes: Axes,
     arms: Arms,
     models: Sequence[str] | None = None,
     marks: Sequence = (),
@@ -56,14 +58,10 @@ def legend(
     lines: bool = False,
 ) -> None:
     """Models, and further marks with their names, above the plot."""
-    from matplotlib.lines import Line2D
-    from matplotlib.patches import Patch
-
     own = []
     for model in models or arms.models:
         dashes = DASHES[arms.models.index(model) % len(DASHES)]
         colour = colour_of(arms, model)
         own.append(Line2D([], [], color=colour, linestyle=dashes) if lines else Patch(facecolor=colour))
     labels = [short(m, 30) for m in models or arms.models] + [*names]
-    place = {"loc": "lower left", "bbox_to_anchor": (0, 1.0), "ncols": 2, "borderaxespad": 0.3, "fontsize": 8}
-    axes.legend([*own, *marks], labels, **place, handlelength=1.6, columnspacing=1.2)
+    axes.legend([*own, *marks], labels, **ABOVE, ncols=2, handlelength=1.6, columnspacing=1.2)

@@ -7,8 +7,9 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from diffclip.base.schema import POPE_SPLITS
 from stages.report.cells import Table, number, percent, score
-from stages.report.data import POPE_SPLITS, Arms
+from stages.report.data import Arms
 from stages.report.setup import distinct
 from stages.report.significance import difference
 

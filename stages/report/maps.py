@@ -2,13 +2,16 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from stages.report.data import Arms, read_lines
+import numpy as np
+from PIL import Image
 
-if TYPE_CHECKING:
-    import numpy as np
-    from PIL.Image import Image
+from diffclip.base import schema
+from diffclip.base.images import BROKEN, decode
+from diffclip.base.overlay import overlay
+from stages.report.data import Arms
+from stages.report.reading import read_lines
 
 LARGEST_GRID = 64  # patches a side; more is no map of a vision transformer
 
@@ -17,45 +20,48 @@ LARGEST_GRID = 64  # patches a side; more is no map of a vision transformer
 class Map:
     """One image and query, and each model's grid of relevance (rows of 0 to 255)."""
 
-    picture: str
+    name: str  # of the image
     query: str
-    image: "Image"
+    image: Image.Image
     heat: dict[str, list[list[int]]] = field(default_factory=dict)
 
-    def pixels(self, side: int) -> "np.ndarray":
-        """The image as (side, side, 3)."""
-        import numpy as np
-        from PIL import Image
-
+    def pixels(self, side: int) -> np.ndarray:
+        """The image as (side, side, 3) uint8."""
         return np.asarray(self.image.resize((side, side), Image.Resampling.NEAREST))
+
+    def overlaid(self, model: str, side: int) -> np.ndarray:
+        """The image under the model's relevance, as (side, side, 3) uint8."""
+        heat = Image.fromarray(np.asarray(self.heat[model], dtype=np.uint8))
+        smooth = np.asarray(heat.resize((side, side), Image.Resampling.BILINEAR), dtype=float)
+        return overlay(self.pixels(side).astype(float), smooth, top=255)
 
 
 def attention_maps(arms: Arms) -> list[Map]:
     """The maps of the first seed that has any, models side by side by image and query."""
     for seed in dict.fromkeys(s for model in arms.models for s in arms.seeds(model)):
-        found: dict[tuple[str, str], Map] = {}
+        maps: dict[tuple[str, str], Map] = {}
         for model in arms.models:
             for run in arms.of("evaluate", model, seed):
-                for row in read_lines(run.path / "attention.jsonl"):
-                    add_map(found, model, row, run.path)
-        if found:
-            return list(found.values())
+                for row in read_lines(run.path / schema.ATTENTION):
+                    add_map(maps, model, row, run.path)
+        if maps:
+            return list(maps.values())
     return []
 
 
-def add_map(found: dict[tuple[str, str], Map], model: str, row: dict[str, Any], folder: Path) -> None:
+def add_map(maps: dict[tuple[str, str], Map], model: str, row: dict[str, Any], folder: Path) -> None:
     """Put one line of attention.jsonl to the others; a line that is damaged or without its image is left out."""
     heat = grid(row.get("heat"))
-    picture, query = str(row.get("file") or row.get("image")), str(row.get("query"))[:200]
+    name, query = str(row.get("file") or row.get("image")), str(row.get("query"))[:200]
     if heat is None:
         return
-    one = found.get((picture, query))
-    if one is None:
+    known = maps.get((name, query))
+    if known is None:
         image = open_inside(folder, str(row.get("image")))
         if image is None:
             return
-        one = found[picture, query] = Map(picture, query, image)
-    one.heat[model] = heat
+        known = maps[name, query] = Map(name, query, image)
+    known.heat[model] = heat
 
 
 def grid(value: Any) -> list[list[int]] | None:
@@ -72,10 +78,8 @@ def grid(value: Any) -> list[list[int]] | None:
     return value
 
 
-def open_inside(folder: Path, name: str) -> "Image | None":
+def open_inside(folder: Path, name: str) -> Image.Image | None:
     """The image `name` inside `folder` as RGB; None if it is elsewhere or cannot be read."""
-    from diffclip.base.images import BROKEN, decode
-
     path = (folder / name).resolve()
     if not name or folder.resolve() not in path.parents:
         return None

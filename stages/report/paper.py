@@ -4,6 +4,8 @@ From Hammoud and Ghanem, "DiffCLIP: Differential Attention Meets CLIP", arXiv 25
 and radar (figure 4) carry no table, so that only what text or tables say is repeated here.
 """
 
+from collections.abc import Mapping
+
 from stages.report.cells import Table, percent
 
 SOURCE = "arXiv 2503.06626v1"
@@ -83,7 +85,7 @@ def _table(name: str, what: str, columns: list[str]) -> Table:
     return Table(columns, name=name, title=f"The paper's {what}", caption=caption, published=True)
 
 
-def _rows(numbers: dict[tuple[str, str], tuple[float, ...]]) -> list[list[str]]:
+def _rows(numbers: Mapping[tuple[str, str], tuple[float, ...]]) -> list[list[str]]:
     """Rows as in the paper: DiffCLIP's numbers with their difference from CLIP's of the same pretraining."""
     rows = []
     for (data, model), values in numbers.items():

@@ -2,10 +2,12 @@
 
 import math
 
-from diffclip.base.statistics import bootstrap_mean
+from diffclip.base.schema import POPE_SPLITS
+from diffclip.base.statistics import mcnemar
 from stages.report.cells import DASH, Table, distinct, number, p_value, percent, score
-from stages.report.data import POPE_SPLITS, Arms, is_number, mean_sd
-from stages.report.significance import mcnemar_p, paired_answers
+from stages.report.data import Arms, mean_sd
+from stages.report.reading import is_number
+from stages.report.significance import paired_answers
 
 SPLITS = (*POPE_SPLITS, "mean")
 # (row, pattern of the key, None or why it would be absent)
@@ -32,8 +34,12 @@ POPE_ROWS = (
 ENDS = ("low", "high")  # of an interval, behind the measure
 POPE_KEYS = (*(pattern for _, pattern, _ in POPE_ROWS), "pope/{}/questions")
 POPE_KEYS += tuple(f"pope/{{}}/{measure}_{end}" for measure in ("accuracy", "f1") for end in ENDS)
-CONTROLS = (("pope_blind", "blind rule"), ("pope_shuffled", "images shuffled"))
-CONTROLS += (("pope_grey", "images grey"), ("pope_no_image", "no image"))
+CONTROLS = (
+    ("pope_blind", "blind rule"),
+    ("pope_shuffled", "images shuffled"),
+    ("pope_grey", "images grey"),
+    ("pope_no_image", "no image"),
+)
 
 
 def pope(arms: Arms) -> Table:
@@ -80,8 +86,8 @@ def pope_pairs(arms: Arms) -> Table | None:
     for other in others:
         seeds = [s for s in arms.seeds(first) if s in arms.seeds(other)]
         for seed in seeds:
-            runs = [next(iter(reversed(arms.of("evaluate", m, seed))), None) for m in (first, other)]
-            if None in runs:
+            runs = [run for m in (first, other) for run in arms.of("evaluate", m, seed)[-1:]]
+            if len(runs) < 2:
                 continue
             table.rows.append([f"{other} against {first}, seed {seed}"])
             for split in POPE_SPLITS:
@@ -90,9 +96,9 @@ def pope_pairs(arms: Arms) -> Table | None:
                     continue
                 a, b = answers.first, answers.second
                 counts = [len(a), (a & b).sum(), (a & ~b).sum(), (~a & b).sum(), (~a & ~b).sum()]
-                ends = bootstrap_mean(100 * (b.astype(float) - a), answers.pictures)[1:]
-                mean, low, high = (percent([v], sign=True) for v in (100 * (b.mean() - a.mean()), *ends))
-                p = p_value(mcnemar_p(answers))
+                differences = (100 * (b.mean() - a.mean()), *answers.interval())
+                mean, low, high = (percent([v], sign=True) for v in differences)
+                p = p_value(mcnemar(a, b))
                 table.rows.append([split, *(f"{int(c):,}" for c in counts), mean, f"[{low}, {high}]", p])
             if len(table.rows[-1]) == 1:
                 table.rows.pop()

@@ -3,8 +3,10 @@
 import os
 from collections.abc import Callable
 
+from diffclip.base.schema import STAGES
 from stages.report.cells import DASH, Table, distinct, duration, number
-from stages.report.data import STAGES, Arms, RunDir, as_dict, is_number, mean_sd
+from stages.report.data import Arms, RunDir, mean_sd
+from stages.report.reading import as_dict, is_number
 
 # Settings that name the arm itself or decide no number; all others must be equal for the arms to be comparable.
 OWN_SETTINGS = {"model", "output_dir", "seed", "vision_tower", "language_model", "clip", "mllm"}
@@ -24,19 +26,22 @@ def setup(arms: Arms) -> Table:
     def of(stage: str, fact: Callable[[RunDir], str]) -> Callable[[str], str]:
         return lambda model: distinct(fact(run) for run in arms.latest(stage, model))
 
-    table.rows.append(["seeds", *(distinct(arms.seeds(model)) for model in arms.models)])
-    row("parameters", of("pretrain", lambda r: number(r.record["parameters"]) if "parameters" in r.record else ""))
-    row("initialisation", of("pretrain", lambda r: str(r.config.get("init", ""))))
-    row("language model", of("align", lambda r: language_model(arms, r)))
-    for stage in STAGES[1:]:
+    def rows_of(stage: str) -> None:
         table.rows.append([stage.capitalize()])
-        row("state, time", lambda model, stage=stage: progress(arms.latest(stage, model), len(arms.seeds(model))))
+        row("state, time", lambda model: progress(arms.latest(stage, model), len(arms.seeds(model))))
         row("learns", of(stage, learns))
         row("data", of(stage, data_of))
         row("budget", of(stage, budget))
         row("benchmarks", of(stage, protocol))
         row("POPE", of(stage, lambda run: str(run.record.get("pope") or "")))
-        row("final loss", lambda model, stage=stage: final_loss(arms.latest(stage, model)))
+        row("final loss", lambda model: final_loss(arms.latest(stage, model)))
+
+    table.rows.append(["seeds", *(distinct(arms.seeds(model)) for model in arms.models)])
+    row("parameters", of("pretrain", lambda r: number(r.record["parameters"]) if "parameters" in r.record else ""))
+    row("initialisation", of("pretrain", lambda r: str(r.config.get("init", ""))))
+    row("language model", of("align", lambda r: language_model(arms, r)))
+    for stage in STAGES[1:]:
+        rows_of(stage)
     shared = [r for r in arms.runs if r.stage == "language"]
     if shared:
         table.rows.append(["Language (shared by all models)"])
@@ -159,7 +164,7 @@ def progress(runs: list[RunDir], seeds: int) -> str:
     if not runs:
         return "not run"
     done = [r for r in runs if r.state == "finished"]
-    times = [r.record.get("wall_seconds") for r in done if is_number(r.record.get("wall_seconds"))]
+    times = [seconds for r in done if is_number(seconds := r.record.get("wall_seconds"))]
     time = f", {duration(mean_sd(times)[0])}" if times else ""
     if len(done) >= seeds:
         return f"finished{time}"

@@ -11,9 +11,18 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
 
+from diffclip.base import schema
+from diffclip.base.errors import InputError
+from diffclip.base.schema import POPE_SPLITS
 from diffclip.base.statistics import bootstrap_mean, mcnemar, over_seeds, paired_bootstrap, percentiles, resampled_sums
-from stages.report.data import AVERAGED, POPE_SPLITS, Arms, RunDir, as_dict, is_number, read_json, read_lines
+from mllm.pope.answers import read_answers
+from mllm.pope.parsers import parse
+from mllm.pope.questions import Key
+from stages.report.data import AVERAGED, Arms, RunDir
+from stages.report.reading import as_dict, is_number, read_json
 
 RESAMPLES = 4000
 T = TypeVar("T")
@@ -73,7 +82,7 @@ def _items(ours: RunDir, theirs: RunDir, key: str, mean: float) -> Difference:
     if len(first) != len(second):
         return Difference(mean, why="the models were not evaluated on the same items")
     _, low, high = (100 * v for v in paired_bootstrap(first, second, resamples=RESAMPLES))
-    binary = all(np.isin(one, (0, 1)).all() for one in (first, second))
+    binary = all(np.isin(values, (0, 1)).all() for values in (first, second))
     p = mcnemar(first, second) if binary else None
     return Difference(mean, low, high, p, "bootstrap over test items" + (", McNemar's exact p" if binary else ""))
 
@@ -83,7 +92,7 @@ def _once(read: Callable[[Path], T]) -> Callable[[Path], T]:
     remembered = lru_cache(maxsize=64)(lambda folder, stamp: read(folder))
 
     def reader(folder: Path) -> T:
-        metrics = folder / "metrics.json"
+        metrics = folder / schema.METRICS
         return remembered(folder.resolve(), metrics.stat().st_mtime_ns if metrics.exists() else 0)
 
     reader.__doc__ = read.__doc__
@@ -95,25 +104,22 @@ def _average(ours: RunDir, theirs: RunDir, key: str, mean: float) -> Difference:
     pattern = next((pattern for pattern, average in AVERAGED if average == key), "")
     before, _, after = pattern.partition("{}")
     sets = [k for k in theirs.metrics if pattern and k.startswith(before) and k.endswith(after) and k != key]
-    pairs = [(outcomes(ours.path).get(k), outcomes(theirs.path).get(k)) for k in sets]
-    if not pairs or any(a is None or b is None or len(a) != len(b) for a, b in pairs):
+    first, second = outcomes(ours.path), outcomes(theirs.path)
+    differences = [second[k] - first[k] for k in sets if k in first and k in second and len(first[k]) == len(second[k])]
+    if not sets or len(differences) < len(sets):
         return Difference(mean, why="outcomes of single items are not stored for it")
     generator = np.random.default_rng(0)
     drawn = np.zeros(RESAMPLES)
-    for first, second in pairs:
-        sums = resampled_sums((second - first)[:, None], RESAMPLES, generator)
-        drawn += sums[:, 0] / len(first) / len(pairs)
+    for values in differences:
+        drawn += resampled_sums(values[:, None], RESAMPLES, generator)[:, 0] / len(values) / len(sets)
     return Difference(mean, *percentiles(100 * drawn), None, "bootstrap over the items of each set")
 
 
 @_once
 def outcomes(folder: Path) -> dict[str, np.ndarray]:
     """{key of a score: one number per test item} of an evaluate run; {} if it stored none that can be read."""
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
     try:
-        return {key: value.astype(np.float64) for key, value in load_file(folder / "clip_outcomes.safetensors").items()}
+        return {key: value.astype(np.float64) for key, value in load_file(folder / schema.CLIP_OUTCOMES).items()}
     except (OSError, SafetensorError, ValueError, TypeError):
         return {}
 
@@ -127,7 +133,7 @@ def _run_with(arms: Arms, model: str, seed: str, key: str) -> RunDir | None:
     return next((r for r in reversed(arms.of("evaluate", model, seed)) if key in r.metrics), None)
 
 
-# --- POPE: answers met by (split, image, question) --------------------------------------------------------------
+# --- POPE: answers met by `Question.key` ------------------------------------------------------------------------
 
 
 class Answers(NamedTuple):
@@ -135,18 +141,22 @@ class Answers(NamedTuple):
 
     first: np.ndarray  # right or wrong
     second: np.ndarray
-    pictures: np.ndarray  # number of each question's image
+    images: np.ndarray  # number of each question's image
+
+    def interval(self) -> tuple[float, float]:
+        """95 % interval of second - first in points, resampling images: their questions are not independent."""
+        difference = 100 * (self.second.astype(float) - self.first)
+        return bootstrap_mean(difference, self.images, resamples=RESAMPLES)[1:]
 
 
 @_once
-def pope_answers(folder: Path) -> dict[tuple[str, str, str], bool]:
-    """{(split, image, question): right} of the model's own pass; anything but yes or no is wrong, as in lmms-eval."""
-    found = {}
-    for row in read_lines(folder / "pope" / "answers.jsonl"):
-        if row.get("pass") == "model":
-            key = tuple(str(row.get(name)) for name in ("split", "image", "text"))
-            found[key] = str(row.get("answer")).strip().lower() == str(row.get("label")).strip().lower()
-    return found
+def pope_answers(folder: Path) -> dict[Key, bool]:
+    """{question: right} of the model's own pass; anything but yes or no is wrong, as in lmms-eval."""
+    try:
+        answers = read_answers(folder / schema.POPE / schema.ANSWERS)
+    except InputError:  # none, or damaged
+        return {}
+    return {answer.key: parse([answer.text]) == [answer.question.label] for answer in answers}
 
 
 def paired_answers(first: Path, second: Path, split: str) -> Answers | None:
@@ -156,8 +166,8 @@ def paired_answers(first: Path, second: Path, split: str) -> Answers | None:
     keys = [key for key in ours if key[0] in splits]
     if not keys or set(keys) != {key for key in theirs if key[0] in splits}:
         return None
-    _, pictures = np.unique([key[1] for key in keys], return_inverse=True)
-    return Answers(np.array([ours[k] for k in keys]), np.array([theirs[k] for k in keys]), pictures)
+    _, images = np.unique([key[1] for key in keys], return_inverse=True)
+    return Answers(np.array([ours[k] for k in keys]), np.array([theirs[k] for k in keys]), images)
 
 
 def _pope(first: Path, second: Path, key: str, mean: float) -> Difference:
@@ -167,19 +177,12 @@ def _pope(first: Path, second: Path, key: str, mean: float) -> Difference:
     answers = paired_answers(first, second, split)
     if answers is None:
         return Difference(mean, why="pope/answers.jsonl with the same questions is not in both runs")
-    found = answers.second.astype(float) - answers.first
-    if not math.isclose(100 * found.mean(), mean, abs_tol=0.05):
+    if not math.isclose(100 * (answers.second.mean() - answers.first.mean()), mean, abs_tol=0.05):
         return Difference(mean, why="the stored answers do not give the stored scores")
-    _, low, high = bootstrap_mean(100 * found, answers.pictures, resamples=RESAMPLES)
     if split == "mean":  # its yes-questions stand in every split, so that it has no independent pairs to count
-        return Difference(mean, low, high, None, "bootstrap over images")
-    return Difference(mean, low, high, mcnemar_p(answers), "bootstrap over images, McNemar's exact p")
-
-
-def mcnemar_p(answers: Answers) -> float:
-    from diffclip.base.statistics import mcnemar
-
-    return mcnemar(answers.first, answers.second)
+        return Difference(mean, *answers.interval(), None, "bootstrap over images")
+    p = mcnemar(answers.first, answers.second)
+    return Difference(mean, *answers.interval(), p, "bootstrap over images, McNemar's exact p")
 
 
 # --- localisation: scores of single objects -------------------------------------------------------------------------
@@ -188,17 +191,19 @@ def mcnemar_p(answers: Answers) -> float:
 @_once
 def object_scores(folder: Path) -> tuple[tuple[tuple[str, str], ...], dict[str, np.ndarray]]:
     """((image, object) of every item, {score: one number per item, NaN where there is none})."""
-    record = as_dict(read_json(folder / "localisation.json", []))
-    pictures, objects = (
-        record.get(name) if isinstance(record.get(name), list) else [] for name in ("pictures", "objects")
-    )
-    items = tuple((str(p), str(o)) for p, o in zip(pictures, objects))
+    record = as_dict(read_json(folder / schema.LOCALISATION, []))
+    images, objects = (_list(record.get(name)) for name in ("pictures", "objects"))
+    items = tuple((str(image), str(name)) for image, name in zip(images, objects))
     scores = {
-        name: np.array([float(v) if is_number(v) else math.nan for v in values])
+        name: np.array([float(v) if is_number(v) else math.nan for v in _list(values)])
         for name, values in as_dict(record.get("scores")).items()
-        if isinstance(values, list) and len(values) == len(items)
+        if len(_list(values)) == len(items)
     }
     return items, scores
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def _localisation(first: Path, second: Path, key: str, mean: float) -> Difference:
@@ -206,8 +211,8 @@ def _localisation(first: Path, second: Path, key: str, mean: float) -> Differenc
     name = key.split("/")[1]
     if not items or items != others or name not in ours or name not in theirs:
         return Difference(mean, why="scores of the same objects are not stored for both models (localisation.json)")
-    found = theirs[name] - ours[name]
-    kept = ~np.isnan(found)
-    _, pictures = np.unique([picture for picture, _ in items], return_inverse=True)
-    _, low, high = bootstrap_mean(found[kept], pictures[kept], resamples=RESAMPLES)
+    differences = theirs[name] - ours[name]
+    known = ~np.isnan(differences)
+    _, images = np.unique([image for image, _ in items], return_inverse=True)
+    _, low, high = bootstrap_mean(differences[known], images[known], resamples=RESAMPLES)
     return Difference(mean, low, high, None, "bootstrap over images")

@@ -2,21 +2,23 @@
 
 import re
 
+from diffclip.base.schema import POPE_SPLITS
+from diffclip.benchmarks import PROTOCOLS
 from stages.report.cells import DASH, MINUS, Table, distinct, p_value, percent, score
-from stages.report.data import POPE_SPLITS, Arms, is_number, mean_sd
+from stages.report.data import Arms, mean_sd
 from stages.report.pope import POPE_KEYS
+from stages.report.reading import is_number
 from stages.report.significance import Difference, difference
 
-# (heading, pattern of the metric's key, whether its absence is worth a line), in the order of the paper's tables.
-# The pattern's groups make the row's name; a key without any is an average.
+PAPER_ORDER = ("linear_probe", "few_shot", "zero_shot", "retrieval", "shift", "mmvp")  # other protocols stand behind
+# (heading, pattern of the metric's key, whether its absence is worth a line). The pattern's groups make the row's
+# name; a key without any is an average.
 SECTIONS = (
-    ("Linear probe, accuracy", r"linear_probe/(.+)/accuracy", True),
-    ("Few-shot, accuracy", r"few_shot/(.+)/accuracy", True),
-    ("Zero-shot classification, top-1", r"zero_shot/(.+)/top1", True),
-    ("Retrieval, text to image", r"retrieval/(?:(.+)/)?text_to_image/(R@\d+)", True),
-    ("Retrieval, image to text", r"retrieval/(?:(.+)/)?image_to_text/(R@\d+)", True),
-    ("Distribution shifts, zero-shot top-1", r"shift/(?:average|(.+)/top1)", True),
-    ("MMVP-VLM, pairs right", r"mmvp/(.+)", True),
+    *(
+        (heading, pattern, name in PAPER_ORDER)
+        for name in dict.fromkeys((*PAPER_ORDER, *PROTOCOLS))
+        for heading, pattern in PROTOCOLS[name].tables.items()
+    ),
     ("POPE, accuracy", r"pope/(random|popular|adversarial|mean)/accuracy", True),
     ("POPE, F1", r"pope/(random|popular|adversarial|mean)/f1", False),
 )
@@ -89,15 +91,16 @@ def tally(arms: Arms) -> list[str]:
             for key, label in pairs
             if not label.startswith(("average", "mean"))
         ]
-        found = [d for key in keys if (d := difference(arms, first, other, key)).mean is not None]
-        higher, lower = [d for d in found if d.mean > 0], [d for d in found if d.mean < 0]
-        if not found:
+        tests = [test for key in keys if (test := difference(arms, first, other, key)).mean is not None]
+        higher = [test.significant for test in tests if (test.mean or 0) > 0]
+        lower = [test.significant for test in tests if (test.mean or 0) < 0]
+        if not tests:
             sentences.append(f"{other} and {first} have no score in common yet.")
             continue
         sentences.append(
-            f"Of {len(found)} scores, {other} is higher than {first} on {len(higher)} (on "
-            f"{sum(d.significant for d in higher)} of them the 95 % interval leaves zero out) and lower on "
-            f"{len(lower)} (on {sum(d.significant for d in lower)})."
+            f"Of {len(tests)} scores, {other} is higher than {first} on {len(higher)} (on "
+            f"{sum(higher)} of them the 95 % interval leaves zero out) and lower on "
+            f"{len(lower)} (on {sum(lower)})."
         )
     return [*sentences, "By chance alone one interval in twenty leaves zero out."] if sentences else []
 

@@ -169,7 +169,7 @@ def test_the_cases_that_users_have(shared_cases):
 def paths():
     """What goes from a PIL image of any kind to (3, 224, 224) floats; the last is open_clip's, for its own models."""
     transform, processor = diffclip.transforms(CONFIG, train=False), image_processor(CONFIG)
-    foreign = diffclip.models.decoding(open_clip.image_transform(224, is_train=False))
+    foreign = diffclip.preprocessing.decoding(open_clip.image_transform(224, is_train=False))
     return [
         transform,
         lambda image: torch.as_tensor(processor([image], return_tensors="pt")["pixel_values"][0]),

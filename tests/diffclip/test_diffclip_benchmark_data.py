@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from diffclip.base.errors import InputError
-from diffclip.benchmarks import datasets, images, mmvp, zero_shot
+from diffclip.benchmarks import captioned, datasets, mmvp, prompts
 
 NAMES = ["red", "lime", "blue"]
 
@@ -164,7 +164,7 @@ def test_openais_braces_are_a_place_for_the_name(folder, tmp_path):
     assert read_set(tmp_path).templates == ["a photo of a {c}.", "art of {c}"]
     (folder / "templates.json").write_text('["itap of a {}."]')
     assert read_set(tmp_path).templates == ["itap of a {c}."]
-    assert zero_shot.prompts(["cat"], read_set(tmp_path).templates) == ["itap of a cat."]
+    assert prompts.prompts(["cat"], read_set(tmp_path).templates) == ["itap of a cat."]
     (folder / "templates.json").unlink()
     (folder / "zeroshot_classification_templates.txt").write_text("a photo of a {c}\na photo\n")
     with pytest.raises(InputError, match=r"template 2, 'a photo', needs \{c\} or \{\}"):
@@ -192,7 +192,7 @@ def test_joined_shards_masks_and_macs_files(tmp_path):
     pairs = [("0.png", png("lime")), ("0.jpg", png("red")), ("._0.jpg", b"x"), ("0.txt", b"one\n\xe2\x80\xa8\ntwo\n")]
     tar(tmp_path / "0.tar", [*pairs, ("0.jpg", png("blue")), ("0.txt", b"three")])
     (tmp_path / "._0.tar").write_bytes(b"x")
-    found = images.read_captioned(tmp_path)
+    found = captioned.read_captioned(tmp_path)
     assert (found.captions, found.owner) == (["one", "two", "three"], [0, 0, 1])
     assert [colour_of(found.images, row) for row in (0, 1)] == [(255, 0, 0), (0, 0, 255)]
 
@@ -201,16 +201,16 @@ def test_retrieval_takes_test_rows_and_real_captions(tmp_path):
     table = {"image": [png(colour) for colour in NAMES], "caption": [["a", ""], ["b", None, " "], ["c"]]}
     path = tmp_path / "t.parquet"
     pyarrow.parquet.write_table(pyarrow.table({**table, "split": ["train", "test", "val"]}), path)
-    found = images.read_captioned(tmp_path)
+    found = captioned.read_captioned(tmp_path)
     assert found.captions == ["b"] and colour_of(found.images, 0) == (0, 255, 0)
     pyarrow.parquet.write_table(pyarrow.table({**table, "split": ["train", "val", "val"]}), path)
     with pytest.raises(InputError, match="has the splits train, val and no test"):
-        images.read_captioned(tmp_path)
+        captioned.read_captioned(tmp_path)
     pyarrow.parquet.write_table(pyarrow.table({**table, "split": ["val"] * 3}), path)
-    assert images.read_captioned(tmp_path).captions == ["a", "b", "c"]
+    assert captioned.read_captioned(tmp_path).captions == ["a", "b", "c"]
     path.rename(tmp_path / "train-0.parquet")
     pyarrow.parquet.write_table(pyarrow.table({"image": [png()], "caption": ["d"]}), tmp_path / "test-0.parquet")
-    assert images.read_captioned(tmp_path).captions == ["d"]
+    assert captioned.read_captioned(tmp_path).captions == ["d"]
 
 
 def test_caption_files_of_coco_flickr30k_and_blip(tmp_path):
@@ -228,11 +228,11 @@ def test_caption_files_of_coco_flickr30k_and_blip(tmp_path):
     }
     for name, text in texts.items():
         (tmp_path / name).write_text(text)
-        found = images.read_captioned(tmp_path / name)
+        found = captioned.read_captioned(tmp_path / name)
         assert (found.captions, found.owner) == (["one", "two", "three"], [0, 0, 1]), name
     (tmp_path / "z.csv").write_text("image,caption\na.png,one, and two\n")
     with pytest.raises(InputError, match="row 2 has 3 columns and not 2"):
-        images.read_captioned(tmp_path / "z.csv")
+        captioned.read_captioned(tmp_path / "z.csv")
 
 
 def test_mmvp_as_windows_wrote_it(tmp_path):

@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import save_file
 
 import diffclip
-from diffclip import checkpoints
+from diffclip import checkpoints, convert
 from diffclip.base.errors import InputError
 from diffclip.benchmarks.__main__ import main as benchmarks
 
@@ -68,21 +68,17 @@ TEXT = {
 
 
 @pytest.mark.parametrize("reason", TEXT)
-def test_open_clip_directories_bring_no_code(reason, tmp_path, monkeypatch):
+def test_open_clip_directories_bring_no_code(reason, tmp_path):
     folder = tmp_path / "clip"
     open_clip_directory(folder, **TEXT[reason])
     marker = plant(folder)
     (folder / "config.json").unlink()
     with pytest.raises(InputError, match=reason):
         diffclip.load(folder)
-    monkeypatch.setattr(sys, "argv", ["benchmarks", "--model", str(folder), "--out", str(tmp_path / "out")])
-    for command in (
-        lambda: checkpoints.main(["convert", str(folder), str(tmp_path / "out")]),
-        benchmarks,
-    ):
-        with pytest.raises(SystemExit) as end:
-            command()
-        assert end.value.code == 2
+    with pytest.raises(InputError, match=reason):
+        convert.main([str(folder), str(tmp_path / "out")])
+    with pytest.raises(InputError, match=reason):
+        benchmarks(["--model", str(folder), "--data_root", str(tmp_path), "--output_dir", str(tmp_path / "out")])
     assert not marker.exists()
 
 

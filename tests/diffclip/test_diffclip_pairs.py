@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from diffclip.base.errors import InputError
-from diffclip.benchmarks.images import read_captioned, read_labelled
+from diffclip.benchmarks.captioned import read_captioned
+from diffclip.benchmarks.labelled import read_labelled
 from diffclip.data import shards as shards_module
 from diffclip.data.pairs import BadSample, PairTable
 from diffclip.data.training_pairs import TrainingPairs

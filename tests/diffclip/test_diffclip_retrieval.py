@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from diffclip.base.errors import InputError
-from diffclip.benchmarks.images import read_captioned
+from diffclip.benchmarks.captioned import read_captioned
 from diffclip.benchmarks.retrieval import ranks, recall_at_k
 
 

@@ -2,8 +2,6 @@
 
 import hashlib
 import pickle
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -14,10 +12,10 @@ from PIL import Image
 from scipy.io import savemat
 
 from diffclip.base.errors import InputError
-from diffclip.benchmarks import datasets, paper
-from diffclip.benchmarks.torchvision_sets import MARKERS, read_torchvision, torchvision_root
-
-ROOT = Path(__file__).parents[2]
+from diffclip.benchmarks import datasets, paper, paper_data
+from diffclip.benchmarks.__main__ import main
+from diffclip.benchmarks.paper import TORCHVISION, torchvision_root
+from diffclip.benchmarks.torchvision_sets import read_torchvision
 
 
 def paint(path: Path, number: int) -> None:
@@ -163,7 +161,7 @@ def test_the_rules_split_each_class_once_and_never_change(tmp_path, monkeypatch,
         moved = [file.relative_to(again) for file in pictures.sources]
         assert moved == [file.relative_to(tmp_path) for file in splits[split].sources]
     # frozen: a changed rule would make scores of different releases incomparable
-    base = tmp_path / MARKERS[name]
+    base = tmp_path / TORCHVISION[name]
     listed = "\n".join(file.relative_to(base).as_posix() for file in splits["test"].sources)
     assert hashlib.sha256(listed.encode()).hexdigest()[:12] == frozen
 
@@ -178,27 +176,36 @@ def test_suite_finds_torchvisions_folders_and_evaluates_them(tmp_path, monkeypat
     assert set(data.classification) == {"food101", "pets"}
     assert data.classification["pets"].metric == "mean_per_class"
     assert data.classification["food101"].classnames == ["apple pie", "tuna tartare"]
-    found = {name: count for name, _, count, _, _ in paper.check(tmp_path)}
+    found = {name: count for name, _, count, _, _ in paper_data.check(tmp_path)}
     assert (found["food101"], found["pets"], found["dtd"]) == (4, 6, 0)
 
 
 def test_a_damaged_set_is_named_with_the_remedy(tmp_path, monkeypatch):
     cifar10(tmp_path, monkeypatch)
     (tmp_path / "cifar-10-batches-py" / "test_batch").write_bytes(b"cut")
-    with pytest.raises(InputError, match=r"cifar-10-batches-py.*data download cifar10 --data-root"):
+    with pytest.raises(InputError, match=r"cifar-10-batches-py.*data download cifar10 --data_root"):
         read_torchvision("cifar10", tmp_path)
 
 
-def test_a_failed_download_is_one_sentence(tmp_path):
+def test_a_failed_download_is_one_sentence(tmp_path, monkeypatch):
     """Up to the seam: torchvision's own downloader runs, and no server answers."""
-    program = (
-        "import sys, torchvision; torchvision.datasets.CIFAR10.url = 'http://127.0.0.1:9/x.tar.gz';"
-        "from diffclip.benchmarks.__main__ import main; main()"
-    )
-    command = [sys.executable, "-c", program, "data", "download", "cifar10", "--data-root", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "cannot be read as torchvision's cifar10" in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, "url", "http://127.0.0.1:9/x.tar.gz")
+    with pytest.raises(InputError, match=r"^.*cannot be read as torchvision's cifar10.*$"):
+        main(["data", "download", "cifar10", "--data-root", str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        (["download", "cifar1O"], "cifar1O: did you mean cifar10"),
+        (["download", "imagenet"], r"data download: imagenet.*0_data\.sh fetches the others"),
+        (["download"], "name sets among food101, cifar10"),
+        (["chek"], "did you mean check"),
+    ],
+)
+def test_near_misses_of_sets_are_named(arguments, message):
+    with pytest.raises(InputError, match=message):
+        main(["data", *arguments, "--data_root", "data"])
 
 
 def test_imagenets_folders_need_no_names(tmp_path):
@@ -213,5 +220,5 @@ def test_imagenets_folders_need_no_names(tmp_path):
     imagenet = data.classification["imagenet"]
     assert imagenet.classnames == ["tench", "goldfish", "toilet paper"]  # those that are there compete
     assert imagenet.splits["test"].labels == [0, 1, 2]
-    assert data.shifts["imagenet-r"].pictures.labels == [1, 2]
-    assert data.shifts["imagenet-v2"].pictures.labels == [0, 1, 2]
+    assert data.shifts["imagenet-r"].images.labels == [1, 2]
+    assert data.shifts["imagenet-v2"].images.labels == [0, 1, 2]

@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 
 import diffclip
-from diffclip.benchmarks import evaluate_clip
+from diffclip.benchmarks.evaluate import evaluate_clip
+from diffclip.benchmarks.protocol import Settings
 from diffclip.benchmarks.with_clip_benchmark import defaults
 
 NAMES = ["noise", "sky", "grass", "stone", "sand", "water"]
@@ -50,7 +51,8 @@ def test_clip_benchmarks_command_gives_our_scores(shards, tmp_path):
     ended = subprocess.run([sys.executable, *command], cwd=root, capture_output=True, text=True, timeout=300)
     assert ended.returncode == 0, ended.stderr[-2000:]
     theirs = json.loads((tmp_path / "scores.json").read_text())["metrics"]
-    ours = evaluate_clip(*diffclip.load(str(tmp_path / "model")), tmp_path / "data", tmp_path / "out", quiet=True)
+    model = diffclip.load(str(tmp_path / "model"))
+    ours = evaluate_clip(*model, tmp_path / "data", tmp_path / "out", Settings(quiet=True))
     for name, key in (("top1", "acc1"), ("top5", "acc5"), ("mean_per_class", "mean_per_class_recall")):
         assert ours[f"zero_shot/mine/{name}"] == pytest.approx(100 * theirs[key], abs=1e-6)
     assert 0 < theirs["acc1"] < 1  # a random model: neither perfect nor at zero, so that agreement means something

@@ -10,32 +10,12 @@ import pytest
 
 from diffclip.base.errors import InputError
 from mllm.pope import questions as pope_files
-from mllm.pope.questions import (
-    SPLITS,
-    Question,
-    answered,
-    digest,
-    find_images,
-    join,
-    read,
-    read_answers,
-    unpack_images,
-    version,
-    with_labels,
-)
-from mllm.pope.scores import (
-    PARSERS,
-    always_yes,
-    blind,
-    intervals,
-    parse,
-    parse_lmms_eval,
-    parse_official,
-    parse_strict,
-    score,
-    score_splits,
-    shuffle_images,
-)
+from mllm.pope.answers import Answer, read_answers
+from mllm.pope.controls import always_yes, blind, shuffle_images
+from mllm.pope.images import find_images, unpack_images
+from mllm.pope.parsers import PARSERS, parse, parse_lmms_eval, parse_official, parse_strict
+from mllm.pope.questions import SPLITS, Question, digest, join, read, version, with_labels
+from mllm.pope.scores import intervals, score, score_splits
 
 OBJECTS = ("cat", "dog", "clock", "airplane")
 
@@ -63,6 +43,11 @@ def folder(tmp_path):
 
 def write(path, lines):
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def answers_to(questions, path):
+    """The texts of a file's answers in the order of the questions."""
+    return [answer.text for answer in join(questions, read_answers(path, questions), str(path))]
 
 
 def llava_file(path, shuffled=False):
@@ -154,9 +139,9 @@ def test_oracle_scores_one_and_its_opposite_zero_on_every_layout(folder, tmp_pat
     llava = with_labels(read(llava_file(tmp_path / "llava_pope_test.jsonl", shuffled=True)), official)
     for questions in (official, llava):
         # The oracle answers in another order than the labels stand in; only the join can bring them together.
-        answers = [(q.key, q.label) for q in official]
+        answers = [Answer(q, q.label) for q in official]
         random.Random(0).shuffle(answers)
-        given = [label for _, label in join(questions, answers, key=lambda a: a[0])]
+        given = [answer.text for answer in join(questions, answers)]
         table = score_splits(questions, given)
         assert set(table) == {*SPLITS, "mean"} and all(row["accuracy"] == 1.0 for row in table.values())
         wrong = score_splits(questions, ["no" if g == "yes" else "yes" for g in given])
@@ -307,15 +292,15 @@ def test_answers_of_other_programs_are_matched_by_question(folder, tmp_path, for
         assert len(lines) < len(asked)  # each question is in all three splits of these files
     random.Random(2).shuffle(lines)
     write(tmp_path / "answers.jsonl", lines)
-    said = [parse_strict(answer) for answer in read_answers(tmp_path / "answers.jsonl", asked)]
+    said = [parse_strict(answer) for answer in answers_to(asked, tmp_path / "answers.jsonl")]
     assert score_splits(asked, said)["mean"]["accuracy"] == 1
     write(tmp_path / "answers.jsonl", lines[1:])
     with pytest.raises(InputError, match="missing"):
-        read_answers(tmp_path / "answers.jsonl", asked)
+        answers_to(asked, tmp_path / "answers.jsonl")
     wrong = {"question_id": "7", "prompt": "Is there?", "text": ""} if form == "llava" else {"image": "x.png"}
     write(tmp_path / "answers.jsonl", [*lines, wrong])
     with pytest.raises(InputError, match=f":{len(lines) + 1}: "):
-        read_answers(tmp_path / "answers.jsonl", asked)
+        answers_to(asked, tmp_path / "answers.jsonl")
 
 
 def release(random_lines, name="COCO_val2014_{:012}.jpg", end="image?"):
@@ -387,13 +372,13 @@ def test_answers_of_null_are_invalid_by_every_rule(folder, shared_cases, tmp_pat
     lines = [{"category": q.split, "image": q.image, "question": q.text, "answer": None} for q in asked]
     lines[0]["answer"], lines[1]["answer"] = float("nan"), ""  # as pandas writes it; and an answer, if an empty one
     write(tmp_path / "answers.jsonl", lines)
-    given = read_answers(tmp_path / "answers.jsonl", asked)
+    given = answers_to(asked, tmp_path / "answers.jsonl")
     assert given.count(None) == len(asked) - 1 and given[1] == ""
     for parser in PARSERS:
         said = parse(given, parser)
         assert said.count("invalid") == len(asked) - (parser == "official")
     questions = read(shared_cases("pope/questions"))
-    given = read_answers(shared_cases("pope/null-answers.jsonl"), questions)
+    given = answers_to(questions, shared_cases("pope/null-answers.jsonl"))
     for parser in PARSERS:
         scores = score_splits(questions, parse(given, parser))
         assert scores["mean"]["invalid_rate"] == 1 and scores["mean"]["accuracy"] == 0 and scores["mean"]["n"] == 36
@@ -404,7 +389,7 @@ def test_answers_that_are_no_text_are_named(folder, tmp_path, answer):
     asked = read(folder)
     write(tmp_path / "a.jsonl", [{"split": q.split, "image": q.image, "text": q.text, "answer": answer} for q in asked])
     with pytest.raises(InputError, match=r"a\.jsonl:1: the answer is .*must be text, or null"):
-        read_answers(tmp_path / "a.jsonl", asked)
+        answers_to(asked, tmp_path / "a.jsonl")
 
 
 def test_odd_lines_of_answers(folder, tmp_path):
@@ -415,27 +400,27 @@ def test_odd_lines_of_answers(folder, tmp_path):
     text = "\n\n".join(json.dumps(line, ensure_ascii=False) for line in lines)
     path = tmp_path / "answers.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + text.encode())
-    assert [parse_strict(answer) for answer in read_answers(path, asked)] == [q.label for q in asked]
+    assert [parse_strict(answer) for answer in answers_to(asked, path)] == [q.label for q in asked]
     path.write_bytes(text.encode()[:-20])
     with pytest.raises(InputError, match=rf"answers\.jsonl:{2 * len(asked) - 1}: not valid JSON"):
-        read_answers(path, asked)
+        answers_to(asked, path)
     path.write_bytes(text.encode() + b'\n{"answer": "caf\xe9"}')
     with pytest.raises(InputError, match=rf"answers\.jsonl:{2 * len(asked)}: not UTF-8"):
-        read_answers(path, asked)
+        answers_to(asked, path)
     no_answer = json.dumps({"image": asked[0].image, "question": asked[0].text, "prediction": "Yes"})
     for line in ("[1, 2]", no_answer, '{"question_id": 1, "text": "Yes"}', '{"question": "Is?", "answer": "Yes"}'):
         path.write_text(line + "\n")
         with pytest.raises(InputError, match=r"answers\.jsonl:1: not an answer.*rows are \{image, question, answer\}"):
-            read_answers(path, asked)
+            answers_to(asked, path)
 
 
 def test_answers_of_an_evaluation_with_controls(folder, tmp_path):
     asked = read(folder)
     lines = [{"pass": "grey", **q._asdict(), "answer": "no"} for q in asked]
     write(tmp_path / "answers.jsonl", [*lines, *({"pass": "model", **q._asdict(), "answer": q.label} for q in asked)])
-    assert read_answers(tmp_path / "answers.jsonl", asked) == [q.label for q in asked]
-    assert list(answered(tmp_path / "answers.jsonl")) == [(q, q.label) for q in asked]
-    assert [answer for _, answer in answered(tmp_path / "answers.jsonl", passed="grey")] == ["no"] * len(asked)
+    assert answers_to(asked, tmp_path / "answers.jsonl") == [q.label for q in asked]
+    assert read_answers(tmp_path / "answers.jsonl") == [(q, q.label) for q in asked]
+    assert [a.text for a in read_answers(tmp_path / "answers.jsonl", passed="grey")] == ["no"] * len(asked)
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,12 @@ import pytest
 from launch import ROOT
 from test_mllm_pope import rows, write
 
-from diffclip.base.errors import InputError
+from diffclip.base.errors import InputError, exit_on_input_error
 from mllm.model import save
 from mllm.pope.__main__ import main
+from mllm.pope.images import find_images
 from mllm.pope.margins import margins
-from mllm.pope.questions import SPLITS, find_images, read
+from mllm.pope.questions import SPLITS, read
 
 
 @pytest.fixture
@@ -110,7 +111,42 @@ def test_margins_with_all_controls(pope, assembled, tmp_path):
         main(["margins", str(tmp_path / "run"), "--pope", str(pope), "--out", str(tmp_path / "out")])
 
 
-def test_bad_input_is_one_sentence_and_exit_code_2(tmp_path):
-    command = [sys.executable, "-m", "mllm.pope", "check", str(tmp_path / "nowhere")]
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--device", "mars"], "device mars: not on this machine"),
+        (["--batch_size", "0"], "'0' must be at least 1"),
+        (["--batchsize", "1"], "unknown flag --batchsize: did you mean --batch_size"),
+        (["--batch-size", "-1"], "'-1' must be at least 1"),
+    ],
+)
+def test_flags_are_refused_at_once(tmp_path, flags, words):
+    command = ["margins", str(tmp_path / "no_run"), "--pope", str(tmp_path / "nowhere"), "--out", str(tmp_path / "out")]
+    with pytest.raises(InputError, match=words):
+        main([*command, *flags])
+    with pytest.raises(InputError, match=r"audit|COMMAND"):
+        main(["adit", "50", "50", "50"])
+    with pytest.raises(InputError, match="'101' must be at least 0 and at most 100"):
+        main(["audit", "101", "50", "50"])
+
+
+def test_help_starts_without_the_libraries():
+    command = [sys.executable, "-X", "importtime", "-m", "mllm.pope", "diagnose", "--help"]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert ended.returncode == 2 and ended.stderr.startswith("error: ") and ended.stderr.count("\n") == 1
+    imported = {line.split("|")[-1].strip().split(".")[0] for line in ended.stderr.splitlines()}
+    assert "--image_root" in ended.stdout and not imported & {"torch", "numpy", "scipy", "rich", "pyarrow"}
+
+
+def test_bad_input_is_one_sentence_and_exit_code_2(tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended, exit_on_input_error():
+        main(["check", str(tmp_path / "nowhere")])
+    errors = capsys.readouterr().err
+    assert (
+        ended.value.code == 2
+        and errors.startswith("error: ")
+        and errors.count(
+            "\
+"
+        )
+        == 1
+    )

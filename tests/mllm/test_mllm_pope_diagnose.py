@@ -15,9 +15,11 @@ from mllm.data.examples import ConversationDataset, collate
 from mllm.data.rows import load_rows
 from mllm.model import freeze, parts, save
 from mllm.pope.__main__ import main
+from mllm.pope.answers import read_answers
 from mllm.pope.diagnose import CAUSES, diagnose
+from mllm.pope.images import find_images
 from mllm.pope.margins import generate
-from mllm.pope.questions import POST_PROMPT, SPLITS, answered, find_images, read
+from mllm.pope.questions import POST_PROMPT, SPLITS, read
 
 THINGS = ("red square", "small blue circle", "green star")
 
@@ -124,7 +126,7 @@ def found(root, answers=()):
     """(the first cause, all findings) of the run, as the command line names it; `answers` are rows of a file."""
     questions = read(root / "pope")
     write(root / "answers.jsonl", answers)
-    given = list(answered(root / "answers.jsonl", questions))
+    given = read_answers(root / "answers.jsonl", questions)
     findings = list(diagnose(root / "run", questions, find_images(questions, root / "images"), given))
     assert [f.cause for f in findings] == list(CAUSES)
     return next((f.cause for f in findings if f.fine is False), None), findings

@@ -9,9 +9,9 @@ import torch
 from diffclip.base.errors import InputError
 from mllm.conversation import prompt
 from mllm.model import load, save
+from mllm.pope.controls import GREY, grey_image, grey_images, no_images, shuffle_images
 from mllm.pope.margins import best_threshold, generate, margins, pack, score_margins, yes_no_tokens
 from mllm.pope.questions import POST_PROMPT, SPLITS, Question
-from mllm.pope.scores import GREY, grey_images, grey_picture, no_images, shuffle_images
 
 OBJECTS = ("red square", "small blue circle", "green star", "left green square", "circle")
 
@@ -31,7 +31,7 @@ def one_at_a_time(model, processor, question, picture):
     """The margin from a plain forward through the processor, with neither packing nor batching."""
     yes, no = yes_no_tokens(model, processor)
     turn = {"from": "human", "value": ("<image>\n" if question.shown else "") + question.text + POST_PROMPT}
-    shown = {"": None, GREY: [grey_picture()]}.get(question.shown) or (question.shown and [picture(question.shown)])
+    shown = {"": None, GREY: [grey_image()]}.get(question.shown) or (question.shown and [picture(question.shown)])
     text = [prompt([turn], model.config.conversation_template, processor.tokenizer.eos_token)]
     inputs = processor(text=text, images=shown or None, return_tensors="pt")
     with torch.no_grad():

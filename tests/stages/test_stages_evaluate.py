@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from diffclip.base.errors import InputError
 from diffclip.scenes.__main__ import main as export_scenes
 from stages import evaluate
+from stages.settings import EvaluateConfig
 
 TEXT = {"context_length": 32, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
 VISION = {
@@ -51,7 +52,7 @@ def write_model(kind, folder):
 
 
 def config(tmp_path, data, **settings):
-    return evaluate.EvaluateConfig(
+    return EvaluateConfig(
         output_dir=str(tmp_path / "out"), clip=str(tmp_path / "model"), clip_data=str(data), **settings
     )
 
@@ -87,7 +88,7 @@ def test_a_clip_of_the_hub_by_its_id(tmp_path, data, monkeypatch):
 
     def run(clip):
         out = {"output_dir": str(tmp_path / "out"), "clip_data": str(data), "few_shot_episodes": 10}
-        evaluate.evaluate(evaluate.EvaluateConfig(clip=clip, **out))
+        evaluate.evaluate(EvaluateConfig(clip=clip, **out))
         return json.loads((tmp_path / "out/run.json").read_text())
 
     assert (run("some/one")["state"], run("some/one")["model"]) == ("finished", "one")
@@ -111,7 +112,8 @@ def test_scores_outlive_a_later_failure(tmp_path, data):
 def test_a_set_that_fails_leaves_the_scores_before_it(tmp_path, data):
     """A broken image of the second protocol: the first one's scores are on disk, with the reason."""
     import diffclip
-    from diffclip.benchmarks import evaluate_clip
+    from diffclip.benchmarks.evaluate import evaluate_clip
+    from diffclip.benchmarks.protocol import Settings
 
     write_model("ViT", tmp_path / "model")
     (tmp_path / "data" / "retrieval").mkdir(parents=True)
@@ -119,6 +121,6 @@ def test_a_set_that_fails_leaves_the_scores_before_it(tmp_path, data):
     (tmp_path / "data" / "retrieval" / "x.json").write_text('{"a.png": ["a thing"]}')
     (tmp_path / "data" / "retrieval" / "a.png").write_bytes(b"no image")
     with pytest.raises(InputError, match=r"a\.png cannot be read"):
-        evaluate_clip(*diffclip.load(tmp_path / "model"), tmp_path / "data", tmp_path / "scores", quiet=True)
+        evaluate_clip(*diffclip.load(tmp_path / "model"), tmp_path / "data", tmp_path / "scores", Settings(quiet=True))
     stored = json.loads((tmp_path / "scores/clip_benchmarks.json").read_text())
     assert "zero_shot/colours/top1" in stored["metrics"] and "a.png cannot be read" in stored["failed"]

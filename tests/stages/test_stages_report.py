@@ -15,7 +15,7 @@ import yaml
 from PIL import Image
 
 from diffclip.base.errors import InputError
-from stages.report import build_report
+from stages.report.build import build_report
 from stages.report.cells import percent
 from stages.report.data import gather
 from stages.report.pope import pope_verdict
@@ -112,11 +112,11 @@ def write_examples(path: Path, answer: str, question="Is there a red circle in t
     (path / "examples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def write_attention(path: Path, pictures: int = 3):
+def write_attention(path: Path, images: int = 3):
     """Maps and scores of objects as `stages.overlays` writes them."""
     (path / "attention").mkdir(parents=True, exist_ok=True)
     rows = []
-    for i in range(pictures):
+    for i in range(images):
         Image.new("RGB", (48, 48), (30, 60 * i, 200)).save(path / "attention" / f"{i:03d}.png")
         for query in ("a circle", "a star"):
             heat = [[0, 10, 20], [30, 255, 40], [0, 0, 5]]
@@ -412,7 +412,7 @@ def test_damaged_values_do_not_stop_the_report(tmp_path):
     metrics = scores() | {f"pope/{split}/questions": -5 for split in SPLITS} | {"mmvp/Color": 10**400}
     (arm / "evaluate" / "metrics.json").write_text(json.dumps(metrics))
     (arm / "evaluate" / "attention.jsonl").write_text('{"heat": [[300]], "image": 5}\n[1]\n{"heat": [[1, 2], [3]]}\n')
-    (arm / "evaluate" / "localisation.json").write_text('{"images": 3, "scores": [1]}')
+    (arm / "evaluate" / "localisation.json").write_text('{"pictures": 3, "scores": [1]}')
     words = Page(build_report([tmp_path / "runs"], tmp_path / "report")).words
     assert (
         "Figure 2. Attention maps for queries Not drawn" in words
@@ -503,7 +503,7 @@ def test_command_prints_table_and_path_without_torch(quickstart, tmp_path):
     (tmp_path / "torch").mkdir()
     (tmp_path / "torch" / "__init__.py").write_text("raise RuntimeError('torch was imported')")
     runs = [str(quickstart[0] / "seed0" / model / "evaluate") for model in ("CLIP-tiny", "DiffCLIP-tiny")]
-    command = [sys.executable, "-m", "stages.report", *runs, "--out", str(tmp_path / "report")]
+    command = [sys.executable, "-m", "stages.report", *runs, "--output_dir", str(tmp_path / "report")]
     root = Path(__file__).resolve().parents[2]
     environment = {**os.environ, "PYTHONPATH": str(tmp_path), "COLUMNS": "100"}
     done = subprocess.run(command, check=True, cwd=root, env=environment, capture_output=True, text=True)

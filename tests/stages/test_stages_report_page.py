@@ -10,8 +10,8 @@ from browser import open_page
 from PIL import Image
 from test_stages_report import HOSTILE, SPLITS, Page, scores, write_arm, write_examples, write_run
 
-from stages.report import build_report
-from stages.report.examples import picture
+from stages.report.build import build_report
+from stages.report.examples import image_data
 
 PAPER = [f"figure{i}" for i in range(1, 7)]
 OTHERS = ["pope", "localisation", *(f"loss-{s}" for s in ("language", "pretrain", "align", "instruct"))]
@@ -120,7 +120,7 @@ def test_docs_explain_every_figure(report):
         assert re.search(rf"^\*\*{re.escape(name)}", text, flags=re.MULTILINE), title
 
 
-def test_large_and_broken_pictures(tmp_path):
+def test_large_and_broken_images(tmp_path):
     import numpy as np
 
     run = tmp_path / "runs" / "evaluate"
@@ -128,11 +128,11 @@ def test_large_and_broken_pictures(tmp_path):
     write_examples(run, "no")
     noise = np.random.default_rng(0).integers(0, 256, (1500, 2000, 3), dtype=np.uint8)
     Image.fromarray(noise).save(run / "examples" / "0.png")
-    shown = picture(run, "examples/0.png")
+    shown = image_data(run, "examples/0.png")
     assert (shown["w"], shown["h"]) == (320, 240) and shown["u"].startswith("data:image/jpeg")
     (run / "examples" / "0.png").write_bytes(b"<svg onload=alert(1)>")
-    assert picture(run, "examples/0.png") is None
-    assert picture(run, "") is picture(run, "/etc/hostname") is picture(run, "examples") is None
+    assert image_data(run, "examples/0.png") is None
+    assert image_data(run, "") is image_data(run, "/etc/hostname") is image_data(run, "examples") is None
 
 
 # --- in the browser -----------------------------------------------------------------------------------------------
@@ -229,7 +229,7 @@ def test_keyboard_reaches_everything_and_walks_the_examples(browser_page):
     assert outline == "solid", "the focus cannot be seen"
 
 
-def test_an_example_shows_picture_question_answers_and_attention(browser_page):
+def test_an_example_shows_image_question_answers_and_attention(browser_page):
     page, _ = browser_page
     page.hover("#tiles .tile:nth-child(2)")
     panel = page.inner_text("#panel")

@@ -150,11 +150,11 @@ def test_pope_of_other_questions_is_not_paired(tmp_path):
     assert pope_pairs(arms) is None and difference(arms, "A", "B", "pope/random/accuracy").low is None
 
 
-def test_an_interval_over_pictures_is_wider_than_one_over_questions():
+def test_an_interval_over_images_is_wider_than_one_over_questions():
     generator = np.random.default_rng(3)
-    pictures = np.repeat(np.arange(60), 10)
+    images = np.repeat(np.arange(60), 10)
     values = np.repeat(generator.normal(size=60), 10)  # ten questions about an image all say the same
-    _, low, high = bootstrap_mean(values, pictures)
+    _, low, high = bootstrap_mean(values, images)
     half = 1.96 * np.std(values[::10]) / math.sqrt(60)
     assert (high - low) / 2 == pytest.approx(half, rel=0.1)
     alone = bootstrap_mean(values, np.arange(600))[1:]

@@ -1,0 +1,71 @@
+"""Files of weights, read without running anything in them, and state dicts loaded whole or not at all."""
+
+import argparse
+import pickle
+import re
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from diffclip.base.errors import InputError
+
+
+def load_strictly(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
+    """Load a state dict whole, or raise one InputError that lists every key that does not fit."""
+    own = model.state_dict()
+    problems = [f"missing {name}" for name in sorted(own.keys() - state.keys())]
+    problems += [f"unexpected {name}" for name in sorted(state.keys() - own.keys())]
+    problems += [
+        f"{name} is {list(state[name].shape)} but must be {list(own[name].shape)}"
+        for name in sorted(own.keys() & state.keys())
+        if state[name].shape != own[name].shape
+    ]
+    if problems:
+        raise InputError(f"{source}: does not fit the model, nothing was loaded: {'; '.join(problems)}")
+    model.load_state_dict(state)
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file, or raise InputError."""
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: cannot be read as safetensors: {error}") from error
+
+
+class Unread:
+    """Stands for objects of the official trainer's files that are of no use here: paths and numpy's numbers."""
+
+    def __init__(self, *args: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+# What these files import beyond tensors and plain values (their own list, with both names that numpy has had).
+UNREAD = ("pathlib.PosixPath", "numpy.dtype", "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
+
+
+def read_pickle(path: Path) -> Any:
+    """Read a file of torch.save without running what may be pickled in it; tensors stay on disk until they are used."""
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace, *((Unread, name) for name in UNREAD)]):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, TypeError, KeyError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        if named := re.search(r"GLOBAL (\S+)", str(error)):  # what a pickle asks for, after much advice of torch's
+            reason = f"it holds a {named[1]}, which is not made from a file; save its state dict alone with torch.save"
+        raise InputError(f"{path}: cannot be read as plain weights: {reason}") from error
+
+
+def tensors(state: Any, path: Path) -> dict[str, Tensor]:
+    """Return `state`, read from `path`, if it is a state dict of tensors, or raise InputError."""
+    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        raise InputError(f"{path}: holds no state dict of tensors")
+    return state
