@@ -91,6 +91,7 @@ def wanted(saved):
     return found, vlm.ask(QUESTIONS[0], max_new_tokens=12)
 
 
+@pytest.mark.slow
 def test_a_conversation_in_the_browser(saved, wanted, tmp_path):
     port = free_port()
     arguments = [str(saved / "run"), f"--port={port}", "--max_new_tokens=12"]

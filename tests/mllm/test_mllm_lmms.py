@@ -76,6 +76,7 @@ def ask_directly(model, processor, picture, text, **options):
     return processor.tokenizer.decode(tokens, skip_special_tokens=True).strip()
 
 
+@pytest.mark.slow
 def test_lmms_eval_on_two_processes_gives_the_models_own_answers(
     installed, assembled, run_dir, pope_dir, picture, tmp_path
 ):
@@ -99,6 +100,7 @@ def test_lmms_eval_on_two_processes_gives_the_models_own_answers(
     assert scores["always_yes"]["mean"]["yes_rate"] == 1.0 and set(scores["blind"]) == {*SPLITS, "mean"}
 
 
+@pytest.mark.slow
 def test_lmms_evals_own_pope_task_runs(installed, assembled, run_dir, pope_dir, picture, tmp_path):
     """The standard task, whose set of the Hub lies in a folder of its name, where `datasets` looks first."""
     questions, images = asked_about(pope_dir)
@@ -120,6 +122,7 @@ def test_lmms_evals_own_pope_task_runs(installed, assembled, run_dir, pope_dir, 
     assert [a[:4] for a in given] == [a[:4] for a in direct]  # the task allows longer answers
 
 
+@pytest.mark.slow
 def test_the_command_with_batch_size_auto_heeds_a_tasks_options(
     installed, assembled, run_dir, pope_dir, picture, tmp_path
 ):
