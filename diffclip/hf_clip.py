@@ -57,7 +57,8 @@ def load_transformers_clip(directory: Path, config: dict[str, Any]) -> tuple[ope
         whole = CLIPConfig.from_dict(config)
     except Exception as error:  # transformers checks each value in its own way
         raise InputError(f"{directory / 'config.json'}: not a CLIP's ({_first_line(error)})") from None
-    vision, text = whole.vision_config, whole.text_config
+    vision: Any = whole.vision_config  # which transformers also lets be a dict, or None
+    text: Any = whole.text_config
     if {vision.hidden_act, text.hidden_act} not in ({"quick_gelu"}, {"gelu"}):
         raise InputError(f"{directory}: activations {vision.hidden_act} and {text.hidden_act} are not CLIP's")
     # the embedding is read at the first end token; with 2, which old files say, transformers takes the largest id
@@ -205,9 +206,9 @@ def rename(state: dict[str, Tensor]) -> dict[str, Tensor]:
             layer, rest = rest.split(".", 1)
             start = ("visual." if tower == "vision_model" else "") + f"transformer.resblocks.{layer}."
             if rest.startswith("self_attn.q_proj."):
-                parts = [state.get(name.replace("q_proj", part)) for part in ("q_proj", "k_proj", "v_proj")]
-                if all(part is not None for part in parts):
-                    out[f"{start}attn.in_proj_{rest.rsplit('.', 1)[1]}"] = cat(parts)
+                parts = [name.replace("q_proj", part) for part in ("q_proj", "k_proj", "v_proj")]
+                if all(part in state for part in parts):
+                    out[f"{start}attn.in_proj_{rest.rsplit('.', 1)[1]}"] = cat([state[part] for part in parts])
             elif not rest.startswith(("self_attn.k_proj.", "self_attn.v_proj.")):
                 old, new = next(((o, n) for o, n in LAYER if rest.startswith(o)), ("", ""))
                 out[start + new + rest[len(old) :]] = tensor

@@ -43,7 +43,7 @@ class CLIP(open_clip.CLIP):
         With `chunk`, that many samples are encoded at a time, and once more in the backward pass (gradient caching,
         Gao et al. 2021): the gradients are those of the whole batch, the memory that of a chunk.
         """
-        if not chunk:
+        if not chunk or image is None or text is None:
             return super().forward(image, text)
         features = [
             torch.cat([checkpoint(encode, part, True, use_reentrant=False) for part in batch.split(chunk)])
@@ -132,7 +132,7 @@ def build(name_or_config: str | dict[str, Any], *, init: str = "matched") -> CLI
     except (KeyError, TypeError) as error:
         raise InputError(f"model config: {type(error).__name__} {error}; compare with diffclip/configs/") from error
 
-    nn.init.normal_(model.visual.head.proj.weight, std=model.visual.trunk.embed_dim**-0.5)
+    nn.init.normal_(model.get_parameter("visual.head.proj.weight"), std=model.visual.trunk.embed_dim**-0.5)
     if options["towers"]:
         version = options.get("version", 1)
         differentiate(model, options["towers"], options["lambda_init"], options["schedule_base"], version, False)
