@@ -164,21 +164,21 @@ def tokenizer(directory: Path, context_length: int, vocab_size: int) -> Callable
         return open_clip.SimpleTokenizer(context_length=context_length)
     refuse_auto_map(directory / "tokenizer_config.json", "AutoTokenizer")
     try:
-        found = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+        theirs = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except Exception as error:  # transformers raises whatever its loaders do
         raise InputError(f"{directory}: its tokenizer cannot be read ({_first_line(error)})") from None
-    if max(found.get_vocab().values(), default=0) >= vocab_size:
-        raise InputError(f"{directory}: its tokenizer has {len(found)} tokens, but the model embeds {vocab_size}")
-    if found.padding_side != "right":
+    if max(theirs.get_vocab().values(), default=0) >= vocab_size:
+        raise InputError(f"{directory}: its tokenizer has {len(theirs)} tokens, but the model embeds {vocab_size}")
+    if theirs.padding_side != "right":
         raise InputError(f"{directory}: its tokenizer pads on the left, which would move a CLIP's positions")
-    return partial(_ids, found, context_length)
+    return partial(_ids, theirs, context_length)
 
 
-def _ids(found: Any, context_length: int, texts: str | list[str]) -> Tensor:
+def _ids(theirs: Any, context_length: int, texts: str | list[str]) -> Tensor:
     """Ids (n, context_length) of texts, cut and padded as a transformers tokenizer does."""
     texts = [texts] if isinstance(texts, str) else list(texts)
-    rows = found(texts, truncation=True, max_length=min(context_length, found.model_max_length))["input_ids"]
-    ids = torch.full((len(rows), context_length), found.pad_token_id or 0)
+    rows = theirs(texts, truncation=True, max_length=min(context_length, theirs.model_max_length))["input_ids"]
+    ids = torch.full((len(rows), context_length), theirs.pad_token_id or 0)
     for row, tokens in zip(ids, rows):
         row[: len(tokens)] = torch.tensor(tokens)
     return ids

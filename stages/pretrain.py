@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class PretrainConfig(TrainingConfig):
     """Settings of pretraining; the defaults are the paper's (section 4, after SLIP)."""
 
-    model: str = field(default="DiffCLIP-B-16", metadata={"help": "a name of diffclip.models.MODELS"})
+    model: str = field(default="DiffCLIP-B-16", metadata={"help": "a name of diffclip.variants.MODELS"})
     init: Literal["matched", "official"] = field(
         default="matched", metadata={"help": "initialise both arms alike, or each as its official code does"}
     )
