@@ -20,11 +20,14 @@ from torchvision import transforms as T
 
 from diffclip.attention import Differential
 from diffclip.attention.base import attention_scores
+from diffclip.base.backbones import TimmAttention, open_clip
 from diffclip.base.errors import InputError
+
+Attention = Differential | TimmAttention | nn.MultiheadAttention
 
 
 def both_maps(
-    attention: nn.Module, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
+    attention: Attention, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Return (A1, A2, lambda) of an attention module for its input x (batch, tokens, dim).
 
@@ -41,36 +44,37 @@ def both_maps(
     return attention_scores(q, k, attn_mask, is_causal).softmax(dim=-1), None, None
 
 
-def _ordinary(attention: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _ordinary(attention: TimmAttention | nn.MultiheadAttention, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return queries, keys and values of ordinary attention, each (batch, heads, tokens, width)."""
     if isinstance(attention, nn.MultiheadAttention):
         qkv = F.linear(x, attention.in_proj_weight, attention.in_proj_bias)
-        return qkv.unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind()
+        q, k, v = qkv.unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        return q, k, v
     q, k, v = attention.qkv(x).unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
     return attention.q_norm(q), attention.k_norm(k), v
 
 
-def attention_map(attention: nn.Module, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+def attention_map(attention: Attention, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
     """Return the map that multiplies the values in this module, given its input x (batch, tokens, dim).
 
     Returns:
         (batch, maps, tokens, tokens): signed, with rows summing to 1 - lambda, for differential attention.
     """
     first, second, lambda_ = both_maps(attention, x, attn_mask, is_causal)
-    return first if second is None else first - lambda_ * second
+    return first if second is None or lambda_ is None else first - lambda_ * second
 
 
-def apply_map(attention: nn.Module, x: Tensor, map_: Tensor) -> Tensor:
+def apply_map(attention: Attention, x: Tensor, map_: Tensor) -> Tensor:
     """Return what the module makes of x (batch, tokens, dim) with `map_` in the place of its own map."""
     if isinstance(attention, Differential):
         return attention.apply_map(x, map_)
     mixed = (map_ @ _ordinary(attention, x)[2]).transpose(1, 2).flatten(2)
-    if _is_timms(attention):
-        mixed = attention.norm(mixed)
-    return attention.proj(mixed) if hasattr(attention, "proj") else attention.out_proj(mixed)
+    if isinstance(attention, nn.MultiheadAttention):
+        return attention.out_proj(mixed)
+    return attention.proj(attention.norm(mixed))
 
 
-def vision_attention(model: nn.Module, layer: int) -> nn.Module:
+def vision_attention(model: open_clip.CLIP, layer: int) -> Attention:
     """Return the attention module of one layer (negative ones count from the last) of a model's vision tower.
 
     Raises:
@@ -84,6 +88,7 @@ def vision_attention(model: nn.Module, layer: int) -> nn.Module:
     else:  # open_clip's
         blocks = getattr(getattr(visual, "transformer", None), "resblocks", None)
         token = getattr(visual, "pool_type", "") == "tok" and visual.attn_pool is None
+    blocks = list(blocks or ())
     attention = getattr(blocks[-1], "attn", None) if blocks else None
     known = isinstance(attention, Differential | nn.MultiheadAttention)
     if not token or not (known or _is_timms(attention)):
@@ -105,16 +110,16 @@ def _is_timms(attention: nn.Module | None) -> bool:
 
 
 @contextmanager
-def recorded(attention: nn.Module) -> Iterator[dict[str, Tensor]]:
+def recorded(attention: Attention) -> Iterator[dict[str, Tensor]]:
     """Within, the module writes its map out: {"input": x, "map": ...} of the last call, part of the graph."""
     seen: dict[str, Tensor] = {}
 
-    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, None]:
         seen["input"], seen["map"] = x, attention_map(attention, x)
         out = apply_map(attention, x, seen["map"])
         return (out, None) if isinstance(attention, nn.MultiheadAttention) else out
 
-    attention.forward = forward
+    attention.forward = forward  # type: ignore[assignment, method-assign] # of this one, for a while
     try:
         yield seen
     finally:
@@ -122,7 +127,7 @@ def recorded(attention: nn.Module) -> Iterator[dict[str, Tensor]]:
 
 
 @torch.no_grad()
-def layer_maps(model: nn.Module, images: Tensor, layer: int = -1) -> dict[str, Tensor]:
+def layer_maps(model: open_clip.CLIP, images: Tensor, layer: int = -1) -> dict[str, Tensor]:
     """Return how much the class token attends to each patch, in one layer of the vision tower.
 
     Args:
@@ -140,12 +145,12 @@ def layer_maps(model: nn.Module, images: Tensor, layer: int = -1) -> dict[str, T
         hook.remove()
     first, second, lambda_ = both_maps(attention, inputs[0])
     maps = {"A1": first}
-    if second is not None:
+    if second is not None and lambda_ is not None:
         maps |= {"A2": second, "difference": first - lambda_ * second}
     return {name: patch_grid(map_[:, :, 0], model) for name, map_ in maps.items()}
 
 
-def relevance(model: nn.Module, images: Tensor, texts: Tensor, layer: int = -1) -> Tensor:
+def relevance(model: open_clip.CLIP, images: Tensor, texts: Tensor, layer: int = -1) -> Tensor:
     """Return how much each patch speaks for a text, by gradient (Chefer et al. 2021, arXiv 2103.15679, equation 5).
 
     The map A that multiplies the values in one layer, times the gradient of the cosine similarity of image and
@@ -169,7 +174,7 @@ def relevance(model: nn.Module, images: Tensor, texts: Tensor, layer: int = -1) 
     return patch_grid(relevant[:, 0], model).float().detach()
 
 
-def patch_grid(row: Tensor, model: nn.Module) -> Tensor:
+def patch_grid(row: Tensor, model: open_clip.CLIP) -> Tensor:
     """Turn (..., 1 + patches), a class token's row, into (..., rows, columns)."""
     visual = model.visual
     rows, columns = visual.trunk.patch_embed.grid_size if hasattr(visual, "trunk") else visual.grid_size

@@ -21,7 +21,6 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors.torch import save_file
-from torch import nn
 
 from diffclip import hf, models, preprocessing
 from diffclip.attention import kind
@@ -190,7 +189,7 @@ def _clip_config(directory: Path) -> dict[str, Any] | None:
     return config if isinstance(config, dict) and config.get("model_type") == "clip" else None
 
 
-def _load_open_clip(directory: Path, config: dict[str, Any]) -> tuple[nn.Module, Callable, Callable]:
+def _load_open_clip(directory: Path, config: dict[str, Any]) -> tuple[open_clip.CLIP, Callable, Callable]:
     model_cfg = config.get("model_cfg", config)
     refuse_foreign_code(model_cfg, str(directory / CONFIG))
     untrusting = {}

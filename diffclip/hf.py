@@ -53,10 +53,10 @@ class DiffCLIPVisionModel(PreTrainedModel):
 
     config_class = DiffCLIPVisionConfig
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = ("image",)  # type: ignore[assignment] # a tuple, as transformers' own models have
     supports_gradient_checkpointing = True
     _supports_sdpa = True
-    _no_split_modules = ("Block",)
+    _no_split_modules = ("Block",)  # type: ignore[assignment] # the same
 
     def __init__(self, config: DiffCLIPVisionConfig) -> None:
         super().__init__(config)
@@ -73,7 +73,8 @@ class DiffCLIPVisionModel(PreTrainedModel):
             differentiate_tower(self.trunk, config.lambda_init, config.attention_version)
         if config._attn_implementation == "eager":
             for block in self.trunk.blocks:
-                block.attn.attn_implementation, block.attn.fused_attn = "eager", False
+                attention: Any = block.attn  # ours asks for the first, timm's for the second
+                attention.attn_implementation, attention.fused_attn = "eager", False
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -81,8 +82,8 @@ class DiffCLIPVisionModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Draw one module's weights as `diffclip.build(init="matched")` does; loaded ones are left alone."""
         if isinstance(module, TimmVisionTransformer):
-            init.trunc_normal_(module.pos_embed, std=0.02)
-            init.normal_(module.cls_token, std=1e-6)
+            init.trunc_normal_(module.get_parameter("pos_embed"), std=0.02)
+            init.normal_(module.get_parameter("cls_token"), std=1e-6)
         elif isinstance(module, nn.Linear):
             init.trunc_normal_(module.weight, std=0.02)
             init.zeros_(module.bias)
@@ -113,9 +114,10 @@ class DiffCLIPVisionModel(PreTrainedModel):
             last_hidden_state (batch, 1 + patches, width) after the final norm; pooler_output (batch, width),
             its class token; hidden_states: the embeddings, then each block's output; attentions.
         """
-        blocks = self.trunk.blocks
+        blocks: Any = self.trunk.blocks  # to mypy they are modules of which it knows nothing
+        dtype = self.trunk.get_parameter("pos_embed").dtype
         if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
+            output_hidden_states = self.config.output_hidden_states or False
         if output_attentions is None:
             output_attentions = self.config.output_attentions
         if isinstance(output_hidden_states, bool):
@@ -126,9 +128,10 @@ class DiffCLIPVisionModel(PreTrainedModel):
             wanted = {range(len(blocks) + 1)[index] for index in indices}
             stop = max(wanted) if self.config.stop_early else len(blocks)
 
-        x = self.trunk.patch_embed(pixel_values.to(self.trunk.pos_embed.dtype))  # (batch, patches, width)
+        x = self.trunk.patch_embed(pixel_values.to(dtype))  # (batch, patches, width)
         x = self.trunk._pos_embed(x)  # (batch, 1 + patches, width)
-        hidden_states, attentions = [x], []
+        hidden_states: list[Tensor | None] = [x]
+        attentions = []
         for block in blocks[:stop]:
             if output_attentions:
                 attentions.append(attention_map(block.attn, block.norm1(x)))
@@ -138,15 +141,13 @@ class DiffCLIPVisionModel(PreTrainedModel):
                 x = block(x)
             hidden_states.append(x)
 
-        stopped = stop < len(blocks)
-        last = None if stopped else self.trunk.norm(x)
+        last = self.trunk.norm(x) if stop == len(blocks) else None
         hidden_states += [None] * (len(blocks) - stop)
+        selected = [state if i in wanted else None for i, state in enumerate(hidden_states)]
         output = BaseModelOutputWithPooling(
             last_hidden_state=last,
-            pooler_output=None if stopped else last[:, 0],
-            hidden_states=tuple(state if i in wanted else None for i, state in enumerate(hidden_states))
-            if wanted
-            else None,
+            pooler_output=None if last is None else last[:, 0],
+            hidden_states=tuple(selected) if wanted else None,  # type: ignore[arg-type] # None where not asked for
             attentions=tuple(attentions) if output_attentions else None,
         )
         return output.to_tuple() if return_dict is False else output
@@ -173,7 +174,9 @@ class DiffCLIPImageProcessor(PilBackend):
             image = cut_strip(to_rgb(image)) if self.do_center_crop else to_rgb(image)
         return super().process_image(image, *args, **kwargs)
 
-    def center_crop(self, image: np.ndarray, size: Any, **kwargs: Any) -> np.ndarray:
+    def center_crop(  # type: ignore[override] # as transformers' own backend is called
+        self, image: np.ndarray, size: Any, **kwargs: Any
+    ) -> np.ndarray:
         """Crop (channels, height, width) as torchvision does, which rounds an odd margin differently."""
         return center_crop(torch.from_numpy(image), [size.height, size.width]).numpy()
 
@@ -203,7 +206,7 @@ def image_processor(model_config: dict[str, Any]) -> DiffCLIPImageProcessor:
     return DiffCLIPImageProcessor(
         size={"shortest_edge": cfg["size"]},
         crop_size={"height": cfg["size"], "width": cfg["size"]},
-        resample=PILImageResampling[cfg["interpolation"].upper()],
+        resample=getattr(PILImageResampling, cfg["interpolation"].upper()),
         image_mean=cfg["mean"],
         image_std=cfg["std"],
     )

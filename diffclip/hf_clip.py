@@ -57,7 +57,8 @@ def load_transformers_clip(directory: Path, config: dict[str, Any]) -> tuple[ope
         whole = CLIPConfig.from_dict(config)
     except Exception as error:  # transformers checks each value in its own way
         raise InputError(f"{directory / 'config.json'}: not a CLIP's ({_first_line(error)})") from None
-    vision, text = whole.vision_config, whole.text_config
+    vision: Any = whole.vision_config  # which transformers also lets be a dict, or None
+    text: Any = whole.text_config
     if {vision.hidden_act, text.hidden_act} not in ({"quick_gelu"}, {"gelu"}):
         raise InputError(f"{directory}: activations {vision.hidden_act} and {text.hidden_act} are not CLIP's")
     # the embedding is read at the first end token; with 2, which old files say, transformers takes the largest id
@@ -163,21 +164,21 @@ def tokenizer(directory: Path, context_length: int, vocab_size: int) -> Callable
         return open_clip.SimpleTokenizer(context_length=context_length)
     refuse_auto_map(directory / "tokenizer_config.json", "AutoTokenizer")
     try:
-        found = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+        theirs = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except Exception as error:  # transformers raises whatever its loaders do
         raise InputError(f"{directory}: its tokenizer cannot be read ({_first_line(error)})") from None
-    if max(found.get_vocab().values(), default=0) >= vocab_size:
-        raise InputError(f"{directory}: its tokenizer has {len(found)} tokens, but the model embeds {vocab_size}")
-    if found.padding_side != "right":
+    if max(theirs.get_vocab().values(), default=0) >= vocab_size:
+        raise InputError(f"{directory}: its tokenizer has {len(theirs)} tokens, but the model embeds {vocab_size}")
+    if theirs.padding_side != "right":
         raise InputError(f"{directory}: its tokenizer pads on the left, which would move a CLIP's positions")
-    return partial(_ids, found, context_length)
+    return partial(_ids, theirs, context_length)
 
 
-def _ids(found: Any, context_length: int, texts: str | list[str]) -> Tensor:
+def _ids(theirs: Any, context_length: int, texts: str | list[str]) -> Tensor:
     """Ids (n, context_length) of texts, cut and padded as a transformers tokenizer does."""
     texts = [texts] if isinstance(texts, str) else list(texts)
-    rows = found(texts, truncation=True, max_length=min(context_length, found.model_max_length))["input_ids"]
-    ids = torch.full((len(rows), context_length), found.pad_token_id or 0)
+    rows = theirs(texts, truncation=True, max_length=min(context_length, theirs.model_max_length))["input_ids"]
+    ids = torch.full((len(rows), context_length), theirs.pad_token_id or 0)
     for row, tokens in zip(ids, rows):
         row[: len(tokens)] = torch.tensor(tokens)
     return ids
@@ -205,9 +206,9 @@ def rename(state: dict[str, Tensor]) -> dict[str, Tensor]:
             layer, rest = rest.split(".", 1)
             start = ("visual." if tower == "vision_model" else "") + f"transformer.resblocks.{layer}."
             if rest.startswith("self_attn.q_proj."):
-                parts = [state.get(name.replace("q_proj", part)) for part in ("q_proj", "k_proj", "v_proj")]
-                if all(part is not None for part in parts):
-                    out[f"{start}attn.in_proj_{rest.rsplit('.', 1)[1]}"] = cat(parts)
+                parts = [name.replace("q_proj", part) for part in ("q_proj", "k_proj", "v_proj")]
+                if all(part in state for part in parts):
+                    out[f"{start}attn.in_proj_{rest.rsplit('.', 1)[1]}"] = cat([state[part] for part in parts])
             elif not rest.startswith(("self_attn.k_proj.", "self_attn.v_proj.")):
                 old, new = next(((o, n) for o, n in LAYER if rest.startswith(o)), ("", ""))
                 out[start + new + rest[len(old) :]] = tensor

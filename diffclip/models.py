@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from diffclip.base.backbones import TimmModel, TimmVisionTransformer, open_clip
 from diffclip.base.errors import InputError
-from diffclip.variants import MODELS
+from diffclip.variants import named
 from diffclip.warm_start import differentiate
 
 
@@ -43,7 +43,7 @@ class CLIP(open_clip.CLIP):
         With `chunk`, that many samples are encoded at a time, and once more in the backward pass (gradient caching,
         Gao et al. 2021): the gradients are those of the whole batch, the memory that of a chunk.
         """
-        if not chunk:
+        if not chunk or image is None or text is None:
             return super().forward(image, text)
         features = [
             torch.cat([checkpoint(encode, part, True, use_reentrant=False) for part in batch.split(chunk)])
@@ -106,7 +106,7 @@ def build(name_or_config: str | dict[str, Any], *, init: str = "matched") -> CLI
     """Return a model with fresh weights.
 
     Args:
-        name_or_config: a name in `MODELS`, or a dict of the same form.
+        name_or_config: a name in `variants.MODELS`, or a dict of the same form.
         init: "matched" gives every variant the same starting weights for the same torch seed (truncated
             normal 0.02 and zero biases in the vision blocks, as in timm; open_clip's in the text), with the
             lambda vectors drawn last. "official" is what the official code does: its differential layers keep
@@ -118,11 +118,7 @@ def build(name_or_config: str | dict[str, Any], *, init: str = "matched") -> CLI
     """
     if init not in ("matched", "official"):
         raise InputError(f"init must be 'matched' or 'official': got {init!r}")
-    if isinstance(name_or_config, str):
-        if name_or_config not in MODELS:
-            raise InputError(f"unknown model {name_or_config!r}: choose one of {', '.join(MODELS)}")
-        name_or_config = MODELS[name_or_config]
-    config = copy.deepcopy(name_or_config)
+    config = named(name_or_config) if isinstance(name_or_config, str) else copy.deepcopy(name_or_config)
     options = config.setdefault("diffclip", {"variant": "CLIP", "towers": [], "vision_norm_eps": 1e-6})
     if init == "official" and "vision" in options["towers"]:
         options["vision_norm_eps"] = 1e-5
@@ -132,7 +128,7 @@ def build(name_or_config: str | dict[str, Any], *, init: str = "matched") -> CLI
     except (KeyError, TypeError) as error:
         raise InputError(f"model config: {type(error).__name__} {error}; compare with diffclip/configs/") from error
 
-    nn.init.normal_(model.visual.head.proj.weight, std=model.visual.trunk.embed_dim**-0.5)
+    nn.init.normal_(model.get_parameter("visual.head.proj.weight"), std=model.visual.trunk.embed_dim**-0.5)
     if options["towers"]:
         version = options.get("version", 1)
         differentiate(model, options["towers"], options["lambda_init"], options["schedule_base"], version, False)

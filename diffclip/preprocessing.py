@@ -26,6 +26,8 @@ def tokenizer(model_config: dict[str, Any], legacy: bool = False) -> Callable[[s
 class LegacyTokenizer(open_clip.SimpleTokenizer):
     """SLIP's tokenizer: over-long captions lose their end token, and OpenAI's names mark start and end."""
 
+    pat: Any  # regex's pattern for special tokens and words
+
     def __init__(self, context_length: int) -> None:
         super().__init__(context_length=context_length)
         names = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}

@@ -36,4 +36,4 @@ def learning_rate(step: int, *, steps: int, warmup_steps: int, peak: float, star
 @torch.no_grad()
 def clamp_logit_scale(model: nn.Module) -> None:
     """Keep the temperature parameter in [0, ln 100]; called after every optimiser step."""
-    model.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
+    model.get_parameter("logit_scale").clamp_(0, MAX_LOGIT_SCALE)

@@ -1,9 +1,11 @@
 """The named models as plain open_clip configs, without importing torch: `MODELS` by name, and what their parts are."""
 
 import copy
+import difflib
 from pathlib import Path
 from typing import Any
 
+from diffclip.base.errors import InputError
 from diffclip.base.files import read_json
 
 # What is differential in each variant (section 3 and table 1 of the paper); the baseline has nothing. V2 is not the
@@ -34,6 +36,15 @@ def _named_config(variant: str, size: str) -> dict[str, Any]:
 MODELS: dict[str, dict[str, Any]] = {
     f"{variant}-{size}": _named_config(variant, size) for size in SIZES for variant in VARIANTS
 }
+
+
+def named(name: str) -> dict[str, Any]:
+    """Return a copy of the config of a name in `MODELS`, or raise InputError that says the nearest one."""
+    if name not in MODELS:
+        close = difflib.get_close_matches(name, MODELS, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"choose one of {', '.join(MODELS)}"
+        raise InputError(f"unknown model {name!r}: {hint}")
+    return copy.deepcopy(MODELS[name])
 
 
 def variant_name(towers: list[str], lambda_init: float | str | None, version: int = 1) -> str:

@@ -1,8 +1,7 @@
 """The one function that makes a CLIP differential: it replaces the attention of any open_clip model's blocks."""
 
-import functools
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from torch import Tensor, nn
 
@@ -13,19 +12,20 @@ from diffclip.base.backbones import (
     OpenClipAttention,
     ResidualAttentionBlock,
     TimmAttention,
+    open_clip,
 )
 from diffclip.base.errors import InputError
 from diffclip.variants import variant_name
 
 
 def differentiate(
-    model: nn.Module,
+    model: open_clip.CLIP,
     towers: Iterable[str] = ("vision", "text"),
     lambda_init: float | str | None = None,
     schedule_base: int = 0,
     version: int = 1,
     preserve: bool = True,
-) -> nn.Module:
+) -> open_clip.CLIP:
     """Replace, in place, the self-attention of an open_clip model's blocks by differential attention.
 
     Works on open_clip's own transformers and on timm vision transformers (also SigLIP's; its pooling head
@@ -134,7 +134,8 @@ def _differential_like(
     """
     if refused := _options_without_differential_form(attention):
         raise InputError(f"{where}: attention with {refused} has no differential form here")
-    new_kind, norms = kind(version), (nn.Identity(), nn.Identity())
+    make: Callable[..., Differential] = kind(version)
+    norms: tuple[nn.Module, nn.Module] = (nn.Identity(), nn.Identity())
     if isinstance(attention, TimmAttention):
         qkv_weight, qkv_bias, out = attention.qkv.weight, attention.qkv.bias, attention.proj
         dropouts = {"attn_drop": attention.attn_drop.p, "proj_drop": attention.proj_drop.p}
@@ -142,13 +143,13 @@ def _differential_like(
     else:
         qkv_weight, qkv_bias, out = attention.in_proj_weight, attention.in_proj_bias, attention.out_proj
         if isinstance(attention, OpenClipAttention):
-            new_kind = called_by(MaskPerHead, new_kind)
+            make = called_by(MaskPerHead, kind(version))
             dropouts = {"attn_drop": attention.attn_drop.p, "proj_drop": attention.out_drop.p}
             norms = attention.ln_q, attention.ln_k
         else:
-            new_kind = called_by(CalledLikeMultihead, new_kind)
+            make = called_by(CalledLikeMultihead, kind(version))
             dropouts = {"attn_drop": attention.dropout}
-    new = new_kind(
+    new = make(
         out.out_features,
         attention.num_heads,
         lambda_init=lambda_init,
@@ -163,29 +164,30 @@ def _differential_like(
 
 def _options_without_differential_form(attention: nn.Module) -> str:
     """Return what an ordinary attention has beyond projections, dropout and norms of queries and keys, or ""."""
+    options: dict[str, object]
     if type(attention) is TimmAttention:
-        found = {
+        options = {
             "scale_norm (a norm before the output projection)": not isinstance(attention.norm, nn.Identity),
             "gated output": attention.gate is not None,
             "heads of a width other than width / heads": attention.attn_dim != attention.qkv.in_features,
             "an output of another width": attention.proj.out_features != attention.qkv.in_features,
         }
     elif type(attention) is OpenClipAttention:
-        found = {
+        options = {
             "scaled_cosine_attn": attention.scaled_cosine,
             "scale_heads": attention.scale_heads,
             "scale_attn_inner (a norm before the output projection)": not isinstance(attention.ln_inner, nn.Identity),
         }
     elif type(attention) is nn.MultiheadAttention:
-        found = {
+        options = {
             "add_bias_kv": attention.bias_k is not None,
             "add_zero_attn": attention.add_zero_attn,
             "keys of another width": attention.in_proj_weight is None,
             "the sequence first (batch_first=False)": not attention.batch_first,
         }
     else:
-        found = {f"the computation of {type(attention).__module__}.{type(attention).__name__}": True}
-    return ", ".join(name for name, here in found.items() if here)
+        options = {f"the computation of {type(attention).__module__}.{type(attention).__name__}": True}
+    return ", ".join(name for name, here in options.items() if here)
 
 
 class MaskPerHead(Differential):
@@ -221,10 +223,13 @@ class CalledLikeMultihead(MaskPerHead):
         return super().forward(query, attn_mask), None
 
 
-@functools.cache
+_MADE: dict[tuple[type, type], type[Differential]] = {}
+
+
 def called_by(adapter: type[MaskPerHead], new_kind: type[Differential]) -> type[Differential]:
-    """Return a kind of attention with `adapter` in front, for the blocks that call it so."""
-    return type(f"{adapter.__name__}{new_kind.__name__}", (adapter, new_kind), {})
+    """Return a kind of attention with `adapter` in front, for the blocks that call it so; always the same class."""
+    made = type(f"{adapter.__name__}{new_kind.__name__}", (adapter, new_kind), {})
+    return _MADE.setdefault((adapter, new_kind), made)
 
 
 def _empty(adapter: type[MaskPerHead], new_kind: type[Differential]) -> Differential:

@@ -8,7 +8,7 @@ own. It is put there as soon as transformers' module is loaded, without importin
 import importlib
 import importlib.util
 import sys
-from collections.abc import Mapping, Sequence, ValuesView
+from collections.abc import Mapping, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
@@ -31,7 +31,7 @@ class Registered(dict):
             import_if_present(self.homes[key])
         return super().__contains__(key)
 
-    def values(self) -> ValuesView[Any]:
+    def values(self):  # type: ignore[no-untyped-def] # noqa: ANN201 - typeshed's dict_values has no name
         for home in self.homes.values():
             import_if_present(home)
         return super().values()

@@ -111,7 +111,7 @@ def test_official_file_is_recognised_with_a_notice(official):
 
 @pytest.mark.parametrize("variant", [v for v in variants.VARIANTS if v != "DiffCLIP-V2"])  # not in the official layout
 def test_variant_is_recognised_by_its_keys(variant, tmp_path):
-    expected = models.MODELS[f"{variant}-tiny"]
+    expected = variants.MODELS[f"{variant}-tiny"]
     state = official_code.to_official(models.build(expected).state_dict())
     lambda_init = expected["diffclip"].get("lambda_init", 0.8)
     config = official_code.official_config(state, lambda_init, heads=(4, 4))
@@ -160,7 +160,7 @@ def test_published_form_of_the_checkpoint(golden, folder, tmp_path):
 def variants():
     """Configs that the official layout alone cannot tell apart from others."""
     for name in ("CLIP-tiny", "DiffCLIP-tiny", "DiffCLIP-star-tiny", "DiffCLIP-dagger-tiny"):
-        yield name, copy.deepcopy(models.MODELS[name])
+        yield name, copy.deepcopy(variants.MODELS[name])
     for name, tower, options in (
         ("exact GELU", None, {"quick_gelu": False}),
         ("wide text", "text_cfg", {"mlp_ratio": 2.0}),
@@ -168,14 +168,14 @@ def variants():
         ("layer scale", "text_cfg", {"ls_init_value": 0.5}),
         ("text epsilon", "text_cfg", {"norm_kwargs": {"eps": 1e-3}}),
     ):
-        config = copy.deepcopy(models.MODELS["CLIP-tiny"])
+        config = copy.deepcopy(variants.MODELS["CLIP-tiny"])
         (config["model_cfg"] if tower is None else config["model_cfg"][tower]).update(options)
         yield name, config
-    custom = copy.deepcopy(models.MODELS["DiffCLIP-tiny"])
+    custom = copy.deepcopy(variants.MODELS["DiffCLIP-tiny"])
     custom["diffclip"] |= {"lambda_init": 0.35, "vision_norm_eps": 1e-3, "towers": ["text"], "variant": "custom"}
     custom["preprocess_cfg"] |= {"mean": [0.5, 0.5, 0.5], "interpolation": "bicubic"}
     yield "custom", custom
-    counted_from_one = copy.deepcopy(models.MODELS["DiffCLIP-star-tiny"])
+    counted_from_one = copy.deepcopy(variants.MODELS["DiffCLIP-star-tiny"])
     counted_from_one["diffclip"]["schedule_base"] = 1
     yield "schedule from 1", counted_from_one
 

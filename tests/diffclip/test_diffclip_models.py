@@ -112,6 +112,8 @@ def test_schedule_base_counts_layers_from_one():
 def test_unknown_names_and_keys_are_one_sentence():
     with pytest.raises(InputError, match="unknown model 'CLIP-huge': choose one of"):
         models.build("CLIP-huge")
+    with pytest.raises(InputError, match=r"unknown model 'DifCLIP-tiny': did you mean DiffCLIP-tiny\?"):
+        variants.named("DifCLIP-tiny")
     with pytest.raises(InputError, match="init must be"):
         models.build("CLIP-tiny", init="random")
     config = json.loads(json.dumps(variants.MODELS["CLIP-tiny"]))
