@@ -3,11 +3,12 @@
 Prints images per second for images alone, with five captions, with a conversation, and encoded as PNG.
 """
 
-import argparse
 import time
 from collections.abc import Callable
 from itertools import islice
 
+from diffclip.base.commands import Parser
+from diffclip.base.errors import exit_on_input_error
 from diffclip.scenes import drawing as scenes
 from diffclip.scenes import export as scenes_export
 from diffclip.scenes import questions as scenes_questions
@@ -24,7 +25,7 @@ def rate(make: Callable[[int], object], count: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser("python -m benchmarks.scenes", description=__doc__)
     parser.add_argument("--size", type=int, default=64, help="side in pixels")
     parser.add_argument("--count", type=int, default=4000, help="images per measurement")
     options = parser.parse_args()
@@ -34,7 +35,7 @@ def main() -> None:
         return scenes.make_scene(0, "benchmark", i)
 
     measured = {
-        "picture": lambda i: scenes.draw(scene(i), options.size),
+        "image": lambda i: scenes.draw(scene(i), options.size),
         "image and masks": lambda i: (
             scenes.draw(scene(i), options.size),
             scenes.masks(scene(i), options.size),
@@ -58,4 +59,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_input_error():
+        main()
