@@ -6,7 +6,6 @@ Without shards of your own it renders photo-like JPEGs (320 px, noise over large
 64 at 224 px with SLIP's augmentation, in the process that measures (no workers), the same files in the page cache.
 """
 
-import argparse
 import io
 import tarfile
 import tempfile
@@ -22,6 +21,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 import diffclip
+from diffclip.base.commands import Parser
+from diffclip.base.errors import exit_on_input_error
 from diffclip.data.pairs import PairTable
 from diffclip.data.sources import expand
 from diffclip.data.training_pairs import TrainingPairs
@@ -89,15 +90,15 @@ def images_per_second(batches: Iterable, count: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--pictures", default="", help="pattern of tars with .jpg and .txt; default: rendered ones")
+    parser = Parser("python -m benchmarks.data", description=__doc__)
+    parser.add_argument("--images", "--pictures", default="", help="pattern of tars with .jpg and .txt (rendered ones)")
     parser.add_argument("--count", type=int, default=1500, help="images per measurement")
     parser.add_argument("--rounds", type=int, default=3, help="measurements of each, in turns")
     options = parser.parse_args()
     torch.set_num_threads(1)
     config = diffclip.MODELS["DiffCLIP-B-16"]
     with tempfile.TemporaryDirectory() as folder:
-        pattern = options.pictures or render(Path(folder))
+        pattern = options.images or render(Path(folder))
         pipelines = {"diffclip": ours(pattern, config), "open_clip": open_clips(pattern, config)}
         for batches in pipelines.values():  # open_clip's shuffle buffer fills, and images come into the page cache
             images_per_second(batches, BATCH)
@@ -105,10 +106,11 @@ def main() -> None:
         for _ in range(options.rounds):
             for name, batches in pipelines.items():
                 rates[name].append(images_per_second(batches, options.count))
-    for name, found in rates.items():
-        print(f"{name:10s} {median(found):7.1f} images/s on one core ({', '.join(f'{r:.1f}' for r in found)})")
+    for name, measured in rates.items():
+        print(f"{name:10s} {median(measured):7.1f} images/s on one core ({', '.join(f'{r:.1f}' for r in measured)})")
     print(f"ratio      {median(rates['diffclip']) / median(rates['open_clip']):7.2f}")
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_input_error():
+        main()

@@ -7,7 +7,6 @@
 - one at a time: greedy generation question by question, as evaluation scripts do, repetitions between splits included
 """
 
-import argparse
 import sys
 import time
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from diffclip.base.commands import Parser
 from diffclip.base.errors import exit_on_input_error
 from mllm.model import load
 from mllm.pope.images import find_images
@@ -32,15 +32,15 @@ def timed(do: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("python -m benchmarks.pope", description=__doc__)
     parser.add_argument("run", help="a run of stages.instruct")
     parser.add_argument("--pope", type=Path, required=True)
     parser.add_argument("--image_root", type=Path, required=True)
-    parser.add_argument("--pictures", type=int, default=12, help="how many images' questions are asked (12)")
+    parser.add_argument("--images", "--pictures", type=int, default=12, help="images whose questions are asked (12)")
     parser.add_argument("--rounds", type=int, default=2, help="rounds in which the ways take turns (2)")
     options = parser.parse_args(argv)
     questions = read(options.pope)
-    chosen = set(list(dict.fromkeys(q.image for q in questions))[: options.pictures])
+    chosen = set(list(dict.fromkeys(q.image for q in questions))[: options.images])
     questions = [q for q in questions if q.image in chosen]
     places = find_images(questions, options.image_root)
     vlm = load(options.run, device=None)
@@ -57,11 +57,11 @@ def main(argv: list[str] | None = None) -> None:
         "one at a time": one_at_a_time,
     }
     seconds: dict[str, list[float]] = {name: [] for name in ways}
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     margins(vlm, questions[:8], open_image)  # warms up
     for _ in range(options.rounds):
         for name, do in ways.items():
-            spent, found[name] = timed(do)
+            spent, results[name] = timed(do)
             seconds[name].append(spent)
     unique = len({(q.shown, q.text) for q in questions})
     counts = f"{len(questions)} questions ({unique} different) about {len(chosen)} images"
@@ -69,8 +69,8 @@ def main(argv: list[str] | None = None) -> None:
     usual = min(seconds["one at a time"])
     for name, times in seconds.items():
         print(f"{name:14s} {1e3 * min(times) / len(questions):8.1f} ms a question, {usual / min(times):5.1f}x")
-    said = [parse_strict(text) for text in found["one at a time"]]
-    same = np.mean([a == b for a, b in zip(predictions(found["exact"]), said)])
+    generated = [parse_strict(text) for text in results["one at a time"]]
+    same = np.mean([a == b for a, b in zip(predictions(results["exact"]), generated)])
     print(f"the likelier of yes and no is the generated answer for {100 * same:.1f} % of the questions")
 
 

@@ -3,11 +3,12 @@
 Prints images per second for images alone, with five captions, with a conversation, and encoded as PNG.
 """
 
-import argparse
 import time
 from collections.abc import Callable
 from itertools import islice
 
+from diffclip.base.commands import Parser
+from diffclip.base.errors import exit_on_input_error
 from diffclip.scenes import conversations, parts, text
 from diffclip.scenes import drawing as scenes
 
@@ -22,7 +23,7 @@ def rate(make: Callable[[int], object], count: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser("python -m benchmarks.scenes", description=__doc__)
     parser.add_argument("--size", type=int, default=64, help="side in pixels")
     parser.add_argument("--count", type=int, default=4000, help="images per measurement")
     options = parser.parse_args()
@@ -56,4 +57,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_input_error():
+        main()

@@ -3,6 +3,7 @@
 import io
 import os
 import struct
+from pathlib import Path
 
 import numpy as np
 import open_clip
@@ -45,7 +46,7 @@ STORED = {  # how a camera stores the upright image under each EXIF orientation,
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF", "AVIF"])
 @pytest.mark.parametrize("orientation", STORED)
-def test_exif_turns_a_picture_once(orientation, kind):
+def test_exif_turns_a_image_once(orientation, kind):
     exif = Image.Exif()
     exif[274] = orientation
     stored = Image.fromarray(np.ascontiguousarray(STORED[orientation](corners())))
@@ -80,14 +81,14 @@ def test_datasets_which_turns_too_gives_the_same(tmp_path):
         assert seen.tobytes() == decode(content).tobytes()
 
 
-def test_damaged_exif_keeps_the_picture():
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8))
-    plain = decode(encoded(picture, "JPEG"))
+def test_damaged_exif_keeps_the_image():
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8))
+    plain = decode(encoded(image, "JPEG"))
     for exif in (b"Exif\0\0", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff", b"Exif\0\0II*\0" + struct.pack("<I", 999), b"junk"):
-        assert decode(encoded(picture, "JPEG", exif=exif)).tobytes() == plain.tobytes()
+        assert decode(encoded(image, "JPEG", exif=exif)).tobytes() == plain.tobytes()
 
 
-def test_plain_pictures_are_what_pil_gives():
+def test_plain_images_are_what_pil_gives():
     pixels = np.random.default_rng(0).integers(0, 256, (40, 30, 3), dtype=np.uint8)
     for kind in ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF"):
         content = encoded(Image.fromarray(pixels), kind)
@@ -261,12 +262,7 @@ def test_formats_of_the_list_are_read(kind):
 
 def test_no_other_place_opens_images():
     """`Image.open` without the list of formats stands nowhere in the packages."""
-    root = os.path.dirname(os.path.dirname(diffclip.__file__))
-    found = []
-    for package in ("diffclip", "mllm", "stages", "benchmarks"):
-        for folder, _, names in os.walk(os.path.join(root, package)):
-            for name in names:
-                if name.endswith(".py"):
-                    with open(os.path.join(folder, name), encoding="utf-8") as f:
-                        found += [name for line in f if "Image.open(" in line]
-    assert found == ["pictures.py"]
+    root = Path(diffclip.__file__).parents[1]
+    files = [path for name in ("diffclip", "mllm", "stages", "benchmarks") for path in (root / name).rglob("*.py")]
+    opening = [str(path.relative_to(root)) for path in files if "Image.open(" in path.read_text(encoding="utf-8")]
+    assert opening == ["diffclip/base/images.py"]

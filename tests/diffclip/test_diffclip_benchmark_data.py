@@ -25,8 +25,8 @@ def png(colour="red", size=4):
 def parquet(path, labels, image="image", label="label", metadata=None, **columns):
     path.parent.mkdir(parents=True, exist_ok=True)
     colours = [NAMES[value] if value is not None and 0 <= value < 3 else "white" for value in labels]
-    pictures = [{"bytes": png(colour), "path": None} for colour in colours]
-    table = pyarrow.table({image: pictures, label: labels, **columns})
+    images = [{"bytes": png(colour), "path": None} for colour in colours]
+    table = pyarrow.table({image: images, label: labels, **columns})
     pyarrow.parquet.write_table(table.replace_schema_metadata(metadata), path)
 
 
@@ -41,8 +41,8 @@ def read_set(root):
     return found
 
 
-def colour_of(pictures, row):
-    return pictures[row][0].getpixel((0, 0))
+def colour_of(images, row):
+    return images[row][0].getpixel((0, 0))
 
 
 @pytest.fixture
@@ -105,7 +105,7 @@ def test_the_column_split_counts(folder, tmp_path):
     assert read_set(tmp_path).splits["test"].labels == [0, 2]
 
 
-def test_litter_is_no_class_and_no_picture(folder, tmp_path):
+def test_litter_is_no_class_and_no_image(folder, tmp_path):
     for name in ("red apple", "Hot_Dog", "Cat", "cat", "日本"):
         paint(folder / "test" / name / "1.png")
     paint(folder / "test" / "cat" / "2.jfif")
@@ -261,7 +261,7 @@ def test_classification_cases(shared_cases, case):
 
 
 @pytest.mark.parametrize(
-    "case,pictures,captions",
+    "case,images,captions",
     [
         ("coco-captions", 6, 30),
         ("flickr30k-results-csv", 6, 30),
@@ -269,13 +269,13 @@ def test_classification_cases(shared_cases, case):
         ("an-empty-caption", 6, 6),
     ],
 )
-def test_retrieval_cases(shared_cases, case, pictures, captions):
+def test_retrieval_cases(shared_cases, case, images, captions):
     root = shared_cases(f"evaluation/retrieval/{case}")
     (found,) = datasets.read(root, datasets.suite_from_folder(root)).retrieval.values()
-    assert (len(found.images), len(found.captions)) == (pictures, captions)
+    assert (len(found.images), len(found.captions)) == (images, captions)
     colours = ["red", "green", "blue", "yellow", "black", "white"]
     wanted = colours[1::2] if "split" in case else colours
-    assert [found.captions[found.owner.index(row)].split()[1] for row in range(pictures)] == wanted
+    assert [found.captions[found.owner.index(row)].split()[1] for row in range(images)] == wanted
 
 
 @pytest.mark.parametrize("case", ["cp1252", "blank last line"])
@@ -317,9 +317,9 @@ def test_one_class_in_two_of_unicodes_forms(folder, tmp_path):
             paint(folder / split / unicodedata.normalize(form, name) / "1.png")
     found = read_set(tmp_path)
     assert sorted(found.classnames) == sorted(names)
-    for pictures in found.splits.values():
-        spelt = [unicodedata.normalize("NFC", name.split("/")[-2]) for name in pictures.names]
-        assert [found.classnames[label] for label in pictures.labels] == spelt and len(spelt) == 2
+    for images in found.splits.values():
+        spelt = [unicodedata.normalize("NFC", name.split("/")[-2]) for name in images.names]
+        assert [found.classnames[label] for label in images.labels] == spelt and len(spelt) == 2
 
 
 def test_retrieval_without_a_file_that_can_be_read_is_no_empty_suite(tmp_path):

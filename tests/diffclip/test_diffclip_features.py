@@ -134,7 +134,7 @@ def test_texts_are_cached_by_their_tokens(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_broken_picture_is_named_in_one_line(folder, tmp_path, workers):
+def test_a_broken_image_is_named_in_one_line(folder, tmp_path, workers):
     broken = folder / "dog" / "3.png"
     broken.write_bytes(broken.read_bytes()[:300])
     with pytest.raises(InputError) as caught:
@@ -163,7 +163,7 @@ def test_class_folder_errors(folder):
         read_class_folders(folder / "bird", {})
 
 
-def test_palette_and_alpha_pictures_become_rgb(tmp_path):
+def test_palette_and_alpha_images_become_rgb(tmp_path):
     for mode in ("P", "RGBA", "L", "CMYK"):
         path = tmp_path / f"{mode}.{'jpg' if mode == 'CMYK' else 'png'}"
         Image.new(mode, (5, 5)).save(path)

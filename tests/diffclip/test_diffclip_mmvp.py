@@ -39,13 +39,13 @@ def test_a_pair_needs_both_statements():
     assert not mmvp.right_pairs(torch.ones(4, 2, 2)).any()  # a model that sees no difference scores nothing
 
 
-def test_similarities_stand_statement_by_picture():
+def test_similarities_stand_statement_by_image():
     images, texts = torch.randn(6, 4), torch.randn(6, 4)
     found = mmvp.similarities(images, texts)
     assert found.shape == (3, 2, 2)
-    for pair, statement, picture in [(0, 0, 1), (2, 1, 0)]:
-        want = torch.nn.functional.cosine_similarity(texts[2 * pair + statement], images[2 * pair + picture], dim=0)
-        assert found[pair, statement, picture] == pytest.approx(want.item(), abs=1e-6)
+    for pair, statement, image in [(0, 0, 1), (2, 1, 0)]:
+        want = torch.nn.functional.cosine_similarity(texts[2 * pair + statement], images[2 * pair + image], dim=0)
+        assert found[pair, statement, image] == pytest.approx(want.item(), abs=1e-6)
 
 
 ROWS = ["1,Color,a red ball", "2,Color,a blue ball", "3,Count,one ball", '4,Count,"two balls, big"']

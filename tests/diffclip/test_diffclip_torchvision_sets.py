@@ -130,15 +130,15 @@ PEERS = {  # torchvision's own objects, read through their public items
 
 
 @pytest.mark.parametrize("name", PEERS)
-def test_same_pictures_labels_and_splits_as_torchvision(tmp_path, monkeypatch, name):
+def test_same_images_labels_and_splits_as_torchvision(tmp_path, monkeypatch, name):
     LAYOUTS[name](tmp_path, monkeypatch)
     classnames, splits = read_torchvision(name, tmp_path)
     assert len(classnames) == (102 if name == "flowers" else 2) and not any("_" in one for one in classnames)
     assert len(splits) == (3 if name in ("aircraft", "dtd", "flowers") else 2)
-    for split, pictures in splits.items():
+    for split, images in splits.items():
         peer = PEERS[name](tmp_path, split)
-        assert len(pictures) == len(peer) > 0
-        for (image, label), (other, wanted) in zip(pictures, peer):
+        assert len(images) == len(peer) > 0
+        for (image, label), (other, wanted) in zip(images, peer):
             assert label == wanted and np.array_equal(np.asarray(image), np.asarray(other))
 
 
@@ -152,13 +152,13 @@ def test_the_rules_split_each_class_once_and_never_change(tmp_path, monkeypatch,
     for split, count in zip(splits, counts):
         per_class = Counter(splits[split].labels)
         assert per_class[1] == count
-    seen = [file for pictures in splits.values() for file in pictures.sources]
+    seen = [file for images in splits.values() for file in images.sources]
     assert len(set(seen)) == len(seen) == {"sun397": 80, "caltech101": 78}[name]
     # the same split wherever the set lies, in whatever order the disk lists it
     again = tmp_path / "elsewhere"
     LAYOUTS[name](again, monkeypatch)
-    for split, pictures in read_torchvision(name, again)[1].items():
-        moved = [file.relative_to(again) for file in pictures.sources]
+    for split, images in read_torchvision(name, again)[1].items():
+        moved = [file.relative_to(again) for file in images.sources]
         assert moved == [file.relative_to(tmp_path) for file in splits[split].sources]
     # frozen: a changed rule would make scores of different releases incomparable
     base = tmp_path / TORCHVISION[name]

@@ -82,9 +82,9 @@ def test_a_shard_cannot_run_its_authors_code(shards, tmp_path):
         def __reduce__(self):
             return Path.touch, (planted,)
 
-    picture = io.BytesIO()
-    Image.new("RGB", (48, 48)).save(picture, "PNG")
-    members = {"png": picture.getvalue(), "cls": b"0"} | dict.fromkeys(("pyd", "pickle", "pth"), pickle.dumps(Plant()))
+    image = io.BytesIO()
+    Image.new("RGB", (48, 48)).save(image, "PNG")
+    members = {"png": image.getvalue(), "cls": b"0"} | dict.fromkeys(("pyd", "pickle", "pth"), pickle.dumps(Plant()))
     with tarfile.open(shards / "test" / "0.tar", "a") as tar:
         for suffix, content in members.items():
             info = tarfile.TarInfo(f"s0000060.{suffix}")
