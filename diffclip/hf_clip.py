@@ -56,7 +56,7 @@ def load_transformers_clip(directory: Path, config: dict[str, Any]) -> tuple[ope
     try:
         whole = CLIPConfig.from_dict(config)
     except Exception as error:  # transformers checks each value in its own way
-        raise InputError(f"{directory / 'config.json'}: not a CLIP's ({_first_line(error)})") from None
+        raise InputError(f"{directory / 'config.json'}: not a CLIP's ({_in_one_line(error)})") from None
     vision, text = whole.vision_config, whole.text_config
     if {vision.hidden_act, text.hidden_act} not in ({"quick_gelu"}, {"gelu"}):
         raise InputError(f"{directory}: activations {vision.hidden_act} and {text.hidden_act} are not CLIP's")
@@ -145,7 +145,7 @@ def image_transform(directory: Path, side: int) -> ImageTransform:
     except InputError:
         raise
     except Exception as error:  # transformers raises whatever its processors do
-        raise InputError(f"{directory}: its image processor cannot be used ({_first_line(error)})") from None
+        raise InputError(f"{directory}: its image processor cannot be used ({_in_one_line(error)})") from None
     return transform
 
 
@@ -165,7 +165,7 @@ def tokenizer(directory: Path, context_length: int, vocab_size: int) -> Callable
     try:
         found = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except Exception as error:  # transformers raises whatever its loaders do
-        raise InputError(f"{directory}: its tokenizer cannot be read ({_first_line(error)})") from None
+        raise InputError(f"{directory}: its tokenizer cannot be read ({_in_one_line(error)})") from None
     if max(found.get_vocab().values(), default=0) >= vocab_size:
         raise InputError(f"{directory}: its tokenizer has {len(found)} tokens, but the model embeds {vocab_size}")
     if found.padding_side != "right":
@@ -183,7 +183,7 @@ def _ids(found: Any, context_length: int, texts: str | list[str]) -> Tensor:
     return ids
 
 
-def _first_line(error: Exception) -> str:
+def _in_one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
