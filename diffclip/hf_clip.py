@@ -56,7 +56,7 @@ def load_transformers_clip(directory: Path, config: dict[str, Any]) -> tuple[ope
     try:
         whole = CLIPConfig.from_dict(config)
     except Exception as error:  # transformers checks each value in its own way
-        raise InputError(f"{directory / 'config.json'}: not a CLIP's ({_first_line(error)})") from None
+        raise InputError(f"{directory / 'config.json'}: not a CLIP's ({_in_one_line(error)})") from None
     vision: Any = whole.vision_config  # which transformers also lets be a dict, or None
     text: Any = whole.text_config
     if {vision.hidden_act, text.hidden_act} not in ({"quick_gelu"}, {"gelu"}):
@@ -146,7 +146,7 @@ def image_transform(directory: Path, side: int) -> ImageTransform:
     except InputError:
         raise
     except Exception as error:  # transformers raises whatever its processors do
-        raise InputError(f"{directory}: its image processor cannot be used ({_first_line(error)})") from None
+        raise InputError(f"{directory}: its image processor cannot be used ({_in_one_line(error)})") from None
     return transform
 
 
@@ -166,7 +166,7 @@ def tokenizer(directory: Path, context_length: int, vocab_size: int) -> Callable
     try:
         theirs = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except Exception as error:  # transformers raises whatever its loaders do
-        raise InputError(f"{directory}: its tokenizer cannot be read ({_first_line(error)})") from None
+        raise InputError(f"{directory}: its tokenizer cannot be read ({_in_one_line(error)})") from None
     if max(theirs.get_vocab().values(), default=0) >= vocab_size:
         raise InputError(f"{directory}: its tokenizer has {len(theirs)} tokens, but the model embeds {vocab_size}")
     if theirs.padding_side != "right":
@@ -184,7 +184,7 @@ def _ids(theirs: Any, context_length: int, texts: str | list[str]) -> Tensor:
     return ids
 
 
-def _first_line(error: Exception) -> str:
+def _in_one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 

@@ -127,7 +127,7 @@ def _grey(values: np.ndarray) -> Image.Image:
 def _turn(image: Image.Image) -> Image.Transpose | None:
     """What the EXIF (or XMP) orientation asks for; None where there is none or the tags are damaged."""
     try:
-        return TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+        return TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     except BROKEN:
         return None
 

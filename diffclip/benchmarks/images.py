@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 from diffclip.base.errors import InputError
 from diffclip.base.images import open_image
+from diffclip.base.tars import read_at
 
 # of two images under one key of a shard the first in this order counts: the photo, not its mask
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".bmp", ".ppm", ".gif", ".tif", ".tiff")
@@ -28,9 +29,7 @@ class TarSlice(NamedTuple):
 
     def read(self) -> bytes:
         """The encoded image; OSError if it cannot be read."""
-        with open(self.path, "rb") as file:
-            file.seek(self.offset)
-            return file.read(self.size)
+        return read_at(self.path, (self.offset, self.size))[0]
 
 
 class Images(Dataset):

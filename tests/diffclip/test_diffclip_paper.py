@@ -50,7 +50,7 @@ def test_suite_holds_what_is_there_and_a_remedy_for_the_rest(root):
     assert set(suite["classification"]) == {"cifar10", "imagenet"} and set(suite["retrieval"]) == {"flickr8k"}
     assert suite["shifts"] == {"imagenet-r": {"folder": "imagenet-r", "of": "imagenet"}} and "mmvp" not in suite
     assert len(missing) == len(paper.SETS) - 4
-    assert f"0_data.sh pets --out {root}" in missing["classification/pets"]
+    assert f"0_data.sh pets --output_dir {root}" in missing["classification/pets"]
 
 
 def test_check_says_complete_partial_or_missing(root, monkeypatch):
