@@ -168,9 +168,9 @@ def _check_logits(
     ids = tokenizer("The image shows a cat on a red mat.", return_tensors="pt")["input_ids"]
     try:
         wanted = lm.eval()(input_ids=ids, use_cache=False).logits.float()
-        found = model(input_ids=ids, use_cache=False).logits.float()
+        actual = model(input_ids=ids, use_cache=False).logits.float()
         model.generate(input_ids=ids, max_new_tokens=2)
-        apart = float((found - wanted).abs().max() / wanted.abs().max())
+        apart = float((actual - wanted).abs().max() / wanted.abs().max())
         reason = f"its logits are {apart:.1%} away from its own"
     except Exception as error:  # of any kind, by what the class lacks
         apart, reason = float("inf"), " ".join(str(error).split())[:200]

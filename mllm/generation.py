@@ -3,15 +3,13 @@
 import math
 from collections.abc import Iterator, Mapping
 from threading import Event, Thread
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase, TextIteratorStreamer
 
 from diffclip.base.errors import InputError
-
-if TYPE_CHECKING:
-    from mllm.llava import DiffCLIPLlavaForConditionalGeneration
+from mllm.llava import DiffCLIPLlavaForConditionalGeneration
 
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p")  # options without a meaning in greedy decoding
 
@@ -44,7 +42,7 @@ def generation_options(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def stream_text(
-    model: "DiffCLIPLlavaForConditionalGeneration",
+    model: DiffCLIPLlavaForConditionalGeneration,
     tokenizer: PreTrainedTokenizerBase,
     inputs: Mapping[str, torch.Tensor],
     options: Mapping[str, Any],

@@ -7,24 +7,22 @@ this way loads like any other.
 import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from diffclip.base.errors import InputError
 from mllm.llava import DiffCLIPLlavaForConditionalGeneration
 from mllm.weights import WeightsError
 
-if TYPE_CHECKING:
-    from peft import PeftModel
-
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # of Qwen2, Llama and their kin
 
 
 def add_lora(
     model: DiffCLIPLlavaForConditionalGeneration, rank: int, *, alpha: float = 0.0, dropout: float = 0.0, seed: int = 0
-) -> "PeftModel":
+) -> PeftModel:
     """Add adapters to the linear layers of `model`'s language model, in place; only they learn there.
 
     Args:
@@ -36,16 +34,14 @@ def add_lora(
     Raises:
         InputError: the language model has no layers of the usual names.
     """
-    from peft import LoraConfig, get_peft_model
-
     lm = model.model.language_model
-    found = {name.rsplit(".", 1)[-1] for name, _ in lm.named_modules()} & set(TARGETS)
-    if not found:
+    targets = {name.rsplit(".", 1)[-1] for name, _ in lm.named_modules()} & set(TARGETS)
+    if not targets:
         raise InputError(
             f"lora_rank: the language model {type(lm).__name__} has none of the layers {', '.join(TARGETS)}"
         )
     scale: Any = alpha or 2 * rank  # any number does, though peft declares an integer
-    config = LoraConfig(r=rank, lora_alpha=scale, lora_dropout=dropout, target_modules=sorted(found))
+    config = LoraConfig(r=rank, lora_alpha=scale, lora_dropout=dropout, target_modules=sorted(targets))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return get_peft_model(
@@ -63,7 +59,7 @@ def base_weights(model: DiffCLIPLlavaForConditionalGeneration) -> dict[str, torc
 
 @torch.no_grad()
 def merge(
-    peft_model: "PeftModel", directory: str | Path | None = None, originals: Mapping[str, nn.Linear] | None = None
+    peft_model: PeftModel, directory: str | Path | None = None, originals: Mapping[str, nn.Linear] | None = None
 ) -> None:
     """Add the adapter to the weights and take the adapter layers out again.
 
@@ -127,12 +123,12 @@ def _four_bit(module: nn.Linear, device: torch.device) -> nn.Module:
     from bitsandbytes.nn import Linear4bit
 
     options = {"compute_dtype": torch.bfloat16, "quant_type": "nf4", "compress_statistics": True}
-    made = Linear4bit(module.in_features, module.out_features, bias=module.bias is not None, **options)
-    made.load_state_dict(module.state_dict())
-    made.requires_grad_(False)
-    made.to(device)
-    made(torch.zeros(1, module.in_features, dtype=torch.bfloat16, device=device))  # fails here, not hours later
-    return made
+    layer = Linear4bit(module.in_features, module.out_features, bias=module.bias is not None, **options)
+    layer.load_state_dict(module.state_dict())
+    layer.requires_grad_(False)
+    layer.to(device)
+    layer(torch.zeros(1, module.in_features, dtype=torch.bfloat16, device=device))  # fails here, not hours later
+    return layer
 
 
 def _replace(root: nn.Module, name: str, module: nn.Module) -> None:

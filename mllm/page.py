@@ -27,15 +27,15 @@ def build(vlm: VisionLanguageModel, generation: dict[str, Any]) -> gr.Blocks:
         generation: options as in `mllm.generation.generation_options`.
     """
 
-    def answer(asked: dict, messages: list, talk: tuple, look: bool) -> Iterator[tuple]:
+    def answer(asked: dict, messages: list, history: tuple, look: bool) -> Iterator[tuple]:
         try:
-            yield from respond(vlm, generation, asked, messages, talk, look)
+            yield from respond(vlm, generation, asked, messages, history, look)
         except InputError as error:  # messages are shown as HTML, and this one may hold the name of a file
             gr.Warning(html.escape(str(error)))
-            yield messages, talk, gr.skip(), asked  # as before
+            yield messages, history, gr.skip(), asked  # as before
 
     with gr.Blocks(title="DiffCLIP chat", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
-        talk = gr.State(([], []))  # turns and images so far
+        history = gr.State(([], []))  # turns and images so far
         with gr.Row():
             with gr.Column(scale=3):
                 chat = gr.Chatbot(label="Conversation", height=520, render_markdown=False, buttons=[], placeholder=HINT)
@@ -60,9 +60,9 @@ def build(vlm: VisionLanguageModel, generation: dict[str, Any]) -> gr.Blocks:
                     interactive=False,
                 )
                 look = gr.Checkbox(True, label="Show where answers look")
-        outputs = [chat, talk, maps, ask]
+        outputs = [chat, history, maps, ask]
         # one at a time: all who visit the page share one model
-        answering = ask.submit(answer, [ask, chat, talk, look], outputs, concurrency_limit=1, show_progress_on=chat)
+        answering = ask.submit(answer, [ask, chat, history, look], outputs, concurrency_limit=1, show_progress_on=chat)
         ask.stop(None, cancels=answering)
         for emptied in (clear.click, chat.clear):
             emptied(lambda: ([], ([], []), None, None), None, outputs, cancels=answering)
@@ -74,7 +74,7 @@ def respond(
     generation: dict[str, Any],
     asked: dict,
     messages: list[dict],
-    talk: tuple[list, list],
+    history: tuple[list, list],
     look: bool,
 ) -> Iterator[tuple]:
     """Answer a question, word by word; then show where the answer looks.
@@ -83,11 +83,11 @@ def respond(
         vlm, generation: as in `build`.
         asked: {"text": the question, "files": paths of new images}.
         messages: the conversation as the page shows it, {"role", "content"}.
-        talk: the conversation as the model sees it, (turns, images).
+        history: the conversation as the model sees it, (turns, images).
         look: whether to compute where the answer looks.
 
     Yields:
-        (messages, talk, overlays, asked) as they are from then on; the box of the question is emptied at once.
+        (messages, history, overlays, asked) as they are from then on; the box of the question is emptied at once.
 
     Raises:
         InputError: a file that is no image, no question, or more images than the template shows.
@@ -96,7 +96,7 @@ def respond(
     new = [open_image(file, Path(file).name) for file in asked["files"]]
     if not question:
         raise InputError("write a question beside the image")
-    turns, images = [*talk[0], question_turn(question, len(new))], [*talk[1], *new]
+    turns, images = [*history[0], question_turn(question, len(new))], [*history[1], *new]
     messages = [*messages, *({"role": "user", "content": {"path": file}} for file in asked["files"])]
     messages.append(message("user", question))
     answer, maps = "", None

@@ -1,6 +1,5 @@
 """Chat: streamed pieces are the generated answer, batches equal single questions, files go on where they were."""
 
-import io
 import json
 
 import pytest
@@ -246,11 +245,17 @@ def test_temperature_0_is_greedy_whatever_do_sample_says(assembled, picture):
     assert assembled.answer([turns], [images], temperature=5.0, **options) != [greedy]
 
 
-def test_a_conversation_on_the_console(saved, monkeypatch, capsys):
-    monkeypatch.setattr("sys.stdin", io.StringIO(f"{QUESTIONS[0]}\nAnd now?\n\n"))
-    call("mllm.chat", str(saved / "run"), f"--image={saved / '1.png'}", "--max_new_tokens=5")
-    console = capsys.readouterr().out
-    assert console.count("> ") == 3 and len(console) > 10
+def test_a_conversation_on_the_console(saved, loaded, picture, monkeypatch, capsys):
+    lines, prompts = iter([QUESTIONS[0], "And now?", ""]), []
+    monkeypatch.setattr("builtins.input", lambda prompt: prompts.append(prompt) or next(lines))
+    chat.main([str(saved / "run"), f"--image={saved / '1.png'}", "--max_new_tokens=5"])
+    turns, wanted = [], ""
+    for question, images in ((QUESTIONS[0], 1), ("And now?", 0)):
+        turns.append(question_turn(question, images))
+        answer = "".join(loaded.stream(turns, [picture(1)], max_new_tokens=5))
+        turns.append({"from": "gpt", "value": answer.strip()})
+        wanted += answer + "\n"
+    assert prompts == ["> "] * 3 and capsys.readouterr().out == wanted
 
 
 def test_one_question_is_answered_and_ends(saved, loaded, capsys, picture):
