@@ -215,6 +215,7 @@ def write_lmms_task(folder: Path) -> None:
     write_tasks(folder / "tasks", {"tiny_pope": folder / "tasks" / "tiny_pope.parquet"})
 
 
+@pytest.mark.slow
 def test_the_commands_of_your_own_data_lead_from_pairs_to_a_report(trained):
     assert "DiffCLIP-tiny" in (trained / "runs" / "mine" / "report" / "report.md").read_text(encoding="utf-8")
     assert (trained / "scenes" / "scenes.json").is_file()
@@ -223,6 +224,7 @@ def test_the_commands_of_your_own_data_lead_from_pairs_to_a_report(trained):
 OTHERS = [(page, words) for page in PAGES if page.name != "data.md" for words in commands(page)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("page", "words"), OTHERS, ids=[f"{page.stem}: {named(words)}" for page, words in OTHERS])
 def test_commands_run_as_typed(page, words, trained, hub, monkeypatch):
     carry_out(words, page.name, trained, monkeypatch)
@@ -231,6 +233,7 @@ def test_commands_run_as_typed(page, words, trained, hub, monkeypatch):
 PYTHON = [(page, code) for page in PAGES for code in blocks(page, "python")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("page", "code"), PYTHON, ids=[f"{page.stem}-{i}" for i, (page, _) in enumerate(PYTHON)])
 def test_python_blocks_run_as_they_stand(page, code, trained, hub, monkeypatch):
     monkeypatch.chdir(trained)
