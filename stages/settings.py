@@ -333,7 +333,7 @@ class EvaluateConfig:
     )
     masked_objects: int = field(
         default=2000,
-        metadata=about("data", "objects of segmentation/ (COCO format) that attention is scored on", NOT_NEGATIVE),
+        metadata=about("data", "objects of segmentation/ (COCO format) that attention is scored on", AT_LEAST_1),
     )
 
 
