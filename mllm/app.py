@@ -1,7 +1,7 @@
 """A page to chat with a multimodal run about images, which shows where in them each answer looks.
 
-python -m mllm.app RUN                          # http://127.0.0.1:7860, for this machine alone
-python -m mllm.app RUN --host 0.0.0.0           # for all who reach this machine; there is no password
+diffclip app RUN                          # http://127.0.0.1:7860, for this machine alone
+diffclip app RUN --host 0.0.0.0           # for all who reach this machine; there is no password
 """
 
 import argparse

@@ -1,8 +1,8 @@
 """Ask a multimodal run about images: one question, a conversation, or a file of questions.
 
-python -m mllm.chat RUN --image a.jpg "Is there a dog?"          # the answer appears word by word
-python -m mllm.chat RUN --image a.jpg                            # a conversation; an empty line ends it
-python -m mllm.chat RUN --batch questions.jsonl --out answers.jsonl   # rows {"image", "question"}
+diffclip chat RUN --image a.jpg "Is there a dog?"          # the answer appears word by word
+diffclip chat RUN --image a.jpg                            # a conversation; an empty line ends it
+diffclip chat RUN --batch questions.jsonl --out answers.jsonl   # rows {"image", "question"}
 """
 
 import argparse

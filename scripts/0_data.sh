@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Stage 0: fetch data. All arguments go to `diffclip data`.
-#   ./scripts/0_data.sh cc3m pope --out data [--dry-run]
-#   ./scripts/0_data.sh pairs URLS.tsv --out data/mine     # img2dataset, in an environment of its own
+#   ./scripts/0_data.sh cc3m pope --output_dir data [--dry-run]
+#   ./scripts/0_data.sh pairs URLS.tsv --output_dir data/mine     # img2dataset, in an environment of its own
 set -euo pipefail
 source "$(dirname "$(readlink -f "$0")")/setup_env.sh"
 for argument in "$@"; do

@@ -1,8 +1,10 @@
 """Stage 0: get the data. What has arrived stays; the same command goes on with what is missing.
 
-    ./scripts/0_data.sh cc3m --out data            # webdataset shards from the Hub
-    ./scripts/0_data.sh pope --out data --dry-run   # what would be fetched, and from where
-    ./scripts/0_data.sh pairs URLS.tsv --out data/mine   # a list of addresses and captions, by img2dataset
+    diffclip data cc3m --output_dir data                 # webdataset shards from the Hub
+    diffclip data pope --output_dir data --dry_run       # what would be fetched, and from where
+    diffclip data pairs URLS.tsv --output_dir data/mine  # a list of addresses and captions, by img2dataset
+
+`scripts/0_data.sh` is the same, and brings img2dataset in an environment of its own.
 
 Each set gets a folder and in it manifest.json: sources, sizes, how much of it arrived.
 """
@@ -18,9 +20,10 @@ KINDS = {".tsv": "tsv", ".csv": "csv", ".parquet": "parquet"}  # of lists of add
 
 def main(argv: list[str] | None = None) -> None:
     """Fetch sets, or the images of a list; a dry run needs the standard library alone."""
-    parser = Parser(description=__doc__)
+    parser = Parser("diffclip data", description=__doc__)
     parser.add_argument("names", nargs="+", metavar="NAME", help=f"{', '.join(SETS)}; or: pairs LIST")
-    parser.add_argument("--output_dir", "--out", default="data", help="folder that gets a folder for each set")
+    parser.add_argument("--output_dir", default="data", help="folder that gets a folder for each set")
+    parser.also("--output_dir", "--out")
     parser.add_argument("--dry_run", action="store_true", help="print what would be fetched, fetch nothing")
     parser.add_argument("--workers", type=number(int, 1), default=16, help="connections for many small files")
     options = parser.parse_args(argv)
