@@ -6,16 +6,12 @@ is learnt when nor by what rule; "flag", the name on the command line and in YAM
 """
 
 from dataclasses import Field, dataclass, field, fields
-from pathlib import Path
 from typing import Any, Literal
 
-import diffclip
 from diffclip.base.commands import Range, near
 from diffclip.base.errors import InputError
+from diffclip.variants import MODELS, SIZES, VARIANTS
 
-VARIANTS = ("CLIP", "DiffCLIP", "DiffCLIP-star", "DiffCLIP-dagger", "DiffCLIP-V2")  # of diffclip.models
-SIZES = tuple(sorted(path.stem for path in (Path(diffclip.__file__).parent / "configs").glob("*.json")))
-MODELS = tuple(f"{variant}-{size}" for size in SIZES for variant in VARIANTS)
 PARTS = ("vision_tower", "projector", "language_model")  # of the multimodal model
 
 POSITIVE = Range(above=0)

@@ -36,13 +36,23 @@ class Parser(argparse.ArgumentParser):
         self._negative_number_matcher = re.compile(r"-(\d|\.\d|inf$)")  # argparse takes -1e-3 for a flag
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        args = self._known_flags(args)
+        return self._nothing_left(*self.parse_known_args(args, namespace))
+
+    def parse_intermixed_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        args = self._known_flags(args)
+        return self._nothing_left(*self.parse_known_intermixed_args(args, namespace))
+
+    def _known_flags(self, args: Sequence[str] | None) -> list[str]:
         args = list(sys.argv[1:] if args is None else args)
         known = [name for name in self._all_flags() if name.startswith("--")]
         for word in args[: args.index("--")] if "--" in args else args:  # first of all, before what is missing
             flag = word.split("=", 1)[0]
             if flag.startswith("--") and " " not in flag and _spelt(flag) not in known:
                 raise InputError(f"unknown flag {flag}{near(flag, known)}")
-        parsed, unknown = self.parse_known_args(args, namespace)
+        return args
+
+    def _nothing_left(self, parsed: Any, unknown: list[str]) -> Any:
         if unknown:
             raise InputError(
                 f"unknown {'flag' if unknown[0].startswith('-') else 'argument'} {unknown[0]} (see --help)"

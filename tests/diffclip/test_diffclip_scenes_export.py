@@ -8,7 +8,6 @@ from dataclasses import asdict
 
 import numpy as np
 import pytest
-from launch import run
 from PIL import Image
 
 from diffclip.base.errors import InputError
@@ -181,7 +180,7 @@ def test_no_test_scene_is_a_training_scene():
 
 
 def test_command_line(tmp_path, capsys):
-    run("diffclip.scenes", "show", "--seed", "1", str(tmp_path / "sheet.png"))
+    main(["show", "--seed", "1", str(tmp_path / "sheet.png")])
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert len(set(sheet.convert("L").getdata())) > 50
     with pytest.raises(SystemExit):

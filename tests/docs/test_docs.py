@@ -47,7 +47,7 @@ PARSED = {  # pages whose stages have the paper's size: their flags and configur
     "pope.md": tuple(CONFIGS),
     "paper_scale.md": ("pretrain",),
 }
-OWN_PROCESS = ("pretrain", "language", "align", "instruct", "evaluate")  # they start processes of their own
+OWN_PROCESS = ("app",)  # a server
 
 
 def blocks(page: Path, language: str) -> list[str]:
