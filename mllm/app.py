@@ -16,7 +16,7 @@ from mllm.chat import add_model_options, generation_of
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser("python -m mllm.app", description=__doc__)
+    parser = Parser("diffclip app", description=__doc__)
     add_model_options(parser)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1: this machine alone)")
     parser.add_argument("--port", type=number(int, 1, 65535), default=7860, help="(7860)")

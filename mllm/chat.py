@@ -35,7 +35,7 @@ def generation_of(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser("python -m mllm.chat", description=__doc__)
+    parser = Parser("diffclip chat", description=__doc__)
     add_model_options(parser)
     parser.add_argument("question", nargs="?", default="", help="ask this and end; else a conversation")
     parser.add_argument("--image", default="", help="the image that it is about")
