@@ -2,7 +2,7 @@
 
     python -m benchmarks.held_out split --captions data/llava/stage1_captions.json \
         --conversations data/llava/stage2_instruct.json --source fashion-attributes --some 800 --out llava
-    python -m mllm.chat RUN --batch llava/questions.jsonl --image_root data --out answers.jsonl
+    diffclip chat RUN --batch llava/questions.jsonl --image_root data --out answers.jsonl
     python -m benchmarks.held_out score answers.jsonl
 
 An image is held out by a digest of its path, so that it is in neither file, whatever their order. `split` writes

@@ -1,7 +1,7 @@
 """A page to chat with a multimodal run about images, which shows where in them each answer looks.
 
-python -m mllm.app RUN                          # http://127.0.0.1:7860, for this machine alone
-python -m mllm.app RUN --host 0.0.0.0           # for all who reach this machine; there is no password
+diffclip app RUN                          # http://127.0.0.1:7860, for this machine alone
+diffclip app RUN --host 0.0.0.0           # for all who reach this machine; there is no password
 """
 
 import importlib.util
@@ -16,7 +16,7 @@ from mllm.chat import add_model_options, generation_of
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser("python -m mllm.app", description=__doc__)
+    parser = Parser("diffclip app", description=__doc__)
     add_model_options(parser)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1: this machine alone)")
     parser.add_argument("--port", type=number(int, 1, 65535), default=7860, help="(7860)")

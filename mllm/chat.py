@@ -1,8 +1,8 @@
 """Ask a multimodal run about images: one question, a conversation, or a file of questions.
 
-python -m mllm.chat RUN --image a.jpg "Is there a dog?"          # the answer appears word by word
-python -m mllm.chat RUN --image a.jpg                            # a conversation; an empty line ends it
-python -m mllm.chat RUN --batch questions.jsonl --out answers.jsonl   # rows {"image", "question"}
+diffclip chat RUN --image a.jpg "Is there a dog?"          # the answer appears word by word
+diffclip chat RUN --image a.jpg                            # a conversation; an empty line ends it
+diffclip chat RUN --batch questions.jsonl --out answers.jsonl   # rows {"image", "question"}
 """
 
 import argparse
@@ -35,7 +35,7 @@ def generation_of(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser("python -m mllm.chat", description=__doc__)
+    parser = Parser("diffclip chat", description=__doc__)
     add_model_options(parser)
     parser.add_argument("question", nargs="?", default="", help="ask this and end; else a conversation")
     parser.add_argument("--image", default="", help="the image that it is about")

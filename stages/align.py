@@ -1,7 +1,7 @@
 """Stage 2: align. The pretrained vision tower and the language model stay frozen, the projector between them learns
 to speak the language model's tokens, on image-caption pairs (the paper: LAION-CC-SBU 558K).
 
-    deepspeed --num_gpus 8 --module stages.align --config stages/configs/paper/align.yaml \
+    deepspeed --num_gpus 8 --module diffclip align --config paper/align \
         --vision_tower runs/diffclip --data blip_laion_cc_sbu_558k.json --image_root images --output_dir runs/align
 """
 

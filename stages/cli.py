@@ -34,7 +34,7 @@ VERBS = {
     "benchmark": Verb(
         "models", "score and compare dual encoders on the CLIP benchmarks", "diffclip.benchmarks.__main__"
     ),
-    "maps": Verb("models", "draw which patches speak for a text", "diffclip.attention_maps"),
+    "maps": Verb("models", "draw which patches speak for a text", "diffclip.maps"),
     "localise": Verb("models", "score attention maps against masks of objects", "diffclip.benchmarks.localisation"),
     "convert": Verb("models", "write weights in another layout", "diffclip.convert"),
     "check": Verb("multimodal", "find the rows of a LLaVA file that cannot be trained on", "mllm.data.__main__ check"),

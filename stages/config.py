@@ -138,9 +138,10 @@ def write_yaml(config: Any, path: str | Path) -> None:
 
 def require(config: Any, *keys: str) -> None:
     """Raise InputError if one of the named settings is empty."""
+    shown = {field.name: _names(field)[0] for field in dataclasses.fields(config)}
     for key in keys:
         if not getattr(config, key):
-            raise InputError(f"setting `{key}` is missing: give --{key} or write it in the --config file")
+            raise InputError(f"setting `{shown[key]}` is missing: give --{shown[key]} or write it in the --config file")
 
 
 def _config_of(argv: list[str]) -> str | None:

@@ -65,7 +65,7 @@ def estimate_conversations(config: ConversationConfig, llava_config: DiffCLIPLla
     if not (samples and tokens):
         raise InputError(
             "a dry run needs --samples and --tokens, the number of conversations and their mean length in text tokens: "
-            "558128 and 25 for LLaVA-Pretrain; python -m mllm.data stats counts your own"
+            "558128 and 25 for LLaVA-Pretrain; diffclip stats counts your own"
         )
     if config.global_batch_size % devices:
         raise InputError(f"global_batch_size {config.global_batch_size} is not a multiple of the {devices} devices")

@@ -1,7 +1,7 @@
 """Stage 4: evaluate. The CLIP benchmarks for a pretrained dual encoder and POPE, through lmms-eval, for the
 multimodal model built on it; either half may be left out.
 
-    python -m stages.evaluate --clip runs/diffclip --clip_data data/scenes --mllm runs/instruct \
+    diffclip evaluate --clip runs/diffclip --data_root data/scenes --mllm runs/instruct \
         --pope data/pope --image_root data/pope/images --output_dir runs/evaluate
 """
 
@@ -19,7 +19,7 @@ def main(argv: list[str] | None = None) -> None:
     config = parse(EvaluateConfig, __doc__, argv)
     require(config, "output_dir")
     if not (config.clip or config.mllm):
-        raise InputError("nothing to evaluate: give --clip RUN and --clip_data, or --mllm RUN, --pope and --image_root")
+        raise InputError("nothing to evaluate: give --clip RUN and --data_root, or --mllm RUN, --pope and --image_root")
     require(config, *(["clip_data"] if config.clip else []), *(["pope"] if config.mllm else []))
     evaluate(config)
 

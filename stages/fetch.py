@@ -1,8 +1,10 @@
 """Stage 0: get the data. What has arrived stays; the same command goes on with what is missing.
 
-    ./scripts/0_data.sh cc3m --output_dir data            # webdataset shards from the Hub
-    ./scripts/0_data.sh pope --output_dir data --dry_run   # what would be fetched, and from where
-    ./scripts/0_data.sh pairs URLS.tsv --output_dir data/mine   # a list of addresses and captions, by img2dataset
+    diffclip data cc3m --output_dir data                 # webdataset shards from the Hub
+    diffclip data pope --output_dir data --dry_run       # what would be fetched, and from where
+    diffclip data pairs URLS.tsv --output_dir data/mine  # a list of addresses and captions, by img2dataset
+
+`scripts/0_data.sh` is the same, and brings img2dataset in an environment of its own.
 
 Each set gets a folder and in it manifest.json: sources, sizes, how much of it arrived.
 """

@@ -1,7 +1,7 @@
 """Stage 3: instruct. Projector and language model learn from conversations about images; the tower stays frozen
 (the paper: the COCO subset of LLaVA-665K, `--image_prefix coco/`).
 
-    deepspeed --num_gpus 8 --module stages.instruct --config stages/configs/paper/instruct.yaml \
+    deepspeed --num_gpus 8 --module diffclip instruct --config paper/instruct \
         --model runs/align --data llava_v1_5_mix665k.json --image_root images --output_dir runs/instruct
 """
 

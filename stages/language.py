@@ -5,7 +5,7 @@ needs a language model that has read *something*: a `Qwen2ForCausalLM` of a few 
 parameters and a BPE tokenizer with Qwen's special tokens, both learnt here from the same kind of text that the
 conversations hold. Later stages load the result by path exactly as they load `Qwen/Qwen2.5-0.5B-Instruct`.
 
-    python -m stages.language --config stages/configs/quickstart/language.yaml --text data/scenes/llava/text.jsonl \
+    diffclip language --config quickstart/language --text data/scenes/llava/text.jsonl \
         --output_dir runs/language
 """
 

@@ -3,7 +3,7 @@
 Runs the same stage commands that a user would type, one after another, and prints each. Finished stages are
 skipped and an interrupted one goes on from its last checkpoint, so the same command may be given again at any time.
 
-    python -m stages.pipeline --config stages/configs/quickstart/pipeline.yaml --output_dir runs/quickstart
+    diffclip pipeline --config quickstart/pipeline --output_dir runs/quickstart
 """
 
 import os
@@ -69,11 +69,11 @@ def main(argv: list[str] | None = None) -> None:
         )
         run_python(
             ["stages.evaluate", f"--config={config.evaluate}", seed, f"--clip={runs}/pretrain"]
-            + [f"--mllm={runs}/instruct", f"--clip_data={data}", f"--pope={data}/pope"]
+            + [f"--mllm={runs}/instruct", f"--data_root={data}", f"--pope={data}/pope"]
             + [f"--image_root={data}/pope/images", f"--output_dir={runs}/evaluate"]
         )
         evaluated.append(str(runs))
-    run_python(["stages.report", *evaluated, "--out", f"{out}/report"])
+    run_python(["stages.report", *evaluated, "--output_dir", f"{out}/report"])
     print(f"\nAll stages took {(time.time() - started) / 60:.1f} minutes. Report: {out}/report/index.html")
     print(what_next(out, config.variants))
 
@@ -86,9 +86,9 @@ def what_next(out: Path, variants: list[str]) -> str:
     activate = os.environ.get("DIFFCLIP_ACTIVATE")  # set by quickstart.sh where the environment is not active
     lines = [
         *([activate] if activate else []),
-        f'python -m mllm.chat {run} --image {image} "Is there a red circle in the image?"',
-        f'python -m diffclip.attention_maps {image} --query "a red circle" --models {towers} --out {out}/maps.png',
-        f"pip install '.[app]' && python -m mllm.app {run}    # a page to chat, on this machine alone",
+        f'diffclip chat {run} --image {image} "Is there a red circle in the image?"',
+        f'diffclip maps {image} --query "a red circle" --models {towers} --out {out}/maps.png',
+        f"pip install '.[app]' && diffclip app {run}    # a page to chat, on this machine alone",
     ]
     return (
         "\nWhat next:\n"

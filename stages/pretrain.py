@@ -1,8 +1,8 @@
 """Stage 1: contrastive pretraining of CLIP and DiffCLIP on image-text pairs.
 
-    python -m stages.pretrain --config stages/configs/quickstart/pretrain.yaml --model DiffCLIP-tiny \
+    diffclip pretrain --config quickstart/pretrain --model DiffCLIP-tiny \
         --train_data 'data/scenes/pretrain/*.tar' --output_dir runs/diffclip
-    torchrun --nproc_per_node 8 -m stages.pretrain --config stages/configs/paper/pretrain_cc3m.yaml \
+    torchrun --nproc_per_node 8 -m diffclip pretrain --config paper/pretrain_cc3m \
         --model DiffCLIP-B-16 ...
 """
 

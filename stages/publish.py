@@ -1,7 +1,7 @@
 """Write a run's model card, and with --repo send the model to the Hub.
 
-    python -m stages.publish runs/instruct --evaluate runs/evaluate                    # writes runs/instruct/README.md
-    python -m stages.publish runs/instruct --evaluate runs/evaluate --repo me/diffclip-llava
+    diffclip publish runs/instruct --evaluate runs/evaluate                    # writes runs/instruct/README.md
+    diffclip publish runs/instruct --evaluate runs/evaluate --repo me/diffclip-llava
 
 The card is made of what the run directories say: data with digests, recipe, what learnt, versions, scores. Resume
 checkpoints and logs are not sent.
@@ -16,7 +16,7 @@ from diffclip.base.schema import MODEL_CARD
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser("python -m stages.publish", description=__doc__)
+    parser = Parser("diffclip publish", description=__doc__)
     parser.add_argument("run", type=Path, help="a finished run of pretrain, language, align or instruct")
     parser.add_argument("--evaluate", type=Path, nargs="*", default=[], help="runs of evaluate whose scores to state")
     parser.add_argument("--repo", default="", help="owner/name on the Hub; without it only the card is written")

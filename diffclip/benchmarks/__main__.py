@@ -2,7 +2,7 @@
 
 diffclip benchmark --model runs/clip runs/diffclip --data_root data/scenes --output_dir results
 
-With more devices, the same numbers: torchrun --nproc-per-node 8 -m diffclip.benchmarks ...
+With more devices, the same numbers: torchrun --nproc-per-node 8 -m diffclip benchmark ...
 `diffclip benchmark data check` lists the paper's sets and how to get them, `data download SET...` fetches some.
 """
 
@@ -36,7 +36,8 @@ def parser() -> Parser:
         "--data_root", type=Path, required=True, help="folder with classification/, shifts/, retrieval/, mmvp/"
     )
     data.add_argument("--suite", help="`paper`, or a YAML file that names the folders; else they are found by layout")
-    data.add_argument("--output_dir", "--out", type=Path, required=True, help="where scores, outcomes, features go")
+    data.add_argument("--output_dir", type=Path, required=True, help="where scores, outcomes, features go")
+    p.also("--output_dir", "--out")
     protocols = p.add_argument_group("protocols")
     protocols.add_argument("--protocols", nargs="+", choices=PROTOCOLS, default=[*PROTOCOLS], help="which to run (all)")
     protocols.add_argument("--templates", help="imagenet7, imagenet80 or a JSON file, instead of each set's own")

@@ -73,7 +73,7 @@ def torchvision_root(name: str, *folders: Path) -> Path | None:
 
 def remedy(name: str, root: Path) -> str:
     """One sentence on how to get a set."""
-    other = f", or python -m diffclip.benchmarks data download {name} --data_root {root}" if name in TORCHVISION else ""
+    other = f", or diffclip benchmark data download {name} --data_root {root}" if name in TORCHVISION else ""
     return f"{root / name} is missing: ./scripts/0_data.sh {name} --output_dir {root}{other}"
 
 

@@ -72,7 +72,7 @@ def read_torchvision(name: str, root: Path, *, download: bool = False) -> tuple[
         reason = " ".join(str(error).split())
         raise InputError(
             f"{root / TORCHVISION[name]} cannot be read as torchvision's {name} ({reason}): download it again with "
-            f"python -m diffclip.benchmarks data download {name} --data_root {root}"
+            f"diffclip benchmark data download {name} --data_root {root}"
         ) from error
     splits = {}
     for split, rows in found.items():

@@ -3,8 +3,8 @@
 Scene `index` of stream `split` depends on (seed, split, index) alone. From its description come the image
 and the masks (here), captions (text.py), questions (questions.py, conversations.py) and files (parts.py, export.py).
 
-    python -m diffclip.scenes show --seed 0 sheet.png
-    python -m diffclip.scenes export DIR --seed 0 --pairs 20000 --conversations 6000 --size 64
+    diffclip scenes show --seed 0 sheet.png
+    diffclip scenes export DIR --seed 0 --pairs 20000 --conversations 6000 --size 64
 """
 
 import math

@@ -1,4 +1,4 @@
-"""What `python -m mllm.data check` and `stats` print about rows of conversations."""
+"""What `diffclip check` and `stats` print about rows of conversations."""
 
 import argparse
 from collections import Counter

@@ -137,5 +137,5 @@ def _checked_rows(
         only = f" with an image path that starts with `{image_prefix}`" if image_prefix else ""
         raise InputError(f"{', '.join(files)}: no rows{only}; check the file and image_prefix")
     if problems:
-        rest = f" ({len(problems) - 1} more rows have problems: python -m mllm.data check)" if len(problems) > 1 else ""
+        rest = f" ({len(problems) - 1} more rows have problems: diffclip check)" if len(problems) > 1 else ""
         raise InputError(problems[0] + rest)

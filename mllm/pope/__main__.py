@@ -1,11 +1,11 @@
 """POPE on the command line.
 
-python -m mllm.pope check POPE --image_root IMAGES              # which release, are its images there
-python -m mllm.pope score POPE ANSWERS.jsonl                    # answers of any program, matched by question
-python -m mllm.pope margins RUN --pope POPE --image_root IMAGES --output_dir DIR   # exact scores, without generating
-python -m mllm.pope compare EVALUATE_A EVALUATE_B               # the paper's table 3 with McNemar's test
-python -m mllm.pope diagnose RUN --pope POPE --image_root IMAGES  # why is the score at chance?
-python -m mllm.pope audit 50.14 50.07 98.21 --questions 2910 3000   # which counts stand behind published scores
+diffclip pope check POPE --image_root IMAGES              # which release, are its images there
+diffclip pope score POPE ANSWERS.jsonl                    # answers of any program, matched by question
+diffclip pope margins RUN --pope POPE --image_root IMAGES --output_dir DIR   # exact scores, without generating
+diffclip pope compare EVALUATE_A EVALUATE_B               # the paper's table 3 with McNemar's test
+diffclip pope diagnose RUN --pope POPE --image_root IMAGES  # why is the score at chance?
+diffclip pope audit 50.14 50.07 98.21 --questions 2910 3000   # which counts stand behind published scores
 """
 
 import sys
@@ -19,7 +19,7 @@ from mllm.pope.parsers import PARSERS
 
 def arguments() -> Parser:
     """The command line; `work` of what it parses names the module of this package, and the function, to call."""
-    parser = Parser("python -m mllm.pope", __doc__)
+    parser = Parser("diffclip pope", __doc__)
     verbs = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def verb(name: str, work: str, what: str, *positional: str) -> Parser:
@@ -41,7 +41,8 @@ def arguments() -> Parser:
         command.add_argument("--parser", choices=PARSERS, default="lmms_eval", help="how answers are read (lmms_eval)")
     margins = verb("margins", "margins.run", "exact yes/no scores of a model, and of all controls", "run")
     margins.add_argument("--pope", type=Path, help="POPE's files", required=True)
-    margins.add_argument("--output_dir", "--out", type=Path, required=True, help="folder to write")
+    margins.add_argument("--output_dir", type=Path, required=True, help="folder to write")
+    margins.also("--output_dir", "--out")
     margins.add_argument("--batch_size", type=number(int, 1), default=16, help="images at a time (16)")
     margins.add_argument("--generate", action="store_true", help="answers by greedy generation, too")
     diagnose = verb("diagnose", "diagnose.run", "why is a score at chance? Exit code 1 where a cause is found", "run")

@@ -183,7 +183,7 @@ def training_data(model: Any, processor: Any, config: dict, most: int = 400) -> 
         except InputError:  # an image that is gone says nothing of labels
             continue
     share = 100 * empty / len(chosen)
-    remedy = "raise max_length, or mend the answers; python -m mllm.data check names the rows"
+    remedy = "raise max_length, or mend the answers; diffclip check names the rows"
     yield Finding("no supervised tokens", empty == 0, f"{share:.0f} % of {len(chosen)} rows have none", remedy)
     predictions = [parse_strict(answer) for answer in answers]
     kinds = {kind: predictions.count(kind) for kind in ("yes", "no")}
