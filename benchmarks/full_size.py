@@ -22,7 +22,7 @@ from PIL import Image
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 import diffclip
-from mllm.assemble import plan
+from mllm.assemble import assembled_config
 from stages.costs import HARDWARE, count_conversation, estimate
 from stages.pipeline import free_port
 
@@ -90,7 +90,7 @@ def main() -> None:
     out = options.out
     out.mkdir(parents=True, exist_ok=True)
     make_parts(out, options.tokenizer, 2 * options.batch)
-    llava = plan(out / "tower", out / "language")
+    llava = assembled_config(out / "tower", out / "language")
     data = [f"--data={out / 'rows.json'}", f"--image_root={out / 'images'}", "--image_prefix="]
     sizes = [f"--global_batch_size={options.batch}", f"--micro_batch_size={options.micro}", "--precision=fp32"]
     common = ["--num_workers=0", "--logging_steps=1", "--report_to=none", "--save_steps=1000"]

@@ -20,7 +20,8 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 import diffclip
 from mllm.conversation import IGNORE, IMAGE, encode, render
 from mllm.data.examples import training_order
-from mllm.model import DiffCLIPLlavaConfig, DiffCLIPLlavaForConditionalGeneration, freeze
+from mllm.llava import DiffCLIPLlavaConfig, DiffCLIPLlavaForConditionalGeneration
+from mllm.weights import freeze
 
 WORDS = [
     "is",

@@ -18,7 +18,6 @@ import numpy as np
 import torch
 
 from diffclip.base.errors import exit_on_input_error
-from mllm.chat import answer, question_turn
 from mllm.model import load
 from mllm.pope.images import find_images
 from mllm.pope.margins import generate, margins, predictions
@@ -44,28 +43,22 @@ def main(argv: list[str] | None = None) -> None:
     chosen = set(list(dict.fromkeys(q.image for q in questions))[: options.pictures])
     questions = [q for q in questions if q.image in chosen]
     places = find_images(questions, options.image_root)
-    model, processor = load(options.run)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    vlm = load(options.run, device=None)
 
     def open_image(name: str) -> Any:
         return places[name].open()
 
     def one_at_a_time() -> list[str]:
-        return [
-            answer(
-                model, processor, [[question_turn(q.text + POST_PROMPT, 1)]], [open_image(q.shown)], max_new_tokens=16
-            )[0]
-            for q in questions
-        ]
+        return [vlm.ask(q.text + POST_PROMPT, [open_image(q.shown)], max_new_tokens=16) for q in questions]
 
     ways = {
-        "exact": lambda: margins(model, processor, questions, open_image),
-        "batches": lambda: generate(model, processor, questions, open_image),
+        "exact": lambda: margins(vlm, questions, open_image),
+        "batches": lambda: generate(vlm, questions, open_image),
         "one at a time": one_at_a_time,
     }
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     found: dict[str, Any] = {}
-    margins(model, processor, questions[:8], open_image)  # warms up
+    margins(vlm, questions[:8], open_image)  # warms up
     for _ in range(options.rounds):
         for name, do in ways.items():
             spent, found[name] = timed(do)

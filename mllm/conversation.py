@@ -5,10 +5,15 @@ tokenised a second time, so a template and a tokenizer cannot disagree about whe
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from diffclip.base.errors import InputError
 
+if TYPE_CHECKING:
+    from tokenizers import Encoding
+    from transformers import PreTrainedTokenizerBase
+
+Conversation = Sequence[dict[str, str]]  # turns {"from": "human" | "gpt", "value": text}
 IMAGE = "<image>"
 IGNORE = -100  # label of positions that carry no loss
 TEMPLATES = ("plain", "vicuna", "chatml")
@@ -33,7 +38,7 @@ class Segment(NamedTuple):
 
 
 def render(
-    conversation: Sequence[dict[str, str]],
+    conversation: Conversation,
     template: str,
     add_generation_prompt: bool = False,
     end_token: str = "<|im_end|>",
@@ -64,9 +69,7 @@ def render(
     raise ValueError(f"unknown conversation template `{template}`: use one of {', '.join(TEMPLATES)}")
 
 
-def pair_turns(
-    conversation: Sequence[dict[str, str]], add_generation_prompt: bool = False
-) -> tuple[list[str], list[str]]:
+def pair_turns(conversation: Conversation, add_generation_prompt: bool = False) -> tuple[list[str], list[str]]:
     """Questions and answers, one answer fewer for a generation prompt; ValueError unless turns alternate."""
     turns = list(conversation)
     if turns and turns[0].get("from") == "gpt":
@@ -84,7 +87,7 @@ def pair_turns(
 
 
 def prompt(
-    conversation: Sequence[dict[str, str]],
+    conversation: Conversation,
     template: str,
     end_token: str = "<|im_end|>",
     control: Sequence[str] = QWEN_CONTROL,
@@ -100,7 +103,28 @@ def prompt(
     return "".join(s.text for s in render(conversation, template, True, end_token))
 
 
-def control_tokens(tokenizer: Any) -> tuple[str, ...]:
+def question_turn(question: str, images: int) -> dict[str, str]:
+    """A human turn that shows its images in front, unless the question says where."""
+    return {"from": "human", "value": question if IMAGE in question else f"{IMAGE}\n" * images + question}
+
+
+def check_image_count(shown: int, given: int, template: str, name: str = "") -> None:
+    """Raise InputError, which begins with `name`, unless a conversation shows as many images as it is given."""
+    if shown == given:
+        return
+    if shown > given:
+        remedy = "this template has no questions without an image" if template == "plain" else "remove <image> from it"
+        remedy = f"give every <image> its image, or {remedy}"
+    elif template == "chatml":
+        remedy = "write one <image> into the question for each image, or none for all of them in front"
+    else:
+        remedy = "vicuna and plain show one a question: ask about one image at a time"
+    raise InputError(
+        f"{name}in template `{template}` the conversation shows {shown} images, but {given} are given; {remedy}"
+    )
+
+
+def control_tokens(tokenizer: "PreTrainedTokenizerBase") -> tuple[str, ...]:
     """What a tokenizer takes for one of its special tokens wherever it is written.
 
     `<image>` is left out, which questions may hold, and so is white space, which every template does.
@@ -158,7 +182,9 @@ def _chatml(questions: list[str], answers: list[str]) -> list[Segment]:
     return segments if len(answers) < len(questions) else [*segments, Segment("\n", False)]
 
 
-def encode(segments: Iterable[Segment], tokenizer: Any, image_tokens: int) -> dict[str, list[int]]:
+def encode(
+    segments: Iterable[Segment], tokenizer: "PreTrainedTokenizerBase", image_tokens: int
+) -> dict[str, list[int]]:
     """Token ids and labels of a rendered conversation.
 
     Args:
@@ -190,13 +216,13 @@ def encode(segments: Iterable[Segment], tokenizer: Any, image_tokens: int) -> di
     return {"input_ids": ids, "labels": labels}
 
 
-def _first_token(encoded: Any, position: int, text_length: int) -> int:
+def _first_token(encoded: "Encoding", position: int, text_length: int) -> int:
     """The first token that ends behind a character position, found at the position and not among all tokens."""
     token = encoded.char_to_token(position)
     if token is None:  # the end of the text, or a character that no token covers
         ends = [end for _, end in encoded.offsets] if position < text_length else []
         return next((i for i, end in enumerate(ends) if end > position), len(encoded))
-    while token and encoded.token_to_chars(token - 1)[1] > position:  # a character of several tokens
+    while token and encoded.offsets[token - 1][1] > position:  # a character of several tokens
         token -= 1
     return token
 

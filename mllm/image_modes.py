@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from PIL import Image
-from transformers import LlavaImageProcessor
+from transformers import BaseImageProcessor, LlavaImageProcessor
 
 from diffclip.base.errors import InputError
 from diffclip.base.images import cut_strip, to_rgb
@@ -13,11 +13,11 @@ MODES = ("crop", "squash", "pad")
 LONGEST = 9459  # pixels; a square of it has as many as PIL lets an image have
 
 
-def with_mode(image_processor: Any, mode: str) -> Any:
+def with_mode(image_processor: Any, mode: str) -> BaseImageProcessor:
     """Return the processor of a tower with another way to make images square.
 
     Args:
-        image_processor: of any CLIP-like tower, with a square `crop_size` or `size`.
+        image_processor: a `BaseImageProcessor` of any CLIP-like tower, with a square `crop_size` or `size`.
         mode: "crop" cuts off what is beyond the middle square (as the tower was trained, unchanged here), "squash"
             shows all of it in other proportions, "pad" all of it between bars of the mean colour (LLaVA-1.5's way).
 
@@ -41,7 +41,7 @@ def with_mode(image_processor: Any, mode: str) -> Any:
     return LlavaImageProcessor(do_pad=True, size={"shortest_edge": side}, **settings)
 
 
-def bounded(images: Iterable[Image.Image], image_processor: Any) -> list[Image.Image]:
+def bounded(images: Iterable[Image.Image], image_processor: BaseImageProcessor) -> list[Image.Image]:
     """Images in RGB for an image processor, those changed that it would make gigabytes of.
 
     A centre crop gets the middle of a strip, which is all that it keeps; a strip that would be padded to a square of

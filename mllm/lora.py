@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from diffclip.base.errors import InputError
-from mllm.model import WeightsError
+from mllm.llava import DiffCLIPLlavaForConditionalGeneration
+from mllm.weights import WeightsError
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -21,7 +22,9 @@ if TYPE_CHECKING:
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # of Qwen2, Llama and their kin
 
 
-def add_lora(model: Any, rank: int, *, alpha: float = 0.0, dropout: float = 0.0, seed: int = 0) -> "PeftModel":
+def add_lora(
+    model: DiffCLIPLlavaForConditionalGeneration, rank: int, *, alpha: float = 0.0, dropout: float = 0.0, seed: int = 0
+) -> "PeftModel":
     """Add adapters to the linear layers of `model`'s language model, in place; only they learn there.
 
     Args:
@@ -41,7 +44,8 @@ def add_lora(model: Any, rank: int, *, alpha: float = 0.0, dropout: float = 0.0,
         raise InputError(
             f"lora_rank: the language model {type(lm).__name__} has none of the layers {', '.join(TARGETS)}"
         )
-    config = LoraConfig(r=rank, lora_alpha=alpha or 2 * rank, lora_dropout=dropout, target_modules=sorted(found))
+    scale: Any = alpha or 2 * rank  # any number does, though peft declares an integer
+    config = LoraConfig(r=rank, lora_alpha=scale, lora_dropout=dropout, target_modules=sorted(found))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return get_peft_model(
@@ -49,7 +53,7 @@ def add_lora(model: Any, rank: int, *, alpha: float = 0.0, dropout: float = 0.0,
         )  # under ZeRO-3 with bf16 all must be of one dtype
 
 
-def base_weights(model: Any) -> dict[str, torch.Tensor]:
+def base_weights(model: DiffCLIPLlavaForConditionalGeneration) -> dict[str, torch.Tensor]:
     """The language model's own weights under their own names, adapters left out."""
     state = model.model.language_model.state_dict()
     own = {name.replace(".base_layer", ""): w for name, w in state.items() if ".lora_" not in name}
@@ -57,25 +61,24 @@ def base_weights(model: Any) -> dict[str, torch.Tensor]:
     return {**{f"model.{name}": w for name, w in own.items()}, **{f"lm_head.{name}": w for name, w in head.items()}}
 
 
-def merge(peft_model: "PeftModel", directory: str | Path, originals: Mapping[str, nn.Linear] | None = None) -> None:
-    """Write the adapter to `directory`/adapter, then add it to the weights and take the adapter layers out again.
+@torch.no_grad()
+def merge(
+    peft_model: "PeftModel", directory: str | Path | None = None, originals: Mapping[str, nn.Linear] | None = None
+) -> None:
+    """Add the adapter to the weights and take the adapter layers out again.
 
     Args:
+        directory: the adapter is written to its subfolder `adapter` first; None writes nothing.
         originals: from `quantise`; the adapter is added to these, which were never rounded, and they go back in place.
 
     Raises:
         WeightsError: an adapter layer is left over.
     """
-    peft_model.save_pretrained(Path(directory) / "adapter")
-    take_out(peft_model, originals)
-
-
-@torch.no_grad()
-def take_out(peft_model: "PeftModel", originals: Mapping[str, nn.Linear] | None = None) -> None:
-    """As `merge`, without writing anything."""
-    lm = peft_model.base_model.model
+    if directory is not None:
+        peft_model.save_pretrained(str(Path(directory) / "adapter"))
+    lm: nn.Module = peft_model.get_base_model()
     for name, original in (originals or {}).items():
-        layer = lm.get_submodule(name)
+        layer: Any = lm.get_submodule(name)  # one of peft's layers around a linear one
         first, second = layer.lora_A["default"].weight, layer.lora_B["default"].weight
         original.to(first.device).weight += (
             layer.scaling["default"] * second.to(original.weight) @ first.to(original.weight)
@@ -87,7 +90,7 @@ def take_out(peft_model: "PeftModel", originals: Mapping[str, nn.Linear] | None 
         raise WeightsError(f"merging left {', '.join(left[:3])} in the language model")
 
 
-def quantise(model: Any, device: torch.device) -> dict[str, nn.Linear]:
+def quantise(model: DiffCLIPLlavaForConditionalGeneration, device: torch.device) -> dict[str, nn.Linear]:
     """Put 4-bit linear layers (NF4, doubly quantised) in place of the language model's own, for QLoRA.
 
     Only layers named in `TARGETS`: embeddings and head keep their dtype.

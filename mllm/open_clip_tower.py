@@ -4,12 +4,18 @@
 file of weights; or `open_clip:hf-hub:ORG/NAME`, `open_clip:local-dir:FOLDER`, which carry their weights.
 """
 
-# isort: split
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    BaseImageProcessor,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.modeling_outputs import BaseModelOutput
 
 from diffclip.base.backbones import (
@@ -39,7 +45,7 @@ class OpenClipVisionConfig(PreTrainedConfig):
     base_config_key = "vision_config"
 
     embed_dim: int = 512
-    vision_cfg: dict[str, Any] | None = None
+    vision_cfg: dict[str, Any] | None = None  # never None in a tower
     quick_gelu: bool = False
     hidden_size: int = 768
     image_size: int = 224
@@ -53,7 +59,7 @@ class OpenClipVisionModel(PreTrainedModel):
 
     config_class = OpenClipVisionConfig
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = ("image",)  # type: ignore[assignment] # as transformers' own models say it
     supports_gradient_checkpointing = True
 
     def __init__(self, config: OpenClipVisionConfig, visual: nn.Module | None = None) -> None:
@@ -63,7 +69,10 @@ class OpenClipVisionModel(PreTrainedModel):
             visual: the tower itself, where it is already there.
         """
         super().__init__(config)
-        self.visual = visual or build_vision_tower(config.embed_dim, dict(config.vision_cfg), config.quick_gelu)
+        # Any: the towers of open_clip and timm share methods, but no class that declares them
+        self.visual: Any = visual or build_vision_tower(
+            config.embed_dim, dict(config.vision_cfg or {}), config.quick_gelu
+        )
         for module in self.visual.modules():  # transformers builds on the meta device, where what EVA's towers compute
             module._non_persistent_buffers_set.clear()  # of their own would be lost: it is saved with the weights
         self.gradient_checkpointing = False
@@ -105,16 +114,16 @@ class OpenClipVisionModel(PreTrainedModel):
         if hasattr(self.visual, "set_grad_checkpointing"):
             self.visual.set_grad_checkpointing(self.gradient_checkpointing and self.training)
         last = max(wanted) if self.config.stop_early else count
-        found = self._states(pixel_values.to(next(self.visual.parameters()).dtype), last)
-        states = [found.get(i) if i in wanted else None for i in range(count + 1)]
-        output = BaseModelOutput(last_hidden_state=found.get(count), hidden_states=tuple(states))
+        outputs = self._states(pixel_values.to(next(self.visual.parameters()).dtype), last)
+        states: list[Any] = [outputs.get(i) if i in wanted else None for i in range(count + 1)]
+        output = BaseModelOutput(last_hidden_state=outputs.get(count), hidden_states=tuple(states))
         return output.to_tuple() if return_dict is False else output
 
     def _states(self, pixels: Tensor, last: int) -> dict[int, Tensor]:
         """Outputs of blocks or stages 1 to `last`, each (batch, tokens, width)."""
         count = self.config.num_hidden_layers
         if _has_tokens(self.visual):
-            made = self.visual.forward_intermediates(
+            results = self.visual.forward_intermediates(
                 pixels,
                 indices=list(range(last)),
                 stop_early=True,
@@ -122,17 +131,17 @@ class OpenClipVisionModel(PreTrainedModel):
                 output_fmt="NLC",
                 output_extra_tokens=True,
             )
-            states = made["image_intermediates"]
-            if "image_intermediates_prefix" in made:
-                states = [torch.cat(both, dim=1) for both in zip(made["image_intermediates_prefix"], states)]
+            states = results["image_intermediates"]
+            if "image_intermediates_prefix" in results:
+                states = [torch.cat(both, dim=1) for both in zip(results["image_intermediates_prefix"], states)]
         else:
-            maps = _stages(self.visual, pixels, range(min(last, count - 1)), final=last == count)
-            states = [one.flatten(2).transpose(1, 2) for one in maps]
+            maps = _stages(self.visual, pixels, min(last, count - 1), final=last == count)
+            states = [stage.flatten(2).transpose(1, 2) for stage in maps]
         return dict(enumerate(states, 1))
 
 
 @torch.no_grad()
-def from_open_clip(name: str) -> tuple[OpenClipVisionModel, Any]:
+def from_open_clip(name: str) -> tuple[OpenClipVisionModel, BaseImageProcessor]:
     """Load the vision half of an open_clip model and its image processor.
 
     Args:
@@ -142,7 +151,6 @@ def from_open_clip(name: str) -> tuple[OpenClipVisionModel, Any]:
     Raises:
         InputError: open_clip cannot load it, or it is a tower that a saved directory could not give back.
     """
-
     architecture, _, pretrained = name.removeprefix(PREFIX).partition("@")
     if not pretrained and not architecture.startswith(("hf-hub:", "local-dir:")):
         raise InputError(f"{name}: names no weights; write {PREFIX}{architecture}@TAG or @FILE")
@@ -168,7 +176,7 @@ def from_open_clip(name: str) -> tuple[OpenClipVisionModel, Any]:
 
 
 @torch.no_grad()
-def wrap(visual: nn.Module, embed_dim: int, vision_cfg: dict[str, Any], quick_gelu: bool = False) -> Any:
+def wrap(visual: Any, embed_dim: int, vision_cfg: dict[str, Any], quick_gelu: bool = False) -> OpenClipVisionModel:
     """Make a transformers model of an open_clip tower, having proved that its configuration gives the same tower back.
 
     Raises:
@@ -201,21 +209,21 @@ def wrap(visual: nn.Module, embed_dim: int, vision_cfg: dict[str, Any], quick_ge
     return tower
 
 
-def _has_tokens(visual: nn.Module) -> bool:
+def _has_tokens(visual: Any) -> bool:
     """Whether it is a transformer; otherwise its features are maps of stages."""
     return isinstance(visual, OpenClipVisionTransformer) or hasattr(getattr(visual, "trunk", None), "num_prefix_tokens")
 
 
-def _stages(visual: nn.Module, pixels: Tensor, indices: range | None, final: bool) -> list[Tensor]:
-    """Feature maps (batch, width, rows, columns) of a convolutional tower's stages, and of what its head pools."""
-    indices = None if indices is None else list(indices)
+def _stages(visual: Any, pixels: Tensor, first: int | None, final: bool) -> list[Tensor]:
+    """(batch, width, rows, columns) maps of a convolutional tower's first or all stages, and of what its head pools."""
+    indices = None if first is None else list(range(first))
     if hasattr(visual, "trunk"):
         if not final:
             return visual.trunk.forward_intermediates(pixels, indices=indices, stop_early=True, intermediates_only=True)
         last, maps = visual.trunk.forward_intermediates(pixels, indices=indices)
         return [*maps, last]
     maps = visual.forward_intermediates(pixels, intermediates_only=True)["image_intermediates"]
-    return [*maps, maps[-1]] if final else maps[: len(indices)]
+    return [*maps, maps[-1]] if final else maps[:first]
 
 
 AutoConfig.register(OpenClipVisionConfig.model_type, OpenClipVisionConfig)

@@ -5,7 +5,6 @@ and the marker that a checkpoint is whole.
 import math
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -90,7 +89,7 @@ class Watch(TrainerCallback):
         if dist.is_available() and dist.is_initialized():
             dist.barrier()  # other ranks write their part of it too
         if self.run.is_main:
-            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
+            (self.run.path / f"checkpoint-{state.global_step}" / COMPLETE).touch()
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object

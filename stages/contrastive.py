@@ -1,13 +1,14 @@
 """transformers' Trainer with the paper's recipe in it: loss over all ranks, parameter groups, schedule per
-iteration, bounded temperature, validation after each epoch, and what one wants to know while it runs.
+iteration, bounded temperature, validation after each epoch, and more in the log.
 """
 
 import math
 import os
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import nn
@@ -21,7 +22,9 @@ from diffclip.base.schema import BAD_SAMPLES, BEST, METRICS, NON_FINITE, NonFini
 from diffclip.benchmarks import datasets, prompts, retrieval, zero_shot
 from diffclip.benchmarks.features import Encoder
 from diffclip.data.pairs import PairTable
+from diffclip.data.training_pairs import TrainingPairs
 from diffclip.losses import contrastive_loss
+from diffclip.models import CLIP
 from diffclip.recipe import clamp_logit_scale, decay_parameter_names, learning_rate
 from stages.callbacks import check_weights
 from stages.run import Run
@@ -29,31 +32,34 @@ from stages.settings import PretrainConfig
 
 
 class ContrastiveTrainer(Trainer):
-    """Trains an open_clip-style model on batches of `diffclip.data.training_pairs.TrainingPairs`."""
+    """Trains a dual encoder on batches of pairs."""
 
     def __init__(
         self,
         *,
+        model: CLIP,
+        train_dataset: TrainingPairs,
         config: PretrainConfig,
         steps_per_epoch: int,
         run: Run,
         val_pairs: PairTable | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
+        super().__init__(model, train_dataset=train_dataset, **kwargs)
+        self.clip, self.pairs = model, train_dataset  # Trainer's own `model` and `train_dataset`, with their types
         self.config, self.steps_per_epoch, self.run = config, steps_per_epoch, run
         self.loss = contrastive_loss(config.gather_with_grad)
-        self.tokenize = diffclip.tokenizer(self.model.model_config)
-        self.eval_transform = diffclip.transforms(self.model.model_config, train=False)
+        self.tokenize = diffclip.tokenizer(model.model_config)
+        self.eval_transform = diffclip.transforms(model.model_config, train=False)
         self.val_set = read_val_set(config.val_data) if config.val_data else None
         self.val_pairs = val_pairs
-        self.lambdas = lambda_modules(self.model)
+        self.lambdas = lambda_modules(model)
         self.seen = self.bad = 0  # samples of this process, since it started
         self.waited, self.last_log = 0.0, time.perf_counter()
         self.add_callback(AfterStep(self))
 
     def _get_train_sampler(self, *args: object) -> SequentialSampler:
-        return SequentialSampler(self.train_dataset)  # TrainingPairs is already in training order
+        return SequentialSampler(self.pairs)  # TrainingPairs is already in training order
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Any]:
         start = time.perf_counter()
@@ -66,10 +72,10 @@ class ContrastiveTrainer(Trainer):
         model: nn.Module,
         inputs: dict[str, torch.Tensor],
         return_outputs: bool = False,
-        **kwargs: object,
+        num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
         chunk = self.config.micro_batch_size
-        pixels = diffclip.normalize(self.model.model_config, inputs["image"])
+        pixels = diffclip.normalize(self.clip.model_config, inputs["image"])
         image, text, scale = model(image=pixels, text=inputs["text"], chunk=chunk if chunk < len(pixels) else 0)[:3]
         loss = self.loss(image, text, scale)
         if not torch.isfinite(loss):
@@ -79,8 +85,7 @@ class ContrastiveTrainer(Trainer):
 
     def stop_at_non_finite(self, loss: float, items: torch.Tensor, image: torch.Tensor, text: torch.Tensor) -> NoReturn:
         """Name this rank's share of the batch in non_finite.jsonl, and raise InputError."""
-        pairs = self.train_dataset
-        keys = [pairs.table.key(pairs.row(int(k))) for k in items]
+        keys = [self.pairs.table.key(self.pairs.row(int(k))) for k in items]
         finite = torch.isfinite(image).all(dim=1) & torch.isfinite(text).all(dim=1)
         culprits = [key for key, fine in zip(keys, finite.tolist()) if not fine]
         step = self.state.global_step + 1
@@ -126,7 +131,9 @@ class ContrastiveTrainer(Trainer):
                 / peak
             )
 
-        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, factor)
+        optimizer = optimizer or self.optimizer
+        assert optimizer is not None  # Trainer makes it first
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return self.lr_scheduler
 
     def validate(self) -> dict[str, float]:
@@ -168,7 +175,7 @@ class ContrastiveTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            logs["logit_scale"] = self.model.logit_scale.detach().exp().item()
+            logs["logit_scale"] = self.clip.logit_scale.detach().exp().item()
             logs |= {f"lambda/{name}": m.mean_lambda() for name, m in self.lambdas.items()}
             now = time.perf_counter()
             logs["data_wait"] = self.waited / max(now - self.last_log, 1e-9)
@@ -184,7 +191,7 @@ def score_of(best: Path) -> float:
         return -math.inf
 
 
-def lambda_modules(model: nn.Module) -> dict[str, nn.Module]:
+def lambda_modules(model: CLIP) -> dict[str, Any]:
     """The differential attention modules of a model by tower and layer, e.g. "vision.0"."""
     towers = {"vision": model.visual, "text": model.transformer}
     return {
@@ -196,12 +203,13 @@ def lambda_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 def retrieval_of_pairs(encoder: Encoder, pairs: PairTable) -> dict[str, float]:
     """R@1/5/10 in percent over held-out pairs, each caption of an image a query of its own."""
+    encode_image = cast(Callable[[torch.Tensor], torch.Tensor], encoder.model.encode_image)
     images, texts, owners = [], [], []
     with torch.inference_mode():
         for start in range(0, len(pairs), encoder.batch_size):
             batch = [pairs[i] for i in range(start, min(start + encoder.batch_size, len(pairs)))]
             pixels = torch.stack([encoder.preprocess(image) for image, _ in batch]).to(encoder.device)
-            images.append(encoder.model.encode_image(pixels).float().cpu())
+            images.append(encode_image(pixels).float().cpu())
             for i, (_, captions) in enumerate(batch, start):
                 texts += captions
                 owners += [i] * len(captions)
@@ -217,14 +225,14 @@ class AfterStep(TrainerCallback):
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        clamp_logit_scale(self.trainer.model)
+        clamp_logit_scale(self.trainer.clip)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         epoch, rest = divmod(state.global_step, self.trainer.steps_per_epoch)
         if rest == 0 and state.global_step < state.max_steps:
-            check_weights(self.trainer.model, self.trainer.run, state.global_step, args.device)  # before best/ has them
+            check_weights(self.trainer.clip, self.trainer.run, state.global_step, args.device)  # before best/ has them
             metrics = self.trainer.validate()
             if metrics:
                 scores = " ".join(f"{name} {value:.1f}" for name, value in metrics.items())

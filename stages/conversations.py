@@ -13,12 +13,15 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from diffclip.base.errors import InputError
 from diffclip.base.fingerprint import fingerprint
-from mllm.assemble import ask_in, assemble, whiten_projector
+from mllm.assemble import assemble
 from mllm.conversation import control_tokens
 from mllm.data.examples import ConversationDataset, collate, training_order
 from mllm.data.rows import load_rows
-from mllm.lora import add_lora, base_weights, merge, quantise, take_out
-from mllm.model import freeze, load, parts, save
+from mllm.llava import DiffCLIPLlavaForConditionalGeneration
+from mllm.lora import add_lora, base_weights, merge, quantise
+from mllm.model import VisionLanguageModel, load
+from mllm.projector import whiten_projector
+from mllm.weights import fingerprints, freeze, parts
 from stages.callbacks import Watch
 from stages.provenance import upstream_model
 from stages.run import Run
@@ -33,7 +36,7 @@ def train_assembled(config: AlignConfig, run: Run) -> None:
     """Stage align: assemble vision tower and language model, train what learns, write `config.output_dir`."""
     check_trainer(config)
     run.note(model=upstream_model(config.vision_tower))
-    model, processor = assemble(
+    vlm = assemble(
         config.vision_tower,
         config.language_model,
         projector=config.projector,
@@ -52,31 +55,29 @@ def train_assembled(config: AlignConfig, run: Run) -> None:
                 f"{', '.join(config.data)}: none of {len(rows)} rows looked at has an image, which "
                 "`projector_init: whitened` needs; give images or set `projector_init: default`"
             )
-        whiten_projector(model, torch.cat(pixels), config.seed)
+        whiten_projector(vlm.model, torch.cat(pixels), config.seed)
 
     whitened = config.projector_init == "whitened"
-    train_on_conversations(model, processor, config, run, before_training=whiten if whitened else None)
+    train_on_conversations(vlm, config, run, before_training=whiten if whitened else None)
 
 
 def train_aligned(config: InstructConfig, run: Run) -> None:
     """Stage instruct: train projector and language model of an aligned model, write `config.output_dir`."""
     check_trainer(config)
     run.note(model=upstream_model(config.model))
-    model, processor = load(config.model, dtype=torch.float32)
-    train_on_conversations(model, processor, config, run)
+    train_on_conversations(load(config.model, dtype=torch.float32), config, run)
 
 
 def train_on_conversations(
-    model: Any,
-    processor: Any,
+    vlm: VisionLanguageModel,
     config: ConversationConfig,
     run: Run,
     before_training: Callable[[ConversationDataset], None] | None = None,
 ) -> None:
-    """Train the parts of `model` named in `config.learns`, prove the others unchanged, and write `config.output_dir`.
+    """Train the parts of `vlm` named in `config.learns`, prove the others unchanged, and write `config.output_dir`.
 
     Args:
-        model, processor: from `mllm.assemble.assemble` or `mllm.model.load`.
+        vlm: from `mllm.assemble.assemble` or `mllm.model.load`.
         before_training: called with the examples, e.g. to set weights from them.
 
     Raises:
@@ -86,7 +87,8 @@ def train_on_conversations(
     lora = bool(config.lora_rank)
     if lora and "language_model" not in learns:
         raise InputError("lora_rank: the language model does not learn; add language_model to `learns`")
-    ask_in(model, processor, config.template)
+    vlm.use_template(config.template)
+    model, processor = vlm
     rows = load_rows(
         config.data,
         config.image_root,
@@ -104,7 +106,7 @@ def train_on_conversations(
     exact = computed_buffers(model)
     if config.deepspeed and config.precision == "bf16":
         # DeepSpeed will, keeping float32 copies of what learns; what is proven unchanged are the rounded weights
-        model.to(torch.bfloat16)
+        model.to(torch.bfloat16)  # type: ignore[arg-type] # transformers' decorator hides the signature
         restore_buffers(model, exact)
     before = fingerprints(model)
     originals = quantise(model, training_device(config)) if lora and config.lora_bits == 4 else {}
@@ -145,32 +147,39 @@ def train_on_conversations(
         if adapter is not None:
             if not originals and fingerprint(base_weights(model)) != before["language_model"]:
                 raise RuntimeError("weights of the language model beside LoRA's changed: the run is not valid")
-            merge(adapter, config.output_dir, originals) if run.is_main else take_out(adapter, originals)
+            merge(adapter, config.output_dir if run.is_main else None, originals)
         after = fingerprints(model)
         for name in after:
             if (after[name] == before[name]) == (name in learns):
                 raise RuntimeError(f"{name} {'did not change' if name in learns else 'changed'}: the run is not valid")
         run.note(after=after)
         if run.is_main:
-            save(model, processor, config.output_dir)
+            vlm.save(config.output_dir)
     run.finish(metrics)
 
 
 class ConversationTrainer(Trainer):
     """transformers' Trainer over examples in a given order, with learning rates by part of the model."""
 
-    def __init__(self, learning_rates: Mapping[str, float], **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.learning_rates = learning_rates
+    def __init__(
+        self,
+        *,
+        model: DiffCLIPLlavaForConditionalGeneration,
+        train_dataset: Subset,
+        learning_rates: Mapping[str, float],
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(model, train_dataset=train_dataset, **kwargs)
+        self.parts, self.examples, self.learning_rates = parts(model), train_dataset, learning_rates
 
     def create_optimizer(self, *args: Any) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(*args)
         for name, rate in self.learning_rates.items():
-            set_learning_rate(optimizer, parts(self.model)[name], rate)
+            set_learning_rate(optimizer, self.parts[name], rate)
         return optimizer
 
     def _get_train_sampler(self, *args: object) -> SequentialSampler:
-        return SequentialSampler(self.train_dataset)  # the order of the whole run, so that it resumes exactly
+        return SequentialSampler(self.examples)  # the order of the whole run, so that it resumes exactly
 
 
 class CheckStart(TrainerCallback):
@@ -178,7 +187,7 @@ class CheckStart(TrainerCallback):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: DiffCLIPLlavaForConditionalGeneration,
         config: ConversationConfig,
         buffers: Mapping[str, torch.Tensor],
         expected: Mapping[str, str],
@@ -195,11 +204,6 @@ class CheckStart(TrainerCallback):
             for name, value in fingerprints(self.model).items():
                 if value != self.expected[name]:
                     raise RuntimeError(f"{name} is not what it was before DeepSpeed took it: the run is not valid")
-
-
-def fingerprints(model: Any) -> dict[str, str]:
-    """The fingerprint of each part of a multimodal model."""
-    return {name: fingerprint(module) for name, module in parts(model).items()}
 
 
 @contextmanager

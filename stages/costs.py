@@ -14,8 +14,9 @@ from torch.utils._pytree import tree_map_only
 
 import diffclip
 from diffclip.base.errors import InputError
+from mllm.llava import DiffCLIPLlavaConfig, DiffCLIPLlavaForConditionalGeneration
 from mllm.lora import add_lora
-from mllm.model import DiffCLIPLlavaConfig, DiffCLIPLlavaForConditionalGeneration, freeze
+from mllm.weights import freeze
 
 # Share of the peak that a run reaches, loading and communication included. The paper's 10 A100-days for 40 epochs of
 # CC12M imply 0.2 for a B/16 step as counted here; nothing else is known about their runs.
@@ -171,7 +172,7 @@ def count_conversation(
     if lora_rank:
         add_lora(model, lora_rank)
     model.train()
-    size, features = llava_config.vision_config.image_size, llava_config.image_seq_length
+    size, features = llava_config.vision_config.image_size, llava_config.image_seq_length  # type: ignore[union-attr] # never a dict here
 
     def loss_of(samples: int) -> Tensor:
         ids = torch.ones(samples, features + text_tokens, dtype=torch.long)

@@ -5,8 +5,8 @@ what of it is assumed, not counted.
 from diffclip.base.console import print_table
 from diffclip.base.errors import InputError
 from diffclip.data.pairs import PairTable
-from mllm.assemble import plan, planned
-from mllm.model import DiffCLIPLlavaConfig
+from mllm.assemble import assembled_config, run_config
+from mllm.llava import DiffCLIPLlavaConfig
 from stages.costs import (
     FREE_SHARE,
     HARDWARE,
@@ -49,13 +49,13 @@ def estimate_pretraining(config: PretrainConfig) -> None:
 
 def estimate_alignment(config: AlignConfig) -> None:
     """Print what the run would take on `config.hardware`; of the models only the configurations are read."""
-    llava = plan(config.vision_tower, config.language_model, config.projector, config.class_token)
+    llava = assembled_config(config.vision_tower, config.language_model, config.projector, config.class_token)
     estimate_conversations(config, llava)
 
 
 def estimate_instruction(config: InstructConfig) -> None:
     """Print what the run would take on `config.hardware`; of the model only the configuration is read."""
-    estimate_conversations(config, planned(config.model))
+    estimate_conversations(config, run_config(config.model))
 
 
 def estimate_conversations(config: ConversationConfig, llava_config: DiffCLIPLlavaConfig) -> None:
@@ -124,4 +124,5 @@ def print_estimate(
             f"This does not fit into {device.memory / 1e9:.0f} GB: set a smaller micro_batch_size, take more devices, "
             "or DeepSpeed's ZeRO."
         )
-    print_table(("", ""), rows, title, notes)
+    print(title)  # not the table's title, which would be wrapped to its width
+    print_table(("", ""), rows, notes=notes)

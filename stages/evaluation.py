@@ -145,10 +145,9 @@ def margin_metrics(
     config: EvaluateConfig, run: Run, questions: Sequence[Question], images: Mapping[str, ImagePlace]
 ) -> dict[str, float]:
     """POPE by the margin between yes and no, in percent; the margins themselves go to pope/margins.jsonl."""
-    model, processor = load(config.mllm)
-    model.to(pick_device())
+    vlm = load(config.mllm, device=None)
     try:
-        values = margins(model, processor, questions, lambda name: images[name].open(), batch_size=config.batch_size)
+        values = margins(vlm, questions, lambda name: images[name].open(), batch_size=config.batch_size)
     except InputError as error:  # a tokenizer that begins yes and no alike; generated answers tell all the same
         run.note(pope_margin=f"no margins: {error}")
         return {}

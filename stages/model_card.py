@@ -17,12 +17,10 @@ USE = {
 
 model, preprocess, tokenizer = diffclip.load("{repo}")""",
     "align": """from diffclip.base.images import open_image
-from mllm import chat
 from mllm.model import load
 
-model, processor = load("{repo}")
-question = chat.question_turn("What is in the image?", images=1)
-print(chat.answer(model, processor, [[question]], [open_image("a.jpg")])[0])""",
+vlm = load("{repo}")
+print(vlm.ask("What is in the image?", [open_image("a.jpg")]))""",
 }
 USE["instruct"] = USE["align"]
 USE["language"] = """from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -149,10 +147,10 @@ def upload(run: Path, repo: str, private: bool) -> str:
     Raises:
         InputError: the Hub refuses or cannot be reached.
     """
-    left_out = [CHECKPOINTS, "events.*", "runs/*", "*.jsonl", LOG, ".*"]
+    ignored = [CHECKPOINTS, "events.*", "runs/*", "*.jsonl", LOG, ".*"]
     try:
         huggingface_hub.create_repo(repo, private=private, exist_ok=True)
-        return str(huggingface_hub.upload_folder(repo_id=repo, folder_path=run, ignore_patterns=left_out))
+        return str(huggingface_hub.upload_folder(repo_id=repo, folder_path=run, ignore_patterns=ignored))
     except (HfHubHTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(

@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def pretrain(config: PretrainConfig) -> None:
     """Train `config.model` and write a directory that `diffclip.load` and `AutoModel` read."""
-    from diffclip.data.pairs import expand
+    from diffclip.data.sources import expand
 
     inputs = {f"train_data[{i}]": path for i, path in enumerate(expand(config.train_data))}
     inputs |= {f"val_pairs[{i}]": path for i, path in enumerate(expand(config.val_pairs))}

@@ -54,7 +54,10 @@ def digest(path: str | Path) -> str:
                     f.seek(start)
                     result.update(f.read(1 << 20))
                 return result.hexdigest()[:12]
-            result.update(hashlib.file_digest(f, "sha256").digest() if sys.version_info >= (3, 11) else f.read())
+            if sys.version_info >= (3, 11):
+                result.update(hashlib.file_digest(f, "sha256").digest())
+            else:
+                result.update(f.read())
         return result.hexdigest()[:12]
     weights = sorted(path.glob("*.safetensors"))
     if weights:  # a model directory is its weights; logs and metrics beside them may change

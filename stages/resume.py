@@ -7,6 +7,7 @@ which runs nothing but a list of constructors.
 
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -33,10 +34,10 @@ def check_checkpoint(folder: str | Path) -> None:
                 check_pickle(path, folder, types)
 
 
-def check_pickle(path: Path, folder: Path, types: list[type]) -> None:
+def check_pickle(path: Path, folder: Path, types: list[Callable]) -> None:
     """Raise InputError if the restricted unpickler, which may make `types`, refuses `path`; reads no values."""
     try:
-        with safe_globals(), torch.serialization.safe_globals(types):
+        with safe_globals(), torch.serialization.safe_globals([*types]):
             torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # a damaged pickle may raise anything
         named = re.search(r"GLOBAL ([\w.]+)", str(error))
@@ -44,7 +45,7 @@ def check_pickle(path: Path, folder: Path, types: list[type]) -> None:
         raise InputError(f"{path}: is not safe to read ({why}); {_remedy(folder)}") from None
 
 
-def _of_deepspeed() -> list[type]:
+def _of_deepspeed() -> list[Callable]:
     """What DeepSpeed keeps in a checkpoint beside tensors and plain types; none of it does anything when it is made."""
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum

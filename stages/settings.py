@@ -5,17 +5,13 @@ may be one of; "decides", False where a paused run may go on with another value,
 is learnt when nor by what rule; "flag", the name on the command line and in YAML files where it is not the field's own.
 """
 
-from dataclasses import dataclass, field, fields
-from pathlib import Path
+from dataclasses import Field, dataclass, field, fields
 from typing import Any, Literal
 
-import diffclip
 from diffclip.base.commands import Range, near
 from diffclip.base.errors import InputError
+from diffclip.variants import MODELS, SIZES, VARIANTS
 
-VARIANTS = ("CLIP", "DiffCLIP", "DiffCLIP-star", "DiffCLIP-dagger", "DiffCLIP-V2")  # of diffclip.models
-SIZES = tuple(sorted(path.stem for path in (Path(diffclip.__file__).parent / "configs").glob("*.json")))
-MODELS = tuple(f"{variant}-{size}" for size in SIZES for variant in VARIANTS)
 PARTS = ("vision_tower", "projector", "language_model")  # of the multimodal model
 
 POSITIVE = Range(above=0)
@@ -368,14 +364,7 @@ class PipelineConfig:
 def check(config: Any) -> None:
     """Raise InputError, which names the setting, unless every value of the dataclass is one that it may have."""
     for setting in fields(config):
-        value = getattr(config, setting.name)
-        allowed, names = setting.metadata.get("range"), setting.metadata.get("names")
-        label = f"setting `{setting.metadata.get('flag', setting.name)}`"
-        for each in value if isinstance(value, list) else [value]:
-            if allowed:
-                allowed.check(each, label)
-            if names and each not in names:
-                raise InputError(f"{label}: there is no {each}{near(str(each), names)}")
+        check_value(setting, getattr(config, setting.name))
     if isinstance(config, TrainingConfig):
         _check_trainer(config)
     if isinstance(config, LanguageConfig):
@@ -385,6 +374,17 @@ def check(config: Any) -> None:
                 f"setting `hidden_size` {config.hidden_size}: each of the {config.heads} heads would be {width} wide; "
                 "give an even multiple of `heads`"
             )
+
+
+def check_value(setting: Field, value: Any) -> None:
+    """Raise InputError unless a setting may have that value; of a list, each of its values."""
+    allowed, names = setting.metadata.get("range"), setting.metadata.get("names")
+    label = f"setting `{setting.metadata.get('flag', setting.name)}`"
+    for each in value if isinstance(value, list) else [value]:
+        if allowed and each is not None:
+            allowed.check(each, label)
+        if names and each not in names:
+            raise InputError(f"{label}: there is no {each}{near(str(each), names)}")
 
 
 def _check_trainer(config: TrainingConfig) -> None:

@@ -58,17 +58,17 @@ def check_trainer(config: TrainingConfig) -> None:
             with suppress(ValueError):
                 config.trainer[key] = value = types_by_key[key](value)
         if not _fits(value, types_by_key[key]):
-            wanted = getattr(types_by_key[key], "__name__", str(types_by_key[key]))
-            raise InputError(f"setting `trainer`: {key} {value!r} must be of the type {wanted}")
+            expected = getattr(types_by_key[key], "__name__", str(types_by_key[key]))
+            raise InputError(f"setting `trainer`: {key} {value!r} must be of the type {expected}")
 
 
-def _fits(value: object, wanted: Any) -> bool:
+def _fits(value: object, expected: Any) -> bool:
     """Whether a value read from JSON or YAML is of the annotated type, the members of containers left aside."""
-    kind = get_origin(wanted) or wanted
+    kind = get_origin(expected) or expected
     if kind in (Union, types.UnionType):
-        return any(_fits(value, each) for each in get_args(wanted))
+        return any(_fits(value, each) for each in get_args(expected))
     if kind is Literal:
-        return value in get_args(wanted)
+        return value in get_args(expected)
     if kind is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     if kind is int:

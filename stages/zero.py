@@ -5,11 +5,12 @@ from typing import Any
 
 from diffclip.base.errors import InputError
 from diffclip.base.files import read_json
+from stages.shipped import find
 
 
 def find_deepspeed_file(config: Any) -> None:
-    """Let `config.deepspeed` name a file that is there: from here or, as the shipped configurations name theirs, from
-    above `stages`. Settings without DeepSpeed stay as they are.
+    """Let `config.deepspeed` name a file that is there, a shipped one by its name. Settings without DeepSpeed stay as
+    they are.
 
     Raises:
         InputError: there is no such file, or it is no DeepSpeed configuration.
@@ -17,14 +18,13 @@ def find_deepspeed_file(config: Any) -> None:
     name = getattr(config, "deepspeed", "")
     if not name:
         return
-    shipped = Path(__file__).parents[1] / name
-    if not Path(name).is_file() and shipped.is_file():
-        config.deepspeed = str(shipped)
-    elif not Path(name).is_file():
+    try:
+        config.deepspeed = name if Path(name).is_file() else str(find(name))
+    except InputError:
         raise InputError(
             f"{name}: no such DeepSpeed file (setting `deepspeed`); shipped ones lie in stages/configs/deepspeed/, and "
             "--deepspeed= goes without"
-        )
+        ) from None
     try:
         zero_stage(config.deepspeed)
     except InputError as error:

@@ -18,7 +18,7 @@ def print_table(
         columns: the header; none is shown where all of it is empty.
         rows: cells of text; a row of one cell is a heading with a line above it, an empty row is a line.
     """
-    table = Table(title=title or None, title_justify="left", show_header=any(columns))
+    table = Table(title=Text(title) if title else None, title_justify="left", show_header=any(columns))
     for i, column in enumerate(columns):
         table.add_column(Text(column), justify="right" if i else "left", no_wrap=not i)
     for row in rows:

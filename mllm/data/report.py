@@ -19,7 +19,7 @@ from mllm.data.checks import examine
 from mllm.data.examples import image_tokens
 from mllm.data.images import ImagePlace
 from mllm.data.rows import Rows, load_rows
-from mllm.model import from_pretrained
+from mllm.weights import from_pretrained
 
 
 def check(options: argparse.Namespace) -> int:

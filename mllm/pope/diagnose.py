@@ -21,13 +21,14 @@ from mllm.conversation import NoSupervisionError, control_tokens
 from mllm.data.examples import ConversationDataset
 from mllm.data.images import ImagePlace
 from mllm.data.rows import load_rows
-from mllm.model import FINGERPRINTS, parts, transform_fingerprint
+from mllm.model import FINGERPRINTS, VisionLanguageModel, transform_fingerprint
 from mllm.pope.answers import Answer, read_answers
 from mllm.pope.controls import shuffle_images
 from mllm.pope.images import images_of
 from mllm.pope.margins import generate, margins, score_margins
 from mllm.pope.parsers import parse, parse_strict
 from mllm.pope.questions import Question, read_labelled
+from mllm.weights import parts
 
 
 class Finding(NamedTuple):
@@ -93,7 +94,7 @@ def diagnose(
         unknown = "not looked at: give --pope and --image_root"
         yield from (Finding(cause, None, unknown) for cause in CAUSES[-4:])
         return
-    yield from behaviour(model, processor, questions, images or {}, answers, asked_images)
+    yield from behaviour(VisionLanguageModel(model, processor), questions, images or {}, answers, asked_images)
 
 
 def transform(processor: Any, prints: dict) -> Finding:
@@ -192,8 +193,7 @@ def training_data(model: Any, processor: Any, config: dict, most: int = 400) -> 
 
 
 def behaviour(
-    model: Any,
-    processor: Any,
+    vlm: VisionLanguageModel,
     questions: Sequence[Question],
     images: Mapping[str, ImagePlace],
     answers: Sequence[Answer],
@@ -207,9 +207,9 @@ def behaviour(
     def open_image(name: str) -> Image.Image:
         return images[name].open()
 
-    own = margins(model, processor, asked, open_image)
+    own = margins(vlm, asked, open_image)
     yield labels(asked, questions, answers, own)
-    other = margins(model, processor, shuffle_images(asked), open_image)
+    other = margins(vlm, shuffle_images(asked), open_image)
     moved = float(np.abs(own - other).max())
     remedy = "align longer, look at the loss of align, and at the projector's learning rate"
     seen = f"another image moves log P(yes) / P(no) by {np.abs(own - other).mean():.3g} in the mean"
@@ -222,7 +222,7 @@ def behaviour(
     )
     yield Finding("pure yes-bias", 0.02 < rate < 0.98, seen, "balance yes and no in the training; or score by margins")
     sample = asked[:: max(1, len(asked) // 64)]
-    yield parser([answer.text for answer in answers] or generate(model, processor, sample, open_image))
+    yield parser([answer.text for answer in answers] or generate(vlm, sample, open_image))
 
 
 def labels(

@@ -14,16 +14,12 @@ import torch
 from PIL import Image
 from sklearn.metrics import average_precision_score, roc_auc_score
 from tqdm import tqdm
-from transformers.utils import logging
 
 from diffclip.base.devices import pick_device
 from diffclip.base.errors import InputError
 from diffclip.base.files import json_line, write_json, write_whole
-from mllm.chat import answer, check_shown, question_turn
-from mllm.conversation import IGNORE, IMAGE, encode, render
-from mllm.data.examples import image_tokens
-from mllm.image_modes import bounded
-from mllm.model import load
+from mllm.conversation import IGNORE, question_turn
+from mllm.model import VisionLanguageModel, load
 from mllm.pope.controls import CONTROLS, GREY, blind, folds_of_images, grey_image
 from mllm.pope.images import images_of
 from mllm.pope.parsers import parse
@@ -34,7 +30,7 @@ from mllm.pope.tables import print_scores
 MARGIN_SCORES = ("accuracy", "auc", "ap", "accuracy_tuned", "yes_rate")
 
 
-def yes_no_tokens(model: Any, processor: Any) -> tuple[list[int], list[int]]:
+def yes_no_tokens(vlm: VisionLanguageModel) -> tuple[list[int], list[int]]:
     """First tokens of "Yes" and "yes", and of "No" and "no", as the model was trained to write them.
 
     A token that begins words of both is left out: small vocabularies may spell " yes" and " no" from a lone space on.
@@ -47,8 +43,7 @@ def yes_no_tokens(model: Any, processor: Any) -> tuple[list[int], list[int]]:
         firsts = set()
         for word in words:
             turns = [{"from": "human", "value": "?"}, {"from": "gpt", "value": word}]
-            template, end = model.config.conversation_template, processor.tokenizer.eos_token
-            labels = encode(render(turns, template, end_token=end), processor.tokenizer, 1)["labels"]
+            labels = vlm.encode(turns)["labels"]
             firsts.add(next(label for label in labels if label != IGNORE))
         first_tokens.append(firsts)
     yes, no = sorted(first_tokens[0] - first_tokens[1]), sorted(first_tokens[1] - first_tokens[0])
@@ -58,8 +53,7 @@ def yes_no_tokens(model: Any, processor: Any) -> tuple[list[int], list[int]]:
 
 
 def margins(
-    model: Any,
-    processor: Any,
+    vlm: VisionLanguageModel,
     questions: Sequence[Question],
     open_image: Callable[[str], Image.Image],
     *,
@@ -70,7 +64,7 @@ def margins(
     """log P(yes) - log P(no) at the first token of the answer, for every question.
 
     Args:
-        model, processor: from `mllm.model.load`.
+        vlm: from `mllm.model.load`.
         questions: one that is asked again about the same image, as in several splits, is computed once.
         open_image: gives the image of a name; not called for "" (no image) and `mllm.pope.controls.GREY`.
         post_prompt: follows each question.
@@ -80,7 +74,7 @@ def margins(
     Returns:
         (questions,) float64, in their order.
     """
-    yes, no = yes_no_tokens(model, processor)
+    yes, no = yes_no_tokens(vlm)
     asked: dict[str, dict[str, None]] = {}
     for q in questions:
         asked.setdefault(q.shown, {})[q.text] = None
@@ -95,7 +89,7 @@ def margins(
         start = 0
         while start < len(rows):
             batch = [row for row in rows[start : start + batch_size] if (row[0] == "") == (rows[start][0] == "")]
-            results = _batch_margins(model, processor, batch, open_image, post_prompt, yes, no)
+            results = _batch_margins(vlm, batch, open_image, post_prompt, yes, no)
             for (shown, texts), margins_of_row in zip(batch, results):
                 values |= {(shown, text): value for text, value in zip(texts, margins_of_row)}
             start += len(batch)
@@ -105,8 +99,7 @@ def margins(
 
 @torch.no_grad()
 def _batch_margins(
-    model: Any,
-    processor: Any,
+    vlm: VisionLanguageModel,
     rows: Sequence[tuple[str, list[str]]],
     open_image: Callable[[str], Image.Image],
     post_prompt: str,
@@ -114,17 +107,15 @@ def _batch_margins(
     no: list[int],
 ) -> list[list[float]]:
     """Margins of rows (image, questions), all with an image or all without."""
-    tokens, template = image_tokens(processor), model.config.conversation_template
-    end = processor.tokenizer.eos_token
-    packed = []
+    model, packed = vlm.model, []
     for shown, texts in rows:
-        asked = [render([question_turn(text + post_prompt, bool(shown))], template, True, end) for text in texts]
-        for text, segments in zip(texts, asked):
-            count = sum(segment.text.count(IMAGE) for segment in segments)
-            check_shown(count, int(bool(shown)), template, f"question `{text}` about {shown or 'no image'}: ")
-        packed.append(pack([encode(segments, processor.tokenizer, tokens)["input_ids"] for segments in asked]))
+        count, about = int(bool(shown)), shown or "no image"
+        names = [f"question `{text}` about {about}: " for text in texts]
+        turns = [[question_turn(text + post_prompt, count)] for text in texts]
+        encoded = [vlm.encode(t, count, ask=True, name=name) for t, name in zip(turns, names)]
+        packed.append(pack([row["input_ids"] for row in encoded]))
     length = max(len(ids) for ids, _, _, _ in packed)
-    ids = torch.full((len(rows), length), processor.tokenizer.pad_token_id)
+    ids = torch.full((len(rows), length), vlm.tokenizer.pad_token_id)
     positions = torch.zeros_like(ids)
     # padding sees itself, so that no row is empty
     allowed = torch.eye(length, dtype=torch.bool).repeat(len(rows), 1, 1)  # (rows, tokens, tokens)
@@ -135,9 +126,7 @@ def _batch_margins(
     mask = torch.zeros(allowed.shape, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)[:, None]
     inputs = {"input_ids": ids, "position_ids": positions, "attention_mask": mask}
     if rows[0][0]:
-        images = bounded((image_of(shown, open_image) for shown, _ in rows), processor.image_processor)
-        pixels = processor.image_processor(images, return_tensors="pt")["pixel_values"]
-        inputs["pixel_values"] = pixels.to(dtype)
+        inputs["pixel_values"] = vlm.pixels(image_of(shown, open_image) for shown, _ in rows).to(dtype)
     states = model.model(**{name: tensor.to(device) for name, tensor in inputs.items()}, use_cache=False)
     result = []
     for i, (_, _, _, lasts) in enumerate(packed):
@@ -221,8 +210,7 @@ def predictions(values: np.ndarray, threshold: float = 0.0) -> list[str]:
 
 
 def generate(
-    model: Any,
-    processor: Any,
+    vlm: VisionLanguageModel,
     questions: Sequence[Question],
     open_image: Callable[[str], Image.Image],
     *,
@@ -237,7 +225,7 @@ def generate(
         batch = asked[first : first + batch_size]
         turns = [[question_turn(text + post_prompt, bool(shown))] for shown, text in batch]
         images = [[image_of(shown, open_image)] if shown else [] for shown, _ in batch]
-        answers |= dict(zip(batch, answer(model, processor, turns, images, max_new_tokens=max_new_tokens)))
+        answers |= dict(zip(batch, vlm.answer(turns, images, max_new_tokens=max_new_tokens)))
     return [answers[q.shown, q.text] for q in questions]
 
 
@@ -251,9 +239,7 @@ def run(options: Namespace) -> None:
     device = pick_device(options.device)
     questions = read_labelled(options.pope)
     images = images_of(questions, options.pope, options.image_root, options.output_dir / "images")
-    logging.disable_progress_bar()
-    model, processor = load(options.run)
-    model.to(device)  # type: ignore[arg-type]  # transformers' wrapper of `to` loses its signature
+    vlm = load(options.run, device=device, quiet=True)
 
     def open_image(name: str) -> Image.Image:
         return images[name].open()
@@ -263,14 +249,14 @@ def run(options: Namespace) -> None:
     lines = []
     for name in ("model", *CONTROLS):
         asked = CONTROLS[name](questions, 0) if name in CONTROLS else questions
-        values = margins(model, processor, asked, open_image, batch_size=options.batch_size)
+        values = margins(vlm, asked, open_image, batch_size=options.batch_size)
         scores[name] = score_margins(asked, values)
         lines += [{"pass": name, **q._asdict(), "margin": value} for q, value in zip(asked, values.tolist())]
         print_scores(f"{name} (%)", scores[name], MARGIN_SCORES)
     scores["blind"] = score_splits(questions, blind(questions))
     print(uses_image(scores["model"], scores["blind"]))
     if options.generate:
-        answers = generate(model, processor, questions, open_image, batch_size=options.batch_size)
+        answers = generate(vlm, questions, open_image, batch_size=options.batch_size)
         scores["generated"] = score_splits(questions, parse(answers))
         print_scores("generated answers (%)", scores["generated"], SCORES)
         lines += [{"pass": "generated", **q._asdict(), "answer": text} for q, text in zip(questions, answers)]

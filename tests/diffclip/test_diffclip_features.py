@@ -145,7 +145,7 @@ def test_a_broken_picture_is_named_in_one_line(folder, tmp_path, workers):
 
 
 def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(features.os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("diffclip.base.files.os.replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         features.save_tensors({"a": torch.zeros(2)}, tmp_path / "a.safetensors")
     assert list(tmp_path.iterdir()) == []

@@ -101,7 +101,7 @@ def test_directories_of_transformers_bring_no_code(tmp_path):
     with pytest.raises(InputError, match=r"model\.safetensors"):
         diffclip.load(clip)
     from diffclip import hf_clip
-    from mllm.model import from_pretrained
+    from mllm.weights import from_pretrained
 
     with pytest.raises(InputError, match="custom code"):
         hf_clip.image_transform(clip, 16)

@@ -1,4 +1,4 @@
-"""MMVP-VLM scores against the official ones, its files read by question id; paired tests on outcomes."""
+"""MMVP-VLM scores against the official ones, its files read by question id."""
 
 import json
 
@@ -8,7 +8,6 @@ import torch
 from PIL import Image
 
 from diffclip.base.errors import InputError
-from diffclip.base.statistics import mcnemar, paired_bootstrap
 from diffclip.benchmarks import mmvp
 
 
@@ -104,30 +103,6 @@ def test_utf16_is_not_read_as_cp1252(tmp_path):
 def test_missing_questions_file(tmp_path):
     with pytest.raises(InputError, match=r"Questions\.csv does not exist"):
         mmvp.read_mmvp(tmp_path)
-
-
-def test_mcnemar_is_the_binomial_test():
-    first = np.array([1] * 10 + [0] * 8 + [1] * 30, dtype=bool)
-    second = np.array([0] * 2 + [1] * 8 + [1] * 8 + [1] * 30, dtype=bool)
-    # 8 better, 2 worse: 2 * P(X <= 2), X ~ Bin(10, 1/2)
-    assert mcnemar(first, second) == pytest.approx(2 * (1 + 10 + 45) / 1024)
-    assert mcnemar(first, first) == 1
-    with pytest.raises(ValueError, match="right or wrong"):
-        mcnemar(first * 0.5, second * 1.0)
-
-
-def test_bootstrap_interval_is_the_normal_one_for_many_items():
-    generator = np.random.default_rng(0)
-    first = generator.random(4000) < 0.5
-    second = np.where(generator.random(4000) < 0.2, ~first, first) | (generator.random(4000) < 0.05)
-    difference, low, high = paired_bootstrap(first, second)
-    d = second.astype(float) - first
-    half = 1.96 * d.std() / 4000**0.5
-    assert difference == pytest.approx(d.mean())
-    assert (low, high) == pytest.approx((d.mean() - half, d.mean() + half), abs=0.1 * half)
-    assert paired_bootstrap(first, first) == (0, 0, 0)
-    with pytest.raises(ValueError, match="same items"):
-        paired_bootstrap(first, second[:10])
 
 
 def test_averages_over_nine_and_over_seven_categories():

@@ -9,8 +9,12 @@ from launch import call
 
 from diffclip.base.errors import InputError
 from mllm import chat
-from mllm.conversation import prompt
-from mllm.model import save
+from mllm.answer_file import answer_file
+from mllm.assemble import assemble
+from mllm.conversation import prompt, question_turn
+from mllm.generation import generation_options
+from mllm.model import VisionLanguageModel, load
+from stages.model_card import USE
 
 QUESTIONS = ["Is there a red square?", "Is there a small blue circle left of the green star in the image?", "USER"]
 
@@ -24,36 +28,34 @@ def plain_generate(model, processor, question, picture, **options):
 
 
 def test_stream_and_batch_give_the_answers_of_generate(assembled, picture):
-    model, processor = assembled
-    pictures = [picture(n) for n in range(3)]
-    wanted = [plain_generate(model, processor, q, p, max_new_tokens=12) for q, p in zip(QUESTIONS, pictures)]
+    images = [picture(n) for n in range(3)]
+    wanted = [plain_generate(*assembled, q, p, max_new_tokens=12) for q, p in zip(QUESTIONS, images)]
     assert len(set(wanted)) > 1 and all(wanted)
-    turns = [[chat.question_turn(question, 1)] for question in QUESTIONS]
-    streamed = [list(chat.stream(model, processor, t, [p], max_new_tokens=12)) for t, p in zip(turns, pictures)]
+    turns = [[question_turn(question, 1)] for question in QUESTIONS]
+    streamed = [list(assembled.stream(t, [p], max_new_tokens=12)) for t, p in zip(turns, images)]
     assert ["".join(pieces).strip() for pieces in streamed] == wanted
     assert max(map(len, streamed)) > 1  # in pieces, not at the end
-    assert chat.answer(model, processor, turns, pictures, max_new_tokens=12) == wanted  # padded on the left
+    assert assembled.answer(turns, [[image] for image in images], max_new_tokens=12) == wanted  # padded on the left
+    assert assembled.ask(QUESTIONS[1], [images[1]], max_new_tokens=12) == wanted[1]
 
 
 def test_cache_and_bfloat16_generate(assembled, picture):
-    model, processor = assembled
-    turns = [[chat.question_turn(QUESTIONS[1], 1)]]
-    cached = chat.answer(model, processor, turns, [picture(1)], max_new_tokens=12)
-    assert chat.answer(model, processor, turns, [picture(1)], max_new_tokens=12, use_cache=False) == cached
-    assert isinstance(chat.answer(model.to(torch.bfloat16), processor, turns, [picture(1)], max_new_tokens=4)[0], str)
+    asked = QUESTIONS[1], [picture(1)]
+    cached = assembled.ask(*asked, max_new_tokens=12)
+    assert assembled.ask(*asked, max_new_tokens=12, use_cache=False) == cached
+    assembled.model.to(torch.bfloat16)
+    assert isinstance(assembled.ask(*asked, max_new_tokens=4), str)
 
 
-def test_pictures_and_placeholders_must_agree(assembled, picture):
+def test_images_and_placeholders_must_agree(assembled):
     with pytest.raises(InputError, match="shows 1 images, but 0 are given"):
-        chat.answer(*assembled, [[chat.question_turn("x", 1)]], [])
+        assembled.answer([[question_turn("x", 1)]], [[]])
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory, tower_dir, language_dir, picture):
-    from mllm.assemble import assemble
-
     folder = tmp_path_factory.mktemp("chat")
-    save(*assemble(tower_dir, language_dir, seed=3), folder / "run")
+    assemble(tower_dir, language_dir, seed=3).save(folder / "run")
     for n in range(5):
         picture(n).save(folder / f"{n}.png")
     rows = [{"image": f"{n}.png", "question": QUESTIONS[n % 3], "id": n} for n in range(5)]
@@ -76,8 +78,6 @@ def test_a_file_of_questions_goes_on_after_a_kill(saved, tmp_path):
 
 @pytest.fixture(scope="module")
 def loaded(saved):
-    from mllm.model import load
-
     return load(saved / "run")
 
 
@@ -90,8 +90,8 @@ def write_rows(path, rows):
     return path
 
 
-def ask_file(loaded, questions, out, root, **options):
-    chat.answer_file(*loaded, questions, out, root, 2, {"max_new_tokens": 6, **options})
+def ask_file(vlm, questions, out, root, **options):
+    answer_file(vlm, questions, out, root, 2, **{"max_new_tokens": 6, **options})
     return answered(out)
 
 
@@ -136,18 +136,15 @@ def test_rows_whose_numbers_of_images_cancel_out_are_refused(loaded, shared_case
 
 
 def test_images_are_matched_text_by_text(assembled, picture):
-    turns = [[chat.question_turn(question, 1)] for question in QUESTIONS[:2]]
+    turns = [[question_turn(question, 1)] for question in QUESTIONS[:2]]
     with pytest.raises(InputError, match=r"conversation 1: .* shows 1 images, but 2 are given"):
-        chat.answer(*assembled, turns, [[picture(0), picture(1)], []])
-    mixed = [[chat.question_turn(QUESTIONS[0], 0)], turns[1]]
-    alone = [chat.answer(*assembled, [mixed[0]], [], max_new_tokens=6)[0]]
-    alone += chat.answer(*assembled, [mixed[1]], [picture(1)], max_new_tokens=6)
-    assert chat.answer(*assembled, mixed, [[], [picture(1)]], max_new_tokens=6) == alone
+        assembled.answer(turns, [[picture(0), picture(1)], []])
+    mixed = [[question_turn(QUESTIONS[0], 0)], turns[1]]
+    alone = [assembled.ask(QUESTIONS[0], max_new_tokens=6), assembled.ask(QUESTIONS[1], [picture(1)], max_new_tokens=6)]
+    assert assembled.answer(mixed, [[], [picture(1)]], max_new_tokens=6) == alone
 
 
 def test_what_another_model_or_other_options_answered_is_never_kept(loaded, saved, tmp_path, tower_dir, language_dir):
-    from mllm.assemble import assemble
-
     questions, out = saved / "questions.jsonl", tmp_path / "a.jsonl"
     whole = ask_file(loaded, questions, out, saved)
     other = assemble(tower_dir, language_dir, seed=4)
@@ -172,13 +169,13 @@ def test_answers_are_found_again_by_their_rows_and_images(loaded, saved, tmp_pat
     questions, out = write_rows(tmp_path / "q.jsonl", rows), tmp_path / "a.jsonl"
     first = ask_file(loaded, questions, out, tmp_path)
     assert [row["note"] for row in rows] == [row["note"] for row in first]
-    asked, answer = [], chat.answer
+    asked, answer = [], VisionLanguageModel.answer
 
-    def counted(model, processor, turns, pictures, **options):
+    def counted(vlm, turns, images, **options):
         asked.extend(turn[0]["value"] for turn in turns)
-        return answer(model, processor, turns, pictures, **options)
+        return answer(vlm, turns, images, **options)
 
-    monkeypatch.setattr(chat, "answer", counted)
+    monkeypatch.setattr(VisionLanguageModel, "answer", counted)
     new = {"image": "4.png", "question": "And this?"}
     write_rows(questions, [new, rows[0], rows[2], rows[1], rows[3], rows[0]])  # one in front, two swapped, one repeated
     then = ask_file(loaded, questions, out, tmp_path)
@@ -228,25 +225,25 @@ def test_a_file_that_holds_no_answers_is_left_alone(loaded, saved, tmp_path):
     ],
 )
 def test_options_mean_what_they_say(asked, meant):
-    assert chat.generation(asked) == meant
-    assert chat.generation(meant) == meant
+    assert generation_options(asked) == meant
+    assert generation_options(meant) == meant
 
 
 @pytest.mark.parametrize("asked", [{"temperature": -1}, {"temperature": float("nan")}, {"max_new_tokens": 0}])
 def test_options_without_a_meaning_are_refused(asked):
     (name,) = asked
     with pytest.raises(InputError, match=name):
-        chat.generation(asked)
+        generation_options(asked)
 
 
 def test_temperature_0_is_greedy_whatever_do_sample_says(assembled, picture):
-    turns, shown = [chat.question_turn(QUESTIONS[0], 1)], [picture(0)]
+    turns, images = [question_turn(QUESTIONS[0], 1)], [picture(0)]
     greedy = plain_generate(*assembled, QUESTIONS[0], picture(0), max_new_tokens=12, do_sample=False)
     torch.manual_seed(0)
     options = {"max_new_tokens": 12, "do_sample": True}
-    assert chat.answer(*assembled, [turns], [shown], temperature=0, **options) == [greedy]
-    assert "".join(chat.stream(*assembled, turns, shown, temperature=0.0, **options)).strip() == greedy
-    assert chat.answer(*assembled, [turns], [shown], temperature=5.0, **options) != [greedy]
+    assert assembled.answer([turns], [images], temperature=0, **options) == [greedy]
+    assert "".join(assembled.stream(turns, images, temperature=0.0, **options)).strip() == greedy
+    assert assembled.answer([turns], [images], temperature=5.0, **options) != [greedy]
 
 
 def test_a_conversation_on_the_console(saved, monkeypatch, capsys):
@@ -256,25 +253,55 @@ def test_a_conversation_on_the_console(saved, monkeypatch, capsys):
     assert console.count("> ") == 3 and len(console) > 10
 
 
+def test_one_question_is_answered_and_ends(saved, loaded, capsys, picture):
+    chat.main([str(saved / "run"), f"--image={saved / '1.png'}", "--max-new-tokens=5", QUESTIONS[0]])
+    assert capsys.readouterr().out.strip() == loaded.ask(QUESTIONS[0], [picture(1)], max_new_tokens=5)
+
+
 def test_what_is_wrong_is_said_in_one_sentence(saved, tmp_path):
+    run = str(saved / "run")
     for arguments, words in [
-        ([str(saved / "run"), "--image=absent.png", "Is it?"], "absent.png cannot be read as an image"),
-        ([str(saved / "run"), "--batch=x.jsonl"], "--batch and --out go together"),
-        ([str(saved / "run"), "--batch=x.jsonl", "--out=y", "--batch_size=0"], "--batch_size is 0"),
+        ([run, "--image=absent.png", "Is it?"], "absent.png cannot be read as an image"),
+        ([run, "--batch=x.jsonl"], "--batch and --out go together"),
+        ([run, "--batch=x.jsonl", "--out=y", "Is it?"], "--batch takes its questions"),
+        ([run, "--batch=x.jsonl", "--out=y", "--batch_size=0"], "--batch_size: '0' must be at least 1"),
+        ([run, "--temperature=nan"], "--temperature: 'nan' must be at least 0"),
+        ([run, "--max_new_tokens=0"], "--max_new_tokens: '0' must be at least 1"),
+        ([run, "--device=mars", "Is it?"], "device mars: not on this machine"),
+        ([run, "--dtype=bfloat"], "--dtype bfloat: did you mean bfloat16"),
+        ([run, "Is it?", "--imag=a.png"], "unknown flag --imag: did you mean --image"),
         ([str(tmp_path), "Is it?"], "no model that"),
     ]:
         with pytest.raises(InputError, match=words):
             call("mllm.chat", *arguments)
 
 
+OLD_CARD = """from PIL import Image
+
+from mllm import chat
+from mllm.model import load
+
+model, processor = load("{repo}")
+question = chat.question_turn("What is in the picture?", pictures=1)
+print(chat.answer(model, processor, [[question]], [Image.open("a.jpg").convert("RGB")])[0])"""
+
+
+@pytest.mark.parametrize("code", [USE["instruct"], OLD_CARD])
+def test_the_code_on_model_cards_runs(saved, picture, tmp_path, monkeypatch, capsys, code):
+    """Also that of cards published by earlier versions."""
+    picture(1).save(tmp_path / "a.jpg")
+    monkeypatch.chdir(tmp_path)
+    exec(code.format(repo=saved / "run"), {})
+    assert capsys.readouterr().out.strip()
+
+
 def test_closing_a_stream_ends_the_generation(assembled, picture):
-    model, processor = assembled
-    passes = []
-    model.lm_head.register_forward_hook(lambda *_: passes.append(1))
-    pieces = chat.stream(model, processor, [chat.question_turn(QUESTIONS[0], 1)], [picture(0)], max_new_tokens=400)
+    passes, turns = [], [question_turn(QUESTIONS[0], 1)]
+    assembled.model.lm_head.register_forward_hook(lambda *_: passes.append(1))
+    pieces = assembled.stream(turns, [picture(0)], max_new_tokens=400)
     next(pieces)
     pieces.close()
     done = len(passes)
     assert done < 400
-    assert chat.answer(model, processor, [[chat.question_turn(QUESTIONS[0], 1)]], [picture(0)], max_new_tokens=1)
+    assert assembled.answer([turns], [[picture(0)]], max_new_tokens=1)
     assert len(passes) == done + 1  # nothing went on behind

@@ -14,7 +14,7 @@ from mllm.conversation import IGNORE, NoSupervisionError, encode, render
 from mllm.data.examples import ConversationDataset, collate, padded_length, training_order
 from mllm.data.images import find_places
 from mllm.data.rows import load_rows
-from mllm.model import freeze
+from mllm.weights import freeze
 
 
 def turns(*values):

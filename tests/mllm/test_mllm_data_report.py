@@ -11,7 +11,6 @@ from launch import ROOT, call
 
 from mllm.data.report import describe, kind
 from mllm.data.rows import load_rows
-from mllm.model import save
 
 
 def row(n, *values, image=None):
@@ -55,7 +54,7 @@ def test_check_names_every_fault_and_ends_with_2(folder, capsys):
 
 
 def test_stats_count_answers_and_tokens(folder, assembled, capsys):
-    save(*assembled, folder / "model")
+    assembled.save(folder / "model")
     rows = [
         row(0, "<image>\nIs it red?", "Yes", "And blue?", "No, it is not.", image="a.png"),
         row(1, "<image>\nHow many?", "3", image="b.png"),

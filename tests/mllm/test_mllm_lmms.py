@@ -14,7 +14,6 @@ import torch
 from diffclip.base.errors import InputError
 from diffclip.base.files import read_jsonl
 from mllm.conversation import prompt
-from mllm.model import save
 from mllm.pope.controls import GREY, grey_image, grey_images, no_images, shuffle_images
 from mllm.pope.images import find_images
 from mllm.pope.lmms import _same, evaluate_with_lmms, score_answers, write_parquet, write_tasks
@@ -60,7 +59,7 @@ def pope_dir(tmp_path, picture):
 
 @pytest.fixture
 def run_dir(assembled, tmp_path):
-    save(*assembled, tmp_path / "run")
+    assembled.save(tmp_path / "run")
     return tmp_path / "run"
 
 
@@ -193,8 +192,8 @@ def test_a_tasks_own_conversion_to_rgb_shows_what_our_decoder_shows():
     plugin.task_dict = {"t": {"test": rows}}
     for i, content in enumerate(contents):
         wanted = decode(content)
-        first = plugin._pictures(lambda doc: [doc["image"].convert("RGB")], i, "t", "test")
-        rest = plugin._pictures(lambda doc: [one.convert("RGB") for one in doc["more"]], i, "t", "test")
+        first = plugin._images(lambda doc: [doc["image"].convert("RGB")], i, "t", "test")
+        rest = plugin._images(lambda doc: [one.convert("RGB") for one in doc["more"]], i, "t", "test")
         for seen in (*first, *rest):
             assert seen.size == wanted.size and seen.tobytes() == wanted.tobytes()
     assert not EpsImagePlugin.has_ghostscript()
@@ -217,7 +216,7 @@ def test_unknown_controls_and_missing_pictures_are_refused(pope_dir, tmp_path):
         evaluate_with_lmms(tmp_path, [q._replace(label="") for q in questions], images, tmp_path / "out")
 
 
-def test_parquet_has_the_hubs_columns_and_the_pictures(pope_dir, picture, tmp_path):
+def test_parquet_has_the_hubs_columns_and_the_images(pope_dir, picture, tmp_path):
     import datasets
 
     questions, images = asked_about(pope_dir)
@@ -292,7 +291,7 @@ def test_loglikelihood_is_the_sum_over_the_answers_tokens(evaluation_model, asse
 def test_loglikelihood_knows_what_greedy_decoding_would_write(evaluation_model, picture):
     evaluation_model.task_dict = {"t": {"test": [{"image": picture(0)}]}}
     (wanted,) = evaluation_model.processor.tokenizer(" yes")["input_ids"]
-    evaluation_model.model.lm_head.register_forward_hook(
+    evaluation_model.vlm.model.lm_head.register_forward_hook(
         lambda module, args, logits: logits + 1000 * torch.nn.functional.one_hot(torch.tensor(wanted), logits.shape[-1])
     )
     asked = [("Is there?", answer, show, 0, "t", "test") for answer in ("yes", "no", "yes yes", "yes no")]
@@ -307,9 +306,9 @@ def test_equal_questions_are_answered_once_and_stop_words_cut(evaluation_model, 
     options = {"max_new_tokens": 6, "do_sample": False}
     asked = [("Is there a red square?", options, show, i, "t", "test") for i in range(6)]
     batches = []
-    generate = evaluation_model.model.generate
+    generate = evaluation_model.vlm.model.generate
     monkeypatch.setattr(
-        evaluation_model.model, "generate", lambda **k: batches.append(len(k["input_ids"])) or generate(**k)
+        evaluation_model.vlm.model, "generate", lambda **k: batches.append(len(k["input_ids"])) or generate(**k)
     )
     answers = evaluation_model.generate_until(requests("generate_until", asked))
     assert batches == [2]
@@ -355,7 +354,7 @@ def test_batch_size_auto_halves_where_memory_runs_out(run_dir, picture, monkeypa
 
     def model(**options):
         one = DiffCLIPLlavaForEvaluation(str(run_dir), device="cpu", **options)
-        one.task_dict, sizes, forward = docs, [], one.model.model.forward
+        one.task_dict, sizes, forward = docs, [], one.vlm.model.model.forward
 
         def scarce(*args, **inputs):
             rows = len(inputs.get("input_ids") if inputs.get("input_ids") is not None else inputs["inputs_embeds"])
@@ -364,7 +363,7 @@ def test_batch_size_auto_halves_where_memory_runs_out(run_dir, picture, monkeypa
             sizes.append(rows)
             return forward(*args, **inputs)
 
-        monkeypatch.setattr(one.model.model, "forward", scarce)
+        monkeypatch.setattr(one.vlm.model.model, "forward", scarce)
         return one, sizes
 
     auto, sizes = model(batch_size="auto")
@@ -410,7 +409,7 @@ def test_odd_files_and_names_do_not_end_an_evaluation(run_dir, picture, tmp_path
     def answer():
         model = DiffCLIPLlavaForEvaluation(str(run_dir), batch_size=2, device="cpu", answers=str(kept))
         model.task_dict, passes = {"t": {"test": [{"image": picture(0)}]}}, []
-        model.model.lm_head.register_forward_hook(lambda *_: passes.append(1))
+        model.vlm.model.lm_head.register_forward_hook(lambda *_: passes.append(1))
         asked = [(question, {"max_new_tokens": 4}, show, 0, "t", "test")]
         return model.generate_until(requests("generate_until", asked)), len(passes)
 
@@ -433,7 +432,7 @@ def test_a_killed_evaluation_goes_on_from_what_it_had_answered(run_dir, assemble
         model = DiffCLIPLlavaForEvaluation(str(run), batch_size=2, device="cpu", answers=str(tmp_path / "answered"))
         model.task_dict = {"t": {"test": docs}}
         batches = []
-        generate = model.model.generate
+        generate = model.vlm.model.generate
 
         def counted(**inputs):
             if len(batches) == limit:
@@ -441,7 +440,7 @@ def test_a_killed_evaluation_goes_on_from_what_it_had_answered(run_dir, assemble
             batches.append(len(inputs["input_ids"]))
             return generate(**inputs)
 
-        monkeypatch.setattr(model.model, "generate", counted)
+        monkeypatch.setattr(model.vlm.model, "generate", counted)
         return model, batches
 
     limit = 2
@@ -460,7 +459,7 @@ def test_a_killed_evaluation_goes_on_from_what_it_had_answered(run_dir, assemble
     assert model.generate_until(asked) == answers and batches == []
     with torch.no_grad():  # answers of other weights are of no use
         assembled[0].lm_head.weight.mul_(1.5)
-    save(*assembled, tmp_path / "other")
+    assembled.save(tmp_path / "other")
     model, batches = started(tmp_path / "other")
     model.generate_until(asked)
     assert batches == [2, 2, 1]

@@ -10,7 +10,6 @@ from launch import ROOT
 from test_mllm_pope import rows, write
 
 from diffclip.base.errors import InputError, exit_on_input_error
-from mllm.model import save
 from mllm.pope.__main__ import main
 from mllm.pope.images import find_images
 from mllm.pope.margins import margins
@@ -91,7 +90,7 @@ def test_compare_matches_answers_as_all_else_does(pope, capsys, tmp_path):
 
 
 def test_margins_with_all_controls(pope, assembled, tmp_path):
-    save(*assembled, tmp_path / "run")
+    assembled.save(tmp_path / "run")
     place = ["--pope", str(pope), "--image_root", str(pope / "images"), "--out", str(tmp_path / "out")]
     main(["margins", str(tmp_path / "run"), *place, "--device", "cpu", "--generate"])
     scores = json.loads((tmp_path / "out" / "margins.json").read_text())
@@ -99,7 +98,7 @@ def test_margins_with_all_controls(pope, assembled, tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "out" / "margins.jsonl").read_text().splitlines()]
     questions = read(pope)
     images = find_images(questions, pope / "images")
-    direct = margins(*assembled, questions, lambda name: images[name].open(), batch_size=1)
+    direct = margins(assembled, questions, lambda name: images[name].open(), batch_size=1)
     own = [line["margin"] for line in lines if line["pass"] == "model"]
     np.testing.assert_allclose(own, direct, atol=1e-4)
     grey = {line["text"]: set() for line in lines}

@@ -13,13 +13,14 @@ from diffclip.base.fingerprint import fingerprint
 from mllm.assemble import assemble
 from mllm.data.examples import ConversationDataset, collate
 from mllm.data.rows import load_rows
-from mllm.model import freeze, parts, save
+from mllm.model import VisionLanguageModel
 from mllm.pope.__main__ import main
 from mllm.pope.answers import read_answers
 from mllm.pope.diagnose import CAUSES, diagnose
 from mllm.pope.images import find_images
 from mllm.pope.margins import generate
 from mllm.pope.questions import POST_PROMPT, SPLITS, read
+from mllm.weights import freeze, parts
 
 THINGS = ("red square", "small blue circle", "green star")
 
@@ -91,7 +92,7 @@ def teach(model, processor, rows, images, steps=400):
 
 def keep(model, processor, root, before):
     """Save the model with what a stage writes beside it."""
-    save(model, processor, root / "run")
+    VisionLanguageModel(model, processor).save(root / "run")
     after = {name: fingerprint(part) for name, part in parts(model).items()}
     inputs = {"model": {"path": str(root / "align")}}
     (root / "run" / "run.json").write_text(json.dumps({"before": before, "after": after, "inputs": inputs}))
@@ -115,10 +116,10 @@ def evaluated(root, change=lambda rows: rows):
     """Rows of an evaluation of the model, changed."""
     from mllm.model import load
 
-    model, processor = load(root / "run")
+    vlm = load(root / "run")
     questions = read(root / "pope")
     images = find_images(questions, root / "images")
-    answers = generate(model, processor, questions, lambda name: images[name].open())
+    answers = generate(vlm, questions, lambda name: images[name].open())
     return change([{**q._asdict(), "answer": answer} for q, answer in zip(questions, answers)])
 
 
@@ -140,10 +141,11 @@ def change_weights(root, change, saved=True):
     """Change the saved model; with `saved`, its fingerprints tell of the new weights, as after a careless save."""
     from mllm.model import load
 
-    model, processor = load(root / "run")
+    vlm = load(root / "run")
+    model, processor = vlm
     with torch.no_grad():
         change(parts(model), model, processor)
-    (save if saved else lambda *a: model.save_pretrained(a[-1]))(model, processor, root / "run")
+    (vlm.save if saved else model.save_pretrained)(root / "run")
 
 
 def forget_training(root):

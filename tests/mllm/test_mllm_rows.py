@@ -13,13 +13,12 @@ import torch
 from transformers import AutoProcessor, AutoTokenizer
 
 from diffclip.base.errors import InputError
-from mllm.chat import prompts
 from mllm.conversation import IGNORE, Segment, control_tokens, encode, render
 from mllm.data.__main__ import main
 from mllm.data.images import find_places
 from mllm.data.layouts import read_rows
 from mllm.data.rows import load_rows
-from mllm.model import load, save
+from mllm.model import VisionLanguageModel, load
 
 
 def row(question="<image>\nWhat?", answer="Red.", **keys):
@@ -135,7 +134,7 @@ def test_texts_that_no_tokenizer_takes_as_they_stand(folder, capsys, question, a
 
 
 def test_control_tokens_are_those_of_the_model(folder, assembled):
-    model, processor = assembled
+    processor = assembled.processor
     processor.tokenizer.add_special_tokens({"additional_special_tokens": ["</s>", "\n"]})
     control = control_tokens(processor.tokenizer)
     assert {"</s>", "<|im_end|>"} <= set(control) and not {"<image>", "\n"} & set(control)
@@ -144,7 +143,7 @@ def test_control_tokens_are_those_of_the_model(folder, assembled):
     with pytest.raises(InputError, match=r"row 0.*</s>"):
         load_rows([file], folder, control=control)
     with pytest.raises(InputError, match="a question contains </s>"):
-        prompts(model, processor, [[{"from": "human", "value": "Strike <s>it</s>?"}]])
+        assembled.prompts([[{"from": "human", "value": "Strike <s>it</s>?"}]])
 
 
 def test_a_padding_token_that_is_the_end_token_leaves_the_end_in_the_labels(folder, tower_dir, language_dir, tmp_path):
@@ -180,13 +179,13 @@ def test_a_tokenizer_that_appends_its_end_token(tower_dir, language_dir, tmp_pat
     shutil.copytree(language_dir, tmp_path / "lm")
     tokenizer.save_pretrained(tmp_path / "lm")
     model, processor = assemble(tower_dir, tmp_path / "lm")
-    save(model, processor, tmp_path / "run")
+    VisionLanguageModel(model, processor).save(tmp_path / "run")
     turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "no"}]
     for one in (processor, load(tmp_path / "run")[1]):
         encoded_turns = encode(render(turns, "vicuna"), one.tokenizer, 1)
         assert encoded_turns["input_ids"].count(specials[1][1]) == 1
         assert encoded_turns["labels"][-1] == specials[1][1]
-        (question,) = one(text=prompts(model, one, [turns[:1]]))["input_ids"]
+        (question,) = one(text=VisionLanguageModel(model, one).prompts([turns[:1]]))["input_ids"]
         assert question == encoded_turns["input_ids"][: len(question)]
         assert (question[0] == specials[0][1]) == bool(lead)  # what stands before every text is kept
 
@@ -201,11 +200,11 @@ def test_a_tokenizer_that_was_saved_to_cut_and_fill_up_does_neither(tower_dir, l
     tokenizer.save_pretrained(tmp_path / "lm")
     assert len(AutoTokenizer.from_pretrained(tmp_path / "lm").backend_tokenizer.encode("Is there " * 40).ids) == 24
     model, processor = assemble(tower_dir, tmp_path / "lm")
-    save(model, processor, tmp_path / "run")
+    VisionLanguageModel(model, processor).save(tmp_path / "run")
     turns = [{"from": "human", "value": "Is there a red square? " * 20}, {"from": "gpt", "value": "no"}]
     whole = AutoTokenizer.from_pretrained(language_dir)
     for one in (processor, load(tmp_path / "run")[1], AutoProcessor.from_pretrained(tmp_path / "run")):
-        (text,) = prompts(model, one, [turns[:1]])
+        (text,) = VisionLanguageModel(model, one).prompts([turns[:1]])
         wanted = whole(text)["input_ids"]
         assert len(wanted) > 100
         assert one(text=[text])["input_ids"] == [wanted]
@@ -216,14 +215,12 @@ def test_a_tokenizer_that_was_saved_to_cut_and_fill_up_does_neither(tower_dir, l
 def test_a_tokenizer_that_cannot_stop_appending_is_refused(assembled):
     from tokenizers.processors import TemplateProcessing
 
-    from mllm.assemble import ask_in
-
-    model, processor = assembled
+    processor = assembled.processor
     end = [("<|im_end|>", processor.tokenizer.eos_token_id)]
     appending = TemplateProcessing(single="$A <|im_end|>", special_tokens=end)
     processor.tokenizer.backend_tokenizer.post_processor = appending  # as in runs of earlier versions
     with pytest.raises(InputError, match=r"writes <\|im_end\|> behind every text"):
-        ask_in(model, processor, "vicuna")
+        assembled.use_template("vicuna")
 
 
 def test_pictures_inside_parquet_and_saved_datasets(folder, picture):

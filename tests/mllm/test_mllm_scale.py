@@ -10,7 +10,8 @@ import diffclip
 from mllm.assemble import assemble
 from mllm.conversation import encode, render
 from mllm.data.examples import image_tokens
-from mllm.model import freeze, load, parts, save
+from mllm.model import load
+from mllm.weights import freeze, parts
 from stages import conversations
 from stages.conversations import computed_buffers, restore_buffers
 from stages.run import Run
@@ -63,7 +64,7 @@ def test_gradient_checkpointing_changes_no_gradient(
 
 def test_weights_in_several_files_load_as_one(assembled, picture, tmp_path):
     model, processor = assembled
-    save(model, processor, tmp_path)
+    assembled.save(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     model.save_pretrained(tmp_path, max_shard_size="40KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
@@ -74,7 +75,7 @@ def test_weights_in_several_files_load_as_one(assembled, picture, tmp_path):
 
 
 def test_weights_in_bfloat16_stay_so(tower_dir, language_dir, tmp_path):
-    save(*assemble(tower_dir, language_dir, dtype=torch.bfloat16), tmp_path)
+    assemble(tower_dir, language_dir, dtype=torch.bfloat16).save(tmp_path)
     model, _ = load(tmp_path)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert load(tmp_path, dtype=torch.float32)[0].dtype == torch.float32
@@ -110,7 +111,7 @@ def train_in_process(assembled, picture, folder, **settings):
         **settings,
     )
     run = Run("instruct", config, {})
-    conversations.train_on_conversations(*assembled, config, run)
+    conversations.train_on_conversations(assembled, config, run)
     return run
 
 

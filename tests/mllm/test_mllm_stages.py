@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from diffclip.base.errors import InputError
 from mllm.assemble import assemble
-from mllm.model import load, save
+from mllm.model import load
 from stages import align, instruct
 from stages.callbacks import Watch
 from stages.pipeline import free_port
@@ -39,7 +39,7 @@ SETTINGS = [
 def inputs(tmp_path_factory, tower_dir, language_dir, picture):
     """An assembled model and 48 conversations of unlike length, every third of them text alone."""
     folder = tmp_path_factory.mktemp("inputs")
-    save(*assemble(tower_dir, language_dir, seed=3), folder / "model")
+    assemble(tower_dir, language_dir, seed=3).save(folder / "model")
     (folder / "images").mkdir()
     rows = []
     for n in range(8 * STEPS):

@@ -97,7 +97,7 @@ def test_multimodal_dry_run_counts_what_learns(stage, tmp_path, capsys):
     """A model small enough to count by hand: the projector's and the language model's parameters, AdamW's two each."""
     from transformers import CLIPVisionConfig, Qwen2Config, Qwen2ForCausalLM
 
-    from mllm.assemble import plan
+    from mllm.assemble import assembled_config
 
     vision = CLIPVisionConfig(
         hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8
@@ -117,7 +117,7 @@ def test_multimodal_dry_run_counts_what_learns(stage, tmp_path, capsys):
     projector = 32 * 16 + 16
     places = [f"--vision_tower={tmp_path / 'tower'}", f"--language_model={tmp_path / 'language'}"]
     if stage is instruct:
-        plan(tmp_path / "tower", tmp_path / "language").save_pretrained(tmp_path / "aligned")
+        assembled_config(tmp_path / "tower", tmp_path / "language").save_pretrained(tmp_path / "aligned")
         places = [f"--model={tmp_path / 'aligned'}"]
     config = PAPER / f"{'instruct' if stage is instruct else 'align'}.yaml"
     options = ["--dry_run=true", "--samples=558128", "--tokens=25", "--hardware=a100-80gb:8"]

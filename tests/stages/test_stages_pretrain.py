@@ -126,10 +126,10 @@ def zero(stage: int):
     "name, launch, further",
     [
         ("chunks", in_process, ["--micro_batch_size=24"]),  # 24, 24, 16
-        ("2-ranks", torchrun(2), []),
-        ("4-ranks-chunks", torchrun(4), ["--micro_batch_size=5"]),
-        ("zero-1", zero(1), []),
-        ("zero-2-chunks", zero(2), ["--micro_batch_size=8"]),
+        pytest.param("2-ranks", torchrun(2), [], marks=pytest.mark.slow),
+        pytest.param("4-ranks-chunks", torchrun(4), ["--micro_batch_size=5"], marks=pytest.mark.slow),
+        pytest.param("zero-1", zero(1), [], marks=pytest.mark.slow),
+        pytest.param("zero-2-chunks", zero(2), ["--micro_batch_size=8"], marks=pytest.mark.slow),
     ],
 )
 def test_devices_and_chunks_give_the_gradients_of_one_big_batch(updates, big_batch, name, launch, further):
@@ -167,6 +167,7 @@ def steps_logged(out: Path) -> int:
     return len(path.read_text().splitlines()) if path.is_file() else 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_killed_at_any_step_it_ends_in_the_weights_of_an_undisturbed_run(shards, tmp_path, ranks, capsys):
     launcher = [] if ranks == 1 else [*TORCHRUN, str(ranks), "-m"]
@@ -197,6 +198,7 @@ def test_killed_at_any_step_it_ends_in_the_weights_of_an_undisturbed_run(shards,
             pretrain.main([*disturbed[1:], "--learning_rate=0.1"])
 
 
+@pytest.mark.slow
 def test_disk_full_while_saving_leaves_the_last_checkpoint_and_says_so(shards, tmp_path):
     out = tmp_path / "run"
     arguments = command(shards, out, *RESUME)
@@ -214,6 +216,7 @@ def test_disk_full_while_saving_leaves_the_last_checkpoint_and_says_so(shards, t
 # ---- data
 
 
+@pytest.mark.slow
 def test_two_ranks_with_two_workers_see_every_pair_once_an_epoch(shards, tmp_path):
     script = tmp_path / "collect.py"
     script.write_text(

@@ -412,7 +412,7 @@ def test_damaged_values_do_not_stop_the_report(tmp_path):
     metrics = scores() | {f"pope/{split}/questions": -5 for split in SPLITS} | {"mmvp/Color": 10**400}
     (arm / "evaluate" / "metrics.json").write_text(json.dumps(metrics))
     (arm / "evaluate" / "attention.jsonl").write_text('{"heat": [[300]], "image": 5}\n[1]\n{"heat": [[1, 2], [3]]}\n')
-    (arm / "evaluate" / "localisation.json").write_text('{"images": 3, "scores": [1]}')
+    (arm / "evaluate" / "localisation.json").write_text('{"pictures": 3, "scores": [1]}')
     words = Page(build_report([tmp_path / "runs"], tmp_path / "report")).words
     assert (
         "Figure 2. Attention maps for queries Not drawn" in words

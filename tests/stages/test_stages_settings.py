@@ -8,13 +8,11 @@ from typing import get_type_hints
 import pytest
 from transformers import TrainingArguments
 
-import diffclip
 from diffclip.base.errors import InputError
 from stages.config import parse
 from stages.settings import (
     DECIDED,
     INEXACT,
-    MODELS,
     AlignConfig,
     EvaluateConfig,
     InstructConfig,
@@ -73,10 +71,6 @@ def test_what_a_setting_cannot_be_is_refused_by_name_for_flags_and_yaml(config_c
         with pytest.raises(InputError) as refused:
             parse(config_class, "", arguments)
         assert message in str(refused.value)
-
-
-def test_names_of_models_are_those_that_can_be_built():
-    assert set(MODELS) == set(diffclip.MODELS)
 
 
 def test_settings_need_no_heavy_library():
