@@ -4,7 +4,7 @@ Every directory with a run.json at or below the given paths is read and grouped 
 welcome: what is missing is shown as a dash with the reason. No model is run, so it takes seconds. Written are
 index.html (one self-contained page), report.md, figures/ (SVG, PNG), tables/ (CSV, LaTeX) and table.csv.
 
-    python -m stages.report runs/quickstart --output_dir report/
+    diffclip report runs/quickstart --output_dir report/
 """
 
 from pathlib import Path
@@ -14,7 +14,7 @@ from diffclip.base.errors import exit_on_input_error
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser("python -m stages.report", __doc__)
+    parser = Parser("diffclip report", description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories, or folders of them")
     parser.add_argument(
         "--output_dir", "--out", type=Path, default=Path("report"), help="directory to write (default: report)"
