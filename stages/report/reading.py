@@ -22,7 +22,7 @@ def _read(read: Callable[[Path], Any], path: Path, problems: list[str]) -> Any:
     try:
         return clean(read(path))
     except (InputError, RecursionError) as error:
-        reason = clean(str(error).removeprefix(f"{path}: "))[:120]
+        reason = clean(str(error).removeprefix(f"{path}: "))[:300]
         problems.append(f"{path}: cannot be read ({reason}); left out")
         return None
 

@@ -33,7 +33,8 @@ def a_user_who_says_yes(monkeypatch, tmp_path):
 def plant(folder, **auto_map):
     """Put code into a folder and say in its configuration files that it is needed; return the file it would write."""
     marker = folder / "the_code_ran"
-    code = f"open({str(marker)!r}, 'w')\nfrom transformers import *\n"
+    code = f"open({str(marker)!r}, 'w')\n"
+    code += "from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizer\n"
     code += "class Planted(PreTrainedConfig):\n    model_type = 'planted'\nclass PlantedModel(PreTrainedModel): pass\n"
     code += "class PlantedTokenizer(PreTrainedTokenizer): pass\nclass PlantedProcessor(BaseImageProcessor): pass\n"
     folder.mkdir(parents=True, exist_ok=True)

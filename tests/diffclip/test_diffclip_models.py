@@ -186,6 +186,7 @@ def clip_loss(model, image, text):
     return (nn.functional.cross_entropy(logits, target) + nn.functional.cross_entropy(logits.T, target)) / 2
 
 
+@pytest.mark.slow
 def test_compiles_in_one_graph():
     model = models.build("DiffCLIP-tiny").eval()
     image, text = torch.randn(2, 3, 48, 48), ids(2)
