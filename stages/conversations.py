@@ -106,7 +106,7 @@ def train_on_conversations(
     exact = computed_buffers(model)
     if config.deepspeed and config.precision == "bf16":
         # DeepSpeed will, keeping float32 copies of what learns; what is proven unchanged are the rounded weights
-        model.to(torch.bfloat16)  # type: ignore[arg-type] # transformers' decorator hides the signature
+        model.to(torch.bfloat16)
         restore_buffers(model, exact)
     before = fingerprints(model)
     originals = quantise(model, training_device(config)) if lora and config.lora_bits == 4 else {}

@@ -172,7 +172,7 @@ def count_conversation(
     if lora_rank:
         add_lora(model, lora_rank)
     model.train()
-    size, features = llava_config.vision_config.image_size, llava_config.image_seq_length  # type: ignore[union-attr] # never a dict here
+    size, features = llava_config.vision_config.image_size, llava_config.image_seq_length
 
     def loss_of(samples: int) -> Tensor:
         ids = torch.ones(samples, features + text_tokens, dtype=torch.long)
