@@ -15,8 +15,24 @@ from diffclip.base.commands import Parser
 from diffclip.base.errors import exit_on_input_error
 from stages.run import git_state
 
-PACKAGES = """diffclip-stack torch torchvision numpy transformers accelerate deepspeed peft open_clip_torch timm
-datasets webdataset lmms-eval clip-benchmark bitsandbytes gradio""".split()
+PACKAGES = [
+    "diffclip-stack",
+    "torch",
+    "torchvision",
+    "numpy",
+    "transformers",
+    "accelerate",
+    "deepspeed",
+    "peft",
+    "open_clip_torch",
+    "timm",
+    "datasets",
+    "webdataset",
+    "lmms-eval",
+    "clip-benchmark",
+    "bitsandbytes",
+    "gradio",
+]
 VARIABLES = re.compile(r"(DIFFCLIP|OMP|GOMP|MKL|NCCL|CUDA|HF_HUB_OFFLINE|TOKENIZERS|MALLOC)\w*|WORLD_SIZE")
 
 
