@@ -222,14 +222,14 @@ def test_features_of_every_tower(kind):
 
 
 @pytest.mark.parametrize("mode", ["shortest", "squash", "longest"])
-def test_masks_are_cropped_as_the_pictures_are(mode):
+def test_masks_are_cropped_as_the_images_are(mode):
     import open_clip
 
     transform = open_clip.image_transform(32, is_train=False, mean=(0.5,) * 3, std=(0.5,) * 3, resize_mode=mode)
     mask = np.zeros((60, 100), bool)
     mask[10:40, 20:60] = True
-    picture = Image.fromarray(mask).convert("RGB")
-    seen = np.asarray(attention_maps.seen_part(transform, nearest=True)(picture))[:, :, 0] > 127
-    assert seen.shape == (32, 32) and (seen == (transform(picture)[0].numpy() > 0)).mean() > 0.95
+    image = Image.fromarray(mask).convert("RGB")
+    seen = np.asarray(attention_maps.seen_part(transform, nearest=True)(image))[:, :, 0] > 127
+    assert seen.shape == (32, 32) and (seen == (transform(image)[0].numpy() > 0)).mean() > 0.95
     with pytest.raises(InputError, match="does not tell how it resizes"):
         attention_maps.seen_part(lambda image: image)
