@@ -55,6 +55,7 @@ def arguments(model, root, out):
     return ["diffclip.benchmarks", *options, "--batch-size", "8", "--episodes", "20"]
 
 
+@pytest.mark.slow
 def test_two_ranks_give_the_same_features_scores_and_outcomes(model, root, tmp_path):
     torch.set_num_threads(1)  # as the ranks have
     call(*arguments(model, root, tmp_path / "one"))
@@ -71,6 +72,7 @@ def test_two_ranks_give_the_same_features_scores_and_outcomes(model, root, tmp_p
     assert not list((tmp_path / "two/features").glob(".*"))
 
 
+@pytest.mark.slow
 def test_a_broken_image_ends_every_rank(model, root, tmp_path):
     (root / "classification/things/train/cat/09.png").write_bytes(b"not an image")  # of the second rank's first batch
     ended = run(*TORCHRUN, "2", "-m", *arguments(model, root, tmp_path / "out"), check=False)

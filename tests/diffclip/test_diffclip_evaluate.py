@@ -239,3 +239,23 @@ def test_command_line_compares_models(root, tmp_path, monkeypatch, capsys):
     assert (tmp_path / "out/blind/clip_benchmarks.json").exists()
     with pytest.raises(InputError, match="nowhere does not exist: give the folder that holds the benchmark data"):
         command.main(["run", *arguments, "--data-root", "nowhere"])
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        (["--suite", "papr"], "--suite papr: no such file: did you mean paper"),
+        (["--templates", "imagenet8"], "--templates imagenet8: no such file: did you mean imagenet80"),
+        (["--protocols", "few-shot"], "--protocols few-shot: did you mean few_shot"),
+        (["--probe", "fst"], "--probe fst: did you mean fast"),
+        (["--episodes", "0"], "must be at least 1"),
+        (["--workers", "-1"], "--workers"),
+        (["--seed=-1"], "must be at least 0"),
+        (["--batch_size", "nan"], "must be at least 1"),
+        (["--date-root", "x"], "unknown flag --date-root: did you mean --data_root"),
+        (["--device", "mars"], "device mars: not on this machine"),
+    ],
+)
+def test_slips_on_the_command_line_are_named(arguments, message, root, tmp_path):
+    with pytest.raises(InputError, match=message):
+        command.main(["--model", "runs/x", "--data_root", str(root), "--output_dir", str(tmp_path), *arguments])

@@ -15,7 +15,7 @@ from PIL import Image
 import diffclip
 from diffclip.benchmarks.evaluate import evaluate_clip
 from diffclip.benchmarks.protocol import Settings
-from diffclip.benchmarks.with_clip_benchmark import defaults
+from diffclip.benchmarks.with_clip_benchmark import defaults, main
 
 NAMES = ["noise", "sky", "grass", "stone", "sand", "water"]
 
@@ -40,6 +40,7 @@ def shards(tmp_path):
     return folder
 
 
+@pytest.mark.slow
 def test_clip_benchmarks_command_gives_our_scores(shards, tmp_path):
     torch.manual_seed(0)
     diffclip.save(diffclip.build("DiffCLIP-tiny"), tmp_path / "model")
@@ -113,3 +114,9 @@ def test_ghostscript_is_out_of_reach(monkeypatch):
     monkeypatch.setattr(EpsImagePlugin, "gs_binary", "gs")  # as where it is installed
     only_plain_decoders()
     assert not EpsImagePlugin.has_ghostscript()
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]])
+def test_its_help_says_what_is_ours(arguments, capsys):
+    main(arguments)
+    assert "with_clip_benchmark eval --model diffclip" in capsys.readouterr().out
