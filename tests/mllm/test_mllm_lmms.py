@@ -290,7 +290,7 @@ def test_loglikelihood_is_the_sum_over_the_answers_tokens(evaluation_model, asse
 
 def test_loglikelihood_knows_what_greedy_decoding_would_write(evaluation_model, picture):
     evaluation_model.task_dict = {"t": {"test": [{"image": picture(0)}]}}
-    (wanted,) = evaluation_model.processor.tokenizer(" yes")["input_ids"]
+    (wanted,) = evaluation_model.vlm.tokenizer(" yes")["input_ids"]
     evaluation_model.vlm.model.lm_head.register_forward_hook(
         lambda module, args, logits: logits + 1000 * torch.nn.functional.one_hot(torch.tensor(wanted), logits.shape[-1])
     )
