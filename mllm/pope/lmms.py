@@ -198,7 +198,7 @@ def run_lmms_eval(
         "HF_HUB_OFFLINE": "1",
         "HF_DATASETS_OFFLINE": "1",
         "LMMS_EVAL_DATASETS_CACHE": str(out_dir / "datasets_cache"),
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]),
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]),
     }
     code = _run_with_progress(command, environment, log)
     shutil.rmtree(out_dir / "datasets_cache", ignore_errors=True)  # lmms-eval's copy of all images
