@@ -140,12 +140,4 @@ def test_bad_input_is_one_sentence_and_exit_code_2(tmp_path, capsys):
     with pytest.raises(SystemExit) as ended, exit_on_input_error():
         main(["check", str(tmp_path / "nowhere")])
     errors = capsys.readouterr().err
-    assert (
-        ended.value.code == 2
-        and errors.startswith("error: ")
-        and errors.count(
-            "\
-"
-        )
-        == 1
-    )
+    assert ended.value.code == 2 and errors.startswith("error: ") and errors.count("\n") == 1
