@@ -17,18 +17,17 @@ from unittest import mock
 import psutil
 import pytest
 import yaml
-from launch import QUICKSTART, ROOT, call, environment, run, run_deepspeed
+from launch import QUICKSTART, ROOT, call, environment, run_deepspeed
 from transformers import AutoModel
 
 import diffclip.hf  # noqa: F401 - registers the tower
 from diffclip.base.errors import InputError
 from diffclip.base.fingerprint import fingerprint
-from stages import pipeline
+from stages import cli, pipeline
 from stages.pipeline import finished
 
 SMALL = {"pairs": 256, "retrieval": 20, "class_train": 160, "class_val": 80, "class_test": 80, "align": 64}
 SMALL |= {"conversations": 64, "texts": 300, "pope": 12, "mmvp": 2, "segmentation": 2}
-MAPS = "diffclip.attention_maps"
 
 
 def carry_on(*arguments: str) -> str:
@@ -126,10 +125,10 @@ def test_pipeline_ends_with_a_table_and_a_report(quickstart):
 def test_the_console_ends_with_commands_that_run_as_they_stand(quickstart, capsys):
     out, _ = quickstart
     lines = (out.parent / "console.txt").read_text().partition("What next:\n")[2].splitlines()
-    chat, maps = (next(shlex.split(line) for line in lines if f" {name} " in line) for name in ("mllm.chat", MAPS))
-    call(*chat[2:])
+    chat, maps = (next(shlex.split(line) for line in lines if f"diffclip {verb} " in line) for verb in ("chat", "maps"))
+    cli.call(chat[1:])
     assert capsys.readouterr().out.strip()
-    run(*maps[2:])  # the old spelling of a command that lies in diffclip.maps
+    cli.call(maps[1:])
     assert (out / "maps.png").stat().st_size > 1000
 
 
