@@ -10,8 +10,8 @@ from diffclip.base.commands import Parser, number
 from diffclip.base.errors import exit_on_input_error
 
 
-def main(argv: list[str] | None = None) -> None:
-    """`check` lists every fault, and exits with 2 if there is one; `stats` says what a model would learn."""
+def main(argv: list[str] | None = None) -> int:
+    """`check` lists every fault, and returns 2 if there is one; `stats` says what a model would learn."""
     parser = Parser("diffclip", description=__doc__)
     actions = parser.add_subparsers(dest="action", required=True, metavar="COMMAND")
     for name, what in (("check", "find the faults of the rows"), ("stats", "describe the rows")):
@@ -27,9 +27,9 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     from mllm.data import report
 
-    sys.exit(report.check(options) if options.action == "check" else report.stats(options))
+    return report.check(options) if options.action == "check" else report.stats(options)
 
 
 if __name__ == "__main__":
     with exit_on_input_error():
-        main()
+        sys.exit(main())
