@@ -157,7 +157,7 @@ def test_published_form_of_the_checkpoint(golden, folder, tmp_path):
     assert all(torch.equal(back[name], tensor) for name, tensor in weights.items()) and back.keys() == weights.keys()
 
 
-def variants():
+def configurations():
     """Configs that the official layout alone cannot tell apart from others."""
     for name in ("CLIP-tiny", "DiffCLIP-tiny", "DiffCLIP-star-tiny", "DiffCLIP-dagger-tiny"):
         yield name, copy.deepcopy(variants.MODELS[name])
@@ -181,7 +181,7 @@ def variants():
 
 
 @pytest.mark.filterwarnings("ignore:.*to be set in the official code by hand")
-@pytest.mark.parametrize("config", [pytest.param(c, id=n) for n, c in variants()])
+@pytest.mark.parametrize("config", [pytest.param(c, id=n) for n, c in configurations()])
 def test_to_the_official_layout_and_back_changes_no_output(config, tmp_path):
     torch.manual_seed(0)
     model = models.build(config).eval()
