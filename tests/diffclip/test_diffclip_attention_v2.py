@@ -77,6 +77,7 @@ def test_forms_agree_forward_and_backward(dtype, atol):
         torch.testing.assert_close(eager, fused, atol=atol, rtol=atol)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "lambda_init"), [("ViT-B-32", 0.5), ("ViT-B-16-SigLIP", 0.01)])
 def test_warm_start_keeps_an_open_clip_models_embeddings(name, lambda_init):
     torch.manual_seed(1)

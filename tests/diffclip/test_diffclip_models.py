@@ -524,6 +524,7 @@ def test_training_transform_crops_within_the_scale_and_never_flips():
     assert max(widths) > 0.9 and min(widths) < 0.7
 
 
+@pytest.mark.slow
 def test_our_modules_start_without_wandb_and_leave_it_importable():
     pytest.importorskip("wandb", reason="nothing to leave out where it is not installed")
     told = "import sys, diffclip.losses, diffclip.models, mllm; print('timm' in sys.modules, 'wandb' in sys.modules);"

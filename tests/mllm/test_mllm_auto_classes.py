@@ -43,6 +43,7 @@ LLAVA = "DiffCLIPLlavaForConditionalGeneration"
 AFTER = "import transformers as t; t.AutoConfig, t.AutoImageProcessor; import diffclip"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("start", "use", "name"),
     [
@@ -64,12 +65,14 @@ def test_importing_the_packages_imports_nothing_heavy_and_reads_no_command_line(
     assert fresh(code.format(heavy=heavy), tmp_path) == "[]"
 
 
+@pytest.mark.slow
 def test_importing_transformers_imports_nothing_of_ours(tmp_path):
     code = "import sys, diffclip; from transformers import AutoModel, AutoImageProcessor; import transformers as t;"
     code += "t.AutoConfig.for_model('vit'); print(sorted(set(sys.modules) & {'diffclip.hf', 'mllm', 'mllm.model'}))"
     assert fresh(code, tmp_path) == "[]"
 
 
+@pytest.mark.slow
 def test_without_the_multimodal_package_the_tower_is_known_and_its_models_are_not(runs):
     code = """import sys; sys.modules['mllm'] = None  # Python's way to say that there is no such module
 import diffclip, transformers

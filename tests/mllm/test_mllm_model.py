@@ -2,13 +2,11 @@
 
 import json
 import shutil
-import sys
 from operator import attrgetter
 
 import numpy as np
 import pytest
 import torch
-from launch import run_program
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
@@ -185,26 +183,6 @@ def test_auto_model_loads_every_weight(assembled, picture, tmp_path):
     assert type(loaded).__name__ == "DiffCLIPLlavaModel" and not any(info.values())
     inputs = ask(processor, [picture(0)], ["Is there a red square?"])
     torch.testing.assert_close(loaded(**inputs).last_hidden_state, model.model(**inputs).last_hidden_state)
-
-
-def test_import_diffclip_is_all_that_the_auto_classes_need(assembled, picture, tmp_path):
-    model, processor = assembled
-    assembled.save(tmp_path / "run")
-    picture(0).save(tmp_path / "0.png")
-    script = """
-import sys, diffclip
-from PIL import Image
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
-run, image, text = sys.argv[1:]
-print(AutoConfig.from_pretrained(run).model_type, type(AutoModel.from_pretrained(run)).__name__)
-processor, model = AutoProcessor.from_pretrained(run), AutoModelForImageTextToText.from_pretrained(run)
-inputs = processor(images=Image.open(image), text=text, return_tensors="pt")
-print(model.generate(**inputs, max_new_tokens=6)[0].tolist())
-"""
-    text = prompt([{"from": "human", "value": "<image>\nIs there a red square?"}], "vicuna")
-    told = run_program([sys.executable, "-c", script, str(tmp_path / "run"), str(tmp_path / "0.png"), text], check=True)
-    wanted = model.generate(**processor(images=picture(0), text=text, return_tensors="pt"), max_new_tokens=6)
-    assert told.stdout.splitlines() == ["diffclip_llava DiffCLIPLlavaModel", str(wanted[0].tolist())]
 
 
 def test_a_saved_processor_pads_left_and_training_pads_right(assembled, picture, tmp_path):
