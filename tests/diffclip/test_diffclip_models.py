@@ -371,6 +371,7 @@ def test_tiny_official_models_show_their_epsilons(golden, folder):
 FULL = {"DiffCLIP-B-16": "diffclip", "CLIP-B-16": "slip_clip"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FULL)
 def test_full_size_official_models(golden, name):
     folder = golden("05_full_size")

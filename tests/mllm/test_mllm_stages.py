@@ -187,6 +187,7 @@ def in_this_process(inputs, out, *more):
     return [*command(inputs, out, 2, "--learns", "projector", "language_model")[1:], "--deepspeed=", *more]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("further", [[], ["--lora_rank=4"]])
 def test_a_run_told_to_stop_goes_on_in_other_passes_with_data_elsewhere(inputs, tmp_path, monkeypatch, capsys, further):
     further = ["--order=random", *further]

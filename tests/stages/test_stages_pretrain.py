@@ -261,6 +261,7 @@ def test_two_ranks_with_two_workers_see_every_pair_once_an_epoch(shards, tmp_pat
     assert shares[0][:32] != shares[0][32:]
 
 
+@pytest.mark.slow
 def test_bad_images_are_skipped_and_named_until_they_are_too_many(tmp_path, capsys):
     write_shard(tmp_path / "x.tar", 64, replace={5: b"", 9: b"no image"})
     out = tmp_path / "run"

@@ -304,6 +304,7 @@ def test_hostile_text_stays_text_in_the_browser(tmp_path, browser_page):
     assert complaints == []
 
 
+@pytest.mark.slow
 def test_ten_thousand_examples_make_no_page_that_freezes(tmp_path, browser_page):
     import numpy as np
 
