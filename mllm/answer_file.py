@@ -15,9 +15,8 @@ from diffclip.base.errors import InputError
 from diffclip.base.files import append_jsonl, cut_to_whole_lines, json_line, parse_json, write_whole
 from diffclip.base.fingerprint import json_digest
 from mllm.conversation import IMAGE, check_image_count, question_turn
-from mllm.data.checks import media_problem
 from mllm.data.images import ImagePlace, row_places
-from mllm.data.layouts import read_rows
+from mllm.data.rows import media_problem, read_rows
 from mllm.generation import generation_options
 from mllm.model import VisionLanguageModel
 

@@ -15,10 +15,9 @@ from transformers import AutoProcessor, AutoTokenizer
 from diffclip.base.errors import InputError
 from diffclip.base.files import write_json
 from mllm.conversation import IGNORE, control_tokens, encode, render
-from mllm.data.checks import examine
 from mllm.data.examples import image_tokens
 from mllm.data.images import ImagePlace
-from mllm.data.rows import Rows, load_rows
+from mllm.data.rows import Rows, examine, load_rows
 from mllm.weights import from_pretrained
 
 

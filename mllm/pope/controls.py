@@ -9,7 +9,7 @@ from PIL import Image
 from diffclip.base.errors import InputError
 from mllm.pope.questions import Question
 
-GREY = "grey"  # what a control of `grey_images` shows
+GREY = "grey"  # the image of the control of that name
 
 
 def blind(questions: Sequence[Question], folds: int = 5, seed: int = 0) -> list[str]:
@@ -41,24 +41,9 @@ def folds_of_images(questions: Sequence[Question], folds: int, seed: int) -> dic
     return {name: i % folds for i, name in enumerate(names)}
 
 
-def grey_images(questions: Sequence[Question]) -> list[Question]:
-    """The same questions, each shown with one and the same grey image."""
-    return [q._replace(shown=GREY) for q in questions]
-
-
 def grey_image() -> Image.Image:
-    """What `grey_images` shows."""
+    """What `GREY` stands for."""
     return Image.new("RGB", (224, 224), (128, 128, 128))
-
-
-def no_images(questions: Sequence[Question]) -> list[Question]:
-    """The same questions, asked without any image."""
-    return [q._replace(shown="") for q in questions]
-
-
-def always_yes(questions: Sequence[Question]) -> list[str]:
-    """Predictions of a model that says yes to everything."""
-    return ["yes"] * len(questions)
 
 
 def shuffle_images(questions: Sequence[Question], seed: int = 0) -> list[Question]:
@@ -73,6 +58,6 @@ def shuffle_images(questions: Sequence[Question], seed: int = 0) -> list[Questio
 
 CONTROLS: dict[str, Callable[[Sequence[Question], int], list[Question]]] = {  # of questions and a seed
     "shuffled": shuffle_images,
-    "grey": lambda questions, seed: grey_images(questions),
-    "no_image": lambda questions, seed: no_images(questions),
+    "grey": lambda questions, seed: [q._replace(shown=GREY) for q in questions],
+    "no_image": lambda questions, seed: [q._replace(shown="") for q in questions],
 }

@@ -16,12 +16,11 @@ from typing import Any
 
 import datasets
 import pyarrow.parquet
-from PIL import Image
 
 from diffclip.base.errors import InputError
 from diffclip.base.files import json_line, read_json, read_jsonl, write_whole
 from mllm.data.images import ImagePlace
-from mllm.pope.controls import CONTROLS, GREY, always_yes, blind, grey_image
+from mllm.pope.controls import CONTROLS, GREY, blind, grey_image
 from mllm.pope.parsers import parse
 from mllm.pope.questions import POST_PROMPT, SPLITS, Question
 from mllm.pope.scores import SCORES, intervals, score, score_splits
@@ -33,7 +32,8 @@ def write_parquet(questions: Sequence[Question], images: Mapping[str, ImagePlace
     """Write questions and their images, from `mllm.pope.images.find_images`, in the columns of lmms-lab/POPE."""
     shown = {q.shown for q in questions} - {GREY, ""}
     encoded: dict[str, Any] = {name: {"bytes": images[name].read(), "path": name} for name in shown}
-    encoded |= {GREY: {"bytes": _png(grey_image()), "path": GREY}, "": None}
+    grey_image().save(grey := io.BytesIO(), "PNG")
+    encoded |= {GREY: {"bytes": grey.getvalue(), "path": GREY}, "": None}
     names = ("question_id", "question", "answer", "image_source", "image", "category")
     features = datasets.Features({name: datasets.Value("string") for name in names} | {"image": datasets.Image()})
     # Arrow writes it silently; the schema carries the features, so that `image` is read back as an image.
@@ -104,8 +104,7 @@ def evaluate_with_lmms(
     Raises:
         InputError: questions without labels, unknown control, or lmms-eval ended without results.
     """
-    unknown = set(controls) - set(CONTROLS)
-    if unknown:
+    if unknown := set(controls) - set(CONTROLS):
         raise InputError(f"unknown POPE controls {sorted(unknown)}: use {', '.join(CONTROLS)}")
     if not all(q.label for q in questions):
         raise InputError("POPE's questions have no labels; give the official files, too")
@@ -141,14 +140,8 @@ def evaluate_with_lmms(
     for file in out_dir.glob(f"{ANSWERED}.*"):
         file.unlink()
     scores["blind"] = score_splits(questions, blind(questions, seed=seed))
-    scores["always_yes"] = score_splits(questions, always_yes(questions))
+    scores["always_yes"] = score_splits(questions, ["yes"] * len(questions))
     return scores
-
-
-def _png(image: Image.Image) -> bytes:
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    return file.getvalue()
 
 
 def score_answers(questions: Sequence[Question], answers: Sequence[str | None]) -> dict[str, dict[str, float]]:
@@ -166,9 +159,9 @@ def run_lmms_eval(
     tasks_dir: Path,
     tasks: Sequence[str],
     out_dir: Path,
-    batch_size: int = 64,
-    device: str | None = None,
-    processes: int = 1,
+    batch_size: int,
+    device: str | None,
+    processes: int,
 ) -> tuple[dict[str, dict[str, float]], dict[str, list[str | None]]]:
     """Run `python -m lmms_eval` offline, under torchrun where there are several processes.
 
@@ -180,7 +173,7 @@ def run_lmms_eval(
             the message holds the end of its log.
     """
     run_dir = Path(run_dir).resolve()
-    if not {"diffclip_llava"} <= {e.name for e in entry_points(group="lmms_eval.models")}:
+    if "diffclip_llava" not in entry_points(group="lmms_eval.models").names:
         raise InputError("lmms-eval cannot find diffclip_llava: install this package with pip install '.[eval]'")
     for path in (run_dir, out_dir):
         if {",", "="} & set(str(path)):
