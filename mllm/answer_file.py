@@ -30,8 +30,6 @@ def answer_file(
 
     Args:
         source: rows {image, question}, in any of LLaVA's layouts.
-        image_root: folder that the rows' image paths start from.
-        batch_size: questions at a time.
         options: see `mllm.generation.generation_options`.
 
     Raises:
@@ -54,11 +52,10 @@ def answer_file(
             batch = todo[first : first + batch_size]
             turns = [[question_turn(rows[i]["question"], len(places[i]))] for i in batch]
             images = [[place.open(f"{source}: row {i}") for place in places[i]] for i in batch]
-            texts = vlm.answer(turns, images, **options)
-            answers |= {ids[i]: text for i, text in zip(batch, texts)}
-            append_jsonl(out, [_line(rows[i], text, ids[i]) for i, text in zip(batch, texts)])
+            answers |= {ids[i]: text for i, text in zip(batch, vlm.answer(turns, images, **options))}
+            append_jsonl(out, [{**rows[i], "answer": answers[ids[i]], "answer_id": ids[i]} for i in batch])
             bar.update(len(batch))
-    lines = (_line(row, answers[answer_id], answer_id) for row, answer_id in zip(rows, ids))
+    lines = ({**row, "answer": answers[answer_id], "answer_id": answer_id} for row, answer_id in zip(rows, ids))
     write_whole(out, "".join(map(json_line, lines)))
     print(f"wrote {out}: {len(rows):,} answers")
 
@@ -84,8 +81,7 @@ def _read_questions(vlm: VisionLanguageModel, source: Path, root: Path) -> tuple
 def _find_images(row: dict, root: Path) -> list[ImagePlace]:
     """The places of a row's images; InputError if one cannot be found."""
     places = row_places(row, root)
-    missing = [name for name, place in places if place is None]
-    if missing:
+    if missing := [name for name, place in places if place is None]:
         raise InputError(f"image {missing[0][:200]} is not under {root}, nor in a tar there; check --image_root")
     if problem := media_problem(row, bool(places)):
         raise InputError(problem)
@@ -108,10 +104,6 @@ def _row_ids(rows: list[dict], places: list[list[ImagePlace]], source: Path) -> 
         ids.append(json_digest([content, before[content]], 12))
         before[content] += 1
     return ids
-
-
-def _line(row: dict, text: str, answer_id: str) -> dict:
-    return {**row, "answer": text, "answer_id": answer_id}
 
 
 def _read_answers(out: Path, ids: list[str], source: Path) -> dict[str, str]:

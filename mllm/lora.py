@@ -26,7 +26,6 @@ def add_lora(
     """Add adapters to the linear layers of `model`'s language model, in place; only they learn there.
 
     Args:
-        model: from `mllm.assemble.assemble` or `mllm.model.load`.
         rank: of the added matrices.
         alpha: the adapters' output is scaled by alpha / rank; 0 means 2 * rank.
         seed: decides their first weights (the second matrix of each pair starts at zero).
@@ -44,17 +43,15 @@ def add_lora(
     config = LoraConfig(r=rank, lora_alpha=scale, lora_dropout=dropout, target_modules=sorted(targets))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return get_peft_model(
-            lm, config, autocast_adapter_dtype=False
-        )  # under ZeRO-3 with bf16 all must be of one dtype
+        # under ZeRO-3 with bf16 all must be of one dtype
+        return get_peft_model(lm, config, autocast_adapter_dtype=False)
 
 
 def base_weights(model: DiffCLIPLlavaForConditionalGeneration) -> dict[str, torch.Tensor]:
     """The language model's own weights under their own names, adapters left out."""
     state = model.model.language_model.state_dict()
-    own = {name.replace(".base_layer", ""): w for name, w in state.items() if ".lora_" not in name}
-    head = model.lm_head.state_dict()  # Phi's has a bias
-    return {**{f"model.{name}": w for name, w in own.items()}, **{f"lm_head.{name}": w for name, w in head.items()}}
+    own = {f"model.{name.replace('.base_layer', '')}": w for name, w in state.items() if ".lora_" not in name}
+    return own | {f"lm_head.{name}": w for name, w in model.lm_head.state_dict().items()}  # Phi's has a bias
 
 
 @torch.no_grad()
@@ -87,12 +84,7 @@ def merge(
 
 
 def quantise(model: DiffCLIPLlavaForConditionalGeneration, device: torch.device) -> dict[str, nn.Linear]:
-    """Put 4-bit linear layers (NF4, doubly quantised) in place of the language model's own, for QLoRA.
-
-    Only layers named in `TARGETS`: embeddings and head keep their dtype.
-
-    Args:
-        device: where the model will train; weights become 4-bit there.
+    """Put 4-bit linear layers (NF4, doubly quantised) in place of the language model's own in `TARGETS`, for QLoRA.
 
     Returns:
         the layers that were replaced, by name, for `merge`.

@@ -28,9 +28,8 @@ from diffclip.base.fingerprint import json_digest
 from mllm import conversation
 from mllm.conversation import IMAGE, Conversation, check_image_count, control_tokens, question_turn, render
 from mllm.generation import generation_options, stream_text
-from mllm.image_modes import bounded
 from mllm.llava import DiffCLIPLlavaForConditionalGeneration
-from mllm.tokenizer import check_tokens, never_cut
+from mllm.processing import bounded, check_tokens, never_cut
 from mllm.weights import fingerprints, load_strictly, verify
 
 FINGERPRINTS = "fingerprints.json"  # beside the weights, written last
@@ -42,8 +41,7 @@ TRAINED_WITH = (
     "projector",
     "own_logits",
 )
-# settings that say only where a model comes from
-ORIGIN = ("_name_or_path", "transformers_version", "architectures", "dtype")
+ORIGIN = ("_name_or_path", "transformers_version", "architectures", "dtype")  # say only where a model comes from
 
 
 class VisionLanguageModel(NamedTuple):
@@ -71,29 +69,19 @@ class VisionLanguageModel(NamedTuple):
         return str(self.tokenizer.eos_token)
 
     def use_template(self, template: str) -> None:
-        """Ask questions in another template from now on, as training in it requires.
-
-        "plain" has no questions and changes nothing.
-
-        Raises:
-            InputError: the tokenizer cannot write the template.
-        """
+        """Ask questions in another template from now on ("plain" has none); InputError if it lacks tokens for it."""
         if template != "plain":
             check_tokens(self.tokenizer, template, self.tokenizer.name_or_path)
             self.model.config.conversation_template = template
             self.processor.chat_template = conversation.chat_template(template, self.end_token)
 
     def to(self, device: torch.device | str) -> "VisionLanguageModel":
-        """Move the weights to a device, in place; returns the object itself."""
+        """Move the weights to a device, in place."""
         self.model.to(device)
         return self
 
     def prompts(self, conversations: Sequence[Conversation]) -> list[str]:
-        """Conversations that end with a question, as text up to where the answer begins.
-
-        Raises:
-            InputError: a turn holds what no text may hold, e.g. a control token of the tokenizer.
-        """
+        """Conversations that end with a question, as text up to the answer; see `mllm.conversation.prompt`."""
         control = control_tokens(self.tokenizer)
         return [conversation.prompt(turns, self.template, self.end_token, control) for turns in conversations]
 
@@ -160,11 +148,7 @@ class VisionLanguageModel(NamedTuple):
         yield from stream_text(self.model, self.tokenizer, inputs, generation_options(options))
 
     def save(self, directory: str | Path) -> None:
-        """Write network, processor and fingerprints; `load` and the Auto classes read it back.
-
-        The processor pads on the left from then on, as generation needs it; training pads by itself
-        (`mllm.data.examples`).
-        """
+        """Write network, processor (padding on the left, for generation) and fingerprints; `load` reads them."""
         directory = Path(directory)
         self.model.save_pretrained(directory)
         self.tokenizer.padding_side = self.tokenizer.init_kwargs["padding_side"] = "left"  # the second is written
@@ -200,7 +184,7 @@ def load(
     Args:
         directory: a run directory of align or instruct, or a Hub id.
         dtype: cast the weights to this after checking them; by default they stay as stored.
-        device: where to put them; None is the GPU where there is one.
+        device: None is the GPU where there is one.
         quiet: have transformers show no progress bars from now on.
 
     Raises:
@@ -237,8 +221,7 @@ def _compare_with_training(
             f"({model.config.text_config.model_type}) scales its logits; train it again from the alignment on"
         )
     for name, value in settings.items():
-        actual = getattr(model.config, name)
-        if actual != value:
+        if (actual := getattr(model.config, name)) != value:
             raise InputError(
                 f"{directory}: {name} is {actual} in its config.json, but the model was trained with {value}; "
                 "put the file back that the training wrote"

@@ -12,7 +12,7 @@ from transformers import LlavaProcessor
 from diffclip.base.errors import InputError
 from mllm.conversation import IGNORE, IMAGE, NoSupervisionError, encode, render
 from mllm.data.rows import Rows
-from mllm.image_modes import bounded
+from mllm.processing import bounded
 
 
 class ConversationDataset(Dataset):

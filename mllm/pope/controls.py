@@ -9,18 +9,19 @@ from PIL import Image
 from diffclip.base.errors import InputError
 from mllm.pope.questions import Question
 
+FOLDS = 5  # of images, where a rule is learnt from others than it is tried on
 GREY = "grey"  # the image of the control of that name
 
 
-def blind(questions: Sequence[Question], folds: int = 5, seed: int = 0) -> list[str]:
+def blind(questions: Sequence[Question], seed: int = 0) -> list[str]:
     """Predictions of the best rule that sees no image: the usual answer to this question, in this split.
 
     Images are divided into folds; the answers for one fold come from the others. A question that these never
     ask gets the answer that is more common among them.
     """
-    fold_of = folds_of_images(questions, folds, seed)
+    fold_of = folds_of_images(questions, seed)
     predictions = [""] * len(questions)
-    for fold in range(folds):
+    for fold in range(FOLDS):
         votes: dict[tuple[str, ...], int] = Counter()  # yes minus no
         for q in questions:
             if fold_of[q.image] != fold:
@@ -34,11 +35,11 @@ def blind(questions: Sequence[Question], folds: int = 5, seed: int = 0) -> list[
     return predictions
 
 
-def folds_of_images(questions: Sequence[Question], folds: int, seed: int) -> dict[str, int]:
+def folds_of_images(questions: Sequence[Question], seed: int) -> dict[str, int]:
     """A fold for each image, drawn by the seed."""
     names = sorted({q.image for q in questions})
     random.Random(seed).shuffle(names)
-    return {name: i % folds for i, name in enumerate(names)}
+    return {name: i % FOLDS for i, name in enumerate(names)}
 
 
 def grey_image() -> Image.Image:

@@ -40,12 +40,9 @@ def yes_no_tokens(vlm: VisionLanguageModel) -> tuple[list[int], list[int]]:
     """
     first_tokens = []
     for words in (("Yes", "yes"), ("No", "no")):
-        firsts = set()
-        for word in words:
-            turns = [{"from": "human", "value": "?"}, {"from": "gpt", "value": word}]
-            labels = vlm.encode(turns)["labels"]
-            firsts.add(next(label for label in labels if label != IGNORE))
-        first_tokens.append(firsts)
+        turns = ([{"from": "human", "value": "?"}, {"from": "gpt", "value": word}] for word in words)
+        labels = (vlm.encode(conversation)["labels"] for conversation in turns)
+        first_tokens.append({next(label for label in row if label != IGNORE) for row in labels})
     yes, no = sorted(first_tokens[0] - first_tokens[1]), sorted(first_tokens[1] - first_tokens[0])
     if not (yes and no):
         raise InputError("yes and no begin with the same token of this tokenizer: score generated answers instead")
@@ -57,22 +54,16 @@ def margins(
     questions: Sequence[Question],
     open_image: Callable[[str], Image.Image],
     *,
-    post_prompt: str = POST_PROMPT,
     batch_size: int = 16,
     most: int = 32,
 ) -> np.ndarray:
-    """log P(yes) - log P(no) at the first token of the answer, for every question.
+    """(questions,) float64: log P(yes) - log P(no) at the first token of answers to questions with `POST_PROMPT`.
 
     Args:
-        vlm: from `mllm.model.load`.
         questions: one that is asked again about the same image, as in several splits, is computed once.
         open_image: gives the image of a name; not called for "" (no image) and `mllm.pope.controls.GREY`.
-        post_prompt: follows each question.
         batch_size: images at a time.
         most: questions in one row.
-
-    Returns:
-        (questions,) float64, in their order.
     """
     yes, no = yes_no_tokens(vlm)
     asked: dict[str, dict[str, None]] = {}
@@ -89,8 +80,7 @@ def margins(
         start = 0
         while start < len(rows):
             batch = [row for row in rows[start : start + batch_size] if (row[0] == "") == (rows[start][0] == "")]
-            results = _batch_margins(vlm, batch, open_image, post_prompt, yes, no)
-            for (shown, texts), margins_of_row in zip(batch, results):
+            for (shown, texts), margins_of_row in zip(batch, _batch_margins(vlm, batch, open_image, yes, no)):
                 values |= {(shown, text): value for text, value in zip(texts, margins_of_row)}
             start += len(batch)
             bar.update(len(batch))
@@ -102,7 +92,6 @@ def _batch_margins(
     vlm: VisionLanguageModel,
     rows: Sequence[tuple[str, list[str]]],
     open_image: Callable[[str], Image.Image],
-    post_prompt: str,
     yes: list[int],
     no: list[int],
 ) -> list[list[float]]:
@@ -111,7 +100,7 @@ def _batch_margins(
     for shown, texts in rows:
         count, about = int(bool(shown)), shown or "no image"
         names = [f"question `{text}` about {about}: " for text in texts]
-        turns = [[question_turn(text + post_prompt, count)] for text in texts]
+        turns = [[question_turn(text + POST_PROMPT, count)] for text in texts]
         encoded = [vlm.encode(t, count, ask=True, name=name) for t, name in zip(turns, names)]
         packed.append(pack([row["input_ids"] for row in encoded]))
     length = max(len(ids) for ids, _, _, _ in packed)
@@ -136,10 +125,7 @@ def _batch_margins(
 
 
 def pack(prompts: Sequence[list[int]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[int]]:
-    """Lay prompts behind their common beginning in one row.
-
-    Args:
-        prompts: token ids; each keeps at least its last token to itself.
+    """Lay prompts of token ids behind their common beginning in one row; each keeps at least its last token to itself.
 
     Returns:
         ids (tokens,) int64; position_ids (tokens,), which go on from the beginning in each prompt; (tokens, tokens)
@@ -159,13 +145,13 @@ def pack(prompts: Sequence[list[int]]) -> tuple[torch.Tensor, torch.Tensor, torc
     return torch.tensor(ids), torch.tensor(positions), allowed, lasts
 
 
-def score_margins(questions: Sequence[Question], values: np.ndarray, folds: int = 5, seed: int = 0) -> dict[str, dict]:
+def score_margins(questions: Sequence[Question], values: np.ndarray, seed: int = 0) -> dict[str, dict]:
     """Scores of margins for every split that occurs, and under "mean" their plain average.
 
     accuracy at margin 0; auc, the share of (yes, no) pairs of questions in the right order; ap, the average precision;
     accuracy_tuned, at the threshold that is best in the other folds of images; yes_rate at 0. All in [0, 1].
     """
-    fold_of = folds_of_images(questions, folds, seed)
+    fold_of = folds_of_images(questions, seed)
     table: dict[str, dict[str, float]] = {}
     for split in SPLITS:
         chosen = [i for i, q in enumerate(questions) if q.split == split]
@@ -214,18 +200,16 @@ def generate(
     questions: Sequence[Question],
     open_image: Callable[[str], Image.Image],
     *,
-    post_prompt: str = POST_PROMPT,
     batch_size: int = 16,
-    max_new_tokens: int = 16,
 ) -> list[str]:
     """Greedy answers to questions, each asked once about an image; arguments as in `margins`."""
     asked = list(dict.fromkeys((q.shown, q.text) for q in questions))
     answers: dict[tuple[str, str], str] = {}
     for first in tqdm(range(0, len(asked), batch_size), desc="pope answers", disable=None):
         batch = asked[first : first + batch_size]
-        turns = [[question_turn(text + post_prompt, bool(shown))] for shown, text in batch]
+        turns = [[question_turn(text + POST_PROMPT, bool(shown))] for shown, text in batch]
         images = [[image_of(shown, open_image)] if shown else [] for shown, _ in batch]
-        answers |= dict(zip(batch, vlm.answer(turns, images, max_new_tokens=max_new_tokens)))
+        answers |= dict(zip(batch, vlm.answer(turns, images, max_new_tokens=16)))
     return [answers[q.shown, q.text] for q in questions]
 
 

@@ -100,13 +100,9 @@ def version(questions: Sequence[Question]) -> str:
     releases = []
     for split in SPLITS:
         part = [q for q in questions if q.split == split]
-        key = split, len(part)
-        if key not in RELEASES:
-            name = "no public release of COCO's that is known here"
-        elif RELEASES[key][0] == digest(part):
-            name = RELEASES[key][1]
-        else:
-            name = f"as many questions as {RELEASES[key][1]}, but NOT the same"
+        known, name = RELEASES.get((split, len(part)), ("", "no public release of COCO's that is known here"))
+        if known and known != digest(part):
+            name = f"as many questions as {name}, but NOT the same"
         releases.append(f"{split} {len(part):,}: {name}")
     return f"{'; '.join(releases)}; digest {digest(questions)}"
 
@@ -149,8 +145,7 @@ def with_labels(
     questions: Sequence[Question], labelled: Iterable[Question], name: str = "the labelled files"
 ) -> list[Question]:
     """Questions of LLaVA's file with the labels of the official files."""
-    matched = join(questions, labelled, name=name)
-    return [q._replace(label=m.label) for q, m in zip(questions, matched)]
+    return [q._replace(label=m.label) for q, m in zip(questions, join(questions, labelled, name))]
 
 
 def plain(text: str) -> str:
@@ -198,14 +193,9 @@ def _lines(path: Path, split: str | None) -> Iterator[Question]:
 
 def _question(row: Mapping, split: str | None, where: str, labelled: bool) -> Question:
     try:
-        question = Question(
-            split=split or row["category"],
-            image=row["image"],
-            text=plain(row["text"]),
-            label=row["label"] if labelled else row.get("label", ""),
-            question_id=str(row["question_id"]),
-            shown=row["image"],
-        )
+        label, image = row["label"] if labelled else row.get("label", ""), row["image"]
+        text, question_id = plain(row["text"]), str(row["question_id"])
+        question = Question(split or row["category"], image, text, label, question_id, shown=image)
         if not all(isinstance(value, str) for value in question):
             raise TypeError("image, text, label and category must be text")
         "".join(question).encode()  # what lmms-eval's tables can hold; half a surrogate pair would end it

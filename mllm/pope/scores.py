@@ -12,15 +12,7 @@ SCORES = ("accuracy", "precision", "recall", "f1", "yes_rate", "invalid_rate")
 
 
 def score(predictions: Sequence[str], labels: Sequence[str]) -> dict[str, float]:
-    """Scores in [0, 1], yes being the positive class; an invalid prediction is wrong and is no "yes".
-
-    Args:
-        predictions: "yes", "no" or "invalid".
-        labels: "yes" or "no", one for each prediction.
-
-    Returns:
-        accuracy, precision, recall, f1 (0 where undefined), yes_rate and invalid_rate of the predictions, n.
-    """
+    """`SCORES` in [0, 1] (0 where undefined) and n; yes is the positive class, and "invalid" is wrong and no "yes"."""
     if len(predictions) != len(labels) or not labels:
         raise ValueError(f"{len(predictions)} predictions for {len(labels)} labels")
     pairs = Counter(zip(predictions, labels))
@@ -51,20 +43,12 @@ def score_splits(questions: Sequence[Question], predictions: Sequence[str]) -> d
 
 
 def intervals(
-    questions: Sequence[Question],
-    predictions: Sequence[str],
-    *,
-    resamples: int = 1000,
-    level: float = 0.95,
-    seed: int = 0,
+    questions: Sequence[Question], predictions: Sequence[str], *, resamples: int = 1000, seed: int = 0
 ) -> dict[str, dict[str, tuple[float, float]]]:
-    """Percentile intervals of accuracy and f1 for every split and their mean, resampling images.
+    """Percentile intervals of 95 %, {split or "mean": {"accuracy" or "f1": (lower, upper)}}.
 
     An image's questions stand or fall together, in all splits, so images are drawn and not questions (the cluster
     bootstrap of Davison and Hinkley 1997, section 3.8).
-
-    Returns:
-        {split or "mean": {"accuracy" or "f1": (lower, upper)}}.
     """
     rows = {name: i for i, name in enumerate(sorted({q.image for q in questions}))}
     splits = [split for split in SPLITS if any(q.split == split for q in questions)]
@@ -79,7 +63,7 @@ def intervals(
     table: dict[str, dict[str, tuple[float, float]]] = {split: {} for split in (*splits, "mean")}
     for name, values in scores.items():
         for split, column in zip((*splits, "mean"), (*values.T, values.mean(1))):
-            table[split][name] = percentiles(column, level)
+            table[split][name] = percentiles(column)
     return table
 
 

@@ -88,8 +88,7 @@ def _labels_and_predictions(run: Path, parser: str) -> dict[Key, tuple[str, str]
 
 def print_nulls(answers: Sequence[Answer], name: Path) -> None:
     """How many answers are none at all."""
-    nulls = sum(answer.text is None for answer in answers)
-    if nulls:
+    if nulls := sum(answer.text is None for answer in answers):
         print(f"{name}: {nulls:,} of {len(answers):,} answers are null; they count as invalid, which is wrong")
 
 
@@ -108,14 +107,9 @@ class Counts(NamedTuple):
     false_yes: int
 
 
-def solutions(accuracy: float, precision: float, recall: float, questions: int, decimals: int = 2) -> list[Counts]:
-    """All counts whose scores round to the given ones.
-
-    Args:
-        accuracy, precision, recall: in percent, rounded to `decimals`.
-        questions: how many there were; any share of them may be yes questions.
-    """
-    half = 0.5 * 10**-decimals + 1e-9
+def solutions(accuracy: float, precision: float, recall: float, questions: int) -> list[Counts]:
+    """All counts whose scores round to the given ones, in percent with two decimals; any share may be yes questions."""
+    half = 0.005 + 1e-9
     shares = {name: ((v - half) / 100, (v + half) / 100) for name, v in zip("apr", (accuracy, precision, recall))}
     counts = []
     for is_yes in range(1, questions):
@@ -127,8 +121,8 @@ def solutions(accuracy: float, precision: float, recall: float, questions: int, 
             if true_yes:
                 least, most = (true_yes / share if share > 0 else float("inf") for share in reversed(shares["p"]))
                 low, high = max(low, least - true_yes), min(high, most - true_yes)
-            for false_yes in range(max(0, ceil(low)), min(questions - is_yes, floor(high)) + 1):
-                counts.append(Counts(is_yes, questions - is_yes, true_yes, false_yes))
+            possible = range(max(0, ceil(low)), min(questions - is_yes, floor(high)) + 1)
+            counts += (Counts(is_yes, questions - is_yes, true_yes, false_yes) for false_yes in possible)
     return counts
 
 
