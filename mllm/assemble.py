@@ -123,8 +123,7 @@ def assembled_config(
 ) -> DiffCLIPLlavaConfig:
     """The configuration that `assemble` would give, from the parts' configurations alone; no weights are read.
 
-    Args:
-        vision_tower, language_model: as in `assemble`; their config.json is enough (open_clip's names are loaded).
+    Their config.json is enough, but open_clip's names are loaded.
     """
     text = from_pretrained(AutoConfig, language_model)
     if str(vision_tower).startswith(PREFIX):
@@ -242,8 +241,7 @@ def _official_tower(path: str | Path) -> tuple[PreTrainedModel, BaseImageProcess
     try:
         AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError):
-        if official_file(path):
-            return load_tower(str(path))
+        return load_tower(str(path)) if official_file(path) else None
     return None
 
 

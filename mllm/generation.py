@@ -15,21 +15,16 @@ SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p")  # options wi
 
 
 def generation_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of transformers' `generate` that do what they say.
+    """Options of transformers' `generate` that do what they say; None counts as not given.
 
-    Args:
-        options: of `generate`; None counts as not given. The temperature, where there is one, decides: 0 is greedy and
-            more samples, whatever do_sample says; without one do_sample does, and without both it is greedy.
-            max_gen_toks, as some tasks of lmms-eval say, is max_new_tokens.
+    The temperature, where there is one, decides: 0 is greedy and more samples, whatever do_sample says; without one
+    do_sample does, and without both it is greedy. max_gen_toks, as some tasks of lmms-eval say, is max_new_tokens.
 
     Raises:
         InputError: a temperature below 0, or no new tokens.
     """
     result = {name: value for name, value in options.items() if value is not None}
-    if "max_gen_toks" in result:
-        result.setdefault("max_new_tokens", result.pop("max_gen_toks"))
-        result.pop("max_gen_toks", None)
-    result.setdefault("max_new_tokens", 512)
+    result.setdefault("max_new_tokens", result.pop("max_gen_toks", 512))
     if result["max_new_tokens"] < 1:
         raise InputError(f"max_new_tokens is {result['max_new_tokens']}: an answer needs 1 or more")
     if "temperature" in result:
@@ -47,12 +42,7 @@ def stream_text(
     inputs: Mapping[str, torch.Tensor],
     options: Mapping[str, Any],
 ) -> Iterator[str]:
-    """Yield what `model.generate` writes behind `inputs` as it comes; closing the iterator ends the generation.
-
-    Args:
-        inputs: of `generate`, for one text.
-        options: from `generation_options`.
-    """
+    """Yield what `model.generate` writes behind the inputs for one text as it comes; closing the iterator ends it."""
     stopped, failed = Event(), list[BaseException]()
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
 
@@ -68,12 +58,11 @@ def stream_text(
 
     thread = Thread(target=generate, daemon=True)
     thread.start()
-    lead = True
+    started = False
     try:
         for piece in streamer:
-            piece = piece.lstrip() if lead else piece
-            if piece:
-                lead = False
+            if piece := piece if started else piece.lstrip():
+                started = True
                 yield piece
     finally:  # also when whoever reads the pieces stops
         stopped.set()

@@ -60,10 +60,10 @@ class Rows(Sequence[Row]):
             images.append(place)
         return Row(row["key"], json.loads(row["conversation"]), images)
 
-    def texts(self, indices: Sequence[int]) -> tuple[list[list[dict[str, str]]], list[int]]:
-        """Conversations and numbers of images of some rows, without looking for the images."""
-        rows = self._texts[indices]
-        return [json.loads(text) for text in rows["conversation"]], [len(names) for names in rows["images"]]
+    def texts(self) -> Iterator[tuple[list[list[dict[str, str]]], list[int]]]:
+        """Conversations and numbers of images of all rows, 4096 at a time, without looking for the images."""
+        for rows in self._texts.iter(4096):
+            yield [json.loads(text) for text in rows["conversation"]], [len(names) for names in rows["images"]]
 
 
 def load_rows(

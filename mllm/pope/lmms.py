@@ -39,12 +39,10 @@ def write_parquet(questions: Sequence[Question], images: Mapping[str, ImagePlace
     # Arrow writes it silently; the schema carries the features, so that `image` is read back as an image.
     with pyarrow.parquet.ParquetWriter(path, features.arrow_schema) as writer:
         for first in range(0, len(questions), 500):  # photos of thousands of questions are more than one table may hold
-            rows = [
-                (q.question_id, q.text, q.label, q.image, encoded[q.shown], q.split)
-                for q in questions[first : first + 500]
-            ]
-            part = datasets.Dataset.from_dict(dict(zip(names, map(list, zip(*rows)))), features=features)
-            writer.write_table(part.data.table.cast(features.arrow_schema))
+            part = questions[first : first + 500]
+            rows = [(q.question_id, q.text, q.label, q.image, encoded[q.shown], q.split) for q in part]
+            table = datasets.Dataset.from_dict(dict(zip(names, map(list, zip(*rows)))), features=features)
+            writer.write_table(table.data.table.cast(features.arrow_schema))
 
 
 def write_tasks(folder: str | Path, parquets: Mapping[str, str | Path], post_prompt: str = POST_PROMPT) -> list[str]:
@@ -89,8 +87,7 @@ def evaluate_with_lmms(
         questions: with labels, from `mllm.pope.questions.read`.
         images: their images, from `mllm.pope.images.find_images`.
         out_dir: gets task files, lmms-eval's results and log, and answers.jsonl.
-        controls: further passes of the model, of `CONTROLS`: each question with another image, with a grey one, with
-            none.
+        controls: further passes of the model, of `CONTROLS`.
         batch_size: questions at a time, in each process.
         device: of a single process, e.g. "cuda:0"; by default its own.
         processes: that share the questions, one a GPU.
@@ -108,7 +105,7 @@ def evaluate_with_lmms(
         raise InputError(f"unknown POPE controls {sorted(unknown)}: use {', '.join(CONTROLS)}")
     if not all(q.label for q in questions):
         raise InputError("POPE's questions have no labels; give the official files, too")
-    passes = {"model": list(questions), **{name: CONTROLS[name](questions, seed) for name in controls}}
+    passes = {"model": questions, **{name: CONTROLS[name](questions, seed) for name in controls}}
     out_dir = Path(out_dir).resolve()
     tasks = out_dir / "tasks"
     tasks.mkdir(parents=True, exist_ok=True)

@@ -242,7 +242,7 @@ def test_pictures_inside_parquet_and_saved_datasets(folder, picture):
         shown = [r.images[0].open(r.key).tobytes() for r in rows[:3]]
         assert shown == [picture(n).tobytes() for n in range(3)], name
         assert name == "plain.parquet" or rows[3].images == []
-        assert rows.texts([0, 2])[1] == [1, 1]
+        assert next(rows.texts())[1][:3:2] == [1, 1]
         assert checked(folder / name, folder) == 0
     broken = [{"id": "x", "image": b"no image", "conversations": turns}]
     parquet.write_table(pa.Table.from_pylist(broken), folder / "broken.parquet")
