@@ -17,8 +17,7 @@ from diffclip.base.fingerprint import json_digest
 from mllm.conversation import IMAGE, check_image_count, question_turn
 from mllm.data.images import ImagePlace, row_places
 from mllm.data.rows import media_problem, read_rows
-from mllm.generation import generation_options
-from mllm.model import VisionLanguageModel
+from mllm.model import VisionLanguageModel, generation_options
 
 
 def answer_file(
@@ -30,7 +29,7 @@ def answer_file(
 
     Args:
         source: rows {image, question}, in any of LLaVA's layouts.
-        options: see `mllm.generation.generation_options`.
+        options: see `mllm.model.generation_options`.
 
     Raises:
         InputError: a row without a question, with an image that cannot be found or read, or with more or fewer
@@ -69,23 +68,18 @@ def _read_questions(vlm: VisionLanguageModel, source: Path, root: Path) -> tuple
         if not isinstance(row.get("question"), str) or not row["question"].strip():
             raise InputError(f"{source}: row {number} has no question; rows are {{image, question}}")
         try:
-            images = _find_images(row, root)
+            images = row_places(row, root)
+            if missing := [name for name, place in images if place is None]:
+                name = missing[0][:200]
+                raise InputError(f"image {name} is not under {root}, nor in a tar there; check --image_root")
+            if problem := media_problem(row, bool(images)):
+                raise InputError(problem)
             (prompt,) = vlm.prompts([[question_turn(row["question"], len(images))]])
             check_image_count(prompt.count(IMAGE), len(images), vlm.template)
         except InputError as error:
             raise InputError(f"{source}: row {number}: {error}") from None
-        places.append(images)
+        places.append([place for _, place in images if place])
     return rows, places
-
-
-def _find_images(row: dict, root: Path) -> list[ImagePlace]:
-    """The places of a row's images; InputError if one cannot be found."""
-    places = row_places(row, root)
-    if missing := [name for name, place in places if place is None]:
-        raise InputError(f"image {missing[0][:200]} is not under {root}, nor in a tar there; check --image_root")
-    if problem := media_problem(row, bool(places)):
-        raise InputError(problem)
-    return [place for _, place in places if place is not None]
 
 
 def _row_ids(rows: list[dict], places: list[list[ImagePlace]], source: Path) -> list[str]:

@@ -43,8 +43,7 @@ def render(
     """Lay a conversation out as text.
 
     Args:
-        conversation: turns `{"from": "human" | "gpt", "value": text}`, alternating; a leading gpt turn is
-            dropped.
+        conversation: alternating turns; a leading gpt turn is dropped.
         template: "plain" (stage 1: the image, then the caption and a newline; questions are dropped),
             "vicuna" (LLaVA 1.5's form; TinyLLaVA names it qwen2_instruct) or "chatml" (Qwen's own form).
         add_generation_prompt: the last turn is a question; end where the answer begins.
@@ -113,11 +112,7 @@ def pair_turns(conversation: Conversation, add_generation_prompt: bool = False) 
 def prompt(
     conversation: Conversation, template: str, end_token: str = "<|im_end|>", control: Sequence[str] = QWEN_CONTROL
 ) -> str:
-    """The text up to where the model's answer begins; the last turn is a question.
-
-    Raises:
-        InputError: a turn holds what no text may hold, see `text_problem`.
-    """
+    """The text up to where the answer to the last turn begins; InputError if there is a `text_problem`."""
     if problem := text_problem(*pair_turns(conversation, True), control):
         raise InputError(problem)
     return "".join(s.text for s in render(conversation, template, True, end_token))
@@ -176,7 +171,6 @@ def encode(
     """Token ids and labels of a rendered conversation.
 
     Args:
-        segments: output of `render`.
         tokenizer: a fast Hugging Face tokenizer that knows `<image>` as one token.
         image_tokens: how many placeholders stand for one image in the model's input.
 

@@ -27,8 +27,7 @@ from diffclip.base.files import append_jsonl, read_jsonl
 from diffclip.base.images import to_rgb
 from mllm.conversation import IGNORE, IMAGE, check_image_count, question_turn
 from mllm.data.examples import collate
-from mllm.generation import SAMPLING, generation_options
-from mllm.model import load
+from mllm.model import SAMPLING, generation_options, load
 
 PROGRESS = "diffclip_llava"  # what the progress bar begins with
 AUTO = {"cuda": 64, "cpu": 8}  # questions at a time that --batch_size auto begins with
@@ -220,7 +219,7 @@ class AnswerCache(dict[tuple, str]):
 
 
 def _task_options(options: dict) -> dict[str, Any]:
-    """What `generate` is told: a task's options as `mllm.generation` reads them, 1,024 new tokens by default."""
+    """What `generate` is told: a task's options as `mllm.model` reads them, 1,024 new tokens by default."""
     known = {name: value for name, value in options.items() if name in OPTIONS}
     given = {"max_new_tokens", "max_gen_toks"} & {name for name, value in known.items() if value is not None}
     return generation_options(known if given else {**known, "max_new_tokens": 1024})

@@ -4,8 +4,10 @@ All that asks a model goes through it, so that prompts, placeholders and images 
 """
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +18,7 @@ from transformers import (
     BatchFeature,
     LlavaProcessor,
     PreTrainedTokenizerBase,
+    TextIteratorStreamer,
 )
 from transformers.utils import logging
 
@@ -27,7 +30,6 @@ from diffclip.base.files import read_json, write_json
 from diffclip.base.fingerprint import json_digest
 from mllm import conversation
 from mllm.conversation import IMAGE, Conversation, check_image_count, control_tokens, question_turn, render
-from mllm.generation import generation_options, stream_text
 from mllm.llava import DiffCLIPLlavaForConditionalGeneration
 from mllm.processing import bounded, check_tokens, never_cut
 from mllm.weights import fingerprints, load_strictly, verify
@@ -41,6 +43,7 @@ TRAINED_WITH = (
     "projector",
     "own_logits",
 )
+SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p")  # options without a meaning in greedy decoding
 ORIGIN = ("_name_or_path", "transformers_version", "architectures", "dtype")  # say only where a model comes from
 
 
@@ -114,12 +117,8 @@ class VisionLanguageModel(NamedTuple):
         """Token ids and labels of one conversation, see `mllm.conversation.encode`; a placeholder for each feature.
 
         Args:
-            images: how many images it is given; None is not compared with what it shows.
+            images: how many it is given; InputError, which begins with `name`, if it shows more or fewer.
             ask: the last turn is a question; end where the answer begins.
-            name: what a message about the number of images begins with.
-
-        Raises:
-            InputError: it shows more or fewer images.
         """
         segments = render(turns, self.template, ask, self.end_token)
         if images is not None:
@@ -127,7 +126,7 @@ class VisionLanguageModel(NamedTuple):
         return conversation.encode(segments, self.tokenizer, self.model.config.image_seq_length)
 
     def generate(self, prompts: Sequence[str], images: Sequence[Sequence[Image]], **options: Any) -> list[str]:
-        """What the model writes behind each prompt, unstripped; options as in `mllm.generation.generation_options`."""
+        """What the model writes behind each prompt, unstripped; options as in `generation_options`."""
         inputs = self.inputs(prompts, images)
         tokens = self.model.generate(**inputs, **generation_options(options))
         return self.tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
@@ -171,6 +170,63 @@ class VisionLanguageModel(NamedTuple):
                 "end": self.tokenizer.eos_token,
             }
         )
+
+
+def generation_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of transformers' `generate` that do what they say; None counts as not given.
+
+    The temperature, where there is one, decides: 0 is greedy and more samples, whatever do_sample says; without one
+    do_sample does, and without both it is greedy. max_gen_toks, as some tasks of lmms-eval say, is max_new_tokens.
+
+    Raises:
+        InputError: a temperature below 0, or no new tokens.
+    """
+    result = {name: value for name, value in options.items() if value is not None}
+    result.setdefault("max_new_tokens", result.pop("max_gen_toks", 512))
+    if result["max_new_tokens"] < 1:
+        raise InputError(f"max_new_tokens is {result['max_new_tokens']}: an answer needs 1 or more")
+    if "temperature" in result:
+        temperature = float(result["temperature"])
+        if not 0 <= temperature < math.inf:
+            raise InputError(f"temperature is {temperature}: give 0 for the likeliest words, or more to sample")
+        result |= {"temperature": temperature, "do_sample": temperature > 0}
+    result["do_sample"] = bool(result.get("do_sample"))
+    return {name: value for name, value in result.items() if result["do_sample"] or name not in SAMPLING}
+
+
+def stream_text(
+    model: DiffCLIPLlavaForConditionalGeneration,
+    tokenizer: PreTrainedTokenizerBase,
+    inputs: Mapping[str, torch.Tensor],
+    options: Mapping[str, Any],
+) -> Iterator[str]:
+    """Yield what `model.generate` writes behind the inputs for one text as it comes; closing the iterator ends it."""
+    stopped, failed = Event(), list[BaseException]()
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+
+    def stop(ids: torch.Tensor, scores: object, **rest: object) -> torch.Tensor:
+        return ids.new_full((len(ids),), stopped.is_set(), dtype=torch.bool)
+
+    def generate() -> None:
+        try:
+            model.generate(**inputs, streamer=streamer, stopping_criteria=[stop], **options)
+        except BaseException as error:  # raised again in the thread that reads
+            failed.append(error)
+            streamer.end()
+
+    thread = Thread(target=generate, daemon=True)
+    thread.start()
+    started = False
+    try:
+        for piece in streamer:
+            if piece := piece if started else piece.lstrip():
+                started = True
+                yield piece
+    finally:  # also when whoever reads the pieces stops
+        stopped.set()
+        thread.join()
+    if failed:
+        raise failed[0]
 
 
 def load(

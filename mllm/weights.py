@@ -28,7 +28,7 @@ def parts(model: DiffCLIPLlavaForConditionalGeneration) -> dict[str, nn.Module]:
 
 
 def freeze(model: DiffCLIPLlavaForConditionalGeneration, train: Collection[str]) -> dict[str, int]:
-    """Let only the parts named in `train`, of `PARTS`, learn; returns the number of parameters of every part."""
+    """Let only the named parts learn; returns the parameters of every part. InputError for names not in `PARTS`."""
     if unknown := sorted(set(train) - set(PARTS)):
         raise InputError(f"learns: there is no part {', '.join(unknown)}; use {', '.join(PARTS)}")
     for name, module in parts(model).items():

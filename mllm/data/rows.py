@@ -155,8 +155,7 @@ def examine(
     """Every row with its name, its images by name, and what is wrong with it or ""; arguments as in `load_rows`."""
     for path in files:
         for number, row in enumerate(read_rows(path)):
-            name = f"{path}: row {number} (id {row.get('id', '?')})"
-            key = name.encode(errors="backslashreplace").decode()
+            key = f"{path}: row {number} (id {row.get('id', '?')})".encode(errors="backslashreplace").decode()
             try:
                 if image_prefix and not any(name.startswith(image_prefix) for name, _ in row_images(row)):
                     continue

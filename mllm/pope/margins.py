@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 from sklearn.metrics import average_precision_score, roc_auc_score
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from diffclip.base.devices import pick_device
@@ -103,14 +104,12 @@ def _batch_margins(
         turns = [[question_turn(text + POST_PROMPT, count)] for text in texts]
         encoded = [vlm.encode(t, count, ask=True, name=name) for t, name in zip(turns, names)]
         packed.append(pack([row["input_ids"] for row in encoded]))
-    length = max(len(ids) for ids, _, _, _ in packed)
-    ids = torch.full((len(rows), length), vlm.tokenizer.pad_token_id)
-    positions = torch.zeros_like(ids)
+    ids = pad_sequence([row[0] for row in packed], batch_first=True, padding_value=vlm.tokenizer.pad_token_id)
+    positions = pad_sequence([row[1] for row in packed], batch_first=True)
     # padding sees itself, so that no row is empty
-    allowed = torch.eye(length, dtype=torch.bool).repeat(len(rows), 1, 1)  # (rows, tokens, tokens)
-    for i, (row_ids, row_positions, row_allowed, _) in enumerate(packed):
-        ids[i, : len(row_ids)], positions[i, : len(row_ids)] = row_ids, row_positions
-        allowed[i, : len(row_ids), : len(row_ids)] = row_allowed
+    allowed = torch.eye(ids.shape[1], dtype=torch.bool).repeat(len(rows), 1, 1)  # (rows, tokens, tokens)
+    for of_row, (_, _, seen, _) in zip(allowed, packed):
+        of_row[: len(seen), : len(seen)] = seen
     device, dtype = model.device, model.dtype
     mask = torch.zeros(allowed.shape, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)[:, None]
     inputs = {"input_ids": ids, "position_ids": positions, "attention_mask": mask}
