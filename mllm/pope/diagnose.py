@@ -22,12 +22,11 @@ from mllm.data.examples import ConversationDataset
 from mllm.data.images import ImagePlace
 from mllm.data.rows import load_rows
 from mllm.model import FINGERPRINTS, VisionLanguageModel, transform_fingerprint
-from mllm.pope.answers import Answer, read_answers
-from mllm.pope.controls import shuffle_images
 from mllm.pope.images import images_of
 from mllm.pope.margins import generate, margins, score_margins
 from mllm.pope.parsers import parse, parse_strict
-from mllm.pope.questions import Question, read_labelled
+from mllm.pope.questions import Answer, Question, read_answers, read_labelled
+from mllm.pope.scores import shuffle_images
 from mllm.weights import parts
 
 
@@ -70,7 +69,7 @@ def diagnose(
         directory: the run; what training wrote beside the weights (run.json, config.yaml) is used where it is there.
         questions: POPE with labels, from `mllm.pope.questions.read`; without it the model is not asked anything.
         images: their images, from `mllm.pope.images.find_images`.
-        answers: of an earlier evaluation, from `mllm.pope.answers.read_answers`, to be checked against `questions`.
+        answers: of an earlier evaluation, from `mllm.pope.questions.read_answers`, to be checked against `questions`.
         asked_images: how many images the model is asked about.
     """
     directory = Path(directory)
@@ -159,13 +158,8 @@ def training_data(model: Any, processor: Any, config: dict) -> Iterator[Finding]
         yield Finding("no yes/no data", None, unknown)
         return
     template = config.get("template", model.config.conversation_template)
-    rows = load_rows(
-        data,
-        config.get("image_root", ""),
-        image_prefix=config.get("image_prefix", ""),
-        template=template,
-        control=control_tokens(processor.tokenizer),
-    )
+    shown = {"image_prefix": config.get("image_prefix", ""), "template": template}
+    rows = load_rows(data, config.get("image_root", ""), **shown, control=control_tokens(processor.tokenizer))
     dataset = ConversationDataset(rows, processor, template=template, max_length=config.get("max_length", 2048))
     chosen = range(0, len(rows), max(1, len(rows) // 400))
     empty, answers = 0, []

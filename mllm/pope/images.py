@@ -43,10 +43,7 @@ def find_images(questions: Sequence[Question], image_root: str | Path) -> dict[s
 def images_of(
     questions: Sequence[Question], path: str | Path, image_root: str | Path | None, unpack_to: str | Path
 ) -> dict[str, ImagePlace]:
-    """`find_images` under `image_root`, or, where that is not given, among those that the files in `path` carry.
-
-    Args:
-        unpack_to: folder that these are written to.
+    """`find_images` under `image_root` or, without it, among those that the files in `path` carry, put in `unpack_to`.
 
     Raises:
         InputError: there is neither, or an image is missing.

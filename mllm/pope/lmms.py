@@ -20,10 +20,9 @@ import pyarrow.parquet
 from diffclip.base.errors import InputError
 from diffclip.base.files import json_line, read_json, read_jsonl, write_whole
 from mllm.data.images import ImagePlace
-from mllm.pope.controls import CONTROLS, GREY, blind, grey_image
 from mllm.pope.parsers import parse
 from mllm.pope.questions import POST_PROMPT, SPLITS, Question
-from mllm.pope.scores import SCORES, intervals, score, score_splits
+from mllm.pope.scores import CONTROLS, GREY, SCORES, blind, grey_image, intervals, score, score_splits
 
 ANSWERED = "answered.jsonl"  # what a killed evaluation had answered
 
@@ -46,15 +45,12 @@ def write_parquet(questions: Sequence[Question], images: Mapping[str, ImagePlace
 
 
 def write_tasks(folder: str | Path, parquets: Mapping[str, str | Path], post_prompt: str = POST_PROMPT) -> list[str]:
-    """Write a task file for each parquet file, for `lmms-eval --include_path FOLDER`.
+    """Write a task file for each parquet file, for `lmms-eval --include_path FOLDER`; returns the task names.
 
     Args:
         folder: where to write; parquet files in it are named relative to it, so that it can be moved.
         parquets: task name -> parquet file; lmms-eval's own names (`pope`, ...) must not be used.
         post_prompt: follows each question.
-
-    Returns:
-        The task names.
     """
     folder = Path(folder).resolve()
     template = (files("mllm.tasks") / "pope.yaml").read_text(encoding="utf-8")
@@ -105,13 +101,13 @@ def evaluate_with_lmms(
         raise InputError(f"unknown POPE controls {sorted(unknown)}: use {', '.join(CONTROLS)}")
     if not all(q.label for q in questions):
         raise InputError("POPE's questions have no labels; give the official files, too")
-    passes = {"model": questions, **{name: CONTROLS[name](questions, seed) for name in controls}}
     out_dir = Path(out_dir).resolve()
     tasks = out_dir / "tasks"
     tasks.mkdir(parents=True, exist_ok=True)
     # lmms-eval scores the model split by split; one task for each control is enough
-    parts = {f"diffclip_pope_model_{split}": [q for q in questions if q.split == split] for split in SPLITS}
-    parts |= {f"diffclip_pope_{name}": passes[name] for name in controls}
+    passes = {"model": {f"diffclip_pope_model_{split}": [q for q in questions if q.split == split] for split in SPLITS}}
+    passes |= {name: {f"diffclip_pope_{name}": CONTROLS[name](questions, seed)} for name in controls}
+    parts = {task: part for of_pass in passes.values() for task, part in of_pass.items()}
     for task, part in parts.items():
         write_parquet(part, images, tasks / f"{task}.parquet")
     write_tasks(tasks, {task: tasks / f"{task}.parquet" for task in parts})
@@ -122,9 +118,8 @@ def evaluate_with_lmms(
                 f"{task}: lmms-eval wrote {len(answers[task])} answers to {len(part)} questions, see {out_dir}; start "
                 "again, what was answered is kept"
             )
-    tasks_of = {name: [task for task in parts if task.startswith(f"diffclip_pope_{name}")] for name in passes}
-    asked = {name: [q for task in tasks for q in parts[task]] for name, tasks in tasks_of.items()}
-    given = {name: [answer for task in tasks for answer in answers[task]] for name, tasks in tasks_of.items()}
+    asked = {name: [q for part in of_pass.values() for q in part] for name, of_pass in passes.items()}
+    given = {name: [answer for task in of_pass for answer in answers[task]] for name, of_pass in passes.items()}
     pairs = ((name, q, answer) for name in passes for q, answer in zip(asked[name], given[name]))
     lines = [json_line({"pass": name, **q._asdict(), "answer": answer}) for name, q, answer in pairs]
     write_whole(out_dir / "answers.jsonl", "".join(lines))
@@ -183,13 +178,9 @@ def run_lmms_eval(
     command += ["--include_path", str(tasks_dir), "--batch_size", str(batch_size)]
     command += ["--output_path", str(output), "--log_samples"]
     command += ["--device", device] if device else []
-    environment = {
-        **os.environ,
-        "HF_HUB_OFFLINE": "1",
-        "HF_DATASETS_OFFLINE": "1",
-        "LMMS_EVAL_DATASETS_CACHE": str(out_dir / "datasets_cache"),
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]),
-    }
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    environment["LMMS_EVAL_DATASETS_CACHE"] = str(out_dir / "datasets_cache")
+    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
     code = _run_with_progress(command, environment, log)
     shutil.rmtree(out_dir / "datasets_cache", ignore_errors=True)  # lmms-eval's copy of all images
     written = sorted(set(output.rglob("*_results.json")) - before)

@@ -21,11 +21,10 @@ from diffclip.base.errors import InputError
 from diffclip.base.files import json_line, write_json, write_whole
 from mllm.conversation import IGNORE, question_turn
 from mllm.model import VisionLanguageModel, load
-from mllm.pope.controls import CONTROLS, GREY, blind, folds_of_images, grey_image
 from mllm.pope.images import images_of
 from mllm.pope.parsers import parse
 from mllm.pope.questions import POST_PROMPT, SPLITS, Question, read_labelled, version
-from mllm.pope.scores import SCORES, score_splits, uses_image
+from mllm.pope.scores import CONTROLS, GREY, SCORES, blind, folds_of_images, grey_image, score_splits, uses_image
 from mllm.pope.tables import print_scores
 
 MARGIN_SCORES = ("accuracy", "auc", "ap", "accuracy_tuned", "yes_rate")
@@ -62,7 +61,7 @@ def margins(
 
     Args:
         questions: one that is asked again about the same image, as in several splits, is computed once.
-        open_image: gives the image of a name; not called for "" (no image) and `mllm.pope.controls.GREY`.
+        open_image: gives the image of a name; not called for "" (no image) and `mllm.pope.scores.GREY`.
         batch_size: images at a time.
         most: questions in one row.
     """

@@ -11,12 +11,10 @@ import numpy as np
 from diffclip.base.console import print_table
 from diffclip.base.errors import InputError
 from diffclip.base.statistics import mcnemar
-from mllm.pope.answers import Answer, read_answers
-from mllm.pope.controls import blind
 from mllm.pope.images import find_images
 from mllm.pope.parsers import PARSERS, parse
-from mllm.pope.questions import SPLITS, Key, join, read, read_labelled, version
-from mllm.pope.scores import SCORES, intervals, score, score_splits, uses_image
+from mllm.pope.questions import SPLITS, Answer, Key, join, read, read_answers, read_labelled, version
+from mllm.pope.scores import SCORES, blind, intervals, score, score_splits, uses_image
 
 
 def check(options: Namespace) -> None:

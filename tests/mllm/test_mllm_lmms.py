@@ -14,12 +14,11 @@ import torch
 from diffclip.base.errors import InputError
 from diffclip.base.files import read_jsonl
 from mllm.conversation import prompt
-from mllm.pope.controls import CONTROLS, GREY, grey_image, shuffle_images
 from mllm.pope.images import find_images
 from mllm.pope.lmms import _same, evaluate_with_lmms, score_answers, write_parquet, write_tasks
 from mllm.pope.parsers import parse_lmms_eval
 from mllm.pope.questions import POST_PROMPT, SPLITS, read
-from mllm.pope.scores import intervals, score
+from mllm.pope.scores import CONTROLS, GREY, grey_image, intervals, score, shuffle_images
 
 lmms_eval = pytest.importorskip("lmms_eval")
 OBJECTS = ("red square", "small blue circle", "green star")

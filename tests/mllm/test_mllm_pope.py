@@ -10,12 +10,10 @@ import pytest
 
 from diffclip.base.errors import InputError
 from mllm.pope import questions as pope_files
-from mllm.pope.answers import Answer, read_answers
-from mllm.pope.controls import blind, shuffle_images
 from mllm.pope.images import find_images, unpack_images
 from mllm.pope.parsers import PARSERS, parse, parse_lmms_eval, parse_official, parse_strict
-from mllm.pope.questions import SPLITS, Question, digest, join, read, version, with_labels
-from mllm.pope.scores import intervals, score, score_splits
+from mllm.pope.questions import SPLITS, Answer, Question, digest, join, read, read_answers, version, with_labels
+from mllm.pope.scores import blind, intervals, score, score_splits, shuffle_images
 
 OBJECTS = ("cat", "dog", "clock", "airplane")
 

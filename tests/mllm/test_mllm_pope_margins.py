@@ -9,9 +9,9 @@ import torch
 from diffclip.base.errors import InputError
 from mllm.conversation import prompt
 from mllm.model import VisionLanguageModel, load
-from mllm.pope.controls import CONTROLS, GREY, grey_image
 from mllm.pope.margins import best_threshold, generate, margins, pack, score_margins, yes_no_tokens
 from mllm.pope.questions import POST_PROMPT, SPLITS, Question
+from mllm.pope.scores import CONTROLS, GREY, grey_image
 
 OBJECTS = ("red square", "small blue circle", "green star", "left green square", "circle")
 
