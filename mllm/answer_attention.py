@@ -33,7 +33,6 @@ def answer_attention(
     attention, the only one that returns weights. Not for two threads at a time: it changes the model for a moment.
 
     Args:
-        model: from `mllm.model.load`.
         input_ids: (1, tokens) int64, the conversation up to the answer's end, one placeholder per image feature.
         pixel_values: (images, 3, height, width), in the model's dtype.
         first: position of the answer's first token, behind all images. A token is written from the position before

@@ -222,15 +222,8 @@ class DiffCLIPLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             NoSupervisionError: an example has no supervised token.
             ValueError: placeholders and image features differ in number.
         """
-        inputs = {
-            "input_ids": input_ids,
-            "pixel_values": pixel_values,
-            "attention_mask": attention_mask,
-            "position_ids": position_ids,
-            "past_key_values": past_key_values,
-            "inputs_embeds": inputs_embeds,
-            **kwargs,
-        }
+        inputs = {"input_ids": input_ids, "pixel_values": pixel_values, "inputs_embeds": inputs_embeds, **kwargs}
+        inputs |= {"attention_mask": attention_mask, "position_ids": position_ids, "past_key_values": past_key_values}
         if labels is not None:
             targets = labels[:, 1:]
             supervised = targets != IGNORE  # (batch, tokens - 1): position t predicts token t + 1

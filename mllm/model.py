@@ -35,13 +35,8 @@ from mllm.processing import bounded, check_tokens, never_cut
 from mllm.weights import fingerprints, load_strictly, verify
 
 FINGERPRINTS = "fingerprints.json"  # beside the weights, written last
-# settings that change what the same weights compute
-TRAINED_WITH = (
-    "vision_feature_layer",
-    "vision_feature_select_strategy",
-    "conversation_template",
-    "projector",
-    "own_logits",
+TRAINED_WITH = (  # settings that change what the same weights compute
+    *("vision_feature_layer", "vision_feature_select_strategy", "conversation_template", "projector", "own_logits"),
 )
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p")  # options without a meaning in greedy decoding
 ORIGIN = ("_name_or_path", "transformers_version", "architectures", "dtype")  # say only where a model comes from

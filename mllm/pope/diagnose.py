@@ -40,17 +40,9 @@ class Finding(NamedTuple):
 
 
 CAUSES = (
-    "wrong transform",
-    "wrong layer or template",
-    "random or swapped tower",
-    "unloaded projector",
-    "swapped language model",
-    "no supervised tokens",
-    "no yes/no data",
-    "label misalignment",
-    "ignored image",
-    "pure yes-bias",
-    "parser",
+    *("wrong transform", "wrong layer or template", "random or swapped tower", "unloaded projector"),
+    *("swapped language model", "no supervised tokens", "no yes/no data"),
+    *("label misalignment", "ignored image", "pure yes-bias", "parser"),  # by asking the model
 )
 
 
@@ -154,8 +146,7 @@ def training_data(model: Any, processor: Any, config: dict) -> Iterator[Finding]
     data = config.get("data") or []
     if not data or not all(Path(path).exists() for path in data):
         unknown = "the training's data is not there: run it where the paths of config.yaml hold"
-        yield Finding("no supervised tokens", None, unknown)
-        yield Finding("no yes/no data", None, unknown)
+        yield from (Finding(cause, None, unknown) for cause in CAUSES[5:7])
         return
     template = config.get("template", model.config.conversation_template)
     shown = {"image_prefix": config.get("image_prefix", ""), "template": template}

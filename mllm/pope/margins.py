@@ -158,17 +158,16 @@ def score_margins(questions: Sequence[Question], values: np.ndarray, seed: int =
         margin = np.asarray(values)[chosen]
         is_yes = np.array([questions[i].label == "yes" for i in chosen])
         fold = np.array([fold_of[questions[i].image] for i in chosen])
-        right = 0
-        for number in set(fold.tolist()):
-            held_out = fold == number
+        right = np.zeros(len(chosen), bool)
+        for held_out in (fold == number for number in set(fold.tolist())):
             threshold = best_threshold(margin[~held_out], is_yes[~held_out])
-            right += int(((margin[held_out] > threshold) == is_yes[held_out]).sum())
+            right[held_out] = (margin[held_out] > threshold) == is_yes[held_out]
         both = is_yes.any() and not is_yes.all()
         table[split] = {
             "accuracy": float(((margin > 0) == is_yes).mean()),
             "auc": float(roc_auc_score(is_yes, margin)) if both else float("nan"),
             "ap": float(average_precision_score(is_yes, margin)) if is_yes.any() else float("nan"),
-            "accuracy_tuned": right / len(chosen),
+            "accuracy_tuned": float(right.mean()),
             "yes_rate": float((margin > 0).mean()),
             "n": len(chosen),
         }

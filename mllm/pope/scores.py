@@ -41,11 +41,10 @@ def score(predictions: Sequence[str], labels: Sequence[str]) -> dict[str, float]
 
 def score_splits(questions: Sequence[Question], predictions: Sequence[str]) -> dict[str, dict[str, float]]:
     """`score` for every split that occurs, and under "mean" their plain average."""
-    groups: dict[str, tuple[list[str], list[str]]] = defaultdict(lambda: ([], []))
+    groups: dict[str, list[tuple[str, str]]] = defaultdict(list)
     for question, prediction in zip(questions, predictions, strict=True):
-        groups[question.split][0].append(prediction)
-        groups[question.split][1].append(question.label)
-    table = {split: score(*groups[split]) for split in SPLITS if split in groups}
+        groups[question.split].append((prediction, question.label))
+    table = {split: score(*zip(*groups[split])) for split in SPLITS if split in groups}
     mean = {name: sum(row[name] for row in table.values()) / len(table) for name in SCORES}
     return {**table, "mean": {**mean, "n": len(questions)}}
 

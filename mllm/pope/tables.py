@@ -109,7 +109,7 @@ def solutions(accuracy: float, precision: float, recall: float, questions: int) 
     """All counts whose scores round to the given ones, in percent with two decimals; any share may be yes questions."""
     half = 0.005 + 1e-9
     shares = {name: ((v - half) / 100, (v + half) / 100) for name, v in zip("apr", (accuracy, precision, recall))}
-    counts = []
+    counts: list[Counts] = []
     for is_yes in range(1, questions):
         low, high = (share * is_yes for share in shares["r"])
         for true_yes in range(max(0, ceil(low)), min(is_yes, floor(high)) + 1):
