@@ -23,12 +23,11 @@ from mllm.model import VisionLanguageModel, generation_options
 def answer_file(
     vlm: VisionLanguageModel, source: Path, out: Path, image_root: Path, batch_size: int, **options: Any
 ) -> None:
-    """Answer every row of a JSONL file; answers that `out` already holds are kept.
-
-    Each line of `out` is the row with its `answer` and `answer_id`.
+    """Answer every row of a file; answers that `out` already holds are kept.
 
     Args:
         source: rows {image, question}, in any of LLaVA's layouts.
+        out: gets these rows with their `answer` and `answer_id`, as JSONL.
         options: see `mllm.model.generation_options`.
 
     Raises:

@@ -34,8 +34,7 @@ def add_lora(
         InputError: the language model has no layers of the usual names.
     """
     lm = model.model.language_model
-    targets = {name.rsplit(".", 1)[-1] for name, _ in lm.named_modules()} & set(TARGETS)
-    if not targets:
+    if not (targets := {name.rsplit(".", 1)[-1] for name, _ in lm.named_modules()} & set(TARGETS)):
         raise InputError(
             f"lora_rank: the language model {type(lm).__name__} has none of the layers {', '.join(TARGETS)}"
         )
@@ -78,8 +77,7 @@ def merge(
         )
         _replace(lm, name, original)
     peft_model.merge_and_unload()
-    left = [name for name, _ in lm.named_parameters() if ".lora_" in name or ".base_layer" in name]
-    if left:
+    if left := [name for name, _ in lm.named_parameters() if ".lora_" in name or ".base_layer" in name]:
         raise WeightsError(f"merging left {', '.join(left[:3])} in the language model")
 
 

@@ -11,8 +11,6 @@ from diffclip.base.errors import InputError
 from diffclip.base.fingerprint import fingerprint
 from mllm.llava import DiffCLIPLlavaForConditionalGeneration
 
-PARTS = ("vision_tower", "projector", "language_model")
-
 
 class WeightsError(RuntimeError):
     """A part does not hold the weights it should."""
@@ -28,13 +26,14 @@ def parts(model: DiffCLIPLlavaForConditionalGeneration) -> dict[str, nn.Module]:
 
 
 def freeze(model: DiffCLIPLlavaForConditionalGeneration, train: Collection[str]) -> dict[str, int]:
-    """Let only the named parts learn; returns the parameters of every part. InputError for names not in `PARTS`."""
-    if unknown := sorted(set(train) - set(PARTS)):
-        raise InputError(f"learns: there is no part {', '.join(unknown)}; use {', '.join(PARTS)}")
-    for name, module in parts(model).items():
+    """Let only the named parts learn; returns the parameters of every part. InputError for other names."""
+    modules = parts(model)
+    if unknown := sorted(set(train) - modules.keys()):
+        raise InputError(f"learns: there is no part {', '.join(unknown)}; use {', '.join(modules)}")
+    for name, module in modules.items():
         module.requires_grad_(name in train)
     model.train(model.training)  # a frozen tower goes to evaluation mode
-    return {name: sum(p.numel() for p in module.parameters()) for name, module in parts(model).items()}
+    return {name: sum(p.numel() for p in module.parameters()) for name, module in modules.items()}
 
 
 def verify(model: DiffCLIPLlavaForConditionalGeneration, expected: Mapping[str, str]) -> None:

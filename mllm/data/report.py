@@ -21,11 +21,7 @@ from mllm.weights import from_pretrained
 
 
 def check(options: argparse.Namespace) -> int:
-    """Print every fault of every row; images are decoded, and each image only once.
-
-    Returns:
-        0 without faults, else 2.
-    """
+    """Print every fault of every row, images decoded once each; returns 0 without faults, else 2."""
     faults: list[str] = []
     seen: dict[ImagePlace, str] = {}  # image -> the first row that shows it
     rows, inside = 0, 0  # `inside`: images that rows hold themselves, decoded at once so as not to keep them

@@ -111,7 +111,7 @@ def evaluate_with_lmms(
     for task, part in parts.items():
         write_parquet(part, images, tasks / f"{task}.parquet")
     write_tasks(tasks, {task: tasks / f"{task}.parquet" for task in parts})
-    results, answers = run_lmms_eval(run_dir, tasks, list(parts), out_dir, batch_size, device, processes)
+    results, answers = run_lmms_eval(run_dir, list(parts), out_dir, batch_size, device, processes)
     for task, part in parts.items():
         if len(answers[task]) != len(part):
             raise InputError(
@@ -147,18 +147,9 @@ def score_answers(questions: Sequence[Question], answers: Sequence[str | None]) 
 
 
 def run_lmms_eval(
-    run_dir: str | Path,
-    tasks_dir: Path,
-    tasks: Sequence[str],
-    out_dir: Path,
-    batch_size: int,
-    device: str | None,
-    processes: int,
+    run_dir: str | Path, tasks: Sequence[str], out_dir: Path, batch_size: int, device: str | None, processes: int
 ) -> tuple[dict[str, dict[str, float]], dict[str, list[str | None]]]:
-    """Run `python -m lmms_eval` offline, under torchrun where there are several processes.
-
-    Returns:
-        Its scores, and the model's answers in file order, by task.
+    """Scores and answers in file order, by task, of `python -m lmms_eval` offline, under torchrun if several processes.
 
     Raises:
         InputError: lmms-eval is missing or does not know our model, or wrote no results (it exits 0 on errors);
@@ -175,7 +166,7 @@ def run_lmms_eval(
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     command = [sys.executable, *(launcher if processes > 1 else []), "-m", "lmms_eval", "--model", "diffclip_llava"]
     command += ["--model_args", f"pretrained={run_dir},answers={out_dir / ANSWERED}", "--tasks", ",".join(tasks)]
-    command += ["--include_path", str(tasks_dir), "--batch_size", str(batch_size)]
+    command += ["--include_path", str(out_dir / "tasks"), "--batch_size", str(batch_size)]
     command += ["--output_path", str(output), "--log_samples"]
     command += ["--device", device] if device else []
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}

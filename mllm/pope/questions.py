@@ -10,7 +10,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, TypeVar
 
 import pyarrow.parquet
 
@@ -46,14 +46,18 @@ class Question(NamedTuple):
         return self.split, os.path.splitext(self.image)[0], mended(self.text)
 
 
-class Keyed(Protocol):
-    """A question, or an answer to one."""
+class Answer(NamedTuple):
+    """A model's answer to a question."""
+
+    question: Question  # its label is "" where the file has none
+    text: str | None  # None where a program failed to give one
 
     @property
-    def key(self) -> Key: ...
+    def key(self) -> Key:
+        return self.question.key
 
 
-K = TypeVar("K", bound=Keyed)
+Keyed = TypeVar("Keyed", Question, Answer)
 
 
 def read(path: str | Path, labels: str | Path | None = None) -> list[Question]:
@@ -114,9 +118,9 @@ def digest(questions: Iterable[Question]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def index(items: Iterable[K], name: str) -> dict[Key, K]:
+def index(items: Iterable[Keyed], name: str) -> dict[Key, Keyed]:
     """Items by `Question.key`; InputError if two share one."""
-    result: dict[Key, K] = {}
+    result: dict[Key, Keyed] = {}
     for item in items:
         if item.key in result:
             raise InputError(f"{name}: asked twice: {' | '.join(item.key)}; drop one of the lines")
@@ -124,7 +128,7 @@ def index(items: Iterable[K], name: str) -> dict[Key, K]:
     return result
 
 
-def join(questions: Sequence[Question], others: Iterable[K], name: str = "the answers") -> list[K]:
+def join(questions: Sequence[Question], others: Iterable[Keyed], name: str = "the answers") -> list[Keyed]:
     """`others` in the order of `questions`, matched by `Question.key`.
 
     Raises:
@@ -207,17 +211,6 @@ def _question(row: Mapping, split: str | None, where: str, labelled: bool) -> Qu
     if question.label not in ("yes", "no") and (labelled or question.label):
         raise InputError(f'{where}: label is `{question.label}`; it must be "yes" or "no"')
     return question
-
-
-class Answer(NamedTuple):
-    """A model's answer to a question."""
-
-    question: Question  # its label is "" where the file has none
-    text: str | None  # None where a program failed to give one
-
-    @property
-    def key(self) -> Key:
-        return self.question.key
 
 
 def read_answers(path: str | Path, questions: Sequence[Question] = (), passed: str = "model") -> list[Answer]:
