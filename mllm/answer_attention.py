@@ -4,14 +4,13 @@ The later half of the layers and all heads are averaged. Attention is what the m
 answers: some patches draw much of it whatever is asked (attention sinks).
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import LlavaProcessor, PreTrainedModel
+from transformers import LlavaProcessor
 
 from diffclip.attention_maps import upsample
 from diffclip.base.overlay import overlay
@@ -34,7 +33,6 @@ def answer_attention(
     attention, the only one that returns weights. Not for two threads at a time: it changes the model for a moment.
 
     Args:
-        model: from `mllm.model.load`.
         input_ids: (1, tokens) int64, the conversation up to the answer's end, one placeholder per image feature.
         pixel_values: (images, 3, height, width), in the model's dtype.
         first: position of the answer's first token, behind all images. A token is written from the position before
@@ -53,46 +51,34 @@ def answer_attention(
         raise ValueError(f"the answer starts at {first}, but images end at {int(columns.max())}")
     before = model(input_ids=input_ids[:, : first - 1], pixel_values=pixel_values, use_cache=True, logits_to_keep=1)
     language = model.model.language_model
-    with eager(language):
+    usual = language.config._attn_implementation
+    language.set_attn_implementation("eager")
+    try:
         read = language(
             input_ids=input_ids[:, first - 1 : -1], past_key_values=before.past_key_values, output_attentions=True
         )
+    finally:
+        language.set_attn_implementation(usual)
     maps = read.attentions[len(read.attentions) // 2 :]  # each (1, heads, tokens - first, tokens - 1)
     mean = sum(layer[0].float().mean(0) for layer in maps) / len(maps)
     return mean[:, columns.flatten()].unflatten(1, (len(pixel_values), *grid))
 
 
 def image_positions(placeholders: Tensor, images: int, grid: tuple[int, int]) -> Tensor:
-    """Positions of the patches among a text's tokens.
+    """(images, rows * columns) int64 positions of the patches among a text's tokens.
 
     Args:
         placeholders: (tokens,) bool, true where image features stand: for each image its patches row by row, after
             its class token where the model sees that.
-        images: how many there are.
-        grid: rows and columns of patches.
-
-    Returns:
-        (images, rows * columns) int64.
 
     Raises:
-        ValueError: there are more or fewer placeholders than that.
+        ValueError: there are more or fewer placeholders than `images` of this grid have.
     """
     positions = placeholders.nonzero().flatten()
     patches = grid[0] * grid[1]
     if not images or len(positions) not in (images * patches, images * (patches + 1)):
         raise ValueError(f"{len(positions)} placeholders for {images} images of {grid[0]} x {grid[1]} patches")
     return positions.view(images, -1)[:, -patches:]
-
-
-@contextmanager
-def eager(language: PreTrainedModel) -> Iterator[None]:
-    """Within, a language model computes attention in the form that can return its weights."""
-    usual = language.config._attn_implementation
-    language.set_attn_implementation("eager")
-    try:
-        yield
-    finally:
-        language.set_attn_implementation(usual)
 
 
 def overlays(
@@ -114,13 +100,8 @@ def overlays(
     gaps = (~supervised[:last]).nonzero()
     pixels = vlm.pixels(images)
     grid = (pixels.shape[2] // processor.patch_size, pixels.shape[3] // processor.patch_size)
-    weights = answer_attention(
-        model,
-        ids[:, : last + 1].to(model.device),
-        pixels.to(model.device, model.dtype),
-        first=int(gaps[-1]) + 1,
-        grid=grid,
-    )
+    ids, first = ids[:, : last + 1].to(model.device), int(gaps[-1]) + 1
+    weights = answer_attention(model, ids, pixels.to(model.device, model.dtype), first, grid)
     heats = weights.mean(0).cpu()  # (images, rows, columns)
     result = []
     for image, heat in zip(images_of_pixels(processor, pixels), heats):

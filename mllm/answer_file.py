@@ -15,25 +15,20 @@ from diffclip.base.errors import InputError
 from diffclip.base.files import append_jsonl, cut_to_whole_lines, json_line, parse_json, write_whole
 from diffclip.base.fingerprint import json_digest
 from mllm.conversation import IMAGE, check_image_count, question_turn
-from mllm.data.checks import media_problem
 from mllm.data.images import ImagePlace, row_places
-from mllm.data.layouts import read_rows
-from mllm.generation import generation_options
-from mllm.model import VisionLanguageModel
+from mllm.data.rows import media_problem, read_rows
+from mllm.model import VisionLanguageModel, generation_options
 
 
 def answer_file(
     vlm: VisionLanguageModel, source: Path, out: Path, image_root: Path, batch_size: int, **options: Any
 ) -> None:
-    """Answer every row of a JSONL file; answers that `out` already holds are kept.
-
-    Each line of `out` is the row with its `answer` and `answer_id`.
+    """Answer every row of a file; answers that `out` already holds are kept.
 
     Args:
         source: rows {image, question}, in any of LLaVA's layouts.
-        image_root: folder that the rows' image paths start from.
-        batch_size: questions at a time.
-        options: see `mllm.generation.generation_options`.
+        out: gets these rows with their `answer` and `answer_id`, as JSONL.
+        options: see `mllm.model.generation_options`.
 
     Raises:
         InputError: a row without a question, with an image that cannot be found or read, or with more or fewer
@@ -55,11 +50,10 @@ def answer_file(
             batch = todo[first : first + batch_size]
             turns = [[question_turn(rows[i]["question"], len(places[i]))] for i in batch]
             images = [[place.open(f"{source}: row {i}") for place in places[i]] for i in batch]
-            texts = vlm.answer(turns, images, **options)
-            answers |= {ids[i]: text for i, text in zip(batch, texts)}
-            append_jsonl(out, [_line(rows[i], text, ids[i]) for i, text in zip(batch, texts)])
+            answers |= {ids[i]: text for i, text in zip(batch, vlm.answer(turns, images, **options))}
+            append_jsonl(out, [{**rows[i], "answer": answers[ids[i]], "answer_id": ids[i]} for i in batch])
             bar.update(len(batch))
-    lines = (_line(row, answers[answer_id], answer_id) for row, answer_id in zip(rows, ids))
+    lines = ({**row, "answer": answers[answer_id], "answer_id": answer_id} for row, answer_id in zip(rows, ids))
     write_whole(out, "".join(map(json_line, lines)))
     print(f"wrote {out}: {len(rows):,} answers")
 
@@ -73,24 +67,18 @@ def _read_questions(vlm: VisionLanguageModel, source: Path, root: Path) -> tuple
         if not isinstance(row.get("question"), str) or not row["question"].strip():
             raise InputError(f"{source}: row {number} has no question; rows are {{image, question}}")
         try:
-            images = _find_images(row, root)
+            images = row_places(row, root)
+            if missing := [name for name, place in images if place is None]:
+                name = missing[0][:200]
+                raise InputError(f"image {name} is not under {root}, nor in a tar there; check --image_root")
+            if problem := media_problem(row, bool(images)):
+                raise InputError(problem)
             (prompt,) = vlm.prompts([[question_turn(row["question"], len(images))]])
             check_image_count(prompt.count(IMAGE), len(images), vlm.template)
         except InputError as error:
             raise InputError(f"{source}: row {number}: {error}") from None
-        places.append(images)
+        places.append([place for _, place in images if place])
     return rows, places
-
-
-def _find_images(row: dict, root: Path) -> list[ImagePlace]:
-    """The places of a row's images; InputError if one cannot be found."""
-    places = row_places(row, root)
-    missing = [name for name, place in places if place is None]
-    if missing:
-        raise InputError(f"image {missing[0][:200]} is not under {root}, nor in a tar there; check --image_root")
-    if problem := media_problem(row, bool(places)):
-        raise InputError(problem)
-    return [place for _, place in places if place is not None]
 
 
 def _row_ids(rows: list[dict], places: list[list[ImagePlace]], source: Path) -> list[str]:
@@ -109,10 +97,6 @@ def _row_ids(rows: list[dict], places: list[list[ImagePlace]], source: Path) -> 
         ids.append(json_digest([content, before[content]], 12))
         before[content] += 1
     return ids
-
-
-def _line(row: dict, text: str, answer_id: str) -> dict:
-    return {**row, "answer": text, "answer_id": answer_id}
 
 
 def _read_answers(out: Path, ids: list[str], source: Path) -> dict[str, str]:

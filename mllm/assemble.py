@@ -23,12 +23,10 @@ from diffclip.base.errors import InputError
 from diffclip.base.fingerprint import fingerprint
 from diffclip.checkpoints import load_tower, official_file
 from mllm.conversation import IMAGE, chat_template
-from mllm.image_modes import with_mode
 from mllm.llava import DiffCLIPLlavaConfig, DiffCLIPLlavaForConditionalGeneration, own_head
 from mllm.model import VisionLanguageModel
 from mllm.open_clip_tower import PREFIX, from_open_clip
-from mllm.projector import new_projector
-from mllm.tokenizer import prepare_tokenizer
+from mllm.processing import prepare_tokenizer, with_mode
 from mllm.weights import from_pretrained, load_strictly, verify
 
 
@@ -44,7 +42,7 @@ def assemble(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
 ) -> VisionLanguageModel:
-    """Put a vision tower and a language model together; only the projector between them is new.
+    """Put a vision tower and a language model together.
 
     Args:
         vision_tower: a pretraining run directory, any CLIP / SigLIP model (directory or Hub id), or any model of
@@ -53,9 +51,8 @@ def assemble(
         projector: "linear" (the paper) or "mlp" (LLaVA-1.5's two layers).
         template: conversation format that questions will be asked in, see `mllm.conversation`.
         vision_feature_layer: which of the tower's hidden states the projector reads; -2 is the paper's.
-        class_token: whether the language model sees the tower's class token too, before the patches; the paper's
-            does not.
-        image_mode: how images become square, see `mllm.image_modes`; "crop" is the paper's.
+        class_token: whether the language model sees the tower's class token, too, before the patches.
+        image_mode: how images become square, see `mllm.processing.with_mode`; "crop" is the paper's.
         seed: decides the projector's weights.
         dtype: of all weights; float32 for training, also under bf16 autocast.
 
@@ -89,7 +86,8 @@ def assemble(
         projector=projector,
         conversation_template=template,
     )
-    loaded = {"vision_tower": fingerprint(tower), "language_model": fingerprint(_with_head(lm))}
+    with_head = nn.ModuleDict({"model": lm.base_model, "lm_head": lm.get_output_embeddings()})
+    loaded = {"vision_tower": fingerprint(tower), "language_model": fingerprint(with_head)}
     with torch.device("meta"):  # the skeleton costs no memory; real parts replace it
         model = DiffCLIPLlavaForConditionalGeneration(config)
     if hasattr(tower.config, "stop_early"):  # our tower skips the blocks after the layer that is read
@@ -100,9 +98,7 @@ def assemble(
     model.model.multi_modal_projector = new_projector(model.model.multi_modal_projector, seed, dtype)
     model.tie_weights()
     model.generation_config = GenerationConfig(
-        do_sample=False,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        do_sample=False, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
     model.eval()
     _check_logits(model, lm, tokenizer, language_model)
@@ -127,8 +123,7 @@ def assembled_config(
 ) -> DiffCLIPLlavaConfig:
     """The configuration that `assemble` would give, from the parts' configurations alone; no weights are read.
 
-    Args:
-        vision_tower, language_model: as in `assemble`; their config.json is enough (open_clip's names are loaded).
+    Their config.json is enough, but open_clip's names are loaded.
     """
     text = from_pretrained(AutoConfig, language_model)
     if str(vision_tower).startswith(PREFIX):
@@ -157,6 +152,53 @@ def run_config(directory: str | Path) -> DiffCLIPLlavaConfig:
     return config
 
 
+def new_projector(skeleton: nn.Module, seed: int, dtype: torch.dtype) -> nn.Module:
+    """The projector with torch's own Linear initialisation, drawn from `seed`."""
+    projector = skeleton.to_empty(device="cpu").to(dtype)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for module in projector.modules():
+            if isinstance(module, nn.Linear):
+                module.reset_parameters()
+    return projector
+
+
+@torch.no_grad()
+def whiten_projector(model: DiffCLIPLlavaForConditionalGeneration, pixel_values: torch.Tensor, seed: int) -> None:
+    """Start a linear projector such that all directions of the tower's features show alike, as widely as words do.
+
+    In a few directions features vary a hundred times more than in those that tell shapes apart, and a projector that
+    starts at random takes most of a short run to find the latter. With mean m and covariance C of the features of
+    some images, and s the standard deviation of the word embeddings:
+
+        weight = P (C + 0.01 c I)^(-1/2),  bias = -weight m,  P_ij ~ N(0, s^2 / width),  c the largest eigenvalue of C
+
+    Args:
+        pixel_values: (images, 3, height, width); a hundred images are enough.
+        seed: decides P.
+
+    Raises:
+        InputError: the projector is not a single linear layer.
+    """
+    projector = model.model.multi_modal_projector
+    if not isinstance(projector, nn.Linear):
+        raise InputError("projector_init: whitened needs the linear projector; use default with the mlp")
+    pixel_values = pixel_values.to(projector.weight)
+    states = model.model.vision_tower(pixel_values, output_hidden_states=True).hidden_states
+    features = states[model.config.vision_feature_layer]
+    if model.config.vision_feature_select_strategy == "default":
+        features = features[:, 1:]  # without the class token
+    features = features.flatten(0, 1).double()  # (images x tokens, width)
+    values, vectors = torch.linalg.eigh(features.T.cov())
+    scale = (values.clamp(min=0) + 0.01 * values.max()).rsqrt()
+    spread = cast(nn.Embedding, model.get_input_embeddings()).weight.double().std()
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(projector.weight.shape, generator=generator, dtype=torch.float64).to(features.device)
+    weight = (spread * len(values) ** -0.5 * mixing) @ (vectors * scale) @ vectors.T
+    projector.weight.copy_(weight)
+    projector.bias.copy_(-weight @ features.mean(0))
+
+
 @torch.no_grad()
 def _check_logits(
     model: DiffCLIPLlavaForConditionalGeneration,
@@ -181,15 +223,11 @@ def _check_logits(
         )
 
 
-def _with_head(lm: PreTrainedModel) -> nn.ModuleDict:
-    return nn.ModuleDict({"model": lm.base_model, "lm_head": lm.get_output_embeddings()})
-
-
 def _load_tower(path: str | Path, dtype: torch.dtype) -> tuple[PreTrainedModel, BaseImageProcessor]:
     """The vision tower of a pretraining run or of any CLIP-like model, without its text half; its image processor."""
     if str(path).startswith(PREFIX):
         return from_open_clip(str(path))
-    if (official := _official_tower(path)) is not None:
+    if official := _official_tower(path):
         return official
     config = from_pretrained(AutoConfig, path)
     vision = getattr(config, "vision_config", None)
@@ -203,8 +241,7 @@ def _official_tower(path: str | Path) -> tuple[PreTrainedModel, BaseImageProcess
     try:
         AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError):
-        if official_file(path):
-            return load_tower(str(path))
+        return load_tower(str(path)) if official_file(path) else None
     return None
 
 

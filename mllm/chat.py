@@ -52,30 +52,27 @@ def main(argv: list[str] | None = None) -> None:
     from mllm import answer_file, model
 
     vlm = model.load(options.run, options.dtype, options.device, quiet=True)
+    generation = generation_of(options)
     if options.batch:
-        answer_file.answer_file(
-            vlm, options.batch, options.out, options.image_root, options.batch_size, **generation_of(options)
-        )
+        answer_file.answer_file(vlm, options.batch, options.out, options.image_root, options.batch_size, **generation)
     else:
-        converse(vlm, options.image, options.question, **generation_of(options))
+        converse(vlm, options.image, options.question, **generation)
 
 
 def converse(vlm: "VisionLanguageModel", image: str, first: str, **options: Any) -> None:
     """One question, or a conversation on the console until an empty line or end of input."""
     images = [open_image(image, image)] if image else []
     turns: list[dict[str, str]] = []
-    question = first
-    while question := question or _next_question():
+    while question := first or _next_question():
         turns.append(conversation.question_turn(question, 0 if turns else len(images)))
-        answer = ""
+        pieces = []
         for piece in vlm.stream(turns, images, **options):
-            answer += piece
+            pieces.append(piece)
             print(piece, end="", flush=True)
         print()
         if first:
             return
-        turns.append({"from": "gpt", "value": answer.strip()})
-        question = ""
+        turns.append({"from": "gpt", "value": "".join(pieces).strip()})
 
 
 def _next_question() -> str:

@@ -38,16 +38,12 @@ class Segment(NamedTuple):
 
 
 def render(
-    conversation: Conversation,
-    template: str,
-    add_generation_prompt: bool = False,
-    end_token: str = "<|im_end|>",
+    conversation: Conversation, template: str, add_generation_prompt: bool = False, end_token: str = "<|im_end|>"
 ) -> list[Segment]:
     """Lay a conversation out as text.
 
     Args:
-        conversation: turns `{"from": "human" | "gpt", "value": text}`, alternating; a leading gpt turn is
-            dropped.
+        conversation: alternating turns; a leading gpt turn is dropped.
         template: "plain" (stage 1: the image, then the caption and a newline; questions are dropped),
             "vicuna" (LLaVA 1.5's form; TinyLLaVA names it qwen2_instruct) or "chatml" (Qwen's own form).
         add_generation_prompt: the last turn is a question; end where the answer begins.
@@ -61,11 +57,38 @@ def render(
     """
     questions, answers = pair_turns(conversation, add_generation_prompt)
     if template == "plain":
-        return _plain(questions, answers)
+        segments = [part for answer in answers for part in (Segment(IMAGE, False), Segment(answer + "\n", True))]
+        return segments + [Segment(IMAGE, False)] * (len(questions) - len(answers))
+    around = _surroundings(template, end_token)
+    segments, lead = [], around.system
+    for i, question in enumerate(questions):
+        if template == "vicuna" and IMAGE in question:  # the image always stands in front, once
+            question = f"{IMAGE}\n{question.replace(IMAGE, '').strip()}".strip()
+        segments.append(Segment(f"{lead}{around.user}{question}{around.assistant}", False))
+        if i < len(answers):
+            segments.append(Segment(f"{around.space}{answers[i]}{around.end}", True))
+        lead = around.between
+    return [*segments, Segment(lead, False)] if lead and len(answers) == len(questions) else segments
+
+
+class _Surroundings(NamedTuple):
+    """What a template writes around questions and answers."""
+
+    system: str
+    user: str
+    assistant: str
+    space: str  # before an answer, and learnt with it, as `end` is
+    end: str
+    between: str  # after each answer, and not learnt
+
+
+def _surroundings(template: str, end_token: str) -> _Surroundings:
     if template == "vicuna":
-        return _vicuna(questions, answers, end_token)
+        return _Surroundings(VICUNA_SYSTEM + " ", "USER: ", " ASSISTANT:", " ", end_token, "")
     if template == "chatml":
-        return _chatml(questions, answers)
+        start, end = "<|im_start|>", "<|im_end|>"
+        system = f"{start}system\n{CHATML_SYSTEM}{end}\n"
+        return _Surroundings(system, f"{start}user\n", f"{end}\n{start}assistant\n", "", end, "\n")
     raise ValueError(f"unknown conversation template `{template}`: use one of {', '.join(TEMPLATES)}")
 
 
@@ -87,18 +110,10 @@ def pair_turns(conversation: Conversation, add_generation_prompt: bool = False) 
 
 
 def prompt(
-    conversation: Conversation,
-    template: str,
-    end_token: str = "<|im_end|>",
-    control: Sequence[str] = QWEN_CONTROL,
+    conversation: Conversation, template: str, end_token: str = "<|im_end|>", control: Sequence[str] = QWEN_CONTROL
 ) -> str:
-    """The text up to where the model's answer begins; the last turn is a question.
-
-    Raises:
-        InputError: a turn holds what no text may hold, see `text_problem`.
-    """
-    problem = text_problem(*pair_turns(conversation, True), control)
-    if problem:
+    """The text up to where the answer to the last turn begins; InputError if there is a `text_problem`."""
+    if problem := text_problem(*pair_turns(conversation, True), control):
         raise InputError(problem)
     return "".join(s.text for s in render(conversation, template, True, end_token))
 
@@ -150,45 +165,12 @@ def text_problem(questions: Sequence[str], answers: Sequence[str], control: Iter
     return ""
 
 
-def _plain(questions: list[str], answers: list[str]) -> list[Segment]:
-    segments = []
-    for i in range(len(questions)):
-        segments.append(Segment(IMAGE, False))
-        if i < len(answers):
-            segments.append(Segment(answers[i] + "\n", True))
-    return segments
-
-
-def _vicuna(questions: list[str], answers: list[str], end_token: str) -> list[Segment]:
-    segments, lead = [], VICUNA_SYSTEM + " "
-    for i, question in enumerate(questions):
-        if IMAGE in question:  # the image always stands in front, once
-            question = f"{IMAGE}\n{question.replace(IMAGE, '').strip()}".strip()
-        segments.append(Segment(f"{lead}USER: {question} ASSISTANT:", False))
-        if i < len(answers):
-            segments.append(Segment(f" {answers[i]}{end_token}", True))
-        lead = ""
-    return segments
-
-
-def _chatml(questions: list[str], answers: list[str]) -> list[Segment]:
-    start, end = "<|im_start|>", "<|im_end|>"
-    segments, lead = [], f"{start}system\n{CHATML_SYSTEM}{end}\n"
-    for i, question in enumerate(questions):
-        segments.append(Segment(f"{lead}{start}user\n{question}{end}\n{start}assistant\n", False))
-        if i < len(answers):
-            segments.append(Segment(f"{answers[i]}{end}", True))
-        lead = "\n"
-    return segments if len(answers) < len(questions) else [*segments, Segment("\n", False)]
-
-
 def encode(
     segments: Iterable[Segment], tokenizer: "PreTrainedTokenizerBase", image_tokens: int
 ) -> dict[str, list[int]]:
     """Token ids and labels of a rendered conversation.
 
     Args:
-        segments: output of `render`.
         tokenizer: a fast Hugging Face tokenizer that knows `<image>` as one token.
         image_tokens: how many placeholders stand for one image in the model's input.
 
@@ -199,7 +181,7 @@ def encode(
     segments = list(segments)
     text = "".join(s.text for s in segments)
     encoded = tokenizer.backend_tokenizer.encode(text)
-    ids, labels, position = encoded.ids, [IGNORE] * len(encoded.ids), 0
+    ids, labels, position = encoded.ids, [IGNORE] * len(encoded), 0
     for segment in segments:
         end = position + len(segment.text)
         if segment.supervised and segment.text:
@@ -229,25 +211,10 @@ def _first_token(encoded: "Encoding", position: int, text_length: int) -> int:
 
 def chat_template(template: str, end_token: str = "<|im_end|>") -> str | None:
     """The template as Jinja, for `processor.apply_chat_template`; None for "plain" (no questions)."""
-    pieces = {
-        "vicuna": (
-            VICUNA_SYSTEM + " ",
-            "USER: ",
-            " ASSISTANT:",
-            " ",
-            end_token,
-        ),
-        "chatml": (
-            f"<|im_start|>system\n{CHATML_SYSTEM}<|im_end|>\n",
-            "<|im_start|>user\n",
-            "<|im_end|>\n<|im_start|>assistant\n",
-            "",
-            "<|im_end|>\n",
-        ),
-    }
-    if template not in pieces:
+    if template == "plain":
         return None
-    system, user, assistant, space, end = (repr(p) for p in pieces[template])
+    around = _surroundings(template, end_token)
+    system, user, assistant, space, end = map(repr, (*around[:4], around.end + around.between))
     return (
         "{%- macro text(content) -%}{%- if content is string -%}{{ content }}{%- else -%}"
         "{%- for part in content if part.type == 'image' -%}{{ '<image>\\n' }}{%- endfor -%}"

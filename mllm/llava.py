@@ -132,11 +132,8 @@ def own_head(config: PreTrainedConfig) -> tuple[PreTrainedModel, str, str]:
     except NotImplementedError:
         words = None
     embeddings = [name for name, module in layers.named_modules() if module is words]
-    if (
-        layers is lm
-        or not (heads and embeddings and isinstance(head, nn.Linear))
-        or any(list(module.parameters()) for module in others)
-    ):
+    plain = heads and embeddings and isinstance(head, nn.Linear) and layers is not lm
+    if not plain or any(list(module.parameters()) for module in others):
         raise InputError(
             f"language models of class {type(lm).__name__} cannot be used, which are not made of embeddings, layers "
             "and one linear layer behind them; use another, e.g. of Qwen2, Llama or Gemma"
@@ -214,7 +211,6 @@ class DiffCLIPLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             input_ids: (batch, tokens) int64, with one `<image>` placeholder per image feature.
             pixel_values: (images, 3, height, width), or None for text alone.
             attention_mask: (batch, tokens), 1 where there is a token.
-            position_ids, past_key_values, inputs_embeds, logits_to_keep: as in transformers, for generation.
             labels: (batch, tokens) int64, -100 where nothing is learnt.
             num_items_in_batch: supervised tokens of the whole optimiser step; the loss is the sum of the
                 cross-entropies over it, or their mean where it is None.
@@ -226,25 +222,17 @@ class DiffCLIPLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             NoSupervisionError: an example has no supervised token.
             ValueError: placeholders and image features differ in number.
         """
-        inputs = {
-            "input_ids": input_ids,
-            "pixel_values": pixel_values,
-            "attention_mask": attention_mask,
-            "position_ids": position_ids,
-            "past_key_values": past_key_values,
-            "inputs_embeds": inputs_embeds,
-            **kwargs,
-        }
+        inputs = {"input_ids": input_ids, "pixel_values": pixel_values, "inputs_embeds": inputs_embeds, **kwargs}
+        inputs |= {"attention_mask": attention_mask, "position_ids": position_ids, "past_key_values": past_key_values}
         if labels is not None:
             targets = labels[:, 1:]
             supervised = targets != IGNORE  # (batch, tokens - 1): position t predicts token t + 1
-            empty = (~supervised.any(1)).nonzero().flatten().tolist()
-            if empty:
+            if empty := (~supervised.any(1)).nonzero().flatten().tolist():
                 raise NoSupervisionError(
                     f"examples {empty} of this batch of {len(labels)} have no supervised token: "
                     "wrong template for this tokenizer, or answers cut off"
                 )
-        vocabulary = self.config.text_config.vocab_size
+        scaling = {"vocab_size": self.config.text_config.vocab_size, "num_items_in_batch": num_items_in_batch}
         if labels is not None and self.training:
             # no cache: it would cost memory, and transformers takes packed examples for one text when there is one
             outputs = self.model(**{**inputs, "use_cache": False})
@@ -252,17 +240,14 @@ class DiffCLIPLlavaForConditionalGeneration(LlavaForConditionalGeneration):
                 logits=self.logits(outputs.last_hidden_state[:, :-1][supervised]),  # (supervised tokens, vocabulary)
                 labels=None,
                 shift_labels=targets[supervised],
-                vocab_size=vocabulary,
-                num_items_in_batch=num_items_in_batch,
+                **scaling,
             )
             return LlavaCausalLMOutputWithPast(loss=loss)
         outputs = self.model(**inputs)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits, loss = self.logits(outputs.last_hidden_state[:, keep]), None
         if labels is not None:
-            loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=vocabulary, num_items_in_batch=num_items_in_batch
-            )
+            loss = self.loss_function(logits=logits, labels=labels, **scaling)
         return LlavaCausalLMOutputWithPast(
             loss=loss,
             logits=logits,

@@ -8,6 +8,7 @@ import glob
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,7 @@ from diffclip.base.files import append_jsonl, read_jsonl
 from diffclip.base.images import to_rgb
 from mllm.conversation import IGNORE, IMAGE, check_image_count, question_turn
 from mllm.data.examples import collate
-from mllm.generation import SAMPLING, generation_options
-from mllm.model import load
+from mllm.model import SAMPLING, generation_options, load
 
 PROGRESS = "diffclip_llava"  # what the progress bar begins with
 AUTO = {"cuda": 64, "cpu": 8}  # questions at a time that --batch_size auto begins with
@@ -97,7 +97,9 @@ class DiffCLIPLlavaForEvaluation(lmms):
             context, options, doc_to_visual, doc_id, task, split = requests[i].args
             images = self._images(doc_to_visual, doc_id, task, split)
             seen = tuple(hashlib.sha256(image.tobytes()).digest() for image in images)
-            prompt = self._prompt(context, len(images), f"task {task}, question {doc_id} of {split}: ")
+            (prompt,) = self.vlm.prompts([[question_turn(context, len(images))]])
+            name = f"task {task}, question {doc_id} of {split}: "
+            check_image_count(prompt.count(IMAGE), len(images), self.vlm.template, name)
             keys[i] = (json.dumps(options, sort_keys=True), prompt, seen)
             if _task_options(options)["do_sample"]:
                 keys[i] += (i,)
@@ -113,14 +115,11 @@ class DiffCLIPLlavaForEvaluation(lmms):
     @torch.no_grad()
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """Log-probability of each continuation, without the end token, and whether greedy decoding writes it."""
-        results: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
-        order, start = list(self._in_order(requests)), 0
-        while start < len(order):
-            some = order[start : start + self.batch_size]
-            for i, result in zip(some, self._in_memory(self._likelihoods, [requests[i] for i in some])):
-                results[i] = result
-            start += len(some)
-        return results
+        results: dict[int, tuple[float, bool]] = {}
+        order = self._in_order(requests)
+        while some := list(islice(order, self.batch_size)):
+            results |= zip(some, self._in_memory(self._likelihoods, [requests[i] for i in some]))
+        return [results[i] for i in range(len(requests))]
 
     def _likelihoods(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
         """`loglikelihood` of one batch."""
@@ -163,12 +162,6 @@ class DiffCLIPLlavaForEvaluation(lmms):
             raise ValueError(f"task {task} shows something that is no image; diffclip_llava sees images only")
         return [to_rgb(image) for image in images]
 
-    def _prompt(self, context: str, images: int, name: str) -> str:
-        """The prompt of a question; InputError that begins with `name` unless it shows all of its images."""
-        (text,) = self.vlm.prompts([[question_turn(context, images)]])
-        check_image_count(text.count(IMAGE), images, self.vlm.template, name)
-        return text
-
     def _in_memory(self, compute: Callable[[Sequence], list], batch: Sequence) -> list:
         """`compute(batch)`; under --batch_size auto in halves where memory runs out, as all later batches then."""
         try:
@@ -199,11 +192,7 @@ class AnswerCache(dict[tuple, str]):
     """Answers by (options, prompt, images), kept in a file, if there is one, from one start to the next."""
 
     def __init__(self, file: Path | None, model: str, rank: int) -> None:
-        """
-        Args:
-            file: what the files of all ranks are named after.
-            model: its `identity`; answers of another one in the file are not taken.
-        """
+        """The files of all ranks are named after `file`; answers of another model (by `identity`) are not taken."""
         super().__init__()
         self.model = model
         self.known: dict[str, str] = {}
@@ -230,7 +219,7 @@ class AnswerCache(dict[tuple, str]):
 
 
 def _task_options(options: dict) -> dict[str, Any]:
-    """What `generate` is told: a task's options as `mllm.generation` reads them, 1,024 new tokens by default."""
+    """What `generate` is told: a task's options as `mllm.model` reads them, 1,024 new tokens by default."""
     known = {name: value for name, value in options.items() if name in OPTIONS}
     given = {"max_new_tokens", "max_gen_toks"} & {name for name, value in known.items() if value is not None}
     return generation_options(known if given else {**known, "max_new_tokens": 1024})

@@ -26,7 +26,6 @@ def add_lora(
     """Add adapters to the linear layers of `model`'s language model, in place; only they learn there.
 
     Args:
-        model: from `mllm.assemble.assemble` or `mllm.model.load`.
         rank: of the added matrices.
         alpha: the adapters' output is scaled by alpha / rank; 0 means 2 * rank.
         seed: decides their first weights (the second matrix of each pair starts at zero).
@@ -35,8 +34,7 @@ def add_lora(
         InputError: the language model has no layers of the usual names.
     """
     lm = model.model.language_model
-    targets = {name.rsplit(".", 1)[-1] for name, _ in lm.named_modules()} & set(TARGETS)
-    if not targets:
+    if not (targets := {name.rsplit(".", 1)[-1] for name, _ in lm.named_modules()} & set(TARGETS)):
         raise InputError(
             f"lora_rank: the language model {type(lm).__name__} has none of the layers {', '.join(TARGETS)}"
         )
@@ -44,17 +42,15 @@ def add_lora(
     config = LoraConfig(r=rank, lora_alpha=scale, lora_dropout=dropout, target_modules=sorted(targets))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return get_peft_model(
-            lm, config, autocast_adapter_dtype=False
-        )  # under ZeRO-3 with bf16 all must be of one dtype
+        # under ZeRO-3 with bf16 all must be of one dtype
+        return get_peft_model(lm, config, autocast_adapter_dtype=False)
 
 
 def base_weights(model: DiffCLIPLlavaForConditionalGeneration) -> dict[str, torch.Tensor]:
     """The language model's own weights under their own names, adapters left out."""
     state = model.model.language_model.state_dict()
-    own = {name.replace(".base_layer", ""): w for name, w in state.items() if ".lora_" not in name}
-    head = model.lm_head.state_dict()  # Phi's has a bias
-    return {**{f"model.{name}": w for name, w in own.items()}, **{f"lm_head.{name}": w for name, w in head.items()}}
+    own = {f"model.{name.replace('.base_layer', '')}": w for name, w in state.items() if ".lora_" not in name}
+    return own | {f"lm_head.{name}": w for name, w in model.lm_head.state_dict().items()}  # Phi's has a bias
 
 
 @torch.no_grad()
@@ -81,18 +77,12 @@ def merge(
         )
         _replace(lm, name, original)
     peft_model.merge_and_unload()
-    left = [name for name, _ in lm.named_parameters() if ".lora_" in name or ".base_layer" in name]
-    if left:
+    if left := [name for name, _ in lm.named_parameters() if ".lora_" in name or ".base_layer" in name]:
         raise WeightsError(f"merging left {', '.join(left[:3])} in the language model")
 
 
 def quantise(model: DiffCLIPLlavaForConditionalGeneration, device: torch.device) -> dict[str, nn.Linear]:
-    """Put 4-bit linear layers (NF4, doubly quantised) in place of the language model's own, for QLoRA.
-
-    Only layers named in `TARGETS`: embeddings and head keep their dtype.
-
-    Args:
-        device: where the model will train; weights become 4-bit there.
+    """Put 4-bit linear layers (NF4, doubly quantised) in place of the language model's own in `TARGETS`, for QLoRA.
 
     Returns:
         the layers that were replaced, by name, for `merge`.

@@ -4,8 +4,10 @@ All that asks a model goes through it, so that prompts, placeholders and images 
 """
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +18,7 @@ from transformers import (
     BatchFeature,
     LlavaProcessor,
     PreTrainedTokenizerBase,
+    TextIteratorStreamer,
 )
 from transformers.utils import logging
 
@@ -27,23 +30,16 @@ from diffclip.base.files import read_json, write_json
 from diffclip.base.fingerprint import json_digest
 from mllm import conversation
 from mllm.conversation import IMAGE, Conversation, check_image_count, control_tokens, question_turn, render
-from mllm.generation import generation_options, stream_text
-from mllm.image_modes import bounded
 from mllm.llava import DiffCLIPLlavaForConditionalGeneration
-from mllm.tokenizer import check_tokens, never_cut
+from mllm.processing import bounded, check_tokens, never_cut
 from mllm.weights import fingerprints, load_strictly, verify
 
 FINGERPRINTS = "fingerprints.json"  # beside the weights, written last
-# settings that change what the same weights compute
-TRAINED_WITH = (
-    "vision_feature_layer",
-    "vision_feature_select_strategy",
-    "conversation_template",
-    "projector",
-    "own_logits",
+TRAINED_WITH = (  # settings that change what the same weights compute
+    *("vision_feature_layer", "vision_feature_select_strategy", "conversation_template", "projector", "own_logits"),
 )
-# settings that say only where a model comes from
-ORIGIN = ("_name_or_path", "transformers_version", "architectures", "dtype")
+SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p")  # options without a meaning in greedy decoding
+ORIGIN = ("_name_or_path", "transformers_version", "architectures", "dtype")  # say only where a model comes from
 
 
 class VisionLanguageModel(NamedTuple):
@@ -71,29 +67,19 @@ class VisionLanguageModel(NamedTuple):
         return str(self.tokenizer.eos_token)
 
     def use_template(self, template: str) -> None:
-        """Ask questions in another template from now on, as training in it requires.
-
-        "plain" has no questions and changes nothing.
-
-        Raises:
-            InputError: the tokenizer cannot write the template.
-        """
+        """Ask questions in another template from now on ("plain" has none); InputError if it lacks tokens for it."""
         if template != "plain":
             check_tokens(self.tokenizer, template, self.tokenizer.name_or_path)
             self.model.config.conversation_template = template
             self.processor.chat_template = conversation.chat_template(template, self.end_token)
 
     def to(self, device: torch.device | str) -> "VisionLanguageModel":
-        """Move the weights to a device, in place; returns the object itself."""
+        """Move the weights to a device, in place."""
         self.model.to(device)
         return self
 
     def prompts(self, conversations: Sequence[Conversation]) -> list[str]:
-        """Conversations that end with a question, as text up to where the answer begins.
-
-        Raises:
-            InputError: a turn holds what no text may hold, e.g. a control token of the tokenizer.
-        """
+        """Conversations that end with a question, as text up to the answer; see `mllm.conversation.prompt`."""
         control = control_tokens(self.tokenizer)
         return [conversation.prompt(turns, self.template, self.end_token, control) for turns in conversations]
 
@@ -126,12 +112,8 @@ class VisionLanguageModel(NamedTuple):
         """Token ids and labels of one conversation, see `mllm.conversation.encode`; a placeholder for each feature.
 
         Args:
-            images: how many images it is given; None is not compared with what it shows.
+            images: how many it is given; InputError, which begins with `name`, if it shows more or fewer.
             ask: the last turn is a question; end where the answer begins.
-            name: what a message about the number of images begins with.
-
-        Raises:
-            InputError: it shows more or fewer images.
         """
         segments = render(turns, self.template, ask, self.end_token)
         if images is not None:
@@ -139,7 +121,7 @@ class VisionLanguageModel(NamedTuple):
         return conversation.encode(segments, self.tokenizer, self.model.config.image_seq_length)
 
     def generate(self, prompts: Sequence[str], images: Sequence[Sequence[Image]], **options: Any) -> list[str]:
-        """What the model writes behind each prompt, unstripped; options as in `mllm.generation.generation_options`."""
+        """What the model writes behind each prompt, unstripped; options as in `generation_options`."""
         inputs = self.inputs(prompts, images)
         tokens = self.model.generate(**inputs, **generation_options(options))
         return self.tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
@@ -160,11 +142,7 @@ class VisionLanguageModel(NamedTuple):
         yield from stream_text(self.model, self.tokenizer, inputs, generation_options(options))
 
     def save(self, directory: str | Path) -> None:
-        """Write network, processor and fingerprints; `load` and the Auto classes read it back.
-
-        The processor pads on the left from then on, as generation needs it; training pads by itself
-        (`mllm.data.examples`).
-        """
+        """Write network, processor (padding on the left, for generation) and fingerprints; `load` reads them."""
         directory = Path(directory)
         self.model.save_pretrained(directory)
         self.tokenizer.padding_side = self.tokenizer.init_kwargs["padding_side"] = "left"  # the second is written
@@ -189,6 +167,63 @@ class VisionLanguageModel(NamedTuple):
         )
 
 
+def generation_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of transformers' `generate` that do what they say; None counts as not given.
+
+    The temperature, where there is one, decides: 0 is greedy and more samples, whatever do_sample says; without one
+    do_sample does, and without both it is greedy. max_gen_toks, as some tasks of lmms-eval say, is max_new_tokens.
+
+    Raises:
+        InputError: a temperature below 0, or no new tokens.
+    """
+    result = {name: value for name, value in options.items() if value is not None}
+    result.setdefault("max_new_tokens", result.pop("max_gen_toks", 512))
+    if result["max_new_tokens"] < 1:
+        raise InputError(f"max_new_tokens is {result['max_new_tokens']}: an answer needs 1 or more")
+    if "temperature" in result:
+        temperature = float(result["temperature"])
+        if not 0 <= temperature < math.inf:
+            raise InputError(f"temperature is {temperature}: give 0 for the likeliest words, or more to sample")
+        result |= {"temperature": temperature, "do_sample": temperature > 0}
+    result["do_sample"] = bool(result.get("do_sample"))
+    return {name: value for name, value in result.items() if result["do_sample"] or name not in SAMPLING}
+
+
+def stream_text(
+    model: DiffCLIPLlavaForConditionalGeneration,
+    tokenizer: PreTrainedTokenizerBase,
+    inputs: Mapping[str, torch.Tensor],
+    options: Mapping[str, Any],
+) -> Iterator[str]:
+    """Yield what `model.generate` writes behind the inputs for one text as it comes; closing the iterator ends it."""
+    stopped, failed = Event(), list[BaseException]()
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+
+    def stop(ids: torch.Tensor, scores: object, **rest: object) -> torch.Tensor:
+        return ids.new_full((len(ids),), stopped.is_set(), dtype=torch.bool)
+
+    def generate() -> None:
+        try:
+            model.generate(**inputs, streamer=streamer, stopping_criteria=[stop], **options)
+        except BaseException as error:  # raised again in the thread that reads
+            failed.append(error)
+            streamer.end()
+
+    thread = Thread(target=generate, daemon=True)
+    thread.start()
+    started = False
+    try:
+        for piece in streamer:
+            if piece := piece if started else piece.lstrip():
+                started = True
+                yield piece
+    finally:  # also when whoever reads the pieces stops
+        stopped.set()
+        thread.join()
+    if failed:
+        raise failed[0]
+
+
 def load(
     directory: str | Path,
     dtype: torch.dtype | str | None = None,
@@ -200,7 +235,7 @@ def load(
     Args:
         directory: a run directory of align or instruct, or a Hub id.
         dtype: cast the weights to this after checking them; by default they stay as stored.
-        device: where to put them; None is the GPU where there is one.
+        device: None is the GPU where there is one.
         quiet: have transformers show no progress bars from now on.
 
     Raises:
@@ -237,8 +272,7 @@ def _compare_with_training(
             f"({model.config.text_config.model_type}) scales its logits; train it again from the alignment on"
         )
     for name, value in settings.items():
-        actual = getattr(model.config, name)
-        if actual != value:
+        if (actual := getattr(model.config, name)) != value:
             raise InputError(
                 f"{directory}: {name} is {actual} in its config.json, but the model was trained with {value}; "
                 "put the file back that the training wrote"

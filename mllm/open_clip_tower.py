@@ -28,7 +28,7 @@ from diffclip.base.backbones import (
 from diffclip.base.errors import InputError
 from diffclip.foreign_code import refuse_foreign_code
 from diffclip.hf import DiffCLIPImageProcessor, image_processor
-from mllm.image_modes import with_mode
+from mllm.processing import with_mode
 
 PREFIX = "open_clip:"
 
@@ -63,11 +63,7 @@ class OpenClipVisionModel(PreTrainedModel):
     supports_gradient_checkpointing = True
 
     def __init__(self, config: OpenClipVisionConfig, visual: nn.Module | None = None) -> None:
-        """
-        Args:
-            config: see `OpenClipVisionConfig`.
-            visual: the tower itself, where it is already there.
-        """
+        """`visual` is the tower itself, where it is already there."""
         super().__init__(config)
         # Any: the towers of open_clip and timm share methods, but no class that declares them
         self.visual: Any = visual or build_vision_tower(
@@ -123,14 +119,8 @@ class OpenClipVisionModel(PreTrainedModel):
         """Outputs of blocks or stages 1 to `last`, each (batch, tokens, width)."""
         count = self.config.num_hidden_layers
         if _has_tokens(self.visual):
-            results = self.visual.forward_intermediates(
-                pixels,
-                indices=list(range(last)),
-                stop_early=True,
-                intermediates_only=True,
-                output_fmt="NLC",
-                output_extra_tokens=True,
-            )
+            options = {"stop_early": True, "intermediates_only": True, "output_fmt": "NLC", "output_extra_tokens": True}
+            results = self.visual.forward_intermediates(pixels, indices=list(range(last)), **options)
             states = results["image_intermediates"]
             if "image_intermediates_prefix" in results:
                 states = [torch.cat(both, dim=1) for both in zip(results["image_intermediates_prefix"], states)]
@@ -186,22 +176,14 @@ def wrap(visual: Any, embed_dim: int, vision_cfg: dict[str, Any], quick_gelu: bo
     pixels = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0))
     if _has_tokens(visual):
         trunk = getattr(visual, "trunk", visual)
-        blocks = trunk.blocks if hasattr(trunk, "blocks") else trunk.transformer.resblocks
         states = visual.forward_intermediates(pixels, indices=1, intermediates_only=True)["image_intermediates"]
-        count = len(blocks)
+        count = len(trunk.blocks if hasattr(trunk, "blocks") else trunk.transformer.resblocks)
     else:
         states = _stages(visual, pixels, None, final=True)
         count = len(states)
     _, width, rows, _ = states[-1].shape
-    config = OpenClipVisionConfig(
-        embed_dim=embed_dim,
-        vision_cfg=vision_cfg,
-        quick_gelu=quick_gelu,
-        hidden_size=width,
-        image_size=side,
-        patch_size=side // rows,
-        num_hidden_layers=count,
-    )
+    shape = {"hidden_size": width, "image_size": side, "patch_size": side // rows, "num_hidden_layers": count}
+    config = OpenClipVisionConfig(embed_dim=embed_dim, vision_cfg=vision_cfg, quick_gelu=quick_gelu, **shape)
     tower, again = OpenClipVisionModel(config, visual).eval(), OpenClipVisionModel(config).eval()
     again.load_state_dict(tower.state_dict())
     if not torch.equal(tower(pixels).last_hidden_state, again(pixels).last_hidden_state):
@@ -229,6 +211,5 @@ def _stages(visual: Any, pixels: Tensor, first: int | None, final: bool) -> list
 AutoConfig.register(OpenClipVisionConfig.model_type, OpenClipVisionConfig)
 AutoModel.register(OpenClipVisionConfig, OpenClipVisionModel)
 AutoImageProcessor.register(
-    OpenClipVisionConfig,
-    image_processor_classes={"pil": DiffCLIPImageProcessor, "torchvision": DiffCLIPImageProcessor},
+    OpenClipVisionConfig, image_processor_classes={"pil": DiffCLIPImageProcessor, "torchvision": DiffCLIPImageProcessor}
 )

@@ -5,6 +5,7 @@ Import it after GRADIO_TEMP_DIR and GRADIO_ANALYTICS_ENABLED are set: gradio rea
 
 import html
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,7 @@ CSS = ".message-buttons {display: none}"  # one of them shares images on the web
 
 
 def build(vlm: VisionLanguageModel, generation: dict[str, Any]) -> gr.Blocks:
-    """The page: the conversation, a box for questions and images, and where the last answer looks.
-
-    Args:
-        generation: options as in `mllm.generation.generation_options`.
-    """
+    """The page; `generation` as in `mllm.model.generation_options`."""
 
     def answer(asked: dict, messages: list, history: tuple, look: bool) -> Iterator[tuple]:
         try:
@@ -80,7 +77,6 @@ def respond(
     """Answer a question, word by word; then show where the answer looks.
 
     Args:
-        vlm, generation: as in `build`.
         asked: {"text": the question, "files": paths of new images}.
         messages: the conversation as the page shows it, {"role", "content"}.
         history: the conversation as the model sees it, (turns, images).
@@ -99,20 +95,15 @@ def respond(
     turns, images = [*history[0], question_turn(question, len(new))], [*history[1], *new]
     messages = [*messages, *({"role": "user", "content": {"path": file}} for file in asked["files"])]
     messages.append(message("user", question))
-    answer, maps = "", None
-
-    def now() -> tuple:
-        answered = [*turns, {"from": "gpt", "value": answer.strip()}]
-        return [*messages, message("assistant", answer)], (answered, images), maps, None
-
-    yield now()
-    for piece in vlm.stream(turns, images, **generation):
+    answer = ""
+    for piece in chain([""], vlm.stream(turns, images, **generation)):
         answer += piece
-        yield now()
-    if look and images:
         answered = [*turns, {"from": "gpt", "value": answer.strip()}]
+        shown = [*messages, message("assistant", answer)], (answered, images)
+        yield *shown, None, None
+    if look and images:
         maps = [(image, f"{share:.1%} of the attention") for image, share in overlays(vlm, answered, images)]
-        yield now()
+        yield *shown, maps, None
 
 
 def message(role: str, text: str) -> dict[str, str]:

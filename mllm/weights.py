@@ -11,8 +11,6 @@ from diffclip.base.errors import InputError
 from diffclip.base.fingerprint import fingerprint
 from mllm.llava import DiffCLIPLlavaForConditionalGeneration
 
-PARTS = ("vision_tower", "projector", "language_model")
-
 
 class WeightsError(RuntimeError):
     """A part does not hold the weights it should."""
@@ -28,26 +26,20 @@ def parts(model: DiffCLIPLlavaForConditionalGeneration) -> dict[str, nn.Module]:
 
 
 def freeze(model: DiffCLIPLlavaForConditionalGeneration, train: Collection[str]) -> dict[str, int]:
-    """Let only the parts named in `train` learn; returns the number of parameters of every part.
-
-    Raises:
-        InputError: a name that is none of vision_tower, projector, language_model.
-    """
-    unknown = sorted(set(train) - set(PARTS))
-    if unknown:
-        raise InputError(f"learns: there is no part {', '.join(unknown)}; use {', '.join(PARTS)}")
-    for name, module in parts(model).items():
+    """Let only the named parts learn; returns the parameters of every part. InputError for other names."""
+    modules = parts(model)
+    if unknown := sorted(set(train) - modules.keys()):
+        raise InputError(f"learns: there is no part {', '.join(unknown)}; use {', '.join(modules)}")
+    for name, module in modules.items():
         module.requires_grad_(name in train)
     model.train(model.training)  # a frozen tower goes to evaluation mode
-    return {name: sum(p.numel() for p in module.parameters()) for name, module in parts(model).items()}
+    return {name: sum(p.numel() for p in module.parameters()) for name, module in modules.items()}
 
 
 def verify(model: DiffCLIPLlavaForConditionalGeneration, expected: Mapping[str, str]) -> None:
     """Raise WeightsError unless the named parts have the expected fingerprints."""
-    modules = parts(model)
     for name, wanted in expected.items():
-        actual = fingerprint(modules[name])
-        if actual != wanted:
+        if (actual := fingerprint(parts(model)[name])) != wanted:
             raise WeightsError(f"{name} has fingerprint {actual}, expected {wanted}: its weights were replaced")
 
 
@@ -68,13 +60,11 @@ def from_pretrained(auto_class: Any, path: str | Path, **options: Any) -> Any:
 def load_strictly(auto_class: Any, path: str | Path, only: str = "", **options: Any) -> PreTrainedModel:
     """`from_pretrained` that raises InputError listing weights that are missing, misshapen or left over.
 
-    Args:
-        only: leftover weights count only if their name contains this.
+    Leftover weights count only if their name contains `only`.
     """
     model, info = from_pretrained(auto_class, path, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
-        keys = sorted(str(k) for k in info[kind] if kind != "unexpected_keys" or only in str(k))
-        if keys:
+        if keys := sorted(str(k) for k in info[kind] if kind != "unexpected_keys" or only in str(k)):
             names = ", ".join(keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
             raise InputError(f"{path}: {kind.replace('_', ' ')} in the weights: {names}; give the matching model")
     return model

@@ -13,14 +13,13 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from diffclip.base.errors import InputError
 from diffclip.base.fingerprint import fingerprint
-from mllm.assemble import assemble
+from mllm.assemble import assemble, whiten_projector
 from mllm.conversation import control_tokens
 from mllm.data.examples import ConversationDataset, collate, training_order
 from mllm.data.rows import load_rows
 from mllm.llava import DiffCLIPLlavaForConditionalGeneration
 from mllm.lora import add_lora, base_weights, merge, quantise
 from mllm.model import VisionLanguageModel, load
-from mllm.projector import whiten_projector
 from mllm.weights import fingerprints, freeze, parts
 from stages.callbacks import Watch
 from stages.provenance import upstream_model

@@ -10,7 +10,7 @@ from diffclip.base.errors import InputError
 from diffclip.base.files import read_jsonl
 from mllm.conversation import IMAGE, VICUNA_SYSTEM
 from mllm.data.examples import pad_batch
-from mllm.data.layouts import read_rows
+from mllm.data.rows import read_rows
 from stages.callbacks import Watch
 from stages.run import Run
 from stages.settings import LanguageConfig

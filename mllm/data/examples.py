@@ -6,13 +6,14 @@ from functools import cached_property
 import numpy as np
 import torch
 from PIL import Image
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from transformers import LlavaProcessor
 
 from diffclip.base.errors import InputError
 from mllm.conversation import IGNORE, IMAGE, NoSupervisionError, encode, render
 from mllm.data.rows import Rows
-from mllm.image_modes import bounded
+from mllm.processing import bounded
 
 
 class ConversationDataset(Dataset):
@@ -22,13 +23,7 @@ class ConversationDataset(Dataset):
     """
 
     def __init__(self, rows: Rows, processor: LlavaProcessor, *, template: str, max_length: int = 2048) -> None:
-        """
-        Args:
-            rows: from `mllm.data.rows.load_rows`, checked with the same template.
-            processor: of the model to train.
-            template: conversation format, see `mllm.conversation`.
-            max_length: longer examples are cut at the end, image tokens counted.
-        """
+        """`rows` were checked with the same template; longer examples are cut at the end, image tokens counted."""
         self.rows, self.processor = rows, processor
         self.template, self.max_length = template, max_length
         self.image_tokens = image_tokens(processor)
@@ -57,16 +52,11 @@ class ConversationDataset(Dataset):
     def lengths(self) -> list[int]:
         """Tokens of every example, image tokens counted, for batches of equal length."""
         lengths: list[int] = []
-        for first in range(0, len(self.rows), 4096):
-            chunk = range(first, min(first + 4096, len(self.rows)))
-            conversations, images = self.rows.texts(chunk)
-            texts = [
-                "".join(segment.text for segment in render(turns, self.template, end_token=self.end_token))
-                for turns in conversations
-            ]
-            counts = [len(ids) for ids in self.processor.tokenizer(texts)["input_ids"]]
+        for conversations, images in self.rows.texts():
+            rendered = (render(turns, self.template, end_token=self.end_token) for turns in conversations)
+            ids = self.processor.tokenizer(["".join(s.text for s in segments) for segments in rendered])["input_ids"]
             extra = self.image_tokens - 1
-            lengths += [min(n + extra * shown, self.max_length) for n, shown in zip(counts, images)]
+            lengths += [min(len(row) + extra * shown, self.max_length) for row, shown in zip(ids, images)]
         return lengths
 
 
@@ -117,10 +107,8 @@ def padded_length(tokens: int) -> int:
 
 def pad(rows: list[torch.Tensor], value: int) -> torch.Tensor:
     """Rows (tokens,) -> (rows, `padded_length` of the longest), filled up on the right with `value`."""
-    result = rows[0].new_full((len(rows), padded_length(max(map(len, rows)))), value)
-    for filled, row in zip(result, rows):
-        filled[: len(row)] = row
-    return result
+    padded = pad_sequence(rows, batch_first=True, padding_value=value)
+    return torch.nn.functional.pad(padded, (0, padded_length(padded.shape[1]) - padded.shape[1]), value=value)
 
 
 def pad_batch(ids: list[torch.Tensor], labels: list[torch.Tensor], pad_token: int) -> dict[str, torch.Tensor]:

@@ -8,7 +8,6 @@ import binascii
 import os
 import re
 import time
-from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -53,42 +52,37 @@ def row_images(row: dict) -> list[tuple[str, bytes | None]]:
         raise InputError(f"has images in `{given[0]}` and in `{given[1]}`; keep one of them")
     if not given:
         return []
-    value = row[given[0]]
-    return [_row_image(image, given[0]) for image in (value if isinstance(value, list) else [value])]
+    key, value = given[0], row[given[0]]
+    return [_row_image(image, key) for image in (value if isinstance(value, list) else [value])]
 
 
 def row_places(row: dict, image_root: str | Path) -> list[tuple[str, ImagePlace | None]]:
-    """`row_images` with their places: in the row itself, or as `find_places` finds them; None where there is none."""
-    return [
-        (name, ImagePlace(name, content=content) if content is not None else find_places(image_root, [name])[name])
-        for name, content in row_images(row)
-    ]
+    """`row_images` with their places, see `find_place`."""
+    return [(name, find_place(image_root, name, content)) for name, content in row_images(row)]
 
 
-def find_places(root: str | Path, names: Iterable[str]) -> dict[str, ImagePlace | None]:
-    """Each name's place under `root`, as a file or as a member of a tar in its folder, or None.
+def find_place(root: str | Path, name: str, content: bytes | None = None) -> ImagePlace | None:
+    """Where an image lies: in the row itself (`content`), or under `root` as a file or a member of a tar in its folder.
 
     Raises:
-        InputError: a name is an address or leads outside `root`, several tars of the folder hold it, or a tar cannot be
-            read.
+        InputError: the name is an address or leads outside `root`, several tars of the folder hold it, or a tar cannot
+            be read.
     """
-    places: dict[str, ImagePlace | None] = {}
-    for name in names:
-        if re.match(r"\w{2,}://", name):
-            raise InputError(f"image {name[:200]} is an address, which is not fetched; give the path of a copy")
-        path = os.path.abspath(inside(root, name, "image"))
-        if os.path.isfile(path):
-            places[name] = ImagePlace(path)
-            continue
-        folder, base = os.path.split(path)
-        tar = path[: path.find(".tar/") + 4]
-        place = tar if os.path.isfile(tar) else folder  # only where files are missing
-        members = _tar_members(place, _tars_state(place)).get(base, {})
-        if len(members) > 1 and path not in members:
-            known = " and ".join(os.path.relpath(member, os.path.abspath(root)) for member in sorted(members)[:2])
-            raise InputError(f"image {name} is in {len(members)} places, {known}; write in the row which of them it is")
-        places[name] = members.get(path) or next(iter(members.values()), None)
-    return places
+    if content is not None:
+        return ImagePlace(name, content=content)
+    if re.match(r"\w{2,}://", name):
+        raise InputError(f"image {name[:200]} is an address, which is not fetched; give the path of a copy")
+    path = os.path.abspath(inside(root, name, "image"))
+    if os.path.isfile(path):
+        return ImagePlace(path)
+    folder, base = os.path.split(path)
+    tar = path[: path.find(".tar/") + 4]
+    place = tar if os.path.isfile(tar) else folder  # only where files are missing
+    members = _tar_members(place, _tars(place, int(time.monotonic() / 5))).get(base, {})
+    if len(members) > 1 and path not in members:
+        known = " and ".join(os.path.relpath(member, os.path.abspath(root)) for member in sorted(members)[:2])
+        raise InputError(f"image {name} is in {len(members)} places, {known}; write in the row which of them it is")
+    return members.get(path) or next(iter(members.values()), None)
 
 
 def _row_image(value: object, key: str) -> tuple[str, bytes | None]:
@@ -120,14 +114,9 @@ def filled(value: object) -> bool:
     return value is not None and value == value and value not in ("", [])
 
 
-def _tars_state(folder: str) -> tuple[tuple[str, int, int], ...]:
-    """Names, sizes and times of the tars in a folder, looked at again after each five seconds."""
-    return _tars_now(folder, int(time.monotonic() / 5))
-
-
 @lru_cache(maxsize=256)
-def _tars_now(folder: str, moment: int) -> tuple[tuple[str, int, int], ...]:
-    """Of the tars in a folder, or of the one tar that the path itself is."""
+def _tars(folder: str, moment: int) -> tuple[tuple[str, int, int], ...]:
+    """Names, sizes and times of the tars in a folder, or of the one tar that it is; looked at anew at each moment."""
     if os.path.isfile(folder):
         paths = [Path(folder)]
     else:
@@ -137,7 +126,7 @@ def _tars_now(folder: str, moment: int) -> tuple[tuple[str, int, int], ...]:
 
 @lru_cache(maxsize=64)
 def _tar_members(folder: str, state: tuple[tuple[str, int, int], ...]) -> dict[str, dict[str, ImagePlace]]:
-    """Members of the tars of `_tars_now` by file name, each with all its places by tar and name in it."""
+    """Members of the tars of `_tars` by file name, each with all its places by tar and name in it."""
     by_name: dict[str, dict[str, ImagePlace]] = {}
     for path, *_ in state:
         members, ends_early = tars.members(path)

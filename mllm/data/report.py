@@ -2,9 +2,8 @@
 
 import argparse
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,23 +14,17 @@ from transformers import AutoProcessor, AutoTokenizer
 from diffclip.base.errors import InputError
 from diffclip.base.files import write_json
 from mllm.conversation import IGNORE, control_tokens, encode, render
-from mllm.data.checks import examine
 from mllm.data.examples import image_tokens
 from mllm.data.images import ImagePlace
-from mllm.data.rows import Rows, load_rows
+from mllm.data.rows import Rows, examine, load_rows
 from mllm.weights import from_pretrained
 
 
 def check(options: argparse.Namespace) -> int:
-    """Print every fault of every row; images are decoded, and each image only once.
-
-    Returns:
-        0 without faults, else 2.
-    """
+    """Print every fault of every row, images decoded once each; returns 0 without faults, else 2."""
     faults: list[str] = []
-    rows = 0
     seen: dict[ImagePlace, str] = {}  # image -> the first row that shows it
-    inside = 0  # images that rows hold themselves, decoded at once so as not to keep them
+    rows, inside = 0, 0  # `inside`: images that rows hold themselves, decoded at once so as not to keep them
     examined = examine(options.files, options.image_root, **row_settings(options))
     for key, _, places, problem in tqdm(examined, unit="row", disable=None):
         rows += 1
@@ -89,16 +82,11 @@ def kind(answer: str) -> str:
 
 def describe(rows: Rows) -> dict:
     """Counts of rows, images, turns and kinds of answers; shares in percent."""
-    kinds: Counter[str] = Counter()
-    common: Counter[str] = Counter()
-    turns: list[int] = []
-    images: list[int] = []
-    for first in range(0, len(rows), 4096):
-        conversations, counts = rows.texts(range(first, min(first + 4096, len(rows))))
+    kinds, common, images = Counter[str](), Counter[str](), list[int]()
+    for conversations, counts in rows.texts():
         images += counts
         for conversation in conversations:
             answers = [turn["value"] for turn in conversation if turn["from"] == "gpt"]
-            turns.append(len(answers))
             kinds.update(map(kind, answers))
             common.update(answer.strip() for answer in answers)
     total = sum(kinds.values())
@@ -119,11 +107,10 @@ def tokens(options: argparse.Namespace, rows: Rows) -> tuple[np.ndarray, np.ndar
     processor = AutoProcessor.from_pretrained(options.model, trust_remote_code=False)
     image_length = image_tokens(processor)
     counts = []
-    for first in range(0, len(rows), 4096):
-        for conversation in rows.texts(range(first, min(first + 4096, len(rows))))[0]:
-            segments = render(conversation, options.template, end_token=processor.tokenizer.eos_token)
-            labels = encode(segments, processor.tokenizer, image_length)["labels"]
-            counts.append((len(labels), sum(label != IGNORE for label in labels)))
+    for conversation in chain.from_iterable(conversations for conversations, _ in rows.texts()):
+        segments = render(conversation, options.template, end_token=processor.tokenizer.eos_token)
+        labels = encode(segments, processor.tokenizer, image_length)["labels"]
+        counts.append((len(labels), sum(label != IGNORE for label in labels)))
     lengths, supervised = np.array(counts).T
     return lengths, supervised
 
@@ -140,7 +127,7 @@ def stats(options: argparse.Namespace) -> int:
             "rows without a supervised token": int((supervised == 0).sum()),
             f"rows longer than {options.max_length}": int((lengths > options.max_length).sum()),
         }
-        print(*histogram(lengths), sep="\n")
+        print_histogram(lengths)
     for name, value in counts.items():
         print(f"{name}: {value}")
     if options.output_dir:
@@ -153,12 +140,12 @@ def stats(options: argparse.Namespace) -> int:
     return 0
 
 
-def histogram(lengths: np.ndarray, bins: int = 12, width: int = 50) -> Iterator[str]:
-    """Lines of a histogram for a console."""
-    counts, edges = np.histogram(lengths, bins=min(bins, max(1, int(np.ptp(lengths)))))
-    yield "tokens a row"
-    for count, low, high in zip(counts, edges, islice(edges, 1, None)):
-        yield f"{int(low):>6d} - {int(high):<6d} {'#' * round(width * count / counts.max()):{width}s} {count:,}"
+def print_histogram(lengths: np.ndarray) -> None:
+    """A histogram on the console."""
+    counts, edges = np.histogram(lengths, bins=min(12, max(1, int(np.ptp(lengths)))))
+    print("tokens a row")
+    for count, low, high in zip(counts, edges, edges[1:]):
+        print(f"{int(low):>6d} - {int(high):<6d} {'#' * round(50 * count / counts.max()):50s} {count:,}")
 
 
 def plot_lengths(lengths: np.ndarray, supervised: np.ndarray, path: Path) -> None:

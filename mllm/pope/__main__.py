@@ -55,7 +55,7 @@ def arguments() -> Parser:
         command.add_argument("--device", help="cuda, cpu, ... (cuda where there is one)")
     for command in (check, margins, diagnose):
         command.add_argument("--image_root", type=Path, help="folder of the images (not for parquet)")
-    audit = verb("audit", "audit.run", "the whole numbers that published accuracy, precision and recall allow")
+    audit = verb("audit", "tables.audit", "the whole numbers that published accuracy, precision and recall allow")
     for share in ("accuracy", "precision", "recall"):
         audit.add_argument(share, type=number(float, 0, 100), help="in percent, with two decimals")
     audit.add_argument(

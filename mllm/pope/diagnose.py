@@ -22,12 +22,11 @@ from mllm.data.examples import ConversationDataset
 from mllm.data.images import ImagePlace
 from mllm.data.rows import load_rows
 from mllm.model import FINGERPRINTS, VisionLanguageModel, transform_fingerprint
-from mllm.pope.answers import Answer, read_answers
-from mllm.pope.controls import shuffle_images
 from mllm.pope.images import images_of
 from mllm.pope.margins import generate, margins, score_margins
 from mllm.pope.parsers import parse, parse_strict
-from mllm.pope.questions import Question, read_labelled
+from mllm.pope.questions import Answer, Question, read_answers, read_labelled
+from mllm.pope.scores import shuffle_images
 from mllm.weights import parts
 
 
@@ -41,17 +40,9 @@ class Finding(NamedTuple):
 
 
 CAUSES = (
-    "wrong transform",
-    "wrong layer or template",
-    "random or swapped tower",
-    "unloaded projector",
-    "swapped language model",
-    "no supervised tokens",
-    "no yes/no data",
-    "label misalignment",
-    "ignored image",
-    "pure yes-bias",
-    "parser",
+    *("wrong transform", "wrong layer or template", "random or swapped tower", "unloaded projector"),
+    *("swapped language model", "no supervised tokens", "no yes/no data"),
+    *("label misalignment", "ignored image", "pure yes-bias", "parser"),  # by asking the model
 )
 
 
@@ -70,7 +61,7 @@ def diagnose(
         directory: the run; what training wrote beside the weights (run.json, config.yaml) is used where it is there.
         questions: POPE with labels, from `mllm.pope.questions.read`; without it the model is not asked anything.
         images: their images, from `mllm.pope.images.find_images`.
-        answers: of an earlier evaluation, from `mllm.pope.answers.read_answers`, to be checked against `questions`.
+        answers: of an earlier evaluation, from `mllm.pope.questions.read_answers`, to be checked against `questions`.
         asked_images: how many images the model is asked about.
     """
     directory = Path(directory)
@@ -88,7 +79,9 @@ def diagnose(
     upstream = _mapping(Path(record.get("inputs", {}).get("model", {}).get("path", "")) / "run.json", read_json)
     yield tower(parts(model)["vision_tower"], current, prints, record, upstream)
     yield projector(current, prints, record, upstream)
-    yield language_model(current, prints, record)
+    wrong = _mismatch("language_model", current, prints, record, {})
+    remedy = "put back the weights that the training wrote"
+    yield Finding("swapped language model", not wrong, wrong or "the one that was trained", remedy)
     yield from training_data(model, processor, config)
     if not questions:
         unknown = "not looked at: give --pope and --image_root"
@@ -125,11 +118,12 @@ def settings(model: Any, prints: dict, config: dict) -> Finding:
 def tower(vision_tower: nn.Module, current: dict, prints: dict, record: dict, upstream: dict) -> Finding:
     """Is the vision tower trained, and the one that the run was made with?"""
     cause, remedy = "random or swapped tower", "run align and instruct again with the pretrained tower"
-    trained = trained_norms(vision_tower)
-    if trained is False:
+    norms = (m for m in vision_tower.modules() if isinstance(m, (nn.LayerNorm, nn.BatchNorm2d, nn.RMSNorm)))
+    start = {"weight": 1.0, "bias": 0.0}
+    values = [(p, start[name]) for m in norms for name, p in m.named_parameters(recurse=False) if name in start]
+    if values and all(torch.all(p == value) for p, value in values):
         return Finding(cause, False, "all of its norms have weight 1 and bias 0: it was never trained", remedy)
-    wrong = _mismatch("vision_tower", current, prints, record, upstream)
-    if wrong:
+    if wrong := _mismatch("vision_tower", current, prints, record, upstream):
         return Finding(cause, False, wrong, remedy)
     return Finding(cause, True, "trained, and the one of the run" if record else "trained; there is no run.json")
 
@@ -140,39 +134,25 @@ def projector(current: dict, prints: dict, record: dict, upstream: dict) -> Find
     start = upstream.get("before", {}).get("projector")
     if current["projector"] == start:
         return Finding(cause, False, "it is the one that align started from: nothing was learnt into it", remedy)
-    wrong = _mismatch("projector", current, prints, record, upstream)
-    if wrong:
+    if wrong := _mismatch("projector", current, prints, record, upstream):
         return Finding(cause, False, wrong, remedy)
     if not record and not start:
         return Finding(cause, None, "there is no run.json to compare it with")
     return Finding(cause, True, "the one that was trained")
 
 
-def language_model(current: dict, prints: dict, record: dict) -> Finding:
-    """Is the language model the one that was trained?"""
-    wrong = _mismatch("language_model", current, prints, record, {})
-    remedy = "put back the weights that the training wrote"
-    return Finding("swapped language model", not wrong, wrong or "the one that was trained", remedy)
-
-
-def training_data(model: Any, processor: Any, config: dict, most: int = 400) -> Iterator[Finding]:
+def training_data(model: Any, processor: Any, config: dict) -> Iterator[Finding]:
     """Did the rows of the training have supervised tokens, and questions to be answered with yes or no?"""
     data = config.get("data") or []
     if not data or not all(Path(path).exists() for path in data):
         unknown = "the training's data is not there: run it where the paths of config.yaml hold"
-        yield Finding("no supervised tokens", None, unknown)
-        yield Finding("no yes/no data", None, unknown)
+        yield from (Finding(cause, None, unknown) for cause in CAUSES[5:7])
         return
     template = config.get("template", model.config.conversation_template)
-    rows = load_rows(
-        data,
-        config.get("image_root", ""),
-        image_prefix=config.get("image_prefix", ""),
-        template=template,
-        control=control_tokens(processor.tokenizer),
-    )
+    shown = {"image_prefix": config.get("image_prefix", ""), "template": template}
+    rows = load_rows(data, config.get("image_root", ""), **shown, control=control_tokens(processor.tokenizer))
     dataset = ConversationDataset(rows, processor, template=template, max_length=config.get("max_length", 2048))
-    chosen = range(0, len(rows), max(1, len(rows) // most))
+    chosen = range(0, len(rows), max(1, len(rows) // 400))
     empty, answers = 0, []
     for i in chosen:
         answers += [turn["value"] for turn in rows[i].conversation if turn["from"] == "gpt"]
@@ -186,10 +166,9 @@ def training_data(model: Any, processor: Any, config: dict, most: int = 400) -> 
     remedy = "raise max_length, or mend the answers; diffclip check names the rows"
     yield Finding("no supervised tokens", empty == 0, f"{share:.0f} % of {len(chosen)} rows have none", remedy)
     predictions = [parse_strict(answer) for answer in answers]
-    kinds = {kind: predictions.count(kind) for kind in ("yes", "no")}
-    fine = min(kinds.values()) > 0
-    seen = f"{kinds['yes']} yes and {kinds['no']} no among {len(answers):,} answers"
-    yield Finding("no yes/no data", fine, seen, "instruct on rows whose answers are Yes and No, both")
+    yes, no = predictions.count("yes"), predictions.count("no")
+    seen = f"{yes} yes and {no} no among {len(answers):,} answers"
+    yield Finding("no yes/no data", min(yes, no) > 0, seen, "instruct on rows whose answers are Yes and No, both")
 
 
 def behaviour(
@@ -233,15 +212,13 @@ def labels(
     if not answers:
         return Finding(cause, None, "not looked at: give --answers, the answers.jsonl of an evaluation")
     truth = {q.key: q.label for q in questions}
-    unknown = sum(q.key not in truth for q, _ in answers)
-    if unknown:
+    if unknown := sum(q.key not in truth for q, _ in answers):
         return Finding(cause, False, f"{unknown} of {len(answers)} rows ask what these files do not", remedy)
-    wrong = sum(q.label not in ("", truth[q.key]) for q, _ in answers)  # "": a file without labels
-    if wrong:
+    if wrong := sum(q.label not in ("", truth[q.key]) for q, _ in answers):  # "": a file without labels
         return Finding(cause, False, f"{wrong} of {len(answers)} labels are not those of their question", remedy)
     predictions = parse((answer.text for answer in answers), "strict")
     given = {answer.key: prediction for answer, prediction in zip(answers, predictions)}
-    pairs = [(given.get(q.key), "yes" if value > 0 else "no") for q, value in zip(asked, own)]
+    pairs = ((given.get(q.key), "yes" if value > 0 else "no") for q, value in zip(asked, own))
     same = [prediction == likelier for prediction, likelier in pairs if prediction in ("yes", "no")]
     if not same:
         return Finding(cause, None, "none of its answers to these questions is yes or no")
@@ -256,21 +233,13 @@ def parser(answers: Sequence[str | None]) -> Finding:
     nulls = sum(answer is None for answer in answers)
     pairs = zip(answers, parse(answers))
     examples = list(dict.fromkeys(a for a, read_as in pairs if read_as == "invalid" and a is not None))[:3]
-    fine = invalid["lmms_eval"] < 0.05
     seen = f"lmms-eval's rule cannot read {100 * invalid['lmms_eval']:.0f} % of {len(answers)} answers"
     if invalid["strict"] < invalid["lmms_eval"]:
         seen += f", {100 * invalid['strict']:.0f} % without regard to punctuation"
     seen += f"; {nulls} are null, no answer at all" if nulls else ""
     seen += f": {', '.join(map(repr, examples))}" if examples else ""
-    return Finding("parser", fine, seen, "score with --parser strict, or ask for one word as in the training")
-
-
-def trained_norms(module: nn.Module) -> bool | None:
-    """Whether any norm of the module has learnt weights; None if it has no norms with weights."""
-    norms = (m for m in module.modules() if isinstance(m, (nn.LayerNorm, nn.BatchNorm2d, nn.RMSNorm)))
-    start = {"weight": 1.0, "bias": 0.0}
-    values = [(p, start[name]) for m in norms for name, p in m.named_parameters(recurse=False) if name in start]
-    return any(not torch.all(p == value) for p, value in values) if values else None
+    remedy = "score with --parser strict, or ask for one word as in the training"
+    return Finding("parser", invalid["lmms_eval"] < 0.05, seen, remedy)
 
 
 def _mismatch(part: str, current: dict, prints: dict, record: dict, upstream: dict) -> str:
@@ -303,9 +272,8 @@ def run(options: Namespace) -> int:
         findings = list(diagnose(options.run, questions, images, answers, asked_images=options.images, device=device))
     marks = {True: "ok", False: "FOUND", None: "?"}
     print_table(["", "cause", "seen"], [[marks[f.fine], f.cause, f.seen] for f in findings], f"{options.run}")
-    wrong = next((f for f in findings if f.fine is False), None)
-    if wrong is None:
-        print("no cause found; what remains is training: more data, more steps, a better tower")
-        return 0
-    print(f"{wrong.cause}: {wrong.seen}. Remedy: {wrong.remedy}.")
-    return 1
+    if wrong := next((f for f in findings if f.fine is False), None):
+        print(f"{wrong.cause}: {wrong.seen}. Remedy: {wrong.remedy}.")
+        return 1
+    print("no cause found; what remains is training: more data, more steps, a better tower")
+    return 0

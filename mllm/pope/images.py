@@ -10,7 +10,7 @@ import pyarrow.parquet
 from diffclip.base.errors import InputError
 from diffclip.base.files import write_whole
 from diffclip.base.paths import inside
-from mllm.data.images import ImagePlace, find_places
+from mllm.data.images import ImagePlace, find_place
 from mllm.pope.questions import Question, parquets
 
 COCO_NAME = re.compile(r"COCO_(?:val|train)2014_(\d{12})$")
@@ -34,7 +34,7 @@ def find_images(questions: Sequence[Question], image_root: str | Path) -> dict[s
         names = [name, f"{stem}.jpg", *([f"{coco[1]}.jpg"] if coco else [])]
         files = (os.path.join(image_root, folder, one) for folder in COCO_FOLDERS for one in names)
         file = next(filter(os.path.isfile, files), None)
-        places[name] = ImagePlace(file) if file else find_places(image_root, [name])[name]
+        places[name] = ImagePlace(file) if file else find_place(image_root, name)
     if missing := [name for name, place in places.items() if place is None]:
         raise InputError(f"{len(missing)} images of POPE are not under {image_root}, e.g. {missing[0]}")
     return {name: place for name, place in places.items() if place}
@@ -43,10 +43,7 @@ def find_images(questions: Sequence[Question], image_root: str | Path) -> dict[s
 def images_of(
     questions: Sequence[Question], path: str | Path, image_root: str | Path | None, unpack_to: str | Path
 ) -> dict[str, ImagePlace]:
-    """`find_images` under `image_root`, or, where that is not given, among those that the files in `path` carry.
-
-    Args:
-        unpack_to: folder that these are written to.
+    """`find_images` under `image_root` or, without it, among those that the files in `path` carry, put in `unpack_to`.
 
     Raises:
         InputError: there is neither, or an image is missing.
@@ -66,20 +63,18 @@ def unpack_images(path: str | Path, folder: str | Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     done = set()
     for table in parquets(Path(path)):
-        number = 0
-        for batch in pyarrow.parquet.ParquetFile(table).iter_batches(256, columns=["image_source", "image"]):
-            for row in batch.to_pylist():
-                where, name, image = f"{table}: row {number}", row["image_source"], row.get("image")
-                number += 1
-                inside(folder, name, f"{where}: image_source")
-                file = inside(folder, f"{os.path.splitext(name)[0]}.jpg", f"{where}: image_source", writing=True)
-                if file in done:
-                    continue
-                done.add(file)
-                content = image.get("bytes") if isinstance(image, Mapping) else image
-                if not isinstance(content, bytes):
-                    raise InputError(f"{where}: carries no image; use a copy that does, or files and --image_root")
-                if not file.is_file() or file.read_bytes() != content:  # perhaps of another set, of equal names
-                    file.parent.mkdir(parents=True, exist_ok=True)
-                    write_whole(file, content)
+        batches = pyarrow.parquet.ParquetFile(table).iter_batches(256, columns=["image_source", "image"])
+        for number, row in enumerate(row for batch in batches for row in batch.to_pylist()):
+            where, name, image = f"{table}: row {number}", row["image_source"], row.get("image")
+            inside(folder, name, f"{where}: image_source")
+            file = inside(folder, f"{os.path.splitext(name)[0]}.jpg", f"{where}: image_source", writing=True)
+            if file in done:
+                continue
+            done.add(file)
+            content = image.get("bytes") if isinstance(image, Mapping) else image
+            if not isinstance(content, bytes):
+                raise InputError(f"{where}: carries no image; use a copy that does, or files and --image_root")
+            if not file.is_file() or file.read_bytes() != content:  # perhaps of another set, of equal names
+                file.parent.mkdir(parents=True, exist_ok=True)
+                write_whole(file, content)
     return folder

@@ -16,15 +16,13 @@ from typing import Any
 
 import datasets
 import pyarrow.parquet
-from PIL import Image
 
 from diffclip.base.errors import InputError
 from diffclip.base.files import json_line, read_json, read_jsonl, write_whole
 from mllm.data.images import ImagePlace
-from mllm.pope.controls import CONTROLS, GREY, always_yes, blind, grey_image
 from mllm.pope.parsers import parse
 from mllm.pope.questions import POST_PROMPT, SPLITS, Question
-from mllm.pope.scores import SCORES, intervals, score, score_splits
+from mllm.pope.scores import CONTROLS, GREY, SCORES, blind, grey_image, intervals, score, score_splits
 
 ANSWERED = "answered.jsonl"  # what a killed evaluation had answered
 
@@ -33,30 +31,26 @@ def write_parquet(questions: Sequence[Question], images: Mapping[str, ImagePlace
     """Write questions and their images, from `mllm.pope.images.find_images`, in the columns of lmms-lab/POPE."""
     shown = {q.shown for q in questions} - {GREY, ""}
     encoded: dict[str, Any] = {name: {"bytes": images[name].read(), "path": name} for name in shown}
-    encoded |= {GREY: {"bytes": _png(grey_image()), "path": GREY}, "": None}
+    grey_image().save(grey := io.BytesIO(), "PNG")
+    encoded |= {GREY: {"bytes": grey.getvalue(), "path": GREY}, "": None}
     names = ("question_id", "question", "answer", "image_source", "image", "category")
     features = datasets.Features({name: datasets.Value("string") for name in names} | {"image": datasets.Image()})
     # Arrow writes it silently; the schema carries the features, so that `image` is read back as an image.
     with pyarrow.parquet.ParquetWriter(path, features.arrow_schema) as writer:
         for first in range(0, len(questions), 500):  # photos of thousands of questions are more than one table may hold
-            rows = [
-                (q.question_id, q.text, q.label, q.image, encoded[q.shown], q.split)
-                for q in questions[first : first + 500]
-            ]
-            part = datasets.Dataset.from_dict(dict(zip(names, map(list, zip(*rows)))), features=features)
-            writer.write_table(part.data.table.cast(features.arrow_schema))
+            part = questions[first : first + 500]
+            rows = [(q.question_id, q.text, q.label, q.image, encoded[q.shown], q.split) for q in part]
+            table = datasets.Dataset.from_dict(dict(zip(names, map(list, zip(*rows)))), features=features)
+            writer.write_table(table.data.table.cast(features.arrow_schema))
 
 
 def write_tasks(folder: str | Path, parquets: Mapping[str, str | Path], post_prompt: str = POST_PROMPT) -> list[str]:
-    """Write a task file for each parquet file, for `lmms-eval --include_path FOLDER`.
+    """Write a task file for each parquet file, for `lmms-eval --include_path FOLDER`; returns the task names.
 
     Args:
         folder: where to write; parquet files in it are named relative to it, so that it can be moved.
         parquets: task name -> parquet file; lmms-eval's own names (`pope`, ...) must not be used.
         post_prompt: follows each question.
-
-    Returns:
-        The task names.
     """
     folder = Path(folder).resolve()
     template = (files("mllm.tasks") / "pope.yaml").read_text(encoding="utf-8")
@@ -89,8 +83,7 @@ def evaluate_with_lmms(
         questions: with labels, from `mllm.pope.questions.read`.
         images: their images, from `mllm.pope.images.find_images`.
         out_dir: gets task files, lmms-eval's results and log, and answers.jsonl.
-        controls: further passes of the model, of `CONTROLS`: each question with another image, with a grey one, with
-            none.
+        controls: further passes of the model, of `CONTROLS`.
         batch_size: questions at a time, in each process.
         device: of a single process, e.g. "cuda:0"; by default its own.
         processes: that share the questions, one a GPU.
@@ -104,31 +97,29 @@ def evaluate_with_lmms(
     Raises:
         InputError: questions without labels, unknown control, or lmms-eval ended without results.
     """
-    unknown = set(controls) - set(CONTROLS)
-    if unknown:
+    if unknown := set(controls) - set(CONTROLS):
         raise InputError(f"unknown POPE controls {sorted(unknown)}: use {', '.join(CONTROLS)}")
     if not all(q.label for q in questions):
         raise InputError("POPE's questions have no labels; give the official files, too")
-    passes = {"model": list(questions), **{name: CONTROLS[name](questions, seed) for name in controls}}
     out_dir = Path(out_dir).resolve()
     tasks = out_dir / "tasks"
     tasks.mkdir(parents=True, exist_ok=True)
     # lmms-eval scores the model split by split; one task for each control is enough
-    parts = {f"diffclip_pope_model_{split}": [q for q in questions if q.split == split] for split in SPLITS}
-    parts |= {f"diffclip_pope_{name}": passes[name] for name in controls}
+    passes = {"model": {f"diffclip_pope_model_{split}": [q for q in questions if q.split == split] for split in SPLITS}}
+    passes |= {name: {f"diffclip_pope_{name}": CONTROLS[name](questions, seed)} for name in controls}
+    parts = {task: part for of_pass in passes.values() for task, part in of_pass.items()}
     for task, part in parts.items():
         write_parquet(part, images, tasks / f"{task}.parquet")
     write_tasks(tasks, {task: tasks / f"{task}.parquet" for task in parts})
-    results, answers = run_lmms_eval(run_dir, tasks, list(parts), out_dir, batch_size, device, processes)
+    results, answers = run_lmms_eval(run_dir, list(parts), out_dir, batch_size, device, processes)
     for task, part in parts.items():
         if len(answers[task]) != len(part):
             raise InputError(
                 f"{task}: lmms-eval wrote {len(answers[task])} answers to {len(part)} questions, see {out_dir}; start "
                 "again, what was answered is kept"
             )
-    tasks_of = {name: [task for task in parts if task.startswith(f"diffclip_pope_{name}")] for name in passes}
-    asked = {name: [q for task in tasks for q in parts[task]] for name, tasks in tasks_of.items()}
-    given = {name: [answer for task in tasks for answer in answers[task]] for name, tasks in tasks_of.items()}
+    asked = {name: [q for part in of_pass.values() for q in part] for name, of_pass in passes.items()}
+    given = {name: [answer for task in of_pass for answer in answers[task]] for name, of_pass in passes.items()}
     pairs = ((name, q, answer) for name in passes for q, answer in zip(asked[name], given[name]))
     lines = [json_line({"pass": name, **q._asdict(), "answer": answer}) for name, q, answer in pairs]
     write_whole(out_dir / "answers.jsonl", "".join(lines))
@@ -141,14 +132,8 @@ def evaluate_with_lmms(
     for file in out_dir.glob(f"{ANSWERED}.*"):
         file.unlink()
     scores["blind"] = score_splits(questions, blind(questions, seed=seed))
-    scores["always_yes"] = score_splits(questions, always_yes(questions))
+    scores["always_yes"] = score_splits(questions, ["yes"] * len(questions))
     return scores
-
-
-def _png(image: Image.Image) -> bytes:
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    return file.getvalue()
 
 
 def score_answers(questions: Sequence[Question], answers: Sequence[str | None]) -> dict[str, dict[str, float]]:
@@ -162,25 +147,16 @@ def score_answers(questions: Sequence[Question], answers: Sequence[str | None]) 
 
 
 def run_lmms_eval(
-    run_dir: str | Path,
-    tasks_dir: Path,
-    tasks: Sequence[str],
-    out_dir: Path,
-    batch_size: int = 64,
-    device: str | None = None,
-    processes: int = 1,
+    run_dir: str | Path, tasks: Sequence[str], out_dir: Path, batch_size: int, device: str | None, processes: int
 ) -> tuple[dict[str, dict[str, float]], dict[str, list[str | None]]]:
-    """Run `python -m lmms_eval` offline, under torchrun where there are several processes.
-
-    Returns:
-        Its scores, and the model's answers in file order, by task.
+    """Scores and answers in file order, by task, of `python -m lmms_eval` offline, under torchrun if several processes.
 
     Raises:
         InputError: lmms-eval is missing or does not know our model, or wrote no results (it exits 0 on errors);
             the message holds the end of its log.
     """
     run_dir = Path(run_dir).resolve()
-    if not {"diffclip_llava"} <= {e.name for e in entry_points(group="lmms_eval.models")}:
+    if "diffclip_llava" not in entry_points(group="lmms_eval.models").names:
         raise InputError("lmms-eval cannot find diffclip_llava: install this package with pip install '.[eval]'")
     for path in (run_dir, out_dir):
         if {",", "="} & set(str(path)):
@@ -190,16 +166,12 @@ def run_lmms_eval(
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     command = [sys.executable, *(launcher if processes > 1 else []), "-m", "lmms_eval", "--model", "diffclip_llava"]
     command += ["--model_args", f"pretrained={run_dir},answers={out_dir / ANSWERED}", "--tasks", ",".join(tasks)]
-    command += ["--include_path", str(tasks_dir), "--batch_size", str(batch_size)]
+    command += ["--include_path", str(out_dir / "tasks"), "--batch_size", str(batch_size)]
     command += ["--output_path", str(output), "--log_samples"]
     command += ["--device", device] if device else []
-    environment = {
-        **os.environ,
-        "HF_HUB_OFFLINE": "1",
-        "HF_DATASETS_OFFLINE": "1",
-        "LMMS_EVAL_DATASETS_CACHE": str(out_dir / "datasets_cache"),
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]),
-    }
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    environment["LMMS_EVAL_DATASETS_CACHE"] = str(out_dir / "datasets_cache")
+    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
     code = _run_with_progress(command, environment, log)
     shutil.rmtree(out_dir / "datasets_cache", ignore_errors=True)  # lmms-eval's copy of all images
     written = sorted(set(output.rglob("*_results.json")) - before)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 from sklearn.metrics import average_precision_score, roc_auc_score
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from diffclip.base.devices import pick_device
@@ -20,11 +21,10 @@ from diffclip.base.errors import InputError
 from diffclip.base.files import json_line, write_json, write_whole
 from mllm.conversation import IGNORE, question_turn
 from mllm.model import VisionLanguageModel, load
-from mllm.pope.controls import CONTROLS, GREY, blind, folds_of_images, grey_image
 from mllm.pope.images import images_of
 from mllm.pope.parsers import parse
 from mllm.pope.questions import POST_PROMPT, SPLITS, Question, read_labelled, version
-from mllm.pope.scores import SCORES, score_splits, uses_image
+from mllm.pope.scores import CONTROLS, GREY, SCORES, blind, folds_of_images, grey_image, score_splits, uses_image
 from mllm.pope.tables import print_scores
 
 MARGIN_SCORES = ("accuracy", "auc", "ap", "accuracy_tuned", "yes_rate")
@@ -40,12 +40,9 @@ def yes_no_tokens(vlm: VisionLanguageModel) -> tuple[list[int], list[int]]:
     """
     first_tokens = []
     for words in (("Yes", "yes"), ("No", "no")):
-        firsts = set()
-        for word in words:
-            turns = [{"from": "human", "value": "?"}, {"from": "gpt", "value": word}]
-            labels = vlm.encode(turns)["labels"]
-            firsts.add(next(label for label in labels if label != IGNORE))
-        first_tokens.append(firsts)
+        turns = ([{"from": "human", "value": "?"}, {"from": "gpt", "value": word}] for word in words)
+        labels = (vlm.encode(conversation)["labels"] for conversation in turns)
+        first_tokens.append({next(label for label in row if label != IGNORE) for row in labels})
     yes, no = sorted(first_tokens[0] - first_tokens[1]), sorted(first_tokens[1] - first_tokens[0])
     if not (yes and no):
         raise InputError("yes and no begin with the same token of this tokenizer: score generated answers instead")
@@ -57,22 +54,16 @@ def margins(
     questions: Sequence[Question],
     open_image: Callable[[str], Image.Image],
     *,
-    post_prompt: str = POST_PROMPT,
     batch_size: int = 16,
     most: int = 32,
 ) -> np.ndarray:
-    """log P(yes) - log P(no) at the first token of the answer, for every question.
+    """(questions,) float64: log P(yes) - log P(no) at the first token of answers to questions with `POST_PROMPT`.
 
     Args:
-        vlm: from `mllm.model.load`.
         questions: one that is asked again about the same image, as in several splits, is computed once.
-        open_image: gives the image of a name; not called for "" (no image) and `mllm.pope.controls.GREY`.
-        post_prompt: follows each question.
+        open_image: gives the image of a name; not called for "" (no image) and `mllm.pope.scores.GREY`.
         batch_size: images at a time.
         most: questions in one row.
-
-    Returns:
-        (questions,) float64, in their order.
     """
     yes, no = yes_no_tokens(vlm)
     asked: dict[str, dict[str, None]] = {}
@@ -89,8 +80,7 @@ def margins(
         start = 0
         while start < len(rows):
             batch = [row for row in rows[start : start + batch_size] if (row[0] == "") == (rows[start][0] == "")]
-            results = _batch_margins(vlm, batch, open_image, post_prompt, yes, no)
-            for (shown, texts), margins_of_row in zip(batch, results):
+            for (shown, texts), margins_of_row in zip(batch, _batch_margins(vlm, batch, open_image, yes, no)):
                 values |= {(shown, text): value for text, value in zip(texts, margins_of_row)}
             start += len(batch)
             bar.update(len(batch))
@@ -102,7 +92,6 @@ def _batch_margins(
     vlm: VisionLanguageModel,
     rows: Sequence[tuple[str, list[str]]],
     open_image: Callable[[str], Image.Image],
-    post_prompt: str,
     yes: list[int],
     no: list[int],
 ) -> list[list[float]]:
@@ -111,17 +100,15 @@ def _batch_margins(
     for shown, texts in rows:
         count, about = int(bool(shown)), shown or "no image"
         names = [f"question `{text}` about {about}: " for text in texts]
-        turns = [[question_turn(text + post_prompt, count)] for text in texts]
+        turns = [[question_turn(text + POST_PROMPT, count)] for text in texts]
         encoded = [vlm.encode(t, count, ask=True, name=name) for t, name in zip(turns, names)]
         packed.append(pack([row["input_ids"] for row in encoded]))
-    length = max(len(ids) for ids, _, _, _ in packed)
-    ids = torch.full((len(rows), length), vlm.tokenizer.pad_token_id)
-    positions = torch.zeros_like(ids)
+    ids = pad_sequence([row[0] for row in packed], batch_first=True, padding_value=vlm.tokenizer.pad_token_id)
+    positions = pad_sequence([row[1] for row in packed], batch_first=True)
     # padding sees itself, so that no row is empty
-    allowed = torch.eye(length, dtype=torch.bool).repeat(len(rows), 1, 1)  # (rows, tokens, tokens)
-    for i, (row_ids, row_positions, row_allowed, _) in enumerate(packed):
-        ids[i, : len(row_ids)], positions[i, : len(row_ids)] = row_ids, row_positions
-        allowed[i, : len(row_ids), : len(row_ids)] = row_allowed
+    allowed = torch.eye(ids.shape[1], dtype=torch.bool).repeat(len(rows), 1, 1)  # (rows, tokens, tokens)
+    for of_row, (_, _, seen, _) in zip(allowed, packed):
+        of_row[: len(seen), : len(seen)] = seen
     device, dtype = model.device, model.dtype
     mask = torch.zeros(allowed.shape, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)[:, None]
     inputs = {"input_ids": ids, "position_ids": positions, "attention_mask": mask}
@@ -136,10 +123,7 @@ def _batch_margins(
 
 
 def pack(prompts: Sequence[list[int]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[int]]:
-    """Lay prompts behind their common beginning in one row.
-
-    Args:
-        prompts: token ids; each keeps at least its last token to itself.
+    """Lay prompts of token ids behind their common beginning in one row; each keeps at least its last token to itself.
 
     Returns:
         ids (tokens,) int64; position_ids (tokens,), which go on from the beginning in each prompt; (tokens, tokens)
@@ -159,13 +143,13 @@ def pack(prompts: Sequence[list[int]]) -> tuple[torch.Tensor, torch.Tensor, torc
     return torch.tensor(ids), torch.tensor(positions), allowed, lasts
 
 
-def score_margins(questions: Sequence[Question], values: np.ndarray, folds: int = 5, seed: int = 0) -> dict[str, dict]:
+def score_margins(questions: Sequence[Question], values: np.ndarray, seed: int = 0) -> dict[str, dict]:
     """Scores of margins for every split that occurs, and under "mean" their plain average.
 
     accuracy at margin 0; auc, the share of (yes, no) pairs of questions in the right order; ap, the average precision;
     accuracy_tuned, at the threshold that is best in the other folds of images; yes_rate at 0. All in [0, 1].
     """
-    fold_of = folds_of_images(questions, folds, seed)
+    fold_of = folds_of_images(questions, seed)
     table: dict[str, dict[str, float]] = {}
     for split in SPLITS:
         chosen = [i for i, q in enumerate(questions) if q.split == split]
@@ -174,17 +158,16 @@ def score_margins(questions: Sequence[Question], values: np.ndarray, folds: int 
         margin = np.asarray(values)[chosen]
         is_yes = np.array([questions[i].label == "yes" for i in chosen])
         fold = np.array([fold_of[questions[i].image] for i in chosen])
-        right = 0
-        for number in set(fold.tolist()):
-            held_out = fold == number
+        right = np.zeros(len(chosen), bool)
+        for held_out in (fold == number for number in set(fold.tolist())):
             threshold = best_threshold(margin[~held_out], is_yes[~held_out])
-            right += int(((margin[held_out] > threshold) == is_yes[held_out]).sum())
+            right[held_out] = (margin[held_out] > threshold) == is_yes[held_out]
         both = is_yes.any() and not is_yes.all()
         table[split] = {
             "accuracy": float(((margin > 0) == is_yes).mean()),
             "auc": float(roc_auc_score(is_yes, margin)) if both else float("nan"),
             "ap": float(average_precision_score(is_yes, margin)) if is_yes.any() else float("nan"),
-            "accuracy_tuned": right / len(chosen),
+            "accuracy_tuned": float(right.mean()),
             "yes_rate": float((margin > 0).mean()),
             "n": len(chosen),
         }
@@ -214,18 +197,16 @@ def generate(
     questions: Sequence[Question],
     open_image: Callable[[str], Image.Image],
     *,
-    post_prompt: str = POST_PROMPT,
     batch_size: int = 16,
-    max_new_tokens: int = 16,
 ) -> list[str]:
     """Greedy answers to questions, each asked once about an image; arguments as in `margins`."""
     asked = list(dict.fromkeys((q.shown, q.text) for q in questions))
     answers: dict[tuple[str, str], str] = {}
     for first in tqdm(range(0, len(asked), batch_size), desc="pope answers", disable=None):
         batch = asked[first : first + batch_size]
-        turns = [[question_turn(text + post_prompt, bool(shown))] for shown, text in batch]
+        turns = [[question_turn(text + POST_PROMPT, bool(shown))] for shown, text in batch]
         images = [[image_of(shown, open_image)] if shown else [] for shown, _ in batch]
-        answers |= dict(zip(batch, vlm.answer(turns, images, max_new_tokens=max_new_tokens)))
+        answers |= dict(zip(batch, vlm.answer(turns, images, max_new_tokens=16)))
     return [answers[q.shown, q.text] for q in questions]
 
 

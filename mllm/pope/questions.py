@@ -1,15 +1,16 @@
 """POPE's questions (Li et al. 2023, "Evaluating Object Hallucination in Large Vision-Language Models") in every layout
-that is passed around. Answers meet labels by (split, image, question), never by their place in a file: a wrong
-order of lines gives a perfect model 50 %, and looks like a model that hallucinates.
+that is passed around, and answers to them. These meet by (split, image, question), never by their place in a file: a
+wrong order of lines gives a perfect model 50 %, and looks like a model that hallucinates.
 """
 
 import hashlib
 import json
 import os
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, TypeVar
 
 import pyarrow.parquet
 
@@ -45,14 +46,18 @@ class Question(NamedTuple):
         return self.split, os.path.splitext(self.image)[0], mended(self.text)
 
 
-class Keyed(Protocol):
-    """A question, or an answer to one."""
+class Answer(NamedTuple):
+    """A model's answer to a question."""
+
+    question: Question  # its label is "" where the file has none
+    text: str | None  # None where a program failed to give one
 
     @property
-    def key(self) -> Key: ...
+    def key(self) -> Key:
+        return self.question.key
 
 
-K = TypeVar("K", bound=Keyed)
+Keyed = TypeVar("Keyed", Question, Answer)
 
 
 def read(path: str | Path, labels: str | Path | None = None) -> list[Question]:
@@ -100,13 +105,9 @@ def version(questions: Sequence[Question]) -> str:
     releases = []
     for split in SPLITS:
         part = [q for q in questions if q.split == split]
-        key = split, len(part)
-        if key not in RELEASES:
-            name = "no public release of COCO's that is known here"
-        elif RELEASES[key][0] == digest(part):
-            name = RELEASES[key][1]
-        else:
-            name = f"as many questions as {RELEASES[key][1]}, but NOT the same"
+        known, name = RELEASES.get((split, len(part)), ("", "no public release of COCO's that is known here"))
+        if known and known != digest(part):
+            name = f"as many questions as {name}, but NOT the same"
         releases.append(f"{split} {len(part):,}: {name}")
     return f"{'; '.join(releases)}; digest {digest(questions)}"
 
@@ -117,9 +118,9 @@ def digest(questions: Iterable[Question]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def index(items: Iterable[K], name: str) -> dict[Key, K]:
+def index(items: Iterable[Keyed], name: str) -> dict[Key, Keyed]:
     """Items by `Question.key`; InputError if two share one."""
-    result: dict[Key, K] = {}
+    result: dict[Key, Keyed] = {}
     for item in items:
         if item.key in result:
             raise InputError(f"{name}: asked twice: {' | '.join(item.key)}; drop one of the lines")
@@ -127,7 +128,7 @@ def index(items: Iterable[K], name: str) -> dict[Key, K]:
     return result
 
 
-def join(questions: Sequence[Question], others: Iterable[K], name: str = "the answers") -> list[K]:
+def join(questions: Sequence[Question], others: Iterable[Keyed], name: str = "the answers") -> list[Keyed]:
     """`others` in the order of `questions`, matched by `Question.key`.
 
     Raises:
@@ -149,8 +150,7 @@ def with_labels(
     questions: Sequence[Question], labelled: Iterable[Question], name: str = "the labelled files"
 ) -> list[Question]:
     """Questions of LLaVA's file with the labels of the official files."""
-    matched = join(questions, labelled, name=name)
-    return [q._replace(label=m.label) for q, m in zip(questions, matched)]
+    return [q._replace(label=m.label) for q, m in zip(questions, join(questions, labelled, name))]
 
 
 def plain(text: str) -> str:
@@ -198,14 +198,9 @@ def _lines(path: Path, split: str | None) -> Iterator[Question]:
 
 def _question(row: Mapping, split: str | None, where: str, labelled: bool) -> Question:
     try:
-        question = Question(
-            split=split or row["category"],
-            image=row["image"],
-            text=plain(row["text"]),
-            label=row["label"] if labelled else row.get("label", ""),
-            question_id=str(row["question_id"]),
-            shown=row["image"],
-        )
+        label, image = row["label"] if labelled else row.get("label", ""), row["image"]
+        text, question_id = plain(row["text"]), str(row["question_id"])
+        question = Question(split or row["category"], image, text, label, question_id, shown=image)
         if not all(isinstance(value, str) for value in question):
             raise TypeError("image, text, label and category must be text")
         "".join(question).encode()  # what lmms-eval's tables can hold; half a surrogate pair would end it
@@ -216,3 +211,60 @@ def _question(row: Mapping, split: str | None, where: str, labelled: bool) -> Qu
     if question.label not in ("yes", "no") and (labelled or question.label):
         raise InputError(f'{where}: label is `{question.label}`; it must be "yes" or "no"')
     return question
+
+
+def read_answers(path: str | Path, questions: Sequence[Question] = (), passed: str = "model") -> list[Answer]:
+    """A model's answers in the order of their file; `join` brings them into that of questions.
+
+    Args:
+        path: JSONL of rows that name their question by `image` and `text` or `question` (and `category` or `split`
+            where a question is in several), the answer in `answer`, perhaps the `label`; or, as LLaVA writes them, by
+            `question_id` and `prompt`, the answer in `text`. An answer of null (or NaN, as pandas writes it) is None.
+        questions: what was asked, for rows of LLaVA's form or without a split.
+        passed: of rows with `pass`, as `stages.evaluate` writes them, those of this one.
+
+    Raises:
+        InputError: the file cannot be read, a line is not JSON or no answer (named), a question is answered twice.
+    """
+    by_id = {q.question_id: q for q in questions}
+    by_text: dict[tuple[str, str], list[Question]] = defaultdict(list)  # by image and question, a split each
+    for q in questions:
+        by_text[q.key[1:]].append(q)
+    answers: list[Answer] = []
+    for number, row in read_jsonl(path):
+        where = f"{path}:{number}"
+        try:
+            if row.get("pass", "model") != passed:
+                continue
+            if "prompt" in row:
+                question = by_id.get(str(row["question_id"]))
+                if len(by_id) < len(questions) or question is None or mended(plain(row["prompt"])) != question.key[2]:
+                    raise InputError(
+                        f"{where}: question_id {row['question_id']} names no question, or another one, of "
+                        "these files; score it with the question file that it was asked from"
+                    )
+                answers.append(Answer(question, _text(row["text"], where)))
+                continue
+            split = row.get("category") or row.get("split") or ""
+            text, image = plain(row["question"] if "question" in row else row["text"]), row["image"]
+            label = (row.get("label") or "").strip().lower()
+            question = Question(split, image, text, label, str(row.get("question_id", "")), row.get("shown", image))
+            if not all(isinstance(value, str) for value in question):
+                raise TypeError("image, question, split and label must be text")
+            answer = _text(row["answer"], where)
+            # one that fits nothing keeps its empty split, and whoever joins it tells of it
+            splits = [split] if split else [q.split for q in by_text[question.key[1:]]] or [""]
+        except (KeyError, TypeError, AttributeError) as error:
+            layouts = "{image, question, answer}, perhaps with category, or LLaVA's {question_id, prompt, text}"
+            raise InputError(f"{where}: not an answer ({error!r}); rows are {layouts}, one a line") from None
+        answers += (Answer(question._replace(split=each), answer) for each in splits)
+    index(answers, str(path))
+    return answers
+
+
+def _text(value: object, where: str) -> str | None:
+    if value is None or value != value:
+        return None
+    if not isinstance(value, str):
+        raise InputError(f"{where}: the answer is {str(value)[:80]}; it must be text, or null where there is none")
+    return value

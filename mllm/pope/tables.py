@@ -1,20 +1,20 @@
-"""What POPE's files tell without a model, as tables on the console: which release, scores of answers, two models."""
+"""What POPE's files and published scores tell without a model: which release, scores of answers, two models, counts."""
 
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
+from math import ceil, floor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from diffclip.base.console import print_table
 from diffclip.base.errors import InputError
 from diffclip.base.statistics import mcnemar
-from mllm.pope.answers import Answer, read_answers
-from mllm.pope.controls import blind
 from mllm.pope.images import find_images
 from mllm.pope.parsers import PARSERS, parse
-from mllm.pope.questions import SPLITS, Key, join, read, read_labelled, version
-from mllm.pope.scores import SCORES, intervals, score, score_splits, uses_image
+from mllm.pope.questions import SPLITS, Answer, Key, join, read, read_answers, read_labelled, version
+from mllm.pope.scores import SCORES, blind, intervals, score, score_splits, uses_image
 
 
 def check(options: Namespace) -> None:
@@ -86,8 +86,7 @@ def _labels_and_predictions(run: Path, parser: str) -> dict[Key, tuple[str, str]
 
 def print_nulls(answers: Sequence[Answer], name: Path) -> None:
     """How many answers are none at all."""
-    nulls = sum(answer.text is None for answer in answers)
-    if nulls:
+    if nulls := sum(answer.text is None for answer in answers):
         print(f"{name}: {nulls:,} of {len(answers):,} answers are null; they count as invalid, which is wrong")
 
 
@@ -95,3 +94,44 @@ def print_scores(title: str, scores: Mapping[str, Mapping[str, float]], columns:
     """A table of percentages, a row for each split."""
     rows = [[split, *(f"{100 * row[name]:.1f}" for name in columns)] for split, row in scores.items()]
     print_table(["split", *columns], rows, title)
+
+
+class Counts(NamedTuple):
+    """Yes and no questions, and how many of each were answered with yes."""
+
+    is_yes: int
+    is_no: int
+    true_yes: int
+    false_yes: int
+
+
+def solutions(accuracy: float, precision: float, recall: float, questions: int) -> list[Counts]:
+    """All counts whose scores round to the given ones, in percent with two decimals; any share may be yes questions."""
+    half = 0.005 + 1e-9
+    shares = {name: ((v - half) / 100, (v + half) / 100) for name, v in zip("apr", (accuracy, precision, recall))}
+    counts: list[Counts] = []
+    for is_yes in range(1, questions):
+        low, high = (share * is_yes for share in shares["r"])
+        for true_yes in range(max(0, ceil(low)), min(is_yes, floor(high)) + 1):
+            # accuracy = (true_yes + is_no - false_yes) / questions, precision = true_yes / (true_yes + false_yes)
+            right = true_yes + questions - is_yes
+            low, high = (right - share * questions for share in reversed(shares["a"]))
+            if true_yes:
+                least, most = (true_yes / share if share > 0 else float("inf") for share in reversed(shares["p"]))
+                low, high = max(low, least - true_yes), min(high, most - true_yes)
+            possible = range(max(0, ceil(low)), min(questions - is_yes, floor(high)) + 1)
+            counts += (Counts(is_yes, questions - is_yes, true_yes, false_yes) for false_yes in possible)
+    return counts
+
+
+def audit(options: Namespace) -> None:
+    """The whole numbers that published accuracy, precision and recall allow, for each number of questions."""
+    for questions in options.questions:
+        allowed = solutions(options.accuracy, options.precision, options.recall, questions)
+        print(f"{questions:,} questions: {len(allowed)} solution{'s' * (len(allowed) != 1)}")
+        for counts in allowed[:10]:
+            yes = 100 * (counts.true_yes + counts.false_yes) / questions
+            print(
+                f"  {counts.is_yes:,} yes and {counts.is_no:,} no questions; yes was said to {counts.true_yes:,} and "
+                f"{counts.false_yes:,} of them, to {yes:.1f} % of all"
+            )

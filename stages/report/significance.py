@@ -18,9 +18,8 @@ from diffclip.base import schema
 from diffclip.base.errors import InputError
 from diffclip.base.schema import POPE_SPLITS
 from diffclip.base.statistics import bootstrap_mean, mcnemar, over_seeds, paired_bootstrap, percentiles, resampled_sums
-from mllm.pope.answers import read_answers
 from mllm.pope.parsers import parse
-from mllm.pope.questions import Key
+from mllm.pope.questions import Key, read_answers
 from stages.report.data import AVERAGED, Arms, RunDir
 from stages.report.reading import as_dict, is_number, read_json
 

@@ -8,7 +8,7 @@ from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
 
 from mllm.answer_attention import answer_attention, image_positions, images_of_pixels, overlays
 from mllm.assemble import assemble
-from mllm.image_modes import with_mode
+from mllm.processing import with_mode
 
 ANSWER = "a small blue circle left"
 

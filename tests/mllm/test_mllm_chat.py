@@ -11,8 +11,7 @@ from mllm import chat
 from mllm.answer_file import answer_file
 from mllm.assemble import assemble
 from mllm.conversation import prompt, question_turn
-from mllm.generation import generation_options
-from mllm.model import VisionLanguageModel, load
+from mllm.model import VisionLanguageModel, generation_options, load
 from stages.model_card import USE
 
 QUESTIONS = ["Is there a red square?", "Is there a small blue circle left of the green star in the image?", "USER"]

@@ -12,7 +12,7 @@ import torch
 from diffclip.base.errors import InputError
 from mllm.conversation import IGNORE, NoSupervisionError, encode, render
 from mllm.data.examples import ConversationDataset, collate, padded_length, training_order
-from mllm.data.images import find_places
+from mllm.data.images import find_place
 from mllm.data.rows import load_rows
 from mllm.weights import freeze
 
@@ -129,9 +129,8 @@ def test_prefix_keeps_a_subset_and_several_files_make_a_mixture(folder):
 
 def test_files_win_over_tars_and_absent_names_are_none(folder, picture):
     picture(5).save(folder / "shots/2.png")
-    places = find_places(folder, ["shots/2.png", "shots/3.png", "nowhere/1.png"])
-    assert places["shots/2.png"].file == str(folder / "shots/2.png")
-    assert places["shots/3.png"] is None and places["nowhere/1.png"] is None
+    assert find_place(folder, "shots/2.png").file == str(folder / "shots/2.png")
+    assert find_place(folder, "shots/3.png") is None and find_place(folder, "nowhere/1.png") is None
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ import diffclip
 from diffclip.base.errors import InputError
 from diffclip.hf import image_processor
 from mllm.assemble import assemble
-from mllm.image_modes import bounded, with_mode
 from mllm.model import VisionLanguageModel, load
+from mllm.processing import bounded, with_mode
 
 
 def picture():

@@ -14,12 +14,11 @@ import torch
 from diffclip.base.errors import InputError
 from diffclip.base.files import read_jsonl
 from mllm.conversation import prompt
-from mllm.pope.controls import GREY, grey_image, grey_images, no_images, shuffle_images
 from mllm.pope.images import find_images
 from mllm.pope.lmms import _same, evaluate_with_lmms, score_answers, write_parquet, write_tasks
 from mllm.pope.parsers import parse_lmms_eval
 from mllm.pope.questions import POST_PROMPT, SPLITS, read
-from mllm.pope.scores import intervals, score
+from mllm.pope.scores import CONTROLS, GREY, grey_image, intervals, score, shuffle_images
 
 lmms_eval = pytest.importorskip("lmms_eval")
 OBJECTS = ("red square", "small blue circle", "green star")
@@ -83,8 +82,7 @@ def test_lmms_eval_on_two_processes_gives_the_models_own_answers(
     out = tmp_path / "out"
     questions, images = asked_about(pope_dir)
     scores = evaluate_with_lmms(run_dir, questions, images, out, batch_size=5, processes=2, seed=1)
-    passes = {"model": questions, "shuffled": shuffle_images(questions, seed=1)}
-    passes |= {"grey": grey_images(questions), "no_image": no_images(questions)}
+    passes = {"model": questions, **{name: control(questions, 1) for name, control in CONTROLS.items()}}
     shown = {q.image: picture(int(q.image[0])) for q in questions} | {GREY: grey_image(), "": None}
     lines = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
     given = {name: [line["answer"] for line in lines if line["pass"] == name] for name in passes}

@@ -28,11 +28,10 @@ import mllm.assemble as mllm_assemble
 from diffclip import checkpoints
 from diffclip.base.errors import InputError
 from diffclip.base.fingerprint import fingerprint
-from mllm.assemble import assemble, assembled_config
+from mllm.assemble import assemble, assembled_config, whiten_projector
 from mllm.conversation import IGNORE, NoSupervisionError, prompt
 from mllm.data.examples import collate
 from mllm.model import VisionLanguageModel, load
-from mllm.projector import whiten_projector
 from mllm.weights import WeightsError, freeze, parts, verify
 
 

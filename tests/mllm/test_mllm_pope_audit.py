@@ -5,7 +5,7 @@ import random
 import pytest
 
 from mllm.pope.__main__ import main
-from mllm.pope.audit import Counts, solutions
+from mllm.pope.tables import Counts, solutions
 
 
 def scores(counts):

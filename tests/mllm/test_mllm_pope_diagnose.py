@@ -15,11 +15,10 @@ from mllm.data.examples import ConversationDataset, collate
 from mllm.data.rows import load_rows
 from mllm.model import VisionLanguageModel
 from mllm.pope.__main__ import main
-from mllm.pope.answers import read_answers
 from mllm.pope.diagnose import CAUSES, diagnose
 from mllm.pope.images import find_images
 from mllm.pope.margins import generate
-from mllm.pope.questions import POST_PROMPT, SPLITS, read
+from mllm.pope.questions import POST_PROMPT, SPLITS, read, read_answers
 from mllm.weights import freeze, parts
 
 THINGS = ("red square", "small blue circle", "green star")

@@ -9,9 +9,9 @@ import torch
 from diffclip.base.errors import InputError
 from mllm.conversation import prompt
 from mllm.model import VisionLanguageModel, load
-from mllm.pope.controls import GREY, grey_image, grey_images, no_images, shuffle_images
 from mllm.pope.margins import best_threshold, generate, margins, pack, score_margins, yes_no_tokens
 from mllm.pope.questions import POST_PROMPT, SPLITS, Question
+from mllm.pope.scores import CONTROLS, GREY, grey_image
 
 OBJECTS = ("red square", "small blue circle", "green star", "left green square", "circle")
 
@@ -46,7 +46,7 @@ def test_margins_are_those_of_questions_asked_alone(assembled, picture, template
     model.config.conversation_template = template
     model.set_attn_implementation(attention)
     questions = asked()
-    questions += shuffle_images(questions) + grey_images(questions) + no_images(questions)
+    questions += [q for control in CONTROLS.values() for q in control(questions, 0)]
     named = {f"{i}.png": picture(i) for i in range(5)}
     found = margins(assembled, questions, named.__getitem__, batch_size=3, most=3)
     alone = [one_at_a_time(model, processor, q, named.__getitem__) for q in questions]

@@ -7,7 +7,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from mllm.conversation import CHATML_SYSTEM, IGNORE, encode, render
-from mllm.tokenizer import prepare_tokenizer
+from mllm.processing import prepare_tokenizer
 
 
 @pytest.fixture(scope="module")
