@@ -23,8 +23,8 @@ from typing import Any
 from torchvision import datasets
 
 from diffclip.base.errors import InputError
+from diffclip.benchmarks import TORCHVISION
 from diffclip.benchmarks.images import Images
-from diffclip.benchmarks.paper import TORCHVISION
 
 
 def read_torchvision(name: str, root: Path, *, download: bool = False) -> tuple[list[str], dict[str, Images]]:
