@@ -129,9 +129,9 @@ def run(options: argparse.Namespace) -> None:
     skipped: dict[str, str] = {}
     notes: dict[str, str] = {}
     written = []
-    for name, source in [(name, source) for name, sources in groups.items() for source in sources]:
+    for name, seed, source in [(name, *seed) for name, sources in groups.items() for seed in enumerate(sources)]:
         model, preprocess, tokenizer = diffclip.load(source)
-        out = options.output_dir / name / (str(len(scores[name])) if len(groups[name]) > 1 else "")
+        out = options.output_dir / name / (str(seed) if len(groups[name]) > 1 else "")
         metrics = evaluate_clip(
             model.to(device),
             preprocess,

@@ -23,21 +23,11 @@ MEAN_PER_CLASS = {"aircraft", "caltech101", "flowers", "pets"}
 
 
 class PaperSet(NamedTuple):
-    """One set; `test` is how many images its test split had when it was published."""
+    """One set of the paper's."""
 
     part: str  # of a suite: classification, shifts, retrieval, mmvp
     classes: int
-    test: int
-
-    def metrics(self, name: str) -> str:
-        """What the paper reports on the set."""
-        probe = "mean per class" if name in MEAN_PER_CLASS else "accuracy"
-        return {
-            "classification": f"linear probe: {probe}; few-shot: accuracy",
-            "shifts": "top-1",
-            "retrieval": "R@1, 5, 10",
-            "mmvp": "pairs right",
-        }[self.part if name != "imagenet" else "shifts"]
+    test: int  # images of its test split when it was published
 
 
 SETS = {
@@ -63,7 +53,7 @@ SETS = {
 
 
 def torchvision_root(name: str, *folders: Path) -> Path | None:
-    """Return the first of `folders` in which torchvision has unpacked the set, None without any."""
+    """The first of `folders` in which torchvision has unpacked the set, None without any."""
     return next((f for f in folders if name in TORCHVISION and (f / TORCHVISION[name]).is_dir()), None)
 
 
@@ -74,7 +64,7 @@ def remedy(name: str, root: Path) -> str:
 
 
 def suite(root: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return the suite of those sets that lie under `root`, and for each of the others how to get it."""
+    """The suite of those sets that lie under `root`, and for each of the others how to get it."""
     found: dict[str, Any] = {}
     missing: dict[str, str] = {}
     for name, about in SETS.items():
@@ -82,13 +72,11 @@ def suite(root: Path) -> tuple[dict[str, Any], dict[str, str]]:
         if not (root / name).is_dir() and not unpacked:
             missing[f"{about.part}/{name}"] = remedy(name, root)
         elif about.part == "classification":
-            metric = "mean_per_class" if name in MEAN_PER_CLASS else "accuracy"
             where = {"folder": str(unpacked.relative_to(root)), "torchvision": name} if unpacked else {"folder": name}
-            found.setdefault("classification", {})[name] = {**where, "metric": metric}
+            found.setdefault("classification", {})[name] = where
         elif about.part == "retrieval":
-            found.setdefault("retrieval", {})[name] = {
-                "path": f"{name}/test" if (root / name / "test").is_dir() else name
-            }
+            inner = f"{name}/test" if (root / name / "test").is_dir() else name
+            found.setdefault("retrieval", {})[name] = {"path": inner}
         elif about.part == "mmvp":
             found["mmvp"] = {"folder": name}
         else:
@@ -100,7 +88,7 @@ def suite(root: Path) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def check(root: Path) -> list[tuple[str, str, int, int, str]]:
-    """Return (name, "complete", "partial" or "missing", test images found, expected, remedy) of every set."""
+    """(name, "complete", "partial" or "missing", test images found, expected, remedy) of every set."""
     rows = []
     for name, about in SETS.items():
         unpacked = torchvision_root(name, root / name, root)
@@ -123,14 +111,24 @@ def count_test(folder: Path, part: str) -> int:
 
 def print_check(root: Path) -> None:
     """Print what is there, what is missing, and how to get it."""
-    print_table(
-        ("set", "classes", "scored by", "state", "test images", "how to get it"),
-        [
-            (name, str(SETS[name].classes or ""), SETS[name].metrics(name), state, f"{there:,} of {expected:,}", how)
-            for name, state, there, expected, how in check(root)
-        ],
-        f"the paper's benchmarks in {root}",
-    )
+    rows = [
+        (name, str(SETS[name].classes or ""), reported(name), state, f"{there:,} of {expected:,}", how)
+        for name, state, there, expected, how in check(root)
+    ]
+    columns = ("set", "classes", "scored by", "state", "test images", "how to get it")
+    print_table(columns, rows, f"the paper's benchmarks in {root}")
+
+
+def reported(name: str) -> str:
+    """What the paper reports on a set."""
+    match SETS[name].part:
+        case "classification" if name != "imagenet":
+            return f"linear probe: {'mean per class' if name in MEAN_PER_CLASS else 'accuracy'}; few-shot: accuracy"
+        case "retrieval":
+            return "R@1, 5, 10"
+        case "mmvp":
+            return "pairs right"
+    return "top-1"
 
 
 def download(names: Sequence[str], root: Path) -> None:
