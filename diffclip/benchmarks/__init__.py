@@ -28,3 +28,16 @@ PROTOCOLS = {
     "few_shot": Entry("classification", {"Few-shot, accuracy": r"few_shot/(.+)/accuracy"}),
     "mmvp": Entry("mmvp", {"MMVP-VLM, pairs right": r"mmvp/(.+)"}),
 }
+
+# The paper's sets that torchvision has, and what its class finds below its root, by which the layout is recognised.
+TORCHVISION = {
+    "food101": "food-101",
+    "cifar10": "cifar-10-batches-py",
+    "cifar100": "cifar-100-python",
+    "sun397": "SUN397",
+    "aircraft": "fgvc-aircraft-2013b",
+    "dtd": "dtd/dtd",
+    "pets": "oxford-iiit-pet",
+    "caltech101": "caltech101/101_ObjectCategories",
+    "flowers": "flowers-102",
+}

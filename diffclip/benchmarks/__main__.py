@@ -12,8 +12,7 @@ from pathlib import Path
 
 from diffclip.base.commands import Parser, near, number
 from diffclip.base.errors import InputError, exit_on_input_error
-from diffclip.benchmarks import PROTOCOLS
-from diffclip.benchmarks.paper import TORCHVISION
+from diffclip.benchmarks import PROTOCOLS, TORCHVISION
 
 
 def parser() -> Parser:
@@ -71,7 +70,7 @@ def main(argv: list[str] | None = None) -> None:
     options = parser().parse_args(arguments[1:] if arguments[:1] == ["run"] else arguments)
     name_or_file("--suite", options.suite, ["paper"])
     name_or_file("--templates", options.templates, ["imagenet7", "imagenet80"])
-    from diffclip.benchmarks.run import run
+    from diffclip.benchmarks.evaluate import run
 
     run(options)
 
@@ -83,12 +82,12 @@ def data(options: argparse.Namespace) -> None:
             raise InputError(f"data download: {name}{near(name, TORCHVISION)}; 0_data.sh fetches the others")
     if options.action == "download" and not options.sets:
         raise InputError(f"data download: name sets among {', '.join(TORCHVISION)}; 0_data.sh fetches the others")
-    from diffclip.benchmarks import paper_data
+    from diffclip.benchmarks import paper
 
     if options.action == "download":
-        paper_data.download(options.sets, options.data_root)
+        paper.download(options.sets, options.data_root)
     else:
-        paper_data.print_check(options.data_root)
+        paper.print_check(options.data_root)
 
 
 def name_or_file(flag: str, value: str | None, known: list[str]) -> None:

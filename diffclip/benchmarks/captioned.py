@@ -9,17 +9,16 @@ from typing import Any, NamedTuple
 
 from diffclip.base.errors import InputError
 from diffclip.base.files import read_json, read_text
-from diffclip.benchmarks.images import Images, TarSlice, visible
-from diffclip.benchmarks.rows import (
-    IMAGE_COLUMNS,
-    encoded_image,
+from diffclip.benchmarks.images import (
+    Images,
+    TarSlice,
     parquet_rows,
-    parquet_schema,
     row_splits,
     shard_samples,
     split_named,
     split_of,
     two_columns,
+    visible,
 )
 from diffclip.data.captions import caption_lines
 
@@ -67,8 +66,7 @@ def read_captioned(path: Path) -> Captioned:
 
     rows = [row for file in files for row in READERS[file.suffix.lower()](file)]
     wanted = _test_split([split for *_, split in rows], path)
-    names: list[str] = []
-    sources: list[Path | TarSlice | bytes] = []
+    images: list[tuple[str, Path | TarSlice | bytes]] = []
     captions: list[str] = []
     owner: list[int] = []
     for name, source, texts, split in rows:
@@ -78,12 +76,11 @@ def read_captioned(path: Path) -> Captioned:
         if not texts:
             raise InputError(f"{name} has no caption: each image of a retrieval set needs at least one")
         captions += texts
-        owner += [len(names)] * len(texts)
-        names.append(name)
-        sources.append(source)
-    if not names:
+        owner += [len(images)] * len(texts)
+        images.append((name, source))
+    if not images:
         raise InputError(f"{path} holds no images with captions")
-    return Captioned(Images(names, sources), captions, owner)
+    return Captioned(Images(*zip(*images)), captions, owner)
 
 
 def _test_split(splits: Iterable[str | None], path: Path) -> str | None:
@@ -115,37 +112,27 @@ def _captioned_tar(path: Path) -> Rows:
 
 
 def _captioned_parquet(path: Path) -> Rows:
-    image, text = two_columns(path, parquet_schema(path).names, CAPTION_COLUMNS, IMAGE_COLUMNS)
     splits = row_splits(path)
-    for number, row in parquet_rows(path, [image, text], [split == "test" or "test" not in splits for split in splits]):
-        name = f"{path} row {number}"
-        yield name, encoded_image(row[image], path, name), _texts(row[text], name), splits[number]
+    wanted = [split == "test" or "test" not in splits for split in splits]
+    for name, image, texts, number in parquet_rows(path, CAPTION_COLUMNS, wanted):
+        yield name, image, _texts(texts, name), splits[number]
 
 
 def _captioned_table(path: Path) -> Rows:
     """Rows of image and caption, several rows an image; the separator is told from the header."""
     lines = read_text(path).split("\n")
     separator = max("|\t;,", key=lines[0].count)
-    quotes = separator in ",;"  # results.csv of Flickr30k does not quote: a quotation mark is text there
-    try:
-        header, *rows = csv.reader(
-            (f"{line}\n" for line in lines),
-            delimiter=separator,
-            quoting=csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE,
-            strict=True,
-        )
+    try:  # results.csv of Flickr30k, parted by |, does not quote: a quotation mark is text there
+        quoting = csv.QUOTE_MINIMAL if separator in ",;" else csv.QUOTE_NONE
+        header, *rows = csv.reader((f"{line}\n" for line in lines), delimiter=separator, quoting=quoting, strict=True)
     except csv.Error as error:
         raise InputError(f"{path} cannot be read as a table ({error})") from None
     columns = [column.strip().lower() for column in header]
-    names = two_columns(
-        path,
-        columns,
-        (*CAPTION_COLUMNS, "comment", "title"),
-        ("image", "image_name", "filename", "file_name", "filepath", "file"),
-    )
+    files = ("image", "image_name", "filename", "file_name", "filepath", "file")
+    names = two_columns(path, columns, (*CAPTION_COLUMNS, "comment", "title"), files)
     image, text = map(columns.index, names)
     split = columns.index("split") if "split" in columns else None
-    images: dict[str, tuple[str | None, list[str]]] = {}
+    images: dict[str, tuple[list[str], str | None]] = {}
     for number, row in enumerate(rows, start=2):
         if not any(cell.strip() for cell in row):
             continue
@@ -153,9 +140,9 @@ def _captioned_table(path: Path) -> Rows:
             row = [row[0], *both.groups()]  # the published results.csv lacks a separator in one row
         if len(row) != len(columns):
             raise InputError(f"{path}: row {number} has {len(row)} columns and not {len(columns)}: {str(row)[:80]}")
-        images.setdefault(row[image].strip(), (split_named(row[split]) if split is not None else None, []))
-        images[row[image].strip()][1].append(row[text])
-    yield from _beside(path, [(name, texts, where) for name, (where, texts) in images.items()])
+        own_split = split_named(row[split]) if split is not None else None
+        images.setdefault(row[image].strip(), ([], own_split))[0].append(row[text])
+    return _beside(path, [(name, *entry) for name, entry in images.items()])
 
 
 def _captioned_json(path: Path) -> Rows:

@@ -5,6 +5,7 @@ one seed a model the doubt is in the sample of test items, with several also in 
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
@@ -41,10 +42,10 @@ def model_groups(sources: Sequence[str]) -> dict[str, list[str]]:
 
 
 def model_names(sources: Sequence[str]) -> list[str]:
-    """Return a name for each model: the one in its run.json, else the last part of its path.
+    """A name for each model: the one in its run.json, else the last part of its path.
 
-    Those that would be called alike are told apart by where their paths differ: of runs/clip/pretrain and
-    runs/diffclip/pretrain these are clip and diffclip.
+    Those that would be called alike are told apart by where their paths differ, as clip and diffclip are in
+    runs/clip/pretrain and runs/diffclip/pretrain.
 
     Raises:
         InputError: the same model twice, or names that stay alike.
@@ -70,8 +71,7 @@ def model_names(sources: Sequence[str]) -> list[str]:
 
 def _in_common(rows: Sequence[Sequence[str]]) -> int:
     """How many first parts all rows share."""
-    unequal = (place for place, column in enumerate(zip(*rows)) if len(set(column)) > 1)
-    return next(unequal, min(len(row) for row in rows))
+    return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, zip(*rows)))
 
 
 def _recorded_name(path: Path) -> str:
@@ -96,11 +96,11 @@ def compare(scores: Mapping[str, Sequence[Scores]], outcomes: Mapping[str, Seque
             continue
         cells = [key, _mean_sd([seed[key] for seed in first])]
         for name, seeds in others:
-            cells.append(_mean_sd([seed[key] for seed in seeds]))
             if len(seeds) > 1:
-                cells.append(_interval(*over_seeds([b[key] - a[key] for a, b in zip(first, seeds)])[:3]))
+                lead = _interval(*over_seeds([b[key] - a[key] for a, b in zip(first, seeds)])[:3])
             else:
-                cells.append(_of_items(outcomes[reference][0].get(key), outcomes[name][0].get(key)))
+                lead = _of_items(outcomes[reference][0].get(key), outcomes[name][0].get(key))
+            cells += [_mean_sd([seed[key] for seed in seeds]), lead]
         rows.append(cells)
     return rows
 

@@ -18,23 +18,22 @@ from diffclip.base.errors import InputError
 from diffclip.base.files import read_yaml
 from diffclip.benchmarks import PROTOCOLS
 from diffclip.benchmarks.captioned import READERS, read_captioned
-from diffclip.benchmarks.classnames import (
+from diffclip.benchmarks.images import SPLITS, Images, class_folders, read_class_folders, split_named, visible
+from diffclip.benchmarks.labelled import labelled_files, read_labelled
+from diffclip.benchmarks.paper import MEAN_PER_CLASS
+from diffclip.benchmarks.prompts import (
     WNID,
     first_file,
     folder_classnames,
     imagenet_labels,
     imagenet_subset,
-    label_of,
+    labels_of,
     numbered,
     numbered_classnames,
     spaced,
+    templates,
 )
-from diffclip.benchmarks.images import Images, class_folders, read_class_folders, visible
-from diffclip.benchmarks.labelled import labelled_files, read_labelled
-from diffclip.benchmarks.paper import MEAN_PER_CLASS
-from diffclip.benchmarks.prompts import templates as read_templates
 from diffclip.benchmarks.protocol import Classification, Data, Shift, load
-from diffclip.benchmarks.rows import SPLITS, split_named
 from diffclip.benchmarks.torchvision_sets import read_torchvision
 
 KEYS = {
@@ -116,7 +115,6 @@ def _classification(root: Path, name: str, entry: Mapping[str, str]) -> Classifi
     metric = entry.get("metric", "mean_per_class" if name in MEAN_PER_CLASS else "accuracy")
     if metric not in ("accuracy", "mean_per_class"):
         raise InputError(f"suite: classification {name}: metric {metric} is neither accuracy nor mean_per_class")
-    templates = _templates(root, folder, entry)
     files = {split: found for split in SPLITS if (found := labelled_files(folder, split))}
     notes: list[str] = []
     if "torchvision" in entry:
@@ -136,13 +134,11 @@ def _classification(root: Path, name: str, entry: Mapping[str, str]) -> Classifi
         classnames, labels = _folder_classes(root, folder, entry, splits, notes)
         images = {split: read_class_folders(path, labels) for split, path in splits.items()}
     _choose_test(folder, images, notes)
-    unseen = set(images["test"].labels) - set(images["train"].labels) if "train" in images else set()
-    if unseen:
+    if "train" in images and (unseen := set(images["test"].labels) - set(images["train"].labels)):
         raise InputError(f"{folder}: train has no images of {classnames[min(unseen)]!r}, but the test set has")
-    present = len(set(images["test"].labels))
-    if present < len(classnames):
+    if (present := len(set(images["test"].labels))) < len(classnames):
         notes.append(f"{len(classnames):,} classes compete, {present:,} of them have images to score")
-    return Classification(classnames, labels, templates, metric, images, notes)
+    return Classification(classnames, labels, _templates(root, folder, entry), metric, images, notes)
 
 
 def _folder_classes(
@@ -193,10 +189,9 @@ def _split_folders(folder: Path) -> dict[str, Path]:
 
 def _templates(root: Path, folder: Path, entry: Mapping[str, str]) -> list[str] | None:
     """A set's own prompts: the file that is named, templates.json or .txt, or clip-benchmark's; None without any."""
-    names = ("templates", "zeroshot_classification_templates")
-    own = root / entry["templates"] if "templates" in entry else first_file(folder, names[0])
-    own = own or first_file(folder, names[1])
-    return read_templates(own) if own else None
+    own = root / entry["templates"] if "templates" in entry else first_file(folder, "templates")
+    own = own or first_file(folder, "zeroshot_classification_templates")
+    return templates(own) if own else None
 
 
 def _shift(folder: Path, of: str | None, labelled: dict[str, Classification]) -> Shift:
@@ -214,9 +209,7 @@ def _shift(folder: Path, of: str | None, labelled: dict[str, Classification]) ->
             if all(WNID.fullmatch(name) for name in base.labels):  # by ImageNet's numbers, of which some may be absent
                 wnids = imagenet_labels()
                 known = {str(wnids[wnid]): base.labels[wnid] for wnid in wnids.keys() & base.labels.keys()}
-        candidates[name] = {
-            class_folder: label for class_folder in folders if (label := label_of(class_folder, known)) is not None
-        }
+        candidates[name] = labels_of(folders, known)
     covering = [name for name, labels in candidates.items() if len(labels) == len(folders)]
     if not covering and of is None:
         raise InputError(f"{folder}: no classification set has all of its classes ({', '.join(folders[:3])}, ...)")

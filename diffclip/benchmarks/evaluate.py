@@ -1,24 +1,34 @@
-"""All protocols on all data of a suite for one model: a flat dict of scores, each sample's outcome on disk.
+"""All protocols on all data of a suite: of one model a flat dict of scores, of several a table that compares them.
 
-Every image is encoded once; zero-shot and retrieval use features after the projection, probe and
-few-shot before.
+Every image is encoded once; zero-shot and retrieval use features after the projection, probe and few-shot before.
 """
 
+import argparse
+import os
 from collections.abc import Callable, Mapping
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import safetensors.numpy
+import torch
 import torch.distributed as dist
 from PIL import Image
 from torch import Tensor, nn
 
-from diffclip.base.files import write_json
-from diffclip.benchmarks import PROTOCOLS, datasets, prompts
+import diffclip
+from diffclip.base.console import print_table
+from diffclip.base.devices import pick_device
+from diffclip.base.errors import InputError
+from diffclip.base.files import read_json, write_json, write_whole
+from diffclip.base.schema import CLIP_BENCHMARKS
+from diffclip.benchmarks import PROTOCOLS, datasets, paper, prompts
+from diffclip.benchmarks.comparison import compare, markdown, model_groups
 from diffclip.benchmarks.features import Encoder, save_tensors
+from diffclip.benchmarks.images import Images
 from diffclip.benchmarks.protocol import Evaluation, Settings, load
 
-METRICS_FILE = "clip_benchmarks.json"
 OUTCOMES_FILE = "clip_outcomes.safetensors"
 
 
@@ -37,22 +47,19 @@ def evaluate_clip(
     """Run every protocol that the data allows and return the scores, all in percent, under the protocols' names.
 
     Writes `clip_benchmarks.json` (the scores, what they were made with, what was skipped and why) and
-    `clip_outcomes.safetensors` (one number per sample under the name of a score, its mean times 100 is
-    the score). Where a part fails, both hold what was scored until then, and the former has `failed` with the reason.
+    `clip_outcomes.safetensors` (one number per sample under the name of a score, which is 100 times their mean). Where
+    a part fails, both hold what was scored until then, and the former has `failed` with the reason.
 
-    Under torchrun (a process group that is initialised) all ranks encode; rank 0 alone scores and writes, and the
-    others return {} before it does.
+    In an initialised process group all ranks encode; rank 0 alone scores and writes, and the others return {} before.
 
     Args:
         model, preprocess, tokenizer: what `diffclip.load` returns; the model may be on any device.
-        data_root: folder that holds the data, laid out as `datasets.suite_from_folder` finds it
-            unless `suite` says.
+        data_root: the data, laid out as `datasets.suite_from_folder` finds it unless `suite` says.
         missing: sets that belong to the suite but are not there, with the remedy; listed as skipped.
         cache_dir: where features are kept, out_dir/features when None.
 
     Raises:
-        InputError: missing or malformed data, named; raised before any image is encoded, but for
-        corrupt images.
+        InputError: missing or malformed data; before any image is encoded, but for corrupt images.
     """
     data_root, out_dir = Path(data_root), Path(out_dir)
     data = datasets.read(data_root, suite or datasets.suite_from_folder(data_root))
@@ -69,12 +76,11 @@ def evaluate_clip(
     )
     chosen = {name: load(name) for name in PROTOCOLS if name in settings.protocols}
     if dist.is_initialized():
-        wanted = [
-            protocol.images(set_name, dataset)
-            for name, protocol in chosen.items()
-            for set_name, dataset in data.sets(PROTOCOLS[name].part).items()
-        ]
-        encoder.images_together({title: images for part in wanted for title, images in part.items()})
+        wanted: dict[str, Images] = {}
+        for name, protocol in chosen.items():
+            for set_name, dataset in data.sets(PROTOCOLS[name].part).items():
+                wanted |= protocol.images(set_name, dataset)
+        encoder.images_together(wanted)
         if dist.get_rank() != 0:
             return {}
     evaluation = Evaluation(encoder, data, settings, common, skipped=dict(missing or {}))
@@ -104,5 +110,61 @@ def evaluate_clip(
         raise
     finally:
         save_tensors(evaluation.outcomes, out_dir / OUTCOMES_FILE)
-        write_json(out_dir / METRICS_FILE, result)
+        write_json(out_dir / CLIP_BENCHMARKS, result)
     return evaluation.metrics
+
+
+def run(options: argparse.Namespace) -> None:
+    """Evaluate each model into output_dir/<name>, then print scores and, against the first model, differences."""
+    device = pick_device(options.device)
+    if "WORLD_SIZE" in os.environ:  # torchrun
+        torch.distributed.init_process_group("gloo")  # features are gathered on the CPU
+        if device == torch.device("cuda"):
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    suite, missing = _suite(options.suite, options.data_root)
+    settings = Settings(**{name: vars(options)[name] for name in Settings.__dataclass_fields__ if name in options})
+    groups = model_groups(options.model)
+    scores: dict[str, list[dict[str, float]]] = {name: [] for name in groups}
+    outcomes: dict[str, list[dict[str, np.ndarray]]] = {name: [] for name in groups}
+    skipped: dict[str, str] = {}
+    notes: dict[str, str] = {}
+    written = []
+    for name, seed, source in [(name, *seed) for name, sources in groups.items() for seed in enumerate(sources)]:
+        model, preprocess, tokenizer = diffclip.load(source)
+        out = options.output_dir / name / (str(seed) if len(groups[name]) > 1 else "")
+        metrics = evaluate_clip(
+            model.to(device),
+            preprocess,
+            tokenizer,
+            options.data_root,
+            out,
+            settings,
+            suite=suite,
+            missing=missing,
+            cache_dir=options.output_dir / "features",
+        )
+        scores[name].append(metrics)
+        if metrics:  # another rank than 0 has only encoded
+            outcomes[name].append(safetensors.numpy.load_file(out / OUTCOMES_FILE))
+            stored = read_json(out / CLIP_BENCHMARKS)
+            skipped |= stored["skipped"]
+            notes |= stored["about"]["notes"]
+            written.append(str(out / CLIP_BENCHMARKS))
+    if not written:
+        return
+    rows = compare(scores, outcomes)
+    write_whole(options.output_dir / "comparison.md", markdown(rows))
+    lines = [f"{what}: {note}" for what, note in notes.items()]
+    lines += [f"skipped {what}: {why}" for what, why in skipped.items()]
+    lines.append(f"wrote {options.output_dir / 'comparison.md'}, {', '.join(written)}")
+    print_table(rows[0], rows[1:], "CLIP benchmarks", lines)
+
+
+def _suite(name: str | None, data_root: Path) -> tuple[datasets.Suite | None, dict[str, str]]:
+    """The suite that is named, None where the folder's layout tells, and the sets of the paper's that are not there."""
+    if name != "paper":
+        return datasets.read_suite_file(Path(name)) if name else None, {}
+    suite, missing = paper.suite(data_root)
+    if not suite:
+        raise InputError(f"{data_root} holds none of the paper's sets: see `data check`")
+    return suite, missing

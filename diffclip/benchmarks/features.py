@@ -1,7 +1,7 @@
 """One encoding pass per (weights, transform, precision, images), kept on disk and shared by every protocol.
 
-The cache key is a hash of what the features depend on, so a changed checkpoint never meets old ones;
-files appear by an atomic rename, so two processes may share a folder.
+The cache key is a hash of what the features depend on, so a changed checkpoint never meets old ones; two processes
+may share a folder.
 """
 
 import hashlib
@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -38,6 +39,7 @@ class ImageFeatures(NamedTuple):
     labels: Tensor  # (N,) int64
 
 
+@dataclass(eq=False)
 class Encoder:
     """A dual encoder with its transform and tokenizer, and the folder where its features are kept.
 
@@ -51,31 +53,22 @@ class Encoder:
         workers: DataLoader processes; None takes up to 8 with an accelerator and none on a CPU.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        preprocess: Callable[[Image.Image], Tensor],
-        tokenizer: Callable[[list[str]], Tensor],
-        *,
-        cache_dir: str | Path | None = None,
-        precision: str = "float32",
-        batch_size: int = 128,
-        workers: int | None = None,
-        quiet: bool = False,
-    ) -> None:
-        if precision not in PRECISIONS:
-            raise InputError(f"precision {precision!r} is unknown: use one of {', '.join(PRECISIONS)}")
-        self.model = model.eval()
-        self.preprocess = preprocess
-        self.tokenizer = tokenizer
-        self.cache_dir = Path(cache_dir) if cache_dir is not None else None
-        self.precision = precision
-        self.batch_size = batch_size
-        self.device = next(model.parameters()).device
-        on_cpu = self.device.type == "cpu"
-        self.workers = workers if workers is not None else 0 if on_cpu else min(8, _cores())
-        self.quiet = quiet
-        self.fingerprint = fingerprint(model)
+    model: nn.Module
+    preprocess: Callable[[Image.Image], Tensor]
+    tokenizer: Callable[[list[str]], Tensor]
+    _: KW_ONLY
+    cache_dir: str | Path | None = None
+    precision: str = "float32"
+    batch_size: int = 128
+    workers: int | None = None
+    quiet: bool = False
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise InputError(f"precision {self.precision!r} is unknown: use one of {', '.join(PRECISIONS)}")
+        self.model.eval()
+        self.device = next(self.model.parameters()).device
+        self.fingerprint = fingerprint(self.model)
 
     def images(self, images: Images, name: str = "images") -> ImageFeatures:
         """Encode images in order, or read them back when the same weights have seen the same images.
@@ -106,8 +99,7 @@ class Encoder:
             raise ValueError("ranks share features through a cache_dir")
         rank, ranks = dist.get_rank(), dist.get_world_size()
         for name, images in wanted.items():
-            file, key = self._place(self._images_key(images))
-            path = self.cache_dir / file
+            path, key = self._place(self.cache_dir, self._images_key(images))
             stored = [path.exists()]
             dist.broadcast_object_list(stored)
             if stored[0]:
@@ -128,19 +120,18 @@ class Encoder:
     def _images_key(self, images: Images) -> dict:
         return {"pictures": images.digest, "transform": _printed(self.preprocess), "kind": "image"}
 
-    def _place(self, key: dict) -> tuple[str, str]:
+    def _place(self, folder: str | Path, key: dict) -> tuple[Path, str]:
         """The file of an entry, and the whole key, of which its name is a hash."""
         # lambda_init, the norms' epsilons and the activation are not in the weights
         config = getattr(self.model, "model_config", None) or _printed(self.model)
         model = [self.fingerprint, config]
         text = json.dumps({"format": FORMAT, "model": model, "precision": self.precision, **key}, sort_keys=True)
-        return f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.safetensors", text
+        return Path(folder) / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.safetensors", text
 
     def _cached(self, key: dict, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         if self.cache_dir is None:
             return compute()
-        file, text = self._place(key)
-        path = self.cache_dir / file
+        path, text = self._place(self.cache_dir, key)
         if path.exists():
             return safetensors.torch.load_file(path)
         features = compute()
@@ -151,11 +142,12 @@ class Encoder:
     def _encode_batches(self, images: Images, name: str, first: int = 0, step: int = 1) -> list[dict[str, Tensor]]:
         rows = range(len(images))
         batches = [rows[i : i + self.batch_size] for i in rows[:: self.batch_size]][first::step]
+        on_cpu = self.device.type == "cpu"
         loader = DataLoader(
             _Transformed(images, self.preprocess),
-            batch_sampler=[list(batch) for batch in batches],
-            num_workers=self.workers,
-            collate_fn=_collate,
+            batch_size=None,  # an item is a batch
+            sampler=batches,
+            num_workers=self.workers if self.workers is not None else 0 if on_cpu else min(8, _cores()),
             pin_memory=self.device.type == "cuda",
         )
         encoded = []
@@ -237,30 +229,20 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str
         safetensors.torch.save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, metadata)
 
 
+@dataclass
 class _Transformed(Dataset):
-    """Images after the transform; a broken one is returned as the error, to pass whole through a worker."""
+    """Batches of images after the transform; one with a broken image is the error, to pass whole through a worker."""
 
-    def __init__(self, images: Images, preprocess: Callable[[Image.Image], Tensor]) -> None:
-        self.images = images
-        self.preprocess = preprocess
+    images: Images
+    preprocess: Callable[[Image.Image], Tensor]
 
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int] | InputError:
+    def __getitem__(self, rows: range) -> tuple[Tensor, Tensor] | InputError:
         try:
-            image, label = self.images[index]
+            pairs = [(self.preprocess(image), label) for image, label in map(self.images.__getitem__, rows)]
         except InputError as error:
             return error
-        return self.preprocess(image), label
-
-
-def _collate(items: list[tuple[Tensor, int] | InputError]) -> tuple[Tensor, Tensor] | InputError:
-    for item in items:
-        if isinstance(item, InputError):
-            return item
-    images, labels = zip(*items)
-    return torch.stack(images), torch.tensor(labels)
+        pixels, labels = zip(*pairs)
+        return torch.stack(pixels), torch.tensor(labels)
 
 
 def _joined(batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -1,23 +1,34 @@
-"""Benchmark images: a data set of files, slices of shards and encoded bytes, and its plainest form, class folders.
+"""Benchmark images and the files that they lie in: class folders, samples of a shard, rows of a parquet file.
 
 Nothing is decoded before it is asked for.
 """
 
 import hashlib
+import itertools
 import os
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import pyarrow
+import pyarrow.parquet
 from PIL import Image
 from torch.utils.data import Dataset
 
 from diffclip.base.errors import InputError
 from diffclip.base.images import open_image
 from diffclip.base.tars import read_at
+from diffclip.data.shards import walk
 
 # of two images under one key of a shard the first in this order counts: the photo, not its mask
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".bmp", ".ppm", ".gif", ".tif", ".tiff")
+SPLITS = {  # and what folders, files and the column `split` call them, in any case
+    "train": ("train", "training", "restval"),
+    "val": ("val", "valid", "validation", "dev"),
+    "test": ("test", "testing"),
+}
+IMAGE_COLUMNS = ("image", "img", "jpg", "webp", "png")
 
 
 class TarSlice(NamedTuple):
@@ -119,3 +130,83 @@ def read_class_folders(folder: Path, labels: Mapping[str, int]) -> Images:
         files += found
         targets += [labels[name]] * len(found)
     return Images([str(path) for path in files], files, targets)
+
+
+def split_named(name: object) -> str | None:
+    """Return train, val or test for any of its names, None for another word."""
+    return next((split for split, names in SPLITS.items() if str(name).strip().lower() in names), None)
+
+
+def split_of(file: Path) -> str | None:
+    """The split that a file's name begins with: train-00000-of-00002.parquet."""
+    return split_named(re.split(r"[-_.]", file.name)[0])
+
+
+def shard_samples(path: Path, text: str) -> list[tuple[str, TarSlice | None, bytes | None]]:
+    """(key, image, what has the suffix `text`) of a shard's samples, read as training reads them.
+
+    Raises:
+        InputError: it is no tar, or ends early.
+    """
+    walked, problems = walk(path)
+    if problems:
+        raise InputError(f"{path} cannot be read as a webdataset shard ({problems[0][1]}): download it again")
+    found = []
+    for key, places in walked:
+        members: dict[str, TarSlice] = {}  # the first of each suffix
+        for name, place in places.items():
+            members.setdefault(f".{name.lower()}", TarSlice(path, *place))
+        image = next((members[suffix] for suffix in IMAGE_SUFFIXES if suffix in members), None)
+        if image or text in members:
+            found.append((key, image, members[text].read() if text in members else None))
+    return found
+
+
+def parquet_schema(path: Path) -> pyarrow.Schema:
+    """Return the columns and metadata of a parquet file; InputError if it is none."""
+    try:
+        return pyarrow.parquet.read_schema(path)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise InputError(f"{path} cannot be read as parquet ({error})") from error
+
+
+def row_splits(path: Path) -> list[str | None]:
+    """Return what the column `split` gives each row of a parquet file: all None where it names no split, or is not."""
+    if "split" not in parquet_schema(path).names:
+        return [None] * pyarrow.parquet.read_metadata(path).num_rows
+    values = pyarrow.parquet.read_table(path, columns=["split"])["split"].to_pylist()
+    named = [split_named(value) for value in values]
+    unknown = next((value for value, split in zip(values, named) if split is None), None)
+    if None in named and any(named):
+        raise InputError(f"{path}: the column split holds {unknown!r}; write train, val or test in every row")
+    return named
+
+
+def parquet_rows(
+    path: Path, columns: Sequence[str], wanted: Sequence[bool]
+) -> Iterator[tuple[str, bytes | Path, Any, int]]:
+    """(name for messages, encoded image, value of the first of `columns` that is there, number) of wanted rows."""
+    image, value = two_columns(path, parquet_schema(path).names, columns, IMAGE_COLUMNS)
+    try:
+        table = pyarrow.parquet.read_table(path, columns=[image, value]).filter(pyarrow.array(wanted, pyarrow.bool_()))
+    except (pyarrow.ArrowException, OSError) as error:
+        raise InputError(f"{path} cannot be read as parquet ({error})") from error
+    rows = (row for batch in table.to_batches() for row in batch.to_pylist())
+    for number, row in zip(itertools.compress(itertools.count(), wanted), rows):
+        name, encoded = f"{path} row {number}", row[image]
+        if isinstance(encoded, dict):  # the Hub's {bytes, path}; the path is relative to the file
+            file = encoded.get("path")
+            encoded = encoded.get("bytes") or (path.parent / file if file else None)
+        if not isinstance(encoded, bytes | Path):
+            raise InputError(f"{name} holds no image: remove the row")
+        yield name, encoded, row[value], number
+
+
+def two_columns(path: Path, found: Sequence[str], second: Sequence[str], image: Sequence[str]) -> tuple[str, str]:
+    """Return the column of images, and that of labels or captions: the first of these names that is there."""
+    first, other = (next((name for name in wanted if name in found), None) for wanted in (image, second))
+    if first is None or other is None:
+        others = ", ".join((*image[1:], *second[1:]))
+        names = ", ".join(found)
+        raise InputError(f"{path} needs the columns {image[0]} and {second[0]} (or {others}), has {names}: rename them")
+    return first, other

@@ -7,17 +7,16 @@ from typing import Any
 
 from diffclip.base.errors import InputError
 from diffclip.base.files import parse_json
-from diffclip.benchmarks.images import Images, TarSlice, visible
-from diffclip.benchmarks.rows import (
-    IMAGE_COLUMNS,
-    encoded_image,
+from diffclip.benchmarks.images import (
+    Images,
+    TarSlice,
     parquet_rows,
     parquet_schema,
     row_splits,
     shard_samples,
     split_named,
     split_of,
-    two_columns,
+    visible,
 )
 
 NUMBERED = re.compile(r"([A-Za-z]+)(?:-.*|[_.]\d.*)?")  # a split's files: test, test-00000-of-00002, test_0, test.0
@@ -25,7 +24,7 @@ LABEL_COLUMNS = ("label", "fine_label", "labels", "cls")
 
 
 def labelled_files(folder: Path, split: str) -> list[Path]:
-    """Return the shards or parquet files of train, val or test, in `folder` or in its data/, as the Hub has it.
+    """The shards or parquet files of train, val or test, in `folder` or in its data/, as the Hub has it.
 
     Their names: `SPLIT/*.tar`, `SPLIT/*.parquet`, `SPLIT.parquet`, `SPLIT-*.tar`, `SPLIT_0.parquet`, with the split by
     any of its names, in any case; or any name for parquet whose column `split` has rows of it.
@@ -58,31 +57,24 @@ def _with_suffix(entries: Iterable[Path], suffix: str) -> list[Path]:
 
 
 def read_labelled(files: Sequence[Path], split: str) -> Images:
-    """Read images with numbers as labels: clip-benchmark's shards (KEY.webp + KEY.cls), or parquet (image, label).
+    """Read a split; rows that a column `split` gives to another are left out.
 
-    Rows that a column `split` gives to another split are left out. Labels that are withheld, as those of ImageNet's
-    test set, are -1.
+    Labels that are withheld, as those of ImageNet's test set, are -1.
 
     Raises:
         InputError: a file that cannot be read, an image without a label, or a label that is no whole number.
     """
-    names: list[str] = []
-    sources: list[Path | TarSlice | bytes] = []
-    labels: list[int] = []
+    rows: list[tuple[str, Path | TarSlice | bytes, int]] = []
     for file in files:
-        is_tar = file.suffix.lower() == ".tar"
-        for name, source, label in _labelled_tar(file) if is_tar else _labelled_parquet(file, split):
-            names.append(name)
-            sources.append(source)
-            labels.append(label)
-    if not names:
+        rows += _labelled_tar(file) if file.suffix.lower() == ".tar" else _labelled_parquet(file, split)
+    if not rows:
         raise InputError(f"{files[0]} holds no images of the split {split}")
-    negative = [row for row, label in enumerate(labels) if label < 0]
-    if 0 < len(negative) < len(labels):
+    unlabelled = [name for name, _, label in rows if label < 0]
+    if 0 < len(unlabelled) < len(rows):
         raise InputError(
-            f"{names[negative[0]]} has no label (-1), like {len(negative):,} of {len(labels):,} rows: remove them"
+            f"{unlabelled[0]} has no label (-1), like {len(unlabelled):,} of {len(rows):,} rows: remove them"
         )
-    return Images(names, sources, labels)
+    return Images(*zip(*rows))
 
 
 def _label(value: Any, name: str) -> int:
@@ -107,15 +99,13 @@ def _labelled_tar(path: Path) -> Iterator[tuple[str, TarSlice, int]]:
 
 
 def _labelled_parquet(path: Path, split: str) -> Iterator[tuple[str, bytes | Path, int]]:
-    image, label = two_columns(path, parquet_schema(path).names, LABEL_COLUMNS, IMAGE_COLUMNS)
     wanted = [named in (split, None) for named in row_splits(path)]
-    for number, row in parquet_rows(path, [image, label], wanted):
-        name = f"{path} row {number}"
-        yield name, encoded_image(row[image], path, name), _label(row[label], name)
+    for name, image, label, _ in parquet_rows(path, LABEL_COLUMNS, wanted):
+        yield name, image, _label(label, name)
 
 
 def schema_classnames(files: Sequence[Path]) -> list[str] | None:
-    """Return the class names that the Hub's parquet files carry in their schema, None without any."""
+    """The class names that the Hub's parquet files carry in their schema, None without any."""
     for path in files:
         if path.suffix.lower() == ".parquet" and b"huggingface" in (parquet_schema(path).metadata or {}):
             stored = parse_json(parquet_schema(path).metadata[b"huggingface"], f"{path}: its schema")

@@ -6,6 +6,7 @@ step, `fast` goes to the minimum of the same objective.
 
 import math
 import random
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
@@ -48,14 +49,12 @@ def linear_probe(
 ) -> Probe:
     """Choose C on the validation rows, refit, score the test rows.
 
-    Features are used as they come (the protocol takes them before the projection, un-normalised); the
-    objective is mean cross-entropy + 0.5/C * ||W||_F, the norm not squared, bias free.
+    Features are used as they come (the protocol takes them before the projection, un-normalised).
 
     Args:
         train, valid, test: (features (N, width), labels (N,)) each; float64 is kept, all else fitted in float32.
-            Without valid, a fifth of each
-            class of train is set aside by a fixed shuffle.
-        metric: "accuracy", or "mean_per_class" for aircraft, pets, caltech101 and flowers.
+            Without valid, a fifth of each class of train is set aside by a fixed shuffle.
+        metric: "accuracy" or "mean_per_class".
         mode: "exact" or "fast". The official fit stops after 1,000 steps, before its minimum where the penalty is
             weak (C from some hundreds on), so the two may part by a row or two there; where few validation rows
             decide, that can choose another C, as rounding does for the official fit itself (`benchmarks.probes`).
@@ -108,42 +107,35 @@ def search(validate: Callable[[float], float]) -> tuple[float, list[tuple[float,
     """Find C by the official two passes: seven decades apart, then thirds of a 29-point grid around the best.
 
     The second pass keeps the lower half of the grid where its quarter point is best, else the upper half
-    where the three-quarter point is, else the middle; equal scores count as best. Of equals the C visited
-    first is chosen.
+    where the three-quarter point is, else the middle; equal scores count as best.
 
     Returns:
-        the chosen C, and every (C, score) in the order tried.
+        the C of the best score, of equals the one tried first, and every (C, score) in the order tried.
     """
-    visited = [(C, validate(C)) for C in COARSE]
-    best = max(visited, key=lambda pair: pair[1])  # the first of equals
-    candidates = [best]
-    known = {best[0]: best[1]}
-
-    centre = torch.tensor(best[0]).log10()
+    coarse = [(C, validate(C)) for C in COARSE]
+    best, score = max(coarse, key=lambda pair: pair[1])
+    scores = {best: score}  # of the second pass, which begins with the best of the first
+    centre = torch.tensor(best).log10()
     grid: list[float] = torch.logspace(centre - 2, centre + 2, 29).tolist()
     grid = [C for C in grid if COARSE[0] <= C <= COARSE[-1]]
     while len(grid) > 1:
-        n = len(grid)
-        low, middle, high = n // 4, n // 2, (-n) // 4
-        scores = []
-        for place in (low, middle, high):
-            C = grid[place]
-            if C not in known:
-                known[C] = validate(C)
-                visited.append((C, known[C]))
-                candidates.append((C, known[C]))
-            scores.append(known[C])
-        if scores[0] == max(scores):
-            grid = grid[: n // 2]
-        elif scores[2] == max(scores):
-            grid = grid[n // 2 :]
+        low, middle, high = len(grid) // 4, len(grid) // 2, -len(grid) // 4
+        points = [grid[low], grid[middle], grid[high]]
+        for C in points:
+            if C not in scores:
+                scores[C] = validate(C)
+        top = max(scores[C] for C in points)
+        if scores[points[0]] == top:
+            grid = grid[:middle]
+        elif scores[points[2]] == top:
+            grid = grid[middle:]
         else:
             grid = grid[low:high]
-    return max(candidates, key=lambda pair: pair[1])[0], visited
+    return max(scores, key=scores.__getitem__), coarse + list(scores.items())[1:]
 
 
 def predict(features: Tensor, weights: Weights) -> Tensor:
-    """Return the most likely class of each row, (N,) int64."""
+    """The most likely class of each row, (N,) int64."""
     W, b = weights
     return (at_least_float32(features).to(W) @ W.T + b).argmax(dim=1).cpu()
 
@@ -153,22 +145,16 @@ def at_least_float32(features: Tensor) -> Tensor:
 
 
 def percent(predicted: Tensor, labels: Tensor, metric: str) -> float:
-    """Return accuracy, or the mean of the recalls of the classes present, in percent."""
+    """Accuracy, or the mean of the recalls of the classes present, in percent."""
     correct = predicted == labels.cpu()
-    if metric == "mean_per_class":
-        return mean_per_class(correct, labels.cpu())
-    return 100 * correct.double().mean().item()
+    return mean_per_class(correct, labels.cpu()) if metric == "mean_per_class" else 100 * correct.double().mean().item()
 
 
 def hold_out(labels: Tensor, share: float = 0.2, seed: int = 93) -> tuple[list[int], list[int]]:
-    """Split rows 80/20 within each class as the official code does, classes in order of first appearance.
-
-    Returns:
-        row indices (kept, held out).
-    """
-    rows: dict[int, list[int]] = {}
+    """Rows (kept, held out) within each class as the official code has them, classes in order of first appearance."""
+    rows = defaultdict(list)
     for row, label in enumerate(labels.tolist()):
-        rows.setdefault(label, []).append(row)
+        rows[label].append(row)
     kept, held = [], []
     for members in rows.values():
         random.Random(seed).shuffle(members)  # anew for each class
@@ -179,7 +165,7 @@ def hold_out(labels: Tensor, share: float = 0.2, seed: int = 93) -> tuple[list[i
 
 
 def objective(W: Tensor, b: Tensor, features: Tensor, labels: Tensor, C: float) -> Tensor:
-    """Return mean cross-entropy + 0.5/C * ||W||_F, a scalar."""
+    """Mean cross-entropy + 0.5/C * ||W||_F, a scalar: the norm is not squared, the bias is free."""
     return F.cross_entropy(features @ W.T + b, labels) + (1 / C) * 0.5 * W.norm(p=2)
 
 
@@ -190,7 +176,7 @@ def fit(features: Tensor, labels: Tensor, C: float, classes: int, max_iter: int 
     that is part of the protocol.
 
     Args:
-        features: (N, width) float32 (float64 works too).
+        features: (N, width) float32 or float64.
         labels: (N,) int64 below `classes`.
     """
     W = features.new_zeros(classes, features.shape[1], requires_grad=True)
@@ -228,7 +214,7 @@ def fast_solver(features: Tensor, labels: Tensor, classes: int) -> Callable[[flo
     solved: dict[float, Weights] = {}  # in the rotated basis
 
     def descend(W: Tensor, b: Tensor, strength: float, r: float) -> tuple[Weights, float, bool]:
-        """Return the weights after at most 100 steps, by how much of itself the objective fell, and if it ended."""
+        """The weights after at most 100 steps, by how much of itself the objective fell, and if it ended."""
         scale = (spread + r + 1e-9 * spread.max()).rsqrt()
         inputs = rotated * scale
 

@@ -58,20 +58,19 @@ def read_masks(instances: str | Path, images: str | Path) -> Iterator[Item]:
         path = Path(images) / image["file_name"]
         if not path.is_file():
             raise InputError(f"{path}: no such image, but {instances} has it as image {image_id}")
-        masks: dict[int, np.ndarray] = {}
+        masks: dict[int, np.ndarray] = {}  # by category
         for annotation in coco.imgToAnns[image_id]:
             if annotation.get("iscrowd") or not annotation.get("segmentation"):
                 continue
-            mask = coco.annToMask(annotation).astype(bool)
             kind = annotation["category_id"]
-            masks[kind] = masks[kind] | mask if kind in masks else mask
+            masks[kind] = masks.get(kind, False) | coco.annToMask(annotation).astype(bool)
         for kind, mask in sorted(masks.items()):
             if mask.any() and not mask.all():
                 yield path, names[kind], mask
 
 
 def map_scores(heat: np.ndarray, mask: np.ndarray) -> dict[str, float]:
-    """Return pointing, energy, precision and area in percent, for heat (height, width) >= 0 and a mask like it.
+    """Pointing, energy, precision and area in percent, for heat (height, width) >= 0 and a mask like it.
 
     Where several pixels are most relevant, pointing is the share of them inside; a map of zeros counts as even.
     """
@@ -112,8 +111,7 @@ def localise(
         for heat, (_, _, mask) in zip(heats, batch):
             seen = np.asarray(crop(Image.fromarray(mask).convert("RGB")))[:, :, 0] > 127
             whole = seen.any() and not seen.all()
-            scores = map_scores(heat, seen) if whole else dict.fromkeys((*SCORES, "area"), float("nan"))
-            rows.append([scores[name] for name in (*SCORES, "area")])
+            rows.append([*map_scores(heat, seen).values()] if whole else [np.nan] * 4)
     return np.array(rows)
 
 

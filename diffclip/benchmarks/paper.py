@@ -7,41 +7,27 @@ VTAB's for six of them: cifar10 and cifar100 train on 45,000 images there, not 5
 and pets on other images than TensorFlow Datasets' default splits; `torchvision_sets` is nearer to those.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from diffclip.base.console import print_table
+from diffclip.benchmarks import TORCHVISION
+from diffclip.benchmarks.captioned import read_captioned
+from diffclip.benchmarks.images import SPLITS, images_in
+from diffclip.benchmarks.labelled import labelled_files, read_labelled
+from diffclip.benchmarks.torchvision_sets import read_torchvision
+
 # The probe's metric in the paper's protocol; all other sets use accuracy.
 MEAN_PER_CLASS = {"aircraft", "caltech101", "flowers", "pets"}
-# what torchvision's class finds below its root, by which the layout is recognised
-TORCHVISION = {
-    "food101": "food-101",
-    "cifar10": "cifar-10-batches-py",
-    "cifar100": "cifar-100-python",
-    "sun397": "SUN397",
-    "aircraft": "fgvc-aircraft-2013b",
-    "dtd": "dtd/dtd",
-    "pets": "oxford-iiit-pet",
-    "caltech101": "caltech101/101_ObjectCategories",
-    "flowers": "flowers-102",
-}
 
 
 class PaperSet(NamedTuple):
-    """One set; `test` is how many images its test split had when it was published."""
+    """One set of the paper's."""
 
     part: str  # of a suite: classification, shifts, retrieval, mmvp
     classes: int
-    test: int
-
-    def metrics(self, name: str) -> str:
-        """What the paper reports on the set."""
-        probe = "mean per class" if name in MEAN_PER_CLASS else "accuracy"
-        return {
-            "classification": f"linear probe: {probe}; few-shot: accuracy",
-            "shifts": "top-1",
-            "retrieval": "R@1, 5, 10",
-            "mmvp": "pairs right",
-        }[self.part if name != "imagenet" else "shifts"]
+    test: int  # images of its test split when it was published
 
 
 SETS = {
@@ -67,7 +53,7 @@ SETS = {
 
 
 def torchvision_root(name: str, *folders: Path) -> Path | None:
-    """Return the first of `folders` in which torchvision has unpacked the set, None without any."""
+    """The first of `folders` in which torchvision has unpacked the set, None without any."""
     return next((f for f in folders if name in TORCHVISION and (f / TORCHVISION[name]).is_dir()), None)
 
 
@@ -78,7 +64,7 @@ def remedy(name: str, root: Path) -> str:
 
 
 def suite(root: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return the suite of those sets that lie under `root`, and for each of the others how to get it."""
+    """The suite of those sets that lie under `root`, and for each of the others how to get it."""
     found: dict[str, Any] = {}
     missing: dict[str, str] = {}
     for name, about in SETS.items():
@@ -86,13 +72,11 @@ def suite(root: Path) -> tuple[dict[str, Any], dict[str, str]]:
         if not (root / name).is_dir() and not unpacked:
             missing[f"{about.part}/{name}"] = remedy(name, root)
         elif about.part == "classification":
-            metric = "mean_per_class" if name in MEAN_PER_CLASS else "accuracy"
             where = {"folder": str(unpacked.relative_to(root)), "torchvision": name} if unpacked else {"folder": name}
-            found.setdefault("classification", {})[name] = {**where, "metric": metric}
+            found.setdefault("classification", {})[name] = where
         elif about.part == "retrieval":
-            found.setdefault("retrieval", {})[name] = {
-                "path": f"{name}/test" if (root / name / "test").is_dir() else name
-            }
+            inner = f"{name}/test" if (root / name / "test").is_dir() else name
+            found.setdefault("retrieval", {})[name] = {"path": inner}
         elif about.part == "mmvp":
             found["mmvp"] = {"folder": name}
         else:
@@ -101,3 +85,55 @@ def suite(root: Path) -> tuple[dict[str, Any], dict[str, str]]:
         for name in found.pop("shifts", {}):
             missing[f"shifts/{name}"] = f"needs imagenet for its class names: {remedy('imagenet', root)}"
     return found, missing
+
+
+def check(root: Path) -> list[tuple[str, str, int, int, str]]:
+    """(name, "complete", "partial" or "missing", test images found, expected, remedy) of every set."""
+    rows = []
+    for name, about in SETS.items():
+        unpacked = torchvision_root(name, root / name, root)
+        count = len(read_torchvision(name, unpacked)[1]["test"]) if unpacked else count_test(root / name, about.part)
+        state = "missing" if not count else "complete" if count >= about.test else "partial"
+        rows.append((name, state, count, about.test, "" if state == "complete" else remedy(name, root).split(": ")[1]))
+    return rows
+
+
+def count_test(folder: Path, part: str) -> int:
+    """Images of a set's test split, whatever its form; 0 if there is none."""
+    if not folder.is_dir():
+        return 0
+    inner = next((folder / alias for alias in SPLITS["test"] if (folder / alias).is_dir()), folder)
+    if part == "retrieval":
+        return len(read_captioned(inner).images)
+    files = labelled_files(folder, "test")
+    return len(read_labelled(files, "test")) if files else len(images_in(inner))
+
+
+def print_check(root: Path) -> None:
+    """Print what is there, what is missing, and how to get it."""
+    rows = [
+        (name, str(SETS[name].classes or ""), reported(name), state, f"{there:,} of {expected:,}", how)
+        for name, state, there, expected, how in check(root)
+    ]
+    columns = ("set", "classes", "scored by", "state", "test images", "how to get it")
+    print_table(columns, rows, f"the paper's benchmarks in {root}")
+
+
+def reported(name: str) -> str:
+    """What the paper reports on a set."""
+    match SETS[name].part:
+        case "classification" if name != "imagenet":
+            return f"linear probe: {'mean per class' if name in MEAN_PER_CLASS else 'accuracy'}; few-shot: accuracy"
+        case "retrieval":
+            return "R@1, 5, 10"
+        case "mmvp":
+            return "pairs right"
+    return "top-1"
+
+
+def download(names: Sequence[str], root: Path) -> None:
+    """Let torchvision fetch sets into folders of their names."""
+    for name in names:
+        folder = torchvision_root(name, root / name, root) or root / name
+        splits = read_torchvision(name, folder, download=True)[1]
+        print(f"{name}: {', '.join(f'{len(rows):,} {split}' for split, rows in splits.items())}")

@@ -3,7 +3,6 @@
 Text to image is averaged over captions; image to text counts a hit when any own caption is among the first k.
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -69,20 +68,18 @@ def ranks(image_features: Tensor, text_features: Tensor, text_owner: Tensor, blo
     return Ranks(torch.cat(to_image).cpu(), to_text.cpu())
 
 
-def recall_at_k(
-    image_features: Tensor, text_features: Tensor, text_owner: Tensor, ks: Sequence[int] = (1, 5, 10)
-) -> dict[str, float]:
-    """Return {"text_to_image/R@1": percent, ..., "image_to_text/R@1": ...}; arguments as in `ranks`."""
-    return recalls(ranks(image_features, text_features, text_owner), ks)
+def recall_at_k(image_features: Tensor, text_features: Tensor, text_owner: Tensor) -> dict[str, float]:
+    """Return {"text_to_image/R@1": percent, ..., "image_to_text/R@10": ...}; arguments as in `ranks`."""
+    return recalls(hits(ranks(image_features, text_features, text_owner)))
 
 
-def recalls(found: Ranks, ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
-    """Turn ranks into R@k in percent, keys as in `recall_at_k`."""
-    return {
-        f"{direction}/R@{k}": 100 * (rank < k).double().mean().item()
-        for direction, rank in found._asdict().items()
-        for k in ks
-    }
+def hits(found: Ranks) -> dict[str, Tensor]:
+    """For each query, (T,) or (I,) bool, whether a right item is among the first k; keys as in `recall_at_k`."""
+    return {f"{way}/R@{k}": rank < k for way, rank in found._asdict().items() for k in (1, 5, 10)}
+
+
+def recalls(outcomes: dict[str, Tensor]) -> dict[str, float]:
+    return {name: 100 * values.double().mean().item() for name, values in outcomes.items()}
 
 
 def images(name: str, captioned: Captioned) -> dict[str, Images]:
@@ -92,13 +89,10 @@ def images(name: str, captioned: Captioned) -> dict[str, Images]:
 def score(evaluation: Evaluation, name: str, captioned: Captioned) -> None:
     """Add retrieval/[NAME/]{text_to_image,image_to_text}/R@{1,5,10}."""
     prefix = f"retrieval/{name}" if name else "retrieval"
-    found = ranks(
-        evaluation.encoder.images(captioned.images, f"{prefix} images").after,
-        evaluation.encoder.texts(captioned.captions, f"{prefix} captions"),
-        torch.tensor(captioned.owner),
-    )
-    hits = {f"{way}/R@{k}": rank < k for way, rank in found._asdict().items() for k in (1, 5, 10)}
-    evaluation.add(prefix, recalls(found), hits)
+    features = evaluation.encoder.images(captioned.images, f"{prefix} images").after
+    texts = evaluation.encoder.texts(captioned.captions, f"{prefix} captions")
+    outcomes = hits(ranks(features, texts, torch.tensor(captioned.owner)))
+    evaluation.add(prefix, recalls(outcomes), outcomes)
 
 
 PROTOCOL = Protocol(images, score)

@@ -2,7 +2,7 @@
 
 from diffclip.benchmarks.images import Images
 from diffclip.benchmarks.protocol import Evaluation, Protocol, Shift
-from diffclip.benchmarks.zero_shot import add_classified, class_vectors, classify
+from diffclip.benchmarks.zero_shot import class_vectors, classify
 
 
 def images(name: str, shift: Shift) -> dict[str, Images]:
@@ -14,8 +14,8 @@ def score(evaluation: Evaluation, name: str, shift: Shift) -> None:
     features = evaluation.encoder.images(shift.images, f"{name} shift")
     # a shifted set often has fewer classes; only those compete, as is usual for ImageNet-A and -R
     present, labels = features.labels.unique(return_inverse=True)
-    vectors = class_vectors(evaluation, shift.of)[present]
-    add_classified(evaluation, f"shift/{name}", classify(features.after, vectors, labels))
+    found = classify(features.after, class_vectors(evaluation, shift.of)[present], labels)
+    evaluation.add(f"shift/{name}", found.metrics(), found.outcomes())
 
 
 def averages(evaluation: Evaluation) -> None:

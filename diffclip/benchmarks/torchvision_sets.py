@@ -16,19 +16,29 @@ validation split have a fifth of train set aside by `linear_probe.hold_out`.
 
 import hashlib
 import re
+from collections import defaultdict
 from collections.abc import Callable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from torchvision import datasets
 
 from diffclip.base.errors import InputError
+from diffclip.benchmarks import TORCHVISION
 from diffclip.benchmarks.images import Images
-from diffclip.benchmarks.paper import TORCHVISION
+
+OWN_SPLITS: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
+    "food101": (datasets.Food101, ("train", "test")),
+    "aircraft": (datasets.FGVCAircraft, ("train", "val", "test")),
+    "dtd": (datasets.DTD, ("train", "val", "test")),
+    "pets": (datasets.OxfordIIITPet, ("trainval", "test")),
+    "flowers": (datasets.Flowers102, ("train", "val", "test")),
+}
 
 
 def read_torchvision(name: str, root: Path, *, download: bool = False) -> tuple[list[str], dict[str, Images]]:
-    """Return the class names in the order of the labels, and the images of each split.
+    """The class names in the order of the labels, and the images of each split.
 
     Args:
         name: a key of `TORCHVISION`.
@@ -40,45 +50,35 @@ def read_torchvision(name: str, root: Path, *, download: bool = False) -> tuple[
     """
     if name not in TORCHVISION:
         raise InputError(f"torchvision set {name!r} is unknown: use one of {', '.join(TORCHVISION)}")
-    keep = {"download": download}
     found: dict[str, Any]
     try:
         match name:
-            case "food101":
-                found = {s: datasets.Food101(root, s, **keep) for s in ("train", "test")}
             case "cifar10" | "cifar100":
                 kind = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
-                found = {s: kind(root, s == "train", **keep) for s in ("train", "test")}
+                found = {s: kind(root, s == "train", download=download) for s in ("train", "test")}
                 return _spaced(found["train"].classes), {s: _cifar(rows, f"{name} {s}") for s, rows in found.items()}
-            case "aircraft":
-                found = {s: datasets.FGVCAircraft(root, s, **keep) for s in ("train", "val", "test")}
-            case "dtd":
-                found = {s: datasets.DTD(root, s, **keep) for s in ("train", "val", "test")}
-            case "pets":
-                found = {
-                    s: datasets.OxfordIIITPet(root, t, **keep) for s, t in (("train", "trainval"), ("test", "test"))
-                }
-            case "flowers":
-                found = {s: datasets.Flowers102(root, s, **keep) for s in ("train", "val", "test")}
             case "sun397":
-                whole = datasets.SUN397(root, **keep)
+                whole = datasets.SUN397(root, download=download)
                 return _spaced(whole.classes), _split(root / "SUN397", whole._image_files, whole._labels, _shares)
             case "caltech101":
-                whole = datasets.Caltech101(root, **keep)
+                whole = datasets.Caltech101(root, download=download)
                 base = root / TORCHVISION[name]
                 files = [base / whole.categories[c] / f"image_{n:04d}.jpg" for c, n in zip(whole.y, whole.index)]
                 return _spaced(whole.categories), _split(base, files, whole.y, _thirty)
+            case _:
+                reader, splits = OWN_SPLITS[name]
+                found = {s.replace("trainval", "train"): reader(root, s, download=download) for s in splits}
     except (OSError, RuntimeError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise InputError(
             f"{root / TORCHVISION[name]} cannot be read as torchvision's {name} ({reason}): download it again with "
             f"diffclip benchmark data download {name} --data_root {root}"
         ) from error
-    splits = {}
+    images = {}
     for split, rows in found.items():
-        files = rows._images if name == "pets" else rows._image_files
-        splits[split] = Images([str(file) for file in files], [Path(file) for file in files], rows._labels)
-    return _spaced(found["train"].classes), splits
+        files = list(map(Path, rows._images if name == "pets" else rows._image_files))
+        images[split] = Images(list(map(str, files)), files, rows._labels)
+    return _spaced(found["train"].classes), images
 
 
 def _cifar(data: Any, name: str) -> Images:
@@ -92,21 +92,16 @@ def _split(
     base: Path, files: Sequence[str | Path], labels: Sequence[int], cut: Callable[[int], dict[str, int]]
 ) -> dict[str, Images]:
     """Split by the rule of this module; `cut` says how many of a class's n images each split gets, in order."""
-    classes: dict[int, list[tuple[bytes, Path]]] = {}
+    classes = defaultdict(list)
     for file, label in zip(map(Path, files), labels):
         digest = hashlib.sha256(file.relative_to(base).as_posix().encode()).digest()
-        classes.setdefault(int(label), []).append((digest, file))
-    chosen: dict[str, list[tuple[Path, int]]] = {}
+        classes[int(label)].append((digest, file))
+    chosen = defaultdict(list)
     for label, members in sorted(classes.items()):
-        start = 0
-        ordered = [file for _, file in sorted(members)]
-        for split, count in cut(len(ordered)).items():
-            chosen.setdefault(split, []).extend((file, label) for file in sorted(ordered[start : start + count]))
-            start += count
-    return {
-        split: Images([str(file) for file, _ in rows], [file for file, _ in rows], [label for _, label in rows])
-        for split, rows in chosen.items()
-    }
+        ordered = iter([file for _, file in sorted(members)])
+        for split, count in cut(len(members)).items():
+            chosen[split] += [(str(file), file, label) for file in sorted(islice(ordered, count))]
+    return {split: Images(*zip(*rows)) for split, rows in chosen.items()}
 
 
 def _shares(n: int) -> dict[str, int]:

@@ -11,7 +11,6 @@ that run whatever the shard's author put into them.
 import itertools
 import re
 import sys
-from types import ModuleType
 
 from PIL import EpsImagePlugin
 
@@ -23,12 +22,6 @@ def load_diffclip(model_name: str, pretrained: str, cache_dir: str | None = None
     """Return (model, transform, tokenizer) of `pretrained`, in the form that clip-benchmark wants."""
     model, transform, tokenizer = diffclip.load(pretrained)
     return model.to(device).eval(), transform, tokenizer
-
-
-def add_model_type(models: ModuleType) -> None:
-    """Make the module `clip_benchmark.models` know the type "diffclip"; the command line shares its list."""
-    models.TYPE2FUNC["diffclip"] = load_diffclip
-    models.MODEL_TYPES.append("diffclip")
 
 
 def only_plain_decoders() -> None:
@@ -49,7 +42,8 @@ def main(argv: list[str] | None = None) -> None:
     from clip_benchmark import cli, models
 
     only_plain_decoders()
-    add_model_type(models)
+    models.TYPE2FUNC["diffclip"] = load_diffclip
+    models.MODEL_TYPES.append("diffclip")  # which the command line shares
     sys.argv = [sys.argv[0], *arguments, *defaults(arguments)]  # which clip-benchmark reads
     cli.main()
 

@@ -23,12 +23,13 @@ class ZeroShot(NamedTuple):
         return self.predicted == self.labels  # (N,) bool
 
     def metrics(self) -> dict[str, float]:
-        """Return top1, top5 (absent with fewer than five classes) and mean_per_class, in percent."""
-        scores = {"top1": 100 * self.correct.double().mean().item()}
-        if self.top5 is not None:
-            scores["top5"] = 100 * self.top5.double().mean().item()
-        scores["mean_per_class"] = mean_per_class(self.correct, self.labels)
-        return scores
+        """top1, top5 (absent with fewer than five classes) and mean_per_class, in percent."""
+        return {name: 100 * values.double().mean().item() for name, values in self.outcomes().items()}
+
+    def outcomes(self) -> dict[str, Tensor]:
+        """What `metrics` are 100 times the mean of: (N,) each."""
+        top5 = {} if self.top5 is None else {"top5": self.top5}
+        return {"top1": self.correct, **top5, "mean_per_class": balanced(self.correct, self.labels)}
 
 
 @torch.no_grad()
@@ -50,19 +51,14 @@ def classify(image_features: Tensor, class_vectors: Tensor, labels: Tensor, bloc
 
 
 def mean_per_class(correct: Tensor, labels: Tensor) -> float:
-    """Return the mean over the classes present of the share of correct rows, in percent."""
+    """The mean over the classes present of the share of correct rows, in percent."""
     return 100 * balanced(correct.double(), labels).mean().item()
 
 
 def balanced(correct: Tensor, labels: Tensor) -> Tensor:
     """Weigh outcomes (N,) so that their plain mean is the mean over the classes present: (N,) float64."""
-    return correct * balanced_weights(labels)
-
-
-def balanced_weights(labels: Tensor) -> Tensor:
-    """Return weights (N,) float64 under which a plain mean over rows is the mean over the classes present."""
     _, inverse, counts = labels.unique(return_inverse=True, return_counts=True)
-    return len(labels) / (len(counts) * counts[inverse].double())
+    return correct * (len(labels) / (len(counts) * counts[inverse].double()))
 
 
 def images(name: str, labelled: Classification) -> dict[str, Images]:
@@ -73,7 +69,7 @@ def score(evaluation: Evaluation, name: str, labelled: Classification) -> None:
     """Add zero_shot/NAME/{top1,top5,mean_per_class}."""
     test = evaluation.encoder.images(labelled.splits["test"], f"{name} test")
     found = classify(test.after, class_vectors(evaluation, name), test.labels)
-    add_classified(evaluation, f"zero_shot/{name}", found)
+    evaluation.add(f"zero_shot/{name}", found.metrics(), found.outcomes())
 
 
 def class_vectors(evaluation: Evaluation, name: str) -> Tensor:
@@ -85,13 +81,6 @@ def class_vectors(evaluation: Evaluation, name: str) -> Tensor:
         by_class = features.unflatten(0, (len(labelled.classnames), len(templates)))
         evaluation.classifiers[name] = prompts.class_means(by_class)
     return evaluation.classifiers[name]
-
-
-def add_classified(evaluation: Evaluation, prefix: str, found: ZeroShot) -> None:
-    """Add scores and outcomes of a set whose images were classified."""
-    outcomes = {"top1": found.correct} | ({} if found.top5 is None else {"top5": found.top5})
-    outcomes["mean_per_class"] = balanced(found.correct, found.labels)
-    evaluation.add(prefix, found.metrics(), outcomes)
 
 
 PROTOCOL = Protocol(images, score)

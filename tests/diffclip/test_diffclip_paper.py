@@ -11,7 +11,7 @@ from PIL import Image
 import diffclip
 from diffclip.base.errors import InputError
 from diffclip.base.files import read_json
-from diffclip.benchmarks import paper, paper_data
+from diffclip.benchmarks import paper
 from diffclip.benchmarks.__main__ import main
 from stages import fetch
 
@@ -55,7 +55,7 @@ def test_suite_holds_what_is_there_and_a_remedy_for_the_rest(root):
 
 def test_check_says_complete_partial_or_missing(root, monkeypatch):
     monkeypatch.setitem(paper.SETS, "cifar10", paper.SETS["cifar10"]._replace(test=10))
-    rows = {name: (state, found) for name, state, found, _, _ in paper_data.check(root)}
+    rows = {name: (state, found) for name, state, found, _, _ in paper.check(root)}
     assert rows["cifar10"] == ("complete", 10) and rows["imagenet-r"] == ("partial", 10)
     assert rows["flickr8k"] == ("partial", 6) and rows["dtd"] == ("missing", 0) and rows["coco"] == ("missing", 0)
 

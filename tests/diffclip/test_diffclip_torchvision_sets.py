@@ -12,9 +12,9 @@ from PIL import Image
 from scipy.io import savemat
 
 from diffclip.base.errors import InputError
-from diffclip.benchmarks import datasets, paper, paper_data
+from diffclip.benchmarks import TORCHVISION, datasets, paper
 from diffclip.benchmarks.__main__ import main
-from diffclip.benchmarks.paper import TORCHVISION, torchvision_root
+from diffclip.benchmarks.paper import torchvision_root
 from diffclip.benchmarks.torchvision_sets import read_torchvision
 
 
@@ -176,7 +176,7 @@ def test_suite_finds_torchvisions_folders_and_evaluates_them(tmp_path, monkeypat
     assert set(data.classification) == {"food101", "pets"}
     assert data.classification["pets"].metric == "mean_per_class"
     assert data.classification["food101"].classnames == ["apple pie", "tuna tartare"]
-    found = {name: count for name, _, count, _, _ in paper_data.check(tmp_path)}
+    found = {name: count for name, _, count, _, _ in paper.check(tmp_path)}
     assert (found["food101"], found["pets"], found["dtd"]) == (4, 6, 0)
 
 

@@ -96,7 +96,7 @@ def test_mean_per_class_is_the_mean_of_recalls():
     labels = torch.tensor([0, 0, 0, 0, 2, 2, 5])
     correct = torch.tensor([1, 1, 1, 0, 0, 1, 0], dtype=torch.bool)
     assert zero_shot.mean_per_class(correct, labels) == pytest.approx(100 * (0.75 + 0.5 + 0) / 3)
-    assert zero_shot.balanced_weights(labels).mean() == pytest.approx(1)
+    assert zero_shot.balanced(torch.ones(7), labels).mean() == pytest.approx(1)
 
 
 @pytest.mark.parametrize("line", ["lambda c: f'a bad photo of a {c}.',", "'a photo of a {}.',", 'f"itap of a {c}.",'])
