@@ -51,7 +51,7 @@ class Shard:
 
     def read(self, index: int) -> tuple[bytes, bytes]:
         """Image bytes and caption bytes of one sample; OSError when the file is gone or shorter than it was."""
-        image_at, image_size, text_at, text_size = (int(n) for n in self.spans[index])
+        image_at, image_size, text_at, text_size = self.spans[index].tolist()
         image, text = read_at(self.path, (image_at, image_size), (text_at, text_size))
         return image, text
 
@@ -73,9 +73,8 @@ def index_shards(paths: Sequence[str], caption: str = "txt") -> list[Shard]:
         shards = dict(zip(order, bar))
     if paths and not any(len(shard) for shard in shards.values()):
         key, reason = shards[0].problems[0]
-        remedy = "name its images .jpg, .jpeg, .png or .webp, or set caption_member"
-        if reason == EMPTY:
-            remedy = "download or write it again"
+        names = "name its images .jpg, .jpeg, .png or .webp, or set caption_member"
+        remedy = "download or write it again" if reason == EMPTY else names
         raise InputError(f"{key}: {reason}; {remedy}")
     return [shards[i] for i in range(len(paths))]
 
@@ -100,9 +99,7 @@ def index_shard(path: str, caption: str = "txt") -> Shard:
     cached = cache_dir() / "index" / f"{hashlib.sha256(os.fsencode(identity)).hexdigest()[:32]}.npz"
     if cached.is_file():
         with np.load(cached, allow_pickle=False) as stored:
-            problems, notices = (
-                [(key, reason) for key, reason in stored[name].tolist()] for name in ("problems", "notices")
-            )
+            problems, notices = ([*map(tuple, stored[name].tolist())] for name in ("problems", "notices"))
             return Shard(path, stored["keys"], stored["spans"], problems, notices)
     shard = _index(path, caption)
     buffer = io.BytesIO()
@@ -115,7 +112,7 @@ def index_shard(path: str, caption: str = "txt") -> Shard:
 
 def _index(path: str, caption: str) -> Shard:
     samples, problems = walk(path)
-    keys, spans, several, example = [], [], 0, ("", "")
+    keys, spans, several = [], [], []
     for key, places in samples:
         images = sorted((s for s in places if f".{s.lower()}" in IMAGE_SUFFIXES), key=lambda s: image_rank(f".{s}"))
         text = next((s for s in places if s.lower() == caption), None)
@@ -123,8 +120,7 @@ def _index(path: str, caption: str) -> Shard:
             problems.append((f"{path}/{printable(key)}", f"no .{caption} caption" if images else "no image"))
             continue
         if len(images) > 1:
-            example = example if several else (f"{path}/{printable(key)}", ", ".join(images))
-            several += 1
+            several.append((f"{path}/{printable(key)}", ", ".join(images)))
         keys.append(os.fsencode(key))
         spans.append((*places[images[0]], *places[text]))
     if not samples:
@@ -135,11 +131,12 @@ def _index(path: str, caption: str) -> Shard:
         problems.insert(0, (path, f"no sample has both an image and a .{caption} caption ({contents})"))
     notices = []
     if several:
-        order = ", ".join(suffix[1:] for suffix in IMAGE_SUFFIXES)
-        reason = f"{several} keys of the shard hold several images (this one {example[1]}): the first of {order} counts"
-        notices.append((example[0], reason))
-    doubled = len(samples) - len({key for key, _ in samples})
-    if doubled:
+        (first, images), order = several[0], ", ".join(suffix[1:] for suffix in IMAGE_SUFFIXES)
+        reason = (
+            f"{len(several)} keys of the shard hold several images (this one {images}): the first of {order} counts"
+        )
+        notices.append((first, reason))
+    if doubled := len(samples) - len({key for key, _ in samples}):
         notices.append((path, f"{doubled} keys of the shard occur again with members of the same names: own samples"))
     return Shard(
         path, np.array(keys, dtype=np.bytes_), np.array(spans, dtype=np.int64).reshape(-1, 4), problems, notices

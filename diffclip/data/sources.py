@@ -29,11 +29,8 @@ def expand_one(pattern: str) -> list[str]:
     """`expand` of a single pattern."""
     paths: list[str] = []
     for part in braceexpand.braceexpand(str(pattern)):
-        if part.startswith("hf:"):
-            paths.append(part)
-            continue
-        if part.startswith(("http://", "https://")):
-            paths.append(downloaded(part))
+        if part.startswith(("hf:", "http://", "https://")):
+            paths.append(part if part.startswith("hf:") else downloaded(part))
             continue
         matches = sorted(glob.glob(part)) if glob.has_magic(part) else [part] if os.path.exists(part) else []
         if not matches:
