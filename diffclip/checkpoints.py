@@ -27,11 +27,10 @@ from diffclip.attention import kind
 from diffclip.base.backbones import open_clip
 from diffclip.base.errors import InputError
 from diffclip.base.files import read_json, whole, write_whole
-from diffclip.foreign_code import refuse_auto_map, refuse_foreign_code
 from diffclip.hf_clip import load_transformers_clip
 from diffclip.models import CLIP
 from diffclip.official import from_official, official_config, read_official, to_official
-from diffclip.weights import load_strictly, read_safetensors
+from diffclip.weights import load_strictly, read_safetensors, refuse_auto_map, refuse_foreign_code
 
 CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
 OFFICIAL = "checkpoint_best.pt"  # as the official trainer calls it, alone in its Hub repositories

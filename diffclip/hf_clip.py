@@ -16,8 +16,7 @@ from diffclip.base.backbones import open_clip
 from diffclip.base.errors import InputError
 from diffclip.base.files import read_json
 from diffclip.base.images import cut_strip, to_rgb
-from diffclip.foreign_code import refuse_auto_map
-from diffclip.weights import load_strictly, read_pickle, read_safetensors, tensors
+from diffclip.weights import load_strictly, read_pickle, read_safetensors, refuse_auto_map, tensors
 
 LAYER = (  # transformers' name, open_clip's
     ("self_attn.out_proj.", "attn.out_proj."),

@@ -7,6 +7,7 @@ import zipfile
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from diffclip.base.errors import InputError
 from diffclip.base.paths import inside
@@ -40,11 +41,8 @@ def unpack(archive: Path, into: Path) -> None:
         else:
             with tarfile.open(archive) as tar:
                 _check_members(archive, temporary, ((m.name, m.size) for m in tar if m.isfile()))
-                members = [m for m in tar if m.isfile()]
-                if hasattr(tarfile, "data_filter"):
-                    tar.extractall(temporary, members, filter="data")
-                else:  # the filter came with 3.11.4, Debian 12 has 3.11.2
-                    tar.extractall(temporary, members)
+                safe: Any = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # it came with Python 3.11.4
+                tar.extractall(temporary, [m for m in tar if m.isfile()], **safe)
         shutil.copytree(temporary, into, dirs_exist_ok=True, copy_function=shutil.move)
     except BROKEN as error:
         full = isinstance(error, OSError) and error.errno is not None

@@ -130,10 +130,7 @@ def json_line(record: object) -> str:
 
 def cut_to_whole_lines(path: str | Path) -> int:
     """Cut half a line, left by a kill, off the end of a file; returns how many lines it has then, 0 for no file."""
-    path = Path(path)
-    if not path.exists():
-        return 0
-    content = path.read_bytes()
+    content = Path(path).read_bytes() if os.path.exists(path) else b""
     whole = content[: content.rfind(b"\n") + 1]
     if len(whole) != len(content):
         os.truncate(path, len(whole))

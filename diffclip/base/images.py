@@ -14,17 +14,8 @@ from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 from diffclip.base.errors import InputError
 
 BROKEN = (  # all that a decoder or parser may raise at bytes that it was not made for
-    OSError,
-    ValueError,
-    SyntaxError,
-    EOFError,
-    TypeError,
-    LookupError,
-    ArithmeticError,
-    RuntimeError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
+    *(OSError, ValueError, SyntaxError, EOFError, TypeError, LookupError, ArithmeticError, RuntimeError),
+    *(struct.error, zlib.error, Image.DecompressionBombError),
 )
 # Raster formats alone: PIL hands EPS to Ghostscript, an interpreter of programs, and WMF to the system.
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "HEIF", "JPEG2000", "ICO")
