@@ -43,10 +43,8 @@ NORMS = {
 def load_transformers_clip(directory: Path, config: dict[str, Any]) -> tuple[open_clip.CLIP, Callable, Callable]:
     """Return (model in evaluation mode, its transform for evaluation, its tokenizer) for a CLIPModel's directory.
 
-    Images and texts are prepared by the directory's own image processor (on PIL) and tokenizer.
-
-    Args:
-        config: of its config.json.
+    Images and texts are prepared by the directory's own image processor (on PIL) and tokenizer. `config` is the content
+    of its config.json.
 
     Raises:
         InputError: for an activation that open_clip's CLIP does not have, weights that do not fit, or an image
@@ -104,25 +102,19 @@ class ImageTransform:
 
     def seen(self, nearest: bool = False) -> Callable[[Image.Image], Image.Image]:
         """Return what resizes and crops of it: PIL image -> PIL image; `nearest` for masks."""
-        only = {
-            "do_rescale": False,
-            "do_normalize": False,
-            **({"resample": Image.Resampling.NEAREST} if nearest else {}),
-        }
+        only: dict[str, Any] = {"do_rescale": False, "do_normalize": False}
+        only |= {"resample": Image.Resampling.NEAREST} if nearest else {}
         return lambda image: Image.fromarray(self._pixels(image, **only).byte().permute(1, 2, 0).numpy())
 
     def _pixels(self, image: Image.Image, **options: Any) -> Tensor:
-        image = to_rgb(image)
-        if self.processor.do_center_crop:
-            image = cut_strip(image)
+        image = cut_strip(to_rgb(image)) if self.processor.do_center_crop else to_rgb(image)
         return self.processor(image, return_tensors="pt", **options)["pixel_values"][0]
 
 
 def image_transform(directory: Path, side: int) -> ImageTransform:
     """Return the directory's image processor as a transform from a PIL image to (3, side, side).
 
-    Raises:
-        InputError: it cannot be read without running its code, or makes images of another size than the tower takes.
+    InputError if it cannot be read without running its code, or makes images of another size than the tower takes.
     """
     names = [name for name in ("preprocessor_config.json", "processor_config.json") if (directory / name).is_file()]
     for name in names:
@@ -152,8 +144,7 @@ def image_transform(directory: Path, side: int) -> ImageTransform:
 def tokenizer(directory: Path, context_length: int, vocab_size: int) -> Callable[[str | list[str]], Tensor]:
     """Return the directory's tokenizer: str or list of str -> ids (n, context_length), int64; CLIP's if it has none.
 
-    Raises:
-        InputError: it cannot be read without running its code, or gives ids that the model has no embedding for.
+    InputError if it cannot be read without running its code, or gives ids that the model has no embedding for.
     """
     files = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "tokenizer.model")
     if not any((directory / name).is_file() for name in files):

@@ -22,15 +22,11 @@ from diffclip.base.files import read_json
 
 def load_strictly(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
     """Load a state dict whole, or raise one InputError that lists every key that does not fit."""
-    own = model.state_dict()
-    problems = [f"missing {name}" for name in sorted(own.keys() - state.keys())]
-    problems += [f"unexpected {name}" for name in sorted(state.keys() - own.keys())]
-    problems += [
-        f"{name} is {list(state[name].shape)} but must be {list(own[name].shape)}"
-        for name in sorted(own.keys() & state.keys())
-        if state[name].shape != own[name].shape
-    ]
-    if problems:
+    shapes, own = ({name: list(t.shape) for name, t in tensors.items()} for tensors in (state, model.state_dict()))
+    problems = [f"missing {name}" for name in sorted(own.keys() - shapes.keys())]
+    problems += [f"unexpected {name}" for name in sorted(shapes.keys() - own.keys())]
+    both = [name for name in sorted(own.keys() & shapes.keys()) if shapes[name] != own[name]]
+    if problems := problems + [f"{name} is {shapes[name]} but must be {own[name]}" for name in both]:
         raise InputError(f"{source}: does not fit the model, nothing was loaded: {'; '.join(problems)}")
     model.load_state_dict(state)
 
@@ -77,14 +73,9 @@ def tensors(state: Any, path: Path) -> dict[str, Tensor]:
 
 
 def refuse_foreign_code(model_cfg: Any, source: str) -> None:
-    """Look through an open_clip model config for code that loading it would fetch and run.
+    """Raise InputError if loading a model of this open_clip config would fetch and run code.
 
-    Args:
-        model_cfg: open_clip's, with vision_cfg and text_cfg.
-        source: what the messages call it.
-
-    Raises:
-        InputError: it asks for such code, or its text tower cannot be had without.
+    `model_cfg` has vision_cfg and text_cfg; `source` is what the message calls it.
     """
     text_cfg = model_cfg.get("text_cfg") if isinstance(model_cfg, dict) else None
     if not isinstance(text_cfg, dict):
@@ -100,10 +91,8 @@ def refuse_foreign_code(model_cfg: Any, source: str) -> None:
             if type(AutoConfig.from_pretrained(name, trust_remote_code=False)) not in MODEL_MAPPING:
                 raise ValueError("transformers has no model for its config")
         except (OSError, ValueError, KeyError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise InputError(
-                f"{source}: its text tower {name} cannot be had without code of its own ({reason})"
-            ) from None
+            reason = f"cannot be had without code of its own ({' '.join(str(error).split())[:300]})"
+            raise InputError(f"{source}: its text tower {name} {reason}") from None
 
 
 def refuse_auto_map(path: Path, kind: str) -> None:

@@ -19,9 +19,7 @@ from diffclip.base.errors import InputError
 def lambda_init_schedule(layer: int, base: int = 0) -> float:
     """Depth-dependent lambda_init of the "*" variant: 0.8 - 0.6 exp(-0.3 l), from 0.2 towards 0.8.
 
-    Args:
-        layer: index of the block, from 0.
-        base: what the first block counts as; DiffCLIP* counts from 0, Differential Transformer's text from 1.
+    `layer` counts from 0; the first counts as `base`: 0 in DiffCLIP*, 1 in Differential Transformer's text.
     """
     return 0.8 - 0.6 * math.exp(-0.3 * (layer + base))
 

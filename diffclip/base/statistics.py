@@ -34,8 +34,7 @@ def bootstrap_mean(
 ) -> tuple[float, float, float]:
     """(mean, lower, upper end of its percentile interval) of (N,) values.
 
-    Args:
-        clusters: (N,) names of what each value belongs to; whole clusters are drawn. None: each is its own.
+    `clusters` are (N,) names of what each value belongs to: whole clusters are drawn. None: each is its own.
     """
     names = np.arange(len(values)) if clusters is None else np.asarray(clusters)
     _, index = np.unique(names, return_inverse=True)
@@ -51,11 +50,7 @@ def paired_bootstrap(
 
 
 def mcnemar(first: np.ndarray, second: np.ndarray) -> float:
-    """The two-sided p-value of McNemar's exact test (binomial on the items where just one is right).
-
-    Args:
-        first, second: (N,) of 0/1 or bool, in the same order.
-    """
+    """The two-sided p-value of McNemar's exact test (binomial where just one of two is right), of (N,) 0/1 each."""
     difference = _paired(second, first)
     if not np.isin(difference, (-1, 0, 1)).all():
         raise ValueError("McNemar's test is for outcomes that are right or wrong")

@@ -59,10 +59,8 @@ class Shard:
 def index_shards(paths: Sequence[str], caption: str = "txt") -> list[Shard]:
     """Index many tars, a few at a time, with a progress bar when it takes long; order kept.
 
-    Ranks of one run start at different shards and find in the cache what the others have done.
-
-    Raises:
-        InputError: as `index_shard`, or none of the tars holds a pair.
+    Ranks of one run start at different shards and find in the cache what the others have done. InputError as
+    `index_shard`, or if none of the tars holds a pair.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     first = len(paths) * rank // world
@@ -83,14 +81,9 @@ def index_shard(path: str, caption: str = "txt") -> Shard:
     """List the pairs of an img2dataset/webdataset tar, in the order in which their keys first appear.
 
     A tar that ends early keeps what lies before its end, and one without pairs is a problem of the table that it
-    belongs to. A second member of the same name starts a new sample, as where two shards were joined.
-
-    Args:
-        path: a local tar file.
-        caption: which member holds the text: "txt", or "json" for its `captions` / `caption` entry.
-
-    Raises:
-        InputError: the file is not a tar, is compressed, or has a member with a path that leads outside.
+    belongs to. A second member of the same name starts a new sample, as where two shards were joined. `caption` is
+    the member with the text: "txt", or "json" for its `captions` / `caption` entry. InputError if the file is not a
+    tar, is compressed, or has a member with a path that leads outside.
     """
     stat = os.stat(path)
     if stat.st_size < CACHE_FROM:
@@ -142,11 +135,7 @@ def _index(path: str, caption: str) -> Shard:
 
 
 def walk(path: str | Path) -> tuple[list[tuple[str, Places]], list[tuple[str, str]]]:
-    """(key, {suffix: (offset, bytes)}) of all samples of a tar, and where it ends early as (path, reason).
-
-    Raises:
-        InputError: as `index_shard`.
-    """
+    """(key, {suffix: (offset, bytes)}) of all samples of a tar, and where it ends early as (path, reason)."""
     path = str(path)
     samples: list[tuple[str, Places]] = []
     latest: dict[str, Places] = {}  # the sample of each key that members are put to

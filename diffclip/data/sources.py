@@ -17,10 +17,7 @@ def expand(patterns: Sequence[str]) -> list[str]:
 
     A pattern is a path with globs and `{00000..00012}` braces (a folder stands for the shards in it), an http(s)
     address with braces (downloaded once into `diffclip.data.shards.cache_dir`), or `hf:owner/name`, a dataset of the
-    Hub, which stays as it is.
-
-    Raises:
-        InputError: a pattern matches nothing, or a download fails.
+    Hub, which stays as it is. InputError if a pattern matches nothing, or a download fails.
     """
     return [path for pattern in patterns for path in expand_one(pattern)]
 

@@ -61,8 +61,7 @@ class Columns:
 def read_table(path: str) -> Columns:
     """A .csv, .tsv or .parquet file, a folder that `datasets` saved, or `hf:owner/name`.
 
-    Raises:
-        InputError: another kind of file, one that cannot be read, or no column of images or of captions.
+    InputError for another kind of file, one that cannot be read, or no column of images or of captions.
     """
     suffix = Path(path).suffix
     if suffix not in (".csv", ".tsv", ".parquet") and not path.startswith("hf:") and not os.path.isdir(path):
@@ -117,8 +116,7 @@ def _failed_downloads(rows: datasets.Dataset, image: str) -> np.ndarray:
 def _read_csv(path: str) -> Columns:
     """Every cell as the text that it is; the separator is told from the header line.
 
-    Raises:
-        InputError: not UTF-8, a row with more or fewer cells than the header, a quote that swallows rows.
+    InputError if it is not UTF-8, a row has more or fewer cells than the header, or a quote swallows rows.
     """
     with open(path, "rb") as f:
         head = f.readline()
@@ -205,11 +203,7 @@ class Files:
 def read_folder(folder: str, member: str) -> Files:
     """All pairs at any depth; of several images of one stem the first of `IMAGE_SUFFIXES` is taken.
 
-    Args:
-        member: the suffix of the files of captions, "txt" or "json".
-
-    Raises:
-        InputError: there is no pair.
+    `member` is the suffix of the files of captions, "txt" or "json". InputError if there is no pair.
     """
     images, captions, seen = dict[str, str](), dict[str, str](), set[str]()
     for where, folders, names in os.walk(folder, followlinks=True):
