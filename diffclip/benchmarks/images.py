@@ -12,9 +12,9 @@ from typing import NamedTuple
 from PIL import Image
 from torch.utils.data import Dataset
 
+from diffclip.base.archives import read_at
 from diffclip.base.errors import InputError
 from diffclip.base.images import open_image
-from diffclip.base.tars import read_at
 
 # of two images under one key of a shard the first in this order counts: the photo, not its mask
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".bmp", ".ppm", ".gif", ".tif", ".tiff")

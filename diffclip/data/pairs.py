@@ -11,9 +11,9 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
+from diffclip.base.archives import TAR_SUFFIXES
 from diffclip.base.errors import InputError
 from diffclip.base.images import BROKEN, decode
-from diffclip.base.tars import TAR_SUFFIXES
 from diffclip.data.captions import parse_captions
 from diffclip.data.shards import Shard, index_shards
 from diffclip.data.sources import expand_one

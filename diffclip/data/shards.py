@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from diffclip.base.archives import members, printable, read_at
 from diffclip.base.errors import InputError
 from diffclip.base.files import write_whole
-from diffclip.base.tars import members, printable, read_at
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")  # of several images under one key the first of these is taken
 EMPTY = "the shard is empty"
