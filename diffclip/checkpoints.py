@@ -87,7 +87,7 @@ def load(
     """
     path = locate(path_or_id)
     if path.is_dir() and not (path / CONFIG).is_file():
-        if config := _clip_config(path):
+        if (config := _transformers_config(path)).get("model_type") == "clip":
             return load_transformers_clip(path, config)
         if (path / OFFICIAL).is_file():
             path = path / OFFICIAL
@@ -159,8 +159,7 @@ def _resembles(directory: Path) -> str:
     """Say what a directory that is no dual encoder may be, and what to do with it."""
     names = sorted(path.name for path in directory.iterdir())
     if "config.json" in names:
-        config = read_json(directory / "config.json")
-        model_type = config.get("model_type") if isinstance(config, dict) else None
+        model_type = _transformers_config(directory).get("model_type")
         if model_type in ("siglip", "siglip2"):
             instead = "take open_clip's release of the same weights, like timm/ViT-B-16-SigLIP"
             return f"; it is transformers' {model_type}, which is not read here: {instead}"
@@ -172,10 +171,10 @@ def _resembles(directory: Path) -> str:
     return f"; it holds {', '.join(names[:5])}{' …' if len(names) > 5 else ''}" if names else "; it is empty"
 
 
-def _clip_config(directory: Path) -> dict[str, Any] | None:
-    """The configuration of a directory of transformers' CLIPModel; None if it is not one."""
+def _transformers_config(directory: Path) -> dict[str, Any]:
+    """The content of a config.json; empty if there is none."""
     config = read_json(directory / "config.json") if (directory / "config.json").is_file() else None
-    return config if isinstance(config, dict) and config.get("model_type") == "clip" else None
+    return config if isinstance(config, dict) else {}
 
 
 def _load_open_clip(directory: Path, config: dict[str, Any]) -> tuple[open_clip.CLIP, Callable, Callable]:

@@ -25,15 +25,12 @@ LAYER = (  # transformers' name, open_clip's
     ("mlp.fc1.", "mlp.c_fc."),
     ("mlp.fc2.", "mlp.c_proj."),
 )
-NAMES = {
+NAMES = {  # the same, outside of the layers
     "vision_model.embeddings.class_embedding": "visual.class_embedding",
     "vision_model.embeddings.patch_embedding.weight": "visual.conv1.weight",
     "vision_model.embeddings.position_embedding.weight": "visual.positional_embedding",
     "text_model.embeddings.token_embedding.weight": "token_embedding.weight",
     "text_model.embeddings.position_embedding.weight": "positional_embedding",
-    "logit_scale": "logit_scale",
-}
-NORMS = {
     "vision_model.pre_layrnorm.": "visual.ln_pre.",
     "vision_model.post_layernorm.": "visual.ln_post.",
     "text_model.final_layer_norm.": "ln_final.",
@@ -186,9 +183,8 @@ def rename(state: dict[str, Tensor]) -> dict[str, Tensor]:
     state = {name: tensor for name, tensor in state.items() if not name.endswith("position_ids")}
     out: dict[str, Tensor] = {}
     for name, tensor in state.items():
-        prefix = next((new + name[len(old) :] for old, new in NORMS.items() if name.startswith(old)), None)
-        if name in NAMES or prefix:
-            out[prefix or NAMES[name]] = tensor
+        if renamed := next((new + name[len(old) :] for old, new in NAMES.items() if name.startswith(old)), None):
+            out[renamed] = tensor
         elif name in ("visual_projection.weight", "text_projection.weight"):
             out["visual.proj" if name.startswith("visual") else "text_projection"] = tensor.T.contiguous()
         elif ".encoder.layers." in name:

@@ -44,7 +44,8 @@ def export(directory: Path, options: Options, parts: Collection[str] = PARTS) ->
     directory.mkdir(parents=True, exist_ok=True)
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn())
     with Progress(TextColumn("scenes: {task.description}"), *columns) as progress:
-        task = progress.add_task(missing[0], total=sum(_steps(part, options) for part in missing), rate="")
+        total = sum(scenes(options) for _, scenes in (WRITERS[part] for part in missing))
+        task = progress.add_task(missing[0], total=total, rate="")
         for part in missing:
             progress.update(task, description=part)
             count = 0
@@ -58,7 +59,7 @@ def export(directory: Path, options: Options, parts: Collection[str] = PARTS) ->
 
             partial, final = directory / f".{part}.partial", directory / part
             shutil.rmtree(partial, ignore_errors=True)
-            WRITERS[part](partial, options, tick)
+            WRITERS[part][0](partial, options, tick)
             progress.update(task, advance=count % 100)
             shutil.rmtree(final, ignore_errors=True)
             os.replace(partial, final)
@@ -74,22 +75,9 @@ def export(directory: Path, options: Options, parts: Collection[str] = PARTS) ->
     print(f"{directory}: wrote {', '.join(missing)}")
 
 
-def _steps(part: str, options: Options) -> int:
-    return {
-        "pretrain": options.pairs,
-        "retrieval": options.retrieval,
-        "classification": len(CLASSES) * (options.class_train + options.class_val + options.class_test),
-        "shifts": len(SHIFTS) * options.class_test,
-        "llava": max(options.align, options.conversations) + options.texts,
-        "pope": options.pope,
-        "mmvp": options.mmvp * len(MMVP_CATEGORIES),
-        "segmentation": options.segmentation,
-    }[part]
-
-
-def show(path: Path, seed: int, count: int = 20) -> None:
+def show(path: Path, seed: int) -> None:
     """A contact sheet: images with a caption under each, then the shifted sets and MMVP-style pairs."""
-    scenes = [make_scene(seed, "pretrain", i) for i in range(count)]
+    scenes = [make_scene(seed, "pretrain", i) for i in range(20)]
     cells = [(scene, caption(scene, random.Random(i))) for i, scene in enumerate(scenes)]
     for role in SHIFTS:
         for i in range(5):

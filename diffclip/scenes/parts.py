@@ -223,13 +223,14 @@ def write_segmentation(folder: Path, options: Options, tick: Tick) -> None:
     write_json(folder / "instances.json", {"images": images, "annotations": annotations, "categories": categories})
 
 
-WRITERS: dict[str, Callable[[Path, Options, Tick], None]] = {
-    "pretrain": write_pretrain,
-    "retrieval": write_retrieval,
-    "classification": write_classification,
-    "shifts": write_shifts,
-    "llava": write_llava,
-    "pope": write_pope,
-    "mmvp": write_mmvp,
-    "segmentation": write_segmentation,
+# each part's writer, and of how many scenes it draws images or writes lines
+WRITERS: dict[str, tuple[Callable[[Path, Options, Tick], None], Callable[[Options], int]]] = {
+    "pretrain": (write_pretrain, lambda o: o.pairs),
+    "retrieval": (write_retrieval, lambda o: o.retrieval),
+    "classification": (write_classification, lambda o: len(CLASSES) * (o.class_train + o.class_val + o.class_test)),
+    "shifts": (write_shifts, lambda o: len(SHIFTS) * o.class_test),
+    "llava": (write_llava, lambda o: max(o.align, o.conversations) + o.texts),
+    "pope": (write_pope, lambda o: o.pope),
+    "mmvp": (write_mmvp, lambda o: o.mmvp * len(MMVP_CATEGORIES)),
+    "segmentation": (write_segmentation, lambda o: o.segmentation),
 }

@@ -59,9 +59,7 @@ def noun_phrase(thing: Thing, rng: random.Random, size: float = 0.5, color: floa
     words = []
     if rng.random() < size:
         words.append(rng.choice(("large", "big") if thing.size == "large" else ("small", "little")))
-    if rng.random() < color:
-        words.append(thing.color)
-    words.append(thing.shape)
+    words += [thing.color, thing.shape] if rng.random() < color else [thing.shape]
     if thing.direction and direction and rng.random() < size:
         words.append("pointing " + thing.direction)
     return " ".join(words)
@@ -102,11 +100,10 @@ def reading_order(scene: Scene) -> list[Thing]:
 
 def reference(thing: Thing, scene: Scene) -> str:
     """The shortest name that only this object answers to: "the star", "the red star"; "" if there is none."""
-    if sum(t.shape == thing.shape for t in scene.things) == 1:
+    alike = [t.color for t in scene.things if t.shape == thing.shape]
+    if len(alike) == 1:
         return f"the {thing.shape}"
-    if sum((t.shape, t.color) == (thing.shape, thing.color) for t in scene.things) == 1:
-        return f"the {thing.color} {thing.shape}"
-    return ""
+    return f"the {thing.color} {thing.shape}" if alike.count(thing.color) == 1 else ""
 
 
 def named(scene: Scene) -> list[tuple[Thing, str]]:
