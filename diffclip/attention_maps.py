@@ -140,12 +140,8 @@ def relevance(model: open_clip.CLIP, images: Tensor, texts: Tensor, layer: int =
     text by it, negative products left out, averaged over heads; of this, the class token's row. For differential
     attention A is the difference, signed, and so a negative weight with a negative gradient counts for the text.
 
-    Args:
-        images: (batch, 3, size, size), normalised.
-        texts: (batch, context_length) token ids, one text for each image.
-
-    Returns:
-        (batch, rows, columns), float32, not negative.
+    Images (batch, 3, size, size), normalised, and token ids (batch, context_length), one text for each image, give
+    (batch, rows, columns), float32, not negative.
     """
     attention = vision_attention(model, layer)
     with torch.no_grad():
@@ -172,12 +168,8 @@ def upsample(maps: Tensor, size: tuple[int, int]) -> Tensor:
 def seen_part(transform: Any, nearest: bool = False) -> Callable[[Image.Image], Image.Image]:
     """Return the part of a model's transform that resizes and crops: PIL image -> the PIL image that the model sees.
 
-    Args:
-        transform: from `diffclip.load`: a `Compose` with ToTensor in it, or a `diffclip.hf_clip.ImageTransform`.
-        nearest: take the nearest pixel when resizing, for masks.
-
-    Raises:
-        InputError: no such transform.
+    `transform` is from `diffclip.load`: a `Compose` with ToTensor in it, or a `diffclip.hf_clip.ImageTransform`;
+    InputError for others. `nearest`: take the nearest pixel when resizing, for masks.
     """
     if hasattr(transform, "seen"):
         return transform.seen(nearest)
