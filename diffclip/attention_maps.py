@@ -42,10 +42,12 @@ def both_maps(
 
 def _ordinary(attention: TimmAttention | nn.MultiheadAttention, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return queries, keys and values of ordinary attention, each (batch, heads, tokens, width)."""
-    multihead = isinstance(attention, nn.MultiheadAttention)
-    qkv = F.linear(x, attention.in_proj_weight, attention.in_proj_bias) if multihead else attention.qkv(x)
-    q, k, v = qkv.unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
-    return (q, k, v) if multihead else (attention.q_norm(q), attention.k_norm(k), v)
+    if isinstance(attention, nn.MultiheadAttention):
+        qkv = F.linear(x, attention.in_proj_weight, attention.in_proj_bias)
+        q, k, v = qkv.unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        return q, k, v
+    q, k, v = attention.qkv(x).unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    return attention.q_norm(q), attention.k_norm(k), v
 
 
 def attention_map(attention: Attention, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:

@@ -124,8 +124,8 @@ def _index(path: str, caption: str) -> Shard:
         problems.insert(0, (path, f"no sample has both an image and a .{caption} caption ({contents})"))
     notices = []
     if several:
-        (first, images), order = several[0], ", ".join(suffix[1:] for suffix in IMAGE_SUFFIXES)
-        reason = f"hold several images (this one {images}): the first of {order} counts"
+        (first, names), order = several[0], ", ".join(suffix[1:] for suffix in IMAGE_SUFFIXES)
+        reason = f"hold several images (this one {names}): the first of {order} counts"
         notices.append((first, f"{len(several)} keys of the shard {reason}"))
     if doubled := len(samples) - len({key for key, _ in samples}):
         notices.append((path, f"{doubled} keys of the shard occur again with members of the same names: own samples"))
