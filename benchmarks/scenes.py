@@ -9,8 +9,8 @@ from itertools import islice
 
 from diffclip.base.commands import Parser
 from diffclip.base.errors import exit_on_input_error
-from diffclip.scenes import conversations, parts, text
 from diffclip.scenes import drawing as scenes
+from diffclip.scenes import parts, questions, text
 
 
 def rate(make: Callable[[int], object], count: int) -> float:
@@ -44,7 +44,7 @@ def main() -> None:
         ),
         "image and 6 questions": lambda i: (
             scenes.draw(scene(i), options.size),
-            conversations.rounds(scene(i), rng, 6),
+            questions.rounds(scene(i), rng, 6),
         ),
         "image as PNG": lambda i: parts.png(scene(i), options.size),
     }

@@ -31,12 +31,8 @@ def both_maps(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Return (A1, A2, lambda) of an attention module for its input x (batch, tokens, dim).
 
-    Args:
-        attention: differential attention of any kind, timm's `Attention`, or torch's `MultiheadAttention`.
-
-    Returns:
-        A1, A2: softmax maps (batch, maps, tokens, tokens), with heads / 2 maps in version 1 and one per head
-        otherwise; lambda broadcasts to them. A2 and lambda are None for ordinary attention.
+    A1 and A2 are softmax maps (batch, maps, tokens, tokens), with heads / 2 maps in version 1 and one per head
+    otherwise; lambda broadcasts to them. A2 and lambda are None for ordinary attention.
     """
     if isinstance(attention, Differential):
         return attention.maps(x, attn_mask, is_causal)
@@ -57,8 +53,7 @@ def _ordinary(attention: TimmAttention | nn.MultiheadAttention, x: Tensor) -> tu
 def attention_map(attention: Attention, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
     """Return the map that multiplies the values in this module, given its input x (batch, tokens, dim).
 
-    Returns:
-        (batch, maps, tokens, tokens): signed, with rows summing to 1 - lambda, for differential attention.
+    (batch, maps, tokens, tokens): signed, with rows summing to 1 - lambda, for differential attention.
     """
     first, second, lambda_ = both_maps(attention, x, attn_mask, is_causal)
     return first if second is None or lambda_ is None else first - lambda_ * second
@@ -77,8 +72,7 @@ def apply_map(attention: Attention, x: Tensor, map_: Tensor) -> Tensor:
 def vision_attention(model: open_clip.CLIP, layer: int) -> Attention:
     """Return the attention module of one layer (negative ones count from the last) of a model's vision tower.
 
-    Raises:
-        InputError: no such layer, or a tower in which no class token looks at patches (ResNet, CoCa, SigLIP).
+    InputError if there is no such layer, or no class token that looks at patches (ResNet, CoCa, SigLIP).
     """
     visual = model.visual
     if hasattr(visual, "trunk"):  # timm's, and so ours
@@ -90,8 +84,7 @@ def vision_attention(model: open_clip.CLIP, layer: int) -> Attention:
         token = getattr(visual, "pool_type", "") == "tok" and visual.attn_pool is None
     blocks = list(blocks or ())
     attention = getattr(blocks[-1], "attn", None) if blocks else None
-    known = isinstance(attention, Differential | nn.MultiheadAttention)
-    if not token or not (known or _is_timms(attention)):
+    if not token or not (isinstance(attention, Differential | nn.MultiheadAttention) or _is_timms(attention)):
         kind = type(getattr(visual, "trunk", visual)).__name__
         raise InputError(f"no attention maps for this model: its {kind} is no vision transformer with a class token")
     if not -len(blocks) <= layer < len(blocks):
@@ -102,11 +95,8 @@ def vision_attention(model: open_clip.CLIP, layer: int) -> Attention:
 def _is_timms(attention: nn.Module | None) -> bool:
     """Whether it is timm's plain `Attention`, of which others (with rotary positions, or gates) are no cases."""
     kind = type(attention)
-    return (
-        kind.__name__ == "Attention"
-        and kind.__module__.startswith("timm.")
-        and getattr(attention, "gate", None) is None
-    )
+    timms = kind.__name__ == "Attention" and kind.__module__.startswith("timm.")
+    return timms and getattr(attention, "gate", None) is None
 
 
 @contextmanager
@@ -128,14 +118,9 @@ def recorded(attention: Attention) -> Iterator[dict[str, Tensor]]:
 
 @torch.no_grad()
 def layer_maps(model: open_clip.CLIP, images: Tensor, layer: int = -1) -> dict[str, Tensor]:
-    """Return how much the class token attends to each patch, in one layer of the vision tower.
+    """Return how much the class token attends to each patch of images (batch, 3, size, size), normalised, in one layer.
 
-    Args:
-        images: (batch, 3, size, size), normalised.
-
-    Returns:
-        "A1", "A2" and "difference" = A1 - lambda A2, each (batch, maps, rows, columns); "A1" alone for
-        ordinary attention.
+    "A1", "A2" and "difference" = A1 - lambda A2, each (batch, maps, rows, columns); "A1" alone for ordinary attention.
     """
     attention, inputs = vision_attention(model, layer), []
     hook = attention.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
@@ -157,12 +142,8 @@ def relevance(model: open_clip.CLIP, images: Tensor, texts: Tensor, layer: int =
     text by it, negative products left out, averaged over heads; of this, the class token's row. For differential
     attention A is the difference, signed, and so a negative weight with a negative gradient counts for the text.
 
-    Args:
-        images: (batch, 3, size, size), normalised.
-        texts: (batch, context_length) token ids, one text for each image.
-
-    Returns:
-        (batch, rows, columns), float32, not negative.
+    Images (batch, 3, size, size), normalised, and token ids (batch, context_length), one text for each image, give
+    (batch, rows, columns), float32, not negative.
     """
     attention = vision_attention(model, layer)
     with torch.no_grad():
@@ -189,12 +170,8 @@ def upsample(maps: Tensor, size: tuple[int, int]) -> Tensor:
 def seen_part(transform: Any, nearest: bool = False) -> Callable[[Image.Image], Image.Image]:
     """Return the part of a model's transform that resizes and crops: PIL image -> the PIL image that the model sees.
 
-    Args:
-        transform: from `diffclip.load`: a `Compose` with ToTensor in it, or a `diffclip.hf_clip.ImageTransform`.
-        nearest: take the nearest pixel when resizing, for masks.
-
-    Raises:
-        InputError: no such transform.
+    `transform` is from `diffclip.load`: a `Compose` with ToTensor in it, or a `diffclip.hf_clip.ImageTransform`;
+    InputError for others. `nearest`: take the nearest pixel when resizing, for masks.
     """
     if hasattr(transform, "seen"):
         return transform.seen(nearest)

@@ -27,11 +27,10 @@ from diffclip.attention import kind
 from diffclip.base.backbones import open_clip
 from diffclip.base.errors import InputError
 from diffclip.base.files import read_json, whole, write_whole
-from diffclip.foreign_code import refuse_auto_map, refuse_foreign_code
 from diffclip.hf_clip import load_transformers_clip
 from diffclip.models import CLIP
 from diffclip.official import from_official, official_config, read_official, to_official
-from diffclip.weights import load_strictly, read_safetensors
+from diffclip.weights import load_strictly, read_safetensors, refuse_auto_map, refuse_foreign_code
 
 CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
 OFFICIAL = "checkpoint_best.pt"  # as the official trainer calls it, alone in its Hub repositories
@@ -43,10 +42,7 @@ def save(model: CLIP, directory: str | Path) -> None:
 
     The encoder is in open_clip's layout (open_clip_config.json, with what is ours under "diffclip", and
     open_clip_model.safetensors); the tower in transformers' (config.json, model.safetensors,
-    preprocessor_config.json).
-
-    Raises:
-        InputError: for a model that does not come from `build` or `load`, and so has no config to write.
+    preprocessor_config.json). InputError for a model that does not come from `build` or `load`, and so has no config.
     """
     if not hasattr(model, "model_config"):
         raise InputError(f"cannot save a {type(model).__name__} without model_config: build it with diffclip.build")
@@ -91,7 +87,7 @@ def load(
     """
     path = locate(path_or_id)
     if path.is_dir() and not (path / CONFIG).is_file():
-        if config := _clip_config(path):
+        if (config := _transformers_config(path)).get("model_type") == "clip":
             return load_transformers_clip(path, config)
         if (path / OFFICIAL).is_file():
             path = path / OFFICIAL
@@ -140,11 +136,7 @@ def official_file(path_or_id: str | Path) -> Path | None:
 def load_tower(path_or_id: str | Path) -> tuple[hf.DiffCLIPVisionModel, hf.DiffCLIPImageProcessor]:
     """Return the vision tower, in evaluation mode, of what has no config.json of one: the official code's files.
 
-    Args:
-        path_or_id: such a file, its folder or its Hub id, as for `load`.
-
-    Raises:
-        InputError: it cannot be read, or is no dual encoder of ours.
+    InputError if it cannot be read, or is no dual encoder of ours.
     """
     model = load(path_or_id)[0]
     if not hasattr(model, "model_config"):
@@ -167,26 +159,22 @@ def _resembles(directory: Path) -> str:
     """Say what a directory that is no dual encoder may be, and what to do with it."""
     names = sorted(path.name for path in directory.iterdir())
     if "config.json" in names:
-        config = read_json(directory / "config.json")
-        model_type = config.get("model_type") if isinstance(config, dict) else None
+        model_type = _transformers_config(directory).get("model_type")
         if model_type in ("siglip", "siglip2"):
-            return (
-                f"; it is transformers' {model_type}, which is not read here: take open_clip's release of the same "
-                "weights, like timm/ViT-B-16-SigLIP"
-            )
+            instead = "take open_clip's release of the same weights, like timm/ViT-B-16-SigLIP"
+            return f"; it is transformers' {model_type}, which is not read here: {instead}"
         return f"; its config.json ({model_type or 'no model_type'}) is for transformers: use AutoModel.from_pretrained"
     if any(name.startswith("checkpoint-") for name in names):
         return "; it has the checkpoints of a run that is not finished: give the run's command again"
-    weights = [name for name in names if name.endswith((".pt", ".pth", ".bin", ".safetensors"))]
-    if weights:
+    if weights := [name for name in names if name.endswith((".pt", ".pth", ".bin", ".safetensors"))]:
         return f"; if one of its files ({', '.join(weights[:5])}) is the official DiffCLIP's or SLIP's, give its path"
     return f"; it holds {', '.join(names[:5])}{' …' if len(names) > 5 else ''}" if names else "; it is empty"
 
 
-def _clip_config(directory: Path) -> dict[str, Any] | None:
-    """The configuration of a directory of transformers' CLIPModel; None if it is not one."""
+def _transformers_config(directory: Path) -> dict[str, Any]:
+    """The content of a config.json; empty if there is none."""
     config = read_json(directory / "config.json") if (directory / "config.json").is_file() else None
-    return config if isinstance(config, dict) and config.get("model_type") == "clip" else None
+    return config if isinstance(config, dict) else {}
 
 
 def _load_open_clip(directory: Path, config: dict[str, Any]) -> tuple[open_clip.CLIP, Callable, Callable]:
@@ -210,10 +198,7 @@ def convert(source: str | Path, target: str | Path, **imported: Any) -> None:
 
     That layout has no place for lambda_init, epsilons and numbers of heads: they are written, as the whole config, into
     its `args`, where `load` finds them; a notice says which of them the official code would take by itself as something
-    else.
-
-    Raises:
-        InputError: for what cannot be read, or not be written in that layout.
+    else. InputError for what cannot be read, or not be written in that layout.
     """
     model, _, _ = load(source, **imported)
     if not isinstance(model, CLIP):
@@ -224,18 +209,16 @@ def convert(source: str | Path, target: str | Path, **imported: Any) -> None:
     if Path(target).suffix not in (".pt", ".pth"):
         save(model, target)
         return
-    config = model.model_config
-    options = config["diffclip"]
+    options = model.model_config["diffclip"]
     version = options.get("version", 1)
     if options["towers"] and not kind(version).in_official_layout:
-        raise InputError(
-            f"the official code has no version {version} of differential attention: write a directory instead"
-        )
+        reason = f"the official code has no version {version} of differential attention"
+        raise InputError(f"{reason}: write a directory instead")
     state = {f"module.{name}": tensor for name, tensor in to_official(model.state_dict()).items()}
     there = {"lambda_init": 0.8} if options["towers"] else {}
     there["vision_norm_eps"] = 1e-5 if "vision" in options["towers"] else 1e-6
     if differing := [f"{key} {options[key]}, not {value}" for key, value in there.items() if options[key] != value]:
         warnings.warn(f"{target}: to be set in the official code by hand: {'; '.join(differing)}", stacklevel=2)
-    args = argparse.Namespace(model=config["diffclip"]["variant"], model_config=config)
+    args = argparse.Namespace(model=options["variant"], model_config=model.model_config)
     with whole(target) as path:
         torch.save({"state_dict": state, "args": args}, path)

@@ -18,8 +18,7 @@ from diffclip.benchmarks.comparison import model_names
 def figure(images: Sequence[str | Path], queries: Sequence[str], models: Sequence[str | Path], out: str | Path) -> None:
     """Draw one row per image and query, one column per model, and write it to `out` (PNG, PDF or SVG).
 
-    Raises:
-        InputError: for an image or model that cannot be read, or counts of images and queries that do not match.
+    InputError for an image or model that cannot be read, or counts of images and queries that do not match.
     """
     if len(queries) not in (1, len(images)):
         raise InputError(f"{len(queries)} queries for {len(images)} images: give one for all, or one for each")

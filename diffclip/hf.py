@@ -115,20 +115,19 @@ class DiffCLIPVisionModel(PreTrainedModel):
             its class token; hidden_states: the embeddings, then each block's output; attentions.
         """
         blocks: Any = self.trunk.blocks  # to mypy they are modules of which it knows nothing
-        dtype = self.trunk.get_parameter("pos_embed").dtype
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states or False
         if output_attentions is None:
             output_attentions = self.config.output_attentions
+        every, stop = range(len(blocks) + 1), len(blocks)
         if isinstance(output_hidden_states, bool):
-            wanted = set(range(len(blocks) + 1)) if output_hidden_states else set()
-            stop = len(blocks)
+            wanted = set(every) if output_hidden_states else set()
         else:
             indices = [output_hidden_states] if isinstance(output_hidden_states, int) else output_hidden_states
-            wanted = {range(len(blocks) + 1)[index] for index in indices}
-            stop = max(wanted) if self.config.stop_early else len(blocks)
+            wanted = {every[index] for index in indices}
+            stop = max(wanted) if self.config.stop_early else stop
 
-        x = self.trunk.patch_embed(pixel_values.to(dtype))  # (batch, patches, width)
+        x = self.trunk.patch_embed(pixel_values.to(self.trunk.get_parameter("pos_embed").dtype))
         x = self.trunk._pos_embed(x)  # (batch, 1 + patches, width)
         hidden_states: list[Tensor | None] = [x]
         attentions = []
@@ -215,6 +214,5 @@ def image_processor(model_config: dict[str, Any]) -> DiffCLIPImageProcessor:
 AutoConfig.register("diffclip_vision", DiffCLIPVisionConfig)
 AutoModel.register(DiffCLIPVisionConfig, DiffCLIPVisionModel)
 AutoImageProcessor.register(
-    DiffCLIPVisionConfig,
-    image_processor_classes={"pil": DiffCLIPImageProcessor, "torchvision": DiffCLIPImageProcessor},
+    DiffCLIPVisionConfig, image_processor_classes=dict.fromkeys(("pil", "torchvision"), DiffCLIPImageProcessor)
 )

@@ -16,8 +16,7 @@ from diffclip.base.backbones import open_clip
 from diffclip.base.errors import InputError
 from diffclip.base.files import read_json
 from diffclip.base.images import cut_strip, to_rgb
-from diffclip.foreign_code import refuse_auto_map
-from diffclip.weights import load_strictly, read_pickle, read_safetensors, tensors
+from diffclip.weights import load_strictly, read_pickle, read_safetensors, refuse_auto_map, tensors
 
 LAYER = (  # transformers' name, open_clip's
     ("self_attn.out_proj.", "attn.out_proj."),
@@ -26,15 +25,12 @@ LAYER = (  # transformers' name, open_clip's
     ("mlp.fc1.", "mlp.c_fc."),
     ("mlp.fc2.", "mlp.c_proj."),
 )
-NAMES = {
+NAMES = {  # the same, outside of the layers
     "vision_model.embeddings.class_embedding": "visual.class_embedding",
     "vision_model.embeddings.patch_embedding.weight": "visual.conv1.weight",
     "vision_model.embeddings.position_embedding.weight": "visual.positional_embedding",
     "text_model.embeddings.token_embedding.weight": "token_embedding.weight",
     "text_model.embeddings.position_embedding.weight": "positional_embedding",
-    "logit_scale": "logit_scale",
-}
-NORMS = {
     "vision_model.pre_layrnorm.": "visual.ln_pre.",
     "vision_model.post_layernorm.": "visual.ln_post.",
     "text_model.final_layer_norm.": "ln_final.",
@@ -44,10 +40,8 @@ NORMS = {
 def load_transformers_clip(directory: Path, config: dict[str, Any]) -> tuple[open_clip.CLIP, Callable, Callable]:
     """Return (model in evaluation mode, its transform for evaluation, its tokenizer) for a CLIPModel's directory.
 
-    Images and texts are prepared by the directory's own image processor (on PIL) and tokenizer.
-
-    Args:
-        config: of its config.json.
+    Images and texts are prepared by the directory's own image processor (on PIL) and tokenizer. `config` is the content
+    of its config.json.
 
     Raises:
         InputError: for an activation that open_clip's CLIP does not have, weights that do not fit, or an image
@@ -105,25 +99,19 @@ class ImageTransform:
 
     def seen(self, nearest: bool = False) -> Callable[[Image.Image], Image.Image]:
         """Return what resizes and crops of it: PIL image -> PIL image; `nearest` for masks."""
-        only = {
-            "do_rescale": False,
-            "do_normalize": False,
-            **({"resample": Image.Resampling.NEAREST} if nearest else {}),
-        }
+        only: dict[str, Any] = {"do_rescale": False, "do_normalize": False}
+        only |= {"resample": Image.Resampling.NEAREST} if nearest else {}
         return lambda image: Image.fromarray(self._pixels(image, **only).byte().permute(1, 2, 0).numpy())
 
     def _pixels(self, image: Image.Image, **options: Any) -> Tensor:
-        image = to_rgb(image)
-        if self.processor.do_center_crop:
-            image = cut_strip(image)
+        image = cut_strip(to_rgb(image)) if self.processor.do_center_crop else to_rgb(image)
         return self.processor(image, return_tensors="pt", **options)["pixel_values"][0]
 
 
 def image_transform(directory: Path, side: int) -> ImageTransform:
     """Return the directory's image processor as a transform from a PIL image to (3, side, side).
 
-    Raises:
-        InputError: it cannot be read without running its code, or makes images of another size than the tower takes.
+    InputError if it cannot be read without running its code, or makes images of another size than the tower takes.
     """
     names = [name for name in ("preprocessor_config.json", "processor_config.json") if (directory / name).is_file()]
     for name in names:
@@ -153,8 +141,7 @@ def image_transform(directory: Path, side: int) -> ImageTransform:
 def tokenizer(directory: Path, context_length: int, vocab_size: int) -> Callable[[str | list[str]], Tensor]:
     """Return the directory's tokenizer: str or list of str -> ids (n, context_length), int64; CLIP's if it has none.
 
-    Raises:
-        InputError: it cannot be read without running its code, or gives ids that the model has no embedding for.
+    InputError if it cannot be read without running its code, or gives ids that the model has no embedding for.
     """
     files = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "tokenizer.model")
     if not any((directory / name).is_file() for name in files):
@@ -196,9 +183,8 @@ def rename(state: dict[str, Tensor]) -> dict[str, Tensor]:
     state = {name: tensor for name, tensor in state.items() if not name.endswith("position_ids")}
     out: dict[str, Tensor] = {}
     for name, tensor in state.items():
-        prefix = next((new + name[len(old) :] for old, new in NORMS.items() if name.startswith(old)), None)
-        if name in NAMES or prefix:
-            out[prefix or NAMES[name]] = tensor
+        if renamed := next((new + name[len(old) :] for old, new in NAMES.items() if name.startswith(old)), None):
+            out[renamed] = tensor
         elif name in ("visual_projection.weight", "text_projection.weight"):
             out["visual.proj" if name.startswith("visual") else "text_projection"] = tensor.T.contiguous()
         elif ".encoder.layers." in name:

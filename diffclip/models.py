@@ -86,9 +86,8 @@ class VisionTower(TimmModel):
 def vision_trunk(vision_cfg: dict[str, Any], norm_eps: float) -> TimmVisionTransformer:
     """Return a timm vision transformer with a class token, pooled at that token after the final norm.
 
-    Args:
-        vision_cfg: open_clip's keys: image_size, patch_size, width, layers, head_width, mlp_ratio.
-        norm_eps: epsilon of its layer norms: 1e-6 in timm and SLIP, 1e-5 in the official DiffCLIP.
+    `vision_cfg` has open_clip's keys; `norm_eps` of its layer norms is 1e-6 in timm and SLIP, 1e-5 in the official
+    DiffCLIP.
     """
     return TimmVisionTransformer(
         img_size=vision_cfg["image_size"],

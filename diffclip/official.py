@@ -24,17 +24,13 @@ def read_official(path: Path) -> tuple[dict[str, Tensor], argparse.Namespace]:
     if not isinstance(content, dict):
         raise InputError(f"{path}: holds no state dict, but a {type(content).__name__}")
     args = content.get("args")
-    for key in ("state_dict", "model"):
-        if isinstance(content.get(key), dict):
-            content = content[key]
-            break
+    content = next((content[key] for key in ("state_dict", "model") if isinstance(content.get(key), dict)), content)
     state = {}
     for name, tensor in tensors(content, path).items():  # of DistributedDataParallel, twice at times, and compile
         state[re.sub(r"^(module\.)+", "", str(name).replace("_orig_mod.", ""))] = tensor
-    if "image_projection" not in state or "visual.cls_token" not in state:
-        raise InputError(
-            f"{path}: no image_projection or visual.cls_token, so not a file of the official DiffCLIP or SLIP"
-        )
+    if not {"image_projection", "visual.cls_token"} <= state.keys():
+        lacks = "no image_projection or visual.cls_token"
+        raise InputError(f"{path}: {lacks}, so not a file of the official DiffCLIP or SLIP")
     return state, args if isinstance(args, argparse.Namespace) else argparse.Namespace()
 
 

@@ -1,10 +1,10 @@
 """The named models as plain open_clip configs, without importing torch: `MODELS` by name, and what their parts are."""
 
 import copy
-import difflib
 from pathlib import Path
 from typing import Any
 
+from diffclip.base.commands import closest
 from diffclip.base.errors import InputError
 from diffclip.base.files import read_json
 
@@ -41,8 +41,8 @@ MODELS: dict[str, dict[str, Any]] = {
 def named(name: str) -> dict[str, Any]:
     """Return a copy of the config of a name in `MODELS`, or raise InputError that says the nearest one."""
     if name not in MODELS:
-        close = difflib.get_close_matches(name, MODELS, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"choose one of {', '.join(MODELS)}"
+        close = closest(name, MODELS)
+        hint = f"did you mean {close}?" if close else f"choose one of {', '.join(MODELS)}"
         raise InputError(f"unknown model {name!r}: {hint}")
     return copy.deepcopy(MODELS[name])
 

@@ -30,8 +30,7 @@ def differentiate(
 
     Works on open_clip's own transformers and on timm vision transformers (also SigLIP's; its pooling head
     stays as it is). In version 1 the projections keep their weights as a starting point, but the function changes:
-    heads now work in pairs, under a new norm. Version 2 is a warm start: the model computes what it did before, and
-    its new parameters learn from there.
+    heads now work in pairs, under a new norm. Version 2 is a warm start: the model computes what it did before.
 
     Args:
         model: any open_clip CLIP or CustomTextCLIP.
@@ -41,9 +40,6 @@ def differentiate(
         schedule_base: what the schedule counts the first layer as, 0 or 1.
         version: of `attention.KINDS`: 1 for the paper's differential attention, 2 for Microsoft's second.
         preserve: version 2 only: False draws its second queries anew, for training from scratch.
-
-    Returns:
-        the same model.
 
     Raises:
         InputError: for a tower without blocks that are known here, or with an odd number of heads, or for a
@@ -97,19 +93,18 @@ def _replacements(
     tower: nn.Module, lambda_inits: list[float], version: int, preserve: bool
 ) -> list[tuple[nn.Module, Differential]]:
     """Return each block of a tower with the attention that is to replace its own; nothing is changed yet."""
-    blocks = _self_attention_blocks(tower)
+    blocks, name = _self_attention_blocks(tower), type(tower).__name__
     if any(isinstance(block.attn, Differential) for block in blocks):
-        raise InputError(f"{type(tower).__name__} is differential already")
+        raise InputError(f"{name} is differential already")
     if not blocks or len(blocks) != len(lambda_inits):
-        others = {
-            type(m).__name__ for m in tower.modules() if re.search("attention|attn|block", type(m).__name__.lower())
-        }
+        kinds = sorted({type(module).__name__ for module in tower.modules()})
+        others = [kind for kind in kinds if re.search("attention|attn|block", kind.lower())]
         raise InputError(
-            f"{type(tower).__name__} has {len(blocks)} blocks with self-attention known here, for {len(lambda_inits)} "
-            f"values of lambda_init{'; it is made of ' + ', '.join(sorted(others)) if others and not blocks else ''}"
+            f"{name} has {len(blocks)} blocks with self-attention known here, for {len(lambda_inits)} "
+            f"values of lambda_init{'; it is made of ' + ', '.join(others) if others and not blocks else ''}"
         )
     return [
-        (block, _differential_like(block.attn, lambda_init, version, preserve, f"{type(tower).__name__}'s block {i}"))
+        (block, _differential_like(block.attn, lambda_init, version, preserve, f"{name}'s block {i}"))
         for i, (block, lambda_init) in enumerate(zip(blocks, lambda_inits))
     ]
 
@@ -129,8 +124,7 @@ def _differential_like(
 ) -> Differential:
     """Return differential attention with an ordinary one's projections, on its device and in its dtype.
 
-    Raises:
-        InputError: it has an option that would be lost; the message begins with `where`.
+    InputError, which begins with `where`, if it has an option that would be lost.
     """
     if refused := _options_without_differential_form(attention):
         raise InputError(f"{where}: attention with {refused} has no differential form here")
@@ -149,14 +143,8 @@ def _differential_like(
         else:
             make = called_by(CalledLikeMultihead, kind(version))
             dropouts = {"attn_drop": attention.dropout}
-    new = make(
-        out.out_features,
-        attention.num_heads,
-        lambda_init=lambda_init,
-        qkv_bias=qkv_bias is not None,
-        out_bias=out.bias is not None,
-        **dropouts,
-    ).to(qkv_weight)
+    biases = {"qkv_bias": qkv_bias is not None, "out_bias": out.bias is not None}
+    new = make(out.out_features, attention.num_heads, lambda_init=lambda_init, **biases, **dropouts).to(qkv_weight)
     new.q_norm, new.k_norm = norms
     new.start_from(qkv_weight, qkv_bias, out, preserve)
     return new.train(attention.training)
@@ -207,19 +195,9 @@ class CalledLikeMultihead(MaskPerHead):
     """In front of a kind of attention: is called, and answers, like `nn.MultiheadAttention` over one sequence."""
 
     def forward(  # type: ignore[override] # as open_clip's blocks call it
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        need_weights: bool = False,
-        attn_mask: Tensor | None = None,
+        self, query: Tensor, key: Tensor, value: Tensor, need_weights: bool = False, attn_mask: Tensor | None = None
     ) -> tuple[Tensor, None]:
-        """Return ((batch, tokens, dim), None). open_clip's blocks pass the query as key and value too.
-
-        Args:
-            query: (batch, tokens, dim).
-            attn_mask: additive, (tokens, tokens) or (batch * heads, tokens, tokens).
-        """
+        """Return ((batch, tokens, dim), None). open_clip's blocks pass the query as key and value too."""
         return super().forward(query, attn_mask), None
 
 

@@ -1,4 +1,7 @@
-"""Files of weights, read without running anything in them, and state dicts loaded whole or not at all."""
+"""Files of weights, read without running anything in them, and state dicts loaded whole or not at all.
+
+Code that somebody put beside a model's weights is never run either: where a directory asks for it, it is refused.
+"""
 
 import argparse
 import pickle
@@ -11,21 +14,19 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers import MODEL_MAPPING, AutoConfig
 
 from diffclip.base.errors import InputError
+from diffclip.base.files import read_json
 
 
 def load_strictly(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
     """Load a state dict whole, or raise one InputError that lists every key that does not fit."""
-    own = model.state_dict()
-    problems = [f"missing {name}" for name in sorted(own.keys() - state.keys())]
-    problems += [f"unexpected {name}" for name in sorted(state.keys() - own.keys())]
-    problems += [
-        f"{name} is {list(state[name].shape)} but must be {list(own[name].shape)}"
-        for name in sorted(own.keys() & state.keys())
-        if state[name].shape != own[name].shape
-    ]
-    if problems:
+    shapes, own = ({name: list(t.shape) for name, t in tensors.items()} for tensors in (state, model.state_dict()))
+    problems = [f"missing {name}" for name in sorted(own.keys() - shapes.keys())]
+    problems += [f"unexpected {name}" for name in sorted(shapes.keys() - own.keys())]
+    both = [name for name in sorted(own.keys() & shapes.keys()) if shapes[name] != own[name]]
+    if problems := problems + [f"{name} is {shapes[name]} but must be {own[name]}" for name in both]:
         raise InputError(f"{source}: does not fit the model, nothing was loaded: {'; '.join(problems)}")
     model.load_state_dict(state)
 
@@ -69,3 +70,40 @@ def tensors(state: Any, path: Path) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
         raise InputError(f"{path}: holds no state dict of tensors")
     return state
+
+
+def refuse_foreign_code(model_cfg: Any, source: str) -> None:
+    """Raise InputError if loading a model of this open_clip config would fetch and run code.
+
+    `model_cfg` has vision_cfg and text_cfg; `source` is what the message calls it.
+    """
+    text_cfg = model_cfg.get("text_cfg") if isinstance(model_cfg, dict) else None
+    if not isinstance(text_cfg, dict):
+        raise InputError(f"{source}: has no text_cfg, so it does not describe an open_clip model")
+    options = text_cfg.get("tokenizer_kwargs") or {}
+    if not isinstance(options, dict) or options.get("trust_remote_code"):
+        raise InputError(
+            f"{source}: its tokenizer_kwargs say trust_remote_code, and code of a model's directory is never run: "
+            "remove that key, if the tokenizer can be read without"
+        )
+    if name := text_cfg.get("hf_model_name"):
+        try:  # open_clip would leave it to transformers, which asks on the terminal
+            if type(AutoConfig.from_pretrained(name, trust_remote_code=False)) not in MODEL_MAPPING:
+                raise ValueError("transformers has no model for its config")
+        except (OSError, ValueError, KeyError) as error:
+            reason = f"cannot be had without code of its own ({' '.join(str(error).split())[:300]})"
+            raise InputError(f"{source}: its text tower {name} {reason}") from None
+
+
+def refuse_auto_map(path: Path, kind: str) -> None:
+    """Raise InputError if a configuration file says that its `kind` is code of its own.
+
+    Without that code transformers would take a class of its own in its place, which need not do the same.
+    """
+    settings = read_json(path) if path.is_file() else {}
+    nested = settings.get("image_processor") if isinstance(settings, dict) else {}  # in processor_config.json
+    for part in (settings, nested):
+        if isinstance(part, dict) and kind in (part.get("auto_map") or {}):
+            raise InputError(
+                f"{path}: names custom code for {kind} (auto_map), and code of a model's directory is never run"
+            )

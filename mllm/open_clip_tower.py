@@ -26,8 +26,8 @@ from diffclip.base.backbones import (
     open_clip,
 )
 from diffclip.base.errors import InputError
-from diffclip.foreign_code import refuse_foreign_code
 from diffclip.hf import DiffCLIPImageProcessor, image_processor
+from diffclip.weights import refuse_foreign_code
 from mllm.processing import with_mode
 
 PREFIX = "open_clip:"

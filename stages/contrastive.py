@@ -23,9 +23,8 @@ from diffclip.benchmarks import datasets, prompts, retrieval, zero_shot
 from diffclip.benchmarks.features import Encoder
 from diffclip.data.pairs import PairTable
 from diffclip.data.training_pairs import TrainingPairs
-from diffclip.losses import contrastive_loss
 from diffclip.models import CLIP
-from diffclip.recipe import clamp_logit_scale, decay_parameter_names, learning_rate
+from diffclip.recipe import clamp_logit_scale, contrastive_loss, decay_parameter_names, learning_rate
 from stages.callbacks import check_weights
 from stages.run import Run
 from stages.settings import PretrainConfig

@@ -11,8 +11,7 @@ from filelock import FileLock
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from tqdm import tqdm
 
-from diffclip.base import tars
-from diffclip.base.archives import unpack, unpacked_mark
+from diffclip.base import archives
 from diffclip.base.download import download
 from diffclip.base.errors import InputError, first_line
 from diffclip.base.files import read_jsonl, write_json
@@ -45,7 +44,7 @@ def fetch(name: str, folder: Path, workers: int) -> None:
 
 def fetch_hub(source: Hub, folder: Path) -> None:
     """Fetch files of a Hub dataset with `huggingface_hub`, which resumes and checks them."""
-    missing = [name for name in source.files if not unpacked_mark(folder / name).exists()]
+    missing = [name for name in source.files if not archives.unpacked_mark(folder / name).exists()]
     if not missing:  # an archive that was unpacked and deleted
         return
     try:
@@ -59,19 +58,19 @@ def fetch_hub(source: Hub, folder: Path) -> None:
         raise InputError(f"{source.repo}: not fetched ({first_line(error)}); start again to go on") from None
     for archive in [path for pattern in missing for path in sorted(folder.glob(pattern))]:
         if archive.suffix == ".zip":
-            unpack(archive, folder)
+            archives.unpack(archive, folder)
 
 
 def fetch_web(source: Web, folder: Path) -> None:
     """Fetch one file; an archive is unpacked and then deleted."""
     into = folder / source.folder
     path = into / source.url.rsplit("/", 1)[1]
-    if unpacked_mark(path).exists():
+    if archives.unpacked_mark(path).exists():
         return
     if not path.exists():  # else it is done, or an archive whose unpacking was interrupted
         download(source.url, path)
     if path.suffix == ".zip" or ".tar" in path.suffixes:
-        unpack(path, into)
+        archives.unpack(path, into)
 
 
 def fetch_images(source: Images, folder: Path, workers: int) -> None:
@@ -105,8 +104,8 @@ def count(folder: Path, unit: str, pattern: str) -> int:
         return sum(len(shard) for shard in index_shards([str(file) for file in files]))
     total = 0
     for file in files:
-        members, ends_early = tars.members(file)
-        if ends_early and ends_early != tars.NO_END:
+        members, ends_early = archives.members(file)
+        if ends_early and ends_early != archives.NO_END:
             raise InputError(f"{file}: {ends_early}; delete it and start again")
         total += sum(member.name.lower().endswith(IMAGE_SUFFIXES) for member in members)
     return total

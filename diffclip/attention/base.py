@@ -12,6 +12,8 @@ from diffclip.base.errors import InputError
 FORMS = ("auto", "eager", "fused")
 KEEP_BELOW = 64  # tokens
 
+Maps = tuple[Tensor, Tensor, Tensor]  # A1 and A2 (batch, maps, tokens, tokens), and lambda, which broadcasts to them
+
 
 class Differential(nn.Module):
     """Self-attention by a difference of softmax maps; each kind is a subclass, and an entry of `KINDS`.
@@ -33,6 +35,7 @@ class Differential(nn.Module):
     """
 
     default_lambda_init: ClassVar[float]
+    value_heads: ClassVar[int] = 1  # how many heads wide a value is
     in_official_layout: ClassVar[bool] = False  # whether the official code's checkpoints can hold its weights
 
     q_proj: nn.Linear
@@ -67,10 +70,8 @@ class Differential(nn.Module):
         """
         raise NotImplementedError
 
-    def maps(
-        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return (A1, A2, lambda) for x (batch, tokens, dim): maps (batch, maps, tokens, tokens), lambda broadcasts."""
+    def maps(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Maps:
+        """Return (A1, A2, lambda) for x (batch, tokens, dim)."""
         raise NotImplementedError
 
     def apply_map(self, x: Tensor, map_: Tensor) -> Tensor:
@@ -94,6 +95,12 @@ class Differential(nn.Module):
     def mean_lambda(self) -> float:
         """Lambda as a number, for logs."""
         raise NotImplementedError
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the heads' queries and keys of width d, and values, each (batch, heads, tokens, width)."""
+        q, k = (p(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for p in (self.q_proj, self.k_proj))
+        v = self.v_proj(x).unflatten(-1, (-1, self.value_heads * self.head_dim)).transpose(1, 2)
+        return self.q_norm(q), self.k_norm(k), v
 
     def form_for(self, q: Tensor) -> str:
         """Return "eager" or "fused" for queries (batch, heads, tokens, d)."""

@@ -12,16 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffclip.attention.base import Differential, attention_scores, recomputed
+from diffclip.attention.base import Differential, Maps, attention_scores, recomputed
 from diffclip.base.errors import InputError
 
 
 def lambda_init_schedule(layer: int, base: int = 0) -> float:
     """Depth-dependent lambda_init of the "*" variant: 0.8 - 0.6 exp(-0.3 l), from 0.2 towards 0.8.
 
-    Args:
-        layer: index of the block, from 0.
-        base: what the first block counts as; DiffCLIP* counts from 0, Differential Transformer's text from 1.
+    `layer` counts from 0; the first counts as `base`: 0 in DiffCLIP*, 1 in Differential Transformer's text.
     """
     return 0.8 - 0.6 * math.exp(-0.3 * (layer + base))
 
@@ -38,7 +36,6 @@ class DifferentialAttention(Differential):
     Lambda and the norm's weight (length 2d) are shared by all heads of the layer.
 
     Args:
-        dim, attn_drop, attn_implementation: as in `Differential`.
         num_heads: number of softmax maps; even, and a divisor of dim.
         qkv_bias, out_bias: whether the projections of queries, keys and values, and that of the output, have biases.
 
@@ -47,6 +44,7 @@ class DifferentialAttention(Differential):
     """
 
     default_lambda_init = 0.8
+    value_heads = 2
     in_official_layout = True
 
     def __init__(
@@ -93,13 +91,6 @@ class DifferentialAttention(Differential):
         second = (self.lambda_q2.to(dtype) * self.lambda_k2.to(dtype)).sum().exp()
         return first - second + self.lambda_init
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return q, k (batch, heads, tokens, d) and v (batch, heads / 2, tokens, 2d)."""
-        q = self.q_proj(x).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
-        k = self.k_proj(x).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
-        v = self.v_proj(x).unflatten(-1, (self.num_heads // 2, 2 * self.head_dim)).transpose(1, 2)
-        return self.q_norm(q), self.k_norm(k), v
-
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         dropout = self.attn_drop if self.training else 0.0
         mixed = recomputed(self.mix, *self.project(x), attn_mask, is_causal, dropout)
@@ -109,20 +100,16 @@ class DifferentialAttention(Differential):
         """Return the normalised differences of all pairs side by side, (batch, tokens, dim), for `project`'s output."""
         lambda_ = self.compute_lambda().to(q.dtype)
         if self.form_for(q) == "eager":
-            first, second = softmax_maps(q, k, attn_mask, is_causal)
-            difference = F.dropout(first, dropout) - lambda_ * F.dropout(second, dropout)
-            out = difference @ v  # (batch, pairs, tokens, 2d)
+            first, second = (F.dropout(map_, dropout) for map_ in softmax_maps(q, k, attn_mask, is_causal))
+            out = (first - lambda_ * second) @ v  # (batch, pairs, tokens, 2d)
         else:
             first, second = fused_attention(q, k, v, attn_mask, is_causal, dropout)
-            out = first - lambda_ * second  # (batch, pairs, tokens, 2d)
+            out = first - lambda_ * second
         return self.diff_norm(out).transpose(1, 2).flatten(2)
 
-    def maps(
-        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def maps(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Maps:
         q, k, _ = self.project(x)
-        first, second = softmax_maps(q, k, attn_mask, is_causal)  # (batch, heads / 2, tokens, tokens)
-        return first, second, self.compute_lambda().to(q.dtype)
+        return *softmax_maps(q, k, attn_mask, is_causal), self.compute_lambda().to(q.dtype)
 
     def apply_map(self, x: Tensor, map_: Tensor) -> Tensor:
         mixed = self.diff_norm(map_ @ self.project(x)[2])
@@ -131,12 +118,10 @@ class DifferentialAttention(Differential):
     @torch.no_grad()
     def start_from(self, qkv: Tensor, bias: Tensor | None, out: nn.Linear, preserve: bool) -> None:
         """Take over the projections; the function changes: heads now work in pairs, under a new norm."""
-        projections = (self.q_proj, self.k_proj, self.v_proj)
-        for projection, weight in zip(projections, qkv.chunk(3)):
-            projection.weight.copy_(weight)
-        if bias is not None:
-            for projection, part in zip(projections, bias.chunk(3)):
-                projection.bias.copy_(part)
+        for i, projection in enumerate((self.q_proj, self.k_proj, self.v_proj)):
+            projection.weight.copy_(qkv.chunk(3)[i])
+            if bias is not None:
+                projection.bias.copy_(bias.chunk(3)[i])
         self.out_proj.load_state_dict(out.state_dict())
 
     def mean_lambda(self) -> float:
@@ -157,12 +142,7 @@ class HeadNorm(nn.RMSNorm):
 def softmax_maps(
     q: Tensor, k: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Return the even and the odd heads' softmax maps, each (batch, heads / 2, tokens, tokens).
-
-    Args:
-        q, k: (batch, heads, tokens, d).
-        attn_mask, is_causal: as in `Differential.forward`.
-    """
+    """Return the even and the odd heads' softmax maps, each (batch, heads / 2, tokens, tokens), of q and k."""
     maps = attention_scores(q, k, attn_mask, is_causal).softmax(dim=-1)
     return maps[:, 0::2], maps[:, 1::2]
 

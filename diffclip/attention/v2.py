@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffclip.attention.base import Differential, attention_scores, recomputed
+from diffclip.attention.base import Differential, Maps, attention_scores, recomputed
 from diffclip.base.errors import InputError
 
 
@@ -27,10 +27,9 @@ class DifferentialAttentionV2(Differential):
     queries, and none of lambda's (dim + 1) num_heads.
 
     Args:
-        dim, attn_drop, attn_implementation: as in `Differential`.
         num_heads: number of differences; a divisor of dim.
         lambda_init: what sigmoid(lambda) starts from for every token, in (0, 1).
-        qkv_bias, out_bias: whether the projections of queries, keys and values, and that of the output, have biases.
+        qkv_bias, out_bias: as in version 1.
 
     Raises:
         InputError: for a head count that does not divide dim, or a lambda_init outside (0, 1).
@@ -77,13 +76,6 @@ class DifferentialAttentionV2(Differential):
         """Mean over the heads of the lambda that a token of zeros would have, for logs."""
         return self.lambda_proj.bias.detach().sigmoid().mean().item()
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return q (batch, 2 heads, tokens, d), k and v (batch, heads, tokens, d)."""
-        q = self.q_proj(x).unflatten(-1, (2 * self.num_heads, self.head_dim)).transpose(1, 2)
-        k = self.k_proj(x).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
-        v = self.v_proj(x).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
-        return self.q_norm(q), self.k_norm(k), v
-
     def softmax_maps(self, q: Tensor, k: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Return all maps, (batch, 2 heads, tokens, tokens), for `project`'s queries and keys."""
         k = k.repeat_interleave(2, dim=1)  # beside both of its queries
@@ -123,9 +115,7 @@ class DifferentialAttentionV2(Differential):
             out = mixed[:, 0::2] - lambda_ * mixed[:, 1::2]
         return out.transpose(1, 2).flatten(2)
 
-    def maps(
-        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def maps(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Maps:
         q, k, _ = self.project(x)
         maps = self.softmax_maps(q, k, attn_mask, is_causal)
         return maps[:, 0::2], maps[:, 1::2], self.compute_lambda(x)  # (batch, heads, tokens, tokens), twice

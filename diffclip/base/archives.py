@@ -1,12 +1,17 @@
-"""Archives of strangers, unpacked whole or not at all, and never outside of their folder."""
+"""Archives: unpacked whole or not at all, and never outside of their folder; and tars that are never unpacked: the
+places of their members, found in one walk, and the bytes that lie there.
+"""
 
 import lzma
+import os
+import shlex
 import shutil
 import tarfile
 import zipfile
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from diffclip.base.errors import InputError
 from diffclip.base.paths import inside
@@ -16,6 +21,10 @@ BROKEN = (  # RuntimeError: encrypted; NotImplementedError: a compression that P
     *(zipfile.BadZipFile, tarfile.TarError, EOFError, OSError, zlib.error),
     *(lzma.LZMAError, RuntimeError, NotImplementedError, ValueError),
 )
+
+TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")
+UNPACKERS = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ": "unxz", b"\x28\xb5\x2f\xfd": "unzstd"}
+NO_END = "ends early (no end-of-archive block)"  # all members may be whole nevertheless
 
 
 def unpack(archive: Path, into: Path) -> None:
@@ -40,11 +49,8 @@ def unpack(archive: Path, into: Path) -> None:
         else:
             with tarfile.open(archive) as tar:
                 _check_members(archive, temporary, ((m.name, m.size) for m in tar if m.isfile()))
-                members = [m for m in tar if m.isfile()]
-                if hasattr(tarfile, "data_filter"):
-                    tar.extractall(temporary, members, filter="data")
-                else:  # the filter came with 3.11.4, Debian 12 has 3.11.2
-                    tar.extractall(temporary, members)
+                safe: Any = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # it came with Python 3.11.4
+                tar.extractall(temporary, [m for m in tar if m.isfile()], **safe)
         shutil.copytree(temporary, into, dirs_exist_ok=True, copy_function=shutil.move)
     except BROKEN as error:
         full = isinstance(error, OSError) and error.errno is not None
@@ -63,11 +69,69 @@ def unpacked_mark(archive: Path) -> Path:
 
 def _check_members(archive: Path, folder: Path, members: Iterable[tuple[str, int]]) -> None:
     """InputError for (name, size) of a member that leads outside, or at which they all become too much."""
-    packed, room, total = archive.stat().st_size, shutil.disk_usage(folder).free, 0
+    most, room, total = max(MOST_UNPACKED * archive.stat().st_size, 1 << 20), shutil.disk_usage(folder).free, 0
     for name, size in members:
         inside(folder, name, f"{archive}: member", writing=True)
         total += size
-        if total > max(MOST_UNPACKED * packed, 1 << 20):
+        if total > most:
             raise InputError(f"{archive}: unpacks to over {MOST_UNPACKED} times its size: not unpacked; delete it")
         if total > room:
             raise InputError(f"{archive}: unpacks to more than the {room:,} bytes that are free; make room")
+
+
+# ---------------------------------------------------------------- tars that are never unpacked
+
+
+def members(path: str | Path) -> tuple[list[tarfile.TarInfo], str]:
+    """All whole members of an uncompressed tar, with `offset_data` and `size`, and why it ends early, or "".
+
+    InputError if the file is not a tar, or is compressed, which leaves its members without places.
+    """
+    whole: list[tarfile.TarInfo] = []
+    size = os.path.getsize(path)
+    try:
+        with tarfile.open(path, "r:") as tar:
+            while True:
+                try:
+                    member = tar.next()
+                except tarfile.ReadError as error:
+                    return whole, f"ends early ({error})"
+                if member is None:  # tarfile takes a cut header for the end
+                    return whole, NO_END if size < tar.offset + tarfile.BLOCKSIZE else ""
+                if member.isfile() and member.offset_data + member.size > size:
+                    return whole, f"ends early, within {printable(member.name)}"
+                whole.append(member)
+    except (tarfile.TarError, OSError) as error:
+        if isinstance(error, tarfile.TarError):
+            _refuse_compressed(str(path))
+        raise InputError(f"{path}: not a readable tar file ({error}); download or write it again") from None
+
+
+def read_at(path: str | Path, *places: tuple[int, int]) -> list[bytes]:
+    """The bytes at each (offset, size); OSError when the file is gone or shorter than it was."""
+    handle = os.open(path, os.O_RDONLY)  # not kept: a thousand shards are more than a process may hold open
+    try:
+        contents = [os.pread(handle, size, offset) for offset, size in places]
+    finally:
+        os.close(handle)
+    if any(len(content) != size for content, (_, size) in zip(contents, places)):
+        raise OSError(f"{Path(path).name} has become shorter since it was indexed")
+    return contents
+
+
+def printable(name: str | bytes) -> str:
+    """A member's name as text that can be printed and written, whatever its bytes are."""
+    return os.fsencode(name).decode("utf-8", errors="backslashreplace")
+
+
+def _refuse_compressed(path: str) -> None:
+    with open(path, "rb") as f:
+        start = f.read(8)
+    if not (command := next((command for magic, command in UNPACKERS.items() if start.startswith(magic)), None)):
+        return
+    suffix = max((s for s in TAR_SUFFIXES if path.endswith(s)), key=len, default="")
+    unpacked = path.removesuffix(suffix) + (".unpacked.tar" if suffix == ".tar" else ".tar")
+    raise InputError(
+        f"{path}: is compressed, and tars are read at offsets: unpack it by "
+        f"`{command} -c {shlex.quote(path)} > {shlex.quote(unpacked)}` and name {unpacked}"
+    )

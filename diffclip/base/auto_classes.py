@@ -71,9 +71,8 @@ def import_if_present(name: str) -> None:
 def register_lazily(homes: Mapping[str, Mapping[str, str]]) -> None:
     """Let the Auto classes find our classes, whether transformers is imported already or later.
 
-    Args:
-        homes: for each name in `MAPPINGS`, what is asked for (a type of model, or a class) -> the module that
-            registers it on import.
+    `homes`: for each value of `MAPPINGS`, what is asked for (a type of model, or a class) -> the module that
+    registers it on import.
     """
     finder = Finder(homes)
     sys.meta_path.insert(0, finder)

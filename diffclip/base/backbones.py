@@ -3,13 +3,14 @@
 Where wandb is installed, as lmms-eval wants it, timm imports it for a function of its own training script: a quarter of
 the time that our commands take to start. So timm is imported without it; it stays importable for all others.
 """
+# ruff: noqa: F401
 
 import sys
 
 if "timm" not in sys.modules and "wandb" not in sys.modules:
     sys.modules["wandb"] = None  # type: ignore[assignment] # Python's way to say that there is no such module
     try:
-        import timm.utils.summary  # noqa: F401
+        import timm.utils.summary
     finally:
         del sys.modules["wandb"]
 
@@ -25,20 +26,3 @@ from timm.data import ImageNetInfo
 from timm.layers import Attention as TimmAttention
 from timm.models.vision_transformer import Block
 from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
-
-__all__ = [
-    "Block",
-    "ClipLoss",
-    "CustomResidualAttentionBlock",
-    "ImageNetInfo",
-    "OpenClipAttention",
-    "OpenClipVisionTransformer",
-    "QuickGELU",
-    "ResidualAttentionBlock",
-    "TimmAttention",
-    "TimmModel",
-    "TimmVisionTransformer",
-    "build_vision_tower",
-    "get_model_config",
-    "open_clip",
-]

@@ -26,8 +26,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, prog: str | None = None, description: str | None = None, **options: Any) -> None:
         paragraphs = (description or "").strip().split("\n\n")
-        examples = [text for text in paragraphs if text.lstrip().startswith(STARTERS)]
-        if examples:
+        if examples := [text for text in paragraphs if text.lstrip().startswith(STARTERS)]:
             options.setdefault("epilog", "example:\n" + "\n".join(map(_indented, examples)))
         description = "\n\n".join(text for text in paragraphs if text not in examples)
         layout = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=32)
@@ -36,12 +35,10 @@ class Parser(argparse.ArgumentParser):
         self._negative_number_matcher = re.compile(r"-(\d|\.\d|inf$)")  # argparse takes -1e-3 for a flag
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
-        args = self._known_flags(args)
-        return self._nothing_left(*self.parse_known_args(args, namespace))
+        return self._nothing_left(*self.parse_known_args(self._known_flags(args), namespace))
 
     def parse_intermixed_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
-        args = self._known_flags(args)
-        return self._nothing_left(*self.parse_known_intermixed_args(args, namespace))
+        return self._nothing_left(*self.parse_known_intermixed_args(self._known_flags(args), namespace))
 
     def _known_flags(self, args: Sequence[str] | None) -> list[str]:
         args = list(sys.argv[1:] if args is None else args)
@@ -54,9 +51,8 @@ class Parser(argparse.ArgumentParser):
 
     def _nothing_left(self, parsed: Any, unknown: list[str]) -> Any:
         if unknown:
-            raise InputError(
-                f"unknown {'flag' if unknown[0].startswith('-') else 'argument'} {unknown[0]} (see --help)"
-            )
+            kind = "flag" if unknown[0].startswith("-") else "argument"
+            raise InputError(f"unknown {kind} {unknown[0]} (see --help)")
         return parsed
 
     def also(self, flag: str, *old_names: str) -> None:
@@ -120,16 +116,14 @@ class Range:
     below: float = math.inf  # the same at the upper end, as 1 of a dropout
 
     def __str__(self) -> str:
-        words = [f"at least {self.least:g}"] if self.least > -math.inf else []
-        words += [f"above {self.above:g}"] if self.above > -math.inf else []
-        words += [f"at most {self.most:g}"] if self.most < math.inf else []
-        words += [f"below {self.below:g}"] if self.below < math.inf else []
+        ends = {"at least": self.least, "above": self.above, "at most": self.most, "below": self.below}
+        words = [f"{word} {end:g}" for word, end in ends.items() if math.isfinite(end)]
         return " and ".join(words) or "a finite number"
 
     def check(self, value: float, name: str) -> None:
         """Raise an `InputError` that names the setting, unless `value` is in the range."""
         if not (math.isfinite(value) and self.least <= value <= self.most and self.above < value < self.below):
-            raise InputError(f"{name} {value:g}: must be {self}" if value == value else f"{name} nan: must be {self}")
+            raise InputError(f"{name} {value:g}: must be {self}")
 
 
 def number(kind: type[int] | type[float], least: float = -math.inf, most: float = math.inf) -> Callable[[str], Any]:

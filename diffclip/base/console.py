@@ -26,9 +26,7 @@ def print_table(
             table.add_section()
         if row:
             table.add_row(*(Text(cell, style="bold" if len(row) == 1 else "") for cell in row))
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=WIDE)
+    console = Console() if Console().is_terminal else Console(width=WIDE)
     console.print(table)
     for note in notes:
         console.print(Text(note))

@@ -6,11 +6,7 @@ from diffclip.base.errors import InputError
 
 
 def pick_device(name: str | None = None) -> torch.device:
-    """The device called `name`; without one, the GPU where there is one, else the CPU.
-
-    Raises:
-        InputError: torch knows no such device, or this machine has none.
-    """
+    """The device called `name`, or InputError; without a name the GPU if there is one, else the CPU."""
     if not name:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -58,10 +58,9 @@ def download(url: str, path: str | Path, *, sha256: str = "", wait: float = 1.0,
 def _state(path: Path) -> tuple[int, int] | None:
     """What changes when another file takes its place."""
     try:
-        stat = path.stat()
+        return (stat := path.stat()).st_ino, stat.st_mtime_ns
     except OSError:
         return None
-    return stat.st_ino, stat.st_mtime_ns
 
 
 def _fetch(url: str, path: Path, sha256: str, wait: float, quiet: bool) -> None:
@@ -100,8 +99,7 @@ def _continue(url: str, part: Path, quiet: bool) -> None:
     tag = _tag(part).read_text(encoding="latin-1") if _size(part) and _tag(part).exists() else ""
     have = _size(part) if tag else 0
     headers = {"User-Agent": "diffclip", "Accept-Encoding": "identity"}
-    if tag:
-        headers |= {"Range": f"bytes={have}-", "If-Range": tag}
+    headers |= {"Range": f"bytes={have}-", "If-Range": tag} if tag else {}
     try:
         answer = OPENER.open(urllib.request.Request(url, headers=headers), timeout=TIMEOUT)
     except urllib.error.HTTPError as error:
@@ -119,16 +117,10 @@ def _continue(url: str, part: Path, quiet: bool) -> None:
         else:
             raise ConnectionError(f"the server answers {answer.status} {answer.reason}")
         tag = tag if have else _validator(answer.headers)
+        name, hidden = part.name.removesuffix(".part"), quiet or not sys.stderr.isatty()
         with (
             open(part, "ab" if have else "wb", buffering=0) as file,
-            tqdm(
-                desc=part.name.removesuffix(".part"),
-                total=total,
-                initial=have,
-                unit="B",
-                unit_scale=True,
-                disable=quiet or not sys.stderr.isatty(),
-            ) as bar,
+            tqdm(desc=name, total=total, initial=have, unit="B", unit_scale=True, disable=hidden) as bar,
         ):
             _tag(part).write_text(tag, encoding="latin-1")
             while block := answer.read1(BLOCK):  # what is there: `read` loses it when a chunk breaks off

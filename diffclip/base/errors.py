@@ -1,5 +1,7 @@
 """One exception for what a user can mend, and the way command lines report it: one sentence, exit code 2."""
 
+import os
+import select
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,9 +18,26 @@ def first_line(error: Exception) -> str:
 
 @contextmanager
 def exit_on_input_error() -> Iterator[None]:
-    """Print an `InputError` as one line on stderr and exit with code 2; anything else keeps its traceback."""
+    """Print an `InputError` as one line on stderr and exit with code 2; anything else keeps its traceback.
+
+    Where the reader of our output has gone, as `head` does, end quietly with code 1.
+    """
     try:
-        yield
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        try:
+            yield
+        except InputError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
+        finally:
+            if not isinstance(sys.exc_info()[1], Exception):
+                sys.stdout.flush()  # at exit it would be too late to end quietly
+    except BrokenPipeError:
+        pipes = select.poll()
+        for stream in (1, 2):
+            pipes.register(stream, 0)  # 0: errors alone, which is what a pipe without a reader has
+        if not (broken := pipes.poll(0)):
+            raise  # another pipe of the process
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for stream, _ in broken:
+            os.dup2(nowhere, stream)  # for what Python still has to write
+        sys.exit(1)

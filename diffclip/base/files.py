@@ -46,11 +46,7 @@ def write_json(path: str | Path, value: object) -> None:
 
 
 def read_text(path: str | Path) -> str:
-    """The whole of a UTF-8 file, without a byte order mark.
-
-    Raises:
-        InputError: the file cannot be read, or is not UTF-8.
-    """
+    """The whole of a UTF-8 file, without a byte order mark; InputError if it cannot be read, or is not UTF-8."""
     try:
         return Path(path).read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -60,11 +56,7 @@ def read_text(path: str | Path) -> str:
 
 
 def read_json(path: str | Path) -> Any:
-    """The value of a JSON file.
-
-    Raises:
-        InputError: it cannot be read, is not UTF-8, not JSON, or nested too deep.
-    """
+    """The value of a JSON file; InputError if it cannot be read, is not UTF-8, not JSON, or nested too deep."""
     return parse_json(read_text(path), str(path))
 
 
@@ -81,11 +73,8 @@ def parse_json(text: str | bytes, name: str) -> Any:
 def read_jsonl(path: str | Path, *, damaged: str = "raise") -> Iterator[tuple[int, Any]]:
     """(line number from 1, value) of every line that is not blank, one at a time.
 
-    Args:
-        damaged: "raise", or "skip" for logs of ours, in which a kill may have left half a line.
-
-    Raises:
-        InputError: the file cannot be read, or a line is not UTF-8, not JSON, or nested too deep; names the line.
+    InputError, which names the line, if the file cannot be read, or a line is not UTF-8, not JSON, or nested too deep;
+    with `damaged` "skip", for logs of ours in which a kill may have left half a line, the rest is read nevertheless.
     """
     try:
         with open(path, "rb") as f:
@@ -130,10 +119,7 @@ def json_line(record: object) -> str:
 
 def cut_to_whole_lines(path: str | Path) -> int:
     """Cut half a line, left by a kill, off the end of a file; returns how many lines it has then, 0 for no file."""
-    path = Path(path)
-    if not path.exists():
-        return 0
-    content = path.read_bytes()
+    content = Path(path).read_bytes() if os.path.exists(path) else b""
     whole = content[: content.rfind(b"\n") + 1]
     if len(whole) != len(content):
         os.truncate(path, len(whole))
@@ -141,11 +127,7 @@ def cut_to_whole_lines(path: str | Path) -> int:
 
 
 def read_yaml(path: str | Path) -> Any:
-    """The value of a YAML file, plain types only.
-
-    Raises:
-        InputError: it cannot be read, is not UTF-8, not YAML, or nested too deep.
-    """
+    """The value of a YAML file, plain types only; InputError as `read_json`."""
     import yaml  # not at the top: `0_data.sh --dry-run` runs before anything is installed
 
     text = read_text(path)

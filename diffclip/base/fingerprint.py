@@ -12,11 +12,7 @@ from torch import nn
 
 
 def fingerprint(weights: nn.Module | Mapping[str, torch.Tensor]) -> str:
-    """Return 16 hex digits over names, shapes and float32 values of all parameters and persistent buffers.
-
-    Args:
-        weights: a module, or a state dict of dense tensors.
-    """
+    """Return 16 hex digits over names, shapes and float32 values of all parameters and persistent buffers."""
     state = weights.state_dict() if isinstance(weights, nn.Module) else weights
     digest = hashlib.sha256()
     for name in sorted(state):

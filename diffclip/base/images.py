@@ -14,17 +14,8 @@ from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 from diffclip.base.errors import InputError
 
 BROKEN = (  # all that a decoder or parser may raise at bytes that it was not made for
-    OSError,
-    ValueError,
-    SyntaxError,
-    EOFError,
-    TypeError,
-    LookupError,
-    ArithmeticError,
-    RuntimeError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
+    *(OSError, ValueError, SyntaxError, EOFError, TypeError, LookupError, ArithmeticError, RuntimeError),
+    *(struct.error, zlib.error, Image.DecompressionBombError),
 )
 # Raster formats alone: PIL hands EPS to Ghostscript, an interpreter of programs, and WMF to the system.
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "HEIF", "JPEG2000", "ICO")
@@ -44,12 +35,7 @@ warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 def open_image(source: bytes | str | Path | Callable[[], bytes], name: str = "") -> Image.Image:
-    """`decode` for images that a user named: InputError with `name` when one is missing or broken.
-
-    Args:
-        source: the encoded image, its path, or a function that reads it.
-        name: what the message calls it; by default the path.
-    """
+    """`decode` of bytes, a path, or what a function reads; InputError with `name` or the path if missing or broken."""
     name = name or (str(source) if isinstance(source, (str, Path)) else "the image")
     try:
         return decode(source() if callable(source) else source)
@@ -62,8 +48,7 @@ def open_image(source: bytes | str | Path | Callable[[], bytes], name: str = "")
 def decode(source: bytes | str | Path) -> Image.Image:
     """Decode an image of one of `FORMATS`: its first frame, by the rules of `to_rgb`.
 
-    Raises:
-        one of BROKEN: it is broken or of another format, or has more pixels than `PIL.Image.MAX_IMAGE_PIXELS`.
+    One of BROKEN if it is broken, of another format, or has more pixels than `PIL.Image.MAX_IMAGE_PIXELS`.
     """
     with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=_formats()) as image:
         pixels = image.width * image.height
@@ -76,10 +61,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """An RGB image of what a viewer shows of any PIL image; an upright RGB image is returned as it is.
 
     Turned as EXIF says, once: the result carries no orientation. Transparency lies over white. Greys of more than
-    8 bits are scaled as `_grey` says.
-
-    Raises:
-        one of BROKEN: the rest of a lazily opened file cannot be decoded.
+    8 bits are scaled as `_grey` says. One of BROKEN if the rest of a lazily opened file cannot be decoded.
     """
     ImageFile.LOAD_TRUNCATED_IMAGES = False  # lmms_eval sets it: half an image would pass for a whole
     image.load()

@@ -5,15 +5,9 @@ from matplotlib import colormaps
 
 
 def overlay(image: np.ndarray, heat: np.ndarray, top: float | None = None) -> np.ndarray:
-    """The image, darkened where heat is low and tinted where it is high.
+    """The image (height, width, 3) of 0 to 255, darkened where heat is low and tinted where it is high, as uint8.
 
-    Args:
-        image: (height, width, 3) of 0 to 255.
-        heat: (height, width), not negative.
-        top: the heat that is shown as the hottest; by default its maximum.
-
-    Returns:
-        (height, width, 3) uint8.
+    `heat` is (height, width), not negative; `top` is shown as the hottest, by default its maximum.
     """
     share = (heat / max(float(heat.max()) if top is None else top, 1e-12))[:, :, None]
     colour = 255 * colormaps["inferno"](share[:, :, 0])[:, :, :3]

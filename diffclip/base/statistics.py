@@ -19,11 +19,8 @@ def resampled_sums(rows: np.ndarray, resamples: int = 10_000, seed: int | np.ran
     # only how often each distinct row is drawn matters: for right and wrong a handful of counts instead of N draws
     values, counts = np.unique(rows, axis=0, return_counts=True)
     generator = np.random.default_rng(seed)
-    parts = []
-    for start in range(0, resamples, 1000):  # so that ten thousand images need no gigabyte
-        drawn = generator.multinomial(len(rows), counts / len(rows), size=min(1000, resamples - start))
-        parts.append(drawn @ values)
-    return np.concatenate(parts)
+    sizes = [min(1000, resamples - start) for start in range(0, resamples, 1000)]  # ten thousand images: no gigabyte
+    return np.concatenate([generator.multinomial(len(rows), counts / len(rows), n) @ values for n in sizes])
 
 
 def percentiles(draws: np.ndarray, level: float = 0.95) -> tuple[float, float]:
@@ -37,15 +34,11 @@ def bootstrap_mean(
 ) -> tuple[float, float, float]:
     """(mean, lower, upper end of its percentile interval) of (N,) values.
 
-    Args:
-        clusters: (N,) names of what each value belongs to; whole clusters are drawn. None: each is its own.
+    `clusters` are (N,) names of what each value belongs to: whole clusters are drawn. None: each is its own.
     """
-    if clusters is None:
-        sums = np.stack([values, np.ones(len(values))], 1)
-    else:
-        _, index = np.unique(np.asarray(clusters), return_inverse=True)
-        sums = np.stack([np.bincount(index, values), np.bincount(index)], 1)
-    drawn = resampled_sums(sums, resamples)
+    names = np.arange(len(values)) if clusters is None else np.asarray(clusters)
+    _, index = np.unique(names, return_inverse=True)
+    drawn = resampled_sums(np.stack([np.bincount(index, values), np.bincount(index)], 1), resamples)
     return (float(values.mean()), *percentiles(drawn[:, 0] / drawn[:, 1], level))
 
 
@@ -57,11 +50,7 @@ def paired_bootstrap(
 
 
 def mcnemar(first: np.ndarray, second: np.ndarray) -> float:
-    """The two-sided p-value of McNemar's exact test (binomial on the items where just one is right).
-
-    Args:
-        first, second: (N,) of 0/1 or bool, in the same order.
-    """
+    """The two-sided p-value of McNemar's exact test (binomial where just one of two is right), of (N,) 0/1 each."""
     difference = _paired(second, first)
     if not np.isin(difference, (-1, 0, 1)).all():
         raise ValueError("McNemar's test is for outcomes that are right or wrong")

@@ -16,9 +16,9 @@ import pyarrow.parquet
 from PIL import Image
 from torch.utils.data import Dataset
 
+from diffclip.base.archives import read_at
 from diffclip.base.errors import InputError
 from diffclip.base.images import open_image
-from diffclip.base.tars import read_at
 from diffclip.data.shards import walk
 
 # of two images under one key of a shard the first in this order counts: the photo, not its mask

@@ -11,14 +11,13 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
+from diffclip.base.archives import TAR_SUFFIXES
 from diffclip.base.errors import InputError
 from diffclip.base.images import BROKEN, decode
-from diffclip.base.tars import TAR_SUFFIXES
 from diffclip.data.captions import parse_captions
-from diffclip.data.folders import Files, read_folder
 from diffclip.data.shards import Shard, index_shards
 from diffclip.data.sources import expand_one
-from diffclip.data.tables import Columns, read_table
+from diffclip.data.tables import Columns, Files, read_folder, read_table
 
 
 class BadSample(InputError):
@@ -55,8 +54,7 @@ class PairTable:
             shards[path] if path in shards else _read(path, caption_member) for path in paths
         ]
         self.ends = np.cumsum([len(part) for part in self.parts])
-        last = np.cumsum([len(group) for group in groups]) - 1
-        ends = [int(self.ends[i]) for i in last]
+        ends = self.ends[np.cumsum([len(group) for group in groups]) - 1].tolist()
         self.ranges = list(zip([0, *ends[:-1]], ends))
         self.problems = [problem for part in self.parts for problem in part.problems]
         self.notices = [notice for part in self.parts for notice in part.notices]

@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from diffclip.base.archives import members, printable, read_at
 from diffclip.base.errors import InputError
 from diffclip.base.files import write_whole
-from diffclip.base.tars import members, printable, read_at
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")  # of several images under one key the first of these is taken
 EMPTY = "the shard is empty"
@@ -51,7 +51,7 @@ class Shard:
 
     def read(self, index: int) -> tuple[bytes, bytes]:
         """Image bytes and caption bytes of one sample; OSError when the file is gone or shorter than it was."""
-        image_at, image_size, text_at, text_size = (int(n) for n in self.spans[index])
+        image_at, image_size, text_at, text_size = self.spans[index].tolist()
         image, text = read_at(self.path, (image_at, image_size), (text_at, text_size))
         return image, text
 
@@ -59,10 +59,8 @@ class Shard:
 def index_shards(paths: Sequence[str], caption: str = "txt") -> list[Shard]:
     """Index many tars, a few at a time, with a progress bar when it takes long; order kept.
 
-    Ranks of one run start at different shards and find in the cache what the others have done.
-
-    Raises:
-        InputError: as `index_shard`, or none of the tars holds a pair.
+    Ranks of one run start at different shards and find in the cache what the others have done. InputError as
+    `index_shard`, or if none of the tars holds a pair.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     first = len(paths) * rank // world
@@ -73,9 +71,8 @@ def index_shards(paths: Sequence[str], caption: str = "txt") -> list[Shard]:
         shards = dict(zip(order, bar))
     if paths and not any(len(shard) for shard in shards.values()):
         key, reason = shards[0].problems[0]
-        remedy = "name its images .jpg, .jpeg, .png or .webp, or set caption_member"
-        if reason == EMPTY:
-            remedy = "download or write it again"
+        names = "name its images .jpg, .jpeg, .png or .webp, or set caption_member"
+        remedy = "download or write it again" if reason == EMPTY else names
         raise InputError(f"{key}: {reason}; {remedy}")
     return [shards[i] for i in range(len(paths))]
 
@@ -84,14 +81,9 @@ def index_shard(path: str, caption: str = "txt") -> Shard:
     """List the pairs of an img2dataset/webdataset tar, in the order in which their keys first appear.
 
     A tar that ends early keeps what lies before its end, and one without pairs is a problem of the table that it
-    belongs to. A second member of the same name starts a new sample, as where two shards were joined.
-
-    Args:
-        path: a local tar file.
-        caption: which member holds the text: "txt", or "json" for its `captions` / `caption` entry.
-
-    Raises:
-        InputError: the file is not a tar, is compressed, or has a member with a path that leads outside.
+    belongs to. A second member of the same name starts a new sample, as where two shards were joined. `caption` is
+    the member with the text: "txt", or "json" for its `captions` / `caption` entry. InputError if the file is not a
+    tar, is compressed, or has a member with a path that leads outside.
     """
     stat = os.stat(path)
     if stat.st_size < CACHE_FROM:
@@ -100,9 +92,7 @@ def index_shard(path: str, caption: str = "txt") -> Shard:
     cached = cache_dir() / "index" / f"{hashlib.sha256(os.fsencode(identity)).hexdigest()[:32]}.npz"
     if cached.is_file():
         with np.load(cached, allow_pickle=False) as stored:
-            problems, notices = (
-                [(key, reason) for key, reason in stored[name].tolist()] for name in ("problems", "notices")
-            )
+            problems, notices = ([*map(tuple, stored[name].tolist())] for name in ("problems", "notices"))
             return Shard(path, stored["keys"], stored["spans"], problems, notices)
     shard = _index(path, caption)
     buffer = io.BytesIO()
@@ -115,7 +105,7 @@ def index_shard(path: str, caption: str = "txt") -> Shard:
 
 def _index(path: str, caption: str) -> Shard:
     samples, problems = walk(path)
-    keys, spans, several, example = [], [], 0, ("", "")
+    keys, spans, several = [], [], []
     for key, places in samples:
         images = sorted((s for s in places if f".{s.lower()}" in IMAGE_SUFFIXES), key=lambda s: image_rank(f".{s}"))
         text = next((s for s in places if s.lower() == caption), None)
@@ -123,8 +113,7 @@ def _index(path: str, caption: str) -> Shard:
             problems.append((f"{path}/{printable(key)}", f"no .{caption} caption" if images else "no image"))
             continue
         if len(images) > 1:
-            example = example if several else (f"{path}/{printable(key)}", ", ".join(images))
-            several += 1
+            several.append((f"{path}/{printable(key)}", ", ".join(images)))
         keys.append(os.fsencode(key))
         spans.append((*places[images[0]], *places[text]))
     if not samples:
@@ -135,11 +124,10 @@ def _index(path: str, caption: str) -> Shard:
         problems.insert(0, (path, f"no sample has both an image and a .{caption} caption ({contents})"))
     notices = []
     if several:
-        order = ", ".join(suffix[1:] for suffix in IMAGE_SUFFIXES)
-        reason = f"{several} keys of the shard hold several images (this one {example[1]}): the first of {order} counts"
-        notices.append((example[0], reason))
-    doubled = len(samples) - len({key for key, _ in samples})
-    if doubled:
+        (first, names), order = several[0], ", ".join(suffix[1:] for suffix in IMAGE_SUFFIXES)
+        reason = f"hold several images (this one {names}): the first of {order} counts"
+        notices.append((first, f"{len(several)} keys of the shard {reason}"))
+    if doubled := len(samples) - len({key for key, _ in samples}):
         notices.append((path, f"{doubled} keys of the shard occur again with members of the same names: own samples"))
     return Shard(
         path, np.array(keys, dtype=np.bytes_), np.array(spans, dtype=np.int64).reshape(-1, 4), problems, notices
@@ -147,11 +135,7 @@ def _index(path: str, caption: str) -> Shard:
 
 
 def walk(path: str | Path) -> tuple[list[tuple[str, Places]], list[tuple[str, str]]]:
-    """(key, {suffix: (offset, bytes)}) of all samples of a tar, and where it ends early as (path, reason).
-
-    Raises:
-        InputError: as `index_shard`.
-    """
+    """(key, {suffix: (offset, bytes)}) of all samples of a tar, and where it ends early as (path, reason)."""
     path = str(path)
     samples: list[tuple[str, Places]] = []
     latest: dict[str, Places] = {}  # the sample of each key that members are put to

@@ -17,10 +17,7 @@ def expand(patterns: Sequence[str]) -> list[str]:
 
     A pattern is a path with globs and `{00000..00012}` braces (a folder stands for the shards in it), an http(s)
     address with braces (downloaded once into `diffclip.data.shards.cache_dir`), or `hf:owner/name`, a dataset of the
-    Hub, which stays as it is.
-
-    Raises:
-        InputError: a pattern matches nothing, or a download fails.
+    Hub, which stays as it is. InputError if a pattern matches nothing, or a download fails.
     """
     return [path for pattern in patterns for path in expand_one(pattern)]
 
@@ -29,11 +26,8 @@ def expand_one(pattern: str) -> list[str]:
     """`expand` of a single pattern."""
     paths: list[str] = []
     for part in braceexpand.braceexpand(str(pattern)):
-        if part.startswith("hf:"):
-            paths.append(part)
-            continue
-        if part.startswith(("http://", "https://")):
-            paths.append(downloaded(part))
+        if part.startswith(("hf:", "http://", "https://")):
+            paths.append(part if part.startswith("hf:") else downloaded(part))
             continue
         matches = sorted(glob.glob(part)) if glob.has_magic(part) else [part] if os.path.exists(part) else []
         if not matches:

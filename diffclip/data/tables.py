@@ -1,4 +1,6 @@
-"""Tables of pairs: CSV and TSV, parquet, and folders and Hub data sets of `datasets`, with one way to a row of each."""
+"""Pairs that are in no shards, with one way to a row of each source: CSV and TSV, parquet, folders and Hub data sets of
+`datasets`, and folders of images, each with its captions in a file of the same stem beside it (img2dataset's `files`).
+"""
 
 import csv
 import os
@@ -17,7 +19,8 @@ from pyarrow import compute
 from diffclip.base.errors import InputError, first_line
 from diffclip.base.files import utf8_remedy
 from diffclip.base.images import decode
-from diffclip.data.captions import not_empty, texts
+from diffclip.data.captions import not_empty, parse_captions, texts
+from diffclip.data.shards import IMAGE_SUFFIXES, image_rank
 
 IMAGE_COLUMNS = ("image", "jpg", "png", "filepath", "image_path", "file_name", "jpeg", "webp", "img")
 CAPTION_COLUMNS = ("caption", "text", "txt", "title", "captions", "alt_text", "alt", "TEXT")
@@ -58,8 +61,7 @@ class Columns:
 def read_table(path: str) -> Columns:
     """A .csv, .tsv or .parquet file, a folder that `datasets` saved, or `hf:owner/name`.
 
-    Raises:
-        InputError: another kind of file, one that cannot be read, or no column of images or of captions.
+    InputError for another kind of file, one that cannot be read, or no column of images or of captions.
     """
     suffix = Path(path).suffix
     if suffix not in (".csv", ".tsv", ".parquet") and not path.startswith("hf:") and not os.path.isdir(path):
@@ -101,12 +103,10 @@ def _chosen(path: str, names: Sequence[str]) -> tuple[str, str]:
 
 def _failed_downloads(rows: datasets.Dataset, image: str) -> np.ndarray:
     """(rows,) bool: img2dataset says in `status` that there is no image because it could not be had."""
-    none = np.zeros(len(rows), dtype=bool)
-    if "status" not in rows.column_names or rows.data.num_rows != len(rows):
-        return none
-    status, images = rows.data.column("status"), rows.data.column(image)
-    if not (pyarrow.types.is_string(status.type) or pyarrow.types.is_large_string(status.type)):
-        return none
+    status = rows.data.column("status") if "status" in rows.column_names else None
+    if status is None or len(status) != len(rows) or status.type not in (pyarrow.string(), pyarrow.large_string()):
+        return np.zeros(len(rows), dtype=bool)
+    images = rows.data.column(image)
     if pyarrow.types.is_struct(images.type):
         images = compute.struct_field(images, "bytes")
     failed = compute.fill_null(compute.starts_with(status, "failed"), False)
@@ -116,8 +116,7 @@ def _failed_downloads(rows: datasets.Dataset, image: str) -> np.ndarray:
 def _read_csv(path: str) -> Columns:
     """Every cell as the text that it is; the separator is told from the header line.
 
-    Raises:
-        InputError: not UTF-8, a row with more or fewer cells than the header, a quote that swallows rows.
+    InputError if it is not UTF-8, a row has more or fewer cells than the header, or a quote swallows rows.
     """
     with open(path, "rb") as f:
         head = f.readline()
@@ -135,7 +134,7 @@ def _read_csv(path: str) -> Columns:
         (s for s, names in headers.items() if {*names} & {*IMAGE_COLUMNS} and {*names} & {*CAPTION_COLUMNS}), usual
     )
     image, caption = _chosen(path, headers[separator])
-    quotes = not path.endswith(".tsv")
+    quotes = usual == ","
     try:
         table = pyarrow.csv.read_csv(
             path,
@@ -153,9 +152,8 @@ def _read_csv(path: str) -> Columns:
         _refuse_encoding(path)
         raise InputError(f"{path}: cannot be read as a table ({first_line(error)}); mend that row") from None
     rows = rf'\.(?i:jpe?g|png|webp|gif|bmp|tiff?)"?({re.escape(separator)}|\r?\n)'
-    swallowed = compute.and_(
-        compute.match_substring(table[caption], "\n"), compute.match_substring_regex(table[caption], rows)
-    )
+    text = table[caption]
+    swallowed = compute.and_(compute.match_substring(text, "\n"), compute.match_substring_regex(text, rows))
     if compute.any(swallowed).as_py():
         first = table[image].filter(swallowed)[0].as_py()
         raise InputError(
@@ -173,3 +171,66 @@ def _refuse_encoding(path: str) -> None:
                 line.decode("utf-8")
             except UnicodeDecodeError:
                 raise InputError(f"{path}:{number}: not UTF-8; {utf8_remedy(path)}") from None
+
+
+# ---------------------------------------------------------------- folders
+
+LITTER = ("__MACOSX", "@eaDir")  # folders of file managers, as are those with a dot in front
+
+
+@dataclass
+class Files:
+    """The pairs of a folder: `files[i]` -> (image, captions)."""
+
+    path: str
+    pairs: list[tuple[str, str]]  # image and captions
+    member: str
+    problems: list[tuple[str, str]]
+    notices: tuple = ()
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def key(self, row: int) -> str:
+        """The name of a pair: its image's path."""
+        return self.pairs[row][0]
+
+    def __getitem__(self, row: int) -> tuple[Image.Image, list[str]]:
+        image, captions = self.pairs[row]
+        return decode(image), parse_captions(Path(captions).read_bytes(), self.member)
+
+
+def read_folder(folder: str, member: str) -> Files:
+    """All pairs at any depth; of several images of one stem the first of `IMAGE_SUFFIXES` is taken.
+
+    `member` is the suffix of the files of captions, "txt" or "json". InputError if there is no pair.
+    """
+    images, captions, seen = dict[str, str](), dict[str, str](), set[str]()
+    for where, folders, names in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(where)) in seen:  # a link to a folder above, or a second one to the same
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if name not in LITTER and not name.startswith("."))
+        for name in sorted(names, key=_stem_and_rank):
+            stem, suffix = os.path.splitext(os.path.join(where, name))
+            if name.startswith("."):
+                continue
+            if suffix.lower() == f".{member}":
+                captions[stem] = stem + suffix
+            elif suffix.lower() in IMAGE_SUFFIXES:
+                images.setdefault(stem, stem + suffix)
+    pairs = [(image, captions[stem]) for stem, image in images.items() if stem in captions]
+    if not pairs:
+        raise InputError(
+            f"{folder}: holds neither shards, nor a saved dataset, nor images ({', '.join(IMAGE_SUFFIXES)}) with a "
+            f".{member} of the same name beside them; set caption_member, or name the files in it"
+        )
+    problems = [(image, f"no .{member} caption") for stem, image in images.items() if stem not in captions]
+    problems += [(captions[stem], "no image") for stem in sorted(captions.keys() - images.keys())]
+    return Files(folder, pairs, member, problems)
+
+
+def _stem_and_rank(name: str) -> tuple[str, int]:
+    stem, suffix = os.path.splitext(name)
+    return stem, image_rank(suffix)

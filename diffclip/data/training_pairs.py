@@ -45,10 +45,9 @@ class TrainingPairs(Dataset):
                 30 % of them, a new draw in each epoch. Empty: once.
             bad_samples: file that gets a line {"key", "reason"} for each unreadable pair; None: they raise.
         """
-        if len(weights) not in (0, len(table.ranges)) or not all(0 <= w < float("inf") for w in weights):
-            raise InputError(
-                f"{len(weights)} weights for {len(table.ranges)} data sources: give each source one, of 0 or more"
-            )
+        sources = len(table.ranges)
+        if len(weights) not in (0, sources) or not all(0 <= w < float("inf") for w in weights):
+            raise InputError(f"{len(weights)} weights for {sources} data sources: give each source one, of 0 or more")
         self.table, self.transform, self.tokenizer, self.seed = table, transform, tokenizer, seed
         self.weights, self.bad_samples = list(weights), bad_samples
         self._named: set[str] = set()
@@ -70,15 +69,10 @@ class TrainingPairs(Dataset):
             rng = np.random.default_rng((self.seed, epoch))
             rows = np.arange(len(self.table), dtype=np.int32)
             if self.weights:
-                parts = [self._share(rows[a:b], w, rng) for (a, b), w in zip(self.table.ranges, self.weights)]
-                rows = np.concatenate(parts)
+                shares = zip(self.table.ranges, self.weights)
+                rows = np.concatenate([_share(rows[a:b], weight, rng) for (a, b), weight in shares])
             self._order = (epoch, rng.permutation(rows))
         return self._order[1]
-
-    @staticmethod
-    def _share(rows: np.ndarray, weight: float, rng: np.random.Generator) -> np.ndarray:
-        whole, rest = divmod(weight, 1)
-        return np.concatenate([*[rows] * int(whole), rng.choice(rows, round(rest * len(rows)), replace=False)])
 
     def row(self, k: int) -> int:
         """The table's row that stands at place k."""
@@ -107,6 +101,11 @@ class TrainingPairs(Dataset):
         """The row that stands in for the bad-th unreadable one at place k: any that the epoch sees."""
         seen = self.order(k // self.per_epoch) if self.weights else range(len(self.table))
         return int(seen[int(np.random.default_rng((self.seed, k, bad)).integers(len(seen)))])
+
+
+def _share(rows: np.ndarray, weight: float, rng: np.random.Generator) -> np.ndarray:
+    whole, rest = divmod(weight, 1)
+    return np.concatenate([*[rows] * int(whole), rng.choice(rows, round(rest * len(rows)), replace=False)])
 
 
 def name_bad_samples(path: Path, samples: Sequence[tuple[str, str]]) -> None:

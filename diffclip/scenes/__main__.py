@@ -4,7 +4,7 @@ diffclip scenes show --seed 0 sheet.png
 diffclip scenes export DIR --seed 0 --pairs 20000 --conversations 6000 --size 64
 """
 
-from argparse import ArgumentDefaultsHelpFormatter
+from argparse import ArgumentDefaultsHelpFormatter as Defaults
 from dataclasses import fields
 from pathlib import Path
 
@@ -17,25 +17,20 @@ def main(argv: list[str] | None = None) -> None:
     """`export` writes training and test sets, `show` draws a contact sheet."""
     parser = Parser("diffclip scenes", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    to_files = commands.add_parser(
-        "export", help="write training and test sets to a folder", formatter_class=ArgumentDefaultsHelpFormatter
-    )
+    to_files = commands.add_parser("export", help="write training and test sets to a folder", formatter_class=Defaults)
     to_files.add_argument("directory", type=Path)
     for option in fields(Options):
-        allowed = option.metadata["range"]
-        kind = number(int, allowed.least, allowed.most)
+        kind = number(int, option.metadata["range"].least, option.metadata["range"].most)
         to_files.add_argument(f"--{option.name}", type=kind, default=option.default, help=option.metadata["help"])
     to_files.add_argument("--only", help="comma-separated parts to write: " + ", ".join(PARTS))
-    to_image = commands.add_parser(
-        "show", help="draw a contact sheet to look at", formatter_class=ArgumentDefaultsHelpFormatter
-    )
+    to_image = commands.add_parser("show", help="draw a contact sheet to look at", formatter_class=Defaults)
     to_image.add_argument("path", type=Path)
     to_image.add_argument("--seed", type=number(int, 0), default=0, help="seed of the world")
     arguments = parser.parse_args(argv)
-    from diffclip.scenes import export, sheet
+    from diffclip.scenes import export
 
     if arguments.command == "show":
-        return sheet.show(arguments.path, arguments.seed)
+        return export.show(arguments.path, arguments.seed)
     parts = arguments.only.split(",") if arguments.only else list(PARTS)
     for part in parts:
         if part not in PARTS:

@@ -1,16 +1,14 @@
 """The built-in world: images of one to four coloured shapes whose content is known exactly.
 
 Scene `index` of stream `split` depends on (seed, split, index) alone. From its description come the image
-and the masks (here), captions (text.py), questions (questions.py, conversations.py) and files (parts.py, export.py).
-
-    diffclip scenes show --seed 0 sheet.png
-    diffclip scenes export DIR --seed 0 --pairs 20000 --conversations 6000 --size 64
+and the masks (here), captions (text.py), questions (questions.py) and files (parts.py, export.py).
 """
 
 import math
 import random
 from collections.abc import Iterator
 from functools import lru_cache
+from itertools import count
 from typing import NamedTuple
 
 import numpy as np
@@ -91,13 +89,12 @@ def _next_weights() -> dict[str, tuple[float, ...]]:
     }
 
 
-def sample_shapes(rng: random.Random, count: int) -> list[str]:
-    """`count` shapes by frequency and by the company that the ones before them keep."""
-    weights, chosen = list(FREQUENCY), []
-    for _ in range(count):
-        shape = rng.choices(SHAPES, weights)[0]
-        weights = [w * f for w, f in zip(weights, _next_weights()[shape])]
-        chosen.append(shape)
+def sample_shapes(rng: random.Random, number: int) -> list[str]:
+    """So many shapes by frequency and by the company that the ones before them keep."""
+    weights, chosen = list(FREQUENCY), list[str]()
+    for _ in range(number):
+        chosen += rng.choices(SHAPES, weights)
+        weights = [w * f for w, f in zip(weights, _next_weights()[chosen[-1]])]
     return chosen
 
 
@@ -115,8 +112,7 @@ def _between(rng: random.Random, low: int, high: int) -> int:
 
 def make_thing(rng: random.Random, shape: str, color: str, size: str, d: int | None = None) -> Thing:
     """An object without a place (x = y = 0); its tint is jittered a little around the named colour."""
-    if d is None:
-        d = 2 * CELL if size == "small" else 3 * CELL
+    d = d or (2 if size == "small" else 3) * CELL
     red, green, blue = (min(255, max(0, c + _between(rng, -10, 10))) for c in COLORS[color])
     direction = rng.choice(DIRECTIONS) if shape == "arrow" else ""
     return Thing(shape, color, size, direction, 0, 0, d, (red, green, blue))
@@ -142,9 +138,9 @@ def make_background(rng: random.Random) -> Background:
     """A pale background, lighter than nearly every object: white or grey, a little tinted, plain or textured."""
     tone = "white" if rng.random() < 0.6 else "grey"
     grey = _between(rng, 228, 243) if tone == "white" else _between(rng, 188, 208)
-    rgb = (grey + _between(rng, -10, 10), grey + _between(rng, -10, 10), grey + _between(rng, -10, 10))
+    red, green, blue = (grey + _between(rng, -10, 10) for _ in range(3))
     kind = "plain" if rng.random() < 0.3 else rng.choice(BACKGROUNDS[1:])
-    return Background(kind, tone, rgb, _between(rng, 9, 16), _between(rng, 4, 7), rng.getrandbits(31))
+    return Background(kind, tone, (red, green, blue), _between(rng, 9, 16), _between(rng, 4, 7), rng.getrandbits(31))
 
 
 def stream_rng(seed: int, split: str, index: int) -> random.Random:
@@ -246,7 +242,7 @@ def alpha(shape: str, direction: str, pixels: int, outline: bool = False) -> np.
     turn = TURNS[direction or "right"]
     pen = ImageDraw.Draw(image)
     for fill, contour in zip((255, 0), _contours(shape)):
-        points = [turn(x, y) for x, y in contour]
+        points = (turn(x, y) for x, y in contour)
         pen.polygon([(x * (fine - 1), y * (fine - 1)) for x, y in points], fill=fill)
     if outline:
         # framed, so that an edge on the box's border is drawn too; lines are box/22 wide, at least 5/8 pixel
@@ -275,14 +271,12 @@ def _texture(kind: str, period: int, turn: int, size: int) -> np.ndarray:
 
 
 def _paint_background(background: Background, size: int) -> np.ndarray:
-    canvas = np.empty((size, size, 3), np.float32)
-    canvas[:] = background.rgb
+    canvas = np.full((size, size, 3), background.rgb, np.float32)
     if background.kind == "grainy":
         noise = np.random.Generator(np.random.PCG64(background.seed)).standard_normal((size, size, 1), np.float32)
         canvas += (0.9 * background.contrast) * noise
     elif background.kind != "plain":
-        pattern = _texture(background.kind, background.period, background.seed % 8, size)
-        canvas += background.contrast * pattern
+        canvas += background.contrast * _texture(background.kind, background.period, background.seed % 8, size)
     return canvas
 
 
@@ -330,8 +324,6 @@ def masks(scene: Scene, size: int = 64) -> np.ndarray:
 
 def stream(seed: int, split: str, size: int = 64, start: int = 0) -> Iterator[tuple[np.ndarray, Scene]]:
     """Endless images of a split with their descriptions, from scene `start` on; nothing is stored."""
-    index = start
-    while True:
+    for index in count(start):
         scene = make_scene(seed, split, index)
         yield draw(scene, size), scene
-        index += 1

@@ -1,19 +1,22 @@
-"""Write the built-in world to a folder: each part beside its place and then renamed, scenes.json last."""
+"""Write the built-in world to a folder, each part beside its place and then renamed, scenes.json last; or show it."""
 
 import os
+import random
 import shutil
+import textwrap
 from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 
+from PIL import Image, ImageDraw
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from diffclip.base.errors import InputError
 from diffclip.base.files import read_json, write_json
-from diffclip.scenes.drawing import COLORS, SHAPES
+from diffclip.scenes.drawing import COLORS, SHAPES, draw, make_scene
 from diffclip.scenes.options import PARTS, Options
-from diffclip.scenes.parts import CLASSES, SHIFTS, WRITERS
-from diffclip.scenes.text import MMVP_CATEGORIES
+from diffclip.scenes.parts import CLASSES, SHIFTS, WRITERS, class_scene
+from diffclip.scenes.text import MMVP_CATEGORIES, caption, mmvp_pair
 
 VERSION = 5  # raised whenever the same options give other files
 
@@ -27,23 +30,22 @@ def export(directory: Path, options: Options, parts: Collection[str] = PARTS) ->
     record, done = directory / "scenes.json", []
     if record.exists():
         before = read_json(record)
-        differ = [k for k, v in made.items() if before["options"].get(k) != v]
-        if differ:
+        if differ := [k for k, v in made.items() if before["options"].get(k) != v]:
             there = ", ".join(f"{k}={before['options'].get(k)}" for k in differ)
             wanted = ", ".join(f"{k}={made[k]}" for k in differ)
             raise InputError(
                 f"{record} was made with {there} but {wanted} was asked for: name another folder or delete it"
             )
         done = before["parts"]
-    missing = [part for part in PARTS if part in parts and part not in done]
-    if not missing:
+    if not (missing := [part for part in PARTS if part in parts and part not in done]):
         print(f"{directory}: complete")
         return
 
     directory.mkdir(parents=True, exist_ok=True)
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn())
     with Progress(TextColumn("scenes: {task.description}"), *columns) as progress:
-        task = progress.add_task(missing[0], total=sum(_steps(part, options) for part in missing), rate="")
+        total = sum(scenes(options) for _, scenes in (WRITERS[part] for part in missing))
+        task = progress.add_task(missing[0], total=total, rate="")
         for part in missing:
             progress.update(task, description=part)
             count = 0
@@ -57,7 +59,7 @@ def export(directory: Path, options: Options, parts: Collection[str] = PARTS) ->
 
             partial, final = directory / f".{part}.partial", directory / part
             shutil.rmtree(partial, ignore_errors=True)
-            WRITERS[part](partial, options, tick)
+            WRITERS[part][0](partial, options, tick)
             progress.update(task, advance=count % 100)
             shutil.rmtree(final, ignore_errors=True)
             os.replace(partial, final)
@@ -73,14 +75,23 @@ def export(directory: Path, options: Options, parts: Collection[str] = PARTS) ->
     print(f"{directory}: wrote {', '.join(missing)}")
 
 
-def _steps(part: str, options: Options) -> int:
-    return {
-        "pretrain": options.pairs,
-        "retrieval": options.retrieval,
-        "classification": len(CLASSES) * (options.class_train + options.class_val + options.class_test),
-        "shifts": len(SHIFTS) * options.class_test,
-        "llava": max(options.align, options.conversations) + options.texts,
-        "pope": options.pope,
-        "mmvp": options.mmvp * len(MMVP_CATEGORIES),
-        "segmentation": options.segmentation,
-    }[part]
+def show(path: Path, seed: int) -> None:
+    """A contact sheet: images with a caption under each, then the shifted sets and MMVP-style pairs."""
+    scenes = [make_scene(seed, "pretrain", i) for i in range(20)]
+    cells = [(scene, caption(scene, random.Random(i))) for i, scene in enumerate(scenes)]
+    for role in SHIFTS:
+        for i in range(5):
+            scene, name = class_scene(seed, "shape", f"shifts/{role}", i + 2, role)
+            cells.append((scene, f"shifts/{role}: {name}"))
+    for category in MMVP_CATEGORIES:
+        cells += [(scene, f"{category}: {line}") for scene, line in mmvp_pair(category, seed, 0)]
+    columns, cell, height, zoom = 8, 200, 216, 2
+    sheet = Image.new("RGB", (columns * cell, -(-len(cells) // columns) * height), "white")
+    pen = ImageDraw.Draw(sheet)
+    for k, (scene, text) in enumerate(cells):
+        left, top = k % columns * cell + 10, k // columns * height + 8
+        image = Image.fromarray(draw(scene, 64)).resize((64 * zoom,) * 2, Image.Resampling.NEAREST)
+        sheet.paste(image, (left + 20, top))
+        pen.text((left, top + 64 * zoom + 3), textwrap.fill(text, 30), "black", font_size=11)
+    sheet.save(path)
+    print(path)

@@ -7,8 +7,7 @@ import csv
 import io
 import json
 import tarfile
-from collections.abc import Callable, Iterator
-from itertools import groupby
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,27 +15,21 @@ import numpy as np
 from PIL import Image
 
 from diffclip.base.files import json_line, write_json, write_whole
-from diffclip.scenes.conversations import align_conversation, instruct_conversation, text_line
+from diffclip.base.schema import POPE_SPLITS
 from diffclip.scenes.drawing import COLORS, SHAPES, Scene, draw, make_scene, masks, one_object, stream_rng
 from diffclip.scenes.options import Options
-from diffclip.scenes.questions import pope_questions
+from diffclip.scenes.questions import align_conversation, instruct_conversation, pope_questions, text_line
 from diffclip.scenes.text import MMVP_CATEGORIES, captions, mmvp_pair
+
+Tick = Callable[[], None]  # called after each scene
 
 SHARD = 1000  # pairs per tar
 SHIFTS = ("v2", "a", "r", "sketch")
-POPE_WAYS = ("random", "popular", "adversarial")
 EASY_CONVERSATIONS = 0.6  # the share, the first ones, that ask for presence alone
 MIXED = 0.3  # of the conversations after that: captions, counting and all other kinds
 EASY_TEXTS = 0.7  # the share of lines, the first ones, that ask for presence alone
 TEMPLATES = {
-    "shape": [
-        "a {c}.",
-        "a picture of a {c}.",
-        "a large {c}.",
-        "a small {c}.",
-        "there is a {c}.",
-        "only a {c}.",
-    ],
+    "shape": ["a {c}.", "a picture of a {c}.", "a large {c}.", "a small {c}.", "there is a {c}.", "only a {c}."],
     "color": ["a {c} shape.", "a picture of a {c} object.", "a {c} circle.", "a {c} square.", "a {c} star."],
     "shape_color": ["a {c}.", "a picture of a {c}.", "a large {c}.", "a small {c}.", "there is a {c}."],
 }
@@ -53,16 +46,24 @@ def png(scene: Scene, size: int) -> bytes:
     return buffer.getvalue()
 
 
-def _write_shards(folder: Path, samples: Iterator[dict[str, bytes]]) -> None:
-    """Samples {"png": …, "txt": …} as webdataset tars with fixed times: equal options give equal bytes."""
+def _write_png(folder: Path, index: int, scene: Scene, size: int) -> str:
+    """Returns the file's name."""
+    name = f"{index:06d}.png"
+    (folder / name).write_bytes(png(scene, size))
+    return name
+
+
+def _write_shards(folder: Path, count: int, sample: Callable[[int], dict[str, bytes]], tick: Tick) -> None:
+    """`sample(i)` {"png": …, "txt": …} as webdataset tars with fixed times: equal options give equal bytes."""
     folder.mkdir(parents=True)
-    for number, group in groupby(enumerate(samples), lambda numbered: numbered[0] // SHARD):
+    for number, start in enumerate(range(0, count, SHARD)):
         with tarfile.open(folder / f"{number:05d}.tar", "w") as shard:
-            for i, sample in group:
-                for extension, content in sample.items():
+            for i in range(start, min(start + SHARD, count)):
+                for extension, content in sample(i).items():
                     entry = tarfile.TarInfo(f"{i:09d}.{extension}")
                     entry.size = len(content)
                     shard.addfile(entry, io.BytesIO(content))
+                tick()
 
 
 # ---------------------------------------------------------------- the scenes of each part
@@ -88,30 +89,24 @@ def class_scene(seed: int, what: str, split: str, index: int, role: str = "") ->
 
 # ---------------------------------------------------------------- one function per part
 
-Tick = Callable[[], None]
-
 
 def write_pretrain(folder: Path, options: Options, tick: Tick) -> None:
-    def samples() -> Iterator[dict[str, bytes]]:
-        for i in range(options.pairs):
-            scene = make_scene(options.seed, "pretrain", i)
-            texts = captions(scene, stream_rng(options.seed, "pretrain/captions", i), options.captions)
-            about = {"key": f"{i:09d}", "caption": texts[0], "captions": texts}
-            yield {"png": png(scene, options.size), "txt": texts[0].encode(), "json": json.dumps(about).encode()}
-            tick()
+    def sample(i: int) -> dict[str, bytes]:
+        scene = make_scene(options.seed, "pretrain", i)
+        texts = captions(scene, stream_rng(options.seed, "pretrain/captions", i), options.captions)
+        about = {"key": f"{i:09d}", "caption": texts[0], "captions": texts}
+        return {"png": png(scene, options.size), "txt": texts[0].encode(), "json": json.dumps(about).encode()}
 
-    _write_shards(folder, samples())
+    _write_shards(folder, options.pairs, sample, tick)
 
 
 def write_retrieval(folder: Path, options: Options, tick: Tick) -> None:
-    def samples() -> Iterator[dict[str, bytes]]:
-        for i in range(options.retrieval):
-            scene = retrieval_scene(options.seed, i)
-            texts = captions(scene, stream_rng(options.seed, "retrieval/captions", i), 5, detail=1.0)
-            yield {"png": png(scene, options.size), "txt": "\n".join(texts).encode()}
-            tick()
+    def sample(i: int) -> dict[str, bytes]:
+        scene = retrieval_scene(options.seed, i)
+        texts = captions(scene, stream_rng(options.seed, "retrieval/captions", i), 5, detail=1.0)
+        return {"png": png(scene, options.size), "txt": "\n".join(texts).encode()}
 
-    _write_shards(folder, samples())
+    _write_shards(folder, options.retrieval, sample, tick)
 
 
 def _write_classes(
@@ -121,7 +116,7 @@ def _write_classes(
         (folder / name).mkdir(parents=True)
     for i in range(count):
         scene, name = class_scene(options.seed, what, stream, i, role)
-        (folder / name / f"{i:06d}.png").write_bytes(png(scene, options.size))
+        _write_png(folder / name, i, scene, options.size)
         tick()
 
 
@@ -143,8 +138,8 @@ def write_llava(folder: Path, options: Options, tick: Tick) -> None:
     (folder / "images").mkdir(parents=True)
     align, instruct = [], []
     for i in range(max(options.align, options.conversations)):
-        scene, image = make_scene(options.seed, "llava", i), f"{i:06d}.png"
-        (folder / "images" / image).write_bytes(png(scene, options.size))
+        scene = make_scene(options.seed, "llava", i)
+        image = _write_png(folder / "images", i, scene, options.size)
         if i < options.align:
             turns = align_conversation(scene, stream_rng(options.seed, "llava/align", i))
             align.append({"id": f"align_{i:06d}", "image": image, "conversations": turns})
@@ -166,31 +161,29 @@ def write_llava(folder: Path, options: Options, tick: Tick) -> None:
 
 def write_pope(folder: Path, options: Options, tick: Tick) -> None:
     (folder / "images").mkdir(parents=True)
-    rows: dict[str, list[dict[str, Any]]] = {way: [] for way in POPE_WAYS}
+    splits: dict[str, list[dict[str, Any]]] = {split: [] for split in POPE_SPLITS}
     for i in range(options.pope):
-        scene, image = pope_scene(options.seed, i), f"{i:06d}.png"
-        (folder / "images" / image).write_bytes(png(scene, options.size))
-        for way in POPE_WAYS:
-            # the same generator for each way: the positive questions are the same in all three files
-            for text, label in pope_questions(scene, way, stream_rng(options.seed, "pope/questions", i)):
-                row = {"question_id": len(rows[way]) + 1, "image": image, "text": text, "label": label}
-                rows[way].append(row)
+        scene = pope_scene(options.seed, i)
+        image = _write_png(folder / "images", i, scene, options.size)
+        for split, rows in splits.items():
+            # the same generator for each: the positive questions are the same in all three files
+            for text, label in pope_questions(scene, split, stream_rng(options.seed, "pope/questions", i)):
+                rows.append({"question_id": len(rows) + 1, "image": image, "text": text, "label": label})
         tick()
-    for way in POPE_WAYS:
-        write_whole(folder / f"scenes_pope_{way}.json", "".join(map(json_line, rows[way])))
+    for split, rows in splits.items():
+        write_whole(folder / f"scenes_pope_{split}.json", "".join(map(json_line, rows)))
 
 
 def write_mmvp(folder: Path, options: Options, tick: Tick) -> None:
-    rows, question = [], 0
+    rows: list[tuple[int, str, str]] = []
     for category in MMVP_CATEGORIES:
         images = folder / "MMVP VLM Images" / category
         images.mkdir(parents=True)
         for i in range(options.mmvp):
             for scene, statement in mmvp_pair(category, options.seed, i):
-                question += 1
+                rows.append((len(rows) + 1, category, statement))
                 image = Image.fromarray(draw(scene, options.size))
-                image.save(images / f"{question}.jpg", quality=95, subsampling=0)
-                rows.append((question, category, statement))
+                image.save(images / f"{len(rows)}.jpg", quality=95, subsampling=0)
             tick()
     with open(folder / "Questions.csv", "w", newline="") as file:
         csv.writer(file).writerows([("Question ID", "Type", "Statement"), *rows])
@@ -205,11 +198,10 @@ def run_lengths(mask: np.ndarray) -> list[int]:
 
 def write_segmentation(folder: Path, options: Options, tick: Tick) -> None:
     (folder / "images").mkdir(parents=True)
-    images: list[dict[str, Any]] = []
-    annotations: list[dict[str, Any]] = []
+    images, annotations = list[dict[str, Any]](), list[dict[str, Any]]()
     for i in range(options.segmentation):
-        scene, name = make_scene(options.seed, "segmentation", i), f"{i:06d}.png"
-        (folder / "images" / name).write_bytes(png(scene, options.size))
+        scene = make_scene(options.seed, "segmentation", i)
+        name = _write_png(folder / "images", i, scene, options.size)
         images.append({"id": i + 1, "file_name": name, "width": options.size, "height": options.size})
         for thing, mask in zip(scene.things, masks(scene, options.size)):
             rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
@@ -231,13 +223,14 @@ def write_segmentation(folder: Path, options: Options, tick: Tick) -> None:
     write_json(folder / "instances.json", {"images": images, "annotations": annotations, "categories": categories})
 
 
-WRITERS: dict[str, Callable[[Path, Options, Tick], None]] = {
-    "pretrain": write_pretrain,
-    "retrieval": write_retrieval,
-    "classification": write_classification,
-    "shifts": write_shifts,
-    "llava": write_llava,
-    "pope": write_pope,
-    "mmvp": write_mmvp,
-    "segmentation": write_segmentation,
+# each part's writer, and of how many scenes it draws images or writes lines
+WRITERS: dict[str, tuple[Callable[[Path, Options, Tick], None], Callable[[Options], int]]] = {
+    "pretrain": (write_pretrain, lambda o: o.pairs),
+    "retrieval": (write_retrieval, lambda o: o.retrieval),
+    "classification": (write_classification, lambda o: len(CLASSES) * (o.class_train + o.class_val + o.class_test)),
+    "shifts": (write_shifts, lambda o: len(SHIFTS) * o.class_test),
+    "llava": (write_llava, lambda o: max(o.align, o.conversations) + o.texts),
+    "pope": (write_pope, lambda o: o.pope),
+    "mmvp": (write_mmvp, lambda o: o.mmvp * len(MMVP_CATEGORIES)),
+    "segmentation": (write_segmentation, lambda o: o.segmentation),
 }

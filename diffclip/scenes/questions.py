@@ -1,4 +1,5 @@
-"""What can be asked about a scene: POPE's questions and negatives, and questions of nine other kinds.
+"""What can be asked about a scene: POPE's questions and negatives, and questions of nine other kinds; and what is made
+of them for training: conversations in LLaVA's form about the image, and lines of text alone.
 
 Answers are computed from the scene; the same questions serve the images and the text-only training.
 """
@@ -9,24 +10,10 @@ from collections.abc import Callable
 from functools import lru_cache
 from itertools import cycle, islice, permutations
 
-from diffclip.scenes.drawing import (
-    COLORS,
-    SHAPES,
-    Scene,
-    make_scene,
-)
-from diffclip.scenes.text import (
-    NUMBERS,
-    OPPOSITE,
-    RELATIONS,
-    a,
-    at,
-    named,
-    place,
-    plural,
-    reference,
-    relation,
-)
+from diffclip.base.schema import POPE_SPLITS
+from diffclip.scenes import text
+from diffclip.scenes.drawing import COLORS, SHAPES, Scene, make_scene
+from diffclip.scenes.text import NUMBERS, OPPOSITE, RELATIONS, a, at, named, place, plural, reference, relation
 
 SHORT = "\nAnswer the question using a single word or phrase."  # LLaVA-1.5's suffix, also lmms-eval's for POPE
 
@@ -36,14 +23,12 @@ SHORT = "\nAnswer the question using a single word or phrase."  # LLaVA-1.5's su
 @lru_cache(maxsize=1)
 def world_statistics() -> tuple[tuple[str, ...], dict[str, tuple[str, ...]]]:
     """Shapes by how many images hold them; for each shape, the others by how often both are there."""
-    present: Counter[str] = Counter()
-    together: Counter[tuple[str, ...]] = Counter()
+    present, together = Counter[str](), Counter[tuple[str, ...]]()
     for i in range(4000):
         shapes = {t.shape for t in make_scene(0, "statistics", i).things}
         present.update(shapes)
         together.update(permutations(shapes, 2))
-    by_frequency = sorted(SHAPES, key=lambda s: -present[s])
-    return tuple(by_frequency), {
+    return tuple(sorted(SHAPES, key=lambda s: -present[s])), {
         s: tuple(sorted((o for o in SHAPES if o != s), key=lambda o: -together[s, o])) for s in SHAPES
     }
 
@@ -76,10 +61,8 @@ def pope_questions(scene: Scene, way: str, rng: random.Random, pairs: int = 3) -
     """Questions about `pairs` present shapes, each followed by one on an absent shape; with "yes" or "no"."""
     present = list(dict.fromkeys(t.shape for t in scene.things))
     rng.shuffle(present)  # adversarial negatives answer to the shapes that are asked about, which come first
-    out = []
-    for yes, no in zip(present[:pairs], negatives(present, way, pairs, rng)):
-        out += [(presence_question(yes), "yes"), (presence_question(no), "no")]
-    return out
+    both = zip(present[:pairs], negatives(present, way, pairs, rng))
+    return [(presence_question(s), answer) for pair in both for s, answer in zip(pair, ("yes", "no"))]
 
 
 # ---------------------------------------------------------------- questions with a short and a long answer
@@ -103,7 +86,7 @@ def presence_deck(scene: Scene, rng: random.Random) -> list[Question]:
         thing = next(t for t in scene.things if t.shape == shape)
         fact = f"there is {a(f'{thing.color} {shape}')} {at(thing)}"
         deck.append((presence_question(shape), *_answers(True, fact)))
-        way = rng.choice(("random", "popular", "adversarial"))
+        way = rng.choice(POPE_SPLITS)
         shape = rng.choice([s for s in negatives(present, way, 3 + len(used), rng) if s not in used])
         used.append(shape)
         deck.append((presence_question(shape), *_answers(False, f"there is no {shape} in the image")))
@@ -125,27 +108,18 @@ def ask_colored_presence(scene: Scene, rng: random.Random) -> Question:
 
 
 def ask_color(scene: Scene, rng: random.Random) -> Question | None:
-    once = [t for t in scene.things if reference(t, scene) == f"the {t.shape}"]
-    if not once:
+    if not (once := [t for t in scene.things if reference(t, scene) == f"the {t.shape}"]):
         return None
     thing = rng.choice(once)
-    return (
-        f"What colour is the {thing.shape}?",
-        thing.color.capitalize(),
-        f"The {thing.shape} is {thing.color}.",
-    )
+    return f"What colour is the {thing.shape}?", thing.color.capitalize(), f"The {thing.shape} is {thing.color}."
 
 
 def ask_shape(scene: Scene, rng: random.Random) -> Question | None:
-    once = [t for t in scene.things if sum(o.color == t.color for o in scene.things) == 1]
-    if not once:
+    if not (once := [t for t in scene.things if sum(o.color == t.color for o in scene.things) == 1]):
         return None
     thing = rng.choice(once)
-    return (
-        f"What shape is the {thing.color} object?",
-        thing.shape.capitalize(),
-        f"The {thing.color} object is {a(thing.shape)}.",
-    )
+    name = f"the {thing.color} object"
+    return f"What shape is {name}?", thing.shape.capitalize(), f"{name.capitalize()} is {a(thing.shape)}."
 
 
 def ask_count(scene: Scene, rng: random.Random) -> Question:
@@ -167,8 +141,7 @@ def ask_count(scene: Scene, rng: random.Random) -> Question:
 
 def ask_relation(scene: Scene, rng: random.Random) -> Question | None:
     """Yes or no: is this to the left of / to the right of / above / below that?"""
-    pairs = [(p, q) for p, q in permutations(named(scene), 2) if relation(p[0], q[0])]
-    if not pairs:
+    if not (pairs := [(p, q) for p, q in permutations(named(scene), 2) if relation(p[0], q[0])]):
         return None
     (one, name), (other, other_name) = rng.choice(pairs)
     side = relation(one, other)
@@ -181,21 +154,15 @@ def ask_neighbour(scene: Scene, rng: random.Random) -> Question | None:
     """What is left of this? Only where one object answers."""
     options = []
     for other, name in named(scene):
-        for side, (axis, sign) in {
-            "left": (0, -1),
-            "right": (0, 1),
-            "above": (1, -1),
-            "below": (1, 1),
-        }.items():
+        for side, axis, sign in (("left", 0, -1), ("right", 0, 1), ("above", 1, -1), ("below", 1, 1)):
             there = [t for t in scene.things if sign * (t.centre[axis] - other.centre[axis]) > 0]
             if len(there) == 1 and relation(there[0], other) == side:
                 options.append((there[0], side, name))
     if not options:
         return None
     thing, side, name = rng.choice(options)
-    phrase = a(f"{thing.color} {thing.shape}")
-    words = RELATIONS[side][0]
-    return f"What is {words} {name}?", phrase.capitalize(), f"{phrase.capitalize()} is {words} {name}."
+    phrase, words = a(f"{thing.color} {thing.shape}").capitalize(), RELATIONS[side][0]
+    return f"What is {words} {name}?", phrase, f"{phrase} is {words} {name}."
 
 
 def ask_place(scene: Scene, rng: random.Random) -> Question | None:
@@ -216,15 +183,11 @@ def ask_size(scene: Scene, rng: random.Random) -> Question | None:
 
 
 def ask_direction(scene: Scene, rng: random.Random) -> Question | None:
-    arrows = [(t, name) for t, name in named(scene) if t.direction]
-    if not arrows:
+    if not (arrows := [(t, name) for t, name in named(scene) if t.direction]):
         return None
     thing, name = rng.choice(arrows)
-    return (
-        f"Where does {name} point?",
-        thing.direction.capitalize(),
-        f"{name.capitalize()} points {thing.direction}.",
-    )
+    where = thing.direction
+    return f"Where does {name} point?", where.capitalize(), f"{name.capitalize()} points {where}."
 
 
 def ask_background(scene: Scene, rng: random.Random) -> Question:
@@ -246,3 +209,94 @@ ASK: dict[Callable[[Scene, random.Random], Question | None], float] = {
     ask_direction: 0.4,
     ask_background: 0.5,
 }
+
+# ---------------------------------------------------------------- conversations and lines of text
+
+Turns = list[dict[str, str]]
+
+# Three quarters of the rounds come from the deck of yes/no questions, the others from `ASK`.
+DECK_SHARE, DETAIL_SHARE, CAPTION_SHARE = 0.75, 0.03, 0.03
+CAPTION_REQUESTS = (
+    "Describe the image in one sentence.",
+    "What does this picture show?",
+    "Write a short caption for the image.",
+    "Give a brief description of the picture.",
+    "Say in a few words what can be seen here.",
+    "Sum up what the image contains.",
+)
+DETAIL_REQUESTS = (
+    "Describe the image in detail.",
+    "What can be seen in this picture? Tell me everything.",
+    "Give a full description of the image.",
+)
+
+
+def rounds(scene: Scene, rng: random.Random, count: int) -> list[tuple[str, str]]:
+    """`count` different questions with their answers, some of them answered shortly on request."""
+    out: dict[str, str] = {}
+    deck, asks, weights = presence_deck(scene, rng), tuple(ASK), tuple(ASK.values())
+    while len(out) < count:
+        kind = rng.random()
+        if kind < DETAIL_SHARE:
+            question, answer = rng.choice(DETAIL_REQUESTS), text.detailed_caption(scene, rng)
+        elif kind < DETAIL_SHARE + CAPTION_SHARE:
+            question, answer = rng.choice(CAPTION_REQUESTS), text.sentence(text.caption(scene, rng, 0.7))
+        else:
+            ask_deck = deck and rng.random() < DECK_SHARE
+            made = deck.pop() if ask_deck else rng.choices(asks, weights)[0](scene, rng)
+            if made is None:
+                continue
+            question, answer = pick_style(made, rng)
+        if question.removesuffix(SHORT) not in {q.removesuffix(SHORT) for q in out}:
+            out[question] = answer
+    return list(out.items())
+
+
+def pick_style(made: Question, rng: random.Random) -> tuple[str, str]:
+    """The question, mostly asking for a single word or phrase, and its answer; a bare Yes or No comes unasked too."""
+    question, short, long = made
+    style = rng.random()
+    answer = short if style < 0.6 or (short in ("Yes", "No") and style < 0.8) else long
+    return question + SHORT * (style < 0.6), answer
+
+
+def align_conversation(scene: Scene, rng: random.Random) -> Turns:
+    """One turn as in LLaVA's caption stage: a request with the image before or after it, a caption."""
+    parts = ["<image>", rng.choice(CAPTION_REQUESTS)]
+    rng.shuffle(parts)
+    return _turns([("\n".join(parts), text.sentence(text.caption(scene, rng, 0.7)))])
+
+
+def instruct_conversation(scene: Scene, rng: random.Random, count: int, any_request: bool = True) -> Turns:
+    """Several turns in LLaVA's form; the first question carries the image.
+
+    Without `any_request`, a single turn that asks whether one shape is there. From these a small model learns to
+    look in minutes; among captions and other questions it takes many times longer, so they should come last.
+    """
+    if any_request:
+        (question, answer), *rest = rounds(scene, rng, count)
+        return _turns([(f"<image>\n{question}", answer), *rest])
+    question, answer = rng.choice(pope_questions(scene, rng.choice(POPE_SPLITS), rng))
+    return _turns([(f"<image>\n{question}{SHORT}", answer.capitalize())])
+
+
+def _turns(pairs: list[tuple[str, str]]) -> Turns:
+    return [{"from": who, "value": line} for pair in pairs for who, line in zip(("human", "gpt"), pair)]
+
+
+def text_line(scene: Scene, rng: random.Random, any_request: bool = True) -> str:
+    """Text alone: the scene in words and one yes/no question about it in the vicuna form.
+
+    With `any_request`, half the lines have another request instead, two in three of them for a caption. Among
+    those a small model takes many times longer to discover that an answer can be looked up in the scene, so they
+    should come last.
+    """
+    if not any_request or rng.random() < 0.5:
+        question, answer = pick_style(presence_deck(scene, rng)[0], rng)
+    elif rng.random() < 0.67:
+        question, answer = rng.choice(CAPTION_REQUESTS), text.sentence(text.caption(scene, rng, 0.7))
+    else:
+        [(question, answer)] = rounds(scene, rng, 1)
+    # the words stand before the first round, or inside its question, where an image will stand
+    start = f"{text.scene_in_words(scene)} USER: " if rng.random() < 0.5 else f"USER: {text.scene_in_words(scene)}\n"
+    return f"{start}{question} ASSISTANT: {answer}<|im_end|>"

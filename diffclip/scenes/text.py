@@ -59,9 +59,7 @@ def noun_phrase(thing: Thing, rng: random.Random, size: float = 0.5, color: floa
     words = []
     if rng.random() < size:
         words.append(rng.choice(("large", "big") if thing.size == "large" else ("small", "little")))
-    if rng.random() < color:
-        words.append(thing.color)
-    words.append(thing.shape)
+    words += [thing.color, thing.shape] if rng.random() < color else [thing.shape]
     if thing.direction and direction and rng.random() < size:
         words.append("pointing " + thing.direction)
     return " ".join(words)
@@ -102,11 +100,10 @@ def reading_order(scene: Scene) -> list[Thing]:
 
 def reference(thing: Thing, scene: Scene) -> str:
     """The shortest name that only this object answers to: "the star", "the red star"; "" if there is none."""
-    if sum(t.shape == thing.shape for t in scene.things) == 1:
+    alike = [t.color for t in scene.things if t.shape == thing.shape]
+    if len(alike) == 1:
         return f"the {thing.shape}"
-    if sum((t.shape, t.color) == (thing.shape, thing.color) for t in scene.things) == 1:
-        return f"the {thing.color} {thing.shape}"
-    return ""
+    return f"the {thing.color} {thing.shape}" if alike.count(thing.color) == 1 else ""
 
 
 def named(scene: Scene) -> list[tuple[Thing, str]]:
@@ -149,10 +146,9 @@ def caption(scene: Scene, rng: random.Random, detail: float = 0.5) -> str:
     elif form < 0.8:
         text = f"{NUMBERS[len(things)]} {rng.choice(('shapes', 'objects'))}: {join(list(phrases.values()))}"
     elif form < 0.9:
-        counts = Counter(t.shape for t in things)
         alike = {t.shape: phrases[t] for t in things}
-        parts = [f"{NUMBERS[n]} {plural(s)}" if n > 1 else alike[s] for s, n in counts.items()]
-        text = opening + join(parts)
+        counts = Counter(t.shape for t in things).items()
+        text = opening + join([f"{NUMBERS[n]} {plural(s)}" if n > 1 else alike[s] for s, n in counts])
     else:
         text = opening + join(list(phrases.values()))
     background = f" on {a(background_phrase(scene, rng))}" if rng.random() < 0.3 else ""
@@ -169,14 +165,12 @@ def names_caption(scene: Scene, rng: random.Random) -> str:
 
 def captions(scene: Scene, rng: random.Random, count: int, detail: float = 0.5) -> list[str]:
     """`count` captions, different where the wording allows it."""
-    out: list[str] = []
+    out: dict[str, None] = {}
     for _ in range(3 * count):
-        text = caption(scene, rng, detail)
-        if text not in out:
-            out.append(text)
+        out[caption(scene, rng, detail)] = None
         if len(out) == count:
-            return out
-    return (out * count)[:count]
+            break
+    return ([*out] * count)[:count]
 
 
 def detailed_caption(scene: Scene, rng: random.Random) -> str:
@@ -185,8 +179,7 @@ def detailed_caption(scene: Scene, rng: random.Random) -> str:
     n = len(things)
     shows = f"The image shows {NUMBERS[n]} object{'s' * (n > 1)}: "
     sentences = [shows + join([f"{full_phrase(t)} {at(t)}" for t in things]) + "."]
-    pairs = [(name, r, other) for (p, name), (q, other) in permutations(named(scene), 2) if (r := relation(p, q))]
-    if pairs:
+    if pairs := [(name, r, other) for (p, name), (q, other) in permutations(named(scene), 2) if (r := relation(p, q))]:
         name, side, other = rng.choice(pairs)
         sentences.append(f"{name.capitalize()} is {rng.choice(RELATIONS[side])} {other}.")
     sentences.append(f"The background is {scene.background.tone} and {scene.background.kind}.")
@@ -210,8 +203,7 @@ def sentence(text: str) -> str:
 def mmvp_pair(category: str, seed: int, index: int) -> list[tuple[Scene, str]]:
     """Two scenes that differ in one visual fact, each with its statement; categories as in MMVP-VLM."""
     split = f"mmvp/{category}"
-    rng = stream_rng(seed, f"{split}/fact", index)
-    scene = make_scene(seed, split, index, min_shapes=2)
+    rng, scene = stream_rng(seed, f"{split}/fact", index), make_scene(seed, split, index, min_shapes=2)
     first, *others = scene.things
 
     def with_first(thing: Thing) -> Scene:
@@ -225,24 +217,20 @@ def mmvp_pair(category: str, seed: int, index: int) -> list[tuple[Scene, str]]:
     if category == "Presence of Specific Features":
         others = [t for t in others if t.shape != first.shape]
         rest = [a(t.shape) for t in others]
-        return [
-            (scene._replace(things=(first, *others)), join([*rest, a(first.shape)])),
-            (scene._replace(things=tuple(others)), f"only {join(rest)}"),
-        ]
+        without = scene._replace(things=tuple(others))
+        return [(with_first(first), join([*rest, a(first.shape)])), (without, f"only {join(rest)}")]
     if category == "State and Condition":
         two = rng.sample(tuple(BACKGROUND_WORDS), 2)
         background = scene.background._replace(contrast=16)
-        return [
-            (scene._replace(background=background._replace(kind=k)), f"{a(first.shape)} on {a(k)} background")
-            for k in two
-        ]
+        name = a(first.shape)
+        return [(scene._replace(background=background._replace(kind=k)), f"{name} on {a(k)} background") for k in two]
     if category == "Quantity and Count":
         many = [make_thing(rng, first.shape, rng.choice(tuple(COLORS)), "small") for _ in range(4)]
         things, background = arrange(rng, many), make_background(rng)
-        return [
-            (Scene(things[:n], background), f"{NUMBERS[n]} {plural(first.shape) if n > 1 else first.shape}")
-            for n in rng.sample((1, 2, 3, 4), 2)
-        ]
+        names = {
+            n: f"{NUMBERS[n]} {plural(first.shape) if n > 1 else first.shape}" for n in rng.sample((1, 2, 3, 4), 2)
+        }
+        return [(Scene(things[:n], background), name) for n, name in names.items()]
     if category == "Positional and Relational Context":
         related = [(p, q) for p, q in combinations(scene.things, 2) if relation(p, q)]
         if not related:  # two objects alone, one beside the other
@@ -251,14 +239,12 @@ def mmvp_pair(category: str, seed: int, index: int) -> list[tuple[Scene, str]]:
         thing, neighbour = rng.choice(related)
         name, other_name = (a(f"{t.color} {t.shape}") for t in (thing, neighbour))
         side = relation(thing, neighbour)
-        across = side in ("left", "right")
-        flipped = tuple(
-            t._replace(x=CANVAS - t.x - t.d) if across else t._replace(y=CANVAS - t.y - t.d) for t in scene.things
-        )
-        return [
-            (scene, f"{name} {RELATIONS[side][0]} {other_name}"),
-            (scene._replace(things=flipped), f"{name} {RELATIONS[OPPOSITE[side]][0]} {other_name}"),
-        ]
+        if side in ("left", "right"):
+            flipped = [t._replace(x=CANVAS - t.x - t.d) for t in scene.things]
+        else:
+            flipped = [t._replace(y=CANVAS - t.y - t.d) for t in scene.things]
+        both = (side, scene), (OPPOSITE[side], scene._replace(things=tuple(flipped)))
+        return [(shown, f"{name} {RELATIONS[s][0]} {other_name}") for s, shown in both]
     if category == "Color and Appearance":
         two = rng.sample(tuple(COLORS), 2)
         others = [t for t in others if t.shape != first.shape]

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from diffclip.base import tars
+from diffclip.base import archives
 from diffclip.base.errors import InputError
 from diffclip.base.images import open_image
 from diffclip.base.paths import inside
@@ -34,7 +34,7 @@ class ImagePlace(NamedTuple):
         """The encoded image; OSError if it cannot be read."""
         if self.content is not None:
             return self.content
-        return tars.read_at(self.file, (self.offset, self.size))[0] if self.size else Path(self.file).read_bytes()
+        return archives.read_at(self.file, (self.offset, self.size))[0] if self.size else Path(self.file).read_bytes()
 
     def open(self, key: str = "") -> Image.Image:
         """Decode to RGB; InputError naming the row that shows it, if given, and the file when that fails."""
@@ -129,8 +129,8 @@ def _tar_members(folder: str, state: tuple[tuple[str, int, int], ...]) -> dict[s
     """Members of the tars of `_tars` by file name, each with all its places by tar and name in it."""
     by_name: dict[str, dict[str, ImagePlace]] = {}
     for path, *_ in state:
-        members, ends_early = tars.members(path)
-        if ends_early and ends_early != tars.NO_END:
+        members, ends_early = archives.members(path)
+        if ends_early and ends_early != archives.NO_END:
             raise InputError(f"{path}: {ends_early}; download or write it again")
         for member in members:
             if member.isfile():

@@ -528,7 +528,7 @@ def test_training_transform_crops_within_the_scale_and_never_flips():
 @pytest.mark.slow
 def test_our_modules_start_without_wandb_and_leave_it_importable():
     pytest.importorskip("wandb", reason="nothing to leave out where it is not installed")
-    told = "import sys, diffclip.losses, diffclip.models, mllm; print('timm' in sys.modules, 'wandb' in sys.modules);"
+    told = "import sys, diffclip.recipe, diffclip.models, mllm; print('timm' in sys.modules, 'wandb' in sys.modules);"
     told += "import wandb; print(wandb.__name__)"
     ended = subprocess.run([sys.executable, "-c", told], capture_output=True, text=True, check=True)
     assert ended.stdout.split() == ["True", "False", "wandb"]

@@ -8,8 +8,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from diffclip import models, official, weights
-from diffclip.losses import contrastive_loss
-from diffclip.recipe import clamp_logit_scale, decay_parameter_names, learning_rate
+from diffclip.recipe import clamp_logit_scale, contrastive_loss, decay_parameter_names, learning_rate
 
 
 def test_learning_rates_equal_the_official_schedule(golden):

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from diffclip.scenes import conversations, questions, text
+from diffclip.scenes import questions, text
 from diffclip.scenes.drawing import CANVAS, COLORS, SHAPES, make_scene
 
 SOME = [make_scene(0, "words", i) for i in range(600)]
@@ -128,13 +128,13 @@ def oracle(scene, question):
 def test_every_answer_is_true():
     rng, kinds = random.Random(3), Counter()
     for scene in SOME:
-        asked = conversations.rounds(scene, rng, 8)
+        asked = questions.rounds(scene, rng, 8)
         assert len(asked) == 8 == len({q.removesuffix(questions.SHORT) for q, _ in asked})
         for question, answer in asked:
-            if question in conversations.DETAIL_REQUESTS:
+            if question in questions.DETAIL_REQUESTS:
                 assert all(text.full_phrase(t) in answer for t in scene.things)
                 continue
-            if question in conversations.CAPTION_REQUESTS:
+            if question in questions.CAPTION_REQUESTS:
                 assert {t.shape for t in scene.things} == set(re.findall("|".join(SHAPES), answer.lower()))
                 continue
             true = oracle(scene, question)
@@ -158,7 +158,7 @@ def test_every_answer_is_true():
 def test_instruction_answers_cannot_be_guessed_from_the_name():
     rng, by_name = random.Random(4), {}
     for i in range(4000):
-        for question, answer in conversations.rounds(make_scene(0, "llava", i), rng, 6):
+        for question, answer in questions.rounds(make_scene(0, "llava", i), rng, 6):
             if m := re.match(r"Is there an? (\w+) in the image\?", question):
                 by_name.setdefault(m[1], Counter())[answer[:2]] += 1
     assert set(by_name) == set(SHAPES)
@@ -215,8 +215,8 @@ def test_conversations_have_the_public_form():
     rng = random.Random(6)
     for scene in SOME[:100]:
         align, instruct = (
-            conversations.align_conversation(scene, rng),
-            conversations.instruct_conversation(scene, rng, 5),
+            questions.align_conversation(scene, rng),
+            questions.instruct_conversation(scene, rng, 5),
         )
         assert [t["from"] for t in align] == ["human", "gpt"] and [t["from"] for t in instruct] == [
             "human",
@@ -231,7 +231,7 @@ def test_conversations_have_the_public_form():
 def test_easy_conversations_are_one_balanced_question_about_presence():
     rng, answers = random.Random(9), Counter()
     for scene in SOME[:300]:
-        ask, answer = conversations.instruct_conversation(scene, rng, 5, any_request=False)
+        ask, answer = questions.instruct_conversation(scene, rng, 5, any_request=False)
         shape = re.fullmatch(r"<image>\nIs there an? (\w+) in the image\?" + questions.SHORT, ask["value"])[1]
         assert answer["value"] == ("Yes" if shape in {t.shape for t in scene.things} else "No")
         answers[answer["value"]] += 1
@@ -241,7 +241,7 @@ def test_easy_conversations_are_one_balanced_question_about_presence():
 def test_text_lines_ask_and_answer_about_the_written_scene():
     rng, inside, answers = random.Random(7), 0, Counter()
     for scene in SOME[:300]:
-        line = conversations.text_line(scene, rng, any_request=False)
+        line = questions.text_line(scene, rng, any_request=False)
         assert line.endswith("<|im_end|>")
         assert text.scene_in_words(scene) in line.split(" ASSISTANT:")[0]
         inside += line.startswith("USER: ")
@@ -250,9 +250,9 @@ def test_text_lines_ask_and_answer_about_the_written_scene():
         assert oracle(scene, question) == answer
         answers[answer] += 1
     assert 80 < inside < 220 and 110 < answers["Yes"] < 190
-    lines = [conversations.text_line(scene, rng) for scene in SOME]
+    lines = [questions.text_line(scene, rng) for scene in SOME]
     assert 0.4 < sum("Is there a" in line for line in lines) / len(lines) < 0.75
-    assert 0.2 < sum(any(r in line for r in conversations.CAPTION_REQUESTS) for line in lines) / len(lines) < 0.5
+    assert 0.2 < sum(any(r in line for r in questions.CAPTION_REQUESTS) for line in lines) / len(lines) < 0.5
 
 
 @pytest.mark.parametrize("category", text.MMVP_CATEGORIES)

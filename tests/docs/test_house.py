@@ -17,7 +17,7 @@ TOOLS = {  # what diffclip.base does for all: call -> (the one to take instead, 
     "yaml.safe_load": ("files.read_yaml", ()),
     "yaml.load": ("files.read_yaml", ()),
     "os.replace": ("files.write_whole or whole", ("diffclip.scenes.export", "stages.contrastive")),  # whole folders
-    "tarfile.open": ("diffclip.base.tars", ("diffclip.scenes.parts",)),  # writes one
+    "tarfile.open": ("diffclip.base.archives", ("diffclip.scenes.parts",)),  # writes one
 }
 
 
