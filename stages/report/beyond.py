@@ -5,8 +5,7 @@ from typing import NamedTuple
 
 from diffclip.base.schema import STAGES
 from stages.report.cells import DASH, Table, duration, number, percent, score
-from stages.report.data import Arms, RunDir, mean_sd
-from stages.report.reading import is_number
+from stages.report.data import Arms, RunDir, is_number, mean_sd
 from stages.report.significance import difference
 from stages.report.tables import difference_cells, paired_differences
 

@@ -1,18 +1,18 @@
-"""What run directories hold, read forgivingly and grouped by model and seed.
+"""What run directories hold, read forgivingly and grouped by model and seed; all text is made printable.
 
 Nothing here raises on a partial or damaged run: what cannot be read becomes a sentence that the report shows.
 """
 
 import re
 import statistics
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
-from diffclip.base import schema
+from diffclip.base import files, schema
 from diffclip.base.errors import InputError
 from diffclip.base.schema import POPE_SPLITS, STAGES
-from stages.report.reading import as_dict, flat, is_number, read_curve, read_json, read_yaml
 
 # Groups whose average over their sets is a row of its own: key pattern with {} for the set, key of the average.
 AVERAGED = (
@@ -153,15 +153,16 @@ def gather(paths: list[Path]) -> Arms:
         folder = queue.pop(0)
         if folder.resolve() in runs:
             continue
-        record = read_json(folder / schema.RECORD, problems)
+        record = read_whole(folder / schema.RECORD, problems)
         if not isinstance(record, dict):
             continue
         run = runs[folder.resolve()] = RunDir(folder, record)
-        run.config = read_yaml(folder / schema.CONFIG, problems)
+        if (folder / schema.CONFIG).is_file():
+            run.config = as_dict(read_whole(folder / schema.CONFIG, problems))
         if (folder / schema.METRICS).is_file():
-            run.metrics = dict(flat(read_json(folder / schema.METRICS, problems)))
+            run.metrics = dict(flat(read_whole(folder / schema.METRICS, problems)))
         if run.stage == "evaluate" and (folder / schema.CLIP_BENCHMARKS).is_file():
-            benchmarks = as_dict(read_json(folder / schema.CLIP_BENCHMARKS, problems))
+            benchmarks = as_dict(read_whole(folder / schema.CLIP_BENCHMARKS, problems))
             run.skipped, run.about = as_dict(benchmarks.get("skipped")), as_dict(benchmarks.get("about"))
         run.curve = read_curve(folder / schema.CURVE)
         # the language model or the vision tower may lie elsewhere: what was learnt from belongs to the report
@@ -204,3 +205,72 @@ def _add_average(arms: Arms, keys: list[str], name: str) -> None:
 def mean_sd(values: list[float]) -> tuple[float, float | None]:
     """Mean and sample standard deviation (None for a single value)."""
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+
+
+# --- single files ------------------------------------------------------------------------------------------------
+
+
+def read_whole(path: Path, problems: list[str]) -> Any:
+    """A JSON or YAML file's value, cleaned; None, and a sentence in `problems`, if it cannot be read."""
+    read = files.read_yaml if path.suffix == ".yaml" else files.read_json
+    try:
+        return clean(read(path))
+    except (InputError, RecursionError) as error:
+        reason = clean(str(error).removeprefix(f"{path}: "))[:300]
+        problems.append(f"{path}: cannot be read ({reason}); left out")
+        return None
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Every JSON object of a JSONL file; damaged lines, such as a crash leaves, are skipped."""
+    if path.is_file():
+        for _, value in files.read_jsonl(path, damaged="skip"):
+            try:
+                line = clean(value)
+            except RecursionError:
+                continue
+            if isinstance(line, dict):
+                yield line
+
+
+def read_curve(path: Path) -> list[dict[str, float]]:
+    """metrics.jsonl by step, losses and validation in one; after a resume the later value of a step counts."""
+    by_step: dict[float, dict] = {}
+    for line in read_lines(path):
+        if is_number(line.get("step")):
+            by_step.setdefault(line["step"], {}).update(line)
+    return [by_step[step] for step in sorted(by_step)]
+
+
+def flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """("a/b", leaf) of nested mappings."""
+    if not isinstance(value, dict):
+        if prefix:
+            yield prefix, value
+        return
+    for key, inner in value.items():
+        yield from flat(inner, f"{prefix}/{key}" if prefix else str(key))
+
+
+def clean(value: Any) -> Any:
+    """The same value with control characters, bidirectional overrides and lone surrogates made visible."""
+    if isinstance(value, str):
+        if value.isprintable() and len(value) <= 4000:  # nearly always, and a hundred times faster
+            return value
+        return "".join(c if c.isprintable() else " " if c.isspace() else "\ufffd" for c in value[:4000])
+    if isinstance(value, dict):
+        return {clean(str(k)): clean(v) for k, v in value.items()}
+    if isinstance(value, list):
+        if all(type(v) is int for v in value):  # heat maps: ten thousand of them take no time then
+            return value
+        return [clean(v) for v in value]
+    return value
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    """Whether it is a finite number of a size that can be drawn."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and -1e15 < value < 1e15
+
+
+def as_dict(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}

@@ -62,13 +62,15 @@ def rows_of(arms: Arms, table: Table, columns: Sequence[Column]) -> list[list[st
 
 def cell(arms: Arms, table: Table, model: str, column: Column) -> str:
     """ "61.3 (+1.3*)", "61.3 ± 0.4 (+1.3)", or a dash with a note."""
-    text = score(arms, table, model, column.key)
+    return score(arms, table, model, column.key) + delta(arms, model, column.key)
+
+
+def delta(arms: Arms, model: str, key: str) -> str:
+    """ " (+1.3*)": how far a model is from the first; "" for the first itself and where they have no seed in common."""
     first = arms.models[0]
-    if model != first and arms.scores(model, column.key):
-        found = difference(arms, first, model, column.key)
-        if found.mean is not None:
-            text += f" ({percent([found.mean], sign=True)}{SIGN if found.significant else ''})"
-    return text
+    if model == first or (found := difference(arms, first, model, key)).mean is None:
+        return ""
+    return f" ({percent([found.mean], sign=True)}{SIGN if found.significant else ''})"
 
 
 def absent(published: dict[str, str], columns: Sequence[Column]) -> str:

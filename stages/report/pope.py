@@ -5,11 +5,16 @@ import math
 from diffclip.base.schema import POPE_SPLITS
 from diffclip.base.statistics import mcnemar
 from stages.report.cells import DASH, Table, distinct, number, p_value, percent, score
-from stages.report.data import Arms, mean_sd
-from stages.report.reading import is_number
+from stages.report.data import Arms, is_number, mean_sd
 from stages.report.significance import paired_answers
 
 SPLITS = (*POPE_SPLITS, "mean")
+CONTROLS = {
+    "pope_blind": "blind rule",
+    "pope_shuffled": "images shuffled",
+    "pope_grey": "images grey",
+    "pope_no_image": "no image",
+}
 # (row, pattern of the key, None or why it would be absent)
 POPE_ROWS = (
     ("accuracy", "pope/{}/accuracy", None),
@@ -18,10 +23,7 @@ POPE_ROWS = (
     ("F1", "pope/{}/f1", None),
     ("yes rate", "pope/{}/yes_rate", None),
     ("invalid rate", "pope/{}/invalid_rate", None),
-    ("blind rule (control)", "pope_blind/{}/accuracy", "blind rule"),
-    ("images shuffled (control)", "pope_shuffled/{}/accuracy", "images shuffled"),
-    ("images grey (control)", "pope_grey/{}/accuracy", "images grey"),
-    ("no image (control)", "pope_no_image/{}/accuracy", "no image"),
+    *((f"{label} (control)", f"{group}/{{}}/accuracy", label) for group, label in CONTROLS.items()),
     ("always yes (control)", "pope_always_yes/{}/accuracy", "always yes"),
     ("yes rate, images shuffled", "pope_shuffled/{}/yes_rate", None),
     ("yes rate, images grey", "pope_grey/{}/yes_rate", None),
@@ -34,12 +36,6 @@ POPE_ROWS = (
 ENDS = ("low", "high")  # of an interval, behind the measure
 POPE_KEYS = (*(pattern for _, pattern, _ in POPE_ROWS), "pope/{}/questions")
 POPE_KEYS += tuple(f"pope/{{}}/{measure}_{end}" for measure in ("accuracy", "f1") for end in ENDS)
-CONTROLS = (
-    ("pope_blind", "blind rule"),
-    ("pope_shuffled", "images shuffled"),
-    ("pope_grey", "images grey"),
-    ("pope_no_image", "no image"),
-)
 
 
 def pope(arms: Arms) -> Table:

@@ -27,10 +27,9 @@ class Section:
     beside: int = 0  # so many of the tables stand beside the figures where there is room
 
 
-def sections(arms: Arms, drawn: list[Figure]) -> list[Section]:
+def sections(arms: Arms, figure: dict[str, Figure]) -> list[Section]:
     """The report in the paper's order; then what the paper does not have."""
-    figure = {f.name: f for f in drawn}
-    curves = [f for f in drawn if f.name.startswith("loss-") or f.name in ("lambda", "logit-scale")]
+    curves = [f for name, f in figure.items() if name.startswith("loss-") or name in ("lambda", "logit-scale")]
     pairs = pope_pairs(arms)
     rest = others(arms)
     parts = [

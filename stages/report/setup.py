@@ -5,8 +5,7 @@ from collections.abc import Callable
 
 from diffclip.base.schema import STAGES
 from stages.report.cells import DASH, Table, distinct, duration, number
-from stages.report.data import Arms, RunDir, mean_sd
-from stages.report.reading import as_dict, is_number
+from stages.report.data import Arms, RunDir, as_dict, is_number, mean_sd
 
 # Settings that name the arm itself or decide no number; all others must be equal for the arms to be comparable.
 OWN_SETTINGS = {"model", "output_dir", "seed", "vision_tower", "language_model", "clip", "mllm"}

@@ -21,8 +21,7 @@ from diffclip.base.statistics import bootstrap_mean, mcnemar, over_seeds, paired
 from mllm.pope.answers import read_answers
 from mllm.pope.parsers import parse
 from mllm.pope.questions import Key
-from stages.report.data import AVERAGED, Arms, RunDir
-from stages.report.reading import as_dict, is_number, read_json
+from stages.report.data import AVERAGED, Arms, RunDir, as_dict, is_number, read_whole
 
 RESAMPLES = 4000
 T = TypeVar("T")
@@ -191,7 +190,7 @@ def _pope(first: Path, second: Path, key: str, mean: float) -> Difference:
 @_once
 def object_scores(folder: Path) -> tuple[tuple[tuple[str, str], ...], dict[str, np.ndarray]]:
     """((image, object) of every item, {score: one number per item, NaN where there is none})."""
-    record = as_dict(read_json(folder / schema.LOCALISATION, []))
+    record = as_dict(read_whole(folder / schema.LOCALISATION, []))
     images, objects = (_list(record.get(name)) for name in ("pictures", "objects"))
     items = tuple((str(image), str(name)) for image, name in zip(images, objects))
     scores = {

@@ -5,9 +5,8 @@ import re
 from diffclip.base.schema import POPE_SPLITS
 from diffclip.benchmarks import PROTOCOLS
 from stages.report.cells import DASH, MINUS, Table, distinct, p_value, percent, score
-from stages.report.data import Arms, mean_sd
+from stages.report.data import Arms, is_number, mean_sd
 from stages.report.pope import POPE_KEYS
-from stages.report.reading import is_number
 from stages.report.significance import Difference, difference
 
 PAPER_ORDER = ("linear_probe", "few_shot", "zero_shot", "retrieval", "shift", "mmvp")  # other protocols stand behind
