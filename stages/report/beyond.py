@@ -6,8 +6,7 @@ from typing import NamedTuple
 from diffclip.base.schema import STAGES
 from stages.report.cells import DASH, Table, duration, number, percent, score
 from stages.report.data import Arms, RunDir, is_number, mean_sd
-from stages.report.significance import difference
-from stages.report.tables import difference_cells, paired_differences
+from stages.report.tables import difference_cells
 
 LOCALISATION = (
     ("pointing game", "pointing"),
@@ -30,8 +29,7 @@ def localisation(arms: Arms) -> Table:
             if name == "area":  # of the masks, not of a model
                 cells += [DASH, DASH]
                 continue
-            differences = paired_differences(arms, first, other, key)
-            cells += difference_cells(table, difference(arms, first, other, key), differences)[:2]
+            cells += difference_cells(arms, table, first, other, key)[:2]
         table.rows.append([label, *cells])
     objects = {int(v) for m in arms.models for v in arms.written(m, "localisation/objects").values() if is_number(v)}
     counted = f" Over {' or '.join(f'{n:,}' for n in sorted(objects))} objects." if objects else ""

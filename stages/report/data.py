@@ -5,7 +5,7 @@ Nothing here raises on a partial or damaged run: what cannot be read becomes a s
 
 import re
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -14,18 +14,15 @@ from diffclip.base import files, schema
 from diffclip.base.errors import InputError
 from diffclip.base.schema import POPE_SPLITS, STAGES
 
-# Groups whose average over their sets is a row of its own: key pattern with {} for the set, key of the average.
-AVERAGED = (
-    ("linear_probe/{}/accuracy", "linear_probe/average/accuracy"),
-    ("few_shot/{}/accuracy", "few_shot/average/accuracy"),
-    ("zero_shot/{}/top1", "zero_shot/average/top1"),
-    ("shift/{}/top1", "shift/average"),
-    *(
-        (f"retrieval/{{}}/{way}/R@{k}", f"retrieval/average/{way}/R@{k}")
-        for way in ("text_to_image", "image_to_text")
-        for k in (1, 5, 10)
-    ),
-)
+# Groups whose average over their sets is a row of its own: key of the average, pattern with {} for the set.
+AVERAGED = {
+    "linear_probe/average/accuracy": "linear_probe/{}/accuracy",
+    "few_shot/average/accuracy": "few_shot/{}/accuracy",
+    "zero_shot/average/top1": "zero_shot/{}/top1",
+    "shift/average": "shift/{}/top1",
+}
+for way in ("text_to_image", "image_to_text"):
+    AVERAGED |= {f"retrieval/average/{way}/R@{k}": f"retrieval/{{}}/{way}/R@{k}" for k in (1, 5, 10)}
 
 
 @dataclass
@@ -184,22 +181,22 @@ def gather(paths: list[Path]) -> Arms:
 def add_averages(arms: Arms) -> None:
     """Add the averages to each evaluate run that has every set of a group that has at least two."""
     keys = arms.metric_names()
-    for pattern, name in AVERAGED:
-        before, after = pattern.split("{}")
-        sets = [k for k in keys if k.startswith(before) and k.endswith(after) and k != name]
-        if len(sets) >= 2:
-            _add_average(arms, sets, name)
+    groups = {average: sets_of_average(keys, average) for average in AVERAGED}
     for key in keys:
-        if re.fullmatch(rf"pope\w*/{POPE_SPLITS[0]}/(?!questions)[^/]+", key):
-            parts = [key.replace(f"/{POPE_SPLITS[0]}/", f"/{split}/") for split in POPE_SPLITS]
-            _add_average(arms, parts, key.replace(f"/{POPE_SPLITS[0]}/", "/mean/"))
+        if match := re.fullmatch(rf"(pope\w*)/{POPE_SPLITS[0]}/(?!questions)([^/]+)", key):
+            group, measure = match.groups()
+            groups[f"{group}/mean/{measure}"] = [f"{group}/{split}/{measure}" for split in POPE_SPLITS]
+    for run in (run for run in arms.runs if run.stage == "evaluate"):
+        for average, sets in groups.items():
+            values = [v for key in sets if is_number(v := run.metrics.get(key))]
+            if average not in run.metrics and len(values) == len(sets) >= 2:
+                run.metrics[average] = statistics.fmean(values)
 
 
-def _add_average(arms: Arms, keys: list[str], name: str) -> None:
-    for run in arms.runs:
-        values = [v for k in keys if is_number(v := run.metrics.get(k))]
-        if run.stage == "evaluate" and name not in run.metrics and len(values) == len(keys):
-            run.metrics[name] = statistics.fmean(values)
+def sets_of_average(keys: Iterable[str], average: str) -> list[str]:
+    """Those of `keys` that `average`, a key of AVERAGED, is taken over."""
+    before, after = AVERAGED[average].split("{}")
+    return [key for key in keys if key.startswith(before) and key.endswith(after) and key != average]
 
 
 def mean_sd(values: list[float]) -> tuple[float, float | None]:

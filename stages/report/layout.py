@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from diffclip.base.schema import POPE_SPLITS
-from stages.report.cells import Table, number, percent, score
+from stages.report.cells import Table, distinct, number, percent, score
 from stages.report.data import Arms
-from stages.report.setup import distinct
 from stages.report.significance import difference
 
 PAPER_SETS = {  # folder in diffclip.benchmarks.paper: name in the paper, in its order
@@ -34,6 +33,7 @@ PAPER_SETS = {  # folder in diffclip.benchmarks.paper: name in the paper, in its
         "imagenet-sketch": "ImageNet-Sketch",
     },
 }
+SHIFTS = ("v2", "a", "r", "sketch")  # in the paper's order, whatever was shifted
 NONE = "(no set)"  # a column where there is nothing to show
 SIGN = "*"  # behind a difference whose 95 % interval leaves zero out
 
@@ -57,12 +57,12 @@ def sets_of(arms: Arms, pattern: str, published: dict[str, str], average: str = 
 
 def rows_of(arms: Arms, table: Table, columns: Sequence[Column]) -> list[list[str]]:
     """One row a model: score, and from the second model on the difference from the first in brackets."""
-    return [[model, *(cell(arms, table, model, column) for column in columns)] for model in arms.models]
+    return [[model, *(cell(arms, table, model, column.key) for column in columns)] for model in arms.models]
 
 
-def cell(arms: Arms, table: Table, model: str, column: Column) -> str:
+def cell(arms: Arms, table: Table, model: str, key: str) -> str:
     """ "61.3 (+1.3*)", "61.3 ± 0.4 (+1.3)", or a dash with a note."""
-    return score(arms, table, model, column.key) + delta(arms, model, column.key)
+    return score(arms, table, model, key) + delta(arms, model, key)
 
 
 def delta(arms: Arms, model: str, key: str) -> str:
@@ -117,24 +117,21 @@ def table2(arms: Arms) -> Table:
     table.title = "Table 2. Retrieval and zero-shot classification"
     table.groups = [("", 1), *((heading, len(group)) for heading, group in groups)]
     table.rows = rows_of(arms, table, columns)
-    missing = f"{absent(published, groups[0][1])} {absent(PAPER_SETS['zero_shot'], zero)}"
-    table.caption = captioned(
-        "Image retrieval is text to image, text retrieval image to text; R@1 and R@10 are among all scores.",
-        arms,
-        missing.strip(),
-    )
+    directions = "Image retrieval is text to image, text retrieval image to text; R@1 and R@10 are among all scores."
+    missing = (absent(published, groups[0][1]), absent(PAPER_SETS["zero_shot"], zero))
+    table.caption = captioned(directions, arms, *missing)
     return table
 
 
 def table3(arms: Arms) -> Table:
     """POPE: accuracy, precision and recall of each model, split by split."""
     measures = ("accuracy", "precision", "recall")
-    table = Table([""], name="table3", title="Table 3. POPE object hallucination")
+    columns = [measure.capitalize() for measure in measures]
+    table = Table(["POPE", *columns * len(arms.models)], name="table3", title="Table 3. POPE object hallucination")
     table.groups = [("", 1), *((model, len(measures)) for model in arms.models)]
-    table.columns = ["POPE", *(measure.capitalize() for _ in arms.models for measure in measures)]
     for split in (*POPE_SPLITS, "mean"):
-        columns = [Column(measure, f"pope/{split}/{measure}") for measure in measures]
-        cells = [cell(arms, table, model, column) for model in arms.models for column in columns]
+        keys = [f"pope/{split}/{measure}" for measure in measures]
+        cells = [cell(arms, table, model, key) for model in arms.models for key in keys]
         table.rows.append([split.capitalize(), *cells])
     table.caption = captioned("The mean row is not in the paper.", arms)
     return table
@@ -142,13 +139,12 @@ def table3(arms: Arms) -> Table:
 
 def table4(arms: Arms) -> Table:
     """Distribution shifts, the numbers behind figure 3."""
-    table = Table([], name="table4", title="Table 4. Zero-shot accuracy out of distribution")
     columns = shift_columns(arms)
-    table.columns = ["Model", *(c.title for c in columns)]
+    table = Table(["Model", *(c.title for c in columns)], name="table4")
+    table.title = "Table 4. Zero-shot accuracy out of distribution"
     table.rows = rows_of(arms, table, columns)
-    table.caption = captioned(
-        "Top-1 in percent: the numbers behind Figure 3.", arms, absent(PAPER_SETS["shifts"], columns)
-    )
+    missing = absent(PAPER_SETS["shifts"], columns)
+    table.caption = captioned("Top-1 in percent: the numbers behind Figure 3.", arms, missing)
     return table
 
 
@@ -156,9 +152,8 @@ def shift_columns(arms: Arms) -> list[Column]:
     """ImageNet itself where it was evaluated, its shifted versions, their average."""
     base = [Column("ImageNet", "zero_shot/imagenet/top1")] if "zero_shot/imagenet/top1" in arms.metric_names() else []
     shifts = sets_of(arms, r"shift/(.+)/top1", PAPER_SETS["shifts"], "shift/average")
-    order = ("v2", "a", "r", "sketch")  # as in the paper, whatever was shifted
-    place = {f"shift/{prefix}{name}/top1": i for i, name in enumerate(order) for prefix in ("", "imagenet-")}
-    shifts.sort(key=lambda c: (c.title == "Avg.", place.get(c.key, len(order))))
+    place = {f"shift/{prefix}{name}/top1": i for i, name in enumerate(SHIFTS) for prefix in ("", "imagenet-")}
+    shifts.sort(key=lambda c: (c.title == "Avg.", place.get(c.key, len(SHIFTS))))
     with_base = "shift/average_with_base"
     more = [Column("Avg. with its base", with_base)] if with_base in arms.metric_names() else []
     return [*base, *shifts, *more]
@@ -179,23 +174,17 @@ def table5(arms: Arms) -> Table:
 
 def six_tasks(arms: Arms) -> list[Column]:
     """Linear probing, few-shot, image and text retrieval, zero-shot and shifts: one score each, averaged over sets."""
-    names = arms.metric_names()
-
-    def one(title: str, average: str, pattern: str, published: dict[str, str] | None = None) -> Column:
-        columns = sets_of(arms, pattern, published or {}, average)
-        return Column(title, columns[-1].key)
-
-    zero = one("Zero-shot", "zero_shot/average/top1", r"zero_shot/(.+)/top1")
-    if "zero_shot/imagenet/top1" in names:  # as in the paper
-        zero = Column("Zero-shot ImageNet", "zero_shot/imagenet/top1")
-    return [
-        one("Linear probing", "linear_probe/average/accuracy", r"linear_probe/(.+)/accuracy"),
-        one("Few-shot", "few_shot/average/accuracy", r"few_shot/(.+)/accuracy"),
-        one("Image retrieval", "retrieval/average/text_to_image/R@5", r"retrieval/(?:(.+)/)?text_to_image/R@5"),
-        one("Text retrieval", "retrieval/average/image_to_text/R@5", r"retrieval/(?:(.+)/)?image_to_text/R@5"),
-        zero,
-        one("Zero-shot OOD", "shift/average", r"shift/(.+)/top1"),
-    ]
+    tasks = (
+        ("Linear probing", r"linear_probe/(.+)/accuracy", "linear_probe/average/accuracy"),
+        ("Few-shot", r"few_shot/(.+)/accuracy", "few_shot/average/accuracy"),
+        ("Image retrieval", r"retrieval/(?:(.+)/)?text_to_image/R@5", "retrieval/average/text_to_image/R@5"),
+        ("Text retrieval", r"retrieval/(?:(.+)/)?image_to_text/R@5", "retrieval/average/image_to_text/R@5"),
+        ("Zero-shot", r"zero_shot/(.+)/top1", "zero_shot/average/top1"),
+        ("Zero-shot OOD", r"shift/(.+)/top1", "shift/average"),
+    )
+    columns = [Column(title, sets_of(arms, pattern, {}, average)[-1].key) for title, pattern, average in tasks]
+    imagenet = Column("Zero-shot ImageNet", "zero_shot/imagenet/top1")  # as in the paper
+    return [imagenet if c.title == "Zero-shot" and imagenet.key in arms.metric_names() else c for c in columns]
 
 
 def mmvp(arms: Arms) -> Table:
@@ -220,9 +209,9 @@ def captioned(text: str, arms: Arms, *more: str) -> str:
     """A caption with what the brackets mean, as far as there are any."""
     parts = [text]
     if len(arms.models) > 1:
-        parts.append(
+        parts += [
             f"In brackets the difference from {arms.models[0]}, with {SIGN} where its 95 % interval leaves zero out."
-        )
+        ]
     if any(len(arms.seeds(model)) > 1 for model in arms.models):
         parts.append("± is the standard deviation over seeds.")
     return " ".join([*parts, *filter(None, more)])
