@@ -184,22 +184,26 @@ def curves(arms: Arms, stage: str, key: str) -> Figure:
     """`key` of metrics.jsonl over the steps, one line a run, colour and dashes by model."""
     figure, axes = plt.subplots(figsize=(WIDTH, 2.5))
     for run in (r for r in arms.runs if r.stage == stage):
-        points = points_of(run.curve, key)
         colour, dashes = (colour_of(arms, run.model), dashes_of(arms, run.model)) if run.model else (MUTED, "-")
-        marker = "o" if len(points) == 1 else ""
-        if points:
-            axes.plot(*zip(*points), dashes, color=colour, linewidth=1.4, alpha=0.9, marker=marker)
-    name_steps(axes)
+        plot_log(axes, run.curve, key, colour, dashes, alpha=0.9)
+    step_axis(axes)
     axes.set_ylabel(key.replace("_", " "))
-    axes.tick_params(axis="y", labelcolor=MUTED)
-    axes.grid(linewidth=0.6)
     if stage != "language":
         legend(axes, arms, arms.models, lines=True)
     return figure
 
 
-def name_steps(axes: Axes, most: int = 6) -> None:
+def plot_log(axes: Axes, curve: list[dict[str, float]], key: str, colour: str, dashes: str, alpha: float) -> None:
+    """`key` of metrics.jsonl over the steps; a dot where there is one point."""
+    if points := points_of(curve, key):
+        marker = "o" if len(points) == 1 else ""
+        axes.plot(*zip(*points), dashes, color=colour, linewidth=1.4, alpha=alpha, marker=marker)
+
+
+def step_axis(axes: Axes, most: int = 6) -> None:
     """Few labels on the axis of steps, 25k for 25000, so that they never meet."""
+    axes.tick_params(axis="y", labelcolor=MUTED)
+    axes.grid(linewidth=0.6)
     axes.set_xlabel("step")
     axes.xaxis.set_major_locator(MaxNLocator(most, integer=True))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
@@ -230,17 +234,13 @@ def lambdas(arms: Arms) -> Figure:
     for row, (model, curve, layers) in zip(grid, shown):
         for axes, tower in zip(row, towers):
             axes.set_title(f"{short(model, 24)}, {tower}", fontsize=8.5, loc="left", color=INK)
-            axes.tick_params(axis="y", labelcolor=MUTED)
-            axes.grid(linewidth=0.6)
-            name_steps(axes, 3)
+            step_axis(axes, 3)
             numbers = layers.get(tower, [])
             if not numbers:
                 axes.text(0.5, 0.5, "plain attention", transform=axes.transAxes, ha="center", color=MUTED, fontsize=8)
             for place, number in enumerate(numbers):
-                points = points_of(curve, f"lambda/{tower}.{number}")
                 strength = 0.3 + 0.7 * (place + 1) / len(numbers)
-                marker = "o" if len(points) == 1 else ""
-                axes.plot(*zip(*points), color=colour_of(arms, model), alpha=strength, linewidth=1.4, marker=marker)
+                plot_log(axes, curve, f"lambda/{tower}.{number}", colour_of(arms, model), "-", strength)
         row[0].set_ylabel("lambda")
     return figure
 

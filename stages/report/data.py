@@ -20,9 +20,12 @@ AVERAGED = {
     "few_shot/average/accuracy": "few_shot/{}/accuracy",
     "zero_shot/average/top1": "zero_shot/{}/top1",
     "shift/average": "shift/{}/top1",
+    **{
+        f"retrieval/average/{way}/R@{k}": f"retrieval/{{}}/{way}/R@{k}"
+        for way in ("text_to_image", "image_to_text")
+        for k in (1, 5, 10)
+    },
 }
-for way in ("text_to_image", "image_to_text"):
-    AVERAGED |= {f"retrieval/average/{way}/R@{k}": f"retrieval/{{}}/{way}/R@{k}" for k in (1, 5, 10)}
 
 
 @dataclass
@@ -141,13 +144,11 @@ def gather(paths: list[Path]) -> Arms:
     """
     runs: dict[Path, RunDir] = {}
     problems: list[str] = []
-    queue: list[Path] = []
     for path in paths:
         if not path.exists():
             raise InputError(f"{path}: no such run directory")
-        queue += (file.parent for file in sorted(path.rglob(schema.RECORD)))
-    while queue:
-        folder = queue.pop(0)
+    queue = [file.parent for path in paths for file in sorted(path.rglob(schema.RECORD))]
+    for folder in queue:  # grows below
         if folder.resolve() in runs:
             continue
         record = read_whole(folder / schema.RECORD, problems)
@@ -166,9 +167,8 @@ def gather(paths: list[Path]) -> Arms:
         inputs = [Path(str(as_dict(i).get("path", "?"))) for i in run.get("inputs").values()]
         queue += [path for path in inputs if (path / schema.RECORD).is_file()]
     if not runs:
-        raise InputError(
-            f"no {schema.RECORD} below {', '.join(map(str, paths))}: give the output directories of stages"
-        )
+        below = ", ".join(map(str, paths))
+        raise InputError(f"no {schema.RECORD} below {below}: give the output directories of stages")
     arms = Arms(list(runs.values()), problems)
     for model in arms.models:
         for stage in STAGES[1:-1]:

@@ -72,10 +72,12 @@ def examples(arms: Arms) -> Gallery:
 
 def _gallery(arms: Arms, seed: str, rows: dict[tuple, Rows]) -> Gallery:
     result = Gallery(arms.models, seed, len(rows))
-    items = {key: item(arms.models, key, found) for key, found in rows.items()}
-    size = sum(map(_length, items.values()))
+    items = {key: item(arms.models, key, lines) for key, lines in rows.items()}
+    size = sum(len(json.dumps(one, ensure_ascii=False)) for one in items.values())
     chosen = spread(list(items), len(items) if size <= MOST_TEXT else int(len(items) * MOST_TEXT / size))
-    places_of = {key: _places(rows[key]) for key in chosen}
+    places_of = {
+        key: [(folder, name) for row, folder in rows[key].values() if (name := _text(row, "image"))] for key in chosen
+    }
     count = len({places[0] for places in places_of.values() if places})
     side = next((side for most, side in SIDES if count <= most), SMALLEST)
     numbers: dict[tuple[Path, str], int] = {}
@@ -104,9 +106,9 @@ def spread(keys: Sequence[tuple], count: int) -> list[tuple]:
     for key in keys:
         by_split.setdefault(key[0], []).append(key)
     chosen: list[tuple] = []
-    for found in by_split.values():
-        share = -(-len(found) * count // max(1, len(keys)))
-        chosen += [found[i * len(found) // share] for i in range(min(share, len(found)))]
+    for group in by_split.values():
+        share = -(-len(group) * count // max(1, len(keys)))
+        chosen += [group[i * len(group) // share] for i in range(min(share, len(group)))]
     return chosen
 
 
@@ -120,11 +122,11 @@ def item(models: Sequence[str], key: tuple, rows: Rows) -> dict[str, Any]:
     heats: list[list | None] = []
     query = ""
     for model in models:
-        row = rows[model][0] if model in rows else None
-        if row is None:
+        if model not in rows:
             answers.append(None)
             heats.append(None)
             continue
+        row, _ = rows[model]
         answer = _text(row, "answer")
         # as the scores take it: anything but the very word is wrong
         right = answer.strip().lower() == label.strip().lower()
@@ -134,14 +136,6 @@ def item(models: Sequence[str], key: tuple, rows: Rows) -> dict[str, Any]:
         heats.append([len(heat[0]), values] if heat else None)
         query = query or _text(row, "query")
     return {"s": split, "q": question, "l": label, "t": query, "p": -1, "a": answers, "h": heats}
-
-
-def _length(one: dict[str, Any]) -> int:
-    return len(json.dumps(one, ensure_ascii=False))
-
-
-def _places(rows: Rows) -> list[tuple[Path, str]]:
-    return [(folder, name) for row, folder in rows.values() if (name := _text(row, "image"))]
 
 
 def image_data(directory: Path, name: str, side: int = SIDES[0][1]) -> dict[str, Any] | None:
@@ -201,30 +195,22 @@ def attention_maps(arms: Arms) -> list[Map]:
 def add_map(maps: dict[tuple[str, str], Map], model: str, row: dict[str, Any], folder: Path) -> None:
     """Put one line of attention.jsonl to the others; a line that is damaged or without its image is left out."""
     heat = grid(row.get("heat"))
-    name, query = str(row.get("file") or row.get("image")), str(row.get("query"))[:200]
-    if heat is None:
-        return
-    known = maps.get((name, query))
-    if known is None:
-        image = open_inside(folder, str(row.get("image")))
-        if image is None:
-            return
-        known = maps[name, query] = Map(name, query, image)
-    known.heat[model] = heat
+    key = str(row.get("file") or row.get("image")), str(row.get("query"))[:200]
+    if heat and key not in maps and (image := open_inside(folder, str(row.get("image")))):
+        maps[key] = Map(*key, image)
+    if heat and key in maps:
+        maps[key].heat[model] = heat
 
 
 def grid(value: Any) -> list[list[int]] | None:
     """Rows of numbers from 0 to 255, all of one length; None for anything else."""
     if not isinstance(value, list) or not 0 < len(value) <= LARGEST_GRID:
         return None
-    for row in value:
-        if not isinstance(row, list) or len(row) != len(value[0]) or not 0 < len(row) <= LARGEST_GRID:
-            return None
-        try:
-            bytes(row)
-        except (TypeError, ValueError):
-            return None
-    return value
+    try:
+        widths = {len(bytes(row)) if isinstance(row, list) else 0 for row in value}
+    except (TypeError, ValueError):  # something that is no number from 0 to 255
+        return None
+    return value if len(widths) == 1 and 0 < widths.pop() <= LARGEST_GRID else None
 
 
 def open_inside(folder: Path, name: str) -> Image.Image | None:

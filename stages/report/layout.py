@@ -10,29 +10,9 @@ from typing import NamedTuple
 from diffclip.base.schema import POPE_SPLITS
 from stages.report.cells import Table, distinct, number, percent, score
 from stages.report.data import Arms
+from stages.report.paper import PAPER_SETS
 from stages.report.significance import difference
 
-PAPER_SETS = {  # folder in diffclip.benchmarks.paper: name in the paper, in its order
-    "classification": {
-        "caltech101": "Caltech-101",
-        "dtd": "DTD",
-        "pets": "Pets",
-        "flowers": "Flowers",
-        "sun397": "SUN397",
-        "aircraft": "Aircraft",
-        "cifar10": "CIFAR10",
-        "cifar100": "CIFAR100",
-        "food101": "Food-101",
-    },
-    "retrieval": {"flickr30k": "Flickr30k", "flickr8k": "Flickr8k", "coco": "MSCOCO"},
-    "zero_shot": {"imagenet": "ImageNet"},
-    "shifts": {
-        "imagenet-v2": "ImageNet-V2",
-        "imagenet-a": "ImageNet-A",
-        "imagenet-r": "ImageNet-R",
-        "imagenet-sketch": "ImageNet-Sketch",
-    },
-}
 SHIFTS = ("v2", "a", "r", "sketch")  # in the paper's order, whatever was shifted
 NONE = "(no set)"  # a column where there is nothing to show
 SIGN = "*"  # behind a difference whose 95 % interval leaves zero out
@@ -209,9 +189,8 @@ def captioned(text: str, arms: Arms, *more: str) -> str:
     """A caption with what the brackets mean, as far as there are any."""
     parts = [text]
     if len(arms.models) > 1:
-        parts += [
-            f"In brackets the difference from {arms.models[0]}, with {SIGN} where its 95 % interval leaves zero out."
-        ]
+        interval = f"with {SIGN} where its 95 % interval leaves zero out"
+        parts.append(f"In brackets the difference from {arms.models[0]}, {interval}.")
     if any(len(arms.seeds(model)) > 1 for model in arms.models):
         parts.append("± is the standard deviation over seeds.")
     return " ".join([*parts, *filter(None, more)])

@@ -81,11 +81,8 @@ def tally(arms: Arms) -> list[str]:
     keys = [key for key, label in rows if not label.startswith(("average", "mean"))]
     sentences = []
     for other in others:
-        tests = [
-            (test.mean, test.significant)
-            for key in keys
-            if (test := difference(arms, first, other, key)).mean is not None
-        ]
+        every = [difference(arms, first, other, key) for key in keys]
+        tests = [(test.mean, test.significant) for test in every if test.mean is not None]
         higher = [significant for mean, significant in tests if mean > 0]
         lower = [significant for mean, significant in tests if mean < 0]
         sentences.append(
