@@ -82,10 +82,7 @@ def legend(axes: Axes, arms: Arms, models: Sequence[str], marks: Sequence[Line2D
 def bars(arms: Arms, rows: Sequence[Column], models: Sequence[str], baseline: str = "") -> Figure:
     """Horizontal bars, one a model and row, whiskers of one sd, the number and the difference at the end.
 
-    Args:
-        rows: columns of a table that have a key.
-        models: those to show.
-        baseline: key of a score that a dashed line marks.
+    A dashed line marks the score under the key `baseline`.
     """
     figure, axes = plt.subplots(figsize=(WIDTH, 0.55 + len(rows) * (0.2 + 0.19 * len(models))))
     height = 0.8 / len(models)
@@ -140,7 +137,7 @@ def pope_bars(arms: Arms) -> Figure:
                 control = list(arms.scores(model, f"{group}/{split}/accuracy").values())
                 if control:  # beside each other, since controls at chance would hide one another
                     place = x + (k - (len(marks) - 1) / 2) * width * 0.8 / max(2, len(marks))
-                    axes.plot(place, mean_sd(control)[0], mark.get_marker(), ms=4.5, mfc=PAPER, color=INK)
+                    axes.plot(place, mean_sd(control)[0], str(mark.get_marker()), ms=4.5, mfc=PAPER, color=INK)
     axes.axhline(50, color=MUTED, linewidth=0.8, linestyle=":")
     axes.set_xticks(range(len(SPLITS)), SPLITS)
     axes.tick_params(axis="x", length=0, labelcolor=INK)

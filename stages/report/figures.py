@@ -81,10 +81,9 @@ def inline(svg: str, name: str) -> str:
     svg = re.sub(r'\bid="', f'id="{name}-', svg)
     svg = re.sub(r'(url\(#|href="#)', rf"\g<1>{name}-", svg)
     svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", svg)
-    for colour, variable in [(INK, "ink"), (MUTED, "muted"), (GRID, "grid"), (PAPER, "paper")]:
+    variables = {INK: "ink", MUTED: "muted", GRID: "grid", PAPER: "paper"}
+    for colour, variable in (variables | {colour: f"model-{i}" for i, colour in enumerate(COLOURS)}).items():
         svg = svg.replace(colour, f"var(--{variable})")
-    for i, colour in enumerate(COLOURS):
-        svg = svg.replace(colour, f"var(--model-{i})")
     return re.sub(r'<svg ([^>]*?)height="[^"]*"([^>]*?)width="[^"]*"', r"<svg \1\2", svg, count=1)
 
 

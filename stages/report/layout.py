@@ -25,12 +25,12 @@ class Column(NamedTuple):
     key: str
 
 
-def sets_of(arms: Arms, pattern: str, published: dict[str, str], average: str = "") -> list[Column]:
+def sets_of(arms: Arms, pattern: str, published: dict[str, str], average: str) -> list[Column]:
     """The columns of a group: every set that `pattern` finds, the paper's first, then their average."""
     named = {m[1] or "": key for key in arms.metric_names() if (m := re.fullmatch(pattern, key)) and m[1] != "average"}
     order = [*(name for name in published if name in named), *(n for n in named if n not in published)]
     columns = [Column(published.get(name, name or "held-out pairs"), named[name]) for name in order]
-    if average and len(columns) > 1:
+    if len(columns) > 1:
         columns.append(Column("Avg.", average))
     return columns or [Column(NONE, f"{pattern.split('/')[0]}/")]
 
@@ -38,6 +38,12 @@ def sets_of(arms: Arms, pattern: str, published: dict[str, str], average: str = 
 def rows_of(arms: Arms, table: Table, columns: Sequence[Column]) -> list[list[str]]:
     """One row a model: score, and from the second model on the difference from the first in brackets."""
     return [[model, *(cell(arms, table, model, column.key) for column in columns)] for model in arms.models]
+
+
+def table_of(arms: Arms, name: str, title: str, columns: Sequence[Column]) -> Table:
+    table = Table(["Model", *(column.title for column in columns)], name=name, title=title)
+    table.rows = rows_of(arms, table, columns)
+    return table
 
 
 def cell(arms: Arms, table: Table, model: str, key: str) -> str:
@@ -93,10 +99,8 @@ def table2(arms: Arms) -> Table:
     zero = sets_of(arms, r"zero_shot/(.+)/top1", PAPER_SETS["zero_shot"], "zero_shot/average/top1")
     groups.append(("Zero-shot", zero))
     columns = [c for _, group in groups for c in group]
-    table = Table(["Model", *(c.title for c in columns)], name="table2")
-    table.title = "Table 2. Retrieval and zero-shot classification"
+    table = table_of(arms, "table2", "Table 2. Retrieval and zero-shot classification", columns)
     table.groups = [("", 1), *((heading, len(group)) for heading, group in groups)]
-    table.rows = rows_of(arms, table, columns)
     directions = "Image retrieval is text to image, text retrieval image to text; R@1 and R@10 are among all scores."
     missing = (absent(published, groups[0][1]), absent(PAPER_SETS["zero_shot"], zero))
     table.caption = captioned(directions, arms, *missing)
@@ -120,9 +124,7 @@ def table3(arms: Arms) -> Table:
 def table4(arms: Arms) -> Table:
     """Distribution shifts, the numbers behind figure 3."""
     columns = shift_columns(arms)
-    table = Table(["Model", *(c.title for c in columns)], name="table4")
-    table.title = "Table 4. Zero-shot accuracy out of distribution"
-    table.rows = rows_of(arms, table, columns)
+    table = table_of(arms, "table4", "Table 4. Zero-shot accuracy out of distribution", columns)
     missing = absent(PAPER_SETS["shifts"], columns)
     table.caption = captioned("Top-1 in percent: the numbers behind Figure 3.", arms, missing)
     return table
@@ -141,13 +143,11 @@ def shift_columns(arms: Arms) -> list[Column]:
 
 def table5(arms: Arms) -> Table:
     """All variants on the six tasks, the numbers behind figures 1 and 5."""
-    tasks = six_tasks(arms)
-    table = Table(["Model", "Parameters", *(t.title for t in tasks)], name="table5")
-    table.title = "Table 5. Variants on the six tasks"
-    for model, row in zip(arms.models, rows_of(arms, table, tasks)):
+    table = table_of(arms, "table5", "Table 5. Variants on the six tasks", six_tasks(arms))
+    table.columns.insert(1, "Parameters")
+    for model, row in zip(arms.models, table.rows):
         sizes = [number(r.record["parameters"]) for r in arms.latest("pretrain", model) if "parameters" in r.record]
-        size = distinct(sizes) if sizes else table.missing(f"no pretrain run of {model} was found")
-        table.rows.append([row[0], size, *row[1:]])
+        row.insert(1, distinct(sizes) if sizes else table.missing(f"no pretrain run of {model} was found"))
     table.caption = captioned("The numbers behind Figures 1 and 5.", arms)
     return table
 
@@ -173,8 +173,7 @@ def mmvp(arms: Arms) -> Table:
     averages = {"average": "Avg.", "average7": "Avg. of the paper's 7"}
     more = [Column(title, f"mmvp/{key}") for key, title in averages.items() if f"mmvp/{key}" in arms.metric_names()]
     columns = [*columns, *more] or [Column(NONE, "mmvp/")]
-    table = Table(["Model", *(c.title for c in columns)], name="mmvp", title="MMVP-VLM, the numbers of Figure 4")
-    table.rows = rows_of(arms, table, columns)
+    table = table_of(arms, "mmvp", "MMVP-VLM, the numbers of Figure 4", columns)
     table.caption = captioned("Share of pairs with both images right, in percent.", arms)
     return table
 

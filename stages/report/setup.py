@@ -168,15 +168,13 @@ def progress(runs: list[RunDir], seeds: int) -> str:
 
 
 def learns(run: RunDir) -> str:
-    names = run.learns
-    return " + ".join(f"{n} ({number(run.get('parameters').get(n, DASH))})" for n in names)
+    return " + ".join(f"{part} ({number(run.get('parameters').get(part, DASH))})" for part in run.learns)
 
 
 def budget(run: RunDir) -> str:
     """ "20,000 pairs × 3 epochs = 234 steps of 256", as far as the run says so."""
-    counts = [
-        f"{number(run.record[what])} {what}" for what in ("pairs", "conversations", "tokens") if what in run.record
-    ]
+    units = [unit for unit in ("pairs", "conversations", "tokens") if unit in run.record]
+    counts = [f"{number(run.record[unit])} {unit}" for unit in units]
     if counts and "epochs" in run.config:
         epochs = run.config["epochs"]
         counts[0] += f" × {epochs:g} epoch{'s' * (epochs != 1)}" if is_number(epochs) else f" × {epochs} epochs"
@@ -208,9 +206,8 @@ def protocol(run: RunDir) -> str:
     few = as_dict(run.about.get("few_shot"))
     parts = [f"templates: {run.about['templates']}"] if "templates" in run.about else []
     if "linear_probe" in run.about:
-        parts.append(
-            f"probe: {run.about['linear_probe']}, on features {run.about.get('probe_features')} the projection"
-        )
+        features = f"on features {run.about.get('probe_features')} the projection"
+        parts.append(f"probe: {run.about['linear_probe']}, {features}")
     if few:
         parts.append(f"{few.get('way')}-way {few.get('shot')}-shot, {number(few.get('episodes'))} episodes")
     parts += [f"{name}: {note}" for name, note in as_dict(run.about.get("notes")).items()]

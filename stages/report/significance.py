@@ -6,7 +6,7 @@ larger, so that the items are no longer asked.
 
 import math
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, wraps
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -47,8 +47,8 @@ def difference(arms: Arms, first: str, other: str, key: str) -> Difference:
     differences = paired_differences(arms, first, other, key)
     if not differences:
         return Difference(None, why="no seed that both models have")
-    (seed, mean), *more = differences.items()
-    if more:
+    seed, mean = next(iter(differences.items()))
+    if len(differences) > 1:
         if len(set(differences.values())) == 1:
             return Difference(mean, why="the differences of all seeds are the same, so they have no spread to test")
         return Difference(*over_seeds(list(differences.values())))
@@ -86,11 +86,11 @@ def _once(read: Callable[[Path], T]) -> Callable[[Path], T]:
     """`read` of an evaluate run's folder, remembered until the run writes its metrics anew."""
     remembered = lru_cache(maxsize=64)(lambda folder, stamp: read(folder))
 
+    @wraps(read)
     def reader(folder: Path) -> T:
         metrics = folder / schema.METRICS
         return remembered(folder.resolve(), metrics.stat().st_mtime_ns if metrics.exists() else 0)
 
-    reader.__doc__ = read.__doc__
     return reader
 
 
@@ -198,5 +198,4 @@ def _localisation(first: Path, second: Path, key: str, mean: float) -> Differenc
     differences = theirs[name] - ours[name]
     known = ~np.isnan(differences)
     _, images = np.unique([image for image, _ in items], return_inverse=True)
-    _, low, high = bootstrap_mean(differences[known], images[known], resamples=RESAMPLES)
-    return Difference(mean, low, high)
+    return Difference(mean, *bootstrap_mean(differences[known], images[known], resamples=RESAMPLES)[1:])
