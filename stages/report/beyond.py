@@ -13,7 +13,7 @@ LOCALISATION = {
     "pointing": "pointing game",
     "energy": "energy inside",
     "precision": "pixel average precision",
-    "area": "area of the masks",
+    "area": "area of the masks",  # the last: what a map of noise has
 }
 
 

@@ -14,7 +14,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.projections.polar import PolarAxes
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from diffclip.base.schema import STAGES
@@ -97,14 +96,13 @@ def bars(arms: Arms, rows: Sequence[Column], models: Sequence[str], baseline: st
             axes.barh(y, mean, height * 0.9, color=colour_of(arms, model))
             if sd is not None:
                 axes.errorbar(mean, y, xerr=sd, color=INK, linewidth=1, capsize=2)
-            text = f"{mean:.1f}{delta(arms, model, row.key)}"
-            axes.text(mean + (sd or 0) + 1.5, y, text, va="center", fontsize=7.5)
+            label = f"{mean:.1f}{delta(arms, model, row.key)}"
+            axes.text(mean + (sd or 0) + 1.5, y, label, va="center", fontsize=7.5)
     if values := [v for model in models for v in arms.scores(model, baseline).values()]:
         axes.axvline(mean_sd(values)[0], color=INK, linewidth=1, linestyle="--")
     axes.set_yticks(range(len(rows)), [textwrap.fill(short(row.title, 40), 20) for row in rows])
     axes.invert_yaxis()
-    axes.set_xlim(0, 121)
-    axes.set_xticks(range(0, 101, 20))
+    axes.set(xlim=(0, 121), xticks=range(0, 101, 20))
     axes.set_xlabel("%", x=100 / 121)
     axes.grid(axis="x", linewidth=0.6)
     axes.tick_params(axis="y", length=0)
@@ -142,9 +140,7 @@ def pope_bars(arms: Arms) -> Figure:
     axes.set_xticks(range(len(SPLITS)), SPLITS)
     axes.tick_params(axis="x", length=0, labelcolor=INK)
     axes.tick_params(axis="y", labelcolor=MUTED)
-    axes.set_ylim(0, 109)
-    axes.set_yticks(range(0, 101, 25))
-    axes.set_ylabel("accuracy, %")
+    axes.set(ylim=(0, 109), yticks=range(0, 101, 25), ylabel="accuracy, %")
     axes.grid(axis="y", linewidth=0.6)
     legend(axes, arms, arms.models, list(marks.values()))
     return figure
@@ -167,8 +163,7 @@ def cost_bars(arms: Arms) -> Figure:
     axes.set_yticks(range(len(names)), [short(name, 24) or "shared" for name in names])
     axes.invert_yaxis()
     axes.margins(x=0.16)
-    axes.set_xlim(left=0)
-    axes.set_xlabel(word)
+    axes.set(xlim=(0, None), xlabel=word)
     axes.grid(axis="x", linewidth=0.6, color=GRID)
     axes.tick_params(axis="y", length=0)
     stages = {c.stage for c, _ in known}
@@ -280,9 +275,7 @@ def radar(arms: Arms, columns: Sequence[Column]) -> Figure:
     """One axis a column, one closed line a model, means over seeds."""
     angles = [2 * math.pi * i / len(columns) for i in range(len(columns))]
     figure, axes = plt.subplots(figsize=(WIDTH, 4.3), subplot_kw={"projection": "polar"})
-    assert isinstance(axes, PolarAxes)
-    axes.set_theta_zero_location("N")
-    axes.set_theta_direction(-1)
+    axes.set(theta_zero_location="N", theta_direction=-1, facecolor=PAPER)
     top = 0.0
     handles = []
     for i, model in enumerate(arms.models):
@@ -300,13 +293,11 @@ def radar(arms: Arms, columns: Sequence[Column]) -> Figure:
     step = next(s for s in (1, 2, 5, 10, 20, 25) if top <= 5 * s)  # a score may be 100 and a little
     limit = step * max(1, math.ceil(top / step))
     ticks = range(step, limit + 1, step)
-    axes.set_ylim(0, limit)
-    axes.set_yticks(ticks, [str(tick) for tick in ticks])
+    axes.set(ylim=(0, limit), yticks=ticks, yticklabels=[str(tick) for tick in ticks])
     axes.set_xticks(angles, [textwrap.fill(short(c.title, 44), 16) for c in columns], fontsize=8)
     axes.tick_params(axis="y", labelcolor=MUTED, labelsize=7.5)
     axes.tick_params(axis="x", labelcolor=INK, pad=7)
     axes.spines["polar"].set_visible(False)
     axes.grid(linewidth=0.6)
-    axes.set_facecolor(PAPER)
     figure.legend(handles=handles, loc="outside upper left", ncols=2, fontsize=8, handlelength=2.2)
     return figure

@@ -149,10 +149,7 @@ def gather(paths: list[Path]) -> Arms:
             raise InputError(f"{path}: no such run directory")
     queue = [file.parent for path in paths for file in sorted(path.rglob(schema.RECORD))]
     for folder in queue:  # grows below
-        if folder.resolve() in runs:
-            continue
-        record = read_whole(folder / schema.RECORD, problems)
-        if not isinstance(record, dict):
+        if folder.resolve() in runs or not isinstance(record := read_whole(folder / schema.RECORD, problems), dict):
             continue
         run = runs[folder.resolve()] = RunDir(folder, record)
         if (folder / schema.CONFIG).is_file():

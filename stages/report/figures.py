@@ -14,7 +14,7 @@ from matplotlib.figure import Figure as Drawing
 from diffclip.base.files import whole, write_whole
 from diffclip.base.schema import POPE_SPLITS, STAGES
 from stages.report import charts
-from stages.report.beyond import costs
+from stages.report.beyond import LOCALISATION, costs
 from stages.report.charts import COLOURS, GRID, INK, MUTED, PAPER, STYLE
 from stages.report.data import Arms
 from stages.report.examples import attention_maps
@@ -154,8 +154,7 @@ def of_the_paper(arms: Arms) -> list[Figure]:
 def beyond_the_paper(arms: Arms) -> list[Figure]:
     """POPE, localisation, curves of training, cost."""
     asked = any(arms.scores(m, f"pope/{split}/accuracy") for m in arms.models for split in POPE_SPLITS)
-    names = {"pointing": "Pointing game", "energy": "Energy inside", "precision": "Pixel average precision"}
-    located = [Column(title, f"localisation/{name}") for name, title in names.items()]
+    located = [Column(label.capitalize(), f"localisation/{name}") for name, label in LOCALISATION.items()][:-1]
     has_masks = any(arms.scores(m, column.key) for m in arms.models for column in located)
     logged = {(r.stage, key) for r in arms.runs for line in r.curve for key in line}
     ran = {run.stage for run in arms.runs}
