@@ -19,9 +19,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("report"), help="directory to write (report)")
     parser.also("--output_dir", "--out")
     arguments = parser.parse_args(argv)
-    from stages.report.build import report
+    from stages.report.build import build_report
 
-    report(arguments.runs, arguments.output_dir)
+    build_report(arguments.runs, arguments.output_dir)
 
 
 if __name__ == "__main__":

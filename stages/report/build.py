@@ -6,24 +6,15 @@ from diffclip.base.console import print_table
 from diffclip.base.errors import InputError
 from diffclip.base.files import write_whole
 from stages.report.data import Arms, gather
-from stages.report.export import as_csv, as_latex, csv_table, markdown_report
+from stages.report.export import as_csv, as_latex, csv_table, html_page, markdown_report
 from stages.report.figures import figures
-from stages.report.html import page
 from stages.report.pope import pope_verdict
 from stages.report.sections import sections
 from stages.report.tables import comparison, evidence
 
 
-def report(runs: list[Path], out: Path) -> None:
-    """`build_report`, and the comparison on the console."""
-    arms = gather(runs)
-    index = write_report(arms, out)
-    print_scores(arms)
-    print(f"Report: {index}")
-
-
 def build_report(runs: list[Path], out: Path) -> Path:
-    """Write the report of all run directories at or below `runs` into `out`.
+    """Write the report of all run directories at or below `runs` into `out`, and print the comparison.
 
     Returns:
         The path of index.html.
@@ -31,11 +22,7 @@ def build_report(runs: list[Path], out: Path) -> Path:
     Raises:
         InputError: a path does not exist, no run.json lies below any, or `out` is a file.
     """
-    return write_report(gather(runs), out)
-
-
-def write_report(arms: Arms, out: Path) -> Path:
-    """The files of `build_report`, each written whole or not at all."""
+    arms = gather(runs)
     if out.exists() and not out.is_dir():
         raise InputError(f"{out}: is a file; give --output_dir a directory")
     for folder in ("figures", "tables"):
@@ -44,15 +31,14 @@ def write_report(arms: Arms, out: Path) -> Path:
     for table in (table for part in parts for table in part.tables):
         write_whole(out / "tables" / f"{table.name}.csv", as_csv(table))
         write_whole(out / "tables" / f"{table.name}.tex", as_latex(table))
-    write_whole(out / "table.csv", csv_table(arms))
-    write_whole(out / "report.md", markdown_report(arms, title(arms), subtitle(arms), parts))
-    write_whole(out / "index.html", page(arms, title(arms), subtitle(arms), parts))
-    return out / "index.html"
-
-
-def title(arms: Arms) -> str:
     *others, last = arms.models
-    return f"{', '.join(others)} and {last}" if others else last
+    title = f"{', '.join(others)} and {last}" if others else last
+    write_whole(out / "table.csv", csv_table(arms))
+    write_whole(out / "report.md", markdown_report(arms, title, subtitle(arms), parts))
+    write_whole(out / "index.html", html_page(arms, title, subtitle(arms), parts))
+    print_scores(arms)
+    print(f"Report: {out / 'index.html'}")
+    return out / "index.html"
 
 
 def subtitle(arms: Arms) -> str:

@@ -8,8 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from stages.report.data import Arms, mean_sd
-from stages.report.reading import is_number
+from stages.report.data import Arms, is_number, mean_sd
 
 MINUS, DASH = "\u2212", "\u2013"
 

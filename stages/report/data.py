@@ -1,31 +1,31 @@
-"""What run directories hold, read forgivingly and grouped by model and seed.
+"""What run directories hold, read forgivingly and grouped by model and seed; all text is made printable.
 
 Nothing here raises on a partial or damaged run: what cannot be read becomes a sentence that the report shows.
 """
 
 import re
 import statistics
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
-from diffclip.base import schema
+from diffclip.base import files, schema
 from diffclip.base.errors import InputError
 from diffclip.base.schema import POPE_SPLITS, STAGES
-from stages.report.reading import as_dict, flat, is_number, read_curve, read_json, read_yaml
 
-# Groups whose average over their sets is a row of its own: key pattern with {} for the set, key of the average.
-AVERAGED = (
-    ("linear_probe/{}/accuracy", "linear_probe/average/accuracy"),
-    ("few_shot/{}/accuracy", "few_shot/average/accuracy"),
-    ("zero_shot/{}/top1", "zero_shot/average/top1"),
-    ("shift/{}/top1", "shift/average"),
-    *(
-        (f"retrieval/{{}}/{way}/R@{k}", f"retrieval/average/{way}/R@{k}")
+# Groups whose average over their sets is a row of its own: key of the average, pattern with {} for the set.
+AVERAGED = {
+    "linear_probe/average/accuracy": "linear_probe/{}/accuracy",
+    "few_shot/average/accuracy": "few_shot/{}/accuracy",
+    "zero_shot/average/top1": "zero_shot/{}/top1",
+    "shift/average": "shift/{}/top1",
+    **{
+        f"retrieval/average/{way}/R@{k}": f"retrieval/{{}}/{way}/R@{k}"
         for way in ("text_to_image", "image_to_text")
         for k in (1, 5, 10)
-    ),
-)
+    },
+}
 
 
 @dataclass
@@ -144,33 +144,28 @@ def gather(paths: list[Path]) -> Arms:
     """
     runs: dict[Path, RunDir] = {}
     problems: list[str] = []
-    queue: list[Path] = []
     for path in paths:
         if not path.exists():
             raise InputError(f"{path}: no such run directory")
-        queue += (file.parent for file in sorted(path.rglob(schema.RECORD)))
-    while queue:
-        folder = queue.pop(0)
-        if folder.resolve() in runs:
-            continue
-        record = read_json(folder / schema.RECORD, problems)
-        if not isinstance(record, dict):
+    queue = [file.parent for path in paths for file in sorted(path.rglob(schema.RECORD))]
+    for folder in queue:  # grows below
+        if folder.resolve() in runs or not isinstance(record := read_whole(folder / schema.RECORD, problems), dict):
             continue
         run = runs[folder.resolve()] = RunDir(folder, record)
-        run.config = read_yaml(folder / schema.CONFIG, problems)
+        if (folder / schema.CONFIG).is_file():
+            run.config = as_dict(read_whole(folder / schema.CONFIG, problems))
         if (folder / schema.METRICS).is_file():
-            run.metrics = dict(flat(read_json(folder / schema.METRICS, problems)))
+            run.metrics = dict(flat(read_whole(folder / schema.METRICS, problems)))
         if run.stage == "evaluate" and (folder / schema.CLIP_BENCHMARKS).is_file():
-            benchmarks = as_dict(read_json(folder / schema.CLIP_BENCHMARKS, problems))
+            benchmarks = as_dict(read_whole(folder / schema.CLIP_BENCHMARKS, problems))
             run.skipped, run.about = as_dict(benchmarks.get("skipped")), as_dict(benchmarks.get("about"))
         run.curve = read_curve(folder / schema.CURVE)
         # the language model or the vision tower may lie elsewhere: what was learnt from belongs to the report
         inputs = [Path(str(as_dict(i).get("path", "?"))) for i in run.get("inputs").values()]
         queue += [path for path in inputs if (path / schema.RECORD).is_file()]
     if not runs:
-        raise InputError(
-            f"no {schema.RECORD} below {', '.join(map(str, paths))}: give the output directories of stages"
-        )
+        below = ", ".join(map(str, paths))
+        raise InputError(f"no {schema.RECORD} below {below}: give the output directories of stages")
     arms = Arms(list(runs.values()), problems)
     for model in arms.models:
         for stage in STAGES[1:-1]:
@@ -183,24 +178,93 @@ def gather(paths: list[Path]) -> Arms:
 def add_averages(arms: Arms) -> None:
     """Add the averages to each evaluate run that has every set of a group that has at least two."""
     keys = arms.metric_names()
-    for pattern, name in AVERAGED:
-        before, after = pattern.split("{}")
-        sets = [k for k in keys if k.startswith(before) and k.endswith(after) and k != name]
-        if len(sets) >= 2:
-            _add_average(arms, sets, name)
+    groups = {average: sets_of_average(keys, average) for average in AVERAGED}
     for key in keys:
-        if re.fullmatch(rf"pope\w*/{POPE_SPLITS[0]}/(?!questions)[^/]+", key):
-            parts = [key.replace(f"/{POPE_SPLITS[0]}/", f"/{split}/") for split in POPE_SPLITS]
-            _add_average(arms, parts, key.replace(f"/{POPE_SPLITS[0]}/", "/mean/"))
+        if match := re.fullmatch(rf"(pope\w*)/{POPE_SPLITS[0]}/(?!questions)([^/]+)", key):
+            group, measure = match.groups()
+            groups[f"{group}/mean/{measure}"] = [f"{group}/{split}/{measure}" for split in POPE_SPLITS]
+    for run in (run for run in arms.runs if run.stage == "evaluate"):
+        for average, sets in groups.items():
+            values = [v for key in sets if is_number(v := run.metrics.get(key))]
+            if average not in run.metrics and len(values) == len(sets) >= 2:
+                run.metrics[average] = statistics.fmean(values)
 
 
-def _add_average(arms: Arms, keys: list[str], name: str) -> None:
-    for run in arms.runs:
-        values = [v for k in keys if is_number(v := run.metrics.get(k))]
-        if run.stage == "evaluate" and name not in run.metrics and len(values) == len(keys):
-            run.metrics[name] = statistics.fmean(values)
+def sets_of_average(keys: Iterable[str], average: str) -> list[str]:
+    """Those of `keys` that `average`, a key of AVERAGED, is taken over."""
+    before, after = AVERAGED[average].split("{}")
+    return [key for key in keys if key.startswith(before) and key.endswith(after) and key != average]
 
 
 def mean_sd(values: list[float]) -> tuple[float, float | None]:
     """Mean and sample standard deviation (None for a single value)."""
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+
+
+# --- single files ------------------------------------------------------------------------------------------------
+
+
+def read_whole(path: Path, problems: list[str]) -> Any:
+    """A JSON or YAML file's value, cleaned; None, and a sentence in `problems`, if it cannot be read."""
+    read = files.read_yaml if path.suffix == ".yaml" else files.read_json
+    try:
+        return clean(read(path))
+    except (InputError, RecursionError) as error:
+        reason = clean(str(error).removeprefix(f"{path}: "))[:300]
+        problems.append(f"{path}: cannot be read ({reason}); left out")
+        return None
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Every JSON object of a JSONL file; damaged lines, such as a crash leaves, are skipped."""
+    if path.is_file():
+        for _, value in files.read_jsonl(path, damaged="skip"):
+            try:
+                line = clean(value)
+            except RecursionError:
+                continue
+            if isinstance(line, dict):
+                yield line
+
+
+def read_curve(path: Path) -> list[dict[str, float]]:
+    """metrics.jsonl by step, losses and validation in one; after a resume the later value of a step counts."""
+    by_step: dict[float, dict] = {}
+    for line in read_lines(path):
+        if is_number(line.get("step")):
+            by_step.setdefault(line["step"], {}).update(line)
+    return [by_step[step] for step in sorted(by_step)]
+
+
+def flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """("a/b", leaf) of nested mappings."""
+    if not isinstance(value, dict):
+        if prefix:
+            yield prefix, value
+        return
+    for key, inner in value.items():
+        yield from flat(inner, f"{prefix}/{key}" if prefix else str(key))
+
+
+def clean(value: Any) -> Any:
+    """The same value with control characters, bidirectional overrides and lone surrogates made visible."""
+    if isinstance(value, str):
+        if value.isprintable() and len(value) <= 4000:  # nearly always, and a hundred times faster
+            return value
+        return "".join(c if c.isprintable() else " " if c.isspace() else "\ufffd" for c in value[:4000])
+    if isinstance(value, dict):
+        return {clean(str(k)): clean(v) for k, v in value.items()}
+    if isinstance(value, list):
+        if all(type(v) is int for v in value):  # heat maps: ten thousand of them take no time then
+            return value
+        return [clean(v) for v in value]
+    return value
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    """Whether it is a finite number of a size that can be drawn."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and -1e15 < value < 1e15
+
+
+def as_dict(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}

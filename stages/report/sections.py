@@ -27,11 +27,9 @@ class Section:
     beside: int = 0  # so many of the tables stand beside the figures where there is room
 
 
-def sections(arms: Arms, drawn: list[Figure]) -> list[Section]:
+def sections(arms: Arms, figure: dict[str, Figure]) -> list[Section]:
     """The report in the paper's order; then what the paper does not have."""
-    figure = {f.name: f for f in drawn}
-    curves = [f for f in drawn if f.name.startswith("loss-") or f.name in ("lambda", "logit-scale")]
-    pairs = pope_pairs(arms)
+    curves = [f for name, f in figure.items() if name.startswith("loss-") or name in ("lambda", "logit-scale")]
     rest = others(arms)
     parts = [
         Section("run", "Runs", "What was run", tables=[setup(arms)]),
@@ -61,7 +59,7 @@ def sections(arms: Arms, drawn: list[Figure]) -> list[Section]:
             "are shuffled among the questions.",
             verdicts=[pope_verdict(arms, model) for model in arms.models],
             figures=[figure["pope"]],
-            tables=[table3(arms), paper_table3(), pope(arms), *([pairs] if pairs else [])],
+            tables=[table3(arms), paper_table3(), pope(arms), *filter(None, [pope_pairs(arms)])],
             beside=2,
         ),
         Section("appendix", "Tab. 4, 5", "The numbers behind Figures 3 and 5", tables=[table4(arms), table5(arms)]),
@@ -79,7 +77,6 @@ def sections(arms: Arms, drawn: list[Figure]) -> list[Section]:
         Section("examples", "Examples", "Examples"),
         Section("all-scores", "Scores", "All scores", tables=[comparison(arms)]),
     ]
-    if rest.rows:
-        parts.append(Section("other", "Other", "Other numbers", tables=[rest]))
+    parts += [Section("other", "Other", "Other numbers", tables=[rest])] if rest.rows else []
     text = "What learnt, what was frozen, fingerprints of the weights before and after, digests of the inputs."
     return [*parts, Section("details", "Each run", "Every run", text)]

@@ -6,7 +6,7 @@ larger, so that the items are no longer asked.
 
 import math
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, wraps
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -20,8 +20,7 @@ from diffclip.base.schema import POPE_SPLITS
 from diffclip.base.statistics import bootstrap_mean, mcnemar, over_seeds, paired_bootstrap, percentiles, resampled_sums
 from mllm.pope.parsers import parse
 from mllm.pope.questions import Key, read_answers
-from stages.report.data import AVERAGED, Arms, RunDir
-from stages.report.reading import as_dict, is_number, read_json
+from stages.report.data import AVERAGED, Arms, RunDir, as_dict, is_number, read_whole, sets_of_average
 
 RESAMPLES = 4000
 T = TypeVar("T")
@@ -34,7 +33,6 @@ class Difference(NamedTuple):
     low: float | None = None
     high: float | None = None
     p: float | None = None
-    how: str = ""
     why: str = ""
 
     @property
@@ -45,17 +43,16 @@ class Difference(NamedTuple):
 
 def difference(arms: Arms, first: str, other: str, key: str) -> Difference:
     """The difference under a metric's key, by the best test that the runs allow."""
-    a, b = arms.scores(first, key), arms.scores(other, key)
-    seeds = [seed for seed in b if seed in a]
-    if not seeds:
+    differences = paired_differences(arms, first, other, key)
+    if not differences:
         return Difference(None, why="no seed that both models have")
-    differences = [b[seed] - a[seed] for seed in seeds]
-    mean = sum(differences) / len(differences)
-    if len(seeds) > 1:
-        return _over_seeds(differences)
-    ours, theirs = (_run_with(arms, model, seeds[0], key) for model in (first, other))
-    if ours is None or theirs is None:
-        return Difference(mean, why="the runs that hold it were not found")
+    seed, mean = next(iter(differences.items()))
+    if len(differences) > 1:
+        if len(set(differences.values())) == 1:
+            return Difference(mean, why="the differences of all seeds are the same, so they have no spread to test")
+        return Difference(*over_seeds(list(differences.values())))
+    # the runs whose values `Arms.scores` shows
+    ours, theirs = ([r for r in arms.of("evaluate", m, seed) if key in r.metrics][-1] for m in (first, other))
     if key.startswith("pope/"):
         return _pope(ours.path, theirs.path, key, mean)
     if key.startswith("localisation/"):
@@ -63,17 +60,16 @@ def difference(arms: Arms, first: str, other: str, key: str) -> Difference:
     return _items(ours, theirs, key, mean)
 
 
-def _over_seeds(differences: list[float]) -> Difference:
-    if len(set(differences)) == 1:
-        return Difference(
-            differences[0], why="the differences of all seeds are the same, so they have no spread to test"
-        )
-    return Difference(*over_seeds(differences), f"t test over {len(differences)} seeds")
+def paired_differences(arms: Arms, first: str, other: str, key: str) -> dict[str, float]:
+    """{seed: other - first, in points} for every seed that both have."""
+    a, b = arms.scores(first, key), arms.scores(other, key)
+    return {seed: b[seed] - a[seed] for seed in b if seed in a}
 
 
 def _items(ours: RunDir, theirs: RunDir, key: str, mean: float) -> Difference:
     """Paired bootstrap over the test items of a CLIP benchmark, and McNemar's exact test for right-or-wrong ones."""
-    if _digest(ours) != _digest(theirs):
+    data = [as_dict(run.get("inputs").get("clip_data")).get("digest") for run in (ours, theirs)]
+    if data[0] != data[1]:
         return Difference(mean, why="the models were not evaluated on the same items")
     first, second = (outcomes(run.path).get(key) for run in (ours, theirs))
     if first is None or second is None:
@@ -82,27 +78,24 @@ def _items(ours: RunDir, theirs: RunDir, key: str, mean: float) -> Difference:
         return Difference(mean, why="the models were not evaluated on the same items")
     _, low, high = (100 * v for v in paired_bootstrap(first, second, resamples=RESAMPLES))
     binary = all(np.isin(values, (0, 1)).all() for values in (first, second))
-    p = mcnemar(first, second) if binary else None
-    return Difference(mean, low, high, p, "bootstrap over test items" + (", McNemar's exact p" if binary else ""))
+    return Difference(mean, low, high, mcnemar(first, second) if binary else None)
 
 
 def _once(read: Callable[[Path], T]) -> Callable[[Path], T]:
     """`read` of an evaluate run's folder, remembered until the run writes its metrics anew."""
     remembered = lru_cache(maxsize=64)(lambda folder, stamp: read(folder))
 
+    @wraps(read)
     def reader(folder: Path) -> T:
         metrics = folder / schema.METRICS
         return remembered(folder.resolve(), metrics.stat().st_mtime_ns if metrics.exists() else 0)
 
-    reader.__doc__ = read.__doc__
     return reader
 
 
 def _average(ours: RunDir, theirs: RunDir, key: str, mean: float) -> Difference:
     """The average over sets: the items of each set are resampled on their own, and the sets' means averaged."""
-    pattern = next((pattern for pattern, average in AVERAGED if average == key), "")
-    before, _, after = pattern.partition("{}")
-    sets = [k for k in theirs.metrics if pattern and k.startswith(before) and k.endswith(after) and k != key]
+    sets = sets_of_average(theirs.metrics, key) if key in AVERAGED else []
     first, second = outcomes(ours.path), outcomes(theirs.path)
     differences = [second[k] - first[k] for k in sets if k in first and k in second and len(first[k]) == len(second[k])]
     if not sets or len(differences) < len(sets):
@@ -111,7 +104,7 @@ def _average(ours: RunDir, theirs: RunDir, key: str, mean: float) -> Difference:
     drawn = np.zeros(RESAMPLES)
     for values in differences:
         drawn += resampled_sums(values[:, None], RESAMPLES, generator)[:, 0] / len(values) / len(sets)
-    return Difference(mean, *percentiles(100 * drawn), None, "bootstrap over the items of each set")
+    return Difference(mean, *percentiles(100 * drawn))
 
 
 @_once
@@ -121,15 +114,6 @@ def outcomes(folder: Path) -> dict[str, np.ndarray]:
         return {key: value.astype(np.float64) for key, value in load_file(folder / schema.CLIP_OUTCOMES).items()}
     except (OSError, SafetensorError, ValueError, TypeError):
         return {}
-
-
-def _digest(run: RunDir) -> Any:
-    return as_dict(run.get("inputs").get("clip_data")).get("digest")
-
-
-def _run_with(arms: Arms, model: str, seed: str, key: str) -> RunDir | None:
-    """The run whose value `Arms.scores` shows."""
-    return next((r for r in reversed(arms.of("evaluate", model, seed)) if key in r.metrics), None)
 
 
 # --- POPE: answers met by `Question.key` ------------------------------------------------------------------------
@@ -170,6 +154,7 @@ def paired_answers(first: Path, second: Path, split: str) -> Answers | None:
 
 
 def _pope(first: Path, second: Path, key: str, mean: float) -> Difference:
+    """Bootstrap over images, McNemar's exact test."""
     split, name = key.split("/")[1:3]
     if name != "accuracy":
         return Difference(mean, why="only accuracies of POPE are tested, since they are means over questions")
@@ -178,10 +163,8 @@ def _pope(first: Path, second: Path, key: str, mean: float) -> Difference:
         return Difference(mean, why="pope/answers.jsonl with the same questions is not in both runs")
     if not math.isclose(100 * (answers.second.mean() - answers.first.mean()), mean, abs_tol=0.05):
         return Difference(mean, why="the stored answers do not give the stored scores")
-    if split == "mean":  # its yes-questions stand in every split, so that it has no independent pairs to count
-        return Difference(mean, *answers.interval(), None, "bootstrap over images")
-    p = mcnemar(answers.first, answers.second)
-    return Difference(mean, *answers.interval(), p, "bootstrap over images, McNemar's exact p")
+    # the yes-questions of the mean stand in every split, so that it has no independent pairs to count
+    return Difference(mean, *answers.interval(), None if split == "mean" else mcnemar(answers.first, answers.second))
 
 
 # --- localisation: scores of single objects -------------------------------------------------------------------------
@@ -190,7 +173,7 @@ def _pope(first: Path, second: Path, key: str, mean: float) -> Difference:
 @_once
 def object_scores(folder: Path) -> tuple[tuple[tuple[str, str], ...], dict[str, np.ndarray]]:
     """((image, object) of every item, {score: one number per item, NaN where there is none})."""
-    record = as_dict(read_json(folder / schema.LOCALISATION, []))
+    record = as_dict(read_whole(folder / schema.LOCALISATION, []))
     images, objects = (_list(record.get(name)) for name in ("pictures", "objects"))
     items = tuple((str(image), str(name)) for image, name in zip(images, objects))
     scores = {
@@ -206,6 +189,7 @@ def _list(value: Any) -> list[Any]:
 
 
 def _localisation(first: Path, second: Path, key: str, mean: float) -> Difference:
+    """Bootstrap over images."""
     (items, ours), (others, theirs) = object_scores(first), object_scores(second)
     name = key.split("/")[1]
     if not items or items != others or name not in ours or name not in theirs:
@@ -213,5 +197,4 @@ def _localisation(first: Path, second: Path, key: str, mean: float) -> Differenc
     differences = theirs[name] - ours[name]
     known = ~np.isnan(differences)
     _, images = np.unique([image for image, _ in items], return_inverse=True)
-    _, low, high = bootstrap_mean(differences[known], images[known], resamples=RESAMPLES)
-    return Difference(mean, low, high, None, "bootstrap over images")
+    return Difference(mean, *bootstrap_mean(differences[known], images[known], resamples=RESAMPLES)[1:])

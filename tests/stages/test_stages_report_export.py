@@ -11,8 +11,8 @@ from test_stages_report import HOSTILE
 
 from stages.overlays import Encoder, heat_maps, keep_attention, queries_from_masks, query_of
 from stages.report.cells import Table
+from stages.report.examples import grid
 from stages.report.export import as_csv, as_latex, as_markdown, latex
-from stages.report.maps import grid
 from stages.report.paper import FEW_SHOT, LINEAR, POPE, RETRIEVAL, paper_table1, paper_table2, paper_table3
 
 

@@ -100,7 +100,7 @@ def test_tables_and_figures_stand_in_the_papers_order(report):
 
 
 def test_long_logs_are_averaged_and_short_ones_are_not():
-    from stages.report.figures_curves import MOST_POINTS, points_of
+    from stages.report.charts import MOST_POINTS, points_of
 
     line = [{"step": s, "loss": float(s % 10)} for s in range(1, 10 * MOST_POINTS + 1)]
     shown = points_of(line, "loss")
