@@ -23,11 +23,11 @@ from mllm.model import VisionLanguageModel, load
 from mllm.projector import whiten_projector
 from mllm.weights import fingerprints, freeze, parts
 from stages.callbacks import Watch
+from stages.config import zero_stage
 from stages.provenance import upstream_model
 from stages.run import Run
 from stages.settings import AlignConfig, ConversationConfig, InstructConfig
 from stages.training import check_trainer, per_device_batch, train, training_arguments, training_device
-from stages.zero import zero_stage
 
 LOOKED_AT = 128  # examples whose images give the statistics of a whitened projector
 

@@ -7,44 +7,30 @@ from diffclip.base.errors import InputError
 from diffclip.data.pairs import PairTable
 from mllm.assemble import assembled_config, run_config
 from mllm.llava import DiffCLIPLlavaConfig
+from stages.config import zero_stage
 from stages.costs import (
     FREE_SHARE,
-    HARDWARE,
     UTILISATION,
-    Estimate,
+    Counted,
+    Hardware,
     count_conversation,
     count_pair,
     estimate,
     parse_hardware,
 )
 from stages.settings import AlignConfig, ConversationConfig, InstructConfig, PretrainConfig
-from stages.zero import zero_stage
 
 
 def estimate_pretraining(config: PretrainConfig) -> None:
     """Print what the run would take on `config.hardware`."""
-    name, hardware, devices = parse_hardware(config.hardware)
+    hardware = parse_hardware(config.hardware)
     if not (config.samples or config.train_data):
         raise InputError("a dry run needs --train_data, or the number of pairs as --samples (CC3M 2900000)")
     pairs = config.samples or len(PairTable(config.train_data, config.caption_member))
     steps = pairs // config.global_batch_size * config.epochs
-    share = -(-config.global_batch_size // devices)
-    batch = min(config.micro_batch_size or share, share)
-    bf16 = config.precision == "bf16"
-    parts, counted = count_pair(config.model, bf16)
-    result = estimate(
-        counted,
-        sum(parts.values()),
-        samples=steps * config.global_batch_size,
-        batch=batch,
-        chunked=batch < share,
-        bf16=bf16,
-        zero_stage=zero_stage(config.deepspeed),
-        hardware=hardware,
-        devices=devices,
-    )
+    parts, counted = count_pair(config.model, config.precision == "bf16")
     title = f"{config.model}: {pairs:,} pairs x {config.epochs} epochs in batches of {config.global_batch_size}"
-    print_estimate(title, parts, steps, batch, result, name, devices)
+    print_estimate(config, hardware, title, steps, parts, sum(parts.values()), counted)
 
 
 def estimate_alignment(config: AlignConfig) -> None:
@@ -60,8 +46,8 @@ def estimate_instruction(config: InstructConfig) -> None:
 
 def estimate_conversations(config: ConversationConfig, llava_config: DiffCLIPLlavaConfig) -> None:
     """As the two above, for a model of the given configuration."""
-    name, hardware, devices = parse_hardware(config.hardware)
-    samples, tokens = config.samples, config.tokens
+    hardware = parse_hardware(config.hardware)
+    samples, tokens, devices = config.samples, config.tokens, hardware[2]
     if not (samples and tokens):
         raise InputError(
             "a dry run needs --samples and --tokens, the number of conversations and their mean length in text tokens: "
@@ -71,32 +57,38 @@ def estimate_conversations(config: ConversationConfig, llava_config: DiffCLIPLla
         raise InputError(f"global_batch_size {config.global_batch_size} is not a multiple of the {devices} devices")
     bf16 = config.precision == "bf16"
     parts, learning, counted = count_conversation(llava_config, set(config.learns), tokens, config.lora_rank, bf16)
-    share = config.global_batch_size // devices
-    batch = min(config.micro_batch_size or share, share)
     steps = max(1, int(samples * config.epochs) // config.global_batch_size)
-    result = estimate(
-        counted,
-        learning,
-        frozen=sum(parts.values()) - (0 if config.lora_rank else learning),
-        samples=steps * config.global_batch_size,
-        batch=batch,
-        chunked=False,
-        bf16=bf16,
-        zero_stage=zero_stage(config.deepspeed),
-        hardware=hardware,
-        devices=devices,
-    )
-    title = (
-        f"{samples:,} conversations of {llava_config.image_seq_length} + {tokens} tokens, {learning:,} parameters learn"
-    )
-    print_estimate(title, parts, steps, batch, result, name, devices)
+    image_tokens = llava_config.image_seq_length
+    title = f"{samples:,} conversations of {image_tokens} + {tokens} tokens, {learning:,} parameters learn"
+    print_estimate(config, hardware, title, steps, parts, learning, counted)
 
 
 def print_estimate(
-    title: str, parts: dict[str, int], steps: int, batch: int, result: Estimate, name: str, devices: int
+    config: PretrainConfig | ConversationConfig,
+    hardware: tuple[str, Hardware, int],
+    title: str,
+    steps: int,
+    parts: dict[str, int],
+    learning: int,
+    counted: Counted,
 ) -> None:
-    """Print the estimate as a table, with its assumptions and, if it does not fit, the remedy."""
-    device = HARDWARE[name]
+    """Print what `steps` steps take as a table, with its assumptions and, if it does not fit, the remedy."""
+    name, device, devices = hardware
+    share = -(-config.global_batch_size // devices)
+    batch = min(config.micro_batch_size or share, share)
+    beside = isinstance(config, ConversationConfig) and config.lora_rank  # LoRA's parameters are in none of the parts
+    result = estimate(
+        counted,
+        learning,
+        frozen=sum(parts.values()) - (0 if beside else learning),
+        samples=steps * config.global_batch_size,
+        batch=batch,
+        chunked=isinstance(config, PretrainConfig) and batch < share,
+        bf16=config.precision == "bf16",
+        zero_stage=zero_stage(config.deepspeed),
+        hardware=device,
+        devices=devices,
+    )
     labels = {
         "weights": "weights",
         "gradients": "gradients",

@@ -5,6 +5,8 @@ may be one of; "decides", False where a paused run may go on with another value,
 is learnt when nor by what rule; "flag", the name on the command line and in YAML files where it is not the field's own.
 """
 
+# ruff: noqa: RUF009 - `option` makes a field
+
 from collections.abc import Iterable
 from dataclasses import Field, dataclass, field, fields
 from typing import Any, Literal
@@ -52,7 +54,7 @@ INEXACT = ("ignore_data_skip", "save_only_model", "resume_from_checkpoint")  # a
 
 
 def option(default: Any, group: str, text: str, allowed: Range | Iterable[str] | None = None, **more: object) -> Any:
-    """A field with its default, its heading and line in `--help`, and its numbers or names; `more`: "decides", "flag"."""
+    """A field with its default, its heading and line in `--help`, and the numbers or names that it may have."""
     kind = "range" if isinstance(allowed, Range) else "names"
     metadata = {"group": group, "help": text, **({kind: allowed} if allowed is not None else {}), **more}
     if isinstance(default, list | dict):
@@ -301,17 +303,15 @@ def check_value(setting: Field, value: Any) -> None:
 
 def _check_trainer(config: TrainingConfig) -> None:
     """Refuse what `trainer` may not say; the types of the rest are compared by `stages.training.check_trainer`."""
-    if not isinstance(config.trainer, dict):
-        raise InputError(
-            f"setting `trainer`: expected a mapping such as {{adam_beta2: 0.98}}, found {config.trainer!r}"
-        )
+    trainer = config.trainer
+    if not isinstance(trainer, dict):
+        raise InputError(f"setting `trainer`: expected a mapping such as {{adam_beta2: 0.98}}, found {trainer!r}")
     for setting, keys in DECIDED.items():
         for key in keys:
-            if key in config.trainer and hasattr(config, setting):
+            if key in trainer and hasattr(config, setting):
                 raise InputError(f"setting `trainer`: {key} is what the setting `{setting}` decides: set that instead")
-    for key in INEXACT:
-        if config.trainer.get(key):
-            raise InputError(
-                f"setting `trainer`: with {key} a resumed run would not be the undisturbed one; leave it out, the "
-                "same command resumes by itself"
-            )
+    if key := next(filter(trainer.get, INEXACT), None):
+        raise InputError(
+            f"setting `trainer`: with {key} a resumed run would not be the undisturbed one; leave it out, the same "
+            "command resumes by itself"
+        )
