@@ -13,7 +13,7 @@ from mllm.assemble import assemble
 from mllm.conversation import prompt, question_turn
 from mllm.generation import generation_options
 from mllm.model import VisionLanguageModel, load
-from stages.model_card import USE
+from stages.publish import USE
 
 QUESTIONS = ["Is there a red square?", "Is there a small blue circle left of the green star in the image?", "USER"]
 
