@@ -46,7 +46,7 @@ VERBS = {
     "scenes": Verb("tools", "draw the built-in scenes in the formats of real data", "diffclip.scenes.__main__"),
     "publish": Verb("tools", "write a model card and send a run to the Hub", "stages.publish"),
     "config": Verb("tools", "list, show or copy the shipped configurations", "stages.shipped"),
-    "env": Verb("tools", "print versions and devices for a bug report", "stages.environment"),
+    "env": Verb("tools", "print versions and devices for a bug report", "stages.provenance"),
 }
 
 
