@@ -7,28 +7,19 @@ from diffclip.base.errors import InputError
 from diffclip.data.pairs import PairTable
 from mllm.assemble import assembled_config, run_config
 from mllm.llava import DiffCLIPLlavaConfig
+from stages import costs
 from stages.config import zero_stage
-from stages.costs import (
-    FREE_SHARE,
-    UTILISATION,
-    Counted,
-    Hardware,
-    count_conversation,
-    count_pair,
-    estimate,
-    parse_hardware,
-)
 from stages.settings import AlignConfig, ConversationConfig, InstructConfig, PretrainConfig
 
 
 def estimate_pretraining(config: PretrainConfig) -> None:
     """Print what the run would take on `config.hardware`."""
-    hardware = parse_hardware(config.hardware)
+    hardware = costs.parse_hardware(config.hardware)
     if not (config.samples or config.train_data):
         raise InputError("a dry run needs --train_data, or the number of pairs as --samples (CC3M 2900000)")
     pairs = config.samples or len(PairTable(config.train_data, config.caption_member))
     steps = pairs // config.global_batch_size * config.epochs
-    parts, counted = count_pair(config.model, config.precision == "bf16")
+    parts, counted = costs.count_pair(config.model, config.precision == "bf16")
     title = f"{config.model}: {pairs:,} pairs x {config.epochs} epochs in batches of {config.global_batch_size}"
     print_estimate(config, hardware, title, steps, parts, sum(parts.values()), counted)
 
@@ -46,7 +37,7 @@ def estimate_instruction(config: InstructConfig) -> None:
 
 def estimate_conversations(config: ConversationConfig, llava_config: DiffCLIPLlavaConfig) -> None:
     """As the two above, for a model of the given configuration."""
-    hardware = parse_hardware(config.hardware)
+    hardware = costs.parse_hardware(config.hardware)
     samples, tokens, devices = config.samples, config.tokens, hardware[2]
     if not (samples and tokens):
         raise InputError(
@@ -55,8 +46,8 @@ def estimate_conversations(config: ConversationConfig, llava_config: DiffCLIPLla
         )
     if config.global_batch_size % devices:
         raise InputError(f"global_batch_size {config.global_batch_size} is not a multiple of the {devices} devices")
-    bf16 = config.precision == "bf16"
-    parts, learning, counted = count_conversation(llava_config, set(config.learns), tokens, config.lora_rank, bf16)
+    learns, bf16 = set(config.learns), config.precision == "bf16"
+    parts, learning, counted = costs.count_conversation(llava_config, learns, tokens, config.lora_rank, bf16)
     steps = max(1, int(samples * config.epochs) // config.global_batch_size)
     image_tokens = llava_config.image_seq_length
     title = f"{samples:,} conversations of {image_tokens} + {tokens} tokens, {learning:,} parameters learn"
@@ -65,19 +56,19 @@ def estimate_conversations(config: ConversationConfig, llava_config: DiffCLIPLla
 
 def print_estimate(
     config: PretrainConfig | ConversationConfig,
-    hardware: tuple[str, Hardware, int],
+    hardware: tuple[str, costs.Hardware, int],
     title: str,
     steps: int,
     parts: dict[str, int],
     learning: int,
-    counted: Counted,
+    counted: costs.Counted,
 ) -> None:
     """Print what `steps` steps take as a table, with its assumptions and, if it does not fit, the remedy."""
     name, device, devices = hardware
     share = -(-config.global_batch_size // devices)
     batch = min(config.micro_batch_size or share, share)
     beside = isinstance(config, ConversationConfig) and config.lora_rank  # LoRA's parameters are in none of the parts
-    result = estimate(
+    result = costs.estimate(
         counted,
         learning,
         frozen=sum(parts.values()) - (0 if beside else learning),
@@ -108,10 +99,10 @@ def print_estimate(
         *((label, f"{getattr(result, kind) / 1e9:,.1f} GB") for kind, label in labels.items()),
     ]
     notes = [
-        f"Assumed: {UTILISATION:.0%} of the device's peak, loading included; ${device.dollars:.2f} for a device-hour. "
-        "Counted: arithmetic and activations, in a step of this model."
+        f"Assumed: {costs.UTILISATION:.0%} of the device's peak, loading included; ${device.dollars:.2f} for a "
+        "device-hour. Counted: arithmetic and activations, in a step of this model."
     ]
-    if result.memory > FREE_SHARE * device.memory:
+    if result.memory > costs.FREE_SHARE * device.memory:
         notes.append(
             f"This does not fit into {device.memory / 1e9:.0f} GB: set a smaller micro_batch_size, take more devices, "
             "or DeepSpeed's ZeRO."

@@ -94,9 +94,8 @@ class Run:
         if self.is_main:
             for path in self.half_written():
                 shutil.rmtree(path, ignore_errors=True)
-        whole = [path.parent for path in self.path.glob(f"{schema.CHECKPOINTS}/{schema.COMPLETE}")]
-        newest = max(whole, key=lambda p: int(p.name.split("-")[1]), default=None)
-        return None if newest is None else str(newest)
+        whole = [str(path.parent) for path in self.path.glob(f"{schema.CHECKPOINTS}/{schema.COMPLETE}")]
+        return max(whole, key=lambda path: int(path.rpartition("-")[2]), default=None)
 
     def half_written(self) -> list[Path]:
         """Checkpoints whose writing did not come to its end."""
