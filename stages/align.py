@@ -9,13 +9,12 @@ from pathlib import Path
 
 from diffclip.base.errors import exit_on_input_error
 from stages.config import parse, require
-from stages.pipeline import end_with_pipeline
-from stages.run import Run, conversation_inputs
+from stages.run import Run
 from stages.settings import AlignConfig
 
 
 def main(argv: list[str] | None = None) -> None:
-    end_with_pipeline()
+    """Assemble the multimodal model, train its projector, write `output_dir`."""
     config = parse(AlignConfig, __doc__, argv)
     if config.dry_run:
         require(config, "vision_tower", "language_model")
@@ -23,12 +22,7 @@ def main(argv: list[str] | None = None) -> None:
 
         return estimate_alignment(config)
     require(config, "output_dir", "vision_tower", "language_model", "data", "image_root")
-    align(config)
-
-
-def align(config: AlignConfig) -> None:
-    """Assemble the multimodal model, train its projector, write `config.output_dir`."""
-    inputs = conversation_inputs(config)
+    inputs: dict[str, str | Path | list[str]] = {"data": config.data, "image_root": config.image_root}
     for part in ("vision_tower", "language_model"):
         if Path(getattr(config, part)).exists():  # otherwise a Hub id, or open_clip's name
             inputs[part] = getattr(config, part)

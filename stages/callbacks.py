@@ -91,9 +91,7 @@ class Watch(TrainerCallback):
         if self.run.is_main:
             (self.run.path / f"checkpoint-{state.global_step}" / COMPLETE).touch()
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
+    def on_train_end(self, *args: object, **kwargs: object) -> None:
         self.bar.close()
 
 

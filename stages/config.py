@@ -20,7 +20,6 @@ from diffclip.base.commands import Parser, closest
 from diffclip.base.errors import InputError
 from stages.settings import check, check_value
 from stages.shipped import find
-from stages.zero import find_deepspeed_file
 
 Config = TypeVar("Config")
 GROUPS = ("data", "model", "optimisation", "LoRA", "run", "dry run")  # the order in `--help`
@@ -142,6 +141,39 @@ def require(config: Any, *keys: str) -> None:
     for key in keys:
         if not getattr(config, key):
             raise InputError(f"setting `{shown[key]}` is missing: give --{shown[key]} or write it in the --config file")
+
+
+def find_deepspeed_file(config: Any) -> None:
+    """Let `config.deepspeed`, if there is one, name a file that is there, a shipped one by its name.
+
+    Raises:
+        InputError: there is no such file, or it is no DeepSpeed configuration.
+    """
+    name = getattr(config, "deepspeed", "")
+    if not name:
+        return
+    try:
+        config.deepspeed = name if Path(name).is_file() else str(find(name))
+    except InputError:
+        raise InputError(
+            f"{name}: no such DeepSpeed file (setting `deepspeed`); shipped ones lie in stages/configs/deepspeed/, and "
+            "--deepspeed= goes without"
+        ) from None
+    try:
+        zero_stage(config.deepspeed)
+    except InputError as error:
+        raise InputError(f"{error} (setting `deepspeed`)") from None
+
+
+def zero_stage(deepspeed: str) -> int:
+    """The ZeRO stage of a DeepSpeed file, 0 for no file; InputError if it is no DeepSpeed configuration."""
+    if not deepspeed:
+        return 0
+    settings = files.read_json(deepspeed)
+    try:
+        return int(settings.get("zero_optimization", {}).get("stage", 0))
+    except (AttributeError, TypeError, ValueError):
+        raise InputError(f"{deepspeed}: no DeepSpeed configuration, whose zero_optimization has a stage") from None
 
 
 def _config_of(argv: list[str]) -> str | None:

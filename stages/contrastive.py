@@ -2,6 +2,7 @@
 iteration, bounded temperature, validation after each epoch, and more in the log.
 """
 
+import functools
 import math
 import os
 import shutil
@@ -67,11 +68,7 @@ class ContrastiveTrainer(Trainer):
         return batches
 
     def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, torch.Tensor],
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
+        self, model: nn.Module, inputs: dict[str, torch.Tensor], *args: object, **kwargs: object
     ) -> torch.Tensor:
         chunk = self.config.micro_batch_size
         pixels = diffclip.normalize(self.clip.model_config, inputs["image"])
@@ -87,11 +84,8 @@ class ContrastiveTrainer(Trainer):
         keys = [self.pairs.table.key(self.pairs.row(int(k))) for k in items]
         finite = torch.isfinite(image).all(dim=1) & torch.isfinite(text).all(dim=1)
         culprits = [key for key, fine in zip(keys, finite.tolist()) if not fine]
-        step = self.state.global_step + 1
-        rank = self.args.process_index
-        record = NonFinite(step=step, rank=rank, loss=str(loss), culprits=culprits, keys=keys)
-        path = self.run.path / NON_FINITE
-        append_jsonl(path, [record])
+        step, rank, path = self.state.global_step + 1, self.args.process_index, self.run.path / NON_FINITE
+        append_jsonl(path, [NonFinite(step=step, rank=rank, loss=str(loss), culprits=culprits, keys=keys)])
         blame = f"the features of {culprits[0]} are not finite" if len(culprits) == 1 else "the model has diverged"
         raise InputError(
             f"loss is {loss} at step {step} ({blame}): the samples are named in {path}; start again without them or "
@@ -116,23 +110,17 @@ class ContrastiveTrainer(Trainer):
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> torch.optim.lr_scheduler.LambdaLR:
         peak = self.config.learning_rate
-
-        def factor(step: int) -> float:
-            return (
-                learning_rate(
-                    step,
-                    steps=num_training_steps,
-                    warmup_steps=round(self.config.warmup_epochs * self.steps_per_epoch),
-                    peak=peak,
-                    start=self.config.start_learning_rate,
-                    end=self.config.end_learning_rate,
-                )
-                / peak
-            )
-
+        rate = functools.partial(
+            learning_rate,
+            steps=num_training_steps,
+            warmup_steps=round(self.config.warmup_epochs * self.steps_per_epoch),
+            peak=peak,
+            start=self.config.start_learning_rate,
+            end=self.config.end_learning_rate,
+        )
         optimizer = optimizer or self.optimizer
         assert optimizer is not None  # Trainer makes it first
-        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step) / peak)
         return self.lr_scheduler
 
     def validate(self) -> dict[str, float]:
@@ -221,9 +209,7 @@ class AfterStep(TrainerCallback):
     def __init__(self, trainer: ContrastiveTrainer) -> None:
         self.trainer = trainer
 
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
+    def on_optimizer_step(self, *args: object, **kwargs: object) -> None:
         clamp_logit_scale(self.trainer.clip)
 
     def on_step_end(

@@ -2,7 +2,7 @@
 model comes from, which parts learn, and the recipe.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,11 +22,11 @@ from mllm.lora import add_lora, base_weights, merge, quantise
 from mllm.model import VisionLanguageModel, load
 from mllm.weights import fingerprints, freeze, parts
 from stages.callbacks import Watch
+from stages.config import zero_stage
 from stages.provenance import upstream_model
 from stages.run import Run
 from stages.settings import AlignConfig, ConversationConfig, InstructConfig
 from stages.training import check_trainer, per_device_batch, train, training_arguments, training_device
-from stages.zero import zero_stage
 
 LOOKED_AT = 128  # examples whose images give the statistics of a whitened projector
 
@@ -45,19 +45,7 @@ def train_assembled(config: AlignConfig, run: Run) -> None:
         image_mode=config.image_mode,
         seed=config.seed,
     )
-
-    def whiten(dataset: ConversationDataset) -> None:
-        rows = range(0, len(dataset), max(1, len(dataset) // LOOKED_AT))[:LOOKED_AT]
-        pixels = [example["pixel_values"] for example in map(dataset.__getitem__, rows) if "pixel_values" in example]
-        if not pixels:
-            raise InputError(
-                f"{', '.join(config.data)}: none of {len(rows)} rows looked at has an image, which "
-                "`projector_init: whitened` needs; give images or set `projector_init: default`"
-            )
-        whiten_projector(vlm.model, torch.cat(pixels), config.seed)
-
-    whitened = config.projector_init == "whitened"
-    train_on_conversations(vlm, config, run, before_training=whiten if whitened else None)
+    train_on_conversations(vlm, config, run)
 
 
 def train_aligned(config: InstructConfig, run: Run) -> None:
@@ -67,17 +55,8 @@ def train_aligned(config: InstructConfig, run: Run) -> None:
     train_on_conversations(load(config.model, dtype=torch.float32), config, run)
 
 
-def train_on_conversations(
-    vlm: VisionLanguageModel,
-    config: ConversationConfig,
-    run: Run,
-    before_training: Callable[[ConversationDataset], None] | None = None,
-) -> None:
+def train_on_conversations(vlm: VisionLanguageModel, config: ConversationConfig, run: Run) -> None:
     """Train the parts of `vlm` named in `config.learns`, prove the others unchanged, and write `config.output_dir`.
-
-    Args:
-        vlm: from `mllm.assemble.assemble` or `mllm.model.load`.
-        before_training: called with the examples, e.g. to set weights from them.
 
     Raises:
         RuntimeError: a frozen part changed, or a trained part did not.
@@ -96,8 +75,8 @@ def train_on_conversations(
         control=control_tokens(processor.tokenizer),
     )
     dataset = ConversationDataset(rows, processor, template=config.template, max_length=config.max_length)
-    if before_training is not None:
-        before_training(dataset)
+    if isinstance(config, AlignConfig) and config.projector_init == "whitened":
+        whiten(model, dataset, config)
     batch = per_device_batch(config, config.micro_batch_size)
     steps = max(1, int(len(dataset) * config.epochs) // config.global_batch_size)
     order = training_order(dataset, config.order, config.global_batch_size, steps, config.seed)
@@ -155,6 +134,18 @@ def train_on_conversations(
         if run.is_main:
             vlm.save(config.output_dir)
     run.finish(metrics)
+
+
+def whiten(model: DiffCLIPLlavaForConditionalGeneration, dataset: ConversationDataset, config: AlignConfig) -> None:
+    """Start the projector from the statistics of the features of some examples' images."""
+    rows = range(0, len(dataset), max(1, len(dataset) // LOOKED_AT))[:LOOKED_AT]
+    pixels = [example["pixel_values"] for example in map(dataset.__getitem__, rows) if "pixel_values" in example]
+    if not pixels:
+        raise InputError(
+            f"{', '.join(config.data)}: none of {len(rows)} rows looked at has an image, which "
+            "`projector_init: whitened` needs; give images or set `projector_init: default`"
+        )
+    whiten_projector(model, torch.cat(pixels), config.seed)
 
 
 class ConversationTrainer(Trainer):

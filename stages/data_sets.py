@@ -47,29 +47,21 @@ POPE = "https://raw.githubusercontent.com/AoiDragon/POPE/e3e39262c85a6a83f26cf50
 COCO = "http://images.cocodataset.org/"
 
 
+def _shards(name: str, pairs: int, size: str) -> DataSet:
+    files = f"{name}-train-*.tar"
+    source = Hub(f"pixparse/{name}-wds", (files,))
+    return DataSet((source,), ("pairs", files), pairs, size, f"diffclip pretrain --train_data 'DIR/{files}'")
+
+
 def _clip_benchmark(name: str, images: int, size: str, train: bool = False) -> DataSet:
-    files = ("test/*", "train/*", "*.txt") if train else ("test/*", "*.txt")
-    source = Hub(f"clip-benchmark/wds_{name}", files)
-    return DataSet(
-        (source,), ("pictures", "test/*.tar"), images, size, "diffclip.benchmarks --suite paper --data_root DIR/.."
-    )
+    source = Hub(f"clip-benchmark/wds_{name}", ("test/*", *(["train/*"] if train else []), "*.txt"))
+    then = "diffclip benchmark --suite paper --data_root DIR/.."
+    return DataSet((source,), ("pictures", "test/*.tar"), images, size, then)
 
 
 SETS = {
-    "cc3m": DataSet(
-        (Hub("pixparse/cc3m-wds", ("cc3m-train-*.tar",)),),
-        ("pairs", "cc3m-train-*.tar"),
-        3_318_333,
-        "280 GB",
-        "stages.pretrain --train_data 'DIR/cc3m-train-*.tar'",
-    ),
-    "cc12m": DataSet(
-        (Hub("pixparse/cc12m-wds", ("cc12m-train-*.tar",)),),
-        ("pairs", "cc12m-train-*.tar"),
-        12_423_374,
-        "1 TB",
-        "stages.pretrain --train_data 'DIR/cc12m-train-*.tar'",
-    ),
+    "cc3m": _shards("cc3m", 3_318_333, "280 GB"),
+    "cc12m": _shards("cc12m", 12_423_374, "1 TB"),
     "llava-pretrain": DataSet(
         (
             Hub("liuhaotian/LLaVA-Pretrain", ("blip_laion_cc_sbu_558k.json",)),
@@ -78,7 +70,7 @@ SETS = {
         ("files", "*/*.jpg"),
         558_128,
         "27 GB",
-        "stages.align --data DIR/blip_laion_cc_sbu_558k.json --image_root DIR",
+        "diffclip align --data DIR/blip_laion_cc_sbu_558k.json --image_root DIR",
     ),
     "llava-coco": DataSet(
         (
@@ -88,7 +80,7 @@ SETS = {
         ("files", "coco/train2017/*.jpg"),
         118_287,
         "20 GB",
-        "stages.instruct --data DIR/llava_v1_5_mix665k.json --image_prefix coco/ --image_root DIR",
+        "diffclip instruct --data DIR/llava_v1_5_mix665k.json --image_prefix coco/ --image_root DIR",
     ),
     "pope": DataSet(
         (
@@ -98,7 +90,7 @@ SETS = {
         ("files", "images/*.jpg"),
         500,
         "80 MB",
-        "stages.evaluate --pope DIR --image_root DIR/images",
+        "diffclip evaluate --pope DIR --image_root DIR/images",
     ),
     "imagenet": _clip_benchmark("imagenet1k", 50_000, "7 GB"),
     "imagenet-v2": _clip_benchmark("imagenetv2", 10_000, "1.2 GB"),

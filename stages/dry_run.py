@@ -7,44 +7,21 @@ from diffclip.base.errors import InputError
 from diffclip.data.pairs import PairTable
 from mllm.assemble import assembled_config, run_config
 from mllm.llava import DiffCLIPLlavaConfig
-from stages.costs import (
-    FREE_SHARE,
-    HARDWARE,
-    UTILISATION,
-    Estimate,
-    count_conversation,
-    count_pair,
-    estimate,
-    parse_hardware,
-)
+from stages import costs
+from stages.config import zero_stage
 from stages.settings import AlignConfig, ConversationConfig, InstructConfig, PretrainConfig
-from stages.zero import zero_stage
 
 
 def estimate_pretraining(config: PretrainConfig) -> None:
     """Print what the run would take on `config.hardware`."""
-    name, hardware, devices = parse_hardware(config.hardware)
+    hardware = costs.parse_hardware(config.hardware)
     if not (config.samples or config.train_data):
         raise InputError("a dry run needs --train_data, or the number of pairs as --samples (CC3M 2900000)")
     pairs = config.samples or len(PairTable(config.train_data, config.caption_member))
     steps = pairs // config.global_batch_size * config.epochs
-    share = -(-config.global_batch_size // devices)
-    batch = min(config.micro_batch_size or share, share)
-    bf16 = config.precision == "bf16"
-    parts, counted = count_pair(config.model, bf16)
-    result = estimate(
-        counted,
-        sum(parts.values()),
-        samples=steps * config.global_batch_size,
-        batch=batch,
-        chunked=batch < share,
-        bf16=bf16,
-        zero_stage=zero_stage(config.deepspeed),
-        hardware=hardware,
-        devices=devices,
-    )
+    parts, counted = costs.count_pair(config.model, config.precision == "bf16")
     title = f"{config.model}: {pairs:,} pairs x {config.epochs} epochs in batches of {config.global_batch_size}"
-    print_estimate(title, parts, steps, batch, result, name, devices)
+    print_estimate(config, hardware, title, steps, parts, sum(parts.values()), counted)
 
 
 def estimate_alignment(config: AlignConfig) -> None:
@@ -60,8 +37,8 @@ def estimate_instruction(config: InstructConfig) -> None:
 
 def estimate_conversations(config: ConversationConfig, llava_config: DiffCLIPLlavaConfig) -> None:
     """As the two above, for a model of the given configuration."""
-    name, hardware, devices = parse_hardware(config.hardware)
-    samples, tokens = config.samples, config.tokens
+    hardware = costs.parse_hardware(config.hardware)
+    samples, tokens, devices = config.samples, config.tokens, hardware[2]
     if not (samples and tokens):
         raise InputError(
             "a dry run needs --samples and --tokens, the number of conversations and their mean length in text tokens: "
@@ -69,34 +46,40 @@ def estimate_conversations(config: ConversationConfig, llava_config: DiffCLIPLla
         )
     if config.global_batch_size % devices:
         raise InputError(f"global_batch_size {config.global_batch_size} is not a multiple of the {devices} devices")
-    bf16 = config.precision == "bf16"
-    parts, learning, counted = count_conversation(llava_config, set(config.learns), tokens, config.lora_rank, bf16)
-    share = config.global_batch_size // devices
-    batch = min(config.micro_batch_size or share, share)
+    learns, bf16 = set(config.learns), config.precision == "bf16"
+    parts, learning, counted = costs.count_conversation(llava_config, learns, tokens, config.lora_rank, bf16)
     steps = max(1, int(samples * config.epochs) // config.global_batch_size)
-    result = estimate(
-        counted,
-        learning,
-        frozen=sum(parts.values()) - (0 if config.lora_rank else learning),
-        samples=steps * config.global_batch_size,
-        batch=batch,
-        chunked=False,
-        bf16=bf16,
-        zero_stage=zero_stage(config.deepspeed),
-        hardware=hardware,
-        devices=devices,
-    )
-    title = (
-        f"{samples:,} conversations of {llava_config.image_seq_length} + {tokens} tokens, {learning:,} parameters learn"
-    )
-    print_estimate(title, parts, steps, batch, result, name, devices)
+    image_tokens = llava_config.image_seq_length
+    title = f"{samples:,} conversations of {image_tokens} + {tokens} tokens, {learning:,} parameters learn"
+    print_estimate(config, hardware, title, steps, parts, learning, counted)
 
 
 def print_estimate(
-    title: str, parts: dict[str, int], steps: int, batch: int, result: Estimate, name: str, devices: int
+    config: PretrainConfig | ConversationConfig,
+    hardware: tuple[str, costs.Hardware, int],
+    title: str,
+    steps: int,
+    parts: dict[str, int],
+    learning: int,
+    counted: costs.Counted,
 ) -> None:
-    """Print the estimate as a table, with its assumptions and, if it does not fit, the remedy."""
-    device = HARDWARE[name]
+    """Print what `steps` steps take as a table, with its assumptions and, if it does not fit, the remedy."""
+    name, device, devices = hardware
+    share = -(-config.global_batch_size // devices)
+    batch = min(config.micro_batch_size or share, share)
+    beside = isinstance(config, ConversationConfig) and config.lora_rank  # LoRA's parameters are in none of the parts
+    result = costs.estimate(
+        counted,
+        learning,
+        frozen=sum(parts.values()) - (0 if beside else learning),
+        samples=steps * config.global_batch_size,
+        batch=batch,
+        chunked=isinstance(config, PretrainConfig) and batch < share,
+        bf16=config.precision == "bf16",
+        zero_stage=zero_stage(config.deepspeed),
+        hardware=device,
+        devices=devices,
+    )
     labels = {
         "weights": "weights",
         "gradients": "gradients",
@@ -116,10 +99,10 @@ def print_estimate(
         *((label, f"{getattr(result, kind) / 1e9:,.1f} GB") for kind, label in labels.items()),
     ]
     notes = [
-        f"Assumed: {UTILISATION:.0%} of the device's peak, loading included; ${device.dollars:.2f} for a device-hour. "
-        "Counted: arithmetic and activations, in a step of this model."
+        f"Assumed: {costs.UTILISATION:.0%} of the device's peak, loading included; ${device.dollars:.2f} for a "
+        "device-hour. Counted: arithmetic and activations, in a step of this model."
     ]
-    if result.memory > FREE_SHARE * device.memory:
+    if result.memory > costs.FREE_SHARE * device.memory:
         notes.append(
             f"This does not fit into {device.memory / 1e9:.0f} GB: set a smaller micro_batch_size, take more devices, "
             "or DeepSpeed's ZeRO."

@@ -9,13 +9,11 @@ from pathlib import Path
 
 from diffclip.base.errors import InputError, exit_on_input_error
 from stages.config import parse, require
-from stages.pipeline import end_with_pipeline
 from stages.run import Run
 from stages.settings import EvaluateConfig
 
 
 def main(argv: list[str] | None = None) -> None:
-    end_with_pipeline()
     config = parse(EvaluateConfig, __doc__, argv)
     require(config, "output_dir")
     if not (config.clip or config.mllm):
@@ -27,7 +25,7 @@ def main(argv: list[str] | None = None) -> None:
 def evaluate(config: EvaluateConfig) -> None:
     """Run what the settings name and write metrics.json (percent), examples.jsonl and attention.jsonl."""
     names = ("clip", "clip_data", "mllm", "pope", "pope_labels", "image_root")
-    inputs = {name: getattr(config, name) for name in names if getattr(config, name)}
+    inputs = {name: getattr(config, name) for name in names}
     if config.clip and not Path(config.clip).exists():
         from diffclip.checkpoints import locate
 

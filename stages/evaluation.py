@@ -22,16 +22,8 @@ from mllm.pope.images import images_of
 from mllm.pope.lmms import evaluate_with_lmms
 from mllm.pope.margins import margins, score_margins
 from mllm.pope.questions import Question, read_labelled, version
-from stages.overlays import (
-    GRID,
-    Encoder,
-    heat_maps,
-    keep_attention,
-    localisation,
-    queries_from_masks,
-    query_of,
-    why_no_maps,
-)
+from stages import overlays
+from stages.overlays import Encoder
 from stages.provenance import upstream_model
 from stages.run import Run
 from stages.settings import EvaluateConfig
@@ -53,7 +45,7 @@ def evaluate_models(config: EvaluateConfig, run: Run) -> None:
     encoder = load_encoder(config.clip) if config.clip else None
     if encoder:
         add(clip_metrics(config, run, encoder))
-        missing = why_no_maps(encoder)
+        missing = overlays.why_no_maps(encoder)
         if missing:
             run.note(attention=missing)
             run.log(f"evaluate: {missing}")
@@ -80,10 +72,7 @@ def clip_metrics(config: EvaluateConfig, run: Run, encoder: Encoder) -> dict[str
         config.clip_data,
         run.path,
         Settings(
-            seed=config.seed,
-            episodes=config.few_shot_episodes,
-            probe=config.linear_probe,
-            batch_size=config.batch_size,
+            seed=config.seed, episodes=config.few_shot_episodes, probe=config.linear_probe, batch_size=config.batch_size
         ),
     )
     run.log(f"evaluate: {len(metrics)} scores of {config.clip} on {config.clip_data}")
@@ -101,8 +90,8 @@ def attention_metrics(config: EvaluateConfig, run: Run, encoder: Encoder) -> dic
     except ImportError:
         run.note(attention="no attention maps: pycocotools is not installed (pip install '.[eval]')")
         return {}
-    maps = keep_attention(encoder, queries_from_masks(items), run.path)
-    metrics = localisation(encoder, items, run.path)
+    maps = overlays.keep_attention(encoder, overlays.queries_from_masks(items), run.path)
+    metrics = overlays.localisation(encoder, items, run.path)
     run.log(f"evaluate: {maps} attention maps kept, {len(items)} objects compared with their masks")
     return metrics
 
@@ -177,14 +166,14 @@ def write_examples(config: EvaluateConfig, run: Run, images: Mapping[str, ImageP
     names = sorted({a["image"] for a in chosen})
     files = {name: f"examples/{number:03d}.png" for number, name in enumerate(names)}
     (run.path / "examples").mkdir(exist_ok=True)
-    queries = [query_of(a["text"]) for a in chosen]
-    heat: dict[int, GRID] = {}
+    queries = [overlays.query_of(a["text"]) for a in chosen]
+    heat: dict[int, overlays.GRID] = {}
     for start in range(0, len(names), 64):  # a few images in memory at a time
         opened = {name: images[name].open() for name in names[start : start + 64]}
         with_query = [i for i, a in enumerate(chosen) if encoder and a["image"] in opened and queries[i]]
         if encoder and with_query:
             seen = [opened[chosen[i]["image"]] for i in with_query]
-            heat |= zip(with_query, heat_maps(encoder, seen, [queries[i] for i in with_query]))
+            heat |= zip(with_query, overlays.heat_maps(encoder, seen, [queries[i] for i in with_query]))
         for name, image in opened.items():
             image.thumbnail((256, 256))
             image.save(run.path / files[name])

@@ -28,7 +28,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--workers", type=number(int, 1), default=16, help="connections for many small files")
     options = parser.parse_args(argv)
     out = Path(options.output_dir)
-    if options.names[0] == "pairs":
+    pairs = options.names[0] == "pairs"
+    if pairs:
         if len(options.names) != 2:
             raise InputError("pairs needs one list: pairs URLS.tsv (columns url and caption)")
         urls = Path(options.names[1])
@@ -42,13 +43,12 @@ def main(argv: list[str] | None = None) -> None:
             print_set(name, out / name)
     if options.dry_run:
         return
-    from stages import download_pairs, download_sets
+    from stages import download
 
-    if options.names[0] == "pairs":
-        download_pairs.fetch(urls, out, command)
-    else:
-        for name in options.names:
-            download_sets.fetch(name, out / name, options.workers)
+    if pairs:
+        return download.fetch_pairs(urls, out, command)
+    for name in options.names:
+        download.fetch_set(name, out / name, options.workers)
 
 
 def print_set(name: str, folder: Path) -> None:

@@ -7,13 +7,12 @@
 
 from diffclip.base.errors import exit_on_input_error
 from stages.config import parse, require
-from stages.pipeline import end_with_pipeline
-from stages.run import Run, conversation_inputs
+from stages.run import Run
 from stages.settings import InstructConfig
 
 
 def main(argv: list[str] | None = None) -> None:
-    end_with_pipeline()
+    """Train projector and language model of an aligned model, write `output_dir`."""
     config = parse(InstructConfig, __doc__, argv)
     if config.dry_run:
         require(config, "model")
@@ -21,12 +20,7 @@ def main(argv: list[str] | None = None) -> None:
 
         return estimate_instruction(config)
     require(config, "output_dir", "model", "data", "image_root")
-    instruct(config)
-
-
-def instruct(config: InstructConfig) -> None:
-    """Train projector and language model of an aligned model, write `config.output_dir`."""
-    run = Run("instruct", config, {"model": config.model, **conversation_inputs(config)})
+    run = Run("instruct", config, {"model": config.model, "data": config.data, "image_root": config.image_root})
     if not run.finished:
         from stages.conversations import train_aligned
 

@@ -11,25 +11,20 @@ conversations hold. Later stages load the result by path exactly as they load `Q
 
 from diffclip.base.errors import InputError, exit_on_input_error
 from stages.config import parse, require
-from stages.pipeline import end_with_pipeline
 from stages.run import Run
 from stages.settings import LanguageConfig
 
 
 def main(argv: list[str] | None = None) -> None:
-    end_with_pipeline()
+    """Train tokenizer and model; write a directory for `AutoTokenizer` and `AutoModelForCausalLM`."""
     config = parse(LanguageConfig, __doc__, argv)
+    if config.dry_run:
+        raise InputError("language has no dry run, since it trains in minutes: leave out --dry_run")
     require(config, "output_dir")
     if not (config.text or config.conversations):
         raise InputError("nothing to read: give --text FILE.jsonl, --conversations FILE.json, or both")
-    teach(config)
-
-
-def teach(config: LanguageConfig) -> None:
-    """Train tokenizer and model; write a directory for `AutoTokenizer` and `AutoModelForCausalLM`."""
-    inputs = {f"conversations[{i}]": path for i, path in enumerate(config.conversations)}
-    inputs |= {f"vocabulary_from[{i}]": path for i, path in enumerate(config.vocabulary_from)}
-    run = Run("language", config, inputs | ({"text": config.text} if config.text else {}))
+    names = ("conversations", "vocabulary_from", "text")
+    run = Run("language", config, {name: getattr(config, name) for name in names})
     if not run.finished:
         from stages.language_modeling import train_language_model
 

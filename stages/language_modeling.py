@@ -68,12 +68,7 @@ def train_language_model(config: LanguageConfig, run: Run) -> None:
     trainer = Trainer(
         model=model,
         args=training_arguments(
-            config,
-            steps,
-            per_device_batch(config),
-            lr_scheduler_type="cosine",
-            warmup_steps=0.05,
-            max_grad_norm=1.0,
+            config, steps, per_device_batch(config), lr_scheduler_type="cosine", warmup_steps=0.05, max_grad_norm=1.0
         ),
         train_dataset=rows,
         data_collator=collate,

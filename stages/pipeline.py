@@ -11,17 +11,15 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
 from diffclip.base.errors import InputError, exit_on_input_error
 from diffclip.base.files import read_json
 from diffclip.base.schema import LOG, RECORD
+from stages.cli import PID
 from stages.config import parse, require
 from stages.settings import PipelineConfig
-
-PID = "DIFFCLIP_PIPELINE_PID"  # environment variable: the process that a stage ends with
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -37,43 +35,38 @@ def main(argv: list[str] | None = None) -> None:
     os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(2**30))
     os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(2**32))
     started = time.time()
-    out = Path(config.output_dir)
-    seed = f"--seed={config.seed}"
+    out, seed = Path(config.output_dir), f"--seed={config.seed}"
     data = out / "scenes"
-    scenes = [f"--{key.replace('_', '-')}={value}" for key, value in config.scenes.items()]
-    run_python(["diffclip.scenes", "export", str(data), seed, *scenes])
-    run_python(
-        ["stages.language", f"--config={config.language}", seed]
-        + [f"--text={data}/llava/text.jsonl", f"--output_dir={out}/language"]
-        + ["--vocabulary_from", f"{data}/llava/align.json", f"{data}/llava/instruct.json"]
+    run_verb("scenes", "export", str(data), seed, *(f"--{key}={value}" for key, value in config.scenes.items()))
+    run_verb(
+        *("language", f"--config={config.language}", seed, f"--text={data}/llava/text.jsonl"),
+        *("--vocabulary_from", f"{data}/llava/align.json", f"{data}/llava/instruct.json"),
+        f"--output_dir={out}/language",
     )
-    evaluated = []
-    for variant in config.variants:
-        runs = out / variant
-        run_python(
-            ["stages.pretrain", f"--config={config.pretrain}", seed, f"--model={variant}-{config.size}"]
-            + [f"--train_data={data}/pretrain/*.tar", f"--val_data={data}/classification/shape"]
-            + [f"--output_dir={runs}/pretrain"]
+    for runs in (out / variant for variant in config.variants):
+        run_verb(
+            *("pretrain", f"--config={config.pretrain}", seed, f"--model={runs.name}-{config.size}"),
+            *(f"--train_data={data}/pretrain/*.tar", f"--val_data={data}/classification/shape"),
+            f"--output_dir={runs}/pretrain",
         )
         run_deepspeed(
             config.ranks,
-            ["stages.align", f"--config={config.align}", seed, f"--vision_tower={runs}/pretrain"]
-            + [f"--language_model={out}/language", f"--data={data}/llava/align.json"]
-            + [f"--image_root={data}/llava/images", f"--output_dir={runs}/align"],
+            *("align", f"--config={config.align}", seed, f"--vision_tower={runs}/pretrain"),
+            *(f"--language_model={out}/language", f"--data={data}/llava/align.json"),
+            *(f"--image_root={data}/llava/images", f"--output_dir={runs}/align"),
         )
         run_deepspeed(
             config.ranks,
-            ["stages.instruct", f"--config={config.instruct}", seed, f"--model={runs}/align"]
-            + [f"--data={data}/llava/instruct.json", f"--image_root={data}/llava/images"]
-            + [f"--output_dir={runs}/instruct"],
+            *("instruct", f"--config={config.instruct}", seed, f"--model={runs}/align"),
+            *(f"--data={data}/llava/instruct.json", f"--image_root={data}/llava/images"),
+            f"--output_dir={runs}/instruct",
         )
-        run_python(
-            ["stages.evaluate", f"--config={config.evaluate}", seed, f"--clip={runs}/pretrain"]
-            + [f"--mllm={runs}/instruct", f"--data_root={data}", f"--pope={data}/pope"]
-            + [f"--image_root={data}/pope/images", f"--output_dir={runs}/evaluate"]
+        run_verb(
+            *("evaluate", f"--config={config.evaluate}", seed, f"--clip={runs}/pretrain", f"--mllm={runs}/instruct"),
+            *(f"--data_root={data}", f"--pope={data}/pope", f"--image_root={data}/pope/images"),
+            f"--output_dir={runs}/evaluate",
         )
-        evaluated.append(str(runs))
-    run_python(["stages.report", *evaluated, "--output_dir", f"{out}/report"])
+    run_verb("report", *(str(out / variant) for variant in config.variants), "--output_dir", f"{out}/report")
     print(f"\nAll stages took {(time.time() - started) / 60:.1f} minutes. Report: {out}/report/index.html")
     print(what_next(out, config.variants))
 
@@ -97,40 +90,22 @@ def what_next(out: Path, variants: list[str]) -> str:
     )
 
 
-def end_with_pipeline() -> None:
-    """If a pipeline started this process (environment variable `PID`), exit within a second of its death.
-
-    The deepspeed launcher does not pass signals on, so without this a killed quickstart would train on unseen.
-    Stages call it before their slow imports.
-    """
-    pid = os.environ.get(PID)
-    if pid is None:
-        return
-
-    def watch() -> None:
-        while os.path.exists(f"/proc/{pid}"):
-            time.sleep(0.5)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+def run_verb(*arguments: str) -> None:
+    """Run `diffclip ...` to its end; exits with its code if it fails."""
+    run([sys.executable, "-m", "diffclip", *arguments], typed=["diffclip", *arguments])
 
 
-def run_python(arguments: list[str]) -> None:
-    """Run `python -m ...` to its end; exits with its code if it fails."""
-    run([sys.executable, "-m", *arguments], typed=["python", "-m", *arguments])
-
-
-def run_deepspeed(ranks: int, arguments: list[str]) -> None:
+def run_deepspeed(ranks: int, *arguments: str) -> None:
     """Run a stage under the deepspeed launcher on `ranks` devices of this machine.
 
     The launcher can exit with 0 although a rank died, so the result is looked for in run.json.
     """
     out = Path(next(a for a in arguments if a.startswith("--output_dir=")).split("=", 1)[1])
     if finished(out):  # the stage says so itself, in a tenth of the launcher's time
-        return run_python(arguments)
-    command = ["deepspeed", "--num_gpus", str(ranks), "--log_level", "warning", "--module", *arguments]
+        return run_verb(*arguments)
+    options = ["--num_gpus", str(ranks), "--log_level", "warning", "--module", "diffclip", *arguments]
     launcher = [sys.executable, str(Path(sys.executable).parent / "deepspeed"), "--master_port", str(free_port())]
-    run([*launcher, *command[1:]], typed=command)
+    run([*launcher, *options], typed=["deepspeed", *options])
     if not finished(out):
         raise InputError(f"{arguments[0]} did not finish: see the lines above and {out}/{LOG}, then start again")
 

@@ -21,7 +21,6 @@ from diffclip.base.files import append_jsonl, read_json, write_json
 from diffclip.base.schema import Input, RunRecord
 from stages.config import read_yaml, write_yaml
 from stages.provenance import digest, git_state, hardware, installed_versions
-from stages.settings import ConversationConfig
 
 # What a start writes before its first step, beside run.json and config.yaml.
 START_FILES = {schema.RECORD, schema.CONFIG, schema.LOG, schema.BAD_SAMPLES, schema.NON_FINITE, "runs"}
@@ -37,19 +36,23 @@ class Run:
     `run.resume_from` names the last whole checkpoint.
     """
 
-    def __init__(self, stage: str, config: Any, inputs: Mapping[str, str | Path]) -> None:
+    def __init__(self, stage: str, config: Any, inputs: Mapping[str, str | Path | list[str]]) -> None:
         """
         Args:
             stage: name shown in reports, e.g. "pretrain".
             config: the stage's dataclass; must have `output_dir` and `seed`.
-            inputs: files and directories the result depends on, by role.
+            inputs: files and directories the result depends on, by setting; "" for none.
         """
         self.stage, self.config = stage, config
         self.path = Path(config.output_dir)
         self.is_main = int(os.environ.get("RANK", 0)) == 0
         self.start = time.time()
-        for role, path in inputs.items():
-            if not str(path).startswith("hf:") and not Path(path).exists():
+        paths: dict[str, str] = {}
+        for role, named in inputs.items():
+            each = {f"{role}[{i}]": path for i, path in enumerate(named)} if isinstance(named, list) else {role: named}
+            paths |= {key: str(path) for key, path in each.items() if path}
+        for role, path in paths.items():
+            if not path.startswith("hf:") and not Path(path).exists():
                 raise InputError(f"{path}: no such file or directory (setting `{role}`)")
         self.record: RunRecord = {
             "stage": stage,
@@ -58,7 +61,7 @@ class Run:
             "command": " ".join(sys.argv),
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "wall_seconds": 0.0,
-            "inputs": {role: {"path": str(p), "digest": digest(p)} for role, p in inputs.items()},
+            "inputs": {role: {"path": path, "digest": digest(path)} for role, path in paths.items()},
         }
         if getattr(config, "deepspeed", ""):  # settings, not data, but in a file
             self.record["deepspeed"] = {"path": config.deepspeed, "digest": digest(config.deepspeed)}
@@ -91,9 +94,8 @@ class Run:
         if self.is_main:
             for path in self.half_written():
                 shutil.rmtree(path, ignore_errors=True)
-        whole = [path.parent for path in self.path.glob(f"{schema.CHECKPOINTS}/{schema.COMPLETE}")]
-        newest = max(whole, key=lambda p: int(p.name.split("-")[1]), default=None)
-        return None if newest is None else str(newest)
+        whole = [str(path.parent) for path in self.path.glob(f"{schema.CHECKPOINTS}/{schema.COMPLETE}")]
+        return max(whole, key=lambda path: int(path.rpartition("-")[2]), default=None)
 
     def half_written(self) -> list[Path]:
         """Checkpoints whose writing did not come to its end."""
@@ -179,11 +181,6 @@ class Run:
                 f"{', '.join(deciding)}; give the old ones again, choose another --output_dir, or delete this one"
             )
         return before, other
-
-
-def conversation_inputs(config: ConversationConfig) -> dict[str, str]:
-    """The files and folders of align and instruct that decide the result, by setting, for `Run`."""
-    return {**{f"data[{i}]": path for i, path in enumerate(config.data)}, "image_root": config.image_root}
 
 
 def by_setting(record: RunRecord) -> dict[str, list[Input]]:

@@ -1,23 +1,32 @@
-"""What the training stages share: how settings become transformers' TrainingArguments, and the training itself."""
+"""What the training stages share: how settings become transformers' TrainingArguments, and the training itself, from a
+checkpoint that is safe to read.
+"""
 
 import importlib.util
 import math
 import os
+import re
 import types
+from collections.abc import Callable
 from contextlib import suppress
 from enum import Enum
+from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
 from safetensors import SafetensorError
 from transformers import PrinterCallback, Trainer, TrainingArguments
+from transformers.trainer_pt_utils import safe_globals  # what Trainer keeps of numpy's random state
 from transformers.utils import logging
 
 from diffclip.base.commands import near
-from diffclip.base.errors import InputError
-from stages.resume import check_checkpoint
+from diffclip.base.errors import InputError, first_line
+from diffclip.base.files import read_text
 from stages.run import Run
 from stages.settings import TrainingConfig
+
+PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".distcp", ".metadata")  # the last two: FSDP's
+UNREAD = "training_args.bin"  # Trainer writes it, and nothing of ours reads it
 
 
 def per_device_batch(config: TrainingConfig, micro_batch_size: int = 0) -> tuple[int, int]:
@@ -165,10 +174,42 @@ def train(trainer: Trainer, run: Run) -> dict[str, float]:
         if not half:
             raise
         raise InputError(
-            f"{half[0]} could not be written ({str(error).splitlines()[0]}): free space on the disk and start the same "
+            f"{half[0]} could not be written ({first_line(error)}): free space on the disk and start the same "
             f"command again, it goes on from {run.resume_from or 'the start'}"
         ) from error
     step, steps = trainer.state.global_step, trainer.args.max_steps
     if step < steps:
         run.stop(step, steps)
     return {k: v for k, v in result.metrics.items() if k != "total_flos"}
+
+
+def check_checkpoint(folder: str | Path) -> None:
+    """Raise InputError if a file of the checkpoint could run code, or if DeepSpeed would read from elsewhere.
+
+    DeepSpeed reads its checkpoints with `torch.load(weights_only=False)`, which runs whatever a pickle says, and a run
+    directory may come from somebody else. So every pickle of a checkpoint is first read by torch's restricted
+    unpickler, which runs nothing but a list of constructors.
+    """
+    folder = Path(folder)
+    remedy = f"delete {folder} to go on from the checkpoint before it, or choose another --output_dir"
+    latest = folder / "latest"  # DeepSpeed reads the folder that it names
+    harmless: list[Callable] = []  # what may be made beside tensors and plain types: it does nothing when it is made
+    if latest.is_file():
+        if not re.fullmatch(r"global_step\d+", read_text(latest).strip()):
+            raise InputError(f"{latest}: names no folder of its checkpoint; {remedy}")
+        from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+        from deepspeed.runtime.zero.config import ZeroStageEnum
+        from deepspeed.utils.tensor_fragment import fragment_address
+
+        harmless = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
+    files = (Path(parent, name) for parent, _, names in os.walk(folder, followlinks=True) for name in sorted(names))
+    for path in files:
+        if not path.name.endswith(PICKLES) or path.name == UNREAD:
+            continue
+        try:  # reads no values
+            with safe_globals(), torch.serialization.safe_globals([*harmless]):
+                torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except Exception as error:  # a damaged pickle may raise anything
+            named = re.search(r"GLOBAL ([\w.]+)", str(error))
+            why = f"it would call {named[1]}" if named else "it is damaged, or no checkpoint of torch"
+            raise InputError(f"{path}: is not safe to read ({why}); {remedy}") from None

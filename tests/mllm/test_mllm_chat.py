@@ -12,7 +12,7 @@ from mllm.answer_file import answer_file
 from mllm.assemble import assemble
 from mllm.conversation import prompt, question_turn
 from mllm.model import VisionLanguageModel, generation_options, load
-from stages.model_card import USE
+from stages.publish import USE
 
 QUESTIONS = ["Is there a red square?", "Is there a small blue circle left of the green star in the image?", "USER"]
 

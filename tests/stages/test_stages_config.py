@@ -10,7 +10,7 @@ import yaml
 
 from diffclip.base.commands import Range
 from diffclip.base.errors import InputError
-from stages.config import SettingsParser, parse, read_yaml, require, write_yaml
+from stages.config import SettingsParser, parse, read_yaml, require, write_yaml, zero_stage
 from stages.settings import (
     AlignConfig,
     EvaluateConfig,
@@ -20,7 +20,6 @@ from stages.settings import (
     PretrainConfig,
     check_value,
 )
-from stages.zero import zero_stage
 
 CONFIGS = Path(__file__).parents[2] / "stages" / "configs"
 CLASSES = {

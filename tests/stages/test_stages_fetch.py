@@ -16,7 +16,7 @@ from PIL import Image
 from diffclip.base.archives import unpack
 from diffclip.base.errors import InputError
 from diffclip.data.pairs import PairTable
-from stages import download_pairs, download_sets, fetch
+from stages import download, fetch
 from stages.data_sets import SETS, Hub, Images, Web
 
 
@@ -77,11 +77,11 @@ def test_archives_are_unpacked_once_and_never_outside(server, tmp_path, monkeypa
     server.files |= {f"/good.{kind}": archive("train2017/1.jpg"), f"/bad.{kind}": archive("../../evil.jpg")}
     folder = tmp_path / "set"
     for _ in range(2):
-        download_sets.fetch_web(Web(f"{server.address}/good.{kind}", "coco"), folder)
+        download.fetch_web(Web(f"{server.address}/good.{kind}", "coco"), folder)
     assert (folder / "coco" / "train2017" / "1.jpg").read_bytes() == b"content" and len(server.sent) == 1
     assert [p.name for p in (folder / "coco").iterdir() if not p.name.startswith(".")] == ["train2017"]
     with pytest.raises(InputError, match=r"bad\."):
-        download_sets.fetch_web(Web(f"{server.address}/bad.{kind}"), folder)
+        download.fetch_web(Web(f"{server.address}/bad.{kind}"), folder)
     assert not list(tmp_path.rglob("evil.jpg")) and not (tmp_path.parent / "evil.jpg").exists()
 
 
@@ -113,7 +113,7 @@ def test_links_in_archives_lead_nowhere(server, tmp_path):
         member("hard.jpg", 0, type=tarfile.LNKTYPE, linkname="../../outside"),
         member("./good.jpg"),
     )
-    download_sets.fetch_web(Web(f"{server.address}/x.tar.gz"), tmp_path / "set")
+    download.fetch_web(Web(f"{server.address}/x.tar.gz"), tmp_path / "set")
     assert not list(outside.iterdir()) and not any(path.is_symlink() for path in tmp_path.rglob("*"))
     found = [str(p.relative_to(tmp_path / "set")) for p in (tmp_path / "set").rglob("*.jpg")]
     assert sorted(found) == ["good.jpg", "way/evil.jpg"]
@@ -123,7 +123,7 @@ def test_an_interrupted_unpacking_is_done_by_the_same_command(server, tmp_path):
     (tmp_path / "x.tar.gz").write_bytes(tar_with(member("a.jpg")))
     (tmp_path / "x.tar.gz.unpacking").mkdir()
     (tmp_path / "x.tar.gz.unpacking" / "half.jpg").touch()
-    download_sets.fetch_web(Web(f"{server.address}/x.tar.gz"), tmp_path)
+    download.fetch_web(Web(f"{server.address}/x.tar.gz"), tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == [".x.tar.gz.unpacked", "a.jpg"] and not server.sent
 
 
@@ -138,7 +138,7 @@ def test_a_bomb_is_not_unpacked(server, tmp_path, kind):
         content = tar_with(member("bomb.jpg", 20_000_000))
     server.files[f"/bomb.{kind}"] = content
     with pytest.raises(InputError, match="100 times its size"):
-        download_sets.fetch_web(Web(f"{server.address}/bomb.{kind}"), tmp_path / "set")
+        download.fetch_web(Web(f"{server.address}/bomb.{kind}"), tmp_path / "set")
     assert sorted(p.name for p in (tmp_path / "set").iterdir()) == [f"bomb.{kind}"]
 
 
@@ -188,9 +188,9 @@ def test_an_archive_of_the_hub_is_fetched_once(tmp_path):
     """Without network, asking the Hub ends in a refusal; what was unpacked is not asked for."""
     source = Hub("liuhaotian/LLaVA-Pretrain", ("images.zip",))
     with pytest.raises(InputError, match="not fetched"):
-        download_sets.fetch_hub(source, tmp_path)
+        download.fetch_hub(source, tmp_path)
     (tmp_path / ".images.zip.unpacked").touch()
-    download_sets.fetch_hub(source, tmp_path)
+    download.fetch_hub(source, tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["tsv", "csv", "parquet"])
@@ -205,12 +205,12 @@ def test_lists_of_addresses_lead_to_the_web_alone(tmp_path, kind):
             pyarrow.csv.write_csv(table, path, options)
         return path
 
-    download_pairs.check_addresses(written(["http://a/1.jpg", "HTTPS://b/2.jpg", None]))
+    download.check_addresses(written(["http://a/1.jpg", "HTTPS://b/2.jpg", None]))
     for address in ("file:///etc/hostname", "/etc/hostname", "ftp://a/b.jpg", " http://a"):
         with pytest.raises(InputError, match="is not http or https"):
-            download_pairs.check_addresses(written(["http://a/1.jpg", address]))
+            download.check_addresses(written(["http://a/1.jpg", address]))
     with pytest.raises(InputError, match="no column url, but link, caption"):
-        download_pairs.check_addresses(written(["http://a/1.jpg"], column="link"))
+        download.check_addresses(written(["http://a/1.jpg"], column="link"))
 
 
 def test_counting_pairs_and_pictures(tmp_path):
@@ -219,9 +219,7 @@ def test_counting_pairs_and_pictures(tmp_path):
             info = tarfile.TarInfo(name)
             info.size = 3
             tar.addfile(info, io.BytesIO(b"abc"))
-    assert (
-        download_sets.count(tmp_path, "pairs", "*.tar") == 1 and download_sets.count(tmp_path, "pictures", "*.tar") == 2
-    )
+    assert download.count(tmp_path, "pairs", "*.tar") == 1 and download.count(tmp_path, "pictures", "*.tar") == 2
 
 
 def test_a_list_with_dead_links_becomes_shards_of_what_is_left(server, tmp_path, capsys):

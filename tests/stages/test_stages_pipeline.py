@@ -17,7 +17,7 @@ from unittest import mock
 import psutil
 import pytest
 import yaml
-from launch import QUICKSTART, ROOT, call, environment, run_deepspeed
+from launch import QUICKSTART, ROOT, environment, run_deepspeed
 from transformers import AutoModel
 
 import diffclip.hf  # noqa: F401 - registers the tower
@@ -31,19 +31,19 @@ SMALL |= {"conversations": 64, "texts": 300, "pope": 12, "mmvp": 2, "segmentatio
 
 
 def carry_on(*arguments: str) -> str:
-    """The console of `python -m stages.pipeline ARGUMENTS`, whose commands run in this process, without its imports.
+    """The console of `diffclip pipeline ARGUMENTS`, whose commands run in this process, without its imports.
 
     CLIP's stages under the deepspeed launcher stay real; the other model's are trained without.
     """
     start = pipeline.run
 
-    def run(command: list[str], *rest: list[str], **typed: list[str]) -> None:
-        at = next(i for i, word in enumerate(command) if word in ("-m", "--module"))
-        other = command[at + 1] in ("stages.align", "stages.instruct") and not any("/CLIP/" in w for w in command)
-        if command[at] == "--module" and not other:
-            start(command, *rest, **typed)
+    def run(command: list[str], typed: list[str]) -> None:
+        _, *words = command[command.index("diffclip") :]
+        other = words[0] in ("align", "instruct") and not any("/CLIP/" in word for word in words)
+        if "--module" in command and not other:
+            start(command, typed)
         else:
-            call(*command[at + 1 :], *(["--deepspeed="] if other else []))
+            cli.call([*words, *(["--deepspeed="] if other else [])])
 
     console = io.StringIO()
     with (
@@ -78,7 +78,7 @@ def quickstart(tmp_path_factory) -> tuple[Path, list[str]]:
     (folder / "pipeline.yaml").write_text(yaml.safe_dump(settings))
     command = [f"--config={folder / 'pipeline.yaml'}", f"--output_dir={folder / 'out'}"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "stages.pipeline", *command],
+        [sys.executable, "-m", "diffclip", "pipeline", *command],
         cwd=ROOT,
         env=environment(),
         stdout=subprocess.DEVNULL,

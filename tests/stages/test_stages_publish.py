@@ -7,7 +7,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from diffclip.base.errors import InputError
-from stages import model_card, publish
+from stages import publish
 
 
 @pytest.fixture
@@ -35,21 +35,21 @@ def finished(tmp_path):
 
 
 def test_card_states_data_recipe_and_scores(finished, tmp_path):
-    text = model_card.model_card(finished, [tmp_path / "evaluate"], "me/my-model")
+    text = publish.model_card(finished, [tmp_path / "evaluate"], "me/my-model")
     read = ModelCard(text)
     assert read.data.pipeline_tag == "image-text-to-text" and "llava" in read.data.tags
     for fact in ("llava/rows.json", "abc123", "learning_rate: 2.0e-05", "projector: 56 parameters, learnt", "beef"):
         assert fact in text
     assert "vision_tower: 1,234 parameters, frozen" in text and "| pope/mean/accuracy | 91.6 |" in text
     assert "# my-model" in text and 'load("me/my-model")' in text and "/home/secret" not in text
-    assert "has not been evaluated" in model_card.model_card(finished, [], "me/my-model")
+    assert "has not been evaluated" in publish.model_card(finished, [], "me/my-model")
 
 
 def test_an_unfinished_run_is_refused(finished):
     record = json.loads((finished / "run.json").read_text())
     (finished / "run.json").write_text(json.dumps(record | {"state": "running"}))
     with pytest.raises(InputError, match="is no finished run of pretrain, align, instruct"):
-        model_card.model_card(finished, [], "")
+        publish.model_card(finished, [], "")
 
 
 def test_without_the_hub_the_card_stays_and_one_sentence_says_why(finished):
@@ -64,7 +64,7 @@ def test_what_is_sent_leaves_out_checkpoints_and_logs(finished, monkeypatch):
     calls = []
     monkeypatch.setattr(huggingface_hub, "create_repo", lambda repo, **options: calls.append((repo, options)))
     monkeypatch.setattr(huggingface_hub, "upload_folder", lambda **options: calls.append(options) or "address")
-    assert model_card.upload(finished, "me/my-model", private=True) == "address"
+    assert publish.upload(finished, "me/my-model", private=True) == "address"
     assert calls[0] == ("me/my-model", {"private": True, "exist_ok": True})
     kept = huggingface_hub.utils.filter_repo_objects(
         ["model.safetensors", "README.md", "checkpoint-3/optimizer.pt", "log.txt", "metrics.jsonl", "adapter/a.json"],

@@ -19,10 +19,9 @@ from diffclip.base.errors import InputError
 from diffclip.base.schema import COMPLETE
 from stages import language, pretrain
 from stages.callbacks import Watch
-from stages.resume import check_checkpoint
 from stages.run import NOT_FINISHED, Run
 from stages.settings import AlignConfig, InstructConfig, LanguageConfig, PretrainConfig, TrainingConfig, check
-from stages.training import on_one_device, train, training_arguments
+from stages.training import check_checkpoint, on_one_device, train, training_arguments
 
 STEPS = 12
 

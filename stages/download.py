@@ -1,12 +1,21 @@
-"""Fetch a data set into its folder, count what arrived, write the manifest."""
+"""Fetch a data set, or with img2dataset the images of a list of addresses; count what arrived, write the manifest."""
 
+import shutil
+import subprocess
 import sys
 import time
 import urllib.parse
+from collections import Counter
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 
 import huggingface_hub
+import pyarrow
+import pyarrow.compute
+import pyarrow.csv
+import pyarrow.parquet
 from filelock import FileLock
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from tqdm import tqdm
@@ -14,13 +23,13 @@ from tqdm import tqdm
 from diffclip.base import archives
 from diffclip.base.download import download
 from diffclip.base.errors import InputError, first_line
-from diffclip.base.files import read_jsonl, write_json
+from diffclip.base.files import read_json, read_jsonl, write_json
 from diffclip.base.paths import inside
 from diffclip.data.shards import IMAGE_SUFFIXES, index_shards
 from stages.data_sets import SETS, Hub, Images, Web
 
 
-def fetch(name: str, folder: Path, workers: int) -> None:
+def fetch_set(name: str, folder: Path, workers: int) -> None:
     """Fetch one set into `folder`, count what is there, write the manifest.
 
     Raises:
@@ -38,8 +47,7 @@ def fetch(name: str, folder: Path, workers: int) -> None:
                 case Images():
                     fetch_images(source, folder, workers)
         unit, pattern = data.counted
-        arrived = count(folder, unit, pattern)
-        write_manifest(folder, name, [str(source) for source in data.sources], unit, arrived, data.expected)
+        write_manifest(folder, name, data.sources, unit, count(folder, unit, pattern), data.expected)
 
 
 def fetch_hub(source: Hub, folder: Path) -> None:
@@ -95,6 +103,60 @@ def fetch_images(source: Images, folder: Path, workers: int) -> None:
         print(f"{len(problems)} of {len(paths)} images did not arrive, e.g. {problems[0]}", file=sys.stderr)
 
 
+def fetch_pairs(urls: Path, out: Path, command: list[str]) -> None:
+    """Fetch a list of (url, caption) into shards that `stages.pretrain` reads, by a `command` of img2dataset.
+
+    Addresses die: what share arrived, and why the rest did not, is printed and kept.
+
+    Raises:
+        InputError: img2dataset is missing or fails, or the list is refused by `check_addresses`.
+    """
+    if shutil.which(command[0]) is None:
+        raise InputError(
+            "img2dataset is not on the path; its packages clash with ours, so give it an environment of its own "
+            "(./scripts/0_data.sh pairs … does)"
+        )
+    check_addresses(urls)
+    ended = subprocess.run(command, check=False)
+    if ended.returncode:
+        raise InputError(f"img2dataset ended with code {ended.returncode}: see the lines above, then start again")
+    stats = [read_json(path) for path in sorted(out.glob("*_stats.json"))]
+    tried, arrived = sum(s["count"] for s in stats), sum(s["successes"] for s in stats)
+    reasons: Counter[str] = Counter()
+    for shard in stats:
+        reasons.update(shard["status_dict"])
+    del reasons["success"]
+    for reason, times in reasons.most_common(5):
+        print(f"  {times:,} times: {reason}")
+    write_manifest(out, urls.stem, [urls], "pairs", arrived, tried)
+
+
+def check_addresses(urls: Path) -> None:
+    """InputError if the list lacks its columns, or holds an address that is not on the web.
+
+    img2dataset would fetch it all the same: `file:///home/me/private.jpg` becomes an image of the shards.
+    """
+    try:
+        if urls.suffix == ".parquet":
+            table = pyarrow.parquet.ParquetFile(urls)
+            names, batches = table.schema_arrow.names, table.iter_batches(columns=["url"])
+        else:
+            options = pyarrow.csv.ParseOptions(delimiter="\t" if urls.suffix == ".tsv" else ",")
+            batches = pyarrow.csv.open_csv(urls, parse_options=options)
+            names = batches.schema.names
+        missing = [name for name in ("url", "caption") if name not in names]
+        if missing:
+            raise InputError(f"{urls}: has no column {', '.join(missing)}, but {', '.join(names)}; rename them")
+        for batch in batches:
+            column = batch.column("url").cast(pyarrow.string())
+            web = pyarrow.compute.match_substring_regex(column, "^$|^(?i:https?)://").fill_null(True)
+            if not pyarrow.compute.all(web, min_count=0).as_py():
+                first = column.filter(pyarrow.compute.invert(web))[0].as_py()
+                raise InputError(f"{urls}: the address {first[:200]!r} is not http or https; take such rows out")
+    except (pyarrow.ArrowException, OSError) as error:
+        raise InputError(f"{urls}: cannot be read as a list ({' '.join(str(error).split())[:200]})") from None
+
+
 def count(folder: Path, unit: str, pattern: str) -> int:
     """Pairs (from the shards' indices, which pretraining uses too), images in tars, or files."""
     files = sorted(folder.glob(pattern))
@@ -111,22 +173,21 @@ def count(folder: Path, unit: str, pattern: str) -> int:
     return total
 
 
-def write_manifest(folder: Path, name: str, sources: list[str], unit: str, arrived: int, expected: int) -> None:
+def write_manifest(folder: Path, name: str, sources: Iterable[object], unit: str, arrived: int, expected: int) -> None:
     """Print how much arrived and write manifest.json, whole or not at all."""
-    files = [
-        path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.startswith((".", "manifest"))
-    ]
+    paths = (path for path in sorted(folder.rglob("*")) if not path.name.startswith((".", "manifest")))
+    sizes = {str(path.relative_to(folder)): path.stat().st_size for path in paths if path.is_file()}
     share = arrived / expected if expected else 0.0
     manifest = {
         "name": name,
-        "sources": sources,
+        "sources": list(map(str, sources)),
         "date": time.strftime("%Y-%m-%d"),
         "unit": unit,
         "arrived": arrived,
         "expected": expected,
         "share": round(share, 4),
-        "bytes": sum(path.stat().st_size for path in files),
-        "files": {str(path.relative_to(folder)): path.stat().st_size for path in files[:5000]},
+        "bytes": sum(sizes.values()),
+        "files": dict(islice(sizes.items(), 5000)),
     }
     write_json(folder / "manifest.json", manifest)
     print(f"{name}: {arrived:,} of {expected:,} {unit} ({share:.1%}) in {folder}")
