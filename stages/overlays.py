@@ -18,6 +18,7 @@ from diffclip.attention_maps import enlarged, relevance, seen_part, vision_atten
 from diffclip.base.errors import InputError
 from diffclip.base.files import json_line, write_json, write_whole
 from diffclip.base.images import open_image
+from diffclip.base.schema import ATTENTION, LOCALISATION
 from diffclip.benchmarks.mask_scores import SCORES, localise
 
 IMAGES = 8  # of the attention figures, two queries each
@@ -83,7 +84,7 @@ def keep_attention(encoder: Encoder, queries: Sequence[tuple[Path, list[str]]], 
             texts.append(query)
     grids = heat_maps(encoder, images, texts)
     lines = [json_line({**row, "heat": grid}) for row, grid in zip(rows, grids)]
-    write_whole(folder / "attention.jsonl", "".join(lines))
+    write_whole(folder / ATTENTION, "".join(lines))
     return len(rows)
 
 
@@ -107,7 +108,7 @@ def localisation(encoder: Encoder, items: Sequence[tuple], folder: Path) -> dict
             name: [None if np.isnan(v) else round(float(v), 4) for v in column] for name, column in zip(names, scores.T)
         },
     }
-    write_json(folder / "localisation.json", record)
+    write_json(folder / LOCALISATION, record)
     if not inside.any():
         return {}
     means = {f"localisation/{name}": float(mean) for name, mean in zip(names, scores[inside].mean(axis=0))}

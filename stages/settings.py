@@ -310,8 +310,8 @@ def _check_trainer(config: TrainingConfig) -> None:
         for key in keys:
             if key in trainer and hasattr(config, setting):
                 raise InputError(f"setting `trainer`: {key} is what the setting `{setting}` decides: set that instead")
-    if key := next(filter(trainer.get, INEXACT), None):
+    if inexact := next(filter(trainer.get, INEXACT), None):
         raise InputError(
-            f"setting `trainer`: with {key} a resumed run would not be the undisturbed one; leave it out, the same "
+            f"setting `trainer`: with {inexact} a resumed run would not be the undisturbed one; leave it out, the same "
             "command resumes by itself"
         )

@@ -117,13 +117,14 @@ class Range:
 
     def __str__(self) -> str:
         ends = {"at least": self.least, "above": self.above, "at most": self.most, "below": self.below}
-        words = [f"{word} {end:g}" for word, end in ends.items() if math.isfinite(end)]
+        words = [f"{word} {end:.10g}" for word, end in ends.items() if math.isfinite(end)]
         return " and ".join(words) or "a finite number"
 
     def check(self, value: float, name: str) -> None:
         """Raise an `InputError` that names the setting, unless `value` is in the range."""
         if not (math.isfinite(value) and self.least <= value <= self.most and self.above < value < self.below):
-            raise InputError(f"{name} {value:g}: must be {self}")
+            finite = "" if math.isfinite(value) else "finite and "
+            raise InputError(f"{name} {value:g}: must be {finite}{self}")
 
 
 def number(kind: type[int] | type[float], least: float = -math.inf, most: float = math.inf) -> Callable[[str], Any]:

@@ -17,6 +17,7 @@ from diffclip.base.devices import pick_device
 from diffclip.base.errors import InputError
 from diffclip.base.files import read_json, read_yaml
 from diffclip.base.fingerprint import fingerprint
+from diffclip.base.schema import CONFIG, RECORD
 from mllm.conversation import NoSupervisionError, control_tokens
 from mllm.data.examples import ConversationDataset
 from mllm.data.images import ImagePlace
@@ -66,8 +67,8 @@ def diagnose(
     """
     directory = Path(directory)
     prints = _mapping(directory / FINGERPRINTS, read_json)
-    record = _mapping(directory / "run.json", read_json)
-    config = _mapping(directory / "config.yaml", read_yaml)
+    record = _mapping(directory / RECORD, read_json)
+    config = _mapping(directory / CONFIG, read_yaml)
     try:
         model = AutoModelForImageTextToText.from_pretrained(directory, trust_remote_code=False).eval().to(device)
         processor = AutoProcessor.from_pretrained(directory, trust_remote_code=False)
@@ -76,7 +77,7 @@ def diagnose(
     yield transform(processor, prints)
     yield settings(model, prints, config)
     current = {name: fingerprint(module) for name, module in parts(model).items()}
-    upstream = _mapping(Path(record.get("inputs", {}).get("model", {}).get("path", "")) / "run.json", read_json)
+    upstream = _mapping(Path(record.get("inputs", {}).get("model", {}).get("path", "")) / RECORD, read_json)
     yield tower(parts(model)["vision_tower"], current, prints, record, upstream)
     yield projector(current, prints, record, upstream)
     wrong = _mismatch("language_model", current, prints, record, {})

@@ -19,6 +19,7 @@ import pyarrow.parquet
 
 from diffclip.base.errors import InputError
 from diffclip.base.files import json_line, read_json, read_jsonl, write_whole
+from diffclip.base.schema import ANSWERS
 from mllm.data.images import ImagePlace
 from mllm.pope.parsers import parse
 from mllm.pope.questions import POST_PROMPT, SPLITS, Question
@@ -122,7 +123,7 @@ def evaluate_with_lmms(
     given = {name: [answer for task in of_pass for answer in answers[task]] for name, of_pass in passes.items()}
     pairs = ((name, q, answer) for name in passes for q, answer in zip(asked[name], given[name]))
     lines = [json_line({"pass": name, **q._asdict(), "answer": answer}) for name, q, answer in pairs]
-    write_whole(out_dir / "answers.jsonl", "".join(lines))
+    write_whole(out_dir / ANSWERS, "".join(lines))
     for task, part in parts.items():
         _same(score(parse(answers[task]), [q.label for q in part]), results[task], task)
     scores: dict[str, Any] = {name: score_answers(asked[name], given[name]) for name in passes}

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from diffclip.base.devices import pick_device
 from diffclip.base.errors import InputError
 from diffclip.base.files import json_line, write_json, write_whole
+from diffclip.base.schema import MARGINS
 from mllm.conversation import IGNORE, question_turn
 from mllm.model import VisionLanguageModel, load
 from mllm.pope.images import images_of
@@ -241,6 +242,6 @@ def run(options: Namespace) -> None:
         scores["generated"] = score_splits(questions, parse(answers))
         print_scores("generated answers (%)", scores["generated"], SCORES)
         lines += [{"pass": "generated", **q._asdict(), "answer": text} for q, text in zip(questions, answers)]
-    write_whole(options.output_dir / "margins.jsonl", "".join(map(json_line, lines)))
+    write_whole(options.output_dir / MARGINS, "".join(map(json_line, lines)))
     write_json(options.output_dir / "margins.json", {"version": version(questions), **scores})
     print(f"wrote {options.output_dir / 'margins.json'}")

@@ -10,6 +10,7 @@ import numpy as np
 
 from diffclip.base.console import print_table
 from diffclip.base.errors import InputError
+from diffclip.base.schema import ANSWERS, POPE
 from diffclip.base.statistics import mcnemar
 from mllm.pope.images import find_images
 from mllm.pope.parsers import PARSERS, parse
@@ -69,7 +70,7 @@ def compare(options: Namespace) -> None:
 
 def _labels_and_predictions(run: Path, parser: str) -> dict[Key, tuple[str, str]]:
     """(label, prediction) by question, of a run of stages.evaluate or a file as it writes them."""
-    file = run / "pope" / "answers.jsonl" if run.is_dir() else run
+    file = run / POPE / ANSWERS if run.is_dir() else run
     if not file.is_file():
         raise InputError(f"{file}: no such file; give a run of stages.evaluate that had POPE")
     answers = read_answers(file)

@@ -129,7 +129,7 @@ def test_ends_that_are_not_reached_and_their_names():
     rate.check(1e-9, "rate")
     rate.check(1, "rate")
     for value in (0, -1, 1.0001, math.nan, math.inf):
-        with pytest.raises(InputError, match=r"^rate .*: must be above 0 and at most 1$"):
+        with pytest.raises(InputError, match=r"^rate .*: must be (finite and )?above 0 and at most 1$"):
             rate.check(value, "rate")
     Range().check(-1e300, "x")
     with pytest.raises(InputError, match="must be a finite number"):

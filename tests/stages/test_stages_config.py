@@ -145,9 +145,9 @@ class Checked:
 def test_a_number_out_of_its_range_is_refused_in_flags_and_yaml_alike(typed, tmp_path):
     file = tmp_path / "c.yaml"
     file.write_text(f"rate: .{typed}" if typed[-1] in "nf" and typed[0] != "-" else f"rate: {typed}")
-    with pytest.raises(InputError, match=rf"^setting `rate` {float(typed):g}: must be above 0$"):
+    with pytest.raises(InputError, match=rf"^setting `rate` {float(typed):g}: must be (finite and )?above 0$"):
         parse(Checked, "", ["--rate", typed])
-    with pytest.raises(InputError, match=rf"c\.yaml: setting `rate` {float(typed):g}: must be above 0$"):
+    with pytest.raises(InputError, match=rf"c\.yaml: setting `rate` {float(typed):g}: must be (finite and )?above 0$"):
         parse(Checked, "", ["--config", str(file)])
     with pytest.raises(InputError, match="`weights` -1: must be at least 0"):
         parse(Checked, "", ["--weights", "1", "-1"])
