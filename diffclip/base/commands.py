@@ -123,7 +123,7 @@ class Range:
     def check(self, value: float, name: str) -> None:
         """Raise an `InputError` that names the setting, unless `value` is in the range."""
         if not (math.isfinite(value) and self.least <= value <= self.most and self.above < value < self.below):
-            finite = "" if math.isfinite(value) else "finite and "
+            finite = "" if math.isfinite(value) or self == Range() else "finite and "
             raise InputError(f"{name} {value:g}: must be {finite}{self}")
 
 
