@@ -6,7 +6,6 @@ With more devices, the same numbers: torchrun --nproc-per-node 8 -m diffclip ben
 `diffclip benchmark data check` lists the paper's sets and how to get them, `data download SET...` fetches some.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -54,19 +53,10 @@ def parser() -> Parser:
     return p
 
 
-def data_parser() -> Parser:
-    """The command line of `data`."""
-    p = Parser("diffclip benchmark data", description="The paper's sets.")
-    p.add_argument("action", choices=("check", "download"), help="list all sets, or fetch some with torchvision")
-    p.add_argument("sets", nargs="*", metavar="SET", help=f"what to fetch: {', '.join(TORCHVISION)}")
-    p.add_argument("--data_root", type=Path, required=True, help="folder with a folder for each set")
-    return p
-
-
 def main(argv: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if argv is None else argv
     if arguments[:1] == ["data"]:
-        return data(data_parser().parse_args(arguments[1:]))
+        return data(arguments[1:])
     options = parser().parse_args(arguments[1:] if arguments[:1] == ["run"] else arguments)
     name_or_file("--suite", options.suite, ["paper"])
     name_or_file("--templates", options.templates, ["imagenet7", "imagenet80"])
@@ -75,8 +65,13 @@ def main(argv: list[str] | None = None) -> None:
     run(options)
 
 
-def data(options: argparse.Namespace) -> None:
+def data(arguments: list[str]) -> None:
     """`data check` and `data download`."""
+    p = Parser("diffclip benchmark data", description="The paper's sets.")
+    p.add_argument("action", choices=("check", "download"), help="list all sets, or fetch some with torchvision")
+    p.add_argument("sets", nargs="*", metavar="SET", help=f"what to fetch: {', '.join(TORCHVISION)}")
+    p.add_argument("--data_root", type=Path, required=True, help="folder with a folder for each set")
+    options = p.parse_args(arguments)
     for name in options.sets:
         if name not in TORCHVISION:
             raise InputError(f"data download: {name}{near(name, TORCHVISION)}; 0_data.sh fetches the others")

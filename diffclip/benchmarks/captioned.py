@@ -85,12 +85,11 @@ def read_captioned(path: Path) -> Captioned:
 
 def _test_split(splits: Iterable[str | None], path: Path) -> str | None:
     """Test where it is among them, or the only one that there is."""
-    found = set(splits)
-    if len(found) > 1 and "test" not in found:
-        raise InputError(
-            f"{path} has the splits {', '.join(sorted(map(str, found)))} and no test: keep the one to score"
-        )
-    return "test" if "test" in found else next(iter(found), None)
+    names = set(splits)
+    if len(names) > 1 and "test" not in names:
+        listed = ", ".join(sorted(map(str, names)))
+        raise InputError(f"{path} has the splits {listed} and no test: keep the one to score")
+    return "test" if "test" in names else next(iter(names), None)
 
 
 def _texts(value: Any, name: str) -> list[str]:
@@ -101,7 +100,7 @@ def _texts(value: Any, name: str) -> list[str]:
     return [str(text) for text in values if text is not None]
 
 
-def _captioned_tar(path: Path) -> Rows:
+def _tar(path: Path) -> Rows:
     for key, image, text in shard_samples(path, ".txt"):
         if image is None:
             raise InputError(f"{path}: {key}.txt has no image beside it")
@@ -111,20 +110,24 @@ def _captioned_tar(path: Path) -> Rows:
             raise InputError(f"{path}: {key}.txt is not UTF-8: write it again") from None
 
 
-def _captioned_parquet(path: Path) -> Rows:
+def _parquet(path: Path) -> Rows:
     splits = row_splits(path)
     wanted = [split == "test" or "test" not in splits for split in splits]
     for name, image, texts, number in parquet_rows(path, CAPTION_COLUMNS, wanted):
         yield name, image, _texts(texts, name), splits[number]
 
 
-def _captioned_table(path: Path) -> Rows:
+def _table(path: Path) -> Rows:
     """Rows of image and caption, several rows an image; the separator is told from the header."""
     lines = read_text(path).split("\n")
     separator = max("|\t;,", key=lines[0].count)
     try:  # results.csv of Flickr30k, parted by |, does not quote: a quotation mark is text there
-        quoting = csv.QUOTE_MINIMAL if separator in ",;" else csv.QUOTE_NONE
-        header, *rows = csv.reader((f"{line}\n" for line in lines), delimiter=separator, quoting=quoting, strict=True)
+        header, *rows = csv.reader(
+            (f"{line}\n" for line in lines),
+            delimiter=separator,
+            quoting=csv.QUOTE_MINIMAL if separator in ",;" else csv.QUOTE_NONE,
+            strict=True,
+        )
     except csv.Error as error:
         raise InputError(f"{path} cannot be read as a table ({error})") from None
     columns = [column.strip().lower() for column in header]
@@ -145,9 +148,9 @@ def _captioned_table(path: Path) -> Rows:
     return _beside(path, [(name, *entry) for name, entry in images.items()])
 
 
-def _captioned_json(path: Path) -> Rows:
+def _json(path: Path) -> Rows:
     data = read_json(path)
-    entries: list[tuple[str, Any, str | None]]  # file, captions, split
+    entries: list[tuple[str, Any, str | None]] = []  # file, captions, split
     try:
         if isinstance(data, dict) and isinstance(data.get("annotations"), list):  # COCO
             texts: dict[Any, list] = {image["id"]: [] for image in data["images"]}
@@ -155,18 +158,12 @@ def _captioned_json(path: Path) -> Rows:
                 texts[annotation["image_id"]].append(annotation["caption"])
             entries = [(image["file_name"], texts[image["id"]], None) for image in data["images"]]
         elif isinstance(data, dict) and isinstance(data.get("images"), list):  # Karpathy: all splits together
-            entries = [
-                (
-                    os.path.join(row.get("filepath", ""), row["filename"]),
-                    [sentence["raw"] for sentence in row["sentences"]],
-                    split_named(row.get("split")),
-                )
-                for row in data["images"]
-            ]
+            for row in data["images"]:
+                file, captions = os.path.join(row.get("filepath", ""), row["filename"]), row["sentences"]
+                entries.append((file, [caption["raw"] for caption in captions], split_named(row.get("split"))))
         elif isinstance(data, list):
-            entries = [
-                (row["image"], row.get("captions", row.get("caption")), split_named(row.get("split"))) for row in data
-            ]
+            for row in data:
+                entries.append((row["image"], row.get("captions", row.get("caption")), split_named(row.get("split"))))
         elif isinstance(data, dict) and all(isinstance(texts, list | str) for texts in data.values()):
             entries = [(name, texts, None) for name, texts in data.items()]
         else:
@@ -189,10 +186,4 @@ def _beside(path: Path, entries: Sequence[tuple[str, Any, str | None]]) -> Rows:
         yield str(file), file, _texts(texts, f"{path}: {name}"), split
 
 
-READERS = {
-    ".tar": _captioned_tar,
-    ".parquet": _captioned_parquet,
-    ".json": _captioned_json,
-    ".csv": _captioned_table,
-    ".tsv": _captioned_table,
-}
+READERS = {".tar": _tar, ".parquet": _parquet, ".json": _json, ".csv": _table, ".tsv": _table}

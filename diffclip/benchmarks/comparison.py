@@ -22,11 +22,7 @@ Outcomes = Mapping[str, np.ndarray]
 
 
 def model_groups(sources: Sequence[str]) -> dict[str, list[str]]:
-    """Read `--model`: PATH, or NAME=PATH,PATH,... for the seeds of one model; the seeds in the order of the first's.
-
-    Raises:
-        InputError: two models of one name, or other numbers of seeds.
-    """
+    """Read `--model`: PATH, or NAME=PATH,PATH,... for the seeds of one model, as many for each, in the same order."""
     plain = [source for source in sources if "=" not in source or Path(source).exists()]
     named = dict(zip(plain, model_names(plain)))
     groups: dict[str, list[str]] = {}

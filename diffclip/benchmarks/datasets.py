@@ -48,11 +48,7 @@ Suite = dict[str, Any]
 
 
 def suite_from_folder(root: Path) -> Suite:
-    """Describe what lies under `root`: classification/*, shifts/*, retrieval or retrieval/*, mmvp.
-
-    Raises:
-        InputError: no such folder, or none of these in it.
-    """
+    """Describe what lies under `root`: classification/*, shifts/*, retrieval or retrieval/*, mmvp; or InputError."""
     if not root.is_dir():
         raise InputError(f"{root} does not exist: give the folder that holds the benchmark data")
     suite: Suite = {}
@@ -96,15 +92,10 @@ def read(root: Path, suite: Suite) -> Data:
                 raise InputError(f"suite: {part} {name}: {problem}")
 
     labelled = {name: _classification(root, name, entry) for name, entry in suite.get("classification", {}).items()}
-    shifts = {
-        name: _shift(root / entry["folder"], entry.get("of"), labelled)
-        for name, entry in suite.get("shifts", {}).items()
-    }
+    shifts = {name: _shift(root, entry, labelled) for name, entry in suite.get("shifts", {}).items()}
     captioned = {name: read_captioned(root / entry["path"]) for name, entry in suite.get("retrieval", {}).items()}
-    own: dict[str, Any] = {}
-    for part, name in OWN.items():
-        if part in suite and (reader := load(name).read):
-            own[part] = reader(root / suite[part]["folder"])
+    readers = {part: load(name).read for part, name in OWN.items() if part in suite}
+    own = {part: reader(root / suite[part]["folder"]) for part, reader in readers.items() if reader}
     return Data(labelled, shifts, captioned, own)
 
 
@@ -119,8 +110,7 @@ def _classification(root: Path, name: str, entry: Mapping[str, str]) -> Classifi
     notes: list[str] = []
     if "torchvision" in entry:
         classnames, images = read_torchvision(entry["torchvision"], folder)
-        if "classnames" in entry:
-            classnames = numbered_classnames(root, folder, entry)
+        classnames = numbered_classnames(root, folder, entry) if "classnames" in entry else classnames
         labels = numbered(classnames)
     elif files:
         classnames = numbered_classnames(root, folder, entry, [path for paths in files.values() for path in paths])
@@ -194,7 +184,8 @@ def _templates(root: Path, folder: Path, entry: Mapping[str, str]) -> list[str] 
     return templates(own) if own else None
 
 
-def _shift(folder: Path, of: str | None, labelled: dict[str, Classification]) -> Shift:
+def _shift(root: Path, entry: Mapping[str, str], labelled: Mapping[str, Classification]) -> Shift:
+    folder, of = root / entry["folder"], entry.get("of")
     files = labelled_files(folder, "test")
     folders = numbered_classnames(folder, folder, {}, files) if files else class_folders(folder)
     if of is not None and of not in labelled:

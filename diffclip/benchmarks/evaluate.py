@@ -64,16 +64,8 @@ def evaluate_clip(
     data_root, out_dir = Path(data_root), Path(out_dir)
     data = datasets.read(data_root, suite or datasets.suite_from_folder(data_root))
     common = prompts.templates(settings.templates) if settings.templates else None
-    encoder = Encoder(
-        model,
-        preprocess,
-        tokenizer,
-        cache_dir=cache_dir or out_dir / "features",
-        precision=settings.precision,
-        batch_size=settings.batch_size,
-        workers=settings.workers,
-        quiet=settings.quiet,
-    )
+    how = {name: getattr(settings, name) for name in ("precision", "batch_size", "workers", "quiet")}
+    encoder = Encoder(model, preprocess, tokenizer, cache_dir=cache_dir or out_dir / "features", **how)
     chosen = {name: load(name) for name in PROTOCOLS if name in settings.protocols}
     if dist.is_initialized():
         wanted: dict[str, Images] = {}
@@ -123,6 +115,7 @@ def run(options: argparse.Namespace) -> None:
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     suite, missing = _suite(options.suite, options.data_root)
     settings = Settings(**{name: vars(options)[name] for name in Settings.__dataclass_fields__ if name in options})
+    common: dict[str, Any] = {"suite": suite, "missing": missing, "cache_dir": options.output_dir / "features"}
     groups = model_groups(options.model)
     scores: dict[str, list[dict[str, float]]] = {name: [] for name in groups}
     outcomes: dict[str, list[dict[str, np.ndarray]]] = {name: [] for name in groups}
@@ -132,17 +125,7 @@ def run(options: argparse.Namespace) -> None:
     for name, seed, source in [(name, *seed) for name, sources in groups.items() for seed in enumerate(sources)]:
         model, preprocess, tokenizer = diffclip.load(source)
         out = options.output_dir / name / (str(seed) if len(groups[name]) > 1 else "")
-        metrics = evaluate_clip(
-            model.to(device),
-            preprocess,
-            tokenizer,
-            options.data_root,
-            out,
-            settings,
-            suite=suite,
-            missing=missing,
-            cache_dir=options.output_dir / "features",
-        )
+        metrics = evaluate_clip(model.to(device), preprocess, tokenizer, options.data_root, out, settings, **common)
         scores[name].append(metrics)
         if metrics:  # another rank than 0 has only encoded
             outcomes[name].append(safetensors.numpy.load_file(out / OUTCOMES_FILE))

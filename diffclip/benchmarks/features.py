@@ -71,11 +71,7 @@ class Encoder:
         self.fingerprint = fingerprint(self.model)
 
     def images(self, images: Images, name: str = "images") -> ImageFeatures:
-        """Encode images in order, or read them back when the same weights have seen the same images.
-
-        Raises:
-            InputError: an image that cannot be decoded, named.
-        """
+        """Encode images in order, or read them back; InputError names one that cannot be decoded."""
         stored = self._cached(self._images_key(images), lambda: _joined(self._encode_batches(images, name)))
         return ImageFeatures(stored["before"].float(), stored["after"].float(), stored["labels"])
 
@@ -90,10 +86,8 @@ class Encoder:
         """Encode images on all ranks of the process group; afterwards `images` of rank 0 finds them stored.
 
         Rank r encodes each batch r, r + ranks, ... of those that one process would make, so that the features are
-        the same bits on machines that are alike. Only rank 0 needs to see the cache.
-
-        Raises:
-            InputError: an image that cannot be decoded, on every rank.
+        the same bits on machines that are alike. Only rank 0 needs to see the cache. For an image that cannot be
+        decoded every rank raises InputError.
         """
         if self.cache_dir is None:
             raise ValueError("ranks share features through a cache_dir")
@@ -110,9 +104,8 @@ class Encoder:
                 share = error
             shares: list = [None] * ranks
             dist.all_gather_object(shares, share)
-            for other in shares:
-                if isinstance(other, InputError):
-                    raise other
+            if failed := next((other for other in shares if isinstance(other, InputError)), None):
+                raise failed
             if rank == 0:
                 rows = [shares[n % ranks][n // ranks] for n in range(sum(map(len, shares)))]
                 save_tensors(_joined(rows), path, {"key": key})
@@ -123,8 +116,7 @@ class Encoder:
     def _place(self, folder: str | Path, key: dict) -> tuple[Path, str]:
         """The file of an entry, and the whole key, of which its name is a hash."""
         # lambda_init, the norms' epsilons and the activation are not in the weights
-        config = getattr(self.model, "model_config", None) or _printed(self.model)
-        model = [self.fingerprint, config]
+        model = [self.fingerprint, getattr(self.model, "model_config", None) or _printed(self.model)]
         text = json.dumps({"format": FORMAT, "model": model, "precision": self.precision, **key}, sort_keys=True)
         return Path(folder) / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.safetensors", text
 
@@ -142,12 +134,12 @@ class Encoder:
     def _encode_batches(self, images: Images, name: str, first: int = 0, step: int = 1) -> list[dict[str, Tensor]]:
         rows = range(len(images))
         batches = [rows[i : i + self.batch_size] for i in rows[:: self.batch_size]][first::step]
-        on_cpu = self.device.type == "cpu"
+        usual = 0 if self.device.type == "cpu" else min(8, _cores())
         loader = DataLoader(
             _Transformed(images, self.preprocess),
             batch_size=None,  # an item is a batch
             sampler=batches,
-            num_workers=self.workers if self.workers is not None else 0 if on_cpu else min(8, _cores()),
+            num_workers=usual if self.workers is None else self.workers,
             pin_memory=self.device.type == "cuda",
         )
         encoded = []
@@ -196,8 +188,7 @@ def encode_image(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
         before = visual.trunk(images)
         return before, visual.head(before)
     if hasattr(visual, "proj"):  # open_clip's own transformers multiply by it last, and leave it out when it is None
-        owner, name, projection = visual, "proj", visual.proj
-        without = None
+        owner, name, projection, without = visual, "proj", visual.proj, None
     elif hasattr(getattr(visual, "attnpool", None), "c_proj"):
         owner, name, projection = visual.attnpool, "c_proj", visual.attnpool.c_proj
         without = _identity(projection)
@@ -209,9 +200,9 @@ def encode_image(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
     finally:
         setattr(owner, name, projection)
     before = before[0] if isinstance(before, tuple) else before  # CoCa's tower gives its tokens too
-    if projection is None:
-        return before, before
-    return before, projection(before) if isinstance(projection, nn.Module) else before @ projection
+    if isinstance(projection, nn.Module):
+        return before, projection(before)
+    return before, before if projection is None else before @ projection
 
 
 def _identity(layer: nn.Linear) -> nn.Linear:

@@ -51,10 +51,7 @@ class Images(Dataset):
     """
 
     def __init__(
-        self,
-        names: Sequence[str],
-        sources: Sequence[Path | TarSlice | bytes],
-        labels: Sequence[int] | None = None,
+        self, names: Sequence[str], sources: Sequence[Path | TarSlice | bytes], labels: Sequence[int] | None = None
     ) -> None:
         self.names = list(names)
         self.sources = list(sources)
@@ -100,7 +97,7 @@ def images_in(folder: Path) -> list[Path]:
 
 
 def class_folders(folder: Path) -> list[str]:
-    """Return the names of the class folders below `folder`, sorted; hidden ones are left out."""
+    """The names of the class folders below `folder`, sorted; hidden ones are left out."""
     if not folder.is_dir():
         raise InputError(f"{folder} does not exist: give a folder that holds one folder of images per class")
     names = [entry.name for entry in visible(folder.iterdir()) if entry.is_dir()]
@@ -120,15 +117,13 @@ def read_class_folders(folder: Path, labels: Mapping[str, int]) -> Images:
     """
     files, targets = [], []
     for name in class_folders(folder):
+        place = folder / name
         if name not in labels:
-            raise InputError(
-                f"{folder / name} has no prompt name: add {name!r} to classnames.json or remove the folder"
-            )
-        found = images_in(folder / name)
-        if not found:
-            raise InputError(f"{folder / name} holds no images: add some or remove the empty class folder")
-        files += found
-        targets += [labels[name]] * len(found)
+            raise InputError(f"{place} has no prompt name: add {name!r} to classnames.json or remove the folder")
+        if not (images := images_in(place)):
+            raise InputError(f"{place} holds no images: add some or remove the empty class folder")
+        files += images
+        targets += [labels[name]] * len(images)
     return Images([str(path) for path in files], files, targets)
 
 
@@ -143,11 +138,7 @@ def split_of(file: Path) -> str | None:
 
 
 def shard_samples(path: Path, text: str) -> list[tuple[str, TarSlice | None, bytes | None]]:
-    """(key, image, what has the suffix `text`) of a shard's samples, read as training reads them.
-
-    Raises:
-        InputError: it is no tar, or ends early.
-    """
+    """(key, image, what has the suffix `text`) of a shard's samples, as training reads them; or InputError."""
     walked, problems = walk(path)
     if problems:
         raise InputError(f"{path} cannot be read as a webdataset shard ({problems[0][1]}): download it again")
@@ -176,8 +167,8 @@ def row_splits(path: Path) -> list[str | None]:
         return [None] * pyarrow.parquet.read_metadata(path).num_rows
     values = pyarrow.parquet.read_table(path, columns=["split"])["split"].to_pylist()
     named = [split_named(value) for value in values]
-    unknown = next((value for value, split in zip(values, named) if split is None), None)
     if None in named and any(named):
+        unknown = values[named.index(None)]
         raise InputError(f"{path}: the column split holds {unknown!r}; write train, val or test in every row")
     return named
 

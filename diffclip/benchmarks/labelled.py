@@ -27,10 +27,8 @@ def labelled_files(folder: Path, split: str) -> list[Path]:
     """The shards or parquet files of train, val or test, in `folder` or in its data/, as the Hub has it.
 
     Their names: `SPLIT/*.tar`, `SPLIT/*.parquet`, `SPLIT.parquet`, `SPLIT-*.tar`, `SPLIT_0.parquet`, with the split by
-    any of its names, in any case; or any name for parquet whose column `split` has rows of it.
-
-    Raises:
-        InputError: files by two of the split's names.
+    any of its names, in any case; or any name for parquet whose column `split` has rows of it. InputError: files by
+    two of the split's names.
     """
     places = [place for place in (folder, folder / "data") if place.is_dir()]
     for place in places:
@@ -59,10 +57,8 @@ def _with_suffix(entries: Iterable[Path], suffix: str) -> list[Path]:
 def read_labelled(files: Sequence[Path], split: str) -> Images:
     """Read a split; rows that a column `split` gives to another are left out.
 
-    Labels that are withheld, as those of ImageNet's test set, are -1.
-
-    Raises:
-        InputError: a file that cannot be read, an image without a label, or a label that is no whole number.
+    Labels that are withheld, as those of ImageNet's test set, are -1. InputError: a file that cannot be read, an
+    image without a label, or a label that is no whole number.
     """
     rows: list[tuple[str, Path | TarSlice | bytes, int]] = []
     for file in files:
@@ -71,9 +67,8 @@ def read_labelled(files: Sequence[Path], split: str) -> Images:
         raise InputError(f"{files[0]} holds no images of the split {split}")
     unlabelled = [name for name, _, label in rows if label < 0]
     if 0 < len(unlabelled) < len(rows):
-        raise InputError(
-            f"{unlabelled[0]} has no label (-1), like {len(unlabelled):,} of {len(rows):,} rows: remove them"
-        )
+        share = f"{len(unlabelled):,} of {len(rows):,}"
+        raise InputError(f"{unlabelled[0]} has no label (-1), like {share} rows: remove them")
     return Images(*zip(*rows))
 
 

@@ -40,11 +40,8 @@ PROMPT = "a {}"
 def read_masks(instances: str | Path, images: str | Path) -> Iterator[Item]:
     """Yield (image, category name, mask) for every category in every image; all its objects are one mask.
 
-    Masks are (height, width) bool, from polygons or run lengths. Crowds are left out, and so are annotations
-    without a segmentation.
-
-    Raises:
-        InputError: for annotations that are not COCO's, or an image that is missing.
+    Masks are (height, width) bool, from polygons or run lengths; crowds and annotations without a segmentation are
+    left out. InputError: annotations that are not COCO's, or an image that is missing.
     """
     from pycocotools.coco import COCO  # of the extra `eval`
 
@@ -141,11 +138,7 @@ def _interval(values: np.ndarray, image: np.ndarray) -> dict[str, float]:
 
 
 def compare(instances: str, images: str, models: Sequence[str], out: str, device: str = "cpu") -> None:
-    """Score each model's maps on all masks, print the scores and write them to the JSON file `out`.
-
-    Raises:
-        InputError: annotations, images, a device or a model that cannot be used, or no masks.
-    """
+    """Score each model's maps on all masks, print the scores and write them to the JSON file `out`."""
     chosen = pick_device(device)
     names = model_names(models)
     items = list(read_masks(instances, images))

@@ -25,7 +25,7 @@ MEAN_PER_CLASS = {"aircraft", "caltech101", "flowers", "pets"}
 class PaperSet(NamedTuple):
     """One set of the paper's."""
 
-    part: str  # of a suite: classification, shifts, retrieval, mmvp
+    part: str  # of a suite
     classes: int
     test: int  # images of its test split when it was published
 

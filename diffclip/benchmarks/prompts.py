@@ -81,7 +81,7 @@ def classifier(
 
 def first_file(folder: Path, name: str) -> Path | None:
     """NAME.json or NAME.txt in a folder, None without either."""
-    return next((path for suffix in (".json", ".txt") if (path := folder / f"{name}{suffix}").is_file()), None)
+    return next(filter(Path.is_file, (folder / f"{name}.json", folder / f"{name}.txt")), None)
 
 
 def _listed(path: Path) -> tuple[list[str], list[str]]:
@@ -101,14 +101,12 @@ def _listed(path: Path) -> tuple[list[str], list[str]]:
 
 def numbered_classnames(root: Path, folder: Path, entry: Mapping[str, str], files: Sequence[Path] = ()) -> list[str]:
     """Prompt names in the order of the labels, for sets whose labels are numbers."""
-    listed = folder / "classnames.txt"  # clip-benchmark's
-    path = root / entry["classnames"] if "classnames" in entry else listed if listed.is_file() else None
-    path = path or first_file(folder, "classnames")
-    if path is None:
-        if names := schema_classnames(files):
-            return names
+    own = (folder / "classnames.txt", folder / "classnames.json")  # the first is clip-benchmark's
+    path = root / entry["classnames"] if "classnames" in entry else next(filter(Path.is_file, own), None)
+    names = _listed(path)[1] if path else schema_classnames(files)
+    if not names:
         raise InputError(f"{folder} has numbers as labels: put their names, in order, into classnames.json or .txt")
-    return _listed(path)[1]
+    return names
 
 
 def folder_classnames(path: Path, folders: list[str]) -> tuple[list[str], dict[str, int]]:

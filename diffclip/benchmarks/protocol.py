@@ -75,9 +75,7 @@ class Data(NamedTuple):
 
     def sets(self, part: str) -> Mapping[str, Any]:
         """The sets of a part by name, "" for one without."""
-        if part in self.own:
-            return {"": self.own[part]}
-        return self._asdict().get(part, {})
+        return {"": self.own[part]} if part in self.own else self._asdict().get(part, {})
 
 
 @dataclass

@@ -96,7 +96,7 @@ def _split(
     for file, label in zip(map(Path, files), labels):
         digest = hashlib.sha256(file.relative_to(base).as_posix().encode()).digest()
         classes[int(label)].append((digest, file))
-    chosen = defaultdict(list)
+    chosen: dict[str, list[tuple[str, Path, int]]] = defaultdict(list)
     for label, members in sorted(classes.items()):
         ordered = iter([file for _, file in sorted(members)])
         for split, count in cut(len(members)).items():
