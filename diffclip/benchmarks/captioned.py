@@ -44,10 +44,8 @@ def read_captioned(path: Path) -> Captioned:
     clip-benchmark has them); parquet with image and caption columns; JSON beside its images, as Karpathy's
     ({"images": [{"filename", "sentences": [{"raw"}]}]}), COCO's ({"images", "annotations"}), a list of
     {"image", "caption"}, or {"file": ["caption", ...]}; or a table (Flickr30k's results.csv) of image and caption.
-    Splits are told by a column or key `split`, and by files called train-..., test-... .
-
-    Raises:
-        InputError: none of these, an image without a caption, or several splits and none of them test.
+    Splits are told by a column or key `split`, and by files called train-..., test-... . InputError: none of these, an
+    image without a caption, or several splits and none of them test.
     """
     if path.is_dir():
         places = [place for place in (path, path / "test", path / "data") if place.is_dir()]

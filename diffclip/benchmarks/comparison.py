@@ -41,10 +41,7 @@ def model_names(sources: Sequence[str]) -> list[str]:
     """A name for each model: the one in its run.json, else the last part of its path.
 
     Those that would be called alike are told apart by where their paths differ, as clip and diffclip are in
-    runs/clip/pretrain and runs/diffclip/pretrain.
-
-    Raises:
-        InputError: the same model twice, or names that stay alike.
+    runs/clip/pretrain and runs/diffclip/pretrain. InputError: the same model twice, or names that stay alike.
     """
     paths = [Path(source).resolve() for source in sources]
     recorded = [_recorded_name(path) for path in paths]

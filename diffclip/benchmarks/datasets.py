@@ -11,28 +11,17 @@ torchvision's root for that set. Folders called n01440764 and the like are Image
 
 import unicodedata
 from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from diffclip.base.errors import InputError
 from diffclip.base.files import read_yaml
-from diffclip.benchmarks import PROTOCOLS
+from diffclip.benchmarks import PROTOCOLS, prompts
 from diffclip.benchmarks.captioned import READERS, read_captioned
 from diffclip.benchmarks.images import SPLITS, Images, class_folders, read_class_folders, split_named, visible
 from diffclip.benchmarks.labelled import labelled_files, read_labelled
 from diffclip.benchmarks.paper import MEAN_PER_CLASS
-from diffclip.benchmarks.prompts import (
-    WNID,
-    first_file,
-    folder_classnames,
-    imagenet_labels,
-    imagenet_subset,
-    labels_of,
-    numbered,
-    numbered_classnames,
-    spaced,
-    templates,
-)
 from diffclip.benchmarks.protocol import Classification, Data, Shift, load
 from diffclip.benchmarks.torchvision_sets import read_torchvision
 
@@ -78,8 +67,7 @@ def read_suite_file(path: Path) -> Suite:
 def read(root: Path, suite: Suite) -> Data:
     """List all images and captions of a suite, so that what is missing shows before anything is encoded.
 
-    Raises:
-        InputError: an unknown key, a missing or empty folder, a class without a prompt name.
+    InputError: an unknown key, a missing or empty folder, a class without a prompt name.
     """
     for part, entries in suite.items():
         if part not in PARTS:
@@ -110,14 +98,13 @@ def _classification(root: Path, name: str, entry: Mapping[str, str]) -> Classifi
     notes: list[str] = []
     if "torchvision" in entry:
         classnames, images = read_torchvision(entry["torchvision"], folder)
-        classnames = numbered_classnames(root, folder, entry) if "classnames" in entry else classnames
-        labels = numbered(classnames)
+        classnames = prompts.numbered_classnames(root, folder, entry) if "classnames" in entry else classnames
+        labels = prompts.numbered(classnames)
     elif files:
-        classnames = numbered_classnames(root, folder, entry, [path for paths in files.values() for path in paths])
+        classnames = prompts.numbered_classnames(root, folder, entry, [*chain(*files.values())])
         images = {split: read_labelled(paths, split) for split, paths in files.items()}
-        labels = numbered(classnames)
-        beyond = max(label for split in images.values() for label in split.labels)
-        if beyond >= len(classnames):
+        labels = prompts.numbered(classnames)
+        if (beyond := max(label for split in images.values() for label in split.labels)) >= len(classnames):
             raise InputError(f"{folder}: label {beyond} has no prompt name, there are {len(classnames)}")
     else:
         splits = _split_folders(folder) or {"test": folder}
@@ -136,17 +123,17 @@ def _folder_classes(
 ) -> tuple[list[str], dict[str, int]]:
     """Prompt names and the label of each class folder, by a file, ImageNet's numbers, or the folders' own names."""
     names = sorted({name for path in splits.values() for name in class_folders(path)})
-    own = root / entry["classnames"] if "classnames" in entry else first_file(folder, "classnames")
+    own = root / entry["classnames"] if "classnames" in entry else prompts.first_file(folder, "classnames")
     if own:
-        return folder_classnames(own, names)
-    if all(WNID.fullmatch(name) for name in names):
+        return prompts.folder_classnames(own, names)
+    if all(prompts.WNID.fullmatch(name) for name in names):
         if len(names) < 1000:
             notes.append(f"{len(names)} of ImageNet's 1,000 classes are there, and only these compete")
-        return imagenet_subset(folder, names)
+        return prompts.imagenet_subset(folder, names)
     # one class, where systems write its letters in two of Unicode's forms (macOS: accents apart)
     composed = {name: unicodedata.normalize("NFC", name) for name in names}
-    numbers = numbered(sorted(set(composed.values())))
-    return [spaced(form) for form in numbers], {name: numbers[form] for name, form in composed.items()}
+    numbers = prompts.numbered(sorted(set(composed.values())))
+    return [prompts.spaced(form) for form in numbers], {name: numbers[form] for name, form in composed.items()}
 
 
 def _choose_test(folder: Path, images: dict[str, Images], notes: list[str]) -> None:
@@ -179,28 +166,28 @@ def _split_folders(folder: Path) -> dict[str, Path]:
 
 def _templates(root: Path, folder: Path, entry: Mapping[str, str]) -> list[str] | None:
     """A set's own prompts: the file that is named, templates.json or .txt, or clip-benchmark's; None without any."""
-    own = root / entry["templates"] if "templates" in entry else first_file(folder, "templates")
-    own = own or first_file(folder, "zeroshot_classification_templates")
-    return templates(own) if own else None
+    own = root / entry["templates"] if "templates" in entry else prompts.first_file(folder, "templates")
+    own = own or prompts.first_file(folder, "zeroshot_classification_templates")
+    return prompts.templates(own) if own else None
 
 
 def _shift(root: Path, entry: Mapping[str, str], labelled: Mapping[str, Classification]) -> Shift:
     folder, of = root / entry["folder"], entry.get("of")
     files = labelled_files(folder, "test")
-    folders = numbered_classnames(folder, folder, {}, files) if files else class_folders(folder)
+    folders = prompts.numbered_classnames(folder, folder, {}, files) if files else class_folders(folder)
     if of is not None and of not in labelled:
         raise InputError(f"suite: {folder} is said to be a shift of {of}, which is not a classification set")
     candidates = {}
     for name, base in labelled.items() if of is None else [(of, labelled[of])]:
         known = base.labels
-        if len(base.classnames) == 1000 and WNID.fullmatch(folders[0]):
-            known = imagenet_labels()
+        if len(base.classnames) == 1000 and prompts.WNID.fullmatch(folders[0]):
+            known = prompts.imagenet_labels()
         elif all(name.isdecimal() for name in folders):  # ImageNet-V2 numbers its folders
-            known = numbered([str(label) for label in range(len(base.classnames))])
-            if all(WNID.fullmatch(name) for name in base.labels):  # by ImageNet's numbers, of which some may be absent
-                wnids = imagenet_labels()
+            known = prompts.numbered([str(label) for label in range(len(base.classnames))])
+            if all(map(prompts.WNID.fullmatch, base.labels)):  # by ImageNet's numbers, of which some may be absent
+                wnids = prompts.imagenet_labels()
                 known = {str(wnids[wnid]): base.labels[wnid] for wnid in wnids.keys() & base.labels.keys()}
-        candidates[name] = labels_of(folders, known)
+        candidates[name] = prompts.labels_of(folders, known)
     covering = [name for name, labels in candidates.items() if len(labels) == len(folders)]
     if not covering and of is None:
         raise InputError(f"{folder}: no classification set has all of its classes ({', '.join(folders[:3])}, ...)")

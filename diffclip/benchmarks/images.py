@@ -112,8 +112,7 @@ def class_folders(folder: Path) -> list[str]:
 def read_class_folders(folder: Path, labels: Mapping[str, int]) -> Images:
     """Read `folder`/<class>/*.png with `labels[class]` as targets, sorted by class folder and file name.
 
-    Raises:
-        InputError: no such folder, a class folder without images, or one that `labels` does not know.
+    InputError: no such folder, a class folder without images, or one that `labels` does not know.
     """
     files, targets = [], []
     for name in class_folders(folder):

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -75,11 +76,9 @@ def read_labelled(files: Sequence[Path], split: str) -> Images:
 def _label(value: Any, name: str) -> int:
     if value is None:
         return -1
-    try:
+    with suppress(TypeError, ValueError, OverflowError):
         if int(value) == float(value):
             return int(value)
-    except (TypeError, ValueError, OverflowError):
-        pass
     raise InputError(f"{name}: label {str(value)[:40]!r} is no whole number: number the classes from 0")
 
 
