@@ -310,7 +310,7 @@ def _check_trainer(config: TrainingConfig) -> None:
         for key in keys:
             if key in trainer and hasattr(config, setting):
                 raise InputError(f"setting `trainer`: {key} is what the setting `{setting}` decides: set that instead")
-    if key := next(filter(trainer.get, INEXACT), None):
+    if key := next(filter(trainer.get, INEXACT), ""):
         raise InputError(
             f"setting `trainer`: with {key} a resumed run would not be the undisturbed one; leave it out, the same "
             "command resumes by itself"
