@@ -151,16 +151,9 @@ def whiten(model: DiffCLIPLlavaForConditionalGeneration, dataset: ConversationDa
 class ConversationTrainer(Trainer):
     """transformers' Trainer over examples in a given order, with learning rates by part of the model."""
 
-    def __init__(
-        self,
-        *,
-        model: DiffCLIPLlavaForConditionalGeneration,
-        train_dataset: Subset,
-        learning_rates: Mapping[str, float],
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(model, train_dataset=train_dataset, **kwargs)
-        self.parts, self.examples, self.learning_rates = parts(model), train_dataset, learning_rates
+    def __init__(self, *, learning_rates: Mapping[str, float], **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.parts, self.examples, self.learning_rates = parts(kwargs["model"]), kwargs["train_dataset"], learning_rates
 
     def create_optimizer(self, *args: Any) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(*args)

@@ -14,16 +14,12 @@ from stages.settings import EvaluateConfig
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Run what the settings name and write metrics.json (percent), examples.jsonl and attention.jsonl."""
     config = parse(EvaluateConfig, __doc__, argv)
     require(config, "output_dir")
     if not (config.clip or config.mllm):
         raise InputError("nothing to evaluate: give --clip RUN and --data_root, or --mllm RUN, --pope and --image_root")
     require(config, *(["clip_data"] if config.clip else []), *(["pope"] if config.mllm else []))
-    evaluate(config)
-
-
-def evaluate(config: EvaluateConfig) -> None:
-    """Run what the settings name and write metrics.json (percent), examples.jsonl and attention.jsonl."""
     names = ("clip", "clip_data", "mllm", "pope", "pope_labels", "image_root")
     inputs = {name: getattr(config, name) for name in names}
     if config.clip and not Path(config.clip).exists():

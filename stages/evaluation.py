@@ -67,14 +67,10 @@ def load_encoder(path: str) -> Encoder:
 
 def clip_metrics(config: EvaluateConfig, run: Run, encoder: Encoder) -> dict[str, float]:
     """Zero-shot, shifts, retrieval, linear probe, few-shot and MMVP-VLM on what `clip_data` holds, in percent."""
-    metrics = evaluate_clip(
-        *encoder,
-        config.clip_data,
-        run.path,
-        Settings(
-            seed=config.seed, episodes=config.few_shot_episodes, probe=config.linear_probe, batch_size=config.batch_size
-        ),
+    settings = Settings(
+        seed=config.seed, episodes=config.few_shot_episodes, probe=config.linear_probe, batch_size=config.batch_size
     )
+    metrics = evaluate_clip(*encoder, config.clip_data, run.path, settings)
     run.log(f"evaluate: {len(metrics)} scores of {config.clip} on {config.clip_data}")
     return metrics
 

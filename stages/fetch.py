@@ -40,7 +40,10 @@ def main(argv: list[str] | None = None) -> None:
             if name not in SETS:
                 raise InputError(f"unknown data set {name!r}{near(name, [*SETS, 'pairs'])}")
         for name in options.names:
-            print_set(name, out / name)
+            data, folder = SETS[name], out / name
+            print(f"{name}: about {data.size} into {folder}, then: {data.then.replace('DIR', str(folder))}")
+            for source in data.sources:
+                print(f"  from {source}")
     if options.dry_run:
         return
     from stages import download
@@ -49,14 +52,6 @@ def main(argv: list[str] | None = None) -> None:
         return download.fetch_pairs(urls, out, command)
     for name in options.names:
         download.fetch_set(name, out / name, options.workers)
-
-
-def print_set(name: str, folder: Path) -> None:
-    """Print how large a set is, what reads it, and where it comes from."""
-    data = SETS[name]
-    print(f"{name}: about {data.size} into {folder}, then: {data.then.replace('DIR', str(folder))}")
-    for source in data.sources:
-        print(f"  from {source}")
 
 
 def img2dataset(urls: Path, out: Path, workers: int) -> list[str]:

@@ -10,7 +10,6 @@ from safetensors.torch import save_file
 from diffclip.base.errors import InputError
 from diffclip.scenes.__main__ import main as export_scenes
 from stages import evaluate
-from stages.settings import EvaluateConfig
 
 TEXT = {"context_length": 32, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
 VISION = {
@@ -51,16 +50,15 @@ def write_model(kind, folder):
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
 
 
-def config(tmp_path, data, **settings):
-    return EvaluateConfig(
-        output_dir=str(tmp_path / "out"), clip=str(tmp_path / "model"), clip_data=str(data), **settings
-    )
+def arguments(tmp_path, data, **settings):
+    settings = {"output_dir": tmp_path / "out", "clip": tmp_path / "model", "data_root": data, **settings}
+    return [f"--{name}={value}" for name, value in settings.items()]
 
 
 @pytest.mark.parametrize("kind", ["ViT", "transformers"])
 def test_maps_and_scores_of_other_clips(tmp_path, data, kind):
     write_model(kind, tmp_path / "model")
-    evaluate.evaluate(config(tmp_path, data))
+    evaluate.main(arguments(tmp_path, data))
     metrics = json.loads((tmp_path / "out/metrics.json").read_text())
     assert 0 <= metrics["zero_shot/colours/top1"] <= 100 and metrics["localisation/objects"] > 0
     rows = [json.loads(line) for line in (tmp_path / "out/attention.jsonl").read_text().splitlines()]
@@ -70,7 +68,7 @@ def test_maps_and_scores_of_other_clips(tmp_path, data, kind):
 
 def test_a_model_without_maps_gives_its_scores_and_the_reason(tmp_path, data):
     write_model("ResNet", tmp_path / "model")
-    evaluate.evaluate(config(tmp_path, data))
+    evaluate.main(arguments(tmp_path, data))
     record = json.loads((tmp_path / "out/run.json").read_text())
     assert record["state"] == "finished" and "its ModifiedResNet is no vision transformer" in record["attention"]
     metrics = json.loads((tmp_path / "out/metrics.json").read_text())
@@ -87,8 +85,7 @@ def test_a_clip_of_the_hub_by_its_id(tmp_path, data, monkeypatch):
         write_model("ResNet" if name == "one" else "ViT", copy / "snapshots" / ("0" * 40))
 
     def run(clip):
-        out = {"output_dir": str(tmp_path / "out"), "clip_data": str(data), "few_shot_episodes": 10}
-        evaluate.evaluate(EvaluateConfig(clip=clip, **out))
+        evaluate.main(arguments(tmp_path, data, clip=clip, few_shot_episodes=10))
         return json.loads((tmp_path / "out/run.json").read_text())
 
     assert (run("some/one")["state"], run("some/one")["model"]) == ("finished", "one")
@@ -103,7 +100,7 @@ def test_scores_outlive_a_later_failure(tmp_path, data):
     (tmp_path / "mllm").mkdir()
     (tmp_path / "pope.json").write_text("[]")
     with pytest.raises(InputError):
-        evaluate.evaluate(config(tmp_path, data, mllm=str(tmp_path / "mllm"), pope=str(tmp_path / "pope.json")))
+        evaluate.main(arguments(tmp_path, data, mllm=tmp_path / "mllm", pope=tmp_path / "pope.json"))
     metrics = json.loads((tmp_path / "out/metrics.json").read_text())
     assert "zero_shot/colours/top1" in metrics and "localisation/pointing" in metrics
     assert json.loads((tmp_path / "out/run.json").read_text())["state"] == "running"

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 import diffclip
 from diffclip.base.errors import InputError
 from diffclip.data.pairs import PairTable
-from stages import contrastive, pretrain, pretraining
+from stages import pretrain, pretraining
 from stages.run import Run
 from stages.settings import PretrainConfig
 
@@ -239,14 +239,14 @@ def test_two_ranks_with_two_workers_see_every_pair_once_an_epoch(shards, tmp_pat
     script = tmp_path / "collect.py"
     script.write_text(
         "import json, sys\n"
-        "from stages import contrastive, pretrain\n"
+        "from stages import pretrain, pretraining\n"
         "keys = []\n"
-        "step = contrastive.ContrastiveTrainer.compute_loss\n"
+        "step = pretraining.ContrastiveTrainer.compute_loss\n"
         "def watched(self, model, inputs, *rest, **named):\n"
         "    pairs = self.train_dataset\n"
         "    keys.extend(pairs.table.key(pairs.row(int(k))) for k in inputs['item'])\n"
         "    return step(self, model, inputs, *rest, **named)\n"
-        "contrastive.ContrastiveTrainer.compute_loss = watched\n"
+        "pretraining.ContrastiveTrainer.compute_loss = watched\n"
         "pretrain.main(sys.argv[1:])\n"
         "import os\n"
         f"open({str(tmp_path)!r} + '/keys' + os.environ['RANK'], 'w').write(json.dumps(keys))\n"
@@ -321,7 +321,7 @@ def test_the_model_is_saved_before_what_can_fail(shards, tmp_path, monkeypatch):
     def fails(self):
         raise RuntimeError("validation failed")
 
-    monkeypatch.setattr(contrastive.ContrastiveTrainer, "validate", fails)
+    monkeypatch.setattr(pretraining.ContrastiveTrainer, "validate", fails)
     with pytest.raises(RuntimeError, match="validation failed"):
         in_process(*command(shards, tmp_path / "run", "--epochs=1", "--global_batch_size=64"))
     assert weights(tmp_path / "run")
