@@ -9,6 +9,7 @@ import pytest
 from transformers import TrainingArguments
 
 from diffclip.base.errors import InputError
+from stages import language
 from stages.config import parse
 from stages.settings import (
     DECIDED,
@@ -120,3 +121,9 @@ def test_numbers_of_trainer_that_yaml_reads_as_text_are_numbers_and_near_misses_
     assert config.trainer["adam_epsilon"] == 1e-8
     with pytest.raises(InputError, match=r"adam_betta2 is no key .*did you mean adam_beta2\?"):
         check_trainer(TrainingConfig(trainer={"adam_betta2": 0.9}))
+
+
+def test_language_has_no_dry_run_and_says_so(tmp_path):
+    with pytest.raises(InputError, match="no dry run"):
+        language.main(["--dry_run", "--text=x.jsonl", f"--output_dir={tmp_path / 'out'}"])
+    assert not (tmp_path / "out").exists()
