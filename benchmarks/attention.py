@@ -7,25 +7,26 @@ B/16 shapes: 197 image tokens of width 768 in 12 heads, 77 text tokens of width 
 ordinary attention in the same dtype; rounds of all candidates take turns, so that a busy machine slows them alike.
 """
 
-import argparse
 import time
 from collections.abc import Callable
 from functools import partial
 from itertools import accumulate
 
 import torch
-from timm.layers import Attention
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffclip.attention import DifferentialAttention
-from diffclip.attention_v2 import DifferentialAttentionV2
+from diffclip.attention import DifferentialAttention, DifferentialAttentionV2
+from diffclip.base.backbones import TimmAttention
+from diffclip.base.commands import Parser
+from diffclip.base.devices import pick_device
+from diffclip.base.errors import exit_on_input_error
 
 SHAPES = {"vision": (197, 768, 12, False), "text": (77, 512, 8, True)}
 
 
-class Ordinary(Attention):
+class Ordinary(TimmAttention):
     """timm's attention, called like ours."""
 
     def forward(self, x: torch.Tensor, is_causal: bool = False) -> torch.Tensor:
@@ -75,10 +76,10 @@ def peak_megabytes(step: Callable[[], object], device: str) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("python -m benchmarks.attention", description=__doc__)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=3.0, help="of measuring for each table")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = pick_device().type
     args = parser.parse_args()
     print(f"{device}, {torch.get_num_threads()} threads, batch {args.batch}; median of rounds, ratio to CLIP")
     for tower, (tokens, width, heads, causal) in SHAPES.items():
@@ -111,4 +112,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_input_error():
+        main()

@@ -1,12 +1,11 @@
 """Decoding and augmenting of image-text shards on one core, ours beside open_clip's pipeline in turns.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.data [--pictures 'shards/*.tar'] [--count 2000] [--rounds 3]
+    OMP_NUM_THREADS=1 python -m benchmarks.data [--images 'shards/*.tar'] [--count 2000] [--rounds 3]
 
 Without shards of your own it renders photo-like JPEGs (320 px, noise over large shapes). Both pipelines give batches of
 64 at 224 px with SLIP's augmentation, in the process that measures (no workers), the same files in the page cache.
 """
 
-import argparse
 import io
 import tarfile
 import tempfile
@@ -22,8 +21,11 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 import diffclip
-from diffclip.data import PairTable, expand
-from diffclip.training_pairs import TrainingPairs
+from diffclip.base.commands import Parser
+from diffclip.base.errors import exit_on_input_error
+from diffclip.data.pairs import PairTable
+from diffclip.data.sources import expand
+from diffclip.data.training_pairs import TrainingPairs
 
 BATCH = 64
 
@@ -39,7 +41,7 @@ def render(folder: Path, shards: int = 4, per_shard: int = 250, size: int = 320)
                 noisy = (pixels + rng.normal(0, 8, pixels.shape)).clip(0, 255).astype(np.uint8)
                 buffer = io.BytesIO()
                 Image.fromarray(noisy).save(buffer, "JPEG", quality=90)
-                for suffix, content in (("jpg", buffer.getvalue()), ("txt", b"a picture of coarse coloured noise")):
+                for suffix, content in (("jpg", buffer.getvalue()), ("txt", b"an image of coarse coloured noise")):
                     info = tarfile.TarInfo(f"{shard:05d}{i:04d}.{suffix}")
                     info.size = len(content)
                     tar.addfile(info, io.BytesIO(content))
@@ -88,26 +90,27 @@ def images_per_second(batches: Iterable, count: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--pictures", default="", help="pattern of tars with .jpg and .txt; default: rendered ones")
-    parser.add_argument("--count", type=int, default=1500, help="pictures per measurement")
+    parser = Parser("python -m benchmarks.data", description=__doc__)
+    parser.add_argument("--images", "--pictures", default="", help="pattern of tars with .jpg and .txt (rendered ones)")
+    parser.add_argument("--count", type=int, default=1500, help="images per measurement")
     parser.add_argument("--rounds", type=int, default=3, help="measurements of each, in turns")
     options = parser.parse_args()
     torch.set_num_threads(1)
     config = diffclip.MODELS["DiffCLIP-B-16"]
     with tempfile.TemporaryDirectory() as folder:
-        pattern = options.pictures or render(Path(folder))
+        pattern = options.images or render(Path(folder))
         pipelines = {"diffclip": ours(pattern, config), "open_clip": open_clips(pattern, config)}
-        for batches in pipelines.values():  # open_clip's shuffle buffer fills, and pictures come into the page cache
+        for batches in pipelines.values():  # open_clip's shuffle buffer fills, and images come into the page cache
             images_per_second(batches, BATCH)
         rates: dict[str, list[float]] = {name: [] for name in pipelines}
         for _ in range(options.rounds):
             for name, batches in pipelines.items():
                 rates[name].append(images_per_second(batches, options.count))
-    for name, found in rates.items():
-        print(f"{name:10s} {median(found):7.1f} images/s on one core ({', '.join(f'{r:.1f}' for r in found)})")
+    for name, measured in rates.items():
+        print(f"{name:10s} {median(measured):7.1f} images/s on one core ({', '.join(f'{r:.1f}' for r in measured)})")
     print(f"ratio      {median(rates['diffclip']) / median(rates['open_clip']):7.2f}")
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_input_error():
+        main()

@@ -3,12 +3,10 @@
     python -m benchmarks.full_size --tokenizer DIR --out DIR [--ranks 1] [--batch 4] [--micro 2]
 
 The tower of DiffCLIP-B/16 and a language model of Qwen2.5-0.5B's shape, with seeded random weights, the real tokenizer
-(a folder with tokenizer.json). Random pictures and text: what is shown is that the stages run at this size, how long a
+(a folder with tokenizer.json). Random images and text: what is shown is that the stages run at this size, how long a
 step takes, and how much memory beside what `--dry-run` predicts. Needs 16 GB of memory and 8 GB of disk.
 """
 
-import argparse
-import json
 import os
 import subprocess
 import sys
@@ -22,8 +20,11 @@ from PIL import Image
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 import diffclip
-from mllm.assemble import plan
-from stages.dry_run import HARDWARE, count_conversation, estimate
+from diffclip.base.commands import Parser
+from diffclip.base.errors import exit_on_input_error
+from diffclip.base.files import read_json, read_jsonl, write_json
+from mllm.assemble import assembled_config
+from stages.costs import HARDWARE, count_conversation, estimate
 from stages.pipeline import free_port
 
 QWEN = {
@@ -50,36 +51,36 @@ def make_parts(out: Path, tokenizer: str, rows: int) -> None:
         words.save_pretrained(out / "language")
     rng = np.random.default_rng(0)
     (out / "images").mkdir(exist_ok=True)
-    told = []
+    conversations = []
     for n in range(rows):
         Image.fromarray(rng.integers(0, 256, (224, 224, 3), dtype=np.uint8)).save(out / f"images/{n}.png")
-        question = "<image>\nWhat is in the picture, and where? " + "Think of every object. " * int(rng.integers(1, 8))
+        question = "<image>\nWhat is in the image, and where? " + "Think of every object. " * int(rng.integers(1, 8))
         answer = "There is a dog beside a red chair. " * int(rng.integers(1, 6))
         turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer.strip()}]
-        told.append({"id": str(n), "image": f"{n}.png", "conversations": turns})
-    (out / "rows.json").write_text(json.dumps(told))
+        conversations.append({"id": str(n), "image": f"{n}.png", "conversations": turns})
+    write_json(out / "rows.json", conversations)
 
 
 def peaks(process: subprocess.Popen, out: Path) -> dict[str, float]:
     """Gigabytes at the worst moments of loading, training and saving; pages that processes share are counted once."""
-    found = {"loading": 0.0, "training": 0.0, "saving": 0.0}
+    most = {"loading": 0.0, "training": 0.0, "saving": 0.0}
     while process.poll() is None:
         try:
             family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-            used = sum(one.memory_full_info().pss for one in family) / 1e9
+            used = sum(member.memory_full_info().pss for member in family) / 1e9
             logged = (out / "metrics.jsonl").read_text().count("\n") if (out / "metrics.jsonl").exists() else 0
             # the first step has begun once the run record says how many there are
             begun = (out / "run.json").exists() and '"steps"' in (out / "run.json").read_text()
             phase = "saving" if logged == 2 else "training" if begun else "loading"
-            found[phase] = max(found[phase], used)
+            most[phase] = max(most[phase], used)
         except (psutil.Error, OSError):
             pass
         time.sleep(0.2)
-    return found
+    return most
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("python -m benchmarks.full_size", description=__doc__)
     parser.add_argument("--tokenizer", required=True, help="folder with Qwen2.5's tokenizer.json")
     parser.add_argument("--out", type=Path, required=True, help="where parts and runs go")
     parser.add_argument("--ranks", type=int, default=1)
@@ -90,7 +91,7 @@ def main() -> None:
     out = options.out
     out.mkdir(parents=True, exist_ok=True)
     make_parts(out, options.tokenizer, 2 * options.batch)
-    llava = plan(out / "tower", out / "language")
+    llava = assembled_config(out / "tower", out / "language")
     data = [f"--data={out / 'rows.json'}", f"--image_root={out / 'images'}", "--image_prefix="]
     sizes = [f"--global_batch_size={options.batch}", f"--micro_batch_size={options.micro}", "--precision=fp32"]
     common = ["--num_workers=0", "--logging_steps=1", "--report_to=none", "--save_steps=1000"]
@@ -113,16 +114,16 @@ def main() -> None:
             stdout=log,
             stderr=log,
         )
-        found = peaks(process, out / stage)
-        record = json.loads((out / stage / "run.json").read_text())
-        metrics = [json.loads(line) for line in (out / stage / "metrics.jsonl").read_text().splitlines()]
+        most = peaks(process, out / stage)
+        record = read_json(out / stage / "run.json")
+        metrics = [row for _, row in read_jsonl(out / stage / "metrics.jsonl")]
         changed = [name for name in record["before"] if record["before"][name] != record["after"][name]]
         losses = ", ".join(f"{row['loss']:.3f}" for row in metrics)
-        seconds = json.loads((out / stage / "metrics.json").read_text())["train_runtime"]
+        seconds = read_json(out / stage / "metrics.json")["train_runtime"]
         print(
             f"{stage}: {record['state']} after {time.time() - start:.0f} s, losses {losses}; "
             f"changed: {', '.join(changed)}; {seconds / len(metrics):.0f} s a step; "
-            f"peak {', '.join(f'{phase} {size:.1f}' for phase, size in found.items())} GB",
+            f"peak {', '.join(f'{phase} {size:.1f}' for phase, size in most.items())} GB",
             flush=True,
         )
         learns = {"projector"} | ({"language_model"} if stage == "instruct" else set())
@@ -151,4 +152,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_input_error():
+        main()

@@ -8,7 +8,6 @@
 - tower: the vision tower stopped at the layer that is read, beside all of its blocks
 """
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable
@@ -18,9 +17,12 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 import diffclip
+from diffclip.base.commands import Parser
+from diffclip.base.errors import exit_on_input_error
 from mllm.conversation import IGNORE, IMAGE, encode, render
-from mllm.examples import training_order
-from mllm.model import DiffCLIPLlavaConfig, DiffCLIPLlavaForConditionalGeneration, freeze
+from mllm.data.examples import training_order
+from mllm.llava import DiffCLIPLlavaConfig, DiffCLIPLlavaForConditionalGeneration
+from mllm.weights import freeze
 
 WORDS = [
     "is",
@@ -98,7 +100,7 @@ def small_model(vocabulary: int) -> DiffCLIPLlavaForConditionalGeneration:
 
 
 def batch(lengths: list[int], vocabulary: int, supervised: float) -> dict[str, torch.Tensor]:
-    """Random conversations with one picture each, padded to the longest."""
+    """Random conversations with one image each, padded to the longest."""
     longest = max(lengths)
     ids = torch.randint(0, vocabulary - 1, (len(lengths), longest))
     ids[:, :36] = vocabulary - 1
@@ -168,14 +170,14 @@ def retokenised(
     segments = render(conversation, "vicuna")
     ids = tokenizer("".join(s.text for s in segments))["input_ids"]
     labels, position = list(ids), 0
-    for question, said in zip(segments[0::2], segments[1::2]):
-        turn = len(tokenizer(question.text + said.text)["input_ids"])
+    for question, reply in zip(segments[0::2], segments[1::2]):
+        turn = len(tokenizer(question.text + reply.text)["input_ids"])
         asked = len(tokenizer(question.text)["input_ids"])
         labels[position : position + asked] = [IGNORE] * asked
         position += turn
     image = tokenizer.convert_tokens_to_ids(IMAGE)
-    repeat = [(i, one) for i, one in zip(ids, labels) for _ in range(image_tokens if i == image else 1)]
-    return {"input_ids": [i for i, _ in repeat], "labels": [IGNORE if i == image else one for i, one in repeat]}
+    repeat = [(i, label) for i, label in zip(ids, labels) for _ in range(image_tokens if i == image else 1)]
+    return {"input_ids": [i for i, _ in repeat], "labels": [IGNORE if i == image else label for i, label in repeat]}
 
 
 def labels(rows: int, steps: int) -> None:
@@ -212,7 +214,7 @@ def tower(steps: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("python -m benchmarks.mllm", description=__doc__)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--rows", type=int, default=1000)
     options = parser.parse_args()
@@ -225,4 +227,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_input_error():
+        main()

@@ -6,12 +6,18 @@ Each setting trains DiffCLIP-tiny on two threads, alone and beside a process tha
 every command sets (`diffclip.base.threads`).
 """
 
-import argparse
 import os
 import statistics
 import subprocess
 import sys
 import time
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from diffclip import models
+from diffclip.base.commands import Parser
+from diffclip.base.errors import exit_on_input_error
 
 SETTINGS = {
     "libgomp's default": {"GOMP_SPINCOUNT": "300000"},
@@ -25,11 +31,6 @@ OPENMP = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "OMP_NUM_THREADS")
 
 def train(steps: int) -> float:
     """Samples a second of a training step of DiffCLIP-tiny at batch 64."""
-    import torch
-    from torch.nn.functional import cross_entropy
-
-    from diffclip import models
-
     torch.set_num_threads(2)
     model = models.build("DiffCLIP-tiny")
     size = model.model_config["preprocess_cfg"]["size"]
@@ -60,7 +61,7 @@ def rate(settings: dict[str, str], steps: int, beside: bool) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser("python -m benchmarks.neighbours", description=__doc__)
+    parser = Parser("python -m benchmarks.neighbours", description=__doc__)
     parser.add_argument("--steps", type=int, default=60, help="training steps a measurement (60)")
     parser.add_argument("--rounds", type=int, default=3, help="measurements of each kind; the median is shown (3)")
     parser.add_argument("--train", action="store_true", help="measure once in this process")
@@ -80,4 +81,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_input_error():
+        main()

@@ -15,6 +15,8 @@ from pathlib import Path
 import torch
 
 import diffclip
+from diffclip.base.commands import Parser
+from diffclip.base.errors import exit_on_input_error
 from diffclip.benchmarks import datasets, features, few_shot, linear_probe
 
 Rows = tuple[torch.Tensor, torch.Tensor]
@@ -33,7 +35,7 @@ def draw(rows: int, width: int, classes: int) -> tuple[torch.Tensor, torch.Tenso
 
 def episode_loop(s: torch.Tensor, q: torch.Tensor, ys: torch.Tensor, yq: torch.Tensor, e: few_shot.Episodes) -> float:
     """Mean accuracy in percent, one episode after the other."""
-    found = []
+    accuracies = []
     for support, query in zip(e.support, e.query):
         query = query[query >= 0]
         mean = s[support].mean(dim=0)
@@ -42,8 +44,8 @@ def episode_loop(s: torch.Tensor, q: torch.Tensor, ys: torch.Tensor, yq: torch.T
         classes = ys[support].unique()
         prototypes = torch.stack([a[ys[support] == c].mean(dim=0) for c in classes])
         predicted = classes[torch.cdist(b, prototypes).argmin(dim=1)]
-        found.append((predicted == yq[query]).double().mean())
-    return 100 * torch.stack(found).mean().item()
+        accuracies.append((predicted == yq[query]).double().mean())
+    return 100 * torch.stack(accuracies).mean().item()
 
 
 def drawn(options: argparse.Namespace) -> Iterator[tuple[str, dict[str, Rows], str]]:
@@ -58,18 +60,18 @@ def of_models(options: argparse.Namespace) -> Iterator[tuple[str, dict[str, Rows
         encoder = features.Encoder(*diffclip.load(source), cache_dir=options.cache, quiet=True)
         for name, labelled in data.classification.items():
             if "train" in labelled.splits:
-                found = {split: encoder.images(pictures, name) for split, pictures in labelled.splits.items()}
+                features_of = {split: encoder.images(images, name) for split, images in labelled.splits.items()}
                 yield (
                     f"{Path(source).name} {name}",
-                    {s: (f.before, f.labels) for s, f in found.items()},
+                    {s: (f.before, f.labels) for s, f in features_of.items()},
                     labelled.metric,
                 )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", nargs="*", help="towers whose features are probed, with --data-root")
-    parser.add_argument("--data-root", type=Path, help="folder with classification/")
+    parser = Parser("python -m benchmarks.probes", description=__doc__)
+    parser.add_argument("--model", nargs="*", help="towers whose features are probed, with --data_root")
+    parser.add_argument("--data_root", type=Path, help="folder with classification/")
     parser.add_argument("--cache", type=Path, help="where their features are kept")
     parser.add_argument("--rows", type=int, default=3000)
     parser.add_argument("--width", type=int, default=192)
@@ -87,7 +89,7 @@ def main() -> None:
         for mode in ("fast", "exact", "float64"):
             given = {s: (x.double() if mode == "float64" else x, y) for s, (x, y) in rows.items()}
             start = time.perf_counter()
-            found = linear_probe.linear_probe(
+            fitted = linear_probe.linear_probe(
                 given["train"],
                 given.get("val"),
                 given["test"],
@@ -95,8 +97,8 @@ def main() -> None:
                 mode="fast" if mode == "fast" else "exact",
             )
             seconds.setdefault(mode, []).append(time.perf_counter() - start)
-            scores.setdefault(mode, []).append(found.score)
-            cells.append(f"{found.score:5.2f} ({found.C:6.3g}) {seconds[mode][-1]:4.1f}s")
+            scores.setdefault(mode, []).append(fitted.score)
+            cells.append(f"{fitted.score:5.2f} ({fitted.C:6.3g}) {seconds[mode][-1]:4.1f}s")
         (train, y), (test, z) = rows["train"], rows["test"]
         episodes = few_shot.draw(y, z, episodes=options.episodes)
         start = time.perf_counter()
@@ -120,4 +122,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_input_error():
+        main()

@@ -6,7 +6,6 @@ clip-benchmark's evaluation is run whole, with an encoder that returns the store
 grew by at its largest, in a process of its own for each side.
 """
 
-import argparse
 import json
 import resource
 import subprocess
@@ -16,6 +15,10 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
+
+from diffclip.base.commands import Parser
+from diffclip.base.errors import exit_on_input_error
+from diffclip.benchmarks.retrieval import recall_at_k
 
 WIDTH = 512
 
@@ -30,8 +33,6 @@ def features(images: int, captions: int) -> tuple[torch.Tensor, torch.Tensor, to
 
 
 def ours(images: int, captions: int) -> dict[str, float]:
-    from diffclip.benchmarks.retrieval import recall_at_k
-
     return {k: round(v, 3) for k, v in recall_at_k(*features(images, captions)).items()}
 
 
@@ -42,10 +43,13 @@ def clip_benchmarks(images: int, captions: int) -> dict[str, float]:
     model = SimpleNamespace(encode_image=lambda rows: image[rows], encode_text=lambda rows: text[rows])
     batches = [torch.arange(start, min(start + 64, images)) for start in range(0, images, 64)]
     loader = [(rows, [[captions * int(i) + c for c in range(captions)] for i in rows]) for rows in batches]
-    found = evaluate(model, loader, torch.tensor, "cpu", amp=False, recall_k_list=[1, 5, 10])
+    scores = evaluate(model, loader, torch.tensor, "cpu", amp=False, recall_k_list=[1, 5, 10])
     names = {"image_retrieval_recall@": "text_to_image/R@", "text_retrieval_recall@": "image_to_text/R@"}
     return {
-        new + key[len(old) :]: round(100 * v, 3) for key, v in found.items() for old, new in names.items() if old in key
+        new + key[len(old) :]: round(100 * v, 3)
+        for key, v in scores.items()
+        for old, new in names.items()
+        if old in key
     }
 
 
@@ -62,26 +66,27 @@ def measure(side: str, images: int, captions: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser("python -m benchmarks.retrieval", description=__doc__)
     parser.add_argument("--images", type=int, default=5000)
     parser.add_argument("--captions", type=int, default=5)
     parser.add_argument("--side", choices=("ours", "clip-benchmark"), help="measure one side only, as JSON")
     options = parser.parse_args()
     if options.side:
         return measure(options.side, options.images, options.captions)
-    found = {}
+    measured: dict[str, dict] = {}
     for side in ("ours", "clip-benchmark"):
         command = [sys.executable, "-m", "benchmarks.retrieval", "--side", side]
         command += ["--images", str(options.images), "--captions", str(options.captions)]
-        found[side] = json.loads(
+        measured[side] = json.loads(
             subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
         )
-        print(f"{side:15s} {found[side]['seconds']:8.2f} s   {found[side]['megabytes']:6d} MB more")
-    print(f"ratio           {found['clip-benchmark']['seconds'] / found['ours']['seconds']:8.1f}")
-    theirs = found["clip-benchmark"]["scores"]
-    apart = max(abs(value - theirs[name]) for name, value in found["ours"]["scores"].items())
+        print(f"{side:15s} {measured[side]['seconds']:8.2f} s   {measured[side]['megabytes']:6d} MB more")
+    print(f"ratio           {measured['clip-benchmark']['seconds'] / measured['ours']['seconds']:8.1f}")
+    theirs = measured["clip-benchmark"]["scores"]
+    apart = max(abs(value - theirs[name]) for name, value in measured["ours"]["scores"].items())
     print(f"scores differ by at most {apart:.3f} points (one text is {100 / options.images / options.captions:.3f})")
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_input_error():
+        main()

@@ -1,14 +1,16 @@
 """How fast the built-in world is made on one core: `python -m benchmarks.scenes --size 64 --count 4000`.
 
-Prints images per second for pictures alone, with five captions, with a conversation, and encoded as PNG.
+Prints images per second for images alone, with five captions, with a conversation, and encoded as PNG.
 """
 
-import argparse
 import time
 from collections.abc import Callable
 from itertools import islice
 
-from diffclip import scenes, scenes_export, scenes_questions, scenes_text
+from diffclip.base.commands import Parser
+from diffclip.base.errors import exit_on_input_error
+from diffclip.scenes import drawing as scenes
+from diffclip.scenes import parts, questions, text
 
 
 def rate(make: Callable[[int], object], count: int) -> float:
@@ -21,9 +23,9 @@ def rate(make: Callable[[int], object], count: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser("python -m benchmarks.scenes", description=__doc__)
     parser.add_argument("--size", type=int, default=64, help="side in pixels")
-    parser.add_argument("--count", type=int, default=4000, help="pictures per measurement")
+    parser.add_argument("--count", type=int, default=4000, help="images per measurement")
     options = parser.parse_args()
     rng = scenes.stream_rng(0, "benchmark/words", 0)
 
@@ -31,20 +33,20 @@ def main() -> None:
         return scenes.make_scene(0, "benchmark", i)
 
     measured = {
-        "picture": lambda i: scenes.draw(scene(i), options.size),
-        "picture and masks": lambda i: (
+        "image": lambda i: scenes.draw(scene(i), options.size),
+        "image and masks": lambda i: (
             scenes.draw(scene(i), options.size),
             scenes.masks(scene(i), options.size),
         ),
-        "picture and 5 captions": lambda i: (
+        "image and 5 captions": lambda i: (
             scenes.draw(scene(i), options.size),
-            scenes_text.captions(scene(i), rng, 5),
+            text.captions(scene(i), rng, 5),
         ),
-        "picture and 6 questions": lambda i: (
+        "image and 6 questions": lambda i: (
             scenes.draw(scene(i), options.size),
-            scenes_questions.rounds(scene(i), rng, 6),
+            questions.rounds(scene(i), rng, 6),
         ),
-        "picture as PNG": lambda i: scenes_export.png(scene(i), options.size),
+        "image as PNG": lambda i: parts.png(scene(i), options.size),
     }
     for name, make in measured.items():
         print(f"{name:26s} {rate(make, options.count):8.0f} /s at {options.size} px, one core")
@@ -55,4 +57,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_input_error():
+        main()

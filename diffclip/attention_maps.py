@@ -1,17 +1,16 @@
-"""Where a model looks: its attention maps, and which patches speak for a text (figure 2 of the paper).
+"""Where a model looks: its attention maps, and which patches speak for a text (figure 2 of the paper)."""
 
-python -m diffclip.attention_maps mug.jpg street.jpg --query "a mug" "a bicycle" \
-    --models runs/clip/pretrain runs/diffclip/pretrain --out fig.png
-"""
+import runpy
+import sys
 
-from __future__ import annotations
+if __name__ == "__main__":  # `python -m diffclip.attention_maps`: the command, before anything heavy is imported
+    runpy.run_module("diffclip.maps", run_name="__main__")
+    sys.exit()
 
-import argparse
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,77 +18,61 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision import transforms as T
 
-from diffclip.attention import DifferentialAttention, attention_scores, softmax_maps
-from diffclip.attention_v2 import DifferentialAttentionV2
-from diffclip.errors import InputError, exit_on_input_error
-from diffclip.pictures import open_picture
+from diffclip.attention import Differential
+from diffclip.attention.base import attention_scores
+from diffclip.base.backbones import TimmAttention, open_clip
+from diffclip.base.errors import InputError
 
-if TYPE_CHECKING:
-    import numpy as np
+Attention = Differential | TimmAttention | nn.MultiheadAttention
 
 
 def both_maps(
-    attention: nn.Module, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
+    attention: Attention, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Return (A1, A2, lambda) of an attention module for its input x (batch, tokens, dim).
 
-    Args:
-        attention: differential attention of either version, timm's `Attention`, or torch's `MultiheadAttention`.
-
-    Returns:
-        A1, A2: softmax maps (batch, maps, tokens, tokens), with heads / 2 maps in version 1 and one per head
-        otherwise; lambda broadcasts to them. A2 and lambda are None for ordinary attention.
+    A1 and A2 are softmax maps (batch, maps, tokens, tokens), with heads / 2 maps in version 1 and one per head
+    otherwise; lambda broadcasts to them. A2 and lambda are None for ordinary attention.
     """
-    if isinstance(attention, DifferentialAttention):
-        q, k, _ = attention.project(x)
-        first, second = softmax_maps(q, k, attn_mask, is_causal)
-        return first, second, attention.compute_lambda().to(q.dtype)
-    if isinstance(attention, DifferentialAttentionV2):
-        q, k, _ = attention.project(x)
-        maps = attention.softmax_maps(q, k, attn_mask, is_causal)
-        return maps[:, 0::2], maps[:, 1::2], attention.compute_lambda(x)
+    if isinstance(attention, Differential):
+        return attention.maps(x, attn_mask, is_causal)
     q, k, _ = _ordinary(attention, x)
     return attention_scores(q, k, attn_mask, is_causal).softmax(dim=-1), None, None
 
 
-def _ordinary(attention: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _ordinary(attention: TimmAttention | nn.MultiheadAttention, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return queries, keys and values of ordinary attention, each (batch, heads, tokens, width)."""
     if isinstance(attention, nn.MultiheadAttention):
         qkv = F.linear(x, attention.in_proj_weight, attention.in_proj_bias)
-        return qkv.unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind()
+        q, k, v = qkv.unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        return q, k, v
     q, k, v = attention.qkv(x).unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
     return attention.q_norm(q), attention.k_norm(k), v
 
 
-def attention_map(attention: nn.Module, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+def attention_map(attention: Attention, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
     """Return the map that multiplies the values in this module, given its input x (batch, tokens, dim).
 
-    Returns:
-        (batch, maps, tokens, tokens): signed, with rows summing to 1 - lambda, for differential attention.
+    (batch, maps, tokens, tokens): signed, with rows summing to 1 - lambda, for differential attention.
     """
     first, second, lambda_ = both_maps(attention, x, attn_mask, is_causal)
-    return first if second is None else first - lambda_ * second
+    return first if second is None or lambda_ is None else first - lambda_ * second
 
 
-def apply_map(attention: nn.Module, x: Tensor, map_: Tensor) -> Tensor:
+def apply_map(attention: Attention, x: Tensor, map_: Tensor) -> Tensor:
     """Return what the module makes of x (batch, tokens, dim) with `map_` in the place of its own map."""
-    if isinstance(attention, DifferentialAttention):
-        mixed = attention.diff_norm(map_ @ attention.project(x)[2])
-    elif isinstance(attention, DifferentialAttentionV2):
-        mixed = map_ @ attention.project(x)[2]
-    else:
-        mixed = map_ @ _ordinary(attention, x)[2]
-    mixed = mixed.transpose(1, 2).flatten(2)
-    if _is_timms(attention):
-        mixed = attention.norm(mixed)
-    return attention.proj(mixed) if hasattr(attention, "proj") else attention.out_proj(mixed)
+    if isinstance(attention, Differential):
+        return attention.apply_map(x, map_)
+    mixed = (map_ @ _ordinary(attention, x)[2]).transpose(1, 2).flatten(2)
+    if isinstance(attention, nn.MultiheadAttention):
+        return attention.out_proj(mixed)
+    return attention.proj(attention.norm(mixed))
 
 
-def vision_attention(model: nn.Module, layer: int) -> nn.Module:
+def vision_attention(model: open_clip.CLIP, layer: int) -> Attention:
     """Return the attention module of one layer (negative ones count from the last) of a model's vision tower.
 
-    Raises:
-        InputError: no such layer, or a tower in which no class token looks at patches (ResNet, CoCa, SigLIP).
+    InputError if there is no such layer, or no class token that looks at patches (ResNet, CoCa, SigLIP).
     """
     visual = model.visual
     if hasattr(visual, "trunk"):  # timm's, and so ours
@@ -99,9 +82,9 @@ def vision_attention(model: nn.Module, layer: int) -> nn.Module:
     else:  # open_clip's
         blocks = getattr(getattr(visual, "transformer", None), "resblocks", None)
         token = getattr(visual, "pool_type", "") == "tok" and visual.attn_pool is None
+    blocks = list(blocks or ())
     attention = getattr(blocks[-1], "attn", None) if blocks else None
-    known = isinstance(attention, DifferentialAttention | DifferentialAttentionV2 | nn.MultiheadAttention)
-    if not token or not (known or _is_timms(attention)):
+    if not token or not (isinstance(attention, Differential | nn.MultiheadAttention) or _is_timms(attention)):
         kind = type(getattr(visual, "trunk", visual)).__name__
         raise InputError(f"no attention maps for this model: its {kind} is no vision transformer with a class token")
     if not -len(blocks) <= layer < len(blocks):
@@ -112,24 +95,21 @@ def vision_attention(model: nn.Module, layer: int) -> nn.Module:
 def _is_timms(attention: nn.Module | None) -> bool:
     """Whether it is timm's plain `Attention`, of which others (with rotary positions, or gates) are no cases."""
     kind = type(attention)
-    return (
-        kind.__name__ == "Attention"
-        and kind.__module__.startswith("timm.")
-        and getattr(attention, "gate", None) is None
-    )
+    timms = kind.__name__ == "Attention" and kind.__module__.startswith("timm.")
+    return timms and getattr(attention, "gate", None) is None
 
 
 @contextmanager
-def recorded(attention: nn.Module) -> Iterator[dict[str, Tensor]]:
+def recorded(attention: Attention) -> Iterator[dict[str, Tensor]]:
     """Within, the module writes its map out: {"input": x, "map": ...} of the last call, part of the graph."""
     seen: dict[str, Tensor] = {}
 
-    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, None]:
         seen["input"], seen["map"] = x, attention_map(attention, x)
         out = apply_map(attention, x, seen["map"])
         return (out, None) if isinstance(attention, nn.MultiheadAttention) else out
 
-    attention.forward = forward
+    attention.forward = forward  # type: ignore[assignment, method-assign] # of this one, for a while
     try:
         yield seen
     finally:
@@ -137,15 +117,10 @@ def recorded(attention: nn.Module) -> Iterator[dict[str, Tensor]]:
 
 
 @torch.no_grad()
-def layer_maps(model: nn.Module, images: Tensor, layer: int = -1) -> dict[str, Tensor]:
-    """Return how much the class token attends to each patch, in one layer of the vision tower.
+def layer_maps(model: open_clip.CLIP, images: Tensor, layer: int = -1) -> dict[str, Tensor]:
+    """Return how much the class token attends to each patch of images (batch, 3, size, size), normalised, in one layer.
 
-    Args:
-        images: (batch, 3, size, size), normalised.
-
-    Returns:
-        "A1", "A2" and "difference" = A1 - lambda A2, each (batch, maps, rows, columns); "A1" alone for
-        ordinary attention.
+    "A1", "A2" and "difference" = A1 - lambda A2, each (batch, maps, rows, columns); "A1" alone for ordinary attention.
     """
     attention, inputs = vision_attention(model, layer), []
     hook = attention.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
@@ -155,24 +130,20 @@ def layer_maps(model: nn.Module, images: Tensor, layer: int = -1) -> dict[str, T
         hook.remove()
     first, second, lambda_ = both_maps(attention, inputs[0])
     maps = {"A1": first}
-    if second is not None:
+    if second is not None and lambda_ is not None:
         maps |= {"A2": second, "difference": first - lambda_ * second}
     return {name: patch_grid(map_[:, :, 0], model) for name, map_ in maps.items()}
 
 
-def relevance(model: nn.Module, images: Tensor, texts: Tensor, layer: int = -1) -> Tensor:
+def relevance(model: open_clip.CLIP, images: Tensor, texts: Tensor, layer: int = -1) -> Tensor:
     """Return how much each patch speaks for a text, by gradient (Chefer et al. 2021, arXiv 2103.15679, equation 5).
 
-    The map A that multiplies the values in one layer, times the gradient of the cosine similarity of picture and
+    The map A that multiplies the values in one layer, times the gradient of the cosine similarity of image and
     text by it, negative products left out, averaged over heads; of this, the class token's row. For differential
     attention A is the difference, signed, and so a negative weight with a negative gradient counts for the text.
 
-    Args:
-        images: (batch, 3, size, size), normalised.
-        texts: (batch, context_length) token ids, one text for each image.
-
-    Returns:
-        (batch, rows, columns), float32, not negative.
+    Images (batch, 3, size, size), normalised, and token ids (batch, context_length), one text for each image, give
+    (batch, rows, columns), float32, not negative.
     """
     attention = vision_attention(model, layer)
     with torch.no_grad():
@@ -184,7 +155,7 @@ def relevance(model: nn.Module, images: Tensor, texts: Tensor, layer: int = -1) 
     return patch_grid(relevant[:, 0], model).float().detach()
 
 
-def patch_grid(row: Tensor, model: nn.Module) -> Tensor:
+def patch_grid(row: Tensor, model: open_clip.CLIP) -> Tensor:
     """Turn (..., 1 + patches), a class token's row, into (..., rows, columns)."""
     visual = model.visual
     rows, columns = visual.trunk.patch_embed.grid_size if hasattr(visual, "trunk") else visual.grid_size
@@ -199,12 +170,8 @@ def upsample(maps: Tensor, size: tuple[int, int]) -> Tensor:
 def seen_part(transform: Any, nearest: bool = False) -> Callable[[Image.Image], Image.Image]:
     """Return the part of a model's transform that resizes and crops: PIL image -> the PIL image that the model sees.
 
-    Args:
-        transform: from `diffclip.load`: a `Compose` with ToTensor in it, or a `diffclip.hf_clip.ImageTransform`.
-        nearest: take the nearest pixel when resizing, for masks.
-
-    Raises:
-        InputError: no such transform.
+    `transform` is from `diffclip.load`: a `Compose` with ToTensor in it, or a `diffclip.hf_clip.ImageTransform`;
+    InputError for others. `nearest`: take the nearest pixel when resizing, for masks.
     """
     if hasattr(transform, "seen"):
         return transform.seen(nearest)
@@ -219,77 +186,7 @@ def seen_part(transform: Any, nearest: bool = False) -> Callable[[Image.Image], 
     raise InputError("no attention maps for this model: its transform does not tell how it resizes and crops")
 
 
-# ---------------------------------------------------------------- the figure
-
-
-def overlay(picture: np.ndarray, heat: np.ndarray) -> np.ndarray:
-    """Return the picture (height, width, 3) uint8, darkened where heat (height, width) is low against its maximum."""
-    from matplotlib import colormaps
-
-    share = (heat / max(heat.max(), 1e-12))[:, :, None]
-    colour = 255 * colormaps["inferno"](share[:, :, 0])[:, :, :3]
-    return ((1 - 0.65 * share) * (0.55 * picture + 60) + 0.65 * share * colour).clip(0, 255).astype("uint8")
-
-
-def figure(images: Sequence[str | Path], queries: Sequence[str], models: Sequence[str | Path], out: str | Path) -> None:
-    """Draw one row per image and query, one column per model, and write it to `out` (PNG, PDF or SVG).
-
-    Raises:
-        InputError: for an image or model that cannot be read, or counts of images and queries that do not match.
-    """
-    import numpy as np
-    from matplotlib.figure import Figure
-
-    from diffclip import checkpoints
-    from diffclip.benchmarks.comparison import model_names
-
-    if len(queries) not in (1, len(images)):
-        raise InputError(f"{len(queries)} queries for {len(images)} images: give one for all, or one for each")
-    titles = model_names([str(name) for name in models])
-    rows = list(zip(images, list(queries) * (len(images) if len(queries) == 1 else 1)))
-    pictures = [open_picture(path, str(path)) for path, _ in rows]
-    canvas = Figure(figsize=(2.2 * (1 + len(models)), 2.35 * len(rows)), layout="constrained")
-    axes = canvas.subplots(len(rows), 1 + len(models), squeeze=False)
-    for column, name in enumerate(models, 1):
-        model, transform, tokenizer = checkpoints.load(name)
-        try:
-            heats = relevance(
-                model, torch.stack([transform(p) for p in pictures]), tokenizer([query for _, query in rows])
-            )
-            seen = seen_part(transform)
-        except InputError as error:
-            raise InputError(f"{name}: {error}") from None
-        for row, (picture, heat) in enumerate(zip(pictures, heats)):
-            shown = np.asarray(enlarged(seen(picture)))
-            axes[row, column].imshow(overlay(shown, upsample(heat[None], shown.shape[:2])[0].numpy()))
-            axes[row, 0].imshow(shown)
-        axes[0, column].set_title(titles[column - 1], fontsize=9)
-    for row, (_, query) in enumerate(rows):
-        axes[row, 0].set_title(f'"{query}"', fontsize=9)
-    for axis in axes.flat:
-        axis.set_axis_off()
-    canvas.savefig(out, dpi=200)
-
-
 def enlarged(image: Image.Image, side: int = 224) -> Image.Image:
-    """Return a small picture (a drawing for a tiny model) enlarged by a whole factor, its pixels as squares."""
+    """Return a small image (a drawing for a tiny model) enlarged by a whole factor, its pixels as squares."""
     factor = max(1, round(side / min(image.size)))
     return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, prog="diffclip.attention_maps"
-    )
-    parser.add_argument("images", nargs="+", help="picture files")
-    parser.add_argument("--query", nargs="+", required=True, help="one text for all pictures, or one for each")
-    parser.add_argument("--models", nargs="+", required=True, help="run directories, checkpoints or Hub ids")
-    parser.add_argument("--out", required=True, help="PNG, PDF or SVG file to write")
-    args = parser.parse_args(argv)
-    with exit_on_input_error():
-        figure(args.images, args.query, args.models, args.out)
-        print(f"wrote {args.out}")
-
-
-if __name__ == "__main__":
-    main()

@@ -3,15 +3,11 @@
 `DiffCLIPVisionModel.trunk` is the same module, under the same names, as `visual.trunk` of the dual encoder.
 """
 
-import diffclip.lean_timm  # noqa: F401 - before open_clip and timm
-
-# isort: split
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from PIL.Image import Image
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torchvision.transforms.functional import center_crop
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedConfig, PreTrainedModel
@@ -20,21 +16,21 @@ from transformers.image_processing_backends import PilBackend
 from transformers.image_utils import PILImageResampling
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from diffclip.attention import DifferentialAttention
+from diffclip.attention import Differential
 from diffclip.attention_maps import attention_map
-from diffclip.attention_v2 import DifferentialAttentionV2
-from diffclip.errors import InputError
-from diffclip.models import differentiate_tower, layer_lambda_inits, vision_trunk
-from diffclip.pictures import cut_strip, to_rgb
+from diffclip.base.backbones import TimmVisionTransformer
+from diffclip.base.images import cut_strip, to_rgb
+from diffclip.models import vision_trunk
+from diffclip.warm_start import differentiate_tower, layer_lambda_inits
 
 
 class DiffCLIPVisionConfig(PreTrainedConfig):
     """Shape of the vision tower.
 
     `lambda_init` has one value per layer; None stands for ordinary attention, the CLIP baseline. `attention_version`
-    is 2 for Microsoft's second version of differential attention. With
-    `stop_early`, a call that selects hidden states by index computes no block after the last one selected,
-    and gives no last_hidden_state: LLaVA reads hidden_states[-2] alone, so its last block is wasted work.
+    is the kind's number in `attention.KINDS`. With `stop_early`, a call that selects hidden states by index computes
+    no block after the last one selected, and gives no last_hidden_state: LLaVA reads hidden_states[-2] alone, so its
+    last block is wasted work.
     """
 
     model_type = "diffclip_vision"
@@ -57,10 +53,10 @@ class DiffCLIPVisionModel(PreTrainedModel):
 
     config_class = DiffCLIPVisionConfig
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = ("image",)  # type: ignore[assignment] # a tuple, as transformers' own models have
     supports_gradient_checkpointing = True
     _supports_sdpa = True
-    _no_split_modules = ("Block",)
+    _no_split_modules = ("Block",)  # type: ignore[assignment] # the same
 
     def __init__(self, config: DiffCLIPVisionConfig) -> None:
         super().__init__(config)
@@ -77,22 +73,23 @@ class DiffCLIPVisionModel(PreTrainedModel):
             differentiate_tower(self.trunk, config.lambda_init, config.attention_version)
         if config._attn_implementation == "eager":
             for block in self.trunk.blocks:
-                block.attn.attn_implementation, block.attn.fused_attn = "eager", False
+                attention: Any = block.attn  # ours asks for the first, timm's for the second
+                attention.attn_implementation, attention.fused_attn = "eager", False
         self.gradient_checkpointing = False
         self.post_init()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Draw one module's weights as `diffclip.build(init="matched")` does; loaded ones are left alone."""
-        if isinstance(module, VisionTransformer):
-            init.trunc_normal_(module.pos_embed, std=0.02)
-            init.normal_(module.cls_token, std=1e-6)
+        if isinstance(module, TimmVisionTransformer):
+            init.trunc_normal_(module.get_parameter("pos_embed"), std=0.02)
+            init.normal_(module.get_parameter("cls_token"), std=1e-6)
         elif isinstance(module, nn.Linear):
             init.trunc_normal_(module.weight, std=0.02)
             init.zeros_(module.bias)
         elif isinstance(module, (nn.LayerNorm, nn.RMSNorm, nn.Conv2d)):
             module.reset_parameters()
-        elif isinstance(module, DifferentialAttention | DifferentialAttentionV2):
+        elif isinstance(module, Differential):
             module.reset_lambdas()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -117,22 +114,23 @@ class DiffCLIPVisionModel(PreTrainedModel):
             last_hidden_state (batch, 1 + patches, width) after the final norm; pooler_output (batch, width),
             its class token; hidden_states: the embeddings, then each block's output; attentions.
         """
-        blocks = self.trunk.blocks
+        blocks: Any = self.trunk.blocks  # to mypy they are modules of which it knows nothing
         if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
+            output_hidden_states = self.config.output_hidden_states or False
         if output_attentions is None:
             output_attentions = self.config.output_attentions
+        every, stop = range(len(blocks) + 1), len(blocks)
         if isinstance(output_hidden_states, bool):
-            wanted = set(range(len(blocks) + 1)) if output_hidden_states else set()
-            stop = len(blocks)
+            wanted = set(every) if output_hidden_states else set()
         else:
             indices = [output_hidden_states] if isinstance(output_hidden_states, int) else output_hidden_states
-            wanted = {range(len(blocks) + 1)[index] for index in indices}
-            stop = max(wanted) if self.config.stop_early else len(blocks)
+            wanted = {every[index] for index in indices}
+            stop = max(wanted) if self.config.stop_early else stop
 
-        x = self.trunk.patch_embed(pixel_values.to(self.trunk.pos_embed.dtype))  # (batch, patches, width)
+        x = self.trunk.patch_embed(pixel_values.to(self.trunk.get_parameter("pos_embed").dtype))
         x = self.trunk._pos_embed(x)  # (batch, 1 + patches, width)
-        hidden_states, attentions = [x], []
+        hidden_states: list[Tensor | None] = [x]
+        attentions = []
         for block in blocks[:stop]:
             if output_attentions:
                 attentions.append(attention_map(block.attn, block.norm1(x)))
@@ -142,15 +140,13 @@ class DiffCLIPVisionModel(PreTrainedModel):
                 x = block(x)
             hidden_states.append(x)
 
-        stopped = stop < len(blocks)
-        last = None if stopped else self.trunk.norm(x)
+        last = self.trunk.norm(x) if stop == len(blocks) else None
         hidden_states += [None] * (len(blocks) - stop)
+        selected = [state if i in wanted else None for i, state in enumerate(hidden_states)]
         output = BaseModelOutputWithPooling(
             last_hidden_state=last,
-            pooler_output=None if stopped else last[:, 0],
-            hidden_states=tuple(state if i in wanted else None for i, state in enumerate(hidden_states))
-            if wanted
-            else None,
+            pooler_output=None if last is None else last[:, 0],
+            hidden_states=tuple(selected) if wanted else None,  # type: ignore[arg-type] # None where not asked for
             attentions=tuple(attentions) if output_attentions else None,
         )
         return output.to_tuple() if return_dict is False else output
@@ -172,12 +168,14 @@ class DiffCLIPImageProcessor(PilBackend):
     do_normalize = True
 
     def process_image(self, image: Any, *args: Any, **kwargs: Any) -> np.ndarray:
-        """Turn a PIL image into (3, height, width) by the rules of `diffclip.pictures`; a strip loses its ends."""
+        """Turn a PIL image into (3, height, width) by the rules of `diffclip.base.images`; a strip loses its ends."""
         if isinstance(image, Image):
             image = cut_strip(to_rgb(image)) if self.do_center_crop else to_rgb(image)
         return super().process_image(image, *args, **kwargs)
 
-    def center_crop(self, image: np.ndarray, size: Any, **kwargs: Any) -> np.ndarray:
+    def center_crop(  # type: ignore[override] # as transformers' own backend is called
+        self, image: np.ndarray, size: Any, **kwargs: Any
+    ) -> np.ndarray:
         """Crop (channels, height, width) as torchvision does, which rounds an odd margin differently."""
         return center_crop(torch.from_numpy(image), [size.height, size.width]).numpy()
 
@@ -201,32 +199,13 @@ def vision_config(model_config: dict[str, Any]) -> DiffCLIPVisionConfig:
     )
 
 
-def load_tower(path_or_id: str) -> tuple[DiffCLIPVisionModel, DiffCLIPImageProcessor]:
-    """Return the vision tower, in evaluation mode, of what has no config.json of one: the official code's files.
-
-    Args:
-        path_or_id: such a file, its folder or its Hub id, as for `diffclip.load`.
-
-    Raises:
-        InputError: it cannot be read, or is no dual encoder of ours.
-    """
-    from diffclip import checkpoints  # which imports this module
-
-    model = checkpoints.load(path_or_id)[0]
-    if not hasattr(model, "model_config"):
-        raise InputError(f"{path_or_id}: a {type(model).__name__} that is not ours: its tower is read by transformers")
-    tower = DiffCLIPVisionModel(vision_config(model.model_config))
-    tower.trunk.load_state_dict(model.visual.trunk.state_dict())
-    return tower.eval(), image_processor(model.model_config)
-
-
 def image_processor(model_config: dict[str, Any]) -> DiffCLIPImageProcessor:
     """Return the processor that does what `transforms(model_config, train=False)` does."""
     cfg = model_config["preprocess_cfg"]
     return DiffCLIPImageProcessor(
         size={"shortest_edge": cfg["size"]},
         crop_size={"height": cfg["size"], "width": cfg["size"]},
-        resample=PILImageResampling[cfg["interpolation"].upper()],
+        resample=getattr(PILImageResampling, cfg["interpolation"].upper()),
         image_mean=cfg["mean"],
         image_std=cfg["std"],
     )
@@ -235,6 +214,5 @@ def image_processor(model_config: dict[str, Any]) -> DiffCLIPImageProcessor:
 AutoConfig.register("diffclip_vision", DiffCLIPVisionConfig)
 AutoModel.register(DiffCLIPVisionConfig, DiffCLIPVisionModel)
 AutoImageProcessor.register(
-    DiffCLIPVisionConfig,
-    image_processor_classes={"pil": DiffCLIPImageProcessor, "torchvision": DiffCLIPImageProcessor},
+    DiffCLIPVisionConfig, image_processor_classes=dict.fromkeys(("pil", "torchvision"), DiffCLIPImageProcessor)
 )

@@ -1,12 +1,10 @@
 """A vision tower and a language model become one multimodal model; only the projector between them is new."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, cast
 
 import torch
 from PIL import Image
-from tokenizers import AddedToken
-from tokenizers.processors import TemplateProcessing
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -14,28 +12,22 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BaseImageProcessor,
     GenerationConfig,
     LlavaProcessor,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from diffclip.checkpoints import official_file
-from diffclip.errors import InputError
-from diffclip.fingerprint import fingerprint
-from diffclip.hf import load_tower
-from mllm.conversation import IMAGE, TEMPLATES, chat_template
-from mllm.image_modes import with_mode
-from mllm.model import (
-    DiffCLIPLlavaConfig,
-    DiffCLIPLlavaForConditionalGeneration,
-    from_pretrained,
-    load_strictly,
-    never_cut,
-    own_head,
-    verify,
-)
+from diffclip.base.errors import InputError
+from diffclip.base.fingerprint import fingerprint
+from diffclip.checkpoints import load_tower, official_file
+from mllm.conversation import IMAGE, chat_template
+from mllm.llava import DiffCLIPLlavaConfig, DiffCLIPLlavaForConditionalGeneration, own_head
+from mllm.model import VisionLanguageModel
 from mllm.open_clip_tower import PREFIX, from_open_clip
+from mllm.processing import prepare_tokenizer, with_mode
+from mllm.weights import from_pretrained, load_strictly, verify
 
 
 def assemble(
@@ -49,8 +41,8 @@ def assemble(
     image_mode: str = "crop",
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
-) -> tuple[DiffCLIPLlavaForConditionalGeneration, LlavaProcessor]:
-    """Put a vision tower and a language model together; only the projector between them is new.
+) -> VisionLanguageModel:
+    """Put a vision tower and a language model together.
 
     Args:
         vision_tower: a pretraining run directory, any CLIP / SigLIP model (directory or Hub id), or any model of
@@ -59,9 +51,8 @@ def assemble(
         projector: "linear" (the paper) or "mlp" (LLaVA-1.5's two layers).
         template: conversation format that questions will be asked in, see `mllm.conversation`.
         vision_feature_layer: which of the tower's hidden states the projector reads; -2 is the paper's.
-        class_token: whether the language model sees the tower's class token too, before the patches; the paper's
-            does not.
-        image_mode: how pictures become square, see `mllm.image_modes`; "crop" is the paper's.
+        class_token: whether the language model sees the tower's class token, too, before the patches.
+        image_mode: how images become square, see `mllm.processing.with_mode`; "crop" is the paper's.
         seed: decides the projector's weights.
         dtype: of all weights; float32 for training, also under bf16 autocast.
 
@@ -71,14 +62,15 @@ def assemble(
         WeightsError: a part's weights changed while assembling.
     """
     tower, image_processor = _load_tower(vision_tower, dtype)
+    tower.to(dtype)  # type: ignore[arg-type] # as transformers declares it, it cannot be called on an instance
     image_processor = with_mode(image_processor, image_mode)
     tokenizer = from_pretrained(AutoTokenizer, language_model)
     lm = load_strictly(AutoModelForCausalLM, language_model, dtype=dtype)
-    _prepare_tokenizer(tokenizer, template, language_model)
+    prepare_tokenizer(tokenizer, template, language_model)
     if not hasattr(lm.config, "tie_word_embeddings"):
         lm.config.tie_word_embeddings = False
     own_head(lm.config)  # refuses classes that are made otherwise
-    if len(tokenizer) > lm.get_input_embeddings().num_embeddings:  # most tables have spare rows
+    if len(tokenizer) > cast(nn.Embedding, lm.get_input_embeddings()).num_embeddings:  # most tables have spare rows
         lm.resize_token_embeddings(len(tokenizer))
     extra, tokens = _feature_tokens(tower, image_processor, vision_feature_layer)
     if class_token and not extra:
@@ -94,7 +86,8 @@ def assemble(
         projector=projector,
         conversation_template=template,
     )
-    loaded = {"vision_tower": fingerprint(tower), "language_model": fingerprint(_with_head(lm))}
+    with_head = nn.ModuleDict({"model": lm.base_model, "lm_head": lm.get_output_embeddings()})
+    loaded = {"vision_tower": fingerprint(tower), "language_model": fingerprint(with_head)}
     with torch.device("meta"):  # the skeleton costs no memory; real parts replace it
         model = DiffCLIPLlavaForConditionalGeneration(config)
     if hasattr(tower.config, "stop_early"):  # our tower skips the blocks after the layer that is read
@@ -102,12 +95,10 @@ def assemble(
     model.model.vision_tower = tower
     model.model.language_model = lm.base_model
     model.lm_head = lm.get_output_embeddings()
-    model.model.multi_modal_projector = _new_projector(model.model.multi_modal_projector, seed, dtype)
+    model.model.multi_modal_projector = new_projector(model.model.multi_modal_projector, seed, dtype)
     model.tie_weights()
     model.generation_config = GenerationConfig(
-        do_sample=False,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        do_sample=False, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
     model.eval()
     _check_logits(model, lm, tokenizer, language_model)
@@ -121,30 +112,18 @@ def assemble(
         image_token=IMAGE,
         chat_template=chat_template(template, tokenizer.eos_token),
     )
-    return model, processor
+    return VisionLanguageModel(model, processor)
 
 
-def ask_in(model: DiffCLIPLlavaForConditionalGeneration, processor: LlavaProcessor, template: str) -> None:
-    """From now on questions are asked in the template that the model learns answers in.
-
-    "plain" has no questions and changes nothing.
-
-    Raises:
-        InputError: the tokenizer cannot write the template.
-    """
-    if template != "plain":
-        _check_tokens(processor.tokenizer, template, processor.tokenizer.name_or_path)
-        model.config.conversation_template = template
-        processor.chat_template = chat_template(template, processor.tokenizer.eos_token)
-
-
-def plan(
-    vision_tower: str | Path, language_model: str | Path, projector: str = "linear", class_token: bool = False
+def assembled_config(
+    vision_tower: str | Path,
+    language_model: str | Path,
+    projector: Literal["linear", "mlp"] = "linear",
+    class_token: bool = False,
 ) -> DiffCLIPLlavaConfig:
     """The configuration that `assemble` would give, from the parts' configurations alone; no weights are read.
 
-    Args:
-        vision_tower, language_model: as in `assemble`; their config.json is enough (open_clip's names are loaded).
+    Their config.json is enough, but open_clip's names are loaded.
     """
     text = from_pretrained(AutoConfig, language_model)
     if str(vision_tower).startswith(PREFIX):
@@ -165,12 +144,23 @@ def plan(
     )
 
 
-def planned(directory: str | Path) -> DiffCLIPLlavaConfig:
+def run_config(directory: str | Path) -> DiffCLIPLlavaConfig:
     """The configuration of a multimodal run; InputError if it is none."""
     config = from_pretrained(AutoConfig, directory)
     if not isinstance(config, DiffCLIPLlavaConfig):
         raise InputError(f"{directory}: holds a {type(config).__name__}; give a run of align or instruct")
     return config
+
+
+def new_projector(skeleton: nn.Module, seed: int, dtype: torch.dtype) -> nn.Module:
+    """The projector with torch's own Linear initialisation, drawn from `seed`."""
+    projector = skeleton.to_empty(device="cpu").to(dtype)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for module in projector.modules():
+            if isinstance(module, nn.Linear):
+                module.reset_parameters()
+    return projector
 
 
 @torch.no_grad()
@@ -179,12 +169,12 @@ def whiten_projector(model: DiffCLIPLlavaForConditionalGeneration, pixel_values:
 
     In a few directions features vary a hundred times more than in those that tell shapes apart, and a projector that
     starts at random takes most of a short run to find the latter. With mean m and covariance C of the features of
-    some pictures, and s the standard deviation of the word embeddings:
+    some images, and s the standard deviation of the word embeddings:
 
         weight = P (C + 0.01 c I)^(-1/2),  bias = -weight m,  P_ij ~ N(0, s^2 / width),  c the largest eigenvalue of C
 
     Args:
-        pixel_values: (pictures, 3, height, width); a hundred pictures are enough.
+        pixel_values: (images, 3, height, width); a hundred images are enough.
         seed: decides P.
 
     Raises:
@@ -198,10 +188,10 @@ def whiten_projector(model: DiffCLIPLlavaForConditionalGeneration, pixel_values:
     features = states[model.config.vision_feature_layer]
     if model.config.vision_feature_select_strategy == "default":
         features = features[:, 1:]  # without the class token
-    features = features.flatten(0, 1).double()  # (pictures x tokens, width)
+    features = features.flatten(0, 1).double()  # (images x tokens, width)
     values, vectors = torch.linalg.eigh(features.T.cov())
     scale = (values.clamp(min=0) + 0.01 * values.max()).rsqrt()
-    spread = model.get_input_embeddings().weight.double().std()
+    spread = cast(nn.Embedding, model.get_input_embeddings()).weight.double().std()
     generator = torch.Generator().manual_seed(seed)
     mixing = torch.randn(projector.weight.shape, generator=generator, dtype=torch.float64).to(features.device)
     weight = (spread * len(values) ** -0.5 * mixing) @ (vectors * scale) @ vectors.T
@@ -217,12 +207,12 @@ def _check_logits(
     path: str | Path,
 ) -> None:
     """InputError unless a text has the logits that the language model itself gives it, and can be gone on with."""
-    ids = tokenizer("The picture shows a cat on a red mat.", return_tensors="pt")["input_ids"]
+    ids = tokenizer("The image shows a cat on a red mat.", return_tensors="pt")["input_ids"]
     try:
         wanted = lm.eval()(input_ids=ids, use_cache=False).logits.float()
-        found = model(input_ids=ids, use_cache=False).logits.float()
+        actual = model(input_ids=ids, use_cache=False).logits.float()
         model.generate(input_ids=ids, max_new_tokens=2)
-        apart = float((found - wanted).abs().max() / wanted.abs().max())
+        apart = float((actual - wanted).abs().max() / wanted.abs().max())
         reason = f"its logits are {apart:.1%} away from its own"
     except Exception as error:  # of any kind, by what the class lacks
         apart, reason = float("inf"), " ".join(str(error).split())[:200]
@@ -233,17 +223,12 @@ def _check_logits(
         )
 
 
-def _with_head(lm: PreTrainedModel) -> nn.ModuleDict:
-    return nn.ModuleDict({"model": lm.base_model, "lm_head": lm.get_output_embeddings()})
-
-
-def _load_tower(path: str | Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Any]:
+def _load_tower(path: str | Path, dtype: torch.dtype) -> tuple[PreTrainedModel, BaseImageProcessor]:
     """The vision tower of a pretraining run or of any CLIP-like model, without its text half; its image processor."""
     if str(path).startswith(PREFIX):
-        tower, image_processor = from_open_clip(str(path))
-        return tower.to(dtype), image_processor
-    if (official := _official_tower(path)) is not None:
-        return official[0].to(dtype), official[1]
+        return from_open_clip(str(path))
+    if official := _official_tower(path):
+        return official
     config = from_pretrained(AutoConfig, path)
     vision = getattr(config, "vision_config", None)
     only = "" if vision is None else "vision"
@@ -251,63 +236,18 @@ def _load_tower(path: str | Path, dtype: torch.dtype) -> tuple[PreTrainedModel, 
     return tower, AutoImageProcessor.from_pretrained(path, trust_remote_code=False)
 
 
-def _official_tower(path: str | Path) -> tuple[PreTrainedModel, Any] | None:
+def _official_tower(path: str | Path) -> tuple[PreTrainedModel, BaseImageProcessor] | None:
     """The vision tower of a file of the official DiffCLIP or SLIP, its folder or Hub id; None for anything else."""
     try:
         AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError):
-        if official_file(path):
-            return load_tower(str(path))
+        return load_tower(str(path)) if official_file(path) else None
     return None
 
 
-def _prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, template: str, path: str | Path) -> None:
-    """Give the tokenizer `<image>`, a padding token, and as its eos the token that ends an answer."""
-    if template not in TEMPLATES:
-        raise InputError(f"unknown template `{template}`: use one of {', '.join(TEMPLATES)}")
-    if not tokenizer.is_fast:
-        raise InputError(f"{path}: needs a fast tokenizer (tokenizer.json), which knows where tokens begin and end")
-    never_cut(tokenizer)
-    tokenizer.add_tokens([AddedToken(IMAGE, special=True, normalized=False)], special_tokens=True)
-    if "<|im_end|>" in tokenizer.get_vocab():  # base models have it too, but stop at another token
-        tokenizer.eos_token = "<|im_end|>"
-    if tokenizer.eos_token is None:
-        raise InputError(f"{path}: the tokenizer has neither <|im_end|> nor an end-of-sequence token")
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    before, behind = _added(tokenizer)
-    if behind:  # an end token: a question would end before its answer begins
-        if getattr(tokenizer, "add_eos_token", False):
-            tokenizer.add_eos_token = False
-        specials = [(token, tokenizer.convert_tokens_to_ids(token)) for token in before]
-        only_before = TemplateProcessing(single=[*before, "$A"], special_tokens=specials)
-        tokenizer.backend_tokenizer.post_processor = only_before
-    _check_tokens(tokenizer, template, path)
-
-
-def _check_tokens(tokenizer: PreTrainedTokenizerBase, template: str, path: str | Path) -> None:
-    if template == "chatml" and not {"<|im_start|>", "<|im_end|>"} <= tokenizer.get_vocab().keys():
-        raise InputError(f"{path}: template chatml needs the tokens <|im_start|> and <|im_end|>; use vicuna")
-    _, behind = _added(tokenizer)
-    if behind:
-        raise InputError(
-            f"{path}: its tokenizer writes {' '.join(behind)} behind every text, so that answers would begin behind "
-            "the end; take it out of post_processor in tokenizer.json"
-        )
-
-
-def _added(tokenizer: PreTrainedTokenizerBase) -> tuple[list[str], list[str]]:
-    """The special tokens that a tokenizer puts before and behind every text."""
-    bare = len(tokenizer("yes", add_special_tokens=False)["input_ids"])
-    marked = tokenizer("yes", return_special_tokens_mask=True)
-    before = marked["special_tokens_mask"].index(0)
-    tokens = tokenizer.convert_ids_to_tokens(marked["input_ids"])
-    return tokens[:before], tokens[before + bare :]
-
-
 @torch.no_grad()
-def _feature_tokens(tower: PreTrainedModel, image_processor: Any, layer: int) -> tuple[int, int]:
-    """(tokens that are no patches: 1 with CLS, 0 without; patch tokens), seen on a black picture.
+def _feature_tokens(tower: PreTrainedModel, image_processor: BaseImageProcessor, layer: int) -> tuple[int, int]:
+    """(tokens that are no patches: 1 with CLS, 0 without; patch tokens), seen on a black image.
 
     Raises:
         InputError: the processor's size is not the tower's, or the token count fits neither case.
@@ -317,7 +257,7 @@ def _feature_tokens(tower: PreTrainedModel, image_processor: Any, layer: int) ->
     size = tower.config.image_size
     if (height, width) != (tuple(size) if isinstance(size, (list, tuple)) else (size, size)):
         raise InputError(
-            f"the image processor makes pictures of {height}x{width}, but the vision tower takes {size}: "
+            f"the image processor makes images of {height}x{width}, but the vision tower takes {size}: "
             "their preprocessor_config.json and config.json do not belong together"
         )
     patch = tower.config.patch_size
@@ -331,14 +271,3 @@ def _feature_tokens(tower: PreTrainedModel, image_processor: Any, layer: int) ->
     if tokens - patches not in (0, 1):
         raise InputError(f"the vision tower gives {tokens} tokens for {patches} patches; only one CLS token is known")
     return tokens - patches, patches
-
-
-def _new_projector(skeleton: nn.Module, seed: int, dtype: torch.dtype) -> nn.Module:
-    """The projector with torch's own Linear initialisation, drawn from `seed`."""
-    projector = skeleton.to_empty(device="cpu").to(dtype)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        for module in projector.modules():
-            if isinstance(module, nn.Linear):
-                module.reset_parameters()
-    return projector

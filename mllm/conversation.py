@@ -5,10 +5,15 @@ tokenised a second time, so a template and a tokenizer cannot disagree about whe
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from diffclip.errors import InputError
+from diffclip.base.errors import InputError
 
+if TYPE_CHECKING:
+    from tokenizers import Encoding
+    from transformers import PreTrainedTokenizerBase
+
+Conversation = Sequence[dict[str, str]]  # turns {"from": "human" | "gpt", "value": text}
 IMAGE = "<image>"
 IGNORE = -100  # label of positions that carry no loss
 TEMPLATES = ("plain", "vicuna", "chatml")
@@ -33,17 +38,13 @@ class Segment(NamedTuple):
 
 
 def render(
-    conversation: Sequence[dict[str, str]],
-    template: str,
-    add_generation_prompt: bool = False,
-    end_token: str = "<|im_end|>",
+    conversation: Conversation, template: str, add_generation_prompt: bool = False, end_token: str = "<|im_end|>"
 ) -> list[Segment]:
     """Lay a conversation out as text.
 
     Args:
-        conversation: turns `{"from": "human" | "gpt", "value": text}`, alternating; a leading gpt turn is
-            dropped.
-        template: "plain" (stage 1: the picture, then the caption and a newline; questions are dropped),
+        conversation: alternating turns; a leading gpt turn is dropped.
+        template: "plain" (stage 1: the image, then the caption and a newline; questions are dropped),
             "vicuna" (LLaVA 1.5's form; TinyLLaVA names it qwen2_instruct) or "chatml" (Qwen's own form).
         add_generation_prompt: the last turn is a question; end where the answer begins.
         end_token: closes each answer of "vicuna"; the language model's end-of-turn token.
@@ -56,17 +57,42 @@ def render(
     """
     questions, answers = pair_turns(conversation, add_generation_prompt)
     if template == "plain":
-        return _plain(questions, answers)
+        segments = [part for answer in answers for part in (Segment(IMAGE, False), Segment(answer + "\n", True))]
+        return segments + [Segment(IMAGE, False)] * (len(questions) - len(answers))
+    around = _surroundings(template, end_token)
+    segments, lead = [], around.system
+    for i, question in enumerate(questions):
+        if template == "vicuna" and IMAGE in question:  # the image always stands in front, once
+            question = f"{IMAGE}\n{question.replace(IMAGE, '').strip()}".strip()
+        segments.append(Segment(f"{lead}{around.user}{question}{around.assistant}", False))
+        if i < len(answers):
+            segments.append(Segment(f"{around.space}{answers[i]}{around.end}", True))
+        lead = around.between
+    return [*segments, Segment(lead, False)] if lead and len(answers) == len(questions) else segments
+
+
+class _Surroundings(NamedTuple):
+    """What a template writes around questions and answers."""
+
+    system: str
+    user: str
+    assistant: str
+    space: str  # before an answer, and learnt with it, as `end` is
+    end: str
+    between: str  # after each answer, and not learnt
+
+
+def _surroundings(template: str, end_token: str) -> _Surroundings:
     if template == "vicuna":
-        return _vicuna(questions, answers, end_token)
+        return _Surroundings(VICUNA_SYSTEM + " ", "USER: ", " ASSISTANT:", " ", end_token, "")
     if template == "chatml":
-        return _chatml(questions, answers)
+        start, end = "<|im_start|>", "<|im_end|>"
+        system = f"{start}system\n{CHATML_SYSTEM}{end}\n"
+        return _Surroundings(system, f"{start}user\n", f"{end}\n{start}assistant\n", "", end, "\n")
     raise ValueError(f"unknown conversation template `{template}`: use one of {', '.join(TEMPLATES)}")
 
 
-def pair_turns(
-    conversation: Sequence[dict[str, str]], add_generation_prompt: bool = False
-) -> tuple[list[str], list[str]]:
+def pair_turns(conversation: Conversation, add_generation_prompt: bool = False) -> tuple[list[str], list[str]]:
     """Questions and answers, one answer fewer for a generation prompt; ValueError unless turns alternate."""
     turns = list(conversation)
     if turns and turns[0].get("from") == "gpt":
@@ -84,23 +110,36 @@ def pair_turns(
 
 
 def prompt(
-    conversation: Sequence[dict[str, str]],
-    template: str,
-    end_token: str = "<|im_end|>",
-    control: Sequence[str] = QWEN_CONTROL,
+    conversation: Conversation, template: str, end_token: str = "<|im_end|>", control: Sequence[str] = QWEN_CONTROL
 ) -> str:
-    """The text up to where the model's answer begins; the last turn is a question.
-
-    Raises:
-        InputError: a turn holds what no text may hold, see `text_problem`.
-    """
-    problem = text_problem(*pair_turns(conversation, True), control)
-    if problem:
+    """The text up to where the answer to the last turn begins; InputError if there is a `text_problem`."""
+    if problem := text_problem(*pair_turns(conversation, True), control):
         raise InputError(problem)
     return "".join(s.text for s in render(conversation, template, True, end_token))
 
 
-def control_tokens(tokenizer: Any) -> tuple[str, ...]:
+def question_turn(question: str, images: int) -> dict[str, str]:
+    """A human turn that shows its images in front, unless the question says where."""
+    return {"from": "human", "value": question if IMAGE in question else f"{IMAGE}\n" * images + question}
+
+
+def check_image_count(shown: int, given: int, template: str, name: str = "") -> None:
+    """Raise InputError, which begins with `name`, unless a conversation shows as many images as it is given."""
+    if shown == given:
+        return
+    if shown > given:
+        remedy = "this template has no questions without an image" if template == "plain" else "remove <image> from it"
+        remedy = f"give every <image> its image, or {remedy}"
+    elif template == "chatml":
+        remedy = "write one <image> into the question for each image, or none for all of them in front"
+    else:
+        remedy = "vicuna and plain show one a question: ask about one image at a time"
+    raise InputError(
+        f"{name}in template `{template}` the conversation shows {shown} images, but {given} are given; {remedy}"
+    )
+
+
+def control_tokens(tokenizer: "PreTrainedTokenizerBase") -> tuple[str, ...]:
     """What a tokenizer takes for one of its special tokens wherever it is written.
 
     `<image>` is left out, which questions may hold, and so is white space, which every template does.
@@ -118,7 +157,7 @@ def text_problem(questions: Sequence[str], answers: Sequence[str], control: Iter
         if written:
             return f"{kind} contains {written[0]}, which would become the model's control token; write it otherwise"
         if kind == "an answer" and IMAGE in text:
-            return f"{kind} contains {IMAGE}; only questions may show pictures"
+            return f"{kind} contains {IMAGE}; only questions may show images"
         try:
             text.encode()
         except UnicodeEncodeError as error:
@@ -126,45 +165,14 @@ def text_problem(questions: Sequence[str], answers: Sequence[str], control: Iter
     return ""
 
 
-def _plain(questions: list[str], answers: list[str]) -> list[Segment]:
-    segments = []
-    for i in range(len(questions)):
-        segments.append(Segment(IMAGE, False))
-        if i < len(answers):
-            segments.append(Segment(answers[i] + "\n", True))
-    return segments
-
-
-def _vicuna(questions: list[str], answers: list[str], end_token: str) -> list[Segment]:
-    segments, lead = [], VICUNA_SYSTEM + " "
-    for i, question in enumerate(questions):
-        if IMAGE in question:  # the picture always stands in front, once
-            question = f"{IMAGE}\n{question.replace(IMAGE, '').strip()}".strip()
-        segments.append(Segment(f"{lead}USER: {question} ASSISTANT:", False))
-        if i < len(answers):
-            segments.append(Segment(f" {answers[i]}{end_token}", True))
-        lead = ""
-    return segments
-
-
-def _chatml(questions: list[str], answers: list[str]) -> list[Segment]:
-    start, end = "<|im_start|>", "<|im_end|>"
-    segments, lead = [], f"{start}system\n{CHATML_SYSTEM}{end}\n"
-    for i, question in enumerate(questions):
-        segments.append(Segment(f"{lead}{start}user\n{question}{end}\n{start}assistant\n", False))
-        if i < len(answers):
-            segments.append(Segment(f"{answers[i]}{end}", True))
-        lead = "\n"
-    return segments if len(answers) < len(questions) else [*segments, Segment("\n", False)]
-
-
-def encode(segments: Iterable[Segment], tokenizer: Any, image_tokens: int) -> dict[str, list[int]]:
+def encode(
+    segments: Iterable[Segment], tokenizer: "PreTrainedTokenizerBase", image_tokens: int
+) -> dict[str, list[int]]:
     """Token ids and labels of a rendered conversation.
 
     Args:
-        segments: output of `render`.
         tokenizer: a fast Hugging Face tokenizer that knows `<image>` as one token.
-        image_tokens: how many placeholders stand for one picture in the model's input.
+        image_tokens: how many placeholders stand for one image in the model's input.
 
     Returns:
         `input_ids` and `labels`, equally long; labels are the ids of supervised tokens, else -100. A token is
@@ -173,7 +181,7 @@ def encode(segments: Iterable[Segment], tokenizer: Any, image_tokens: int) -> di
     segments = list(segments)
     text = "".join(s.text for s in segments)
     encoded = tokenizer.backend_tokenizer.encode(text)
-    ids, labels, position = encoded.ids, [IGNORE] * len(encoded.ids), 0
+    ids, labels, position = encoded.ids, [IGNORE] * len(encoded), 0
     for segment in segments:
         end = position + len(segment.text)
         if segment.supervised and segment.text:
@@ -190,38 +198,23 @@ def encode(segments: Iterable[Segment], tokenizer: Any, image_tokens: int) -> di
     return {"input_ids": ids, "labels": labels}
 
 
-def _first_token(encoded: Any, position: int, text_length: int) -> int:
+def _first_token(encoded: "Encoding", position: int, text_length: int) -> int:
     """The first token that ends behind a character position, found at the position and not among all tokens."""
     token = encoded.char_to_token(position)
     if token is None:  # the end of the text, or a character that no token covers
         ends = [end for _, end in encoded.offsets] if position < text_length else []
         return next((i for i, end in enumerate(ends) if end > position), len(encoded))
-    while token and encoded.token_to_chars(token - 1)[1] > position:  # a character of several tokens
+    while token and encoded.offsets[token - 1][1] > position:  # a character of several tokens
         token -= 1
     return token
 
 
 def chat_template(template: str, end_token: str = "<|im_end|>") -> str | None:
     """The template as Jinja, for `processor.apply_chat_template`; None for "plain" (no questions)."""
-    pieces = {
-        "vicuna": (
-            VICUNA_SYSTEM + " ",
-            "USER: ",
-            " ASSISTANT:",
-            " ",
-            end_token,
-        ),
-        "chatml": (
-            f"<|im_start|>system\n{CHATML_SYSTEM}<|im_end|>\n",
-            "<|im_start|>user\n",
-            "<|im_end|>\n<|im_start|>assistant\n",
-            "",
-            "<|im_end|>\n",
-        ),
-    }
-    if template not in pieces:
+    if template == "plain":
         return None
-    system, user, assistant, space, end = (repr(p) for p in pieces[template])
+    around = _surroundings(template, end_token)
+    system, user, assistant, space, end = map(repr, (*around[:4], around.end + around.between))
     return (
         "{%- macro text(content) -%}{%- if content is string -%}{{ content }}{%- else -%}"
         "{%- for part in content if part.type == 'image' -%}{{ '<image>\\n' }}{%- endfor -%}"

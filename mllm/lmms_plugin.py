@@ -8,6 +8,7 @@ import glob
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,13 @@ from loguru import logger
 from PIL import EpsImagePlugin, Image
 from tqdm import tqdm
 
+from diffclip.base.devices import pick_device
+from diffclip.base.errors import InputError
 from diffclip.base.files import append_jsonl, read_jsonl
-from diffclip.errors import InputError
-from diffclip.pictures import to_rgb
-from mllm.chat import SAMPLING, check_shown, generation, prompts, question_turn, write
-from mllm.conversation import IGNORE, IMAGE, encode, render
-from mllm.examples import collate, image_tokens
-from mllm.image_modes import bounded
-from mllm.model import identity, load
+from diffclip.base.images import to_rgb
+from mllm.conversation import IGNORE, IMAGE, check_image_count, question_turn
+from mllm.data.examples import collate
+from mllm.model import SAMPLING, generation_options, load
 
 PROGRESS = "diffclip_llava"  # what the progress bar begins with
 AUTO = {"cuda": 64, "cpu": 8}  # questions at a time that --batch_size auto begins with
@@ -75,80 +75,75 @@ class DiffCLIPLlavaForEvaluation(lmms):
             raise InputError(f"batch_size is {batch_size}: give a number of questions, or auto")
         self.accelerator = Accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
-        self.device = torch.device(device) if device and self._world_size == 1 else self.accelerator.device
-        model, self.processor = load(pretrained, dtype=getattr(torch, dtype) if dtype else None)
-        self.model = model.to(self.device)
-        self.template = model.config.conversation_template
+        self.device = pick_device(device) if device and self._world_size == 1 else self.accelerator.device
+        self.vlm = load(pretrained, dtype, self.device)
         most = int(max_batch_size or AUTO.get(self.device.type, AUTO["cuda"]))
         self.batch_size = most if self.auto else int(batch_size)
         self.answers = Path(answers) if answers else None
-        self.identity = identity(model, self.processor) if answers else ""
+        self.identity = self.vlm.identity() if answers else ""
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """Answers in the order of the requests; greedy unless the task asks to sample.
 
-        A question asked twice about the same picture, as POPE's three splits do, is answered once.
+        A question asked twice about the same image, as POPE's three splits do, is answered once.
         """
         unknown = sorted({name for request in requests for name in request.args[1]} - OPTIONS - {"until"})
         if unknown and self.rank == 0:
             logger.warning(f"diffclip_llava answers without the generation options {', '.join(unknown)}: unknown to it")
-        answers = Kept(self.answers, self.identity, self._rank)  # by options, prompt and pictures
+        answers = AnswerCache(self.answers, self.identity, self._rank)  # by options, prompt and images
         keys: list[tuple] = [()] * len(requests)
         waiting: dict[tuple, list[Image.Image]] = {}
         for i in self._in_order(requests):
             context, options, doc_to_visual, doc_id, task, split = requests[i].args
-            pictures = self._pictures(doc_to_visual, doc_id, task, split)
-            seen = tuple(hashlib.sha256(p.tobytes()).digest() for p in pictures)
-            prompt = self._prompt(context, len(pictures), f"task {task}, question {doc_id} of {split}: ")
+            images = self._images(doc_to_visual, doc_id, task, split)
+            seen = tuple(hashlib.sha256(image.tobytes()).digest() for image in images)
+            (prompt,) = self.vlm.prompts([[question_turn(context, len(images))]])
+            name = f"task {task}, question {doc_id} of {split}: "
+            check_image_count(prompt.count(IMAGE), len(images), self.vlm.template, name)
             keys[i] = (json.dumps(options, sort_keys=True), prompt, seen)
-            if _generation(options)["do_sample"]:
+            if _task_options(options)["do_sample"]:
                 keys[i] += (i,)
             if keys[i] in answers or keys[i] in waiting:
                 continue
             if waiting and (len(waiting) >= self.batch_size or next(iter(waiting))[0] != keys[i][0]):
                 answers.add(dict(zip(waiting, self._in_memory(self._answer, list(waiting.items())))))
                 waiting = {}
-            waiting[keys[i]] = pictures
+            waiting[keys[i]] = images
         answers.add(dict(zip(waiting, self._in_memory(self._answer, list(waiting.items())))))
         return [answers[key] for key in keys]
 
     @torch.no_grad()
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """Log-probability of each continuation, without the end token, and whether greedy decoding writes it."""
-        results: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
-        order, start = list(self._in_order(requests)), 0
-        while start < len(order):
-            some = order[start : start + self.batch_size]
-            for i, result in zip(some, self._in_memory(self._likelihoods, [requests[i] for i in some])):
-                results[i] = result
-            start += len(some)
-        return results
+        results: dict[int, tuple[float, bool]] = {}
+        order = self._in_order(requests)
+        while some := list(islice(order, self.batch_size)):
+            results |= zip(some, self._in_memory(self._likelihoods, [requests[i] for i in some]))
+        return [results[i] for i in range(len(requests))]
 
     def _likelihoods(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
         """`loglikelihood` of one batch."""
-        tokens, batch, examples = image_tokens(self.processor), collate(self.processor), []
+        examples = []
         for request in requests:
             context, target, doc_to_visual, doc_id, task, split = request.args
             answer = target if isinstance(target, str) else target(self.task_dict[task][split][doc_id])
-            shown = self._pictures(doc_to_visual, doc_id, task, split)
-            turns = [question_turn(context, len(shown)), {"from": "gpt", "value": answer.strip()}]
-            segments = render(turns, self.template, end_token=self.processor.tokenizer.eos_token)
-            count = sum(segment.text.count(IMAGE) for segment in segments)
-            check_shown(count, len(shown), self.template, f"task {task}, question {doc_id} of {split}: ")
-            encoded = encode(segments, self.processor.tokenizer, tokens)
+            images = self._images(doc_to_visual, doc_id, task, split)
+            turns = [question_turn(context, len(images)), {"from": "gpt", "value": answer.strip()}]
+            encoded = self.vlm.encode(turns, len(images), name=f"task {task}, question {doc_id} of {split}: ")
             example = {name: torch.tensor(ids) for name, ids in encoded.items()}
             last = example["labels"].ne(IGNORE).nonzero()[-1]
             example["labels"][last] = IGNORE  # the end token is no part of the continuation
-            if shown:
-                example["pixel_values"] = self._pixels(shown)
+            if images:
+                example["pixel_values"] = self.vlm.pixels(images).to(self.vlm.model.dtype)
             examples.append(example)
-        inputs = {name: tensor.to(self.device) for name, tensor in batch(examples).items()}
+        batch = collate(self.vlm.processor)(examples)
+        inputs = {name: tensor.to(self.device) for name, tensor in batch.items()}
         labels = inputs.pop("labels")[:, 1:]  # (batch, tokens - 1)
-        logits = self.model(**inputs).logits[:, :-1].float()  # (batch, tokens - 1, vocabulary)
-        learnt = labels != IGNORE
+        logits = self.vlm.model(**inputs).logits[:, :-1].float()  # (batch, tokens - 1, vocabulary)
+        supervised = labels != IGNORE
         chosen = logits.log_softmax(-1).gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-        greedy = ((logits.argmax(-1) == labels) | ~learnt).all(1)
-        return list(zip((chosen * learnt).sum(1).tolist(), greedy.tolist()))
+        greedy = ((logits.argmax(-1) == labels) | ~supervised).all(1)
+        return list(zip((chosen * supervised).sum(1).tolist(), greedy.tolist()))
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
         raise RuntimeError("diffclip_llava answers tasks of one round only")
@@ -158,20 +153,14 @@ class DiffCLIPLlavaForEvaluation(lmms):
         order = sorted(range(len(requests)), key=lambda i: (str(requests[i].args[1]), -len(requests[i].args[0])))
         yield from tqdm(order, desc=PROGRESS, unit="question", disable=self.rank != 0)
 
-    def _pictures(
+    def _images(
         self, doc_to_visual: Callable[[dict], list | None], doc_id: int, task: str, split: str
     ) -> list[Image.Image]:
         # before the task's own convert("RGB"), which would lay transparency over black and cut 16 bits at 255
-        pictures = list(doc_to_visual(_in_rgb(self.task_dict[task][split][doc_id])) or [])
-        if not all(isinstance(picture, Image.Image) for picture in pictures):
-            raise ValueError(f"task {task} shows something that is no picture; diffclip_llava sees pictures only")
-        return [to_rgb(picture) for picture in pictures]
-
-    def _prompt(self, context: str, pictures: int, name: str) -> str:
-        """The prompt of a question; InputError that begins with `name` unless it shows all of its pictures."""
-        (text,) = prompts(self.model, self.processor, [[question_turn(context, pictures)]])
-        check_shown(text.count(IMAGE), pictures, self.template, name)
-        return text
+        images = list(doc_to_visual(_in_rgb(self.task_dict[task][split][doc_id])) or [])
+        if not all(isinstance(image, Image.Image) for image in images):
+            raise ValueError(f"task {task} shows something that is no image; diffclip_llava sees images only")
+        return [to_rgb(image) for image in images]
 
     def _in_memory(self, compute: Callable[[Sequence], list], batch: Sequence) -> list:
         """`compute(batch)`; under --batch_size auto in halves where memory runs out, as all later batches then."""
@@ -186,35 +175,27 @@ class DiffCLIPLlavaForEvaluation(lmms):
         halves = batch[: self.batch_size], batch[self.batch_size :]
         return [result for half in halves for result in self._in_memory(compute, half)]
 
-    def _pixels(self, pictures: list[Image.Image]) -> torch.Tensor:
-        images = bounded(pictures, self.processor.image_processor)
-        pixels = self.processor.image_processor(images, return_tensors="pt")["pixel_values"]
-        return pixels.to(self.model.dtype)
-
     def _answer(self, batch: Sequence[tuple[tuple, list[Image.Image]]]) -> list[str]:
-        """Answers to one batch of (options, prompt, ...) keys with their pictures, all of the same options."""
+        """Answers to one batch of (options, prompt, ...) keys with their images, all of the same options."""
         if not batch:
             return []
         options = json.loads(batch[0][0][0])
-        texts = [key[1] for key, _ in batch]
-        texts = write(self.model, self.processor, texts, [shown for _, shown in batch], **_generation(options))
+        prompts, images = [key[1] for key, _ in batch], [images for _, images in batch]
+        texts = self.vlm.generate(prompts, images, **_task_options(options))
         stops = options.get("until") or []
         for stop in [stops] if isinstance(stops, str) else stops:
             texts = [text.split(stop)[0] if stop else text for text in texts]
         return [text.strip() for text in texts]
 
 
-class Kept(dict[tuple, str]):
-    """Answers by (options, prompt, pictures), kept in a file, if there is one, from one start to the next."""
+class AnswerCache(dict[tuple, str]):
+    """Answers by (options, prompt, images), kept in a file, if there is one, from one start to the next."""
 
     def __init__(self, file: Path | None, model: str, rank: int) -> None:
-        """
-        Args:
-            file: what the files of all ranks are named after.
-            model: from `mllm.model.identity`; answers of another one in the file are not taken.
-        """
+        """The files of all ranks are named after `file`; answers of another model (by `identity`) are not taken."""
         super().__init__()
-        self.model, self.known = model, {}
+        self.model = model
+        self.known: dict[str, str] = {}
         self.file = file.with_name(f"{file.name}.{rank}") if file else None
         for old in sorted(file.parent.glob(glob.escape(file.name) + ".*")) if file else ():
             for _, answers in read_jsonl(old, damaged="skip") if old.is_file() else ():  # half a line is left by a kill
@@ -222,8 +203,8 @@ class Kept(dict[tuple, str]):
 
     def __contains__(self, key: object) -> bool:
         digest = self._digest(key)
-        if not super().__contains__(key) and digest in self.known:
-            self[key] = self.known[digest]
+        if isinstance(key, tuple) and digest in self.known:
+            self.setdefault(key, self.known[digest])
         return super().__contains__(key)
 
     def add(self, answers: dict[tuple, str]) -> None:
@@ -237,15 +218,15 @@ class Kept(dict[tuple, str]):
         return hashlib.sha256(repr((self.model, key)).encode()).hexdigest()
 
 
-def _generation(options: dict) -> dict[str, Any]:
-    """What `generate` is told: a task's options as `mllm.chat.generation` reads them, 1,024 new tokens by default."""
+def _task_options(options: dict) -> dict[str, Any]:
+    """What `generate` is told: a task's options as `mllm.model` reads them, 1,024 new tokens by default."""
     known = {name: value for name, value in options.items() if name in OPTIONS}
     given = {"max_new_tokens", "max_gen_toks"} & {name for name, value in known.items() if value is not None}
-    return generation(known if given else {**known, "max_new_tokens": 1024})
+    return generation_options(known if given else {**known, "max_new_tokens": 1024})
 
 
 def _in_rgb(value: Any) -> Any:
-    """A row of a task with every image in it by the rules of `diffclip.pictures`."""
+    """A row of a task with every image in it by the rules of `diffclip.base.images`."""
     if isinstance(value, Image.Image):
         return to_rgb(value)
     if isinstance(value, dict):

@@ -7,25 +7,25 @@ this way loads like any other.
 import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from diffclip.errors import InputError
-from mllm.model import WeightsError
-
-if TYPE_CHECKING:
-    from peft import PeftModel
+from diffclip.base.errors import InputError
+from mllm.llava import DiffCLIPLlavaForConditionalGeneration
+from mllm.weights import WeightsError
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # of Qwen2, Llama and their kin
 
 
-def add_lora(model: Any, rank: int, *, alpha: float = 0.0, dropout: float = 0.0, seed: int = 0) -> "PeftModel":
+def add_lora(
+    model: DiffCLIPLlavaForConditionalGeneration, rank: int, *, alpha: float = 0.0, dropout: float = 0.0, seed: int = 0
+) -> PeftModel:
     """Add adapters to the linear layers of `model`'s language model, in place; only they learn there.
 
     Args:
-        model: from `mllm.assemble.assemble` or `mllm.model.load`.
         rank: of the added matrices.
         alpha: the adapters' output is scaled by alpha / rank; 0 means 2 * rank.
         seed: decides their first weights (the second matrix of each pair starts at zero).
@@ -33,67 +33,56 @@ def add_lora(model: Any, rank: int, *, alpha: float = 0.0, dropout: float = 0.0,
     Raises:
         InputError: the language model has no layers of the usual names.
     """
-    from peft import LoraConfig, get_peft_model
-
     lm = model.model.language_model
-    found = {name.rsplit(".", 1)[-1] for name, _ in lm.named_modules()} & set(TARGETS)
-    if not found:
+    if not (targets := {name.rsplit(".", 1)[-1] for name, _ in lm.named_modules()} & set(TARGETS)):
         raise InputError(
             f"lora_rank: the language model {type(lm).__name__} has none of the layers {', '.join(TARGETS)}"
         )
-    config = LoraConfig(r=rank, lora_alpha=alpha or 2 * rank, lora_dropout=dropout, target_modules=sorted(found))
+    scale: Any = alpha or 2 * rank  # any number does, though peft declares an integer
+    config = LoraConfig(r=rank, lora_alpha=scale, lora_dropout=dropout, target_modules=sorted(targets))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return get_peft_model(
-            lm, config, autocast_adapter_dtype=False
-        )  # under ZeRO-3 with bf16 all must be of one dtype
+        # under ZeRO-3 with bf16 all must be of one dtype
+        return get_peft_model(lm, config, autocast_adapter_dtype=False)
 
 
-def base_weights(model: Any) -> dict[str, torch.Tensor]:
+def base_weights(model: DiffCLIPLlavaForConditionalGeneration) -> dict[str, torch.Tensor]:
     """The language model's own weights under their own names, adapters left out."""
     state = model.model.language_model.state_dict()
-    own = {name.replace(".base_layer", ""): w for name, w in state.items() if ".lora_" not in name}
-    head = model.lm_head.state_dict()  # Phi's has a bias
-    return {**{f"model.{name}": w for name, w in own.items()}, **{f"lm_head.{name}": w for name, w in head.items()}}
+    own = {f"model.{name.replace('.base_layer', '')}": w for name, w in state.items() if ".lora_" not in name}
+    return own | {f"lm_head.{name}": w for name, w in model.lm_head.state_dict().items()}  # Phi's has a bias
 
 
-def merge(peft_model: "PeftModel", directory: str | Path, originals: Mapping[str, nn.Linear] | None = None) -> None:
-    """Write the adapter to `directory`/adapter, then add it to the weights and take the adapter layers out again.
+@torch.no_grad()
+def merge(
+    peft_model: PeftModel, directory: str | Path | None = None, originals: Mapping[str, nn.Linear] | None = None
+) -> None:
+    """Add the adapter to the weights and take the adapter layers out again.
 
     Args:
+        directory: the adapter is written to its subfolder `adapter` first; None writes nothing.
         originals: from `quantise`; the adapter is added to these, which were never rounded, and they go back in place.
 
     Raises:
         WeightsError: an adapter layer is left over.
     """
-    peft_model.save_pretrained(Path(directory) / "adapter")
-    take_out(peft_model, originals)
-
-
-@torch.no_grad()
-def take_out(peft_model: "PeftModel", originals: Mapping[str, nn.Linear] | None = None) -> None:
-    """As `merge`, without writing anything."""
-    lm = peft_model.base_model.model
+    if directory is not None:
+        peft_model.save_pretrained(str(Path(directory) / "adapter"))
+    lm: nn.Module = peft_model.get_base_model()
     for name, original in (originals or {}).items():
-        layer = lm.get_submodule(name)
+        layer: Any = lm.get_submodule(name)  # one of peft's layers around a linear one
         first, second = layer.lora_A["default"].weight, layer.lora_B["default"].weight
         original.to(first.device).weight += (
             layer.scaling["default"] * second.to(original.weight) @ first.to(original.weight)
         )
         _replace(lm, name, original)
     peft_model.merge_and_unload()
-    left = [name for name, _ in lm.named_parameters() if ".lora_" in name or ".base_layer" in name]
-    if left:
+    if left := [name for name, _ in lm.named_parameters() if ".lora_" in name or ".base_layer" in name]:
         raise WeightsError(f"merging left {', '.join(left[:3])} in the language model")
 
 
-def quantise(model: Any, device: torch.device) -> dict[str, nn.Linear]:
-    """Put 4-bit linear layers (NF4, doubly quantised) in place of the language model's own, for QLoRA.
-
-    Only layers named in `TARGETS`: embeddings and head keep their dtype.
-
-    Args:
-        device: where the model will train; weights become 4-bit there.
+def quantise(model: DiffCLIPLlavaForConditionalGeneration, device: torch.device) -> dict[str, nn.Linear]:
+    """Put 4-bit linear layers (NF4, doubly quantised) in place of the language model's own in `TARGETS`, for QLoRA.
 
     Returns:
         the layers that were replaced, by name, for `merge`.
@@ -124,12 +113,12 @@ def _four_bit(module: nn.Linear, device: torch.device) -> nn.Module:
     from bitsandbytes.nn import Linear4bit
 
     options = {"compute_dtype": torch.bfloat16, "quant_type": "nf4", "compress_statistics": True}
-    made = Linear4bit(module.in_features, module.out_features, bias=module.bias is not None, **options)
-    made.load_state_dict(module.state_dict())
-    made.requires_grad_(False)
-    made.to(device)
-    made(torch.zeros(1, module.in_features, dtype=torch.bfloat16, device=device))  # fails here, not hours later
-    return made
+    layer = Linear4bit(module.in_features, module.out_features, bias=module.bias is not None, **options)
+    layer.load_state_dict(module.state_dict())
+    layer.requires_grad_(False)
+    layer.to(device)
+    layer(torch.zeros(1, module.in_features, dtype=torch.bfloat16, device=device))  # fails here, not hours later
+    return layer
 
 
 def _replace(root: nn.Module, name: str, module: nn.Module) -> None:

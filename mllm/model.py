@@ -1,407 +1,300 @@
-"""The multimodal model: vision tower, one linear layer, language model, on transformers' own LLaVA classes.
+"""The multimodal model as one object: the network, its processor and, in their settings, the conversation template.
 
-Assembling and loading are strict: keys are checked, and fingerprints prove that every part holds the weights
-it was given. In training, logits are computed for supervised positions only.
+All that asks a model goes through it, so that prompts, placeholders and images are made in one way only.
 """
 
-import hashlib
 import json
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from threading import Event, Thread
+from typing import Any, NamedTuple
 
 import torch
-from huggingface_hub.dataclasses import strict
-from torch import nn
+from PIL.Image import Image
 from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoProcessor,
-    Cache,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaModel,
+    BatchFeature,
     LlavaProcessor,
-    PreTrainedConfig,
-    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TextIteratorStreamer,
 )
-from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.models.llava.modeling_llava import (
-    LlavaCausalLMOutputWithPast,
-    LlavaModelOutputWithPast,
-    LlavaMultiModalProjector,
-    LlavaPreTrainedModel,
-)
-from transformers.utils import can_return_tuple
+from transformers.utils import logging
 
 import diffclip.hf  # noqa: F401 - registers the DiffCLIP vision tower for AutoModel
 import mllm.open_clip_tower  # noqa: F401 - registers open_clip's
+from diffclip.base.devices import pick_device
+from diffclip.base.errors import InputError
 from diffclip.base.files import read_json, write_json
-from diffclip.errors import InputError
-from diffclip.fingerprint import fingerprint
-from mllm.conversation import IGNORE, NoSupervisionError
+from diffclip.base.fingerprint import json_digest
+from mllm import conversation
+from mllm.conversation import IMAGE, Conversation, check_image_count, control_tokens, question_turn, render
+from mllm.llava import DiffCLIPLlavaForConditionalGeneration
+from mllm.processing import bounded, check_tokens, never_cut
+from mllm.weights import fingerprints, load_strictly, verify
 
-PARTS = ("vision_tower", "projector", "language_model")
 FINGERPRINTS = "fingerprints.json"  # beside the weights, written last
-# settings that change what the same weights compute
-TRAINED_WITH = (
-    "vision_feature_layer",
-    "vision_feature_select_strategy",
-    "conversation_template",
-    "projector",
-    "own_logits",
+TRAINED_WITH = (  # settings that change what the same weights compute
+    *("vision_feature_layer", "vision_feature_select_strategy", "conversation_template", "projector", "own_logits"),
 )
-# settings that say only where a model comes from
-ORIGIN = ("_name_or_path", "transformers_version", "architectures", "dtype")
-# stands where LLaVA's projector names its activation: transformers' own classes, which would put a random projector in
-# the place of the linear one and only warn, raise a KeyError that says this
-NOT_PLAIN_LLAVA = (
-    "a single linear layer, which transformers' own Llava classes do not have: `import diffclip`, then load this model "
-    "with AutoModelForImageTextToText"
-)
+SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p")  # options without a meaning in greedy decoding
+ORIGIN = ("_name_or_path", "transformers_version", "architectures", "dtype")  # say only where a model comes from
 
 
-class WeightsError(RuntimeError):
-    """A part does not hold the weights it should."""
+class VisionLanguageModel(NamedTuple):
+    """A multimodal model that can be asked about images; unpacks into `model, processor`.
 
-
-@strict
-class DiffCLIPLlavaConfig(LlavaConfig):
-    """LLaVA's configuration, and what the conversations look like that the model was trained on."""
-
-    model_type = "diffclip_llava"
-
-    projector: Literal["linear", "mlp"] = "linear"
-    conversation_template: str = "vicuna"
-    own_logits: bool = True  # the fingerprints of earlier versions, which left out how logits are scaled, lack it
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        super().__post_init__(**kwargs)
-        if self.projector == "linear":
-            self.projector_hidden_act = NOT_PLAIN_LLAVA
-
-
-class DiffCLIPLlavaModel(LlavaModel):
-    """`LlavaModel` whose projector is a single linear layer (or LLaVA-1.5's two, with `projector="mlp"`)."""
-
-    config: DiffCLIPLlavaConfig
-
-    def __init__(self, config: DiffCLIPLlavaConfig) -> None:
-        LlavaPreTrainedModel.__init__(self, config)  # LlavaModel's would build its own projector
-        self.vision_tower = AutoModel.from_config(config.vision_config)
-        if config.projector == "linear":
-            self.multi_modal_projector = nn.Linear(config.vision_config.hidden_size, config.text_config.hidden_size)
-        else:
-            self.multi_modal_projector = LlavaMultiModalProjector(config)
-        self.language_model = AutoModel.from_config(config.text_config)
-        self.post_init()
-
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        pixel_values: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        **kwargs: Any,
-    ) -> LlavaModelOutputWithPast:
-        """As transformers', except that a training step on text alone encodes a black picture, and adds nothing of it.
-
-        All ranks then run all parts in one order: DDP waits for every gradient, ZeRO-3 gathers weights part by part.
-        """
-        if self.training and pixel_values is None and inputs_embeds is None:
-            size = self.config.vision_config.image_size
-            height, width = size if isinstance(size, (list, tuple)) else (size, size)
-            inputs_embeds = self.get_input_embeddings()(input_ids)
-            black = torch.zeros(1, 3, height, width, device=inputs_embeds.device, dtype=inputs_embeds.dtype)
-            features = torch.cat(self.get_image_features(black, return_dict=True).pooler_output)
-            input_ids, inputs_embeds = None, inputs_embeds + 0.0 * features.sum()
-        return super().forward(input_ids, pixel_values, inputs_embeds=inputs_embeds, **kwargs)
-
-
-@dataclass
-class _Hidden(BaseModelOutputWithPast):
-    """Hidden states as the layers of any language model return them, with nothing else that its head may ask for."""
-
-    router_logits = cross_attentions = None
-
-
-def _through(*args: Any, inputs_embeds: torch.Tensor, **kwargs: Any) -> _Hidden:
-    return _Hidden(last_hidden_state=inputs_embeds)
-
-
-def own_head(config: PreTrainedConfig) -> tuple[PreTrainedModel, str, str]:
-    """A language model without weights that does to hidden states what its class does behind its layers.
-
-    Called with inputs_embeds it takes them for what the layers gave, so that nothing of it is written here again.
-
-    Returns:
-        the model, the name of its output layer, the name of the input embeddings in its layers.
-
-    Raises:
-        InputError: the class is not made of embeddings, layers and one linear layer behind them.
+    `load` and `mllm.assemble.assemble` make one. Wherever images are asked for, they are any PIL images, a sequence for
+    each conversation, in the order in which it shows them.
     """
-    with torch.device("meta"):
-        lm = AutoModelForCausalLM.from_config(config)
-    layers, head = lm.base_model, lm.get_output_embeddings()
-    heads = [name for name, module in lm.named_children() if module is head]
-    others = [module for module in lm.children() if module is not layers and module is not head]
-    try:
-        words = layers.get_input_embeddings()
-    except NotImplementedError:
-        words = None
-    embeddings = [name for name, module in layers.named_modules() if module is words]
-    if (
-        layers is lm
-        or not (heads and embeddings and isinstance(head, nn.Linear))
-        or any(list(module.parameters()) for module in others)
-    ):
-        raise InputError(
-            f"language models of class {type(lm).__name__} cannot be used, which are not made of embeddings, layers "
-            "and one linear layer behind them; use another, e.g. of Qwen2, Llama or Gemma"
-        )
-    owner = layers.get_submodule(embeddings[0].rpartition(".")[0])  # OPT calls this part of its layers
-    layers.forward = owner.forward = _through
-    return lm, heads[0], embeddings[0]
 
+    model: DiffCLIPLlavaForConditionalGeneration
+    processor: LlavaProcessor
 
-class DiffCLIPLlavaForConditionalGeneration(LlavaForConditionalGeneration):
-    """LLaVA for training and generation; see `forward` for how it differs from transformers' class."""
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return self.processor.tokenizer
 
-    config: DiffCLIPLlavaConfig
-    accepts_loss_kwargs = True  # Trainer passes num_items_in_batch: the loss is a mean over tokens, not batches
+    @property
+    def template(self) -> str:
+        """The conversation format that the model was trained with, see `mllm.conversation`."""
+        return self.model.config.conversation_template
 
-    def __init__(self, config: DiffCLIPLlavaConfig) -> None:
-        head, name, embeddings = own_head(config.text_config)
-        # transformers' LLaVA knows only the name that Llama gives to its embeddings
-        self._tied_weights_keys = {"lm_head.weight": f"model.language_model.{embeddings}.weight"}
-        LlavaPreTrainedModel.__init__(self, config)
-        self.model = DiffCLIPLlavaModel(config)
-        biased = getattr(head, name).bias is not None
-        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=biased)
-        self._own_head = (head, name)  # in a tuple, so as not to be a part: its only weights are those of `lm_head`
-        self.post_init()
+    @property
+    def end_token(self) -> str:
+        """What ends an answer."""
+        return str(self.tokenizer.eos_token)
 
-    def initialize_weights(self) -> None:
-        """As transformers', except that the language model starts as a class of theirs, not as a part of ours.
+    def use_template(self, template: str) -> None:
+        """Ask questions in another template from now on ("plain" has none); InputError if it lacks tokens for it."""
+        if template != "plain":
+            check_tokens(self.tokenizer, template, self.tokenizer.name_or_path)
+            self.model.config.conversation_template = template
+            self.processor.chat_template = conversation.chat_template(template, self.end_token)
 
-        Of foreign classes modules without weights are passed over, in which Falcon-H1 computes what it does not save.
-        """
-        self.model.language_model.initialize_weights()
-        super().initialize_weights()
-
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(..., vocabulary) logits of hidden states (..., width), as the language model's own forward computes them.
-
-        Some scale or cap what `lm_head` gives (Granite, Cohere, Gemma-2), or scale what it takes (MiniCPM-3).
-        """
-        head, name = self._own_head
-        if getattr(head, name) is not self.lm_head:
-            setattr(head, name, self.lm_head)
-        logits = head(inputs_embeds=hidden.reshape(1, -1, hidden.shape[-1]), use_cache=False).logits
-        return logits.reshape(*hidden.shape[:-1], -1)
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        pixel_values: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        labels: torch.LongTensor | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
-        num_items_in_batch: torch.Tensor | int | None = None,
-        **kwargs: Any,
-    ) -> LlavaCausalLMOutputWithPast:
-        """As transformers' LLaVA, except that a training step computes no logits that carry no loss.
-
-        Args:
-            input_ids: (batch, tokens) int64, with one `<image>` placeholder per image feature.
-            pixel_values: (pictures, 3, height, width), or None for text alone.
-            attention_mask: (batch, tokens), 1 where there is a token.
-            position_ids, past_key_values, inputs_embeds, logits_to_keep: as in transformers, for generation.
-            labels: (batch, tokens) int64, -100 where nothing is learnt.
-            num_items_in_batch: supervised tokens of the whole optimiser step; the loss is the sum of the
-                cross-entropies over it, or their mean where it is None.
-
-        Returns:
-            `loss` and, outside training or without labels, `logits` (batch, tokens, vocabulary).
-
-        Raises:
-            NoSupervisionError: an example has no supervised token.
-            ValueError: placeholders and image features differ in number.
-        """
-        inputs = {
-            "input_ids": input_ids,
-            "pixel_values": pixel_values,
-            "attention_mask": attention_mask,
-            "position_ids": position_ids,
-            "past_key_values": past_key_values,
-            "inputs_embeds": inputs_embeds,
-            **kwargs,
-        }
-        if labels is not None:
-            targets = labels[:, 1:]
-            supervised = targets != IGNORE  # (batch, tokens - 1): position t predicts token t + 1
-            empty = (~supervised.any(1)).nonzero().flatten().tolist()
-            if empty:
-                raise NoSupervisionError(
-                    f"examples {empty} of this batch of {len(labels)} have no supervised token: "
-                    "wrong template for this tokenizer, or answers cut off"
-                )
-        vocabulary = self.config.text_config.vocab_size
-        if labels is not None and self.training:
-            # no cache: it would cost memory, and transformers takes packed examples for one text when there is one
-            outputs = self.model(**{**inputs, "use_cache": False})
-            loss = self.loss_function(
-                logits=self.logits(outputs.last_hidden_state[:, :-1][supervised]),  # (supervised tokens, vocabulary)
-                labels=None,
-                shift_labels=targets[supervised],
-                vocab_size=vocabulary,
-                num_items_in_batch=num_items_in_batch,
-            )
-            return LlavaCausalLMOutputWithPast(loss=loss)
-        outputs = self.model(**inputs)
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits, loss = self.logits(outputs.last_hidden_state[:, keep]), None
-        if labels is not None:
-            loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=vocabulary, num_items_in_batch=num_items_in_batch
-            )
-        return LlavaCausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            image_hidden_states=outputs.image_hidden_states,
-        )
-
-    def train(self, mode: bool = True) -> "DiffCLIPLlavaForConditionalGeneration":
-        """Set training mode, except that a frozen vision tower stays in evaluation mode."""
-        super().train(mode)
-        tower = self.model.vision_tower
-        if not any(p.requires_grad for p in tower.parameters()):
-            tower.eval()
+    def to(self, device: torch.device | str) -> "VisionLanguageModel":
+        """Move the weights to a device, in place."""
+        self.model.to(device)
         return self
 
+    def prompts(self, conversations: Sequence[Conversation]) -> list[str]:
+        """Conversations that end with a question, as text up to the answer; see `mllm.conversation.prompt`."""
+        control = control_tokens(self.tokenizer)
+        return [conversation.prompt(turns, self.template, self.end_token, control) for turns in conversations]
 
-AutoConfig.register(DiffCLIPLlavaConfig.model_type, DiffCLIPLlavaConfig, exist_ok=True)
-AutoModel.register(DiffCLIPLlavaConfig, DiffCLIPLlavaModel, exist_ok=True)
-AutoModelForImageTextToText.register(DiffCLIPLlavaConfig, DiffCLIPLlavaForConditionalGeneration, exist_ok=True)
-AutoProcessor.register(DiffCLIPLlavaConfig, LlavaProcessor, exist_ok=True)
+    def inputs(self, prompts: Sequence[str], images: Sequence[Sequence[Image]]) -> BatchFeature:
+        """The network's inputs for a batch of prompts, on its device.
+
+        Returns:
+            input_ids, attention_mask (prompts, tokens) int64, padded on the left; with images, pixel_values (images, 3,
+            height, width) in the network's dtype.
+
+        Raises:
+            InputError: a prompt shows more or fewer images than it is given.
+        """
+        for number, (prompt, given) in enumerate(zip(prompts, images, strict=True), 1):
+            name = f"conversation {number}: " if len(prompts) > 1 else ""
+            check_image_count(prompt.count(IMAGE), len(given), self.template, name)
+        flat = bounded((image for given in images for image in given), self.processor.image_processor)
+        options = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
+        batch = self.processor(text=list(prompts), images=flat or None, **options)
+        return batch.to(self.model.device, self.model.dtype)
+
+    def pixels(self, images: Iterable[Image]) -> torch.Tensor:
+        """(images, 3, height, width) float32 on the CPU, as the vision tower takes them; at least one image."""
+        prepared = bounded(images, self.processor.image_processor)
+        return self.processor.image_processor(prepared, return_tensors="pt")["pixel_values"]
+
+    def encode(
+        self, turns: Conversation, images: int | None = None, *, ask: bool = False, name: str = ""
+    ) -> dict[str, list[int]]:
+        """Token ids and labels of one conversation, see `mllm.conversation.encode`; a placeholder for each feature.
+
+        Args:
+            images: how many it is given; InputError, which begins with `name`, if it shows more or fewer.
+            ask: the last turn is a question; end where the answer begins.
+        """
+        segments = render(turns, self.template, ask, self.end_token)
+        if images is not None:
+            check_image_count(sum(s.text.count(IMAGE) for s in segments), images, self.template, name)
+        return conversation.encode(segments, self.tokenizer, self.model.config.image_seq_length)
+
+    def generate(self, prompts: Sequence[str], images: Sequence[Sequence[Image]], **options: Any) -> list[str]:
+        """What the model writes behind each prompt, unstripped; options as in `generation_options`."""
+        inputs = self.inputs(prompts, images)
+        tokens = self.model.generate(**inputs, **generation_options(options))
+        return self.tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+    def answer(
+        self, conversations: Sequence[Conversation], images: Sequence[Sequence[Image]], **options: Any
+    ) -> list[str]:
+        """Answers to conversations that end with a question, in one batch; options as in `generate`."""
+        return [text.strip() for text in self.generate(self.prompts(conversations), images, **options)]
+
+    def ask(self, question: str, images: Sequence[Image] = (), **options: Any) -> str:
+        """The answer to one question, see `mllm.conversation.question_turn`; options as in `generate`."""
+        return self.answer([[question_turn(question, len(images))]], [images], **options)[0]
+
+    def stream(self, turns: Conversation, images: Sequence[Image], **options: Any) -> Iterator[str]:
+        """Yield the answer to a conversation piece by piece as it is generated; closing the iterator ends it."""
+        inputs = self.inputs(self.prompts([turns]), [images])
+        yield from stream_text(self.model, self.tokenizer, inputs, generation_options(options))
+
+    def save(self, directory: str | Path) -> None:
+        """Write network, processor (padding on the left, for generation) and fingerprints; `load` reads them."""
+        directory = Path(directory)
+        self.model.save_pretrained(directory)
+        self.tokenizer.padding_side = self.tokenizer.init_kwargs["padding_side"] = "left"  # the second is written
+        self.processor.save_pretrained(directory)
+        settings = {name: getattr(self.model.config, name) for name in TRAINED_WITH}
+        transform = transform_fingerprint(self.processor)
+        write_json(directory / FINGERPRINTS, {**fingerprints(self.model), "transform": transform, "settings": settings})
+
+    def identity(self) -> str:
+        """A short hash of all that decides the answers: weights, dtype, settings, processor."""
+        tokenizer = json.loads(self.tokenizer.backend_tokenizer.to_str())
+        return json_digest(
+            {
+                "weights": list(fingerprints(self.model).values()),
+                "dtype": str(self.model.dtype),
+                "config": _without_origin(self.model.config.to_diff_dict()),
+                "generation": _without_origin(self.model.generation_config.to_diff_dict()),
+                "transform": transform_fingerprint(self.processor),
+                "tokenizer": {**tokenizer, "padding": None, "truncation": None},  # the last call's
+                "end": self.tokenizer.eos_token,
+            }
+        )
 
 
-def save(model: DiffCLIPLlavaForConditionalGeneration, processor: LlavaProcessor, directory: str | Path) -> None:
-    """Write model, processor and the fingerprints of the parts; `load` and the Auto classes read it back.
+def generation_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of transformers' `generate` that do what they say; None counts as not given.
 
-    The processor pads on the left from then on, as generation needs it; training pads by itself, see `mllm.examples`.
+    The temperature, where there is one, decides: 0 is greedy and more samples, whatever do_sample says; without one
+    do_sample does, and without both it is greedy. max_gen_toks, as some tasks of lmms-eval say, is max_new_tokens.
+
+    Raises:
+        InputError: a temperature below 0, or no new tokens.
     """
-    directory = Path(directory)
-    model.save_pretrained(directory)
-    tokenizer = processor.tokenizer
-    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"  # the second is what is written
-    processor.save_pretrained(directory)
-    prints = {name: fingerprint(module) for name, module in parts(model).items()}
-    prints["transform"] = transform_fingerprint(processor)
-    prints["settings"] = {name: getattr(model.config, name) for name in TRAINED_WITH}
-    write_json(directory / FINGERPRINTS, prints)
+    result = {name: value for name, value in options.items() if value is not None}
+    result.setdefault("max_new_tokens", result.pop("max_gen_toks", 512))
+    if result["max_new_tokens"] < 1:
+        raise InputError(f"max_new_tokens is {result['max_new_tokens']}: an answer needs 1 or more")
+    if "temperature" in result:
+        temperature = float(result["temperature"])
+        if not 0 <= temperature < math.inf:
+            raise InputError(f"temperature is {temperature}: give 0 for the likeliest words, or more to sample")
+        result |= {"temperature": temperature, "do_sample": temperature > 0}
+    result["do_sample"] = bool(result.get("do_sample"))
+    return {name: value for name, value in result.items() if result["do_sample"] or name not in SAMPLING}
+
+
+def stream_text(
+    model: DiffCLIPLlavaForConditionalGeneration,
+    tokenizer: PreTrainedTokenizerBase,
+    inputs: Mapping[str, torch.Tensor],
+    options: Mapping[str, Any],
+) -> Iterator[str]:
+    """Yield what `model.generate` writes behind the inputs for one text as it comes; closing the iterator ends it."""
+    stopped, failed = Event(), list[BaseException]()
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+
+    def stop(ids: torch.Tensor, scores: object, **rest: object) -> torch.Tensor:
+        return ids.new_full((len(ids),), stopped.is_set(), dtype=torch.bool)
+
+    def generate() -> None:
+        try:
+            model.generate(**inputs, streamer=streamer, stopping_criteria=[stop], **options)
+        except BaseException as error:  # raised again in the thread that reads
+            failed.append(error)
+            streamer.end()
+
+    thread = Thread(target=generate, daemon=True)
+    thread.start()
+    started = False
+    try:
+        for piece in streamer:
+            if piece := piece if started else piece.lstrip():
+                started = True
+                yield piece
+    finally:  # also when whoever reads the pieces stops
+        stopped.set()
+        thread.join()
+    if failed:
+        raise failed[0]
 
 
 def load(
-    directory: str | Path, dtype: torch.dtype | None = None
-) -> tuple[DiffCLIPLlavaForConditionalGeneration, LlavaProcessor]:
-    """Read what `save` wrote, in evaluation mode; weights are proven equal to those that were saved.
+    directory: str | Path,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = "cpu",
+    quiet: bool = False,
+) -> VisionLanguageModel:
+    """Read what `VisionLanguageModel.save` wrote, in evaluation mode; weights are proven equal to those saved.
 
     Args:
         directory: a run directory of align or instruct, or a Hub id.
         dtype: cast the weights to this after checking them; by default they stay as stored.
+        device: None is the GPU where there is one.
+        quiet: have transformers show no progress bars from now on.
 
     Raises:
-        InputError: not such a directory, weights missing or left over, pictures would be prepared in another way or
-            features taken from another layer than in training.
+        InputError: not such a directory, weights missing or left over, images would be prepared in another way or
+            features taken from another layer than in training; no such device.
         WeightsError: the weights differ from those that were saved.
     """
+    device = device if isinstance(device, torch.device) else pick_device(device)
+    if quiet:
+        logging.disable_progress_bar()
     model = load_strictly(AutoModelForImageTextToText, directory, dtype="auto")
     if not isinstance(model, DiffCLIPLlavaForConditionalGeneration):
         raise InputError(f"{directory}: holds a {type(model).__name__}; give a run of align or instruct")
     processor = AutoProcessor.from_pretrained(directory, trust_remote_code=False)
     processor.tokenizer.padding_side = "left"  # runs of earlier versions say right
     never_cut(processor.tokenizer)
-    file = Path(directory) / FINGERPRINTS
-    if file.is_file():
-        prints = read_json(file)
-        transform, settings = prints.pop("transform", None), prints.pop("settings", {})
-        if "own_logits" not in settings and scales_logits(model):
-            raise InputError(
-                f"{directory}: trained by an earlier version, which left out how its language model "
-                f"({model.config.text_config.model_type}) scales its logits; train it again from the alignment on"
-            )
-        for name, value in settings.items():
-            found = getattr(model.config, name)
-            if found != value:
-                raise InputError(
-                    f"{directory}: {name} is {found} in its config.json, but the model was trained with {value}; "
-                    "put the file back that the training wrote"
-                )
-        verify(model, prints)
-        if transform not in (None, transform_fingerprint(processor)):
-            raise InputError(
-                f"{directory}: its processor_config.json prepares pictures in another way than the model was trained "
-                "with; put the file back that the training wrote"
-            )
+    if (Path(directory) / FINGERPRINTS).is_file():
+        _compare_with_training(model, processor, Path(directory))
     model.eval()
-    return model if dtype is None else model.to(dtype), processor
+    if dtype is not None:
+        model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+    return VisionLanguageModel(model, processor).to(device)
 
 
-@torch.no_grad()
-def scales_logits(model: DiffCLIPLlavaForConditionalGeneration) -> bool:
-    """Whether the language model's logits are something else than what its output layer gives."""
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(4, model.lm_head.in_features, generator=generator).to(model.lm_head.weight)
-    return not torch.allclose(model.logits(hidden).float(), model.lm_head(hidden).float(), rtol=1e-3, atol=1e-3)
-
-
-def never_cut(tokenizer: Any) -> None:
-    """Have a fast tokenizer neither cut texts nor fill them up, which a tokenizer.json may ask for.
-
-    transformers hands such a length on to processors, so that questions would lose their ends without a word.
-    """
-    tokenizer.backend_tokenizer.no_truncation()
-    tokenizer.backend_tokenizer.no_padding()
-    for name in ("max_length", "stride", "truncation_strategy", "pad_to_multiple_of"):
-        tokenizer.init_kwargs.pop(name, None)
+def _compare_with_training(
+    model: DiffCLIPLlavaForConditionalGeneration, processor: LlavaProcessor, directory: Path
+) -> None:
+    """Raise InputError or WeightsError unless all is as `FINGERPRINTS` of the directory says."""
+    prints = read_json(directory / FINGERPRINTS)
+    transform, settings = prints.pop("transform", None), prints.pop("settings", {})
+    if "own_logits" not in settings and model.scales_logits():
+        raise InputError(
+            f"{directory}: trained by an earlier version, which left out how its language model "
+            f"({model.config.text_config.model_type}) scales its logits; train it again from the alignment on"
+        )
+    for name, value in settings.items():
+        if (actual := getattr(model.config, name)) != value:
+            raise InputError(
+                f"{directory}: {name} is {actual} in its config.json, but the model was trained with {value}; "
+                "put the file back that the training wrote"
+            )
+    verify(model, prints)
+    if transform not in (None, transform_fingerprint(processor)):
+        raise InputError(
+            f"{directory}: its processor_config.json prepares images in another way than the model was trained "
+            "with; put the file back that the training wrote"
+        )
 
 
 def transform_fingerprint(processor: LlavaProcessor) -> str:
-    """A short hash of all that decides which pixels and how many placeholders a picture becomes."""
+    """A short hash of all that decides which pixels and how many placeholders an image becomes."""
     images = processor.image_processor
     keys = ("size", "crop_size", "resample", "do_resize", "do_center_crop", "do_pad", "do_rescale", "rescale_factor")
     settings = {key: getattr(images, key, None) for key in (*keys, "do_normalize", "image_mean", "image_std")}
     settings |= {key: dict(settings[key] or {}) for key in ("size", "crop_size")}
     settings |= {key: list(settings[key] or []) for key in ("image_mean", "image_std")}
     settings["resample"] = int(settings["resample"] or 0)
-    settings["tokens"] = [processor.patch_size, processor.vision_feature_select_strategy]
-    settings["tokens"].append(processor.num_additional_image_tokens)
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def identity(model: DiffCLIPLlavaForConditionalGeneration, processor: LlavaProcessor) -> str:
-    """A short hash of all in a loaded model that decides its answers: weights, dtype, settings, processor."""
-    tokenizer = json.loads(processor.tokenizer.backend_tokenizer.to_str())
-    told = {
-        "weights": [fingerprint(module) for module in parts(model).values()],
-        "dtype": str(model.dtype),
-        "config": _without_origin(model.config.to_diff_dict()),
-        "generation": _without_origin(model.generation_config.to_diff_dict()),
-        "transform": transform_fingerprint(processor),
-        "tokenizer": {**tokenizer, "padding": None, "truncation": None},  # the last call's
-        "end": processor.tokenizer.eos_token,
-    }
-    return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    counts = [processor.patch_size, processor.vision_feature_select_strategy, processor.num_additional_image_tokens]
+    return json_digest({**settings, "tokens": counts})
 
 
 def _without_origin(settings: Any) -> Any:
@@ -409,60 +302,3 @@ def _without_origin(settings: Any) -> Any:
     if not isinstance(settings, dict):
         return settings
     return {name: _without_origin(value) for name, value in settings.items() if name not in ORIGIN}
-
-
-def parts(model: DiffCLIPLlavaForConditionalGeneration) -> dict[str, nn.Module]:
-    """The three parts by name; the language model includes its head."""
-    return {
-        "vision_tower": model.model.vision_tower,
-        "projector": model.model.multi_modal_projector,
-        "language_model": nn.ModuleDict({"model": model.model.language_model, "lm_head": model.lm_head}),
-    }
-
-
-def freeze(model: DiffCLIPLlavaForConditionalGeneration, train: Collection[str]) -> dict[str, int]:
-    """Let only the parts named in `train` learn; returns the number of parameters of every part.
-
-    Raises:
-        InputError: a name that is none of vision_tower, projector, language_model.
-    """
-    unknown = sorted(set(train) - set(PARTS))
-    if unknown:
-        raise InputError(f"learns: there is no part {', '.join(unknown)}; use {', '.join(PARTS)}")
-    for name, module in parts(model).items():
-        module.requires_grad_(name in train)
-    model.train(model.training)  # a frozen tower goes to evaluation mode
-    return {name: sum(p.numel() for p in module.parameters()) for name, module in parts(model).items()}
-
-
-def verify(model: DiffCLIPLlavaForConditionalGeneration, expected: Mapping[str, str]) -> None:
-    """Raise WeightsError unless the named parts have the expected fingerprints."""
-    modules = parts(model)
-    for name, wanted in expected.items():
-        found = fingerprint(modules[name])
-        if found != wanted:
-            raise WeightsError(f"{name} has fingerprint {found}, expected {wanted}: its weights were replaced")
-
-
-def from_pretrained(auto_class: type, path: str | Path, **options: Any) -> Any:
-    """`auto_class.from_pretrained` with what a user can mend said in one sentence."""
-    try:
-        return auto_class.from_pretrained(path, trust_remote_code=False, **options)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise InputError(f"{path}: no model that {auto_class.__name__} can load ({reason})") from None
-
-
-def load_strictly(auto_class: type, path: str | Path, only: str = "", **options: Any) -> PreTrainedModel:
-    """`from_pretrained` that raises InputError listing weights that are missing, misshapen or left over.
-
-    Args:
-        only: leftover weights count only if their name contains this.
-    """
-    model, info = from_pretrained(auto_class, path, output_loading_info=True, ignore_mismatched_sizes=True, **options)
-    for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
-        keys = sorted(str(k) for k in info[kind] if kind != "unexpected_keys" or only in str(k))
-        if keys:
-            shown = ", ".join(keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
-            raise InputError(f"{path}: {kind.replace('_', ' ')} in the weights: {shown}; give the matching model")
-    return model

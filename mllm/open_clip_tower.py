@@ -4,22 +4,31 @@
 file of weights; or `open_clip:hf-hub:ORG/NAME`, `open_clip:local-dir:FOLDER`, which carry their weights.
 """
 
-import diffclip.lean_timm  # noqa: F401 - before open_clip and timm
-
-# isort: split
 from typing import Any
 
 import torch
-from open_clip.model import _build_vision_tower
-from open_clip.transformer import QuickGELU, VisionTransformer
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    BaseImageProcessor,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.modeling_outputs import BaseModelOutput
 
-from diffclip.checkpoints import refuse_foreign_code
-from diffclip.errors import InputError
+from diffclip.base.backbones import (
+    OpenClipVisionTransformer,
+    QuickGELU,
+    build_vision_tower,
+    get_model_config,
+    open_clip,
+)
+from diffclip.base.errors import InputError
 from diffclip.hf import DiffCLIPImageProcessor, image_processor
-from mllm.image_modes import with_mode
+from diffclip.weights import refuse_foreign_code
+from mllm.processing import with_mode
 
 PREFIX = "open_clip:"
 
@@ -36,7 +45,7 @@ class OpenClipVisionConfig(PreTrainedConfig):
     base_config_key = "vision_config"
 
     embed_dim: int = 512
-    vision_cfg: dict[str, Any] | None = None
+    vision_cfg: dict[str, Any] | None = None  # never None in a tower
     quick_gelu: bool = False
     hidden_size: int = 768
     image_size: int = 224
@@ -50,17 +59,16 @@ class OpenClipVisionModel(PreTrainedModel):
 
     config_class = OpenClipVisionConfig
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = ("image",)  # type: ignore[assignment] # as transformers' own models say it
     supports_gradient_checkpointing = True
 
     def __init__(self, config: OpenClipVisionConfig, visual: nn.Module | None = None) -> None:
-        """
-        Args:
-            config: see `OpenClipVisionConfig`.
-            visual: the tower itself, where it is already there.
-        """
+        """`visual` is the tower itself, where it is already there."""
         super().__init__(config)
-        self.visual = visual or _build_vision_tower(config.embed_dim, dict(config.vision_cfg), config.quick_gelu)
+        # Any: the towers of open_clip and timm share methods, but no class that declares them
+        self.visual: Any = visual or build_vision_tower(
+            config.embed_dim, dict(config.vision_cfg or {}), config.quick_gelu
+        )
         for module in self.visual.modules():  # transformers builds on the meta device, where what EVA's towers compute
             module._non_persistent_buffers_set.clear()  # of their own would be lost: it is saved with the weights
         self.gradient_checkpointing = False
@@ -102,34 +110,28 @@ class OpenClipVisionModel(PreTrainedModel):
         if hasattr(self.visual, "set_grad_checkpointing"):
             self.visual.set_grad_checkpointing(self.gradient_checkpointing and self.training)
         last = max(wanted) if self.config.stop_early else count
-        found = self._states(pixel_values.to(next(self.visual.parameters()).dtype), last)
-        states = [found.get(i) if i in wanted else None for i in range(count + 1)]
-        output = BaseModelOutput(last_hidden_state=found.get(count), hidden_states=tuple(states))
+        outputs = self._states(pixel_values.to(next(self.visual.parameters()).dtype), last)
+        states: list[Any] = [outputs.get(i) if i in wanted else None for i in range(count + 1)]
+        output = BaseModelOutput(last_hidden_state=outputs.get(count), hidden_states=tuple(states))
         return output.to_tuple() if return_dict is False else output
 
     def _states(self, pixels: Tensor, last: int) -> dict[int, Tensor]:
         """Outputs of blocks or stages 1 to `last`, each (batch, tokens, width)."""
         count = self.config.num_hidden_layers
         if _has_tokens(self.visual):
-            made = self.visual.forward_intermediates(
-                pixels,
-                indices=list(range(last)),
-                stop_early=True,
-                intermediates_only=True,
-                output_fmt="NLC",
-                output_extra_tokens=True,
-            )
-            states = made["image_intermediates"]
-            if "image_intermediates_prefix" in made:
-                states = [torch.cat(both, dim=1) for both in zip(made["image_intermediates_prefix"], states)]
+            options = {"stop_early": True, "intermediates_only": True, "output_fmt": "NLC", "output_extra_tokens": True}
+            results = self.visual.forward_intermediates(pixels, indices=list(range(last)), **options)
+            states = results["image_intermediates"]
+            if "image_intermediates_prefix" in results:
+                states = [torch.cat(both, dim=1) for both in zip(results["image_intermediates_prefix"], states)]
         else:
-            maps = _stages(self.visual, pixels, range(min(last, count - 1)), final=last == count)
-            states = [one.flatten(2).transpose(1, 2) for one in maps]
+            maps = _stages(self.visual, pixels, min(last, count - 1), final=last == count)
+            states = [stage.flatten(2).transpose(1, 2) for stage in maps]
         return dict(enumerate(states, 1))
 
 
 @torch.no_grad()
-def from_open_clip(name: str) -> tuple[OpenClipVisionModel, Any]:
+def from_open_clip(name: str) -> tuple[OpenClipVisionModel, BaseImageProcessor]:
     """Load the vision half of an open_clip model and its image processor.
 
     Args:
@@ -139,9 +141,6 @@ def from_open_clip(name: str) -> tuple[OpenClipVisionModel, Any]:
     Raises:
         InputError: open_clip cannot load it, or it is a tower that a saved directory could not give back.
     """
-    import open_clip
-    from open_clip.factory import get_model_config
-
     architecture, _, pretrained = name.removeprefix(PREFIX).partition("@")
     if not pretrained and not architecture.startswith(("hf-hub:", "local-dir:")):
         raise InputError(f"{name}: names no weights; write {PREFIX}{architecture}@TAG or @FILE")
@@ -157,7 +156,7 @@ def from_open_clip(name: str) -> tuple[OpenClipVisionModel, Any]:
     cfg = open_clip.get_model_preprocess_cfg(model)
     mode = {"shortest": "crop", "squash": "squash"}.get(cfg["resize_mode"])
     if mode is None:
-        raise InputError(f"{name}: prepares pictures by resize_mode {cfg['resize_mode']}, which is not supported")
+        raise InputError(f"{name}: prepares images by resize_mode {cfg['resize_mode']}, which is not supported")
     side = cfg["size"] if isinstance(cfg["size"], int) else cfg["size"][0]
     visual = model.visual.float().eval()
     quick_gelu = any(isinstance(module, QuickGELU) for module in visual.modules())  # a tag may have decided it
@@ -167,7 +166,7 @@ def from_open_clip(name: str) -> tuple[OpenClipVisionModel, Any]:
 
 
 @torch.no_grad()
-def wrap(visual: nn.Module, embed_dim: int, vision_cfg: dict[str, Any], quick_gelu: bool = False) -> Any:
+def wrap(visual: Any, embed_dim: int, vision_cfg: dict[str, Any], quick_gelu: bool = False) -> OpenClipVisionModel:
     """Make a transformers model of an open_clip tower, having proved that its configuration gives the same tower back.
 
     Raises:
@@ -177,22 +176,14 @@ def wrap(visual: nn.Module, embed_dim: int, vision_cfg: dict[str, Any], quick_ge
     pixels = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0))
     if _has_tokens(visual):
         trunk = getattr(visual, "trunk", visual)
-        blocks = trunk.blocks if hasattr(trunk, "blocks") else trunk.transformer.resblocks
         states = visual.forward_intermediates(pixels, indices=1, intermediates_only=True)["image_intermediates"]
-        count = len(blocks)
+        count = len(trunk.blocks if hasattr(trunk, "blocks") else trunk.transformer.resblocks)
     else:
         states = _stages(visual, pixels, None, final=True)
         count = len(states)
     _, width, rows, _ = states[-1].shape
-    config = OpenClipVisionConfig(
-        embed_dim=embed_dim,
-        vision_cfg=vision_cfg,
-        quick_gelu=quick_gelu,
-        hidden_size=width,
-        image_size=side,
-        patch_size=side // rows,
-        num_hidden_layers=count,
-    )
+    shape = {"hidden_size": width, "image_size": side, "patch_size": side // rows, "num_hidden_layers": count}
+    config = OpenClipVisionConfig(embed_dim=embed_dim, vision_cfg=vision_cfg, quick_gelu=quick_gelu, **shape)
     tower, again = OpenClipVisionModel(config, visual).eval(), OpenClipVisionModel(config).eval()
     again.load_state_dict(tower.state_dict())
     if not torch.equal(tower(pixels).last_hidden_state, again(pixels).last_hidden_state):
@@ -200,26 +191,25 @@ def wrap(visual: nn.Module, embed_dim: int, vision_cfg: dict[str, Any], quick_ge
     return tower
 
 
-def _has_tokens(visual: nn.Module) -> bool:
+def _has_tokens(visual: Any) -> bool:
     """Whether it is a transformer; otherwise its features are maps of stages."""
-    return isinstance(visual, VisionTransformer) or hasattr(getattr(visual, "trunk", None), "num_prefix_tokens")
+    return isinstance(visual, OpenClipVisionTransformer) or hasattr(getattr(visual, "trunk", None), "num_prefix_tokens")
 
 
-def _stages(visual: nn.Module, pixels: Tensor, indices: range | None, final: bool) -> list[Tensor]:
-    """Feature maps (batch, width, rows, columns) of a convolutional tower's stages, and of what its head pools."""
-    indices = None if indices is None else list(indices)
+def _stages(visual: Any, pixels: Tensor, first: int | None, final: bool) -> list[Tensor]:
+    """(batch, width, rows, columns) maps of a convolutional tower's first or all stages, and of what its head pools."""
+    indices = None if first is None else list(range(first))
     if hasattr(visual, "trunk"):
         if not final:
             return visual.trunk.forward_intermediates(pixels, indices=indices, stop_early=True, intermediates_only=True)
         last, maps = visual.trunk.forward_intermediates(pixels, indices=indices)
         return [*maps, last]
     maps = visual.forward_intermediates(pixels, intermediates_only=True)["image_intermediates"]
-    return [*maps, maps[-1]] if final else maps[: len(indices)]
+    return [*maps, maps[-1]] if final else maps[:first]
 
 
 AutoConfig.register(OpenClipVisionConfig.model_type, OpenClipVisionConfig)
 AutoModel.register(OpenClipVisionConfig, OpenClipVisionModel)
 AutoImageProcessor.register(
-    OpenClipVisionConfig,
-    image_processor_classes={"pil": DiffCLIPImageProcessor, "torchvision": DiffCLIPImageProcessor},
+    OpenClipVisionConfig, image_processor_classes={"pil": DiffCLIPImageProcessor, "torchvision": DiffCLIPImageProcessor}
 )

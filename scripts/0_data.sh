@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Stage 0: fetch data. All arguments go to stages.fetch.
-#   ./scripts/0_data.sh cc3m pope --out data [--dry-run]
-#   ./scripts/0_data.sh pairs URLS.tsv --out data/mine     # img2dataset, in an environment of its own
+# Stage 0: fetch data. All arguments go to `diffclip data`.
+#   ./scripts/0_data.sh cc3m pope --output_dir data [--dry_run]
+#   ./scripts/0_data.sh pairs URLS.tsv --output_dir data/mine     # img2dataset, in an environment of its own
 set -euo pipefail
 source "$(dirname "$(readlink -f "$0")")/setup_env.sh"
 for argument in "$@"; do
     case $argument in
         --dry-run | --dry_run | -h | --help) # only says what would come: any Python will do, nothing is installed
             python=$(find_python)
-            exec "$python" -m stages.fetch "$@"
+            exec "$python" -m diffclip data "$@"
             ;;
     esac
 done
@@ -22,4 +22,4 @@ if [ "${1:-}" = pairs ] && ! command -v img2dataset >/dev/null; then
     fi
     export PATH="$PATH:$tool/bin"
 fi
-exec python -m stages.fetch "$@"
+exec python -m diffclip data "$@"

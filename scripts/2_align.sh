@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Stage 2 under the deepspeed launcher: all arguments go to stages.align.
-#   ./scripts/2_align.sh --config stages/configs/paper/align.yaml --vision_tower runs/diffclip/pretrain --image_root data/llava-pretrain \
+# Stage 2 under the deepspeed launcher: all arguments go to `diffclip align`.
+#   ./scripts/2_align.sh --config paper/align --vision_tower runs/diffclip/pretrain --image_root data/llava-pretrain \
 #       --data data/llava-pretrain/blip_laion_cc_sbu_558k.json --output_dir runs/diffclip/align
 # DEVICES sets the number of processes (default: every visible GPU, or 1 without one).
 set -euo pipefail
 source "$(dirname "$(readlink -f "$0")")/setup_env.sh"
 use_environment
 devices=${DEVICES:-$(python -c 'import torch; print(max(1, torch.cuda.device_count()))')}
-exec deepspeed --num_gpus "$devices" --module stages.align "$@"
+exec deepspeed --num_gpus "$devices" --module diffclip align "$@"

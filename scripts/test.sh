@@ -8,5 +8,6 @@ cd "$root"
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
 ruff check .
 ruff format --check .
+mypy
 # Two processes with a file of tests each: most of the time goes into starting commands, which keeps one core busy.
 exec python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

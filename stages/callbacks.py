@@ -1,11 +1,10 @@
-"""What every training stage shows and keeps while it runs: a bar with rate and ETA, log lines, metrics.jsonl,
+"""What every training stage shows and writes while it runs: a bar with rate and ETA, log lines, metrics.jsonl,
 and the marker that a checkpoint is whole.
 """
 
 import math
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,8 +13,9 @@ from torch import nn
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from diffclip.errors import InputError
-from stages.run import COMPLETE, Run
+from diffclip.base.errors import InputError
+from diffclip.base.schema import COMPLETE
+from stages.run import Run
 
 
 class Watch(TrainerCallback):
@@ -33,7 +33,7 @@ class Watch(TrainerCallback):
         self.first_step, self.started = state.global_step, time.time()
         state.compute_steps(args, state.max_steps)  # a checkpoint brings the logging_steps and save_steps of its time
         if state.global_step:
-            self.run.say(f"{self.run.stage}: resumes at step {state.global_step} of {state.max_steps}")
+            self.run.log(f"{self.run.stage}: resumes at step {state.global_step} of {state.max_steps}")
         self.bar = tqdm(
             total=state.max_steps,
             initial=state.global_step,
@@ -73,7 +73,7 @@ class Watch(TrainerCallback):
         left = (state.max_steps - state.global_step) * self.samples_per_step / max(rate, 1e-9)
         line = " ".join(f"{k} {v:.4g}" for k, v in logs.items() if isinstance(v, float) and "/" not in k)
         self.bar.clear()
-        self.run.say(
+        self.run.log(
             f"{self.run.stage} step {state.global_step}/{state.max_steps} {line} "
             f"| {rate:g} samples/s, {left:.0f} s left"
         )
@@ -89,11 +89,9 @@ class Watch(TrainerCallback):
         if dist.is_available() and dist.is_initialized():
             dist.barrier()  # other ranks write their part of it too
         if self.run.is_main:
-            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
+            (self.run.path / f"checkpoint-{state.global_step}" / COMPLETE).touch()
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
+    def on_train_end(self, *args: object, **kwargs: object) -> None:
         self.bar.close()
 
 

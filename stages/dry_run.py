@@ -1,278 +1,111 @@
-"""What a training run would take, without training: sizes, memory per device, steps, hours, cost.
-
-Arithmetic and activations are counted as the real model walks through a step of one and of two samples, in the run's
-precision; the rest is multiplication. What is assumed, not counted, is printed with the result.
+"""A dry run prints what a training would take, without training: sizes, memory per device, steps, hours and cost, and
+what of it is assumed, not counted.
 """
 
-import re
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
-
-from diffclip.errors import InputError
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
-
-    from mllm.model import DiffCLIPLlavaConfig
-
-# Share of the peak that a run reaches, loading and communication included. The paper's 10 A100-days for 40 epochs of
-# CC12M imply 0.2 for a B/16 step as counted here; nothing else is known about their runs.
-UTILISATION = 0.2
-BUCKET = 500_000_000  # numbers in DeepSpeed's reduce_bucket_size, unless its configuration sets another
-FREE_SHARE = 0.9  # of a device's memory; the rest goes to the CUDA context, fragmentation and buffers
+from diffclip.base.console import print_table
+from diffclip.base.errors import InputError
+from diffclip.data.pairs import PairTable
+from mllm.assemble import assembled_config, run_config
+from mllm.llava import DiffCLIPLlavaConfig
+from stages import costs
+from stages.config import zero_stage
+from stages.settings import AlignConfig, ConversationConfig, InstructConfig, PretrainConfig
 
 
-class Hardware(NamedTuple):
-    """One device: FLOP/s without sparsity by precision, bytes, and what renting it for an hour may cost."""
-
-    bf16: float
-    fp32: float
-    memory: float
-    dollars: float  # assumed
-
-
-HARDWARE = {
-    "a100-40gb": Hardware(312e12, 19.5e12, 40e9, 1.5),
-    "a100-80gb": Hardware(312e12, 19.5e12, 80e9, 2.0),
-    "h100-80gb": Hardware(989e12, 67e12, 80e9, 3.0),
-    "h200-141gb": Hardware(989e12, 67e12, 141e9, 4.0),
-    "l40s-48gb": Hardware(362e12, 91.6e12, 48e9, 1.0),
-    "rtx4090-24gb": Hardware(165e12, 82.6e12, 24e9, 0.5),
-}
+def estimate_pretraining(config: PretrainConfig) -> None:
+    """Print what the run would take on `config.hardware`."""
+    hardware = costs.parse_hardware(config.hardware)
+    if not (config.samples or config.train_data):
+        raise InputError("a dry run needs --train_data, or the number of pairs as --samples (CC3M 2900000)")
+    pairs = config.samples or len(PairTable(config.train_data, config.caption_member))
+    steps = pairs // config.global_batch_size * config.epochs
+    parts, counted = costs.count_pair(config.model, config.precision == "bf16")
+    title = f"{config.model}: {pairs:,} pairs x {config.epochs} epochs in batches of {config.global_batch_size}"
+    print_estimate(config, hardware, title, steps, parts, sum(parts.values()), counted)
 
 
-class Counted(NamedTuple):
-    """What one sample costs in one training step."""
-
-    flops: float  # forward, backward and what is recomputed for it
-    forward_flops: float
-    activation_bytes: float  # kept for the backward pass
+def estimate_alignment(config: AlignConfig) -> None:
+    """Print what the run would take on `config.hardware`; of the models only the configurations are read."""
+    llava = assembled_config(config.vision_tower, config.language_model, config.projector, config.class_token)
+    estimate_conversations(config, llava)
 
 
-class Estimate(NamedTuple):
-    """A run on `devices` devices; bytes are per device, hours are wall-clock."""
-
-    flops: float  # of the whole run
-    hours: float
-    device_days: float
-    dollars: float
-    weights: float
-    gradients: float
-    optimizer: float
-    buckets: float  # that DeepSpeed gathers gradients in; on a CPU what is never written takes no memory
-    activations: float
-
-    @property
-    def memory(self) -> float:
-        """Bytes per device, all together."""
-        return self.weights + self.gradients + self.optimizer + self.buckets + self.activations
+def estimate_instruction(config: InstructConfig) -> None:
+    """Print what the run would take on `config.hardware`; of the model only the configuration is read."""
+    estimate_conversations(config, run_config(config.model))
 
 
-def parse_hardware(text: str) -> tuple[str, Hardware, int]:
-    """("a100-80gb", its numbers, 4) of "a100-80gb:4"; one device without a number."""
-    name, _, count = text.partition(":")
-    if name not in HARDWARE or not re.fullmatch(r"[1-9]\d*|", count):
-        raise InputError(f"hardware {text!r} is unknown: use NAME or NAME:DEVICES with one of {', '.join(HARDWARE)}")
-    return name, HARDWARE[name], int(count or 1)
+def estimate_conversations(config: ConversationConfig, llava_config: DiffCLIPLlavaConfig) -> None:
+    """As the two above, for a model of the given configuration."""
+    hardware = costs.parse_hardware(config.hardware)
+    samples, tokens, devices = config.samples, config.tokens, hardware[2]
+    if not (samples and tokens):
+        raise InputError(
+            "a dry run needs --samples and --tokens, the number of conversations and their mean length in text tokens: "
+            "558128 and 25 for LLaVA-Pretrain; diffclip stats counts your own"
+        )
+    if config.global_batch_size % devices:
+        raise InputError(f"global_batch_size {config.global_batch_size} is not a multiple of the {devices} devices")
+    learns, bf16 = set(config.learns), config.precision == "bf16"
+    parts, learning, counted = costs.count_conversation(llava_config, learns, tokens, config.lora_rank, bf16)
+    steps = max(1, int(samples * config.epochs) // config.global_batch_size)
+    image_tokens = llava_config.image_seq_length
+    title = f"{samples:,} conversations of {image_tokens} + {tokens} tokens, {learning:,} parameters learn"
+    print_estimate(config, hardware, title, steps, parts, learning, counted)
 
 
-def count(loss_of: Callable[[int], "Tensor"], model: "nn.Module", bf16: bool) -> Counted:
-    """Run `loss_of(n)`, the loss of n samples, forward and backward for n = 1 and 2, and take the difference.
-
-    The difference leaves out what does not grow with the batch, e.g. the bf16 copies of the weights. The operations
-    whose arithmetic is counted are not carried out: their results get the right shape, and no number in it is used. In
-    bf16 they would take many minutes on a processor that has no instructions for it.
-    """
-    import torch
-    from torch.utils import flop_counter
-    from torch.utils._python_dispatch import TorchDispatchMode
-    from torch.utils._pytree import tree_map_only
-
-    cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # torch counts its GPU brothers only
-    formulas = {
-        cpu: lambda q, k, v, *rest, **named: flop_counter.sdpa_flop_count(q, k, v),
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
-            lambda grad, q, k, v, *rest, **named: flop_counter.sdpa_backward_flop_count(grad, q, k, v)
-        ),
-    }
-
-    class ShapesOnly(TorchDispatchMode):
-        def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), named: dict | None = None) -> Any:
-            if function.overloadpacket not in counted:
-                return function(*args, **named or {})
-            args, named = tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), (args, named or {}))
-            made = function(*args, **named)
-            return tree_map_only(
-                torch.Tensor, lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cpu"), made
-            )
-
-    counted = {*flop_counter.flop_registry, *formulas}
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    found = []
-    for samples in (1, 2):
-        kept: dict[int, Tensor] = {}  # holds the tensors, so that no address is used twice
-
-        def keep(tensor: "Tensor", kept: dict = kept) -> "Tensor":
-            if tensor.untyped_storage().data_ptr() not in weights:
-                kept[tensor.untyped_storage().data_ptr()] = tensor
-            return tensor
-
-        with (
-            ShapesOnly(),
-            flop_counter.FlopCounterMode(display=False, custom_mapping=formulas) as counter,
-            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
-        ):
-            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-                loss = loss_of(samples)
-            forward, size = counter.get_total_flops(), sum(t.untyped_storage().nbytes() for t in kept.values())
-            loss.backward()
-        found.append((counter.get_total_flops(), forward, size))
-        model.zero_grad(set_to_none=True)
-    (total1, forward1, size1), (total2, forward2, size2) = found
-    return Counted(total2 - total1, forward2 - forward1, size2 - size1)
-
-
-def count_pair(name: str, bf16: bool) -> tuple[dict[str, int], Counted]:
-    """Parameters by part, and the cost of one image-text pair whose caption fills the context."""
-    import torch
-
-    import diffclip
-
-    model = diffclip.build(name)
-    config = model.model_config["model_cfg"]
-    for module in model.modules():
-        if hasattr(module, "attn_implementation"):
-            module.attn_implementation = "fused"  # what a GPU takes
-    size, context = config["vision_cfg"]["image_size"], config["text_cfg"]["context_length"]
-
-    def loss_of(samples: int) -> "Tensor":
-        text = torch.ones(samples, context, dtype=torch.long)
-        text[:, -1] = config["text_cfg"]["vocab_size"] - 1
-        image, text, _ = model(torch.zeros(samples, 3, size, size), text)
-        return image.float().sum() + text.float().sum()
-
-    vision = sum(p.numel() for p in model.visual.parameters())
-    parts = {"vision tower": vision, "text tower": sum(p.numel() for p in model.parameters()) - vision}
-    return parts, count(loss_of, model, bf16)
-
-
-def count_conversation(
-    llava_config: "DiffCLIPLlavaConfig", learns: set[str], text_tokens: int, lora_rank: int, bf16: bool
-) -> tuple[dict[str, int], int, Counted]:
-    """Parameters by part, how many of them learn, and the cost of a conversation about one picture.
-
-    The model is built from its configuration with random weights: nothing is loaded, and no weight decides a size.
-
-    Args:
-        text_tokens: of a conversation; an eighth of them are supervised.
-    """
-    import torch
-
-    from mllm.lora import add_lora
-    from mllm.model import DiffCLIPLlavaForConditionalGeneration, freeze
-
-    model = DiffCLIPLlavaForConditionalGeneration(llava_config)
-    if hasattr(model.model.vision_tower.config, "stop_early"):
-        model.model.vision_tower.config.stop_early = True
-    parts = freeze(model, learns - {"language_model"} if lora_rank else learns)
-    if lora_rank:
-        add_lora(model, lora_rank)
-    model.train()
-    size, shown = llava_config.vision_config.image_size, llava_config.image_seq_length
-
-    def loss_of(samples: int) -> "Tensor":
-        ids = torch.ones(samples, shown + text_tokens, dtype=torch.long)
-        ids[:, :shown] = llava_config.image_token_index
-        labels = ids.clone()
-        labels[:, : shown + text_tokens - max(1, text_tokens // 8)] = -100
-        return model(input_ids=ids, pixel_values=torch.zeros(samples, 3, size, size), labels=labels).loss * samples
-
-    learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return parts, learning, count(loss_of, model, bf16)
-
-
-def estimate(
-    counted: Counted,
-    parameters: int,
-    *,
-    frozen: int = 0,
-    samples: int,
-    batch: int,
-    chunked: bool,
-    bf16: bool,
-    zero_stage: int,
-    hardware: Hardware,
-    devices: int,
-) -> Estimate:
-    """Multiply out.
-
-    Args:
-        parameters: that learn; AdamW keeps two numbers for each.
-        frozen: parameters that do not.
-        samples: seen in the whole run.
-        batch: samples that a device holds activations of at once.
-        chunked: whether gradient caching computes every forward pass twice.
-        zero_stage: 0 to 3; from 1 on the optimiser's state is shared out, from 2 the gradients, from 3 the weights.
-    """
-    flops = samples * (counted.flops + (counted.forward_flops if chunked else 0))
-    seconds = flops / (devices * UTILISATION * (hardware.bf16 if bf16 else hardware.fp32))
-    share = [devices if zero_stage >= stage else 1 for stage in (1, 2, 3)]
-    everything = parameters + frozen
-    if zero_stage:  # DeepSpeed: weights in the run's precision, and beside them float32 copies of those that learn
-        size = 2 if bf16 else 4
-        weights = everything * size / share[2]
-        gradients = parameters * (size / share[1] + 4 / share[0])  # as they come, and summed up in float32
-        optimizer = parameters * 12 / share[0]  # the copy and AdamW's two numbers
-        buckets = BUCKET * size * (1 if zero_stage == 3 else 2)  # whatever learns; a second one for overlap_comm
-    else:
-        weights = everything * (4 + (2 if bf16 else 0))  # autocast keeps copies
-        gradients, optimizer, buckets = parameters * 4, parameters * 8, 0
-    return Estimate(
-        flops=flops,
-        hours=seconds / 3600,
-        device_days=devices * seconds / 86400,
-        dollars=devices * seconds / 3600 * hardware.dollars,
-        weights=weights,
-        gradients=gradients,
-        optimizer=optimizer,
-        buckets=buckets,
-        activations=batch * counted.activation_bytes,
+def print_estimate(
+    config: PretrainConfig | ConversationConfig,
+    hardware: tuple[str, costs.Hardware, int],
+    title: str,
+    steps: int,
+    parts: dict[str, int],
+    learning: int,
+    counted: costs.Counted,
+) -> None:
+    """Print what `steps` steps take as a table, with its assumptions and, if it does not fit, the remedy."""
+    name, device, devices = hardware
+    share = -(-config.global_batch_size // devices)
+    batch = min(config.micro_batch_size or share, share)
+    beside = isinstance(config, ConversationConfig) and config.lora_rank  # LoRA's parameters are in none of the parts
+    result = costs.estimate(
+        counted,
+        learning,
+        frozen=sum(parts.values()) - (0 if beside else learning),
+        samples=steps * config.global_batch_size,
+        batch=batch,
+        chunked=isinstance(config, PretrainConfig) and batch < share,
+        bf16=config.precision == "bf16",
+        zero_stage=zero_stage(config.deepspeed),
+        hardware=device,
+        devices=devices,
     )
-
-
-def say(title: str, parts: dict[str, int], steps: int, batch: int, found: Estimate, name: str, devices: int) -> None:
-    """Print the estimate as a table, with its assumptions and, if it does not fit, the remedy."""
-    from rich.console import Console
-    from rich.table import Table
-
-    device = HARDWARE[name]
-    table = Table(show_header=False)
-    for part, number in parts.items():
-        table.add_row(part, f"{number:,} parameters, {4 * number / 1e6:,.0f} MB")
-    table.add_section()
-    table.add_row("steps", f"{steps:,}")
-    table.add_row("arithmetic", f"{found.flops:.3g} FLOP")
-    table.add_row(f"time on {devices} x {name}", f"{found.hours:,.1f} h = {found.device_days:,.2f} device-days")
-    table.add_row("cost", f"${found.dollars:,.0f}")
-    table.add_section()
-    labels = {"weights": "weights", "gradients": "gradients", "optimizer": "optimizer's state"}
-    labels |= {
+    labels = {
+        "weights": "weights",
+        "gradients": "gradients",
+        "optimizer": "optimizer's state",
         "buckets": "DeepSpeed's buckets",
         "activations": f"activations of {batch}",
         "memory": "memory per device",
     }
-    for kind, label in labels.items():
-        table.add_row(label, f"{getattr(found, kind) / 1e9:,.1f} GB")
-    console = Console()
-    console.print(title, table, sep="\n", highlight=False)
-    console.print(
-        f"Assumed: {UTILISATION:.0%} of the device's peak, loading included; ${device.dollars:.2f} for a device-hour. "
-        "Counted: arithmetic and activations, in a step of this model.",
-        highlight=False,
-    )
-    if found.memory > FREE_SHARE * device.memory:
-        console.print(
+    rows = [
+        *((part, f"{number:,} parameters, {4 * number / 1e6:,.0f} MB") for part, number in parts.items()),
+        (),
+        ("steps", f"{steps:,}"),
+        ("arithmetic", f"{result.flops:.3g} FLOP"),
+        (f"time on {devices} x {name}", f"{result.hours:,.1f} h = {result.device_days:,.2f} device-days"),
+        ("cost", f"${result.dollars:,.0f}"),
+        (),
+        *((label, f"{getattr(result, kind) / 1e9:,.1f} GB") for kind, label in labels.items()),
+    ]
+    notes = [
+        f"Assumed: {costs.UTILISATION:.0%} of the device's peak, loading included; ${device.dollars:.2f} for a "
+        "device-hour. Counted: arithmetic and activations, in a step of this model."
+    ]
+    if result.memory > costs.FREE_SHARE * device.memory:
+        notes.append(
             f"This does not fit into {device.memory / 1e9:.0f} GB: set a smaller micro_batch_size, take more devices, "
-            "or DeepSpeed's ZeRO.",
-            style="bold",
+            "or DeepSpeed's ZeRO."
         )
+    print(title)  # not the table's title, which would be wrapped to its width
+    print_table(("", ""), rows, notes=notes)

@@ -5,190 +5,30 @@ needs a language model that has read *something*: a `Qwen2ForCausalLM` of a few 
 parameters and a BPE tokenizer with Qwen's special tokens, both learnt here from the same kind of text that the
 conversations hold. Later stages load the result by path exactly as they load `Qwen/Qwen2.5-0.5B-Instruct`.
 
-    python -m stages.language --config stages/configs/quickstart/language.yaml --text data/scenes/llava/text.jsonl \
+    diffclip language --config quickstart/language --text data/scenes/llava/text.jsonl \
         --output_dir runs/language
 """
 
-import re
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
-
-from diffclip.base.files import read_jsonl
-from diffclip.errors import InputError, exit_on_input_error
+from diffclip.base.errors import InputError, exit_on_input_error
 from stages.config import parse, require
-from stages.run import Run, end_with_pipeline
-from stages.training import TrainingConfig
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>")
-INITIALIZER_RANGE = 0.06  # Qwen's 0.02 is for a width of 896; narrow models start too slowly with it
-# Qwen's template without its tool calls; the default system sentence is Qwen2.5's role, not its wording.
-CHAT_TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-
-
-ANSWER = re.compile(r" ?ASSISTANT:(.*?<\|im_end\|>|.*$)", re.DOTALL)
-
-
-@dataclass
-class LanguageConfig(TrainingConfig):
-    """Settings of the stand-in language model."""
-
-    text: str = field(default="", metadata={"help": 'JSONL file of {"text": …}'})
-    conversations: list[str] = field(
-        default_factory=list, metadata={"help": "LLaVA JSON files whose text is read too, pictures left out"}
-    )
-    vocabulary_from: list[str] = field(
-        default_factory=list, metadata={"help": "LLaVA JSON files whose words the tokenizer knows, but are not learnt"}
-    )
-    vocabulary: int = field(default=1024, metadata={"help": "tokens of the BPE vocabulary, special ones included"})
-    hidden_size: int = field(default=128, metadata={"help": "width"})
-    layers: int = field(default=3, metadata={"help": "decoder layers"})
-    heads: int = field(default=4, metadata={"help": "attention heads"})
-    max_tokens: int = field(default=256, metadata={"help": "longer texts are cut"})
-    max_positions: int = field(default=1024, metadata={"help": "longest sequence the model will see"})
-    epochs: float = field(default=1.0, metadata={"help": "passes over the text"})
-    global_batch_size: int = field(default=64, metadata={"help": "texts per step"})
-    learning_rate: float = field(default=1e-3, metadata={"help": "peak learning rate"})
+from stages.run import Run
+from stages.settings import LanguageConfig
 
 
 def main(argv: list[str] | None = None) -> None:
-    end_with_pipeline()
+    """Train tokenizer and model; write a directory for `AutoTokenizer` and `AutoModelForCausalLM`."""
     config = parse(LanguageConfig, __doc__, argv)
+    if config.dry_run:
+        raise InputError("language has no dry run, since it trains in minutes: leave out --dry_run")
     require(config, "output_dir")
     if not (config.text or config.conversations):
         raise InputError("nothing to read: give --text FILE.jsonl, --conversations FILE.json, or both")
-    teach(config)
+    names = ("conversations", "vocabulary_from", "text")
+    run = Run("language", config, {name: getattr(config, name) for name in names})
+    if not run.finished:
+        from stages.language_modeling import train_language_model
 
-
-def teach(config: LanguageConfig) -> None:
-    """Train tokenizer and model; write a directory for `AutoTokenizer` and `AutoModelForCausalLM`."""
-    inputs = {f"conversations[{i}]": path for i, path in enumerate(config.conversations)}
-    inputs |= {f"vocabulary_from[{i}]": path for i, path in enumerate(config.vocabulary_from)}
-    run = Run("language", config, inputs | ({"text": config.text} if config.text else {}))
-    if run.finished:
-        return
-
-    import torch
-    from transformers import Qwen2Config, Qwen2ForCausalLM, Trainer, set_seed
-
-    from mllm.conversation import VICUNA_SYSTEM
-    from mllm.examples import pad_batch
-    from stages.callbacks import Watch
-    from stages.training import per_device_batch, train, training_arguments
-
-    texts = list(read_texts(config.text)) if config.text else []
-    texts += [text for path in config.conversations for text in read_conversations(path)]
-    # the system sentence stands before every conversation later on: its words deserve tokens of their own
-    words = [text for path in config.vocabulary_from for text in read_conversations(path)]
-    tokenizer = train_tokenizer([*texts, *words, *[VICUNA_SYSTEM] * (1 + len(texts) // 10)], config.vocabulary)
-    set_seed(config.seed)
-    model = Qwen2ForCausalLM(
-        Qwen2Config(
-            vocab_size=len(tokenizer),
-            hidden_size=config.hidden_size,
-            intermediate_size=config.hidden_size * 4,
-            num_hidden_layers=config.layers,
-            num_attention_heads=config.heads,
-            num_key_value_heads=config.heads,
-            max_position_embeddings=config.max_positions,
-            initializer_range=INITIALIZER_RANGE,
-            tie_word_embeddings=True,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            bos_token_id=None,
-        )
-    )
-    rows = [encode(text, tokenizer, config.max_tokens) for text in texts]
-    tokens = sum(len(row["input_ids"]) for row in rows)
-    steps = max(1, int(len(rows) * config.epochs) // config.global_batch_size)
-    parameters = sum(p.numel() for p in model.parameters())
-    run.say(
-        f"language: stand-in Qwen2 with {parameters:,} parameters and {len(tokenizer):,} tokens, all learn; "
-        f"{len(texts):,} texts = {tokens:,} tokens, {steps:,} steps of {config.global_batch_size}"
-    )
-    run.note(parameters=parameters, stand_in=True, tokens=tokens, steps=steps)
-
-    def collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
-        ids, labels = ([torch.tensor(row[name]) for row in rows] for name in ("input_ids", "labels"))
-        return pad_batch(ids, labels, tokenizer.pad_token_id)
-
-    trainer = Trainer(
-        model=model,
-        args=training_arguments(
-            config,
-            steps,
-            per_device_batch(config),
-            lr_scheduler_type="cosine",
-            warmup_steps=0.05,
-            max_grad_norm=1.0,
-        ),
-        train_dataset=rows,
-        data_collator=collate,
-        callbacks=[Watch(run, config.global_batch_size)],
-    )
-    metrics = train(trainer, run)
-    if run.is_main:
-        model.save_pretrained(config.output_dir)
-        tokenizer.save_pretrained(config.output_dir)
-    run.finish(metrics)
-
-
-def read_texts(path: str) -> Iterator[str]:
-    """The `text` of every line; InputError names the first line that has none."""
-    for number, row in read_jsonl(path):
-        text = row.get("text") if isinstance(row, dict) else None
-        if not isinstance(text, str) or not text.strip():
-            raise InputError(f'{path}:{number}: expected a JSON object with a non-empty "text"')
-        yield text
-
-
-def read_conversations(path: str) -> Iterator[str]:
-    """The text of each LLaVA row in the form that instruct will use, without system sentence and picture."""
-    from mllm.conversation import IMAGE
-    from mllm.data import read_json_rows
-
-    for row in read_json_rows(path):
-        turns = row.get("conversations") or []
-        words = [
-            f"USER: {turn['value'].replace(IMAGE, '').strip()} "
-            if turn.get("from") == "human"
-            else f"ASSISTANT: {turn['value']}<|im_end|>"
-            for turn in turns
-        ]
-        if words:
-            yield "".join(words)
-
-
-def train_tokenizer(texts: list[str], vocabulary: int) -> "PreTrainedTokenizerBase":
-    """A byte-level BPE tokenizer of Qwen2's class and pre-tokenisation, with Qwen's special tokens."""
-    from transformers import Qwen2Tokenizer
-
-    empty = Qwen2Tokenizer(vocab={}, merges=[])
-    tokenizer = empty.train_new_from_iterator(
-        texts, vocabulary - len(SPECIAL_TOKENS), show_progress=False, new_special_tokens=[]
-    )
-    tokenizer.add_special_tokens({"additional_special_tokens": list(SPECIAL_TOKENS[1:])})
-    tokenizer.eos_token, tokenizer.pad_token = "<|im_end|>", "<|endoftext|>"
-    tokenizer.chat_template = CHAT_TEMPLATE
-    return tokenizer
-
-
-def encode(text: str, tokenizer: "PreTrainedTokenizerBase", max_tokens: int) -> dict[str, list[int]]:
-    """Token ids and labels of one text: of a conversation only the answers and their end tokens are learnt.
-
-    Learning the questions too, or several texts to a row, hides for many times longer what the answers depend on.
-    """
-    encoded = tokenizer(text, return_offsets_mapping=True)  # cut below: the tokenizer would go on cutting where saved
-    ids, offsets = encoded["input_ids"][:max_tokens], encoded["offset_mapping"][:max_tokens]
-    answers = [m.span(1) for m in ANSWER.finditer(text)]
-    learnt = [not answers or any(start <= a and b <= end for start, end in answers) for a, b in offsets]
-    return {"input_ids": ids, "labels": [i if yes else -100 for i, yes in zip(ids, learnt)]}
+        train_language_model(config, run)
 
 
 if __name__ == "__main__":

@@ -7,17 +7,22 @@ numbers from 0 to 255, so that the report can draw it without the model.
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+from diffclip.attention_maps import enlarged, relevance, seen_part, vision_attention
+from diffclip.base.errors import InputError
 from diffclip.base.files import json_line, write_json, write_whole
-from diffclip.errors import InputError
+from diffclip.base.images import open_image
+from diffclip.base.schema import ATTENTION, LOCALISATION
+from diffclip.benchmarks.mask_scores import SCORES, localise
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-    from torch import nn
-
-PICTURES = 8  # of the attention figures, two queries each
-SHOWN_SIDE = 224  # pixels of the kept pictures
+IMAGES = 8  # of the attention figures, two queries each
+SIDE = 224  # pixels of the stored images
 ASKED = re.compile(r"^\s*is there (?:(an?|the|any) )?(.+?) in (?:the|this) (?:image|picture|photo)\b", re.IGNORECASE)
 GRID = list[list[int]]
 
@@ -25,9 +30,9 @@ GRID = list[list[int]]
 class Encoder(NamedTuple):
     """What `diffclip.load` returns."""
 
-    model: "nn.Module"
-    transform: Callable[["Image"], Any]
-    tokenizer: Callable[[list[str]], Any]
+    model: nn.Module
+    transform: Callable[[Image.Image], torch.Tensor]
+    tokenizer: Callable[[list[str]], torch.Tensor]
 
 
 def query_of(question: str) -> str:
@@ -40,19 +45,15 @@ def query_of(question: str) -> str:
 
 
 def heat_maps(
-    encoder: Encoder, pictures: Sequence["Image"], queries: Sequence[str], batch_size: int = 64
+    encoder: Encoder, images: Sequence[Image.Image], queries: Sequence[str], batch_size: int = 64
 ) -> list[GRID]:
-    """One grid for each picture and query, its largest value 255 (all 0 where nothing speaks for the query)."""
-    import torch
-
-    from diffclip.attention_maps import relevance
-
+    """One grid for each image and query, its largest value 255 (all 0 where nothing speaks for the query)."""
     device = next(encoder.model.parameters()).device
     grids: list[GRID] = []
-    for start in range(0, len(pictures), batch_size):
-        batch = torch.stack([encoder.transform(p) for p in pictures[start : start + batch_size]]).to(device)
+    for start in range(0, len(images), batch_size):
+        batch = torch.stack([encoder.transform(image) for image in images[start : start + batch_size]]).to(device)
         texts = encoder.tokenizer(list(queries[start : start + batch_size])).to(device)
-        heat = relevance(encoder.model, batch, texts)  # (pictures, rows, columns)
+        heat = relevance(encoder.model, batch, texts)  # (images, rows, columns)
         top = heat.amax(dim=(1, 2), keepdim=True).clamp(min=1e-12)
         grids += (255 * heat / top).round().int().tolist()
     return grids
@@ -60,8 +61,6 @@ def heat_maps(
 
 def why_no_maps(encoder: Encoder) -> str:
     """Why no attention maps can be drawn for this model, "" where they can."""
-    from diffclip.attention_maps import seen_part, vision_attention
-
     try:
         vision_attention(encoder.model, -1)
         seen_part(encoder.transform)
@@ -71,54 +70,46 @@ def why_no_maps(encoder: Encoder) -> str:
 
 
 def keep_attention(encoder: Encoder, queries: Sequence[tuple[Path, list[str]]], folder: Path) -> int:
-    """Write attention.jsonl in `folder`, and each picture as the model's crop shows it. Returns the number of maps."""
-    from diffclip.attention_maps import enlarged, seen_part
-    from diffclip.pictures import open_picture
-
+    """Write attention.jsonl in `folder`, and each image as the model's crop shows it. Returns the number of maps."""
     seen = seen_part(encoder.transform)
     (folder / "attention").mkdir(parents=True, exist_ok=True)
-    rows, pictures, texts = [], [], []
+    rows, images, texts = [], [], []
     for number, (path, asked) in enumerate(queries):
-        picture = open_picture(path, str(path))
+        image = open_image(path)
         name = f"attention/{number:03d}.png"
-        enlarged(seen(picture), SHOWN_SIDE).save(folder / name)
+        enlarged(seen(image), SIDE).save(folder / name)
         for query in asked:
             rows.append({"image": name, "file": path.name, "query": query})
-            pictures.append(picture)
+            images.append(image)
             texts.append(query)
-    grids = heat_maps(encoder, pictures, texts)
+    grids = heat_maps(encoder, images, texts)
     lines = [json_line({**row, "heat": grid}) for row, grid in zip(rows, grids)]
-    write_whole(folder / "attention.jsonl", "".join(lines))
+    write_whole(folder / ATTENTION, "".join(lines))
     return len(rows)
 
 
 def queries_from_masks(items: Sequence[tuple[Path, str, Any]]) -> list[tuple[Path, list[str]]]:
-    """Two queries for each of the first pictures that hold two kinds of objects; items are those of `read_masks`."""
+    """Two queries for each of the first images that hold two kinds of objects; items are those of `read_masks`."""
     named: dict[Path, list[str]] = {}
     for path, name, _ in items:
         named.setdefault(path, []).append(f"a {name}")
-    return [(path, names[:2]) for path, names in named.items() if len(names) >= 2][:PICTURES]
+    return [(path, names[:2]) for path, names in named.items() if len(names) >= 2][:IMAGES]
 
 
 def localisation(encoder: Encoder, items: Sequence[tuple], folder: Path) -> dict[str, float]:
     """Scores of the maps against masks in percent, `localisation/...`; those of each object go to localisation.json."""
-    import numpy as np
-
-    from diffclip.benchmarks.localisation import SCORES, localise
-
-    found = localise(*encoder, items)  # (objects, 4), NaN where the crop leaves an object out
-    kept = ~np.isnan(found).any(axis=1)
+    scores = localise(*encoder, items)  # (objects, 4), NaN where the crop leaves an object out
+    inside = ~np.isnan(scores).any(axis=1)
+    names = (*SCORES, "area")
     record = {
         "pictures": [path.name for path, _, _ in items],
         "objects": [name for _, name, _ in items],
         "scores": {
-            name: [None if np.isnan(v) else round(float(v), 4) for v in found[:, i]]
-            for i, name in enumerate((*SCORES, "area"))
+            name: [None if np.isnan(v) else round(float(v), 4) for v in column] for name, column in zip(names, scores.T)
         },
     }
-    write_json(folder / "localisation.json", record)
-    if not kept.any():
+    write_json(folder / LOCALISATION, record)
+    if not inside.any():
         return {}
-    means = found[kept].mean(axis=0)
-    scores = {f"localisation/{name}": float(mean) for name, mean in zip((*SCORES, "area"), means)}
-    return scores | {"localisation/objects": int(kept.sum())}
+    means = {f"localisation/{name}": float(mean) for name, mean in zip(names, scores[inside].mean(axis=0))}
+    return means | {"localisation/objects": int(inside.sum())}

@@ -3,7 +3,7 @@
 Runs the same stage commands that a user would type, one after another, and prints each. Finished stages are
 skipped and an interrupted one goes on from its last checkpoint, so the same command may be given again at any time.
 
-    python -m stages.pipeline --config stages/configs/quickstart/pipeline.yaml --output_dir runs/quickstart
+    diffclip pipeline --config quickstart/pipeline --output_dir runs/quickstart
 """
 
 import os
@@ -12,38 +12,20 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 
+from diffclip.base.errors import InputError, exit_on_input_error
 from diffclip.base.files import read_json
-from diffclip.errors import InputError, exit_on_input_error
+from diffclip.base.schema import LOG, RECORD
+from stages.cli import PID
 from stages.config import parse, require
-
-
-@dataclass
-class PipelineConfig:
-    """Settings of the chain; each stage's own settings are in the YAML file named for it."""
-
-    output_dir: str = field(default="runs/quickstart", metadata={"help": "everything is written below"})
-    variants: list[str] = field(
-        default_factory=lambda: ["CLIP", "DiffCLIP"],
-        metadata={"help": "CLIP, DiffCLIP, DiffCLIP-star, DiffCLIP-dagger"},
-    )
-    size: str = field(default="tiny", metadata={"help": "model size, the last part of the model's name"})
-    seed: int = field(default=0, metadata={"help": "seed of the scenes and of every stage"})
-    ranks: int = field(default=1, metadata={"help": "processes of the multimodal stages under deepspeed"})
-    scenes: dict = field(default_factory=dict, metadata={"help": "options of diffclip.scenes export, as JSON"})
-    pretrain: str = field(default="", metadata={"help": "YAML of stages.pretrain"})
-    language: str = field(default="", metadata={"help": "YAML of stages.language"})
-    align: str = field(default="", metadata={"help": "YAML of stages.align"})
-    instruct: str = field(default="", metadata={"help": "YAML of stages.instruct"})
-    evaluate: str = field(default="", metadata={"help": "YAML of stages.evaluate"})
+from stages.settings import PipelineConfig
 
 
 def main(argv: list[str] | None = None) -> None:
     config = parse(PipelineConfig, __doc__, argv)
     require(config, "output_dir", "variants", "pretrain", "language", "align", "instruct", "evaluate")
-    os.environ["DIFFCLIP_PIPELINE_PID"] = str(os.getpid())
+    os.environ[PID] = str(os.getpid())
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // config.ranks)))
@@ -53,43 +35,38 @@ def main(argv: list[str] | None = None) -> None:
     os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(2**30))
     os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(2**32))
     started = time.time()
-    out = Path(config.output_dir)
-    seed = f"--seed={config.seed}"
+    out, seed = Path(config.output_dir), f"--seed={config.seed}"
     data = out / "scenes"
-    scenes = [f"--{key.replace('_', '-')}={value}" for key, value in config.scenes.items()]
-    python(["diffclip.scenes", "export", str(data), seed, *scenes])
-    python(
-        ["stages.language", f"--config={config.language}", seed]
-        + [f"--text={data}/llava/text.jsonl", f"--output_dir={out}/language"]
-        + ["--vocabulary_from", f"{data}/llava/align.json", f"{data}/llava/instruct.json"]
+    run_verb("scenes", "export", str(data), seed, *(f"--{key}={value}" for key, value in config.scenes.items()))
+    run_verb(
+        *("language", f"--config={config.language}", seed, f"--text={data}/llava/text.jsonl"),
+        *("--vocabulary_from", f"{data}/llava/align.json", f"{data}/llava/instruct.json"),
+        f"--output_dir={out}/language",
     )
-    evaluated = []
-    for variant in config.variants:
-        runs = out / variant
-        python(
-            ["stages.pretrain", f"--config={config.pretrain}", seed, f"--model={variant}-{config.size}"]
-            + [f"--train_data={data}/pretrain/*.tar", f"--val_data={data}/classification/shape"]
-            + [f"--output_dir={runs}/pretrain"]
+    for runs in (out / variant for variant in config.variants):
+        run_verb(
+            *("pretrain", f"--config={config.pretrain}", seed, f"--model={runs.name}-{config.size}"),
+            *(f"--train_data={data}/pretrain/*.tar", f"--val_data={data}/classification/shape"),
+            f"--output_dir={runs}/pretrain",
         )
-        deepspeed(
+        run_deepspeed(
             config.ranks,
-            ["stages.align", f"--config={config.align}", seed, f"--vision_tower={runs}/pretrain"]
-            + [f"--language_model={out}/language", f"--data={data}/llava/align.json"]
-            + [f"--image_root={data}/llava/images", f"--output_dir={runs}/align"],
+            *("align", f"--config={config.align}", seed, f"--vision_tower={runs}/pretrain"),
+            *(f"--language_model={out}/language", f"--data={data}/llava/align.json"),
+            *(f"--image_root={data}/llava/images", f"--output_dir={runs}/align"),
         )
-        deepspeed(
+        run_deepspeed(
             config.ranks,
-            ["stages.instruct", f"--config={config.instruct}", seed, f"--model={runs}/align"]
-            + [f"--data={data}/llava/instruct.json", f"--image_root={data}/llava/images"]
-            + [f"--output_dir={runs}/instruct"],
+            *("instruct", f"--config={config.instruct}", seed, f"--model={runs}/align"),
+            *(f"--data={data}/llava/instruct.json", f"--image_root={data}/llava/images"),
+            f"--output_dir={runs}/instruct",
         )
-        python(
-            ["stages.evaluate", f"--config={config.evaluate}", seed, f"--clip={runs}/pretrain"]
-            + [f"--mllm={runs}/instruct", f"--clip_data={data}", f"--pope={data}/pope"]
-            + [f"--image_root={data}/pope/images", f"--output_dir={runs}/evaluate"]
+        run_verb(
+            *("evaluate", f"--config={config.evaluate}", seed, f"--clip={runs}/pretrain", f"--mllm={runs}/instruct"),
+            *(f"--data_root={data}", f"--pope={data}/pope", f"--image_root={data}/pope/images"),
+            f"--output_dir={runs}/evaluate",
         )
-        evaluated.append(str(runs))
-    python(["stages.report", *evaluated, "--out", f"{out}/report"])
+    run_verb("report", *(str(out / variant) for variant in config.variants), "--output_dir", f"{out}/report")
     print(f"\nAll stages took {(time.time() - started) / 60:.1f} minutes. Report: {out}/report/index.html")
     print(what_next(out, config.variants))
 
@@ -102,9 +79,9 @@ def what_next(out: Path, variants: list[str]) -> str:
     activate = os.environ.get("DIFFCLIP_ACTIVATE")  # set by quickstart.sh where the environment is not active
     lines = [
         *([activate] if activate else []),
-        f'python -m mllm.chat {run} --image {image} "Is there a red circle in the image?"',
-        f'python -m diffclip.attention_maps {image} --query "a red circle" --models {towers} --out {out}/maps.png',
-        f"pip install '.[app]' && python -m mllm.app {run}    # a page to chat, on this machine alone",
+        f'diffclip chat {run} --image {image} "Is there a red circle in the image?"',
+        f'diffclip maps {image} --query "a red circle" --models {towers} --out {out}/maps.png',
+        f"pip install '.[app]' && diffclip app {run}    # a page to chat, on this machine alone",
     ]
     return (
         "\nWhat next:\n"
@@ -113,24 +90,24 @@ def what_next(out: Path, variants: list[str]) -> str:
     )
 
 
-def python(arguments: list[str]) -> None:
-    """Run `python -m ...` to its end; exits with its code if it fails."""
-    run([sys.executable, "-m", *arguments], shown=["python", "-m", *arguments])
+def run_verb(*arguments: str) -> None:
+    """Run `diffclip ...` to its end; exits with its code if it fails."""
+    run([sys.executable, "-m", "diffclip", *arguments], typed=["diffclip", *arguments])
 
 
-def deepspeed(ranks: int, arguments: list[str]) -> None:
+def run_deepspeed(ranks: int, *arguments: str) -> None:
     """Run a stage under the deepspeed launcher on `ranks` devices of this machine.
 
     The launcher can exit with 0 although a rank died, so the result is looked for in run.json.
     """
     out = Path(next(a for a in arguments if a.startswith("--output_dir=")).split("=", 1)[1])
     if finished(out):  # the stage says so itself, in a tenth of the launcher's time
-        return python(arguments)
-    command = ["deepspeed", "--num_gpus", str(ranks), "--log_level", "warning", "--module", *arguments]
+        return run_verb(*arguments)
+    options = ["--num_gpus", str(ranks), "--log_level", "warning", "--module", "diffclip", *arguments]
     launcher = [sys.executable, str(Path(sys.executable).parent / "deepspeed"), "--master_port", str(free_port())]
-    run([*launcher, *command[1:]], shown=command)
+    run([*launcher, *options], typed=["deepspeed", *options])
     if not finished(out):
-        raise InputError(f"{arguments[0]} did not finish: see the lines above and {out}/log.txt, then start again")
+        raise InputError(f"{arguments[0]} did not finish: see the lines above and {out}/{LOG}, then start again")
 
 
 def free_port() -> int:
@@ -142,14 +119,14 @@ def free_port() -> int:
 
 def finished(out: Path) -> bool:
     """Whether the run directory `out` says that its stage came to its end."""
-    record = out / "run.json"
-    found = read_json(record) if record.is_file() else None
-    return isinstance(found, dict) and found.get("state") == "finished"
+    path = out / RECORD
+    record = read_json(path) if path.is_file() else None
+    return isinstance(record, dict) and record.get("state") == "finished"
 
 
-def run(command: list[str], shown: list[str]) -> None:
-    """Run a command in a process group of its own, so that an interrupt ends all of it."""
-    print(f"\n$ {' '.join(shown)}", flush=True)
+def run(command: list[str], typed: list[str]) -> None:
+    """Run a command in a process group of its own, so that an interrupt ends all of it; print it as typed."""
+    print(f"\n$ {' '.join(typed)}", flush=True)
     process = subprocess.Popen(command, start_new_session=True)
     try:
         code = process.wait()

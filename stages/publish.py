@@ -1,40 +1,39 @@
 """Write a run's model card, and with --repo send the model to the Hub.
 
-    python -m stages.publish runs/instruct --evaluate runs/evaluate                    # writes runs/instruct/README.md
-    python -m stages.publish runs/instruct --evaluate runs/evaluate --repo me/diffclip-llava
+    diffclip publish runs/instruct --evaluate runs/evaluate                    # writes runs/instruct/README.md
+    diffclip publish runs/instruct --evaluate runs/evaluate --repo me/diffclip-llava
 
 The card is made of what the run directories say: data with digests, recipe, what learnt, versions, scores. Resume
 checkpoints and logs are not sent.
 """
 
-import argparse
 import os
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from diffclip.base.commands import Parser
+from diffclip.base.errors import InputError, exit_on_input_error
 from diffclip.base.files import read_json, read_yaml, write_whole
-from diffclip.errors import InputError, exit_on_input_error
+from diffclip.base.schema import CHECKPOINTS, CONFIG, LOG, METRICS, MODEL_CARD, RECORD
 
 USE = {
     "pretrain": """import diffclip
 
 model, preprocess, tokenizer = diffclip.load("{repo}")""",
-    "align": """from diffclip.pictures import open_image
-from mllm import chat
+    "align": """from diffclip.base.images import open_image
 from mllm.model import load
 
-model, processor = load("{repo}")
-question = chat.question_turn("What is in the picture?", pictures=1)
-print(chat.answer(model, processor, [[question]], [open_image("a.jpg")])[0])""",
+vlm = load("{repo}")
+print(vlm.ask("What is in the image?", [open_image("a.jpg")]))""",
 }
 USE["instruct"] = USE["align"]
 USE["language"] = """from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("{repo}")
 model = AutoModelForCausalLM.from_pretrained("{repo}")
-ids = tokenizer("A picture of", return_tensors="pt").input_ids
+ids = tokenizer("An image of", return_tensors="pt").input_ids
 print(tokenizer.decode(model.generate(ids, max_new_tokens=20)[0]))"""
 KIND = {  # library, pipeline tag and tags for the Hub
     "pretrain": ("open_clip", "zero-shot-image-classification", ["differential-attention", "clip"]),
@@ -44,13 +43,13 @@ KIND = {  # library, pipeline tag and tags for the Hub
 KIND["instruct"] = KIND["align"]
 
 
-def card(run: Path, evaluations: list[Path], repo: str) -> str:
+def model_card(run: Path, evaluations: list[Path], repo: str) -> str:
     """The model card of a finished run as Markdown with the Hub's front matter.
 
     Raises:
         InputError: not a finished run of a training stage, or an evaluation without scores.
     """
-    record = _read(run / "run.json")
+    record = _read(run / RECORD)
     stage = record.get("stage")
     if stage not in USE or record.get("state") != "finished":
         raise InputError(
@@ -61,39 +60,17 @@ def card(run: Path, evaluations: list[Path], repo: str) -> str:
     if stage == "language":
         about = "A small language model that stands in for Qwen2, taught on text alone."
     lines = [
-        "---",
-        f"library_name: {library}",
-        f"pipeline_tag: {pipeline}",
-        "tags:",
+        f"---\nlibrary_name: {library}\npipeline_tag: {pipeline}\ntags:",
         *(f"- {tag}" for tag in tags),
-        "---",
-        f"# {repo.split('/')[-1] or run.name}",
-        "",
+        f"---\n# {repo.split('/')[-1] or run.name}\n",
         f"Made by the stage `{stage}` of DiffCLIP Stack, an implementation of *DiffCLIP: Differential Attention Meets "
         f"CLIP* (Hammoud and Ghanem, 2025). {about}",
-        "",
-        "## Use",
-        "",
-        "```python",
-        USE[stage].format(repo=repo or run),
-        "```",
-        "",
-        "## Data",
-        "",
-        "| role | path | digest |",
-        "| --- | --- | --- |",
+        f"\n## Use\n\n```python\n{USE[stage].format(repo=repo or run)}\n```",
+        "\n## Data\n\n| role | path | digest |\n| --- | --- | --- |",
         *(f"| {role} | `{_name(what['path'])}` | `{what['digest']}` |" for role, what in record["inputs"].items()),
-        "",
-        "## Recipe",
-        "",
-        "```yaml",
-        _recipe(run / "config.yaml"),
-        "```",
-        "",
+        f"\n## Recipe\n\n```yaml\n{_recipe(run / CONFIG)}\n```\n",
         *_facts(record),
-        "",
-        "## Evaluation",
-        "",
+        "\n## Evaluation\n",
         *_scores(evaluations),
         "",
     ]
@@ -105,11 +82,11 @@ def _facts(record: dict[str, Any]) -> list[str]:
     learns = record.get("learns", [])
     if isinstance(parts, int):  # pretrain and language: one number, all of it learnt
         parts, learns = {"whole model": parts}, ["whole model"]
-    told = [f"- {part}: {n:,} parameters, {'learnt' if part in learns else 'frozen'}" for part, n in parts.items()]
-    told += [f"- {part}: fingerprint `{value}`" for part, value in record.get("after", {}).items()]
-    told.append(f"- seed {record.get('seed')}, {record.get('wall_seconds', 0):,.0f} s on {record.get('hardware')}")
+    lines = [f"- {part}: {n:,} parameters, {'learnt' if part in learns else 'frozen'}" for part, n in parts.items()]
+    lines += [f"- {part}: fingerprint `{value}`" for part, value in record.get("after", {}).items()]
+    lines.append(f"- seed {record.get('seed')}, {record.get('wall_seconds', 0):,.0f} s on {record.get('hardware')}")
     versions = record.get("versions", {})
-    return [*told, f"- {', '.join(f'{name} {version}' for name, version in versions.items())}"]
+    return [*lines, f"- {', '.join(f'{name} {version}' for name, version in versions.items())}"]
 
 
 def _scores(evaluations: list[Path]) -> list[str]:
@@ -117,11 +94,11 @@ def _scores(evaluations: list[Path]) -> list[str]:
         return ["This model has not been evaluated."]
     lines = ["| score | value |", "| --- | --- |"]
     for folder in evaluations:
-        scores = _read(folder / "metrics.json")
-        shown = {k: v for k, v in scores.items() if "/" in k and isinstance(v, (int, float))}
-        if not shown:
+        scores = _read(folder / METRICS)
+        shares = {k: v for k, v in scores.items() if "/" in k and isinstance(v, (int, float))}
+        if not shares:
             raise InputError(f"{folder}: metrics.json holds no scores; give a run of stages.evaluate")
-        lines += [f"| {name} | {value:.1f} |" for name, value in shown.items()]
+        lines += [f"| {name} | {value:.1f} |" for name, value in shares.items()]
     return lines
 
 
@@ -130,7 +107,7 @@ def _recipe(path: Path) -> str:
 
     def short(value: Any) -> Any:
         if isinstance(value, list):
-            return [short(one) for one in value]
+            return [short(each) for each in value]
         return _name(value) if isinstance(value, str) and os.path.isabs(value) else value
 
     settings = {key: short(value) for key, value in read_yaml(path).items()}
@@ -148,19 +125,19 @@ def _read(path: Path) -> dict[str, Any]:
     return read_json(path)
 
 
-def send(run: Path, repo: str, private: bool) -> str:
+def upload(run: Path, repo: str, private: bool) -> str:
     """Upload a run to the Hub and return its address.
 
     Raises:
         InputError: the Hub refuses or cannot be reached.
     """
-    import huggingface_hub
+    import huggingface_hub  # not at the top: only sending needs it
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
-    left_out = ["checkpoint-*", "events.*", "runs/*", "*.jsonl", "log.txt", ".*"]
+    ignored = [CHECKPOINTS, "events.*", "runs/*", "*.jsonl", LOG, ".*"]
     try:
         huggingface_hub.create_repo(repo, private=private, exist_ok=True)
-        return str(huggingface_hub.upload_folder(repo_id=repo, folder_path=run, ignore_patterns=left_out))
+        return str(huggingface_hub.upload_folder(repo_id=repo, folder_path=run, ignore_patterns=ignored))
     except (HfHubHTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(
@@ -169,19 +146,16 @@ def send(run: Path, repo: str, private: bool) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        "python -m stages.publish", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("diffclip publish", description=__doc__)
     parser.add_argument("run", type=Path, help="a finished run of pretrain, language, align or instruct")
     parser.add_argument("--evaluate", type=Path, nargs="*", default=[], help="runs of evaluate whose scores to state")
     parser.add_argument("--repo", default="", help="owner/name on the Hub; without it only the card is written")
     parser.add_argument("--private", action="store_true", help="make the repository a private one")
     options = parser.parse_args(argv)
-    text = card(options.run, options.evaluate, options.repo)
-    write_whole(options.run / "README.md", text)
-    print(f"wrote {options.run / 'README.md'}")
+    write_whole(options.run / MODEL_CARD, model_card(options.run, options.evaluate, options.repo))
+    print(f"wrote {options.run / MODEL_CARD}")
     if options.repo:
-        print(f"sent to {send(options.run, options.repo, options.private)}")
+        print(f"sent to {upload(options.run, options.repo, options.private)}")
 
 
 if __name__ == "__main__":

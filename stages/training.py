@@ -1,123 +1,32 @@
-"""What the training stages share: their common settings, and how those become transformers' TrainingArguments."""
+"""What the training stages share: how settings become transformers' TrainingArguments, and the training itself, from a
+checkpoint that is safe to read.
+"""
 
 import importlib.util
-from dataclasses import dataclass, field
+import math
+import os
+import re
+import types
+from collections.abc import Callable
+from contextlib import suppress
+from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from diffclip.base.files import read_json
-from diffclip.errors import InputError
+import torch
+from safetensors import SafetensorError
+from transformers import PrinterCallback, Trainer, TrainingArguments
+from transformers.trainer_pt_utils import safe_globals  # what Trainer keeps of numpy's random state
+from transformers.utils import logging
 
-if TYPE_CHECKING:
-    import torch
-    from transformers import Trainer, TrainingArguments
+from diffclip.base.commands import near
+from diffclip.base.errors import InputError, first_line
+from diffclip.base.files import read_text
+from stages.run import Run
+from stages.settings import TrainingConfig
 
-    from stages.run import Run
-
-# Keys of TrainingArguments that a named setting decides, where the stage has it: `trainer` may not overrule that.
-NAMED = {
-    "auto_find_batch_size": "global_batch_size",
-    "bf16": "precision",
-    "dataloader_num_workers": "num_workers",
-    "deepspeed": "deepspeed",
-    "fp16": "precision",
-    "gradient_accumulation_steps": "global_batch_size",
-    "learning_rate": "learning_rate",
-    "logging_steps": "logging_steps",
-    "logging_strategy": "logging_steps",
-    "lr_scheduler_type": "end_learning_rate",
-    "max_grad_norm": "max_grad_norm",
-    "max_steps": "epochs",
-    "num_train_epochs": "epochs",
-    "output_dir": "output_dir",
-    "per_device_train_batch_size": "global_batch_size",
-    "report_to": "report_to",
-    "save_steps": "save_steps",
-    "save_strategy": "save_steps",
-    "save_total_limit": "save_total_limit",
-    "seed": "seed",
-    "train_sampling_strategy": "order",
-    "use_cpu": "use_cpu",
-    "warmup_steps": "warmup_ratio",
-    "weight_decay": "weight_decay",
-}
-INEXACT = ("ignore_data_skip", "save_only_model", "resume_from_checkpoint")  # a resumed run would be another one
-
-
-@dataclass
-class TrainingConfig:
-    """Settings that every training stage has.
-
-    A paused run may go on with other values of those whose metadata say `decides: False`: none of them changes which
-    sample is learnt when, or by what rule.
-    """
-
-    output_dir: str = field(default="", metadata={"help": "the run directory to write", "decides": False})
-    seed: int = field(default=0, metadata={"help": "decides weights, data order and augmentation"})
-    global_batch_size: int = field(default=4096, metadata={"help": "samples per optimiser step, over all devices"})
-    learning_rate: float = field(default=5e-4, metadata={"help": "peak learning rate"})
-    weight_decay: float = field(default=0.0, metadata={"help": "decoupled (AdamW)"})
-    precision: Literal["fp32", "bf16"] = field(default="fp32", metadata={"help": "bf16 = mixed precision"})
-    num_workers: int = field(
-        default=8, metadata={"help": "data loading processes per device; 0 = in the main one", "decides": False}
-    )
-    logging_steps: int = field(default=50, metadata={"help": "steps between log lines", "decides": False})
-    save_steps: int = field(default=500, metadata={"help": "steps between resume checkpoints", "decides": False})
-    save_total_limit: int = field(default=2, metadata={"help": "resume checkpoints kept; at least 2", "decides": False})
-    report_to: list[str] = field(
-        default_factory=lambda: ["tensorboard"], metadata={"help": "tensorboard, wandb, or none", "decides": False}
-    )
-    deepspeed: str = field(default="", metadata={"help": "DeepSpeed JSON, e.g. stages/configs/deepspeed/zero2.json"})
-    cudnn_attention: bool = field(
-        default=False,
-        metadata={"help": "allow cuDNN's attention; version 9.24 gives NaN gradients on H100 and H200 at some lengths"},
-    )
-    use_cpu: bool = field(
-        default=False, metadata={"help": "run on the CPU even where there is a GPU", "decides": False}
-    )
-    dry_run: bool = field(
-        default=False, metadata={"help": "print sizes, memory, hours and cost; train nothing", "decides": False}
-    )
-    hardware: str = field(
-        default="a100-80gb:8", metadata={"help": "dry run: device and how many of them", "decides": False}
-    )
-    samples: int = field(
-        default=0, metadata={"help": "dry run: size of the data, where it is not at hand", "decides": False}
-    )
-    trainer: dict = field(default_factory=dict, metadata={"help": "any other TrainingArguments, as JSON"})
-
-    def __post_init__(self) -> None:
-        """Refuse what `trainer` may not say; find the DeepSpeed file from here or, as the shipped configurations name
-        theirs, from above `stages`.
-        """
-        if not isinstance(self.trainer, dict):
-            raise InputError(
-                f"setting `trainer`: expected a mapping such as {{adam_beta2: 0.98}}, found {self.trainer!r}"
-            )
-        for key, setting in NAMED.items():
-            setting = "warmup_epochs" if key == "warmup_steps" and hasattr(self, "warmup_epochs") else setting
-            if key in self.trainer and hasattr(self, setting):
-                raise InputError(f"setting `trainer`: {key} is what the setting `{setting}` decides: set that instead")
-        for key in INEXACT:
-            if self.trainer.get(key):
-                raise InputError(
-                    f"setting `trainer`: with {key} a resumed run would not be the undisturbed one; leave it out, the "
-                    "same command resumes by itself"
-                )
-        if not self.deepspeed:
-            return
-        shipped = Path(__file__).parents[1] / self.deepspeed
-        if not Path(self.deepspeed).is_file() and shipped.is_file():
-            self.deepspeed = str(shipped)
-        if not Path(self.deepspeed).is_file():
-            raise InputError(
-                f"{self.deepspeed}: no such DeepSpeed file (setting `deepspeed`); shipped ones lie in "
-                "stages/configs/deepspeed/, and --deepspeed= goes without"
-            )
-        try:
-            zero_stage(self)
-        except InputError as error:
-            raise InputError(f"{error} (setting `deepspeed`)") from None
+PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".distcp", ".metadata")  # the last two: FSDP's
+UNREAD = "training_args.bin"  # Trainer writes it, and nothing of ours reads it
 
 
 def per_device_batch(config: TrainingConfig, micro_batch_size: int = 0) -> tuple[int, int]:
@@ -126,8 +35,6 @@ def per_device_batch(config: TrainingConfig, micro_batch_size: int = 0) -> tuple
     Args:
         micro_batch_size: most samples per device and pass; 0 = no limit, i.e. no accumulation.
     """
-    import os
-
     world = int(os.environ.get("WORLD_SIZE", 1))
     share, rest = divmod(config.global_batch_size, world)
     if rest:
@@ -138,30 +45,49 @@ def per_device_batch(config: TrainingConfig, micro_batch_size: int = 0) -> tuple
     return micro, share // micro
 
 
-def training_device(config: TrainingConfig) -> "torch.device":
+def training_device(config: TrainingConfig) -> torch.device:
     """Where this process trains."""
-    import os
-
-    import torch
-
     on_cpu = config.use_cpu or not torch.cuda.is_available()
     return torch.device("cpu") if on_cpu else torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
 
 
-def zero_stage(config: TrainingConfig) -> int:
-    """The ZeRO stage of `config.deepspeed`, 0 without DeepSpeed."""
-    if not config.deepspeed:
-        return 0
-    settings = read_json(config.deepspeed)
-    try:
-        return int(settings.get("zero_optimization", {}).get("stage", 0))
-    except (AttributeError, TypeError, ValueError):
-        raise InputError(
-            f"{config.deepspeed}: no DeepSpeed configuration, whose zero_optimization has a stage"
-        ) from None
+def check_trainer(config: TrainingConfig) -> None:
+    """Raise InputError, before any data are read, where `trainer` or `report_to` cannot be carried out.
+
+    Numbers that YAML reads as text, such as 1e-8, become numbers.
+    """
+    if "wandb" in config.report_to and importlib.util.find_spec("wandb") is None:
+        raise InputError("report_to asks for wandb, which is not installed: pip install wandb")
+    types_by_key = get_type_hints(TrainingArguments)
+    for key, value in config.trainer.items():
+        if key not in types_by_key:
+            hint = near(key, types_by_key)
+            raise InputError(f"setting `trainer`: {key} is no key of transformers' TrainingArguments{hint}")
+        if isinstance(value, str) and types_by_key[key] in (int, float):
+            with suppress(ValueError):
+                config.trainer[key] = value = types_by_key[key](value)
+        if not _fits(value, types_by_key[key]):
+            expected = getattr(types_by_key[key], "__name__", str(types_by_key[key]))
+            raise InputError(f"setting `trainer`: {key} {value!r} must be of the type {expected}")
 
 
-def training_arguments(config: TrainingConfig, steps: int, batch: tuple[int, int], **own: Any) -> "TrainingArguments":
+def _fits(value: object, expected: Any) -> bool:
+    """Whether a value read from JSON or YAML is of the annotated type, the members of containers left aside."""
+    kind = get_origin(expected) or expected
+    if kind in (Union, types.UnionType):
+        return any(_fits(value, each) for each in get_args(expected))
+    if kind is Literal:
+        return value in get_args(expected)
+    if kind is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if issubclass(kind, Enum):
+        return value in [member.value for member in kind]
+    return isinstance(value, kind)
+
+
+def training_arguments(config: TrainingConfig, steps: int, batch: tuple[int, int], **own: Any) -> TrainingArguments:
     """transformers' TrainingArguments for `steps` optimiser steps of `batch` = (micro batch, accumulation).
 
     cuDNN's attention is switched off for this process unless `config.cudnn_attention`: in torch 2.14 its backward gives
@@ -171,17 +97,11 @@ def training_arguments(config: TrainingConfig, steps: int, batch: tuple[int, int
     Raises:
         InputError: `config.trainer` holds what TrainingArguments does not take.
     """
-    import torch
-    from transformers import TrainingArguments
-
-    if config.save_total_limit < 2:
-        raise InputError("save_total_limit must be at least 2: one checkpoint is kept whole while the next is written")
-    if "wandb" in config.report_to and importlib.util.find_spec("wandb") is None:
-        raise InputError("report_to asks for wandb, which is not installed: pip install wandb")
+    check_trainer(config)
     torch.backends.cuda.enable_cudnn_sdp(config.cudnn_attention)
     on_cpu = training_device(config).type == "cpu"
     if config.deepspeed and on_cpu:
-        import deepspeed.ops
+        import deepspeed.ops  # not at the top: it takes seconds, and says so on the console
 
         # An all-reduce for inference that would be compiled for a minute with g++; training uses gloo's.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -219,7 +139,7 @@ def training_arguments(config: TrainingConfig, steps: int, batch: tuple[int, int
         raise InputError(f"setting `trainer`: {error}; its keys are transformers' TrainingArguments") from None
 
 
-def on_one_device(arguments: "TrainingArguments") -> "TrainingArguments":
+def on_one_device(arguments: TrainingArguments) -> TrainingArguments:
     """Keep Trainer from torch's DataParallel: without a launcher it would take every GPU that it sees, and multiply the
     batch by their number. One process is one device, so `global_batch_size` is what it says.
     """
@@ -234,7 +154,7 @@ def on_one_device(arguments: "TrainingArguments") -> "TrainingArguments":
     return arguments
 
 
-def train(trainer: "Trainer", run: "Run") -> dict[str, float]:
+def train(trainer: Trainer, run: Run) -> dict[str, float]:
     """Train from the newest whole checkpoint, if any; returns Trainer's closing metrics.
 
     Raises:
@@ -242,12 +162,6 @@ def train(trainer: "Trainer", run: "Run") -> dict[str, float]:
             weights are not finite; the one before it is whole.
         SystemExit: the training was told to stop before its last step (code `stages.run.NOT_FINISHED`).
     """
-    from safetensors import SafetensorError
-    from transformers import PrinterCallback
-    from transformers.utils import logging
-
-    from stages.resume import check_checkpoint
-
     logging.disable_progress_bar()  # of writing shards
     trainer.remove_callback(PrinterCallback)  # Watch says the same for people
     checkpoint = run.resume_from
@@ -260,10 +174,42 @@ def train(trainer: "Trainer", run: "Run") -> dict[str, float]:
         if not half:
             raise
         raise InputError(
-            f"{half[0]} could not be written ({str(error).splitlines()[0]}): free space on the disk and start the same "
+            f"{half[0]} could not be written ({first_line(error)}): free space on the disk and start the same "
             f"command again, it goes on from {run.resume_from or 'the start'}"
         ) from error
     step, steps = trainer.state.global_step, trainer.args.max_steps
     if step < steps:
         run.stop(step, steps)
     return {k: v for k, v in result.metrics.items() if k != "total_flos"}
+
+
+def check_checkpoint(folder: str | Path) -> None:
+    """Raise InputError if a file of the checkpoint could run code, or if DeepSpeed would read from elsewhere.
+
+    DeepSpeed reads its checkpoints with `torch.load(weights_only=False)`, which runs whatever a pickle says, and a run
+    directory may come from somebody else. So every pickle of a checkpoint is first read by torch's restricted
+    unpickler, which runs nothing but a list of constructors.
+    """
+    folder = Path(folder)
+    remedy = f"delete {folder} to go on from the checkpoint before it, or choose another --output_dir"
+    latest = folder / "latest"  # DeepSpeed reads the folder that it names
+    harmless: list[Callable] = []  # what may be made beside tensors and plain types: it does nothing when it is made
+    if latest.is_file():
+        if not re.fullmatch(r"global_step\d+", read_text(latest).strip()):
+            raise InputError(f"{latest}: names no folder of its checkpoint; {remedy}")
+        from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+        from deepspeed.runtime.zero.config import ZeroStageEnum
+        from deepspeed.utils.tensor_fragment import fragment_address
+
+        harmless = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
+    files = (Path(parent, name) for parent, _, names in os.walk(folder, followlinks=True) for name in sorted(names))
+    for path in files:
+        if not path.name.endswith(PICKLES) or path.name == UNREAD:
+            continue
+        try:  # reads no values
+            with safe_globals(), torch.serialization.safe_globals([*harmless]):
+                torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except Exception as error:  # a damaged pickle may raise anything
+            named = re.search(r"GLOBAL ([\w.]+)", str(error))
+            why = f"it would call {named[1]}" if named else "it is damaged, or no checkpoint of torch"
+            raise InputError(f"{path}: is not safe to read ({why}); {remedy}") from None

@@ -119,7 +119,7 @@ def server() -> Iterator[type[Server]]:
     """A Server of its own for the test; `server.address` is its http://127.0.0.1:PORT."""
     kind = type("OneServer", (Server,), {"files": {}, "moved": {}, "sent": []})
     running = ThreadingHTTPServer(("127.0.0.1", 0), kind)
-    threading.Thread(target=running.serve_forever, daemon=True).start()
+    threading.Thread(target=running.serve_forever, args=(0.02,), daemon=True).start()  # shutdown waits as long
     kind.address = f"http://127.0.0.1:{running.server_port}"
     yield kind
     running.shutdown()

@@ -1,5 +1,6 @@
-"""Starting the project's commands as a user does, in processes of their own."""
+"""Starting the project's commands as a user does, in processes of their own where a test needs that."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -18,6 +19,18 @@ def environment() -> dict[str, str]:
     """One thread each: threads that wait for a core that another test has are many times slower than one."""
     settings = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     return {**os.environ, **settings, "PYTHONPATH": str(ROOT)}
+
+
+def call(command: str, *arguments: str, code: int = 0) -> None:
+    """`python -m COMMAND ARGUMENTS` in this process, for tests of messages and files; it must end with `code`."""
+    module = importlib.import_module(command)
+    if hasattr(module, "__path__"):
+        module = importlib.import_module(f"{command}.__main__")
+    try:
+        ended = module.main(list(arguments))
+    except SystemExit as error:
+        ended = error.code
+    assert (ended or 0) == code
 
 
 def start(*arguments: str) -> subprocess.Popen:

@@ -7,10 +7,11 @@ what is not UTF-8, not JSON or nested too deep is an `InputError` that names the
 import json
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from diffclip.errors import InputError
+from diffclip.base.errors import InputError
 
 
 def write_whole(path: str | Path, content: str | bytes) -> None:
@@ -18,13 +19,21 @@ def write_whole(path: str | Path, content: str | bytes) -> None:
 
     Text is written as UTF-8; what no UTF-8 can hold (halves of surrogate pairs) as its `\\udc80` escape.
     """
+    with whole(path) as temporary:
+        temporary.write_bytes(_encoded(content) if isinstance(content, str) else content)
+
+
+@contextmanager
+def whole(path: str | Path) -> Iterator[Path]:
+    """`write_whole` for what a library writes: yields a path beside `path` that takes its place at the end.
+
+    An exception inside leaves `path` as it was and nothing beside it.
+    """
     path = Path(path)
-    data = _encoded(content) if isinstance(content, str) else content
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}.tmp")
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.{os.urandom(4).hex()}.tmp{path.suffix}")
     try:
-        with open(temporary, "wb") as f:
-            f.write(data)
-            f.flush()
+        yield temporary
+        with open(temporary, "rb") as f:
             os.fsync(f.fileno())
         os.replace(temporary, path)
     finally:
@@ -37,25 +46,17 @@ def write_json(path: str | Path, value: object) -> None:
 
 
 def read_text(path: str | Path) -> str:
-    """The whole of a UTF-8 file, without a byte order mark.
-
-    Raises:
-        InputError: the file cannot be read, or is not UTF-8.
-    """
+    """The whole of a UTF-8 file, without a byte order mark; InputError if it cannot be read, or is not UTF-8."""
     try:
         return Path(path).read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 (byte {error.start}); {_remedy(path)}") from None
+        raise InputError(f"{path}: not UTF-8 (byte {error.start}); {utf8_remedy(path)}") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
 
 
 def read_json(path: str | Path) -> Any:
-    """The value of a JSON file.
-
-    Raises:
-        InputError: it cannot be read, is not UTF-8, not JSON, or nested too deep.
-    """
+    """The value of a JSON file; InputError if it cannot be read, is not UTF-8, not JSON, or nested too deep."""
     return parse_json(read_text(path), str(path))
 
 
@@ -72,11 +73,8 @@ def parse_json(text: str | bytes, name: str) -> Any:
 def read_jsonl(path: str | Path, *, damaged: str = "raise") -> Iterator[tuple[int, Any]]:
     """(line number from 1, value) of every line that is not blank, one at a time.
 
-    Args:
-        damaged: "raise", or "skip" for logs of ours, in which a kill may have left half a line.
-
-    Raises:
-        InputError: the file cannot be read, or a line is not UTF-8, not JSON, or nested too deep; names the line.
+    InputError, which names the line, if the file cannot be read, or a line is not UTF-8, not JSON, or nested too deep;
+    with `damaged` "skip", for logs of ours in which a kill may have left half a line, the rest is read nevertheless.
     """
     try:
         with open(path, "rb") as f:
@@ -88,7 +86,7 @@ def read_jsonl(path: str | Path, *, damaged: str = "raise") -> Iterator[tuple[in
                     yield number, parse_json(line.decode("utf-8"), f"{path}:{number}")
                 except UnicodeDecodeError as error:
                     if damaged == "raise":
-                        reason = f"not UTF-8 (byte {error.start} of the line); {_remedy(path)}"
+                        reason = f"not UTF-8 (byte {error.start} of the line); {utf8_remedy(path)}"
                         raise InputError(f"{path}:{number}: {reason}") from None
                 except InputError:
                     if damaged == "raise":
@@ -121,10 +119,7 @@ def json_line(record: object) -> str:
 
 def cut_to_whole_lines(path: str | Path) -> int:
     """Cut half a line, left by a kill, off the end of a file; returns how many lines it has then, 0 for no file."""
-    path = Path(path)
-    if not path.exists():
-        return 0
-    content = path.read_bytes()
+    content = Path(path).read_bytes() if os.path.exists(path) else b""
     whole = content[: content.rfind(b"\n") + 1]
     if len(whole) != len(content):
         os.truncate(path, len(whole))
@@ -132,11 +127,7 @@ def cut_to_whole_lines(path: str | Path) -> int:
 
 
 def read_yaml(path: str | Path) -> Any:
-    """The value of a YAML file, plain types only.
-
-    Raises:
-        InputError: it cannot be read, is not UTF-8, not YAML, or nested too deep.
-    """
+    """The value of a YAML file, plain types only; InputError as `read_json`."""
     import yaml  # not at the top: `0_data.sh --dry-run` runs before anything is installed
 
     text = read_text(path)
@@ -152,7 +143,8 @@ def _encoded(text: str) -> bytes:
     return text.encode("utf-8", errors="backslashreplace")
 
 
-def _remedy(path: str | Path) -> str:
+def utf8_remedy(path: str | Path) -> str:
+    """How a message about a file that is not UTF-8 goes on."""
     with open(path, "rb") as f:
         encoding = "utf-16" if f.read(2) in (b"\xff\xfe", b"\xfe\xff") else "latin1"
-    return f"convert it, e.g. `iconv -f {encoding} -t utf-8 {path} > new`"
+    return f"convert it, e.g. by `iconv -f {encoding} -t utf-8 {path} > new{Path(path).suffix}`"

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-from diffclip.errors import InputError
+from diffclip.base.errors import InputError
 
 LONGEST = 255  # bytes of a folder's or file's name, on nearly all file systems
 
@@ -22,21 +22,21 @@ def inside(root: str | Path, name: object, where: str, *, writing: bool = False)
     Raises:
         InputError: the name is no text or empty, leads outside, is written as on Windows, or no file can have it.
     """
-    shown = repr(name) if len(repr(name)) <= 120 else repr(name)[:120] + "…"
+    quoted = repr(name) if len(repr(name)) <= 120 else repr(name)[:120] + "…"
     if not isinstance(name, str) or not PurePosixPath(name).parts:
-        raise InputError(f"{where}: {shown} is no file name; give a name below {root}")
+        raise InputError(f"{where}: {quoted} is no file name; give a name below {root}")
     if "\\" in name or PureWindowsPath(name).drive:
-        raise InputError(f"{where}: {shown} is a path as Windows writes it; give it relative to {root}, with /")
+        raise InputError(f"{where}: {quoted} is a path as Windows writes it; give it relative to {root}, with /")
     path = PurePosixPath(name)
     try:
         unusable = "\0" in name or any(len(os.fsencode(part)) > LONGEST for part in path.parts)
     except UnicodeEncodeError:  # halves of surrogate pairs
         unusable = True
     if unusable:
-        raise InputError(f"{where}: {shown} cannot be the name of a file; rename the file and mend the entry")
+        raise InputError(f"{where}: {quoted} cannot be the name of a file; rename the file and mend the entry")
     top = PurePosixPath(os.path.abspath(root))
     if ".." in path.parts or (path.is_absolute() and not path.is_relative_to(top)):
-        raise InputError(f"{where}: {shown} leads outside {root}; give a name below it, or a folder above both")
+        raise InputError(f"{where}: {quoted} leads outside {root}; give a name below it, or a folder above both")
     if writing and not Path(os.path.realpath(Path(root, name))).is_relative_to(os.path.realpath(root)):
-        raise InputError(f"{where}: {shown} leads outside {root} through a link; remove the link")
+        raise InputError(f"{where}: {quoted} leads outside {root} through a link; remove the link")
     return Path(root, name)

@@ -1,34 +1,28 @@
 """Models side by side: mean and standard deviation over seeds, and which differences are more than chance.
 
-A seed here is one that a model was pretrained with; the pictures and the few-shot episodes are the same for all. With
+A seed here is one that a model was pretrained with; the images and the few-shot episodes are the same for all. With
 one seed a model the doubt is in the sample of test items, with several also in the training, and it is the larger.
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from diffclip.base.errors import InputError
 from diffclip.base.files import read_json
-from diffclip.benchmarks.significance import mcnemar, over_seeds, paired_bootstrap
-from diffclip.errors import InputError
+from diffclip.base.statistics import mcnemar, over_seeds, paired_bootstrap
 
-if TYPE_CHECKING:
-    from rich.table import Table
-
-SHOWN = ("top1", "R@1", "R@5", "R@10", "accuracy", "average", "average_with_base", "average7")  # ends of scores' names
+# ends of the names of scores that are compared
+COMPARED = ("top1", "R@1", "R@5", "R@10", "accuracy", "average", "average_with_base", "average7")
 
 Scores = Mapping[str, float]
 Outcomes = Mapping[str, np.ndarray]
 
 
 def model_groups(sources: Sequence[str]) -> dict[str, list[str]]:
-    """Read `--model`: PATH, or NAME=PATH,PATH,... for the seeds of one model; the seeds in the order of the first's.
-
-    Raises:
-        InputError: two models of one name, or other numbers of seeds.
-    """
+    """Read `--model`: PATH, or NAME=PATH,PATH,... for the seeds of one model, as many for each, in the same order."""
     plain = [source for source in sources if "=" not in source or Path(source).exists()]
     named = dict(zip(plain, model_names(plain)))
     groups: dict[str, list[str]] = {}
@@ -44,18 +38,15 @@ def model_groups(sources: Sequence[str]) -> dict[str, list[str]]:
 
 
 def model_names(sources: Sequence[str]) -> list[str]:
-    """Return a name for each model: the one in its run.json, else the last part of its path.
+    """A name for each model: the one in its run.json, else the last part of its path.
 
-    Those that would be called alike are told apart by where their paths differ: of runs/clip/pretrain and
-    runs/diffclip/pretrain these are clip and diffclip.
-
-    Raises:
-        InputError: the same model twice, or names that stay alike.
+    Those that would be called alike are told apart by where their paths differ, as clip and diffclip are in
+    runs/clip/pretrain and runs/diffclip/pretrain. InputError: the same model twice, or names that stay alike.
     """
     paths = [Path(source).resolve() for source in sources]
-    told = [_recorded_name(path) for path in paths]
-    names = [name or path.name for name, path in zip(told, paths)]
-    found = list(names)
+    recorded = [_recorded_name(path) for path in paths]
+    names = [name or path.name for name, path in zip(recorded, paths)]
+    distinct = list(names)
     for row, name in enumerate(names):
         alike = [path.parts for path, other in zip(paths, names) if other == name]
         if len(alike) > 1:
@@ -64,17 +55,16 @@ def model_names(sources: Sequence[str]) -> list[str]:
             if start + end == min(map(len, alike)):  # one path is the beginning of another
                 start -= 1
             differs = "-".join(paths[row].parts[start : len(paths[row].parts) - end])
-            found[row] = "-".join(part for part in (told[row], differs) if part) or name
-    if len(set(found)) < len(found):
-        twice = next(name for name in found if found.count(name) > 1)
+            distinct[row] = "-".join(part for part in (recorded[row], differs) if part) or name
+    if len(set(distinct)) < len(distinct):
+        twice = next(name for name in distinct if distinct.count(name) > 1)
         raise InputError(f"two models are called {twice}: give each once, or NAME=PATH where the command takes that")
-    return found
+    return distinct
 
 
 def _in_common(rows: Sequence[Sequence[str]]) -> int:
     """How many first parts all rows share."""
-    unequal = (place for place, column in enumerate(zip(*rows)) if len(set(column)) > 1)
-    return next(unequal, min(len(row) for row in rows))
+    return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, zip(*rows)))
 
 
 def _recorded_name(path: Path) -> str:
@@ -95,29 +85,17 @@ def compare(scores: Mapping[str, Sequence[Scores]], outcomes: Mapping[str, Seque
     (reference, first), *others = scores.items()
     rows = [["percent", reference, *(cell for name, _ in others for cell in (name, f"{name} - {reference}"))]]
     for key in first[0]:
-        if key.rsplit("/", 1)[-1] not in SHOWN:
+        if key.rsplit("/", 1)[-1] not in COMPARED:
             continue
         cells = [key, _mean_sd([seed[key] for seed in first])]
         for name, seeds in others:
-            cells.append(_mean_sd([seed[key] for seed in seeds]))
             if len(seeds) > 1:
-                cells.append(_interval(*over_seeds([b[key] - a[key] for a, b in zip(first, seeds)])))
+                lead = _interval(*over_seeds([b[key] - a[key] for a, b in zip(first, seeds)])[:3])
             else:
-                cells.append(_of_items(outcomes[reference][0].get(key), outcomes[name][0].get(key)))
+                lead = _of_items(outcomes[reference][0].get(key), outcomes[name][0].get(key))
+            cells += [_mean_sd([seed[key] for seed in seeds]), lead]
         rows.append(cells)
     return rows
-
-
-def table(rows: Sequence[Sequence[str]]) -> "Table":
-    """The rows of `compare` for a console."""
-    from rich.table import Table
-
-    result = Table(title="CLIP benchmarks")
-    for number, name in enumerate(rows[0]):
-        result.add_column(name, no_wrap=number == 0)
-    for row in rows[1:]:
-        result.add_row(*row)
-    return result
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:
@@ -130,7 +108,7 @@ def _of_items(first: np.ndarray | None, second: np.ndarray | None) -> str:
     if first is None or second is None:  # an average of scores has no items of its own
         return ""
     text = _interval(*(100 * value for value in paired_bootstrap(first, second)))
-    binary = all(np.isin(one, (0, 1)).all() for one in (first, second))
+    binary = all(np.isin(values, (0, 1)).all() for values in (first, second))
     return f"{text} p={mcnemar(first, second):.2g}" if binary else text
 
 

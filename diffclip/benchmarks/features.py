@@ -1,18 +1,18 @@
-"""One encoding pass per (weights, transform, precision, pictures), kept on disk and shared by every protocol.
+"""One encoding pass per (weights, transform, precision, images), kept on disk and shared by every protocol.
 
-The cache key is a hash of what the features depend on, so a changed checkpoint never meets old ones;
-files appear by an atomic rename, so two processes may share a folder.
+The cache key is a hash of what the features depend on, so a changed checkpoint never meets old ones; two processes
+may share a folder.
 """
 
 import hashlib
 import json
 import os
 import re
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import safetensors.torch
 import torch
@@ -22,22 +22,24 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from diffclip.benchmarks.images import Pictures
-from diffclip.errors import InputError
-from diffclip.fingerprint import fingerprint
+from diffclip.base.errors import InputError
+from diffclip.base.files import whole
+from diffclip.base.fingerprint import fingerprint
+from diffclip.benchmarks.images import Images
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FORMAT = 2  # raise it when the meaning of a stored file changes
 
 
 class ImageFeatures(NamedTuple):
-    """Features of N pictures, float32 on the CPU, un-normalised."""
+    """Features of N images, float32 on the CPU, un-normalised."""
 
     before: Tensor  # (N, vision width): pooled, before the projection
     after: Tensor  # (N, embed_dim): after the projection, the joint space
     labels: Tensor  # (N,) int64
 
 
+@dataclass(eq=False)
 class Encoder:
     """A dual encoder with its transform and tokenizer, and the folder where its features are kept.
 
@@ -51,39 +53,26 @@ class Encoder:
         workers: DataLoader processes; None takes up to 8 with an accelerator and none on a CPU.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        preprocess: Callable[[Image.Image], Tensor],
-        tokenizer: Callable[[list[str]], Tensor],
-        *,
-        cache_dir: str | Path | None = None,
-        precision: str = "float32",
-        batch_size: int = 128,
-        workers: int | None = None,
-        quiet: bool = False,
-    ) -> None:
-        if precision not in PRECISIONS:
-            raise InputError(f"precision {precision!r} is unknown: use one of {', '.join(PRECISIONS)}")
-        self.model = model.eval()
-        self.preprocess = preprocess
-        self.tokenizer = tokenizer
-        self.cache_dir = Path(cache_dir) if cache_dir is not None else None
-        self.precision = precision
-        self.batch_size = batch_size
-        self.device = next(model.parameters()).device
-        on_cpu = self.device.type == "cpu"
-        self.workers = workers if workers is not None else 0 if on_cpu else min(8, _cores())
-        self.quiet = quiet
-        self.fingerprint = fingerprint(model)
+    model: nn.Module
+    preprocess: Callable[[Image.Image], Tensor]
+    tokenizer: Callable[[list[str]], Tensor]
+    _: KW_ONLY
+    cache_dir: str | Path | None = None
+    precision: str = "float32"
+    batch_size: int = 128
+    workers: int | None = None
+    quiet: bool = False
 
-    def images(self, pictures: Pictures, name: str = "images") -> ImageFeatures:
-        """Encode pictures in order, or read them back when the same weights have seen the same pictures.
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise InputError(f"precision {self.precision!r} is unknown: use one of {', '.join(PRECISIONS)}")
+        self.model.eval()
+        self.device = next(self.model.parameters()).device
+        self.fingerprint = fingerprint(self.model)
 
-        Raises:
-            InputError: a picture that cannot be decoded, named.
-        """
-        stored = self._cached(self._images_key(pictures), lambda: _joined(self._encode_batches(pictures, name)))
+    def images(self, images: Images, name: str = "images") -> ImageFeatures:
+        """Encode images in order, or read them back; InputError names one that cannot be decoded."""
+        stored = self._cached(self._images_key(images), lambda: _joined(self._encode_batches(images, name)))
         return ImageFeatures(stored["before"].float(), stored["after"].float(), stored["labels"])
 
     def texts(self, texts: Sequence[str], name: str = "texts") -> Tensor:
@@ -93,49 +82,48 @@ class Encoder:
         key = {"ids": digest, "shape": list(ids.shape), "kind": "text"}
         return self._cached(key, lambda: {"after": self._encode_ids(ids, name)})["after"].float()
 
-    def images_together(self, wanted: Mapping[str, Pictures]) -> None:
-        """Encode pictures on all ranks of the process group; afterwards `images` of rank 0 finds them stored.
+    def images_together(self, wanted: Mapping[str, Images]) -> None:
+        """Encode images on all ranks of the process group; afterwards `images` of rank 0 finds them stored.
 
         Rank r encodes each batch r, r + ranks, ... of those that one process would make, so that the features are
-        the same bits on machines that are alike. Only rank 0 needs to see the cache.
-
-        Raises:
-            InputError: a picture that cannot be decoded, on every rank.
+        the same bits on machines that are alike. Only rank 0 needs to see the cache. For an image that cannot be
+        decoded every rank raises InputError.
         """
+        if self.cache_dir is None:
+            raise ValueError("ranks share features through a cache_dir")
         rank, ranks = dist.get_rank(), dist.get_world_size()
-        for name, pictures in wanted.items():
-            path, key = self._place(self._images_key(pictures))
+        for name, images in wanted.items():
+            path, key = self._place(self.cache_dir, self._images_key(images))
             stored = [path.exists()]
             dist.broadcast_object_list(stored)
             if stored[0]:
                 continue
             try:
-                share: object = self._encode_batches(pictures, name, rank, ranks)
+                share: object = self._encode_batches(images, name, rank, ranks)
             except InputError as error:  # told to all, so that none waits for this rank
                 share = error
             shares: list = [None] * ranks
             dist.all_gather_object(shares, share)
-            for other in shares:
-                if isinstance(other, InputError):
-                    raise other
+            if failed := next((other for other in shares if isinstance(other, InputError)), None):
+                raise failed
             if rank == 0:
                 rows = [shares[n % ranks][n // ranks] for n in range(sum(map(len, shares)))]
                 save_tensors(_joined(rows), path, {"key": key})
 
-    def _images_key(self, pictures: Pictures) -> dict:
-        return {"pictures": pictures.digest, "transform": _printed(self.preprocess), "kind": "image"}
+    def _images_key(self, images: Images) -> dict:
+        return {"pictures": images.digest, "transform": _printed(self.preprocess), "kind": "image"}
 
-    def _place(self, key: dict) -> tuple[Path, str]:
+    def _place(self, folder: str | Path, key: dict) -> tuple[Path, str]:
+        """The file of an entry, and the whole key, of which its name is a hash."""
         # lambda_init, the norms' epsilons and the activation are not in the weights
-        config = getattr(self.model, "model_config", None) or _printed(self.model)
-        model = [self.fingerprint, config]
+        model = [self.fingerprint, getattr(self.model, "model_config", None) or _printed(self.model)]
         text = json.dumps({"format": FORMAT, "model": model, "precision": self.precision, **key}, sort_keys=True)
-        return self.cache_dir / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.safetensors", text
+        return Path(folder) / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.safetensors", text
 
     def _cached(self, key: dict, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         if self.cache_dir is None:
             return compute()
-        path, text = self._place(key)
+        path, text = self._place(self.cache_dir, key)
         if path.exists():
             return safetensors.torch.load_file(path)
         features = compute()
@@ -143,14 +131,15 @@ class Encoder:
         return features
 
     @torch.no_grad()
-    def _encode_batches(self, pictures: Pictures, name: str, first: int = 0, step: int = 1) -> list[dict[str, Tensor]]:
-        rows = range(len(pictures))
+    def _encode_batches(self, images: Images, name: str, first: int = 0, step: int = 1) -> list[dict[str, Tensor]]:
+        rows = range(len(images))
         batches = [rows[i : i + self.batch_size] for i in rows[:: self.batch_size]][first::step]
+        usual = 0 if self.device.type == "cpu" else min(8, _cores())
         loader = DataLoader(
-            _Transformed(pictures, self.preprocess),
-            batch_sampler=batches,
-            num_workers=self.workers,
-            collate_fn=_collate,
+            _Transformed(images, self.preprocess),
+            batch_size=None,  # an item is a batch
+            sampler=batches,
+            num_workers=usual if self.workers is None else self.workers,
             pin_memory=self.device.type == "cuda",
         )
         encoded = []
@@ -158,9 +147,9 @@ class Encoder:
             for batch in loader:
                 if isinstance(batch, InputError):
                     raise batch
-                images, targets = batch  # (batch, 3, H, W), (batch,)
+                pixels, targets = batch  # (batch, 3, H, W), (batch,)
                 with self._autocast():
-                    low, high = encode_image(self.model, images.to(self.device, non_blocking=True))
+                    low, high = encode_image(self.model, pixels.to(self.device, non_blocking=True))
                 encoded.append({"before": self._stored(low), "after": self._stored(high), "labels": targets})
                 bar.update(len(targets))
         return encoded
@@ -168,10 +157,11 @@ class Encoder:
     @torch.no_grad()
     def _encode_ids(self, ids: Tensor, name: str) -> Tensor:
         features = []
+        encode_text = cast(Callable[[Tensor], Tensor], self.model.encode_text)
         with self._progress(len(ids), name, "text") as bar:
             for batch in ids.split(self.batch_size):  # (batch, context)
                 with self._autocast():
-                    features.append(self._stored(self.model.encode_text(batch.to(self.device))))
+                    features.append(self._stored(encode_text(batch.to(self.device))))
                 bar.update(len(batch))
         return torch.cat(features)
 
@@ -193,13 +183,12 @@ def encode_image(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
 
     CLIP's ResNets end in attention with the projection as its last matrix, which the identity then stands in for.
     """
-    visual = model.visual
+    visual: Any = model.visual  # of open_clip, timm or ours, whose types say nothing of their parts
     if hasattr(visual, "trunk"):
         before = visual.trunk(images)
         return before, visual.head(before)
     if hasattr(visual, "proj"):  # open_clip's own transformers multiply by it last, and leave it out when it is None
-        owner, name, projection = visual, "proj", visual.proj
-        without = None
+        owner, name, projection, without = visual, "proj", visual.proj, None
     elif hasattr(getattr(visual, "attnpool", None), "c_proj"):
         owner, name, projection = visual.attnpool, "c_proj", visual.attnpool.c_proj
         without = _identity(projection)
@@ -211,9 +200,9 @@ def encode_image(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
     finally:
         setattr(owner, name, projection)
     before = before[0] if isinstance(before, tuple) else before  # CoCa's tower gives its tokens too
-    if projection is None:
-        return before, before
-    return before, projection(before) if isinstance(projection, nn.Module) else before @ projection
+    if isinstance(projection, nn.Module):
+        return before, projection(before)
+    return before, before if projection is None else before @ projection
 
 
 def _identity(layer: nn.Linear) -> nn.Linear:
@@ -227,40 +216,24 @@ def _identity(layer: nn.Linear) -> nn.Linear:
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file so that it appears whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".tmp")
-    os.close(handle)
-    try:
+    with whole(path) as temporary:
         safetensors.torch.save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, metadata)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
+@dataclass
 class _Transformed(Dataset):
-    """Pictures after the transform; a broken one is returned as the error, to pass whole through a worker."""
+    """Batches of images after the transform; one with a broken image is the error, to pass whole through a worker."""
 
-    def __init__(self, pictures: Pictures, preprocess: Callable[[Image.Image], Tensor]) -> None:
-        self.pictures = pictures
-        self.preprocess = preprocess
+    images: Images
+    preprocess: Callable[[Image.Image], Tensor]
 
-    def __len__(self) -> int:
-        return len(self.pictures)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int] | InputError:
+    def __getitem__(self, rows: range) -> tuple[Tensor, Tensor] | InputError:
         try:
-            image, label = self.pictures[index]
+            pairs = [(self.preprocess(image), label) for image, label in map(self.images.__getitem__, rows)]
         except InputError as error:
             return error
-        return self.preprocess(image), label
-
-
-def _collate(items: list[tuple[Tensor, int] | InputError]) -> tuple[Tensor, Tensor] | InputError:
-    for item in items:
-        if isinstance(item, InputError):
-            return item
-    images, labels = zip(*items)
-    return torch.stack(images), torch.tensor(labels)
+        pixels, labels = zip(*pairs)
+        return torch.stack(pixels), torch.tensor(labels)
 
 
 def _joined(batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -1,7 +1,6 @@
 """Few-shot classification by nearest class mean, as the paper's evaluation code (lgssl) defines it.
 
-Thousands of episodes are drawn and scored together as tensors; an episode is rows of a support and a
-query pool.
+Thousands of episodes are drawn and scored together as tensors; an episode is rows of a support and a query pool.
 """
 
 from typing import NamedTuple
@@ -9,6 +8,10 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from diffclip.benchmarks.images import Images
+from diffclip.benchmarks.protocol import Classification, Evaluation, Protocol
 
 
 class Episodes(NamedTuple):
@@ -41,8 +44,8 @@ def draw(
     usable = [c for c, rows in support_rows.items() if len(rows) >= shot and c in query_rows]
     if len(usable) < way:
         raise ValueError(f"{way}-way {shot}-shot needs {way} classes with {shot} support rows, found {len(usable)}")
-    support_table = _table([support_rows[c] for c in usable])
-    query_table = _table([query_rows[c] for c in usable])
+    support_table = pad_sequence([support_rows[c] for c in usable], batch_first=True, padding_value=-1)
+    query_table = pad_sequence([query_rows[c] for c in usable], batch_first=True, padding_value=-1)
     if query_table.shape[1] < queries:  # (classes, most rows of a class)
         query_table = F.pad(query_table, (0, queries - query_table.shape[1]), value=-1)
 
@@ -67,11 +70,10 @@ def accuracies(
     average: bool = True,
     block: int = 32,
 ) -> Tensor:
-    """Return the accuracy of each episode, (E,) float64 in [0, 1].
+    """The accuracy of each episode, (E,) float64 in [0, 1].
 
-    Both sides are shifted by the mean of the support rows, scaled to unit length; a class is the plain
-    mean of its support rows, the nearest by Euclidean distance wins. `average=False` takes the nearest
-    support row instead.
+    Both sides are shifted by the mean of the support rows, scaled to unit length; a class is the plain mean of its
+    support rows (each of them, without `average`), the nearest by Euclidean distance wins.
     """
     support_features, query_features = support_features.float(), query_features.float()
     if center:  # each episode's own centring follows; near zero, products of float32 lose least
@@ -110,25 +112,41 @@ def accuracies(
 
 
 def summary(accuracy: Tensor) -> dict[str, float]:
-    """Return mean, sd over episodes (unbiased) and half-width of the 95 % interval of the mean, percent."""
-    deviation = 100 * accuracy.std().item()
-    return {
-        "accuracy": 100 * accuracy.mean().item(),
-        "sd": deviation,
-        "ci95": 1.96 * deviation / len(accuracy) ** 0.5,
-    }
+    """Mean, sd over episodes (unbiased) and half-width of the 95 % interval of the mean, percent."""
+    sd = 100 * accuracy.std().item()
+    return {"accuracy": 100 * accuracy.mean().item(), "sd": sd, "ci95": 1.96 * sd / len(accuracy) ** 0.5}
 
 
 def _rows_by_class(labels: Tensor) -> dict[int, Tensor]:
     return {int(label): (labels == label).nonzero()[:, 0] for label in labels.unique()}
 
 
-def _table(rows: list[Tensor]) -> Tensor:
-    """Stack row numbers of classes to (classes, most rows), padded by -1."""
-    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
-
-
 def _sample(rows: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """Draw `count` of each row of (E, way, rows) without replacement, padding last: (E, way * count)."""
     order = torch.rand(rows.shape, generator=generator).masked_fill(rows < 0, -1).topk(count).indices
     return rows.gather(2, order).flatten(1)
+
+
+def images(name: str, labelled: Classification) -> dict[str, Images]:
+    splits = ("train", "test") if "train" in labelled.splits else ()
+    return {f"{name} {split}": labelled.splits[split] for split in splits}
+
+
+def score(evaluation: Evaluation, name: str, labelled: Classification) -> None:
+    """Add few_shot/NAME/{accuracy,sd,ci95}."""
+    if "train" not in labelled.splits:
+        evaluation.skipped[f"few_shot/{name}"] = "there is no train split"
+        return
+    train, train_labels = evaluation.probe_rows(name, labelled, "train")
+    test, labels = evaluation.probe_rows(name, labelled, "test")
+    use = evaluation.settings
+    try:
+        episodes = draw(train_labels, labels, way=use.way, shot=use.shot, episodes=use.episodes, seed=use.seed)
+    except ValueError as error:
+        evaluation.skipped[f"few_shot/{name}"] = str(error)
+        return
+    accuracy = accuracies(train, test, train_labels, labels, episodes)
+    evaluation.add(f"few_shot/{name}", summary(accuracy), {"accuracy": accuracy})
+
+
+PROTOCOL = Protocol(images, score)

@@ -6,6 +6,7 @@ step, `fast` goes to the minimum of the same objective.
 
 import math
 import random
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
@@ -13,9 +14,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.optimize import minimize
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from diffclip.benchmarks.zero_shot import mean_per_class
+from diffclip.benchmarks.images import Images
+from diffclip.benchmarks.protocol import Classification, Evaluation, Protocol
+from diffclip.benchmarks.zero_shot import balanced, mean_per_class
 
 METRICS = ("accuracy", "mean_per_class")
 MODES = ("exact", "fast")
@@ -44,14 +49,12 @@ def linear_probe(
 ) -> Probe:
     """Choose C on the validation rows, refit, score the test rows.
 
-    Features are used as they come (the protocol takes them before the projection, un-normalised); the
-    objective is mean cross-entropy + 0.5/C * ||W||_F, the norm not squared, bias free.
+    Features are used as they come (the protocol takes them before the projection, un-normalised).
 
     Args:
         train, valid, test: (features (N, width), labels (N,)) each; float64 is kept, all else fitted in float32.
-            Without valid, a fifth of each
-            class of train is set aside by a fixed shuffle.
-        metric: "accuracy", or "mean_per_class" for aircraft, pets, caltech101 and flowers.
+            Without valid, a fifth of each class of train is set aside by a fixed shuffle.
+        metric: "accuracy" or "mean_per_class".
         mode: "exact" or "fast". The official fit stops after 1,000 steps, before its minimum where the penalty is
             weak (C from some hundreds on), so the two may part by a row or two there; where few validation rows
             decide, that can choose another C, as rounding does for the official fit itself (`benchmarks.probes`).
@@ -79,9 +82,9 @@ def linear_probe(
     small = train[0].numel() * classes < 5e8
     with single_thread() if small else nullcontext():
         fit_train = solver(train)
-        C, visited = search(lambda C: score(predict(valid[0], fit_train(C)), valid[1], metric))
+        C, visited = search(lambda C: percent(predict(valid[0], fit_train(C)), valid[1], metric))
         predicted = predict(test[0], solver(final)(C))
-    return Probe(score(predicted, test[1], metric), predicted, C, visited)
+    return Probe(percent(predicted, test[1], metric), predicted, C, visited)
 
 
 @contextmanager
@@ -91,8 +94,6 @@ def single_thread() -> Iterator[None]:
     A small fit is thousands of calls of microseconds; threads that wait for a busy core in each made it 90
     times slower on a loaded machine.
     """
-    from threadpoolctl import threadpool_limits
-
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -106,42 +107,35 @@ def search(validate: Callable[[float], float]) -> tuple[float, list[tuple[float,
     """Find C by the official two passes: seven decades apart, then thirds of a 29-point grid around the best.
 
     The second pass keeps the lower half of the grid where its quarter point is best, else the upper half
-    where the three-quarter point is, else the middle; equal scores count as best. Of equals the C visited
-    first is chosen.
+    where the three-quarter point is, else the middle; equal scores count as best.
 
     Returns:
-        the chosen C, and every (C, score) in the order tried.
+        the C of the best score, of equals the one tried first, and every (C, score) in the order tried.
     """
-    visited = [(C, validate(C)) for C in COARSE]
-    best = max(visited, key=lambda pair: pair[1])  # the first of equals
-    candidates = [best]
-    known = {best[0]: best[1]}
-
-    centre = torch.tensor(best[0]).log10()
-    grid = torch.logspace(centre - 2, centre + 2, 29)
-    grid = [C for C in grid.tolist() if COARSE[0] <= C <= COARSE[-1]]
+    coarse = [(C, validate(C)) for C in COARSE]
+    best, score = max(coarse, key=lambda pair: pair[1])
+    scores = {best: score}  # of the second pass, which begins with the best of the first
+    centre = torch.tensor(best).log10()
+    grid: list[float] = torch.logspace(centre - 2, centre + 2, 29).tolist()
+    grid = [C for C in grid if COARSE[0] <= C <= COARSE[-1]]
     while len(grid) > 1:
-        n = len(grid)
-        low, middle, high = n // 4, n // 2, (-n) // 4
-        scores = []
-        for place in (low, middle, high):
-            C = grid[place]
-            if C not in known:
-                known[C] = validate(C)
-                visited.append((C, known[C]))
-                candidates.append((C, known[C]))
-            scores.append(known[C])
-        if scores[0] == max(scores):
-            grid = grid[: n // 2]
-        elif scores[2] == max(scores):
-            grid = grid[n // 2 :]
+        low, middle, high = len(grid) // 4, len(grid) // 2, -len(grid) // 4
+        points = [grid[low], grid[middle], grid[high]]
+        for C in points:
+            if C not in scores:
+                scores[C] = validate(C)
+        top = max(scores[C] for C in points)
+        if scores[points[0]] == top:
+            grid = grid[:middle]
+        elif scores[points[2]] == top:
+            grid = grid[middle:]
         else:
             grid = grid[low:high]
-    return max(candidates, key=lambda pair: pair[1])[0], visited
+    return max(scores, key=scores.__getitem__), coarse + list(scores.items())[1:]
 
 
 def predict(features: Tensor, weights: Weights) -> Tensor:
-    """Return the most likely class of each row, (N,) int64."""
+    """The most likely class of each row, (N,) int64."""
     W, b = weights
     return (at_least_float32(features).to(W) @ W.T + b).argmax(dim=1).cpu()
 
@@ -150,23 +144,17 @@ def at_least_float32(features: Tensor) -> Tensor:
     return features if features.dtype == torch.float64 else features.float()
 
 
-def score(predicted: Tensor, labels: Tensor, metric: str) -> float:
-    """Return accuracy, or the mean of the recalls of the classes present, in percent."""
+def percent(predicted: Tensor, labels: Tensor, metric: str) -> float:
+    """Accuracy, or the mean of the recalls of the classes present, in percent."""
     correct = predicted == labels.cpu()
-    if metric == "mean_per_class":
-        return mean_per_class(correct, labels.cpu())
-    return 100 * correct.double().mean().item()
+    return mean_per_class(correct, labels.cpu()) if metric == "mean_per_class" else 100 * correct.double().mean().item()
 
 
 def hold_out(labels: Tensor, share: float = 0.2, seed: int = 93) -> tuple[list[int], list[int]]:
-    """Split rows 80/20 within each class as the official code does, classes in order of first appearance.
-
-    Returns:
-        row indices (kept, held out).
-    """
-    rows: dict[int, list[int]] = {}
+    """Rows (kept, held out) within each class as the official code has them, classes in order of first appearance."""
+    rows = defaultdict(list)
     for row, label in enumerate(labels.tolist()):
-        rows.setdefault(label, []).append(row)
+        rows[label].append(row)
     kept, held = [], []
     for members in rows.values():
         random.Random(seed).shuffle(members)  # anew for each class
@@ -177,7 +165,7 @@ def hold_out(labels: Tensor, share: float = 0.2, seed: int = 93) -> tuple[list[i
 
 
 def objective(W: Tensor, b: Tensor, features: Tensor, labels: Tensor, C: float) -> Tensor:
-    """Return mean cross-entropy + 0.5/C * ||W||_F, a scalar."""
+    """Mean cross-entropy + 0.5/C * ||W||_F, a scalar: the norm is not squared, the bias is free."""
     return F.cross_entropy(features @ W.T + b, labels) + (1 / C) * 0.5 * W.norm(p=2)
 
 
@@ -188,7 +176,7 @@ def fit(features: Tensor, labels: Tensor, C: float, classes: int, max_iter: int 
     that is part of the protocol.
 
     Args:
-        features: (N, width) float32 (float64 works too).
+        features: (N, width) float32 or float64.
         labels: (N,) int64 below `classes`.
     """
     W = features.new_zeros(classes, features.shape[1], requires_grad=True)
@@ -215,8 +203,6 @@ def fast_solver(features: Tensor, labels: Tensor, classes: int) -> Callable[[flo
     once the classes are separated, so that r is taken anew until that gains nothing. float64 on the CPU. Where the
     official fit cannot leave zero this one stays there too.
     """
-    from scipy.optimize import minimize
-
     mean = features.double().mean(dim=0)
     spread, basis = torch.linalg.eigh((features.double() - mean).T.cov(correction=0))
     spread = spread.clamp_min(0)
@@ -228,7 +214,7 @@ def fast_solver(features: Tensor, labels: Tensor, classes: int) -> Callable[[flo
     solved: dict[float, Weights] = {}  # in the rotated basis
 
     def descend(W: Tensor, b: Tensor, strength: float, r: float) -> tuple[Weights, float, bool]:
-        """Return the weights after at most 100 steps, by how much of itself the objective fell, and if it ended."""
+        """The weights after at most 100 steps, by how much of itself the objective fell, and if it ended."""
         scale = (spread + r + 1e-9 * spread.max()).rsqrt()
         inputs = rotated * scale
 
@@ -272,3 +258,26 @@ def fast_solver(features: Tensor, labels: Tensor, classes: int) -> Callable[[flo
         return W.to(features), (b - W @ mean).to(features)
 
     return solve
+
+
+def images(name: str, labelled: Classification) -> dict[str, Images]:
+    """All splits, where there is one to train on."""
+    return {f"{name} {s}": rows for s, rows in labelled.splits.items()} if "train" in labelled.splits else {}
+
+
+def score(evaluation: Evaluation, name: str, labelled: Classification) -> None:
+    """Add linear_probe/NAME/{accuracy,mean_per_class,C}."""
+    if "train" not in labelled.splits:
+        evaluation.skipped[f"linear_probe/{name}"] = "there is no train split"
+        return
+    rows = {split: evaluation.probe_rows(name, labelled, split) for split in labelled.splits}
+    mode = evaluation.settings.probe
+    fitted = linear_probe(rows["train"], rows.get("val"), rows["test"], metric=labelled.metric, mode=mode)
+    labels = rows["test"][1]
+    correct = fitted.predicted == labels
+    scores = {metric: percent(fitted.predicted, labels, metric) for metric in METRICS}
+    outcomes = {"accuracy": correct, "mean_per_class": balanced(correct, labels)}
+    evaluation.add(f"linear_probe/{name}", scores | {"C": fitted.C}, outcomes)
+
+
+PROTOCOL = Protocol(images, score)

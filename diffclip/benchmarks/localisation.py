@@ -1,182 +1,26 @@
-"""Do the patches that speak for a text lie on the object? Scored without choosing a threshold.
+"""Do the patches that speak for a text lie on the object? Pointing, energy and average precision against masks.
 
-Appendix A of the paper shows attention maps and leaves their quality to the eye. Here `relevance` for "a {category}"
-is compared with the category's mask in COCO-format annotations, by three scores that no threshold enters:
-
-- pointing: is the most relevant pixel inside the mask (Zhang et al. 2016, arXiv 1608.00507; no tolerance margin);
-- energy: the share of all relevance that lies inside (Wang et al. 2020, arXiv 1910.01279);
-- precision: average precision of the pixels ranked by relevance.
-
-Beside them stands `area`, the mask's share of the picture: what energy and precision are for a map of noise.
-
-    python -m diffclip.benchmarks.localisation --instances data/segmentation/instances.json \
-        --images data/segmentation/images --models runs/clip/pretrain runs/diffclip/pretrain --out localisation.json
+diffclip localise --instances data/segmentation/instances.json --images data/segmentation/images \
+    --models runs/clip/pretrain runs/diffclip/pretrain --out localisation.json
 """
 
-from __future__ import annotations
-
-import argparse
-import contextlib
-import io
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any
-
-import numpy as np
-
-from diffclip.base.files import write_json
-from diffclip.errors import InputError, exit_on_input_error
-from diffclip.pictures import open_picture
-
-SCORES = ("pointing", "energy", "precision")
-PROMPT = "a {}"
-
-
-def read_masks(instances: str | Path, images: str | Path) -> Iterator[tuple[Path, str, np.ndarray]]:
-    """Yield (picture, category name, mask) for every category in every picture; all its objects are one mask.
-
-    Masks are (height, width) bool, from polygons or run lengths. Crowds are left out, and so are annotations
-    without a segmentation.
-
-    Raises:
-        InputError: for annotations that are not COCO's, or a picture that is missing.
-    """
-    from pycocotools.coco import COCO
-
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            coco = COCO(str(instances))
-        names = {c["id"]: c["name"] for c in coco.dataset["categories"]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{instances}: cannot be read as COCO instances: {type(error).__name__} {error}") from error
-    for image_id, image in sorted(coco.imgs.items()):
-        path = Path(images) / image["file_name"]
-        if not path.is_file():
-            raise InputError(f"{path}: no such picture, but {instances} has it as image {image_id}")
-        masks: dict[int, np.ndarray] = {}
-        for annotation in coco.imgToAnns[image_id]:
-            if annotation.get("iscrowd") or not annotation.get("segmentation"):
-                continue
-            mask = coco.annToMask(annotation).astype(bool)
-            kind = annotation["category_id"]
-            masks[kind] = masks[kind] | mask if kind in masks else mask
-        for kind, mask in sorted(masks.items()):
-            if mask.any() and not mask.all():
-                yield path, names[kind], mask
-
-
-def map_scores(heat: np.ndarray, mask: np.ndarray) -> dict[str, float]:
-    """Return pointing, energy, precision and area in percent, for heat (height, width) >= 0 and a mask like it.
-
-    Where several pixels are most relevant, pointing is the share of them inside; a map of zeros counts as even.
-    """
-    from sklearn.metrics import average_precision_score
-
-    if not heat.any():
-        heat = np.ones_like(heat)
-    top = heat >= heat.max()
-    return {
-        "pointing": 100 * float(mask[top].mean()),
-        "energy": 100 * float(heat[mask].sum() / heat.sum()),
-        "precision": 100 * float(average_precision_score(mask.ravel(), heat.ravel())),
-        "area": 100 * float(mask.mean()),
-    }
-
-
-def localise(model: Any, transform: Any, tokenizer: Any, items: Sequence[tuple], batch_size: int = 64) -> np.ndarray:
-    """Return (items, 4): pointing, energy, precision and area of each item, in percent.
-
-    Args:
-        model, transform, tokenizer: from `diffclip.load`.
-        items: from `read_masks`. Masks get the model's own resizing and centre crop; an object that the crop
-            leaves out, or leaves nothing beside, has NaN in its row.
-    """
-    import torch
-    from PIL import Image
-
-    from diffclip.attention_maps import relevance, seen_part, upsample
-
-    crop = seen_part(transform, nearest=True)
-    device = next(model.parameters()).device
-    rows = []
-    for start in range(0, len(items), batch_size):
-        batch = items[start : start + batch_size]
-        pictures = torch.stack([transform(open_picture(path, str(path))) for path, _, _ in batch]).to(device)
-        texts = tokenizer([PROMPT.format(name) for _, name, _ in batch]).to(device)
-        heats = upsample(relevance(model, pictures, texts), pictures.shape[-2:]).cpu().numpy()
-        for heat, (_, _, mask) in zip(heats, batch):
-            seen = np.asarray(crop(Image.fromarray(mask).convert("RGB")))[:, :, 0] > 127
-            whole = seen.any() and not seen.all()
-            scores = map_scores(heat, seen) if whole else dict.fromkeys((*SCORES, "area"), float("nan"))
-            rows.append([scores[name] for name in (*SCORES, "area")])
-    return np.array(rows)
-
-
-def summary(found: dict[str, np.ndarray], pictures: Sequence[Any]) -> dict[str, Any]:
-    """Return mean and 95 % interval of each score of each model, and of each model's difference to the first.
-
-    Intervals are bootstrapped over pictures, since the objects of one picture are not independent.
-
-    Args:
-        found: model name -> what `localise` returned, the same items for all.
-        pictures: of each item, its picture.
-    """
-    _, picture = np.unique([str(p) for p in pictures], return_inverse=True)
-    kept = ~np.isnan(np.stack(list(found.values()))).any(axis=(0, 2))
-    out: dict[str, Any] = {"items": int(kept.sum()), "pictures": len(set(picture[kept])), "models": {}}
-    first = next(iter(found.values()))
-    for name, scores in found.items():
-        row = {s: _interval(scores[kept, i], picture[kept]) for i, s in enumerate((*SCORES, "area"))}
-        if scores is not first:
-            difference = scores - first
-            row |= {f"{s}_difference": _interval(difference[kept, i], picture[kept]) for i, s in enumerate(SCORES)}
-        out["models"][name] = row
-    return out
-
-
-def _interval(values: np.ndarray, picture: np.ndarray, resamples: int = 2000) -> dict[str, float]:
-    _, picture = np.unique(picture, return_inverse=True)
-    sums, counts = np.bincount(picture, values), np.bincount(picture)
-    drawn = np.random.default_rng(0).integers(len(sums), size=(resamples, len(sums)))
-    means = sums[drawn].sum(1) / counts[drawn].sum(1)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return {"mean": float(values.mean()), "low": float(low), "high": float(high)}
+from diffclip.base.commands import Parser
+from diffclip.base.errors import exit_on_input_error
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        prog="diffclip.benchmarks.localisation",
-    )
+    parser = Parser("diffclip localise", description=__doc__)
     parser.add_argument("--instances", required=True, help="COCO-format annotations with masks")
-    parser.add_argument("--images", required=True, help="folder of the pictures")
+    parser.add_argument("--images", required=True, help="folder of the images")
     parser.add_argument("--models", nargs="+", required=True, help="run directories, checkpoints or Hub ids")
     parser.add_argument("--out", required=True, help="JSON file to write")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    args = parser.parse_args(argv)
-    with exit_on_input_error():
-        from diffclip import checkpoints
-        from diffclip.benchmarks.comparison import model_names
+    options = parser.parse_args(argv)
+    from diffclip.benchmarks.mask_scores import compare
 
-        names = model_names(args.models)
-        items = list(read_masks(args.instances, args.images))
-        if not items:
-            raise InputError(f"{args.instances}: no masks to compare with")
-        found = {}
-        for name, source in zip(names, args.models):
-            model, transform, tokenizer = checkpoints.load(source)
-            try:
-                found[name] = localise(model.to(args.device), transform, tokenizer, items)
-            except InputError as error:
-                raise InputError(f"{source}: {error}") from None
-            print(f"{name}: {len(items)} objects in {len({path for path, _, _ in items})} pictures", flush=True)
-        result = summary(found, [path for path, _, _ in items])
-        write_json(args.out, result)
-        for name, row in result["models"].items():
-            cells = [f"{s} {v['mean']:.1f} [{v['low']:.1f}, {v['high']:.1f}]" for s, v in row.items()]
-            print(f"{name}: {', '.join(cells)}")
+    compare(options.instances, options.images, options.models, options.out, options.device)
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_input_error():
+        main()

@@ -1,22 +1,26 @@
-"""MMVP-VLM (Tong et al. 2024): pairs of pictures that CLIP models confuse, each with its statement.
+"""MMVP-VLM (Tong et al. 2024): pairs of images that CLIP models confuse, each with its statement.
 
-A statement goes to the first picture when its softmax over the two exceeds one half, a tie to the second;
-a pair counts when both statements find their picture.
+A statement goes to the first image when its softmax over the two exceeds one half, a tie to the second;
+a pair counts when both statements find their image.
 """
 
 import csv
 import io
 import re
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from diffclip.base.errors import InputError
 from diffclip.base.files import read_text
-from diffclip.benchmarks.images import Pictures, images_in
-from diffclip.errors import InputError
+from diffclip.benchmarks.images import Images, images_in
+from diffclip.benchmarks.protocol import Evaluation, Protocol
+from diffclip.benchmarks.zero_shot import balanced
 
 PROMPT = "a photo of {c}"
 # The DiffCLIP paper's 21.9 and 27.6 are 23 and 29 of 105 pairs, so seven of the nine categories; it does not say which.
@@ -25,9 +29,9 @@ BEYOND_SEVEN = ("Text", "Texts", "Viewpoint and Perspective")
 
 
 class Pairs(NamedTuple):
-    """P pairs: picture 2p and statement 2p belong together, and 2p + 1 likewise."""
+    """P pairs: image 2p and statement 2p belong together, and 2p + 1 likewise."""
 
-    images: Pictures
+    images: Images
     statements: list[str]
     categories: list[str]  # one per pair
 
@@ -35,16 +39,14 @@ class Pairs(NamedTuple):
 def read_mmvp(folder: Path) -> Pairs:
     """Read the layout of the public release: Questions.csv and "MMVP VLM Images"/<category>/<id>.jpg.
 
-    Questions 2n+1 and 2n+2 form a pair, whatever the order of the file; the pictures are found by
-    question id.
+    Questions 2n+1 and 2n+2 form a pair, whatever the order of the file; the images are found by question id.
 
     Raises:
-        InputError: a missing file or column, a question without its partner, a picture that is missing or
-        double.
+        InputError: a missing file or column, a question without its partner, an image that is missing or double.
     """
     path = folder / "Questions.csv"
     if not path.is_file():
-        raise InputError(f"{path} does not exist: MMVP-VLM is a folder with Questions.csv and the pictures")
+        raise InputError(f"{path} does not exist: MMVP-VLM is a folder with Questions.csv and the images")
     try:
         text = read_text(path)
     except InputError:  # the release was written on Windows; a byte that cp1252 lacks ends here
@@ -54,80 +56,73 @@ def read_mmvp(folder: Path) -> Pairs:
             text = path.read_bytes().decode("cp1252")
         except UnicodeDecodeError as error:
             raise InputError(f"{path}: neither UTF-8 nor cp1252 (byte {error.start}): save it as UTF-8") from None
-    reader = csv.DictReader(io.StringIO(text, newline=""))
-    numbered = [
-        (reader.line_num, {_plain(key): value for key, value in row.items() if isinstance(value, str)})
-        for row in _whole_rows(reader, path)
-    ]
-    rows = [row for _, row in numbered]
-    if not rows or not {"questionid", "type", "statement"} <= rows[0].keys():
+    rows = list(_rows(csv.DictReader(io.StringIO(text, newline="")), path))
+    if not rows or not {"questionid", "type", "statement"} <= rows[0][1].keys():
         raise InputError(f"{path} needs the columns Question ID, Type and Statement, and at least one question")
-
-    questions: dict[int, dict[str, str]] = {}
-    for line, row in numbered:
-        if not row.get("questionid", "").strip().isdecimal() or not row.get("statement", "").strip():
+    questions: dict[int, tuple[str, str]] = {}  # category, statement
+    for line, row in rows:
+        number, category, statement = (row.get(column, "") for column in ("questionid", "type", "statement"))
+        if not number.isdecimal() or not statement:
             raise InputError(f"{path} line {line}: needs a whole number as Question ID and a Statement")
-        number = int(row["questionid"])
-        if number in questions:
-            raise InputError(f"{path} line {line}: question {number} occurs twice")
-        questions[number] = row
+        if int(number) in questions:
+            raise InputError(f"{path} line {line}: question {int(number)} occurs twice")
+        questions[int(number)] = category, statement
 
-    pictures: dict[int, list[Path]] = {}
+    by_number = defaultdict(list)
     for image in images_in(folder):
         if image.stem.isdecimal():
-            pictures.setdefault(int(image.stem), []).append(image)
-
-    files, statements, categories = [], [], []
-    for number in sorted(questions):
-        partner = number + 1 if number % 2 else number - 1
+            by_number[int(image.stem)].append(image)
+    ordered = sorted(questions.items())
+    files = []
+    for question, (category, _) in ordered:
+        partner = question + 1 if question % 2 else question - 1
         if partner not in questions:
-            raise InputError(f"{path}: question {number} has no partner {partner}")
-        category = questions[number].get("type", "").strip()
-        found = pictures.get(number, [])
+            raise InputError(f"{path}: question {question} has no partner {partner}")
+        found = by_number[question]
         if len(found) > 1:
             found = [image for image in found if _plain(image.parent.name) == _plain(category)]
         if len(found) != 1:
-            raise InputError(f"{folder}: question {number} ({category}) needs exactly one picture {number}.jpg")
+            raise InputError(f"{folder}: question {question} ({category}) needs exactly one image {question}.jpg")
         files += found
-        statements.append(questions[number]["statement"].strip())
-        if number % 2:
-            categories.append(category)
-    return Pairs(Pictures([str(file) for file in files], files), statements, categories)
+    statements = [statement for _, (_, statement) in ordered]
+    return Pairs(Images([str(file) for file in files], files), statements, [kind for _, (kind, _) in ordered[::2]])
 
 
-def _whole_rows(reader: csv.DictReader, path: Path) -> Iterator[dict[str, str | None]]:
-    """Rows that hold something, none with more of it than the header has columns: a comma would cut a statement."""
+def _rows(reader: csv.DictReader, path: Path) -> Iterator[tuple[int, dict[str, str]]]:
+    """(line, cells by plain column names) of rows that hold something."""
     for row in reader:
-        beyond = row.get(None) or []  # where csv puts further cells
+        beyond = row.pop(None, None) or []  # where csv puts further cells, as a comma in a statement makes
         if any(cell.strip() for cell in beyond):
             raise InputError(f"{path} line {reader.line_num}: more cells than columns; put the statement into quotes")
-        if any((value or "").strip() for key, value in row.items() if key is not None):
-            yield row
+        cells = {_plain(column): value.strip() for column, value in row.items() if value is not None}
+        if any(cells.values()):
+            yield reader.line_num, cells
 
 
 def similarities(image_features: Tensor, text_features: Tensor) -> Tensor:
-    """Turn features of 2P pictures and 2P statements into cosines (P, 2 statements, 2 pictures)."""
-    images = torch.nn.functional.normalize(image_features.float(), dim=-1).unflatten(0, (-1, 2))
-    texts = torch.nn.functional.normalize(text_features.float(), dim=-1).unflatten(0, (-1, 2))
+    """Turn features of 2P images and 2P statements into cosines (P, 2 statements, 2 images)."""
+    images, texts = (
+        F.normalize(features.float(), dim=-1).unflatten(0, (-1, 2)) for features in (image_features, text_features)
+    )
     return texts @ images.transpose(1, 2)
 
 
-def picks_first(similarity: Tensor, logit_scale: float = 100.0) -> Tensor:
-    """Return (P, 2) bool: statement s of pair p is matched with the first picture. Ties go to the second."""
-    return (logit_scale * similarity).softmax(dim=-1)[..., 0] > 0.5
+def picks_first(similarity: Tensor) -> Tensor:
+    """(P, 2) bool: statement s of pair p is matched with the first image. Ties go to the second."""
+    return (100 * similarity).softmax(dim=-1)[..., 0] > 0.5
 
 
-def right_pairs(similarity: Tensor, logit_scale: float = 100.0) -> Tensor:
-    """Return (P,) bool: both statements of the pair found their own picture."""
-    first = picks_first(similarity, logit_scale)
+def right_pairs(similarity: Tensor) -> Tensor:
+    """(P,) bool: both statements of the pair found their own image."""
+    first = picks_first(similarity)
     return first[:, 0] & ~first[:, 1]
 
 
 def by_category(right: Tensor, categories: list[str]) -> dict[str, float]:
-    """Return the percentage of right pairs per category, in order of first appearance."""
-    rows: dict[str, list[bool]] = {}
+    """The percentage of right pairs per category, in order of first appearance."""
+    rows = defaultdict(list)
     for category, outcome in zip(categories, right.tolist()):
-        rows.setdefault(category, []).append(outcome)
+        rows[category].append(outcome)
     return {category: 100 * sum(outcomes) / len(outcomes) for category, outcomes in rows.items()}
 
 
@@ -140,5 +135,22 @@ def averages(percent: dict[str, float]) -> dict[str, float]:
     return found
 
 
-def _plain(name: str | None) -> str:
-    return re.sub(r"[^a-z0-9]", "", (name or "").lower())
+def _plain(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
+def images(name: str, pairs: Pairs) -> dict[str, Images]:
+    return {"mmvp images": pairs.images}
+
+
+def score(evaluation: Evaluation, name: str, pairs: Pairs) -> None:
+    """Add mmvp/CATEGORY, mmvp/average and mmvp/average7, of the public nine categories."""
+    statements = [PROMPT.replace("{c}", statement) for statement in pairs.statements]
+    features = evaluation.encoder.images(pairs.images, "mmvp images").after
+    right = right_pairs(similarities(features, evaluation.encoder.texts(statements, "mmvp statements")))
+    percent = by_category(right, pairs.categories)
+    numbers = torch.tensor([list(percent).index(category) for category in pairs.categories])
+    evaluation.add("mmvp", percent | averages(percent), {"average": balanced(right, numbers)})
+
+
+PROTOCOL = Protocol(images, score, read=read_mmvp)

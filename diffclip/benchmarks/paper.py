@@ -3,34 +3,31 @@
 A set lies in a folder of its name below the data root, in any form that `diffclip.benchmarks.datasets` reads, or where
 torchvision puts it when its root is that folder or the data root. The nine classification sets are those of the
 linear-probe and few-shot tables. `0_data.sh` fetches these and all others in clip-benchmark's shards, whose splits are
-VTAB's for six of them: cifar10 and cifar100 train on 45,000 pictures there, not 50,000, and caltech101, dtd, flowers
-and pets on other pictures than TensorFlow Datasets' default splits; `torchvision_sets` is nearer to those.
+VTAB's for six of them: cifar10 and cifar100 train on 45,000 images there, not 50,000, and caltech101, dtd, flowers
+and pets on other images than TensorFlow Datasets' default splits; `torchvision_sets` is nearer to those.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from diffclip.benchmarks.datasets import MEAN_PER_CLASS, SPLITS, Suite
-from diffclip.benchmarks.images import images_in, labelled_files
-from diffclip.benchmarks.torchvision_sets import MARKERS, read_torchvision, torchvision_root
+from diffclip.base.console import print_table
+from diffclip.benchmarks import TORCHVISION
+from diffclip.benchmarks.captioned import read_captioned
+from diffclip.benchmarks.images import SPLITS, images_in
+from diffclip.benchmarks.labelled import labelled_files, read_labelled
+from diffclip.benchmarks.torchvision_sets import read_torchvision
+
+# The probe's metric in the paper's protocol; all other sets use accuracy.
+MEAN_PER_CLASS = {"aircraft", "caltech101", "flowers", "pets"}
 
 
 class PaperSet(NamedTuple):
-    """One set; `test` is how many pictures its test split had when it was published."""
+    """One set of the paper's."""
 
-    part: str  # of a suite: classification, shifts, retrieval, mmvp
+    part: str  # of a suite
     classes: int
-    test: int
-
-    def metrics(self, name: str) -> str:
-        """What the paper reports on the set."""
-        probe = "mean per class" if name in MEAN_PER_CLASS else "accuracy"
-        return {
-            "classification": f"linear probe: {probe}; few-shot: accuracy",
-            "shifts": "top-1",
-            "retrieval": "R@1, 5, 10",
-            "mmvp": "pairs right",
-        }[self.part if name != "imagenet" else "shifts"]
+    test: int  # images of its test split when it was published
 
 
 SETS = {
@@ -55,28 +52,31 @@ SETS = {
 }
 
 
+def torchvision_root(name: str, *folders: Path) -> Path | None:
+    """The first of `folders` in which torchvision has unpacked the set, None without any."""
+    return next((f for f in folders if name in TORCHVISION and (f / TORCHVISION[name]).is_dir()), None)
+
+
 def remedy(name: str, root: Path) -> str:
     """One sentence on how to get a set."""
-    other = f", or python -m diffclip.benchmarks data download {name} --data-root {root}" if name in MARKERS else ""
-    return f"{root / name} is missing: ./scripts/0_data.sh {name} --out {root}{other}"
+    other = f", or diffclip benchmark data download {name} --data_root {root}" if name in TORCHVISION else ""
+    return f"{root / name} is missing: ./scripts/0_data.sh {name} --output_dir {root}{other}"
 
 
-def suite(root: Path) -> tuple[Suite, dict[str, str]]:
-    """Return the suite of those sets that lie under `root`, and for each of the others how to get it."""
-    found: Suite = {}
+def suite(root: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """The suite of those sets that lie under `root`, and for each of the others how to get it."""
+    found: dict[str, Any] = {}
     missing: dict[str, str] = {}
     for name, about in SETS.items():
         unpacked = torchvision_root(name, root / name, root)
         if not (root / name).is_dir() and not unpacked:
             missing[f"{about.part}/{name}"] = remedy(name, root)
         elif about.part == "classification":
-            metric = "mean_per_class" if name in MEAN_PER_CLASS else "accuracy"
             where = {"folder": str(unpacked.relative_to(root)), "torchvision": name} if unpacked else {"folder": name}
-            found.setdefault("classification", {})[name] = {**where, "metric": metric}
+            found.setdefault("classification", {})[name] = where
         elif about.part == "retrieval":
-            found.setdefault("retrieval", {})[name] = {
-                "path": f"{name}/test" if (root / name / "test").is_dir() else name
-            }
+            inner = f"{name}/test" if (root / name / "test").is_dir() else name
+            found.setdefault("retrieval", {})[name] = {"path": inner}
         elif about.part == "mmvp":
             found["mmvp"] = {"folder": name}
         else:
@@ -88,7 +88,7 @@ def suite(root: Path) -> tuple[Suite, dict[str, str]]:
 
 
 def check(root: Path) -> list[tuple[str, str, int, int, str]]:
-    """Return (name, "complete", "partial" or "missing", test pictures found, expected, remedy) of every set."""
+    """(name, "complete", "partial" or "missing", test images found, expected, remedy) of every set."""
     rows = []
     for name, about in SETS.items():
         unpacked = torchvision_root(name, root / name, root)
@@ -99,9 +99,7 @@ def check(root: Path) -> list[tuple[str, str, int, int, str]]:
 
 
 def count_test(folder: Path, part: str) -> int:
-    """Pictures of a set's test split, whatever its form; 0 if there is none."""
-    from diffclip.benchmarks.images import read_captioned, read_labelled
-
+    """Images of a set's test split, whatever its form; 0 if there is none."""
     if not folder.is_dir():
         return 0
     inner = next((folder / alias for alias in SPLITS["test"] if (folder / alias).is_dir()), folder)
@@ -109,3 +107,33 @@ def count_test(folder: Path, part: str) -> int:
         return len(read_captioned(inner).images)
     files = labelled_files(folder, "test")
     return len(read_labelled(files, "test")) if files else len(images_in(inner))
+
+
+def print_check(root: Path) -> None:
+    """Print what is there, what is missing, and how to get it."""
+    rows = [
+        (name, str(SETS[name].classes or ""), reported(name), state, f"{there:,} of {expected:,}", how)
+        for name, state, there, expected, how in check(root)
+    ]
+    columns = ("set", "classes", "scored by", "state", "test images", "how to get it")
+    print_table(columns, rows, f"the paper's benchmarks in {root}")
+
+
+def reported(name: str) -> str:
+    """What the paper reports on a set."""
+    match SETS[name].part:
+        case "classification" if name != "imagenet":
+            return f"linear probe: {'mean per class' if name in MEAN_PER_CLASS else 'accuracy'}; few-shot: accuracy"
+        case "retrieval":
+            return "R@1, 5, 10"
+        case "mmvp":
+            return "pairs right"
+    return "top-1"
+
+
+def download(names: Sequence[str], root: Path) -> None:
+    """Let torchvision fetch sets into folders of their names."""
+    for name in names:
+        folder = torchvision_root(name, root / name, root) or root / name
+        splits = read_torchvision(name, folder, download=True)[1]
+        print(f"{name}: {', '.join(f'{len(rows):,} {split}' for split, rows in splits.items())}")

@@ -4,47 +4,47 @@
         --dataset wds/imagenetv2 --dataset_root data/imagenet-v2 --no_amp --output scores.json
 
 All arguments are clip-benchmark's; `--pretrained` takes whatever `diffclip.load` reads. Of a shard's members only those
-are decoded that hold pictures, texts, numbers and plain arrays: webdataset's own table would unpickle others, and with
+are decoded that hold images, texts, numbers and plain arrays: webdataset's own table would unpickle others, and with
 that run whatever the shard's author put into them.
 """
 
 import itertools
 import re
 import sys
-from typing import Any
+
+from PIL import EpsImagePlugin
+
+import diffclip
+from diffclip.base.errors import exit_on_input_error
 
 
 def load_diffclip(model_name: str, pretrained: str, cache_dir: str | None = None, device: str = "cpu") -> tuple:
     """Return (model, transform, tokenizer) of `pretrained`, in the form that clip-benchmark wants."""
-    import diffclip
-
     model, transform, tokenizer = diffclip.load(pretrained)
     return model.to(device).eval(), transform, tokenizer
 
 
-def add_model_type(models: Any) -> None:
-    """Make the module `clip_benchmark.models` know the type "diffclip"; the command line shares its list."""
-    models.TYPE2FUNC["diffclip"] = load_diffclip
-    models.MODEL_TYPES.append("diffclip")
-
-
 def only_plain_decoders() -> None:
     """Take out of webdataset's table all that can run code, or may come to; such members stay bytes."""
-    from PIL import EpsImagePlugin
     from webdataset import autodecode
 
-    kept = {"txt", "text", "transcript", "cls", "cls2", "index", "inx", "id", "json", "jsn", "npy"}
-    for suffix in autodecode.decoders.keys() - kept:
+    plain = {"txt", "text", "transcript", "cls", "cls2", "index", "inx", "id", "json", "jsn", "npy"}
+    for suffix in autodecode.decoders.keys() - plain:
         del autodecode.decoders[suffix]
     EpsImagePlugin.gs_binary = False  # a member called .jpg may hold a program for Ghostscript
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
+    arguments = sys.argv[1:] if argv is None else argv
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(__doc__, "`eval --help` and `build --help` are clip-benchmark's own.", sep="\n")
+        return
     from clip_benchmark import cli, models
 
     only_plain_decoders()
-    add_model_type(models)
-    sys.argv += defaults(sys.argv[1:])
+    models.TYPE2FUNC["diffclip"] = load_diffclip
+    models.MODEL_TYPES.append("diffclip")  # which the command line shares
+    sys.argv = [sys.argv[0], *arguments, *defaults(arguments)]  # which clip-benchmark reads
     cli.main()
 
 
@@ -60,4 +60,5 @@ def defaults(arguments: list[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_input_error():
+        main()

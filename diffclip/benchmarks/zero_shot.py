@@ -1,80 +1,18 @@
-"""Zero-shot classification: a class is the mean of its prompts' text features, a picture goes to the nearest.
+"""Zero-shot classification: an image goes to the class whose prompts' mean text feature is nearest."""
 
-The classifier follows CLIP (Radford et al. 2021, section 3.1.4): normalise each prompt, average, normalise.
-"""
-
-import re
-from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from diffclip.base.files import read_json, read_text
-from diffclip.errors import InputError
-
-
-def templates(name: str | Path) -> list[str]:
-    """Return prompt templates with `{c}` where the class name goes.
-
-    `imagenet7` are SLIP's seven (open_clip calls them simple), `imagenet80` are OpenAI's, anything else is the path of
-    a JSON list of strings, or of a text file with a prompt a line. There OpenAI's `{}` means the same as `{c}`.
-
-    Raises:
-        InputError: no such file, or a prompt without a place for the class name.
-    """
-    from open_clip import OPENAI_IMAGENET_TEMPLATES, SIMPLE_IMAGENET_TEMPLATES
-
-    shipped = {"imagenet7": SIMPLE_IMAGENET_TEMPLATES, "imagenet80": OPENAI_IMAGENET_TEMPLATES}
-    if name in shipped:
-        return [template("{c}") for template in shipped[name]]
-    path = Path(name)
-    if not path.is_file():
-        raise InputError(f"templates {name}: neither imagenet7, imagenet80 nor a file")
-    read = read_json(path) if path.suffix == ".json" else [t.strip() for t in read_text(path).split("\n") if t.strip()]
-    if not isinstance(read, list) or not read:
-        raise InputError(f"{path} needs to be a list of strings that each hold {{c}} or {{}}")
-    for number, one in enumerate(read, start=1):
-        if not isinstance(one, str) or ("{c}" in one) + ("{}" in one) != 1:
-            raise InputError(f"{path}: template {number}, {one!r}, needs {{c}} or {{}} where the class name goes")
-        if re.match(r"""lambda\b|[rf]?(["']).*\1,$""", one):
-            raise InputError(f"{path}: template {number}, {one!r}, is Python: write only the text between the quotes")
-    return [one.replace("{}", "{c}") for one in read]
-
-
-def prompts(classnames: Sequence[str], class_templates: Sequence[str]) -> list[str]:
-    """Return all prompts, those of one class together: class 0 with each template, class 1, ..."""
-    return [template.replace("{c}", name) for name in classnames for template in class_templates]
-
-
-def class_means(features: Tensor) -> Tensor:
-    """Turn prompt features (classes, prompts, width) into unit class vectors (classes, width)."""
-    return F.normalize(F.normalize(features.float(), dim=-1).mean(dim=1), dim=-1)
-
-
-@torch.no_grad()
-def classifier(
-    model: nn.Module,
-    tokenizer: Callable[[list[str]], Tensor],
-    classnames: Sequence[str],
-    class_templates: Sequence[str],
-    batch_size: int = 256,
-) -> Tensor:
-    """Return the text classifier (classes, width), float32 unit rows, on the model's device.
-
-    The model stays in the mode it is in: call `model.eval()` first where dropout matters.
-    """
-    device = next(model.parameters()).device
-    texts = prompts(classnames, class_templates)
-    batches = (texts[start : start + batch_size] for start in range(0, len(texts), batch_size))
-    features = torch.cat([model.encode_text(tokenizer(batch).to(device)) for batch in batches])
-    return class_means(features.unflatten(0, (len(classnames), len(class_templates))))
+from diffclip.benchmarks import prompts
+from diffclip.benchmarks.images import Images
+from diffclip.benchmarks.protocol import Classification, Evaluation, Protocol
 
 
 class ZeroShot(NamedTuple):
-    """Per-picture outcomes; `metrics` turns them into percent."""
+    """Per-image outcomes; `metrics` turns them into percent."""
 
     predicted: Tensor  # (N,) int64
     labels: Tensor  # (N,) int64
@@ -85,17 +23,18 @@ class ZeroShot(NamedTuple):
         return self.predicted == self.labels  # (N,) bool
 
     def metrics(self) -> dict[str, float]:
-        """Return top1, top5 (absent with fewer than five classes) and mean_per_class, in percent."""
-        scores = {"top1": 100 * self.correct.double().mean().item()}
-        if self.top5 is not None:
-            scores["top5"] = 100 * self.top5.double().mean().item()
-        scores["mean_per_class"] = mean_per_class(self.correct, self.labels)
-        return scores
+        """top1, top5 (absent with fewer than five classes) and mean_per_class, in percent."""
+        return {name: 100 * values.double().mean().item() for name, values in self.outcomes().items()}
+
+    def outcomes(self) -> dict[str, Tensor]:
+        """What `metrics` are 100 times the mean of: (N,) each."""
+        top5 = {} if self.top5 is None else {"top5": self.top5}
+        return {"top1": self.correct, **top5, "mean_per_class": balanced(self.correct, self.labels)}
 
 
 @torch.no_grad()
 def classify(image_features: Tensor, class_vectors: Tensor, labels: Tensor, block: int = 8192) -> ZeroShot:
-    """Classify pictures (N, width) by cosine with class vectors (classes, width); labels (N,) int64.
+    """Classify images (N, width) by cosine with class vectors (classes, width); labels (N,) int64.
 
     The scale of the logits does not matter for any score. Works in blocks, never on all N x classes logits.
     """
@@ -112,11 +51,36 @@ def classify(image_features: Tensor, class_vectors: Tensor, labels: Tensor, bloc
 
 
 def mean_per_class(correct: Tensor, labels: Tensor) -> float:
-    """Return the mean over the classes present of the share of correct rows, in percent."""
-    return 100 * (correct.double() * balanced_weights(labels)).mean().item()
+    """The mean over the classes present of the share of correct rows, in percent."""
+    return 100 * balanced(correct.double(), labels).mean().item()
 
 
-def balanced_weights(labels: Tensor) -> Tensor:
-    """Return weights (N,) float64 under which a plain mean over rows is the mean over the classes present."""
+def balanced(correct: Tensor, labels: Tensor) -> Tensor:
+    """Weigh outcomes (N,) so that their plain mean is the mean over the classes present: (N,) float64."""
     _, inverse, counts = labels.unique(return_inverse=True, return_counts=True)
-    return len(labels) / (len(counts) * counts[inverse].double())
+    return correct * (len(labels) / (len(counts) * counts[inverse].double()))
+
+
+def images(name: str, labelled: Classification) -> dict[str, Images]:
+    return {f"{name} test": labelled.splits["test"]}
+
+
+def score(evaluation: Evaluation, name: str, labelled: Classification) -> None:
+    """Add zero_shot/NAME/{top1,top5,mean_per_class}."""
+    test = evaluation.encoder.images(labelled.splits["test"], f"{name} test")
+    found = classify(test.after, class_vectors(evaluation, name), test.labels)
+    evaluation.add(f"zero_shot/{name}", found.metrics(), found.outcomes())
+
+
+def class_vectors(evaluation: Evaluation, name: str) -> Tensor:
+    """The text classifier (classes, width) of a classification set."""
+    if name not in evaluation.classifiers:
+        labelled = evaluation.data.classification[name]
+        templates = evaluation.templates or labelled.templates or prompts.templates("imagenet7")
+        features = evaluation.encoder.texts(prompts.prompts(labelled.classnames, templates), "prompts")
+        by_class = features.unflatten(0, (len(labelled.classnames), len(templates)))
+        evaluation.classifiers[name] = prompts.class_means(by_class)
+    return evaluation.classifiers[name]
+
+
+PROTOCOL = Protocol(images, score)

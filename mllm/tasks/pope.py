@@ -1,17 +1,17 @@
-"""What lmms-eval calls for the POPE task files: the picture, the prompt, and the scores by its own matching rule."""
+"""What lmms-eval calls for the POPE task files: the image, the prompt, and the scores by its own matching rule."""
 
+from collections.abc import Callable
 from typing import Any
 
 from PIL import Image
 
-from diffclip.pictures import to_rgb
-from mllm.pope_scores import SCORES, parse_lmms_eval, score
-
-Records = list[dict[str, str]]
+from diffclip.base.images import to_rgb
+from mllm.pope.parsers import parse_lmms_eval
+from mllm.pope.scores import SCORES, score
 
 
 def visual(doc: dict[str, Any]) -> list[Image.Image]:
-    """The picture of a question; none in the control without pictures."""
+    """The image of a question; none in the control without images."""
     return [to_rgb(doc["image"])] if doc["image"] else []
 
 
@@ -27,29 +27,11 @@ def record(doc: dict[str, Any], results: list[str]) -> dict[str, dict[str, str]]
     return dict.fromkeys(SCORES, entry)
 
 
-def accuracy(records: Records) -> float:
-    return _score(records, "accuracy")
+def _score(name: str) -> Callable[[list[dict[str, str]]], float]:
+    def aggregate(records: list[dict[str, str]]) -> float:
+        return score([r["prediction"] for r in records], [r["label"] for r in records])[name]
+
+    return aggregate
 
 
-def precision(records: Records) -> float:
-    return _score(records, "precision")
-
-
-def recall(records: Records) -> float:
-    return _score(records, "recall")
-
-
-def f1(records: Records) -> float:
-    return _score(records, "f1")
-
-
-def yes_rate(records: Records) -> float:
-    return _score(records, "yes_rate")
-
-
-def invalid_rate(records: Records) -> float:
-    return _score(records, "invalid_rate")
-
-
-def _score(records: Records, name: str) -> float:
-    return score([r["prediction"] for r in records], [r["label"] for r in records])[name]
+accuracy, precision, recall, f1, yes_rate, invalid_rate = map(_score, SCORES)

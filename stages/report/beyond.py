@@ -1,19 +1,20 @@
 """What the paper does not measure: whether attention lies on the object, and what the runs cost."""
 
+import itertools
 import statistics
 from typing import NamedTuple
 
+from diffclip.base.schema import STAGES
 from stages.report.cells import DASH, Table, duration, number, percent, score
-from stages.report.data import STAGES, Arms, RunDir, is_number, mean_sd
-from stages.report.significance import difference
-from stages.report.tables import difference_cells, paired_differences
+from stages.report.data import Arms, RunDir, is_number
+from stages.report.tables import difference_cells
 
-LOCALISATION = (
-    ("pointing game", "pointing"),
-    ("energy inside", "energy"),
-    ("pixel average precision", "precision"),
-    ("area of the masks", "area"),
-)
+LOCALISATION = {
+    "pointing": "pointing game",
+    "energy": "energy inside",
+    "precision": "pixel average precision",
+    "area": "area of the masks",  # the last: what a map of noise has
+}
 
 
 def localisation(arms: Arms) -> Table:
@@ -22,15 +23,11 @@ def localisation(arms: Arms) -> Table:
     table = Table(["", *arms.models], name="localisation", title="Localisation")
     for other in others:
         table.columns += [f"{other} − {first}", "95 % interval"]
-    for label, name in LOCALISATION:
+    for name, label in LOCALISATION.items():
         key = f"localisation/{name}"
         cells = [score(arms, table, model, key) for model in arms.models]
-        for other in others:
-            if name == "area":  # of the masks, not of a model
-                cells += [DASH, DASH]
-                continue
-            differences = paired_differences(arms, first, other, key)
-            cells += difference_cells(table, difference(arms, first, other, key), differences)[:2]
+        for other in others:  # the area is of the masks, not of a model
+            cells += [DASH, DASH] if name == "area" else difference_cells(arms, table, first, other, key)[:2]
         table.rows.append([label, *cells])
     objects = {int(v) for m in arms.models for v in arms.written(m, "localisation/objects").values() if is_number(v)}
     counted = f" Over {' or '.join(f'{n:,}' for n in sorted(objects))} objects." if objects else ""
@@ -49,7 +46,7 @@ class Cost(NamedTuple):
     stage: str
     seconds: float | None
     runs: int
-    seen: float | None  # pictures, conversations or texts in training
+    seen: float | None  # images, conversations or texts in training
     rate: float | None  # of them a second
     energy: float | None  # kWh
     hardware: str
@@ -59,14 +56,14 @@ def costs(arms: Arms) -> list[Cost]:
     """Finished runs by model and stage; the shared language model stands first, under no model."""
     groups = [("", "language", [r for r in arms.runs if r.stage == "language"])]
     groups += [(model, stage, arms.latest(stage, model)) for model in arms.models for stage in STAGES[1:]]
-    found = []
+    results = []
     for model, stage, runs in groups:
         done = [r for r in runs if r.state == "finished"]
         if done:
-            facts = [_mean(values) for values in zip(*(_facts(r) for r in done))]
+            seconds, seen, rate, energy = (_mean(values) for values in zip(*(_facts(r) for r in done)))
             hardware = ", ".join(dict.fromkeys(str(r.record.get("hardware", "")) for r in done))
-            found.append(Cost(model, stage, facts[0], len(done), *facts[1:], hardware))
-    return found
+            results.append(Cost(model, stage, seconds, len(done), seen, rate, energy, hardware))
+    return results
 
 
 def _facts(run: RunDir) -> tuple[float | None, ...]:
@@ -81,36 +78,27 @@ def _facts(run: RunDir) -> tuple[float | None, ...]:
 
 def _mean(values: tuple[float | None, ...]) -> float | None:
     known = [v for v in values if v is not None]
-    return mean_sd(known)[0] if known else None
+    return statistics.fmean(known) if known else None
 
 
 def cost(arms: Arms) -> Table:
-    """Time, pictures and energy of every stage."""
+    """Time, images and energy of every stage."""
     columns = ["", "runs", "time", "samples seen", "samples a second", "energy", "hardware"]
     table = Table(columns, name="cost", title="Cost")
     unknown = "no energy meter: run.json has no energy_kwh"
-    found = costs(arms)
-    for model in dict.fromkeys(one.model for one in found):
-        stages = [one for one in found if one.model == model]
+    for model, group in itertools.groupby(costs(arms), lambda stage: stage.model):
+        stages = list(group)
         table.rows.append([model or "Shared by all models"])
-        for one in stages:
-            untrained = "evaluate trains nothing" if one.stage == "evaluate" else "metrics.jsonl or run.json do not say"
-            table.rows.append(
-                [
-                    one.stage,
-                    str(one.runs),
-                    duration(one.seconds),
-                    number(round(one.seen)) if one.seen is not None else table.missing(untrained),
-                    number(round(one.rate)) if one.rate is not None else table.missing(untrained),
-                    f"{one.energy:.3g} kWh" if one.energy is not None else table.missing(unknown),
-                    one.hardware or DASH,
-                ]
-            )
+        for c in stages:
+            untrained = "evaluate trains nothing" if c.stage == "evaluate" else "metrics.jsonl or run.json do not say"
+            seen, rate = (table.missing(untrained) if n is None else number(round(n)) for n in (c.seen, c.rate))
+            energy = table.missing(unknown) if c.energy is None else f"{c.energy:.3g} kWh"
+            table.rows.append([c.stage, str(c.runs), duration(c.seconds), seen, rate, energy, c.hardware or DASH])
         if len(stages) > 1:
-            total = sum(one.seconds for one in stages if one.seconds is not None)
+            total = sum(c.seconds for c in stages if c.seconds is not None)
             table.rows.append(["all these stages", "", duration(total), "", "", "", ""])
     table.caption = (
-        "Of finished runs, means over seeds. Samples are pictures in pretraining, conversations after it; their rate "
+        "Of finished runs, means over seeds. Samples are images in pretraining, conversations after it; their rate "
         "is the median of the log's, so without start-up and evaluation."
     )
     return table
@@ -119,10 +107,10 @@ def cost(arms: Arms) -> Table:
 def cost_verdict(arms: Arms) -> str:
     """How much longer the other models trained, in one sentence; "" if it cannot be said."""
     first, *others = arms.models
-    seconds = {(c.model, c.stage): c.seconds for c in costs(arms) if c.stage != "evaluate"}
+    seconds = {(c.model, c.stage): c.seconds for c in costs(arms) if c.stage != "evaluate" and c.seconds}
     sentences = []
     for other in others:
-        stages = [s for s in STAGES[1:-1] if seconds.get((first, s)) and seconds.get((other, s))]
+        stages = [s for s in STAGES[1:-1] if (first, s) in seconds and (other, s) in seconds]
         if stages:
             ratio = sum(seconds[other, s] for s in stages) / sum(seconds[first, s] for s in stages)
             word = "more" if ratio >= 1 else "less"

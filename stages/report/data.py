@@ -1,35 +1,31 @@
-"""What run directories hold, read forgivingly and grouped by model and seed.
+"""What run directories hold, read forgivingly and grouped by model and seed; all text is made printable.
 
 Nothing here raises on a partial or damaged run: what cannot be read becomes a sentence that the report shows.
 """
 
-import json
-import os
 import re
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
-import yaml
+from diffclip.base import files, schema
+from diffclip.base.errors import InputError
+from diffclip.base.schema import POPE_SPLITS, STAGES
 
-from diffclip.errors import InputError
-
-STAGES = ("language", "pretrain", "align", "instruct", "evaluate")
-POPE_SPLITS = ("random", "popular", "adversarial")
-# Groups whose average over their sets is a row of its own: key pattern with {} for the set, key of the average.
-AVERAGED = (
-    ("linear_probe/{}/accuracy", "linear_probe/average/accuracy"),
-    ("few_shot/{}/accuracy", "few_shot/average/accuracy"),
-    ("zero_shot/{}/top1", "zero_shot/average/top1"),
-    ("shift/{}/top1", "shift/average"),
-    *(
-        (f"retrieval/{{}}/{way}/R@{k}", f"retrieval/average/{way}/R@{k}")
+# Groups whose average over their sets is a row of its own: key of the average, pattern with {} for the set.
+AVERAGED = {
+    "linear_probe/average/accuracy": "linear_probe/{}/accuracy",
+    "few_shot/average/accuracy": "few_shot/{}/accuracy",
+    "zero_shot/average/top1": "zero_shot/{}/top1",
+    "shift/average": "shift/{}/top1",
+    **{
+        f"retrieval/average/{way}/R@{k}": f"retrieval/{{}}/{way}/R@{k}"
         for way in ("text_to_image", "image_to_text")
         for k in (1, 5, 10)
-    ),
-)
+    },
+}
 
 
 @dataclass
@@ -90,13 +86,13 @@ class Arms:
         self.models = sorted(names, key=lambda n: (not n.startswith("CLIP"), len(n), n)) or ["(no model yet)"]
 
     def seeds(self, model: str) -> list[str]:
-        found = {run.seed for run in self.runs if run.model == model}
-        return sorted(found, key=lambda s: (len(s), s))
+        seeds = {run.seed for run in self.runs if run.model == model}
+        return sorted(seeds, key=lambda s: (len(s), s))
 
     def of(self, stage: str, model: str, seed: str | None = None) -> list[RunDir]:
         """Runs of a stage, the newest last."""
-        found = [r for r in self.runs if (r.stage, r.model) == (stage, model) and seed in (None, r.seed)]
-        return sorted(found, key=lambda r: str(r.record.get("started", "")))
+        runs = [r for r in self.runs if (r.stage, r.model) == (stage, model) and seed in (None, r.seed)]
+        return sorted(runs, key=lambda r: str(r.record.get("started", "")))
 
     def latest(self, stage: str, model: str) -> list[RunDir]:
         """One run a seed: the newest."""
@@ -131,7 +127,7 @@ class Arms:
             value = run.metrics[key]
             return f"{run.name}: {key} is {value!r}, which is no percentage"
         if not run.metrics:
-            return f"{run.name}: metrics.json holds no numbers"
+            return f"{run.name}: {schema.METRICS} holds no numbers"
         for name, reason in run.skipped.items():
             if key.startswith(name) or name.startswith(key):
                 return f"{run.name}: {name} was left out: {reason}"
@@ -146,35 +142,31 @@ def gather(paths: list[Path]) -> Arms:
     Raises:
         InputError: a path does not exist, or no run.json lies below any of them.
     """
-    found: dict[Path, RunDir] = {}
+    runs: dict[Path, RunDir] = {}
     problems: list[str] = []
-    queue = []
     for path in paths:
         if not path.exists():
             raise InputError(f"{path}: no such run directory")
-        queue += sorted(path.rglob("run.json"))
-    while queue:
-        file = queue.pop(0)
-        directory = file.parent.resolve()
-        if directory in found:
+    queue = [file.parent for path in paths for file in sorted(path.rglob(schema.RECORD))]
+    for folder in queue:  # grows below
+        if folder.resolve() in runs or not isinstance(record := read_whole(folder / schema.RECORD, problems), dict):
             continue
-        record = read_json(file, problems)
-        if not isinstance(record, dict):
-            continue
-        run = found[directory] = RunDir(file.parent, record)
-        run.config = read_yaml(file.parent / "config.yaml", problems)
-        if (file.parent / "metrics.json").is_file():
-            run.metrics = dict(flat(read_json(file.parent / "metrics.json", problems)))
-        if run.stage == "evaluate" and (file.parent / "clip_benchmarks.json").is_file():
-            about = read_json(file.parent / "clip_benchmarks.json", problems)
-            run.skipped, run.about = (as_dict(as_dict(about).get(name)) for name in ("skipped", "about"))
-        run.curve = read_curve(file.parent / "metrics.jsonl")
+        run = runs[folder.resolve()] = RunDir(folder, record)
+        if (folder / schema.CONFIG).is_file():
+            run.config = as_dict(read_whole(folder / schema.CONFIG, problems))
+        if (folder / schema.METRICS).is_file():
+            run.metrics = dict(flat(read_whole(folder / schema.METRICS, problems)))
+        if run.stage == "evaluate" and (folder / schema.CLIP_BENCHMARKS).is_file():
+            benchmarks = as_dict(read_whole(folder / schema.CLIP_BENCHMARKS, problems))
+            run.skipped, run.about = as_dict(benchmarks.get("skipped")), as_dict(benchmarks.get("about"))
+        run.curve = read_curve(folder / schema.CURVE)
         # the language model or the vision tower may lie elsewhere: what was learnt from belongs to the report
-        inputs = [Path(str(as_dict(i).get("path", "?"))) / "run.json" for i in run.get("inputs").values()]
-        queue += [path for path in inputs if path.is_file()]
-    if not found:
-        raise InputError(f"no run.json below {', '.join(map(str, paths))}: give the output directories of stages")
-    arms = Arms(list(found.values()), problems)
+        inputs = [Path(str(as_dict(i).get("path", "?"))) for i in run.get("inputs").values()]
+        queue += [path for path in inputs if (path / schema.RECORD).is_file()]
+    if not runs:
+        below = ", ".join(map(str, paths))
+        raise InputError(f"no {schema.RECORD} below {below}: give the output directories of stages")
+    arms = Arms(list(runs.values()), problems)
     for model in arms.models:
         for stage in STAGES[1:-1]:
             twice = [r for r in arms.of(stage, model) if r not in arms.latest(stage, model)]
@@ -186,22 +178,22 @@ def gather(paths: list[Path]) -> Arms:
 def add_averages(arms: Arms) -> None:
     """Add the averages to each evaluate run that has every set of a group that has at least two."""
     keys = arms.metric_names()
-    for pattern, name in AVERAGED:
-        before, after = pattern.split("{}")
-        sets = [k for k in keys if k.startswith(before) and k.endswith(after) and k != name]
-        if len(sets) >= 2:
-            _add_average(arms, sets, name)
+    groups = {average: sets_of_average(keys, average) for average in AVERAGED}
     for key in keys:
-        if re.fullmatch(rf"pope\w*/{POPE_SPLITS[0]}/(?!questions)[^/]+", key):
-            parts = [key.replace(f"/{POPE_SPLITS[0]}/", f"/{split}/") for split in POPE_SPLITS]
-            _add_average(arms, parts, key.replace(f"/{POPE_SPLITS[0]}/", "/mean/"))
+        if match := re.fullmatch(rf"(pope\w*)/{POPE_SPLITS[0]}/(?!questions)([^/]+)", key):
+            group, measure = match.groups()
+            groups[f"{group}/mean/{measure}"] = [f"{group}/{split}/{measure}" for split in POPE_SPLITS]
+    for run in (run for run in arms.runs if run.stage == "evaluate"):
+        for average, sets in groups.items():
+            values = [v for key in sets if is_number(v := run.metrics.get(key))]
+            if average not in run.metrics and len(values) == len(sets) >= 2:
+                run.metrics[average] = statistics.fmean(values)
 
 
-def _add_average(arms: Arms, keys: list[str], name: str) -> None:
-    for run in arms.runs:
-        values = [run.metrics.get(k) for k in keys]
-        if run.stage == "evaluate" and name not in run.metrics and all(map(is_number, values)):
-            run.metrics[name] = statistics.fmean(values)
+def sets_of_average(keys: Iterable[str], average: str) -> list[str]:
+    """Those of `keys` that `average`, a key of AVERAGED, is taken over."""
+    before, after = AVERAGED[average].split("{}")
+    return [key for key in keys if key.startswith(before) and key.endswith(after) and key != average]
 
 
 def mean_sd(values: list[float]) -> tuple[float, float | None]:
@@ -209,38 +201,30 @@ def mean_sd(values: list[float]) -> tuple[float, float | None]:
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
 
 
-# --- reading ----------------------------------------------------------------------------------------------------
+# --- single files ------------------------------------------------------------------------------------------------
 
 
-def read_json(path: Path, problems: list[str]) -> Any:
-    """Parsed and cleaned JSON; None, and a sentence in `problems`, if it cannot be read."""
+def read_whole(path: Path, problems: list[str]) -> Any:
+    """A JSON or YAML file's value, cleaned; None, and a sentence in `problems`, if it cannot be read."""
+    read = files.read_yaml if path.suffix == ".yaml" else files.read_json
     try:
-        return clean(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, RecursionError) as error:
-        problems.append(f"{path}: cannot be read ({clean(str(error))[:120]}); left out")
+        return clean(read(path))
+    except (InputError, RecursionError) as error:
+        reason = clean(str(error).removeprefix(f"{path}: "))[:300]
+        problems.append(f"{path}: cannot be read ({reason}); left out")
         return None
 
 
-def read_yaml(path: Path, problems: list[str]) -> dict[str, Any]:
-    try:
-        return as_dict(clean(yaml.safe_load(path.read_text(encoding="utf-8")))) if path.is_file() else {}
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        problems.append(f"{path}: cannot be read ({clean(str(error))[:120]}); left out")
-        return {}
-
-
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Every JSON object of a JSONL file; lines cut off by a crash are skipped."""
-    if not path.is_file():
-        return
-    with open(path, encoding="utf-8", errors="replace") as f:
-        for line in f:
+    """Every JSON object of a JSONL file; damaged lines, such as a crash leaves, are skipped."""
+    if path.is_file():
+        for _, value in files.read_jsonl(path, damaged="skip"):
             try:
-                value = clean(json.loads(line))
-            except (ValueError, RecursionError):
+                line = clean(value)
+            except RecursionError:
                 continue
-            if isinstance(value, dict):
-                yield value
+            if isinstance(line, dict):
+                yield line
 
 
 def read_curve(path: Path) -> list[dict[str, float]]:
@@ -277,18 +261,10 @@ def clean(value: Any) -> Any:
     return value
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[float]:
     """Whether it is a finite number of a size that can be drawn."""
     return isinstance(value, int | float) and not isinstance(value, bool) and -1e15 < value < 1e15
 
 
 def as_dict(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file so that a crash leaves either the old one or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

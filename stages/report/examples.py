@@ -1,6 +1,7 @@
-"""Questions with their picture, and answers and attention of every model, from the evaluate runs' examples.jsonl.
+"""What evaluate runs kept of single images: questions with every model's answer and attention, and attention maps.
 
-The page's script shows them; what it gets is bounded, so that ten thousand examples make no page that freezes.
+The page's script shows the questions (examples.jsonl); what it gets is bounded, so that ten thousand of them make no
+page that freezes. The maps (attention.jsonl) are for the figures.
 """
 
 import base64
@@ -11,33 +12,40 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from stages.report.data import POPE_SPLITS, Arms, read_lines
-from stages.report.maps import grid, open_inside
+import numpy as np
+from PIL import Image
 
-MOST_TEXT = 5_000_000  # characters of all examples without their pictures
-MOST_PICTURES = 8_000_000  # characters of all pictures
+from diffclip.base import schema
+from diffclip.base.images import BROKEN, decode
+from diffclip.base.overlay import overlay
+from diffclip.base.schema import POPE_SPLITS
+from stages.report.data import Arms, read_lines
+
+MOST_TEXT = 5_000_000  # characters of all examples without their images
+MOST_IMAGES = 8_000_000  # characters of all images
 LONGEST = 300  # characters of a question or an answer
-# up to so many pictures are shown with so many pixels a side
+# up to so many images are shown with so many pixels a side
 SIDES = ((60, 320), (300, 224), (1200, 128))
 SMALLEST = 96
+LARGEST_GRID = 64  # patches a side; more is no map of a vision transformer
 
 Rows = dict[str, tuple[dict[str, Any], Path]]  # model: line of examples.jsonl, its run's directory
 
 
 @dataclass
 class Gallery:
-    """What the page's script gets: `items` as `item` makes them, `pictures` as {u: data URI, w, h}."""
+    """What the page's script gets: `items` as `item` makes them, `images` as {u: data URI, w, h}."""
 
     models: list[str]
     seed: str = ""
     stored: int = 0
     items: list[dict[str, Any]] = field(default_factory=list)
-    pictures: list[dict[str, Any]] = field(default_factory=list)
-    without_picture: int = 0  # left out for the size of the page
+    images: list[dict[str, Any]] = field(default_factory=list)
+    without_image: int = 0  # left out for the size of the page
 
     def script_data(self) -> str:
         """JSON that may stand inside a script element: nothing in it can end the element."""
-        data = {"models": self.models, "items": self.items, "pictures": self.pictures}
+        data = {"models": self.models, "items": self.items, "images": self.images}
         text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
         for character in "<>&\u2028\u2029":
             text = text.replace(character, f"\\u{ord(character):04x}")
@@ -53,7 +61,7 @@ def examples(arms: Arms) -> Gallery:
         rows: dict[tuple, Rows] = {}
         for model in arms.models:
             for run in arms.of("evaluate", model, seed):
-                for row in read_lines(run.path / "examples.jsonl"):
+                for row in read_lines(run.path / schema.EXAMPLES):
                     # the text belongs to the key: ids may be numbered afresh in every file
                     key = tuple(_text(row, name) for name in ("split", "question_id", "question", "label"))
                     rows.setdefault(key, {})[model] = (row, run.path)
@@ -64,57 +72,61 @@ def examples(arms: Arms) -> Gallery:
 
 def _gallery(arms: Arms, seed: str, rows: dict[tuple, Rows]) -> Gallery:
     result = Gallery(arms.models, seed, len(rows))
-    items = {key: item(arms.models, key, found) for key, found in rows.items()}
-    size = sum(map(_length, items.values()))
+    items = {key: item(arms.models, key, lines) for key, lines in rows.items()}
+    size = sum(len(json.dumps(one, ensure_ascii=False)) for one in items.values())
     chosen = spread(list(items), len(items) if size <= MOST_TEXT else int(len(items) * MOST_TEXT / size))
-    pictures = {key: _places(rows[key]) for key in chosen}
-    count = len({places[0] for places in pictures.values() if places})
+    places_of = {
+        key: [(folder, name) for row, folder in rows[key].values() if (name := _text(row, "image"))] for key in chosen
+    }
+    count = len({places[0] for places in places_of.values() if places})
     side = next((side for most, side in SIDES if count <= most), SMALLEST)
     numbers: dict[tuple[Path, str], int] = {}
     used = 0
     for key in chosen:
-        places = pictures[key]
+        places = places_of[key]
         if not places:
             continue
         if places[0] not in numbers:
-            if used > MOST_PICTURES:
-                result.without_picture += 1
+            if used > MOST_IMAGES:
+                result.without_image += 1
                 continue
-            found = next((shown for folder, name in places if (shown := picture(folder, name, side))), None)
-            numbers[places[0]] = len(result.pictures) if found else -1
-            if found:
-                result.pictures.append(found)
-                used += len(found["u"])
+            image = next((i for folder, name in places if (i := image_data(folder, name, side))), None)
+            numbers[places[0]] = len(result.images) if image else -1
+            if image:
+                result.images.append(image)
+                used += len(image["u"])
         items[key]["p"] = numbers[places[0]]
     result.items = [items[key] for key in chosen]
     return result
 
 
 def spread(keys: Sequence[tuple], count: int) -> list[tuple]:
-    """Up to `count` keys in their order, evenly spaced in every split: neighbours often share a picture."""
+    """Up to `count` keys in their order, evenly spaced in every split: neighbours often share an image."""
     by_split: dict[str, list[tuple]] = {split: [] for split in POPE_SPLITS}
     for key in keys:
         by_split.setdefault(key[0], []).append(key)
     chosen: list[tuple] = []
-    for found in by_split.values():
-        share = -(-len(found) * count // max(1, len(keys)))
-        chosen += [found[i * len(found) // share] for i in range(min(share, len(found)))]
+    for group in by_split.values():
+        share = -(-len(group) * count // max(1, len(keys)))
+        chosen += [group[i * len(group) // share] for i in range(min(share, len(group)))]
     return chosen
 
 
 def item(models: Sequence[str], key: tuple, rows: Rows) -> dict[str, Any]:
     """One question for the script: s(plit), q(uestion), l(abel), t(ext of the query), p(icture's number), and for
-    each model, or null, in a(nswers) [answer, answer with another picture, right or not] and in h(eat) [columns,
+    each model, or null, in a(nswers) [answer, answer with another image, right or not] and in h(eat) [columns,
     values in base64].
     """
     split, _, question, label = key
-    answers, heats, query = [], [], ""
+    answers: list[list | None] = []
+    heats: list[list | None] = []
+    query = ""
     for model in models:
-        row = rows[model][0] if model in rows else None
-        if row is None:
+        if model not in rows:
             answers.append(None)
             heats.append(None)
             continue
+        row, _ = rows[model]
         answer = _text(row, "answer")
         # as the scores take it: anything but the very word is wrong
         right = answer.strip().lower() == label.strip().lower()
@@ -126,16 +138,8 @@ def item(models: Sequence[str], key: tuple, rows: Rows) -> dict[str, Any]:
     return {"s": split, "q": question, "l": label, "t": query, "p": -1, "a": answers, "h": heats}
 
 
-def _length(one: dict[str, Any]) -> int:
-    return len(json.dumps(one, ensure_ascii=False))
-
-
-def _places(rows: Rows) -> list[tuple[Path, str]]:
-    return [(folder, name) for row, folder in rows.values() if (name := _text(row, "image"))]
-
-
-def picture(directory: Path, name: str, side: int = SIDES[0][1]) -> dict[str, Any] | None:
-    """{u: data URI, w, h} of a picture inside `directory`; None if it is elsewhere or unreadable."""
+def image_data(directory: Path, name: str, side: int = SIDES[0][1]) -> dict[str, Any] | None:
+    """{u: data URI, w, h} of an image inside `directory`; None if it is elsewhere or unreadable."""
     image = open_inside(directory, name)
     if image is None:
         return None
@@ -150,3 +154,71 @@ def picture(directory: Path, name: str, side: int = SIDES[0][1]) -> dict[str, An
 def _text(row: dict[str, Any], name: str) -> str:
     value = row.get(name)
     return "" if value is None else str(value)[:LONGEST]
+
+
+# --- attention maps ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Map:
+    """One image and query, and each model's grid of relevance (rows of 0 to 255)."""
+
+    name: str  # of the image
+    query: str
+    image: Image.Image
+    heat: dict[str, list[list[int]]] = field(default_factory=dict)
+
+    def pixels(self, side: int) -> np.ndarray:
+        """The image as (side, side, 3) uint8."""
+        return np.asarray(self.image.resize((side, side), Image.Resampling.NEAREST))
+
+    def overlaid(self, model: str, side: int) -> np.ndarray:
+        """The image under the model's relevance, as (side, side, 3) uint8."""
+        heat = Image.fromarray(np.asarray(self.heat[model], dtype=np.uint8))
+        smooth = np.asarray(heat.resize((side, side), Image.Resampling.BILINEAR), dtype=float)
+        return overlay(self.pixels(side).astype(float), smooth, top=255)
+
+
+def attention_maps(arms: Arms) -> list[Map]:
+    """The maps of the first seed that has any, models side by side by image and query."""
+    for seed in dict.fromkeys(s for model in arms.models for s in arms.seeds(model)):
+        maps: dict[tuple[str, str], Map] = {}
+        for model in arms.models:
+            for run in arms.of("evaluate", model, seed):
+                for row in read_lines(run.path / schema.ATTENTION):
+                    add_map(maps, model, row, run.path)
+        if maps:
+            return list(maps.values())
+    return []
+
+
+def add_map(maps: dict[tuple[str, str], Map], model: str, row: dict[str, Any], folder: Path) -> None:
+    """Put one line of attention.jsonl to the others; a line that is damaged or without its image is left out."""
+    heat = grid(row.get("heat"))
+    key = str(row.get("file") or row.get("image")), str(row.get("query"))[:200]
+    if heat and key not in maps and (image := open_inside(folder, str(row.get("image")))):
+        maps[key] = Map(*key, image)
+    if heat and key in maps:
+        maps[key].heat[model] = heat
+
+
+def grid(value: Any) -> list[list[int]] | None:
+    """Rows of numbers from 0 to 255, all of one length; None for anything else."""
+    if not isinstance(value, list) or not 0 < len(value) <= LARGEST_GRID:
+        return None
+    try:
+        widths = {len(bytes(row)) if isinstance(row, list) else 0 for row in value}
+    except (TypeError, ValueError):  # something that is no number from 0 to 255
+        return None
+    return value if len(widths) == 1 and 0 < widths.pop() <= LARGEST_GRID else None
+
+
+def open_inside(folder: Path, name: str) -> Image.Image | None:
+    """The image `name` inside `folder` as RGB; None if it is elsewhere or cannot be read."""
+    path = (folder / name).resolve()
+    if not name or folder.resolve() not in path.parents:
+        return None
+    try:
+        return decode(path)
+    except BROKEN:
+        return None

@@ -1,58 +1,63 @@
-"""The report's tables as Markdown, CSV and LaTeX (booktabs), with all that comes from runs shown literally."""
+"""The report as HTML, Markdown, CSV and LaTeX (booktabs), with all that comes from runs shown literally."""
 
+import base64
 import csv
+import hashlib
+import html
 import io
-from pathlib import Path
+import re
+from collections.abc import Iterable, Sequence
+from importlib import resources
+
+from jinja2 import Environment
+from markupsafe import Markup, escape
 
 from stages.report.cells import MINUS, Table
-from stages.report.data import write_text
+from stages.report.data import Arms, mean_sd
+from stages.report.examples import examples
+from stages.report.sections import Section
+from stages.report.setup import checks, details, stand_in
+from stages.report.significance import paired_differences
+from stages.report.tables import comparison_keys, evidence
 
-LATEX = {
-    "\\": r"\textbackslash{}",
-    "{": r"\{",
-    "}": r"\}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    **{character: f"\\{character}" for character in "&%$#_"},
-    MINUS: "$-$",
-    "\u2013": "--",
-    "±": r"$\pm$",
-    "\u2192": r"$\rightarrow$",
-    "[": "{[}",  # at the start of a row it would be an argument of the line before
-    "<": r"\textless{}",
-    ">": r"\textgreater{}",
-    "|": r"\textbar{}",
-    "×": r"$\times$",
-}
-
-
-def write_tables(tables: list[Table], directory: Path) -> None:
-    """NAME.csv and NAME.tex of every table."""
-    for table in tables:
-        write_text(directory / f"{table.name}.csv", as_csv(table))
-        write_text(directory / f"{table.name}.tex", as_latex(table))
+LATEX = str.maketrans(
+    {
+        "\\": r"\textbackslash{}",
+        "{": r"\{",
+        "}": r"\}",
+        "~": r"\textasciitilde{}",
+        "^": r"\textasciicircum{}",
+        **{character: f"\\{character}" for character in "&%$#_"},
+        MINUS: "$-$",
+        "\u2013": "--",
+        "±": r"$\pm$",
+        "\u2192": r"$\rightarrow$",
+        "[": "{[}",  # at the start of a row it would be an argument of the line before
+        "<": r"\textless{}",
+        ">": r"\textgreater{}",
+        "|": r"\textbar{}",
+        "×": r"$\times$",
+    }
+)
 
 
 def as_csv(table: Table) -> str:
     """Rows as displayed; a heading inside the table becomes a column of its own, so that every row stands alone."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
     sectioned = any(len(row) == 1 for row in table.rows)
-    writer.writerow([*(["section"] if sectioned else []), *table.named_columns()])
-    heading = ""
+    lines = [[*["section"] * sectioned, *table.named_columns()]]
+    heading = [""] * sectioned
     for row in table.rows:
         if len(row) == 1:
-            heading = row[0]
-        else:
-            writer.writerow([_inert(c) for c in [*([heading] if sectioned else []), *row]])
-    for number, note in enumerate(table.notes, 1):
-        writer.writerow([f"[{number}] {note}"])
+            heading = row
+        else:  # with a mark before what a spreadsheet would take for a formula
+            lines.append([f"'{cell}" if cell[:1] in ("=", "@") else cell for cell in [*heading, *row]])
+    return _csv([*lines, *([f"[{number}] {note}"] for number, note in enumerate(table.notes, 1))])
+
+
+def _csv(rows: Iterable[Sequence[str]]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
     return text.getvalue()
-
-
-def _inert(cell: str) -> str:
-    """Text that a spreadsheet does not take for a formula."""
-    return f"'{cell}" if cell[:1] in ("=", "@") else cell
 
 
 def as_latex(table: Table) -> str:
@@ -88,7 +93,7 @@ def as_latex(table: Table) -> str:
 
 def latex(text: str) -> str:
     """Text of a run that LaTeX prints literally."""
-    return "".join(LATEX.get(character, character) for character in text)
+    return text.translate(LATEX)
 
 
 def as_markdown(table: Table) -> str:
@@ -98,15 +103,98 @@ def as_markdown(table: Table) -> str:
     for row in table.rows:
         cells = [markdown(c) for c in row]
         lines.append([f"**{cells[0]}**"] + [""] * (len(table.columns) - 1) if len(row) == 1 else cells)
-    parts = ["\n".join(f"| {' | '.join(cells)} |" for cells in lines)]
-    if table.notes:
-        parts.append("\n".join(f"{i}. {markdown(note)}." for i, note in enumerate(table.notes, 1)))
-    return "\n\n".join([*([f"*{markdown(table.caption)}*"] if table.caption else []), *parts])
+    caption = table.caption and f"*{markdown(table.caption)}*"
+    grid = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    notes = "\n".join(f"{i}. {markdown(note)}." for i, note in enumerate(table.notes, 1))
+    return "\n\n".join(filter(None, [caption, grid, notes]))
 
 
 def markdown(text: str) -> str:
     """Text of a run as Markdown that shows it literally."""
-    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    for character in "\\`*_[]|#":
-        text = text.replace(character, "\\" + character)
-    return text
+    return re.sub(r"[\\`*_\[\]|#]", r"\\\g<0>", html.escape(text, quote=False))
+
+
+def markdown_report(arms: Arms, title: str, subtitle: str, parts: list[Section]) -> str:
+    """The report without its examples, for places where only text goes."""
+    text = [f"# {markdown(title)}", markdown(subtitle), f"**{markdown(evidence(arms))}**"]
+    if stand_in(arms):
+        text.append("**The language model is a stand-in taught on a little text; it is not Qwen2.5-0.5B-Instruct.**")
+    for part in parts:
+        if part.anchor == "examples":
+            continue
+        text.append(f"## {markdown(part.title)}")
+        text += [markdown(part.text).replace("\n", "\n\n")]
+        text += ["\n".join(f"- {markdown(sentence)}" for _, sentence in part.verdicts)]
+        for figure in part.figures:
+            absent = f"Not drawn: {markdown(figure.absent)}."
+            image = f"![{markdown(figure.caption)}](figures/{figure.name}.svg)"
+            text += [f"### {markdown(figure.title)}", absent if figure.absent else image]
+        for table in part.tables:
+            text += [f"### {markdown(table.title)}{' (not ours)' if table.published else ''}", as_markdown(table)]
+        if part.anchor == "run":
+            marks = {True: "ok", False: "CAUTION", None: "unknown"}
+            text.append("\n".join(f"- {marks[ok]}: {markdown(sentence)}" for ok, sentence in checks(arms)))
+            text.append("\n".join(f"- {markdown(problem)}." for problem in arms.problems))
+    for run in arms.runs:
+        text += [f"### {markdown(run.name)}", as_markdown(details(run))]
+    return "\n\n".join(filter(None, text)) + "\n"
+
+
+def csv_table(arms: Arms) -> str:
+    """The comparison for machines: percentages with four decimals, number of seeds, sd, differences."""
+    first, *rest = arms.models
+    columns = ["section", "benchmark", "metric"]
+    columns += [f"{m} {what}" for m in arms.models for what in ("mean", "sd", "seeds")]
+    columns += [f"{m} - {first} {what}" for m in rest for what in ("mean", "sd", "seeds")]
+    rows = [columns]
+    for heading, keys in comparison_keys(arms):
+        for key, name in keys:
+            groups = [list(arms.scores(model, key).values()) for model in arms.models]
+            groups += [list(paired_differences(arms, first, model, key).values()) for model in rest]
+            rows.append([heading, name, key, *(cell for values in groups for cell in _numbers(values))])
+    return _csv(rows)
+
+
+def _numbers(values: list[float]) -> list[str]:
+    if not values:
+        return ["", "", "0"]
+    mean, sd = mean_sd(values)
+    return [f"{mean:.4f}", "" if sd is None else f"{sd:.4f}", str(len(values))]
+
+
+def html_page(arms: Arms, title: str, subtitle: str, parts: list[Section]) -> str:
+    """One self-contained page: inline style, figures and images, one script of its own, no network.
+
+    The template escapes everything that comes from runs; only our own figures are passed through as markup. The page's
+    policy lets no script run but ours, by its hash.
+    """
+    own = resources.files("stages.report")
+    template, style, script = (own.joinpath(f"page.{kind}").read_text("utf-8") for kind in ("html.j2", "css", "js"))
+    environment = Environment(autoescape=True, trim_blocks=True)
+    environment.filters["deltas"] = deltas
+    page = environment.from_string(template).render(
+        title=title,
+        subtitle=subtitle,
+        css=style,
+        script=script,
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        sections=parts,
+        stand_in=stand_in(arms),
+        evidence=evidence(arms),
+        models=arms.models,
+        checks=checks(arms),
+        problems=arms.problems,
+        gallery=examples(arms),
+        details=[(run, details(run)) for run in arms.runs],
+    )
+    return page.replace("95 %", "95\u00a0%")  # not to be parted at the end of a line
+
+
+def deltas(cell: str) -> str:
+    """The cell, escaped, its difference in brackets coloured by its sign."""
+
+    def coloured(match: re.Match) -> str:
+        kind = {"+": "up", "\u2212": "down"}.get(match[1][0], "level")
+        return f'<span class="{kind}">({match[1]})</span>'
+
+    return Markup(re.sub(r"\(([+\u2212]?\d+\.\d+\*?)\)", coloured, str(escape(cell))))

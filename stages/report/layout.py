@@ -7,32 +7,13 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from stages.report.cells import Table, number, percent, score
-from stages.report.data import POPE_SPLITS, Arms
-from stages.report.setup import distinct
+from diffclip.base.schema import POPE_SPLITS
+from stages.report.cells import Table, distinct, number, percent, score
+from stages.report.data import Arms
+from stages.report.paper import PAPER_SETS
 from stages.report.significance import difference
 
-PAPER_SETS = {  # folder in diffclip.benchmarks.paper: name in the paper, in its order
-    "classification": {
-        "caltech101": "Caltech-101",
-        "dtd": "DTD",
-        "pets": "Pets",
-        "flowers": "Flowers",
-        "sun397": "SUN397",
-        "aircraft": "Aircraft",
-        "cifar10": "CIFAR10",
-        "cifar100": "CIFAR100",
-        "food101": "Food-101",
-    },
-    "retrieval": {"flickr30k": "Flickr30k", "flickr8k": "Flickr8k", "coco": "MSCOCO"},
-    "zero_shot": {"imagenet": "ImageNet"},
-    "shifts": {
-        "imagenet-v2": "ImageNet-V2",
-        "imagenet-a": "ImageNet-A",
-        "imagenet-r": "ImageNet-R",
-        "imagenet-sketch": "ImageNet-Sketch",
-    },
-}
+SHIFTS = ("v2", "a", "r", "sketch")  # in the paper's order, whatever was shifted
 NONE = "(no set)"  # a column where there is nothing to show
 SIGN = "*"  # behind a difference whose 95 % interval leaves zero out
 
@@ -44,30 +25,38 @@ class Column(NamedTuple):
     key: str
 
 
-def sets_of(arms: Arms, pattern: str, published: dict[str, str], average: str = "") -> list[Column]:
+def sets_of(arms: Arms, pattern: str, published: dict[str, str], average: str) -> list[Column]:
     """The columns of a group: every set that `pattern` finds, the paper's first, then their average."""
     named = {m[1] or "": key for key in arms.metric_names() if (m := re.fullmatch(pattern, key)) and m[1] != "average"}
     order = [*(name for name in published if name in named), *(n for n in named if n not in published)]
     columns = [Column(published.get(name, name or "held-out pairs"), named[name]) for name in order]
-    if average and len(columns) > 1:
+    if len(columns) > 1:
         columns.append(Column("Avg.", average))
     return columns or [Column(NONE, f"{pattern.split('/')[0]}/")]
 
 
 def rows_of(arms: Arms, table: Table, columns: Sequence[Column]) -> list[list[str]]:
     """One row a model: score, and from the second model on the difference from the first in brackets."""
-    return [[model, *(cell(arms, table, model, column) for column in columns)] for model in arms.models]
+    return [[model, *(cell(arms, table, model, column.key) for column in columns)] for model in arms.models]
 
 
-def cell(arms: Arms, table: Table, model: str, column: Column) -> str:
+def table_of(arms: Arms, name: str, title: str, columns: Sequence[Column]) -> Table:
+    table = Table(["Model", *(column.title for column in columns)], name=name, title=title)
+    table.rows = rows_of(arms, table, columns)
+    return table
+
+
+def cell(arms: Arms, table: Table, model: str, key: str) -> str:
     """ "61.3 (+1.3*)", "61.3 ± 0.4 (+1.3)", or a dash with a note."""
-    text = score(arms, table, model, column.key)
+    return score(arms, table, model, key) + delta(arms, model, key)
+
+
+def delta(arms: Arms, model: str, key: str) -> str:
+    """ " (+1.3*)": how far a model is from the first; "" for the first itself and where they have no seed in common."""
     first = arms.models[0]
-    if model != first and arms.scores(model, column.key):
-        found = difference(arms, first, model, column.key)
-        if found.mean is not None:
-            text += f" ({percent([found.mean], sign=True)}{SIGN if found.significant else ''})"
-    return text
+    if model == first or (found := difference(arms, first, model, key)).mean is None:
+        return ""
+    return f" ({percent([found.mean], sign=True)}{SIGN if found.significant else ''})"
 
 
 def absent(published: dict[str, str], columns: Sequence[Column]) -> str:
@@ -110,28 +99,23 @@ def table2(arms: Arms) -> Table:
     zero = sets_of(arms, r"zero_shot/(.+)/top1", PAPER_SETS["zero_shot"], "zero_shot/average/top1")
     groups.append(("Zero-shot", zero))
     columns = [c for _, group in groups for c in group]
-    table = Table(["Model", *(c.title for c in columns)], name="table2")
-    table.title = "Table 2. Retrieval and zero-shot classification"
+    table = table_of(arms, "table2", "Table 2. Retrieval and zero-shot classification", columns)
     table.groups = [("", 1), *((heading, len(group)) for heading, group in groups)]
-    table.rows = rows_of(arms, table, columns)
-    missing = f"{absent(published, groups[0][1])} {absent(PAPER_SETS['zero_shot'], zero)}"
-    table.caption = captioned(
-        "Image retrieval is text to image, text retrieval image to text; R@1 and R@10 are among all scores.",
-        arms,
-        missing.strip(),
-    )
+    directions = "Image retrieval is text to image, text retrieval image to text; R@1 and R@10 are among all scores."
+    missing = (absent(published, groups[0][1]), absent(PAPER_SETS["zero_shot"], zero))
+    table.caption = captioned(directions, arms, *missing)
     return table
 
 
 def table3(arms: Arms) -> Table:
     """POPE: accuracy, precision and recall of each model, split by split."""
     measures = ("accuracy", "precision", "recall")
-    table = Table([""], name="table3", title="Table 3. POPE object hallucination")
+    columns = [measure.capitalize() for measure in measures]
+    table = Table(["POPE", *columns * len(arms.models)], name="table3", title="Table 3. POPE object hallucination")
     table.groups = [("", 1), *((model, len(measures)) for model in arms.models)]
-    table.columns = ["POPE", *(measure.capitalize() for _ in arms.models for measure in measures)]
     for split in (*POPE_SPLITS, "mean"):
-        columns = [Column(measure, f"pope/{split}/{measure}") for measure in measures]
-        cells = [cell(arms, table, model, column) for model in arms.models for column in columns]
+        keys = [f"pope/{split}/{measure}" for measure in measures]
+        cells = [cell(arms, table, model, key) for model in arms.models for key in keys]
         table.rows.append([split.capitalize(), *cells])
     table.caption = captioned("The mean row is not in the paper.", arms)
     return table
@@ -139,13 +123,10 @@ def table3(arms: Arms) -> Table:
 
 def table4(arms: Arms) -> Table:
     """Distribution shifts, the numbers behind figure 3."""
-    table = Table([], name="table4", title="Table 4. Zero-shot accuracy out of distribution")
     columns = shift_columns(arms)
-    table.columns = ["Model", *(c.title for c in columns)]
-    table.rows = rows_of(arms, table, columns)
-    table.caption = captioned(
-        "Top-1 in percent: the numbers behind Figure 3.", arms, absent(PAPER_SETS["shifts"], columns)
-    )
+    table = table_of(arms, "table4", "Table 4. Zero-shot accuracy out of distribution", columns)
+    missing = absent(PAPER_SETS["shifts"], columns)
+    table.caption = captioned("Top-1 in percent: the numbers behind Figure 3.", arms, missing)
     return table
 
 
@@ -153,9 +134,8 @@ def shift_columns(arms: Arms) -> list[Column]:
     """ImageNet itself where it was evaluated, its shifted versions, their average."""
     base = [Column("ImageNet", "zero_shot/imagenet/top1")] if "zero_shot/imagenet/top1" in arms.metric_names() else []
     shifts = sets_of(arms, r"shift/(.+)/top1", PAPER_SETS["shifts"], "shift/average")
-    order = ("v2", "a", "r", "sketch")  # as in the paper, whatever was shifted
-    place = {f"shift/{prefix}{name}/top1": i for i, name in enumerate(order) for prefix in ("", "imagenet-")}
-    shifts.sort(key=lambda c: (c.title == "Avg.", place.get(c.key, len(order))))
+    place = {f"shift/{prefix}{name}/top1": i for i, name in enumerate(SHIFTS) for prefix in ("", "imagenet-")}
+    shifts.sort(key=lambda c: (c.title == "Avg.", place.get(c.key, len(SHIFTS))))
     with_base = "shift/average_with_base"
     more = [Column("Avg. with its base", with_base)] if with_base in arms.metric_names() else []
     return [*base, *shifts, *more]
@@ -163,36 +143,28 @@ def shift_columns(arms: Arms) -> list[Column]:
 
 def table5(arms: Arms) -> Table:
     """All variants on the six tasks, the numbers behind figures 1 and 5."""
-    tasks = six_tasks(arms)
-    table = Table(["Model", "Parameters", *(t.title for t in tasks)], name="table5")
-    table.title = "Table 5. Variants on the six tasks"
-    for model, row in zip(arms.models, rows_of(arms, table, tasks)):
+    table = table_of(arms, "table5", "Table 5. Variants on the six tasks", six_tasks(arms))
+    table.columns.insert(1, "Parameters")
+    for model, row in zip(arms.models, table.rows):
         sizes = [number(r.record["parameters"]) for r in arms.latest("pretrain", model) if "parameters" in r.record]
-        size = distinct(sizes) if sizes else table.missing(f"no pretrain run of {model} was found")
-        table.rows.append([row[0], size, *row[1:]])
+        row.insert(1, distinct(sizes) if sizes else table.missing(f"no pretrain run of {model} was found"))
     table.caption = captioned("The numbers behind Figures 1 and 5.", arms)
     return table
 
 
 def six_tasks(arms: Arms) -> list[Column]:
     """Linear probing, few-shot, image and text retrieval, zero-shot and shifts: one score each, averaged over sets."""
-    names = arms.metric_names()
-
-    def one(title: str, average: str, pattern: str, published: dict[str, str] | None = None) -> Column:
-        columns = sets_of(arms, pattern, published or {}, average)
-        return Column(title, columns[-1].key)
-
-    zero = one("Zero-shot", "zero_shot/average/top1", r"zero_shot/(.+)/top1")
-    if "zero_shot/imagenet/top1" in names:  # as in the paper
-        zero = Column("Zero-shot ImageNet", "zero_shot/imagenet/top1")
-    return [
-        one("Linear probing", "linear_probe/average/accuracy", r"linear_probe/(.+)/accuracy"),
-        one("Few-shot", "few_shot/average/accuracy", r"few_shot/(.+)/accuracy"),
-        one("Image retrieval", "retrieval/average/text_to_image/R@5", r"retrieval/(?:(.+)/)?text_to_image/R@5"),
-        one("Text retrieval", "retrieval/average/image_to_text/R@5", r"retrieval/(?:(.+)/)?image_to_text/R@5"),
-        zero,
-        one("Zero-shot OOD", "shift/average", r"shift/(.+)/top1"),
-    ]
+    tasks = (
+        ("Linear probing", r"linear_probe/(.+)/accuracy", "linear_probe/average/accuracy"),
+        ("Few-shot", r"few_shot/(.+)/accuracy", "few_shot/average/accuracy"),
+        ("Image retrieval", r"retrieval/(?:(.+)/)?text_to_image/R@5", "retrieval/average/text_to_image/R@5"),
+        ("Text retrieval", r"retrieval/(?:(.+)/)?image_to_text/R@5", "retrieval/average/image_to_text/R@5"),
+        ("Zero-shot", r"zero_shot/(.+)/top1", "zero_shot/average/top1"),
+        ("Zero-shot OOD", r"shift/(.+)/top1", "shift/average"),
+    )
+    columns = [Column(title, sets_of(arms, pattern, {}, average)[-1].key) for title, pattern, average in tasks]
+    imagenet = Column("Zero-shot ImageNet", "zero_shot/imagenet/top1")  # as in the paper
+    return [imagenet if c.title == "Zero-shot" and imagenet.key in arms.metric_names() else c for c in columns]
 
 
 def mmvp(arms: Arms) -> Table:
@@ -201,9 +173,8 @@ def mmvp(arms: Arms) -> Table:
     averages = {"average": "Avg.", "average7": "Avg. of the paper's 7"}
     more = [Column(title, f"mmvp/{key}") for key, title in averages.items() if f"mmvp/{key}" in arms.metric_names()]
     columns = [*columns, *more] or [Column(NONE, "mmvp/")]
-    table = Table(["Model", *(c.title for c in columns)], name="mmvp", title="MMVP-VLM, the numbers of Figure 4")
-    table.rows = rows_of(arms, table, columns)
-    table.caption = captioned("Share of pairs with both pictures right, in percent.", arms)
+    table = table_of(arms, "mmvp", "MMVP-VLM, the numbers of Figure 4", columns)
+    table.caption = captioned("Share of pairs with both images right, in percent.", arms)
     return table
 
 
@@ -217,9 +188,8 @@ def captioned(text: str, arms: Arms, *more: str) -> str:
     """A caption with what the brackets mean, as far as there are any."""
     parts = [text]
     if len(arms.models) > 1:
-        parts.append(
-            f"In brackets the difference from {arms.models[0]}, with {SIGN} where its 95 % interval leaves zero out."
-        )
+        interval = f"with {SIGN} where its 95 % interval leaves zero out"
+        parts.append(f"In brackets the difference from {arms.models[0]}, {interval}.")
     if any(len(arms.seeds(model)) > 1 for model in arms.models):
         parts.append("± is the standard deviation over seeds.")
     return " ".join([*parts, *filter(None, more)])

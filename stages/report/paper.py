@@ -1,15 +1,35 @@
-"""The paper's own numbers, as printed there; they stand in tables of their own and never in a column with ours.
+"""The paper's sets, and its own numbers as printed there, in tables of their own and never in a column with ours.
 
 From Hammoud and Ghanem, "DiffCLIP: Differential Attention Meets CLIP", arXiv 2503.06626v1. Its bars (figures 1, 3, 5)
 and radar (figure 4) carry no table, so that only what text or tables say is repeated here.
 """
 
+from collections.abc import Mapping
+
 from stages.report.cells import Table, percent
 
 SOURCE = "arXiv 2503.06626v1"
-CLASSIFICATION = (
-    *("Caltech-101", "DTD", "Pets", "Flowers", "SUN397", "Aircraft", "CIFAR10", "CIFAR100", "Food-101", "Avg."),
-)
+PAPER_SETS = {  # folder in diffclip.benchmarks.paper: name in the paper, in its order
+    "classification": {
+        "caltech101": "Caltech-101",
+        "dtd": "DTD",
+        "pets": "Pets",
+        "flowers": "Flowers",
+        "sun397": "SUN397",
+        "aircraft": "Aircraft",
+        "cifar10": "CIFAR10",
+        "cifar100": "CIFAR100",
+        "food101": "Food-101",
+    },
+    "retrieval": {"flickr30k": "Flickr30k", "flickr8k": "Flickr8k", "coco": "MSCOCO"},
+    "zero_shot": {"imagenet": "ImageNet"},
+    "shifts": {
+        "imagenet-v2": "ImageNet-V2",
+        "imagenet-a": "ImageNet-A",
+        "imagenet-r": "ImageNet-R",
+        "imagenet-sketch": "ImageNet-Sketch",
+    },
+}
 # (pretraining, model): numbers in the order of the columns
 LINEAR = {
     ("CC3M", "CLIP"): (72.5, 58.7, 61.0, 85.8, 54.1, 35.7, 83.5, 63.4, 59.1, 63.8),
@@ -41,7 +61,7 @@ SCALE = "ViT-B/16, 40 epochs with batches of 4096; other data and budget than th
 
 def paper_table1() -> Table:
     """The paper's table 1."""
-    table = _table("paper-table1", "Table 1", ["Pretraining", "Model", *CLASSIFICATION])
+    table = _table("paper-table1", "Table 1", ["Pretraining", "Model", *PAPER_SETS["classification"].values(), "Avg."])
     for heading, rows in (("Linear probing", LINEAR), ("Few-shot", FEW_SHOT)):
         table.rows += [[heading], *_rows(rows)]
     return table
@@ -49,7 +69,7 @@ def paper_table1() -> Table:
 
 def paper_table2() -> Table:
     """The paper's table 2."""
-    sets = ("Flickr30k", "Flickr8k", "MSCOCO", "Avg.")
+    sets = (*PAPER_SETS["retrieval"].values(), "Avg.")
     table = _table("paper-table2", "Table 2", ["Pretraining", "Model", *sets, *sets, "ImageNet"])
     table.groups = [("", 2), ("Image retrieval (R@5)", 4), ("Text retrieval (R@5)", 4), ("Zero-shot", 1)]
     table.rows = _rows(RETRIEVAL)
@@ -65,7 +85,7 @@ def paper_table3() -> Table:
     table.caption += (
         " They stand at chance: the Random row equals scoring 2,910 answers against the first 2,910 labels of the "
         "later file of 3,000, where even a perfect model gets at most 51.3 %. Here answers meet labels "
-        "by picture and question."
+        "by image and question."
     )
     return table
 
@@ -83,7 +103,7 @@ def _table(name: str, what: str, columns: list[str]) -> Table:
     return Table(columns, name=name, title=f"The paper's {what}", caption=caption, published=True)
 
 
-def _rows(numbers: dict[tuple[str, str], tuple[float, ...]]) -> list[list[str]]:
+def _rows(numbers: Mapping[tuple[str, str], tuple[float, ...]]) -> list[list[str]]:
     """Rows as in the paper: DiffCLIP's numbers with their difference from CLIP's of the same pretraining."""
     rows = []
     for (data, model), values in numbers.items():

@@ -1,12 +1,21 @@
 """POPE with its controls: does a model see an object, or guess from its name? Is one model better than another?"""
 
+import itertools
 import math
 
+from diffclip.base.schema import POPE_SPLITS
+from diffclip.base.statistics import mcnemar
 from stages.report.cells import DASH, Table, distinct, number, p_value, percent, score
-from stages.report.data import POPE_SPLITS, Arms, is_number, mean_sd
-from stages.report.significance import by_cluster, mcnemar_p, paired_answers
+from stages.report.data import Arms, is_number, mean_sd
+from stages.report.significance import paired_answers
 
 SPLITS = (*POPE_SPLITS, "mean")
+CONTROLS = {
+    "pope_blind": "blind rule",
+    "pope_shuffled": "images shuffled",
+    "pope_grey": "images grey",
+    "pope_no_image": "no image",
+}
 # (row, pattern of the key, None or why it would be absent)
 POPE_ROWS = (
     ("accuracy", "pope/{}/accuracy", None),
@@ -15,10 +24,7 @@ POPE_ROWS = (
     ("F1", "pope/{}/f1", None),
     ("yes rate", "pope/{}/yes_rate", None),
     ("invalid rate", "pope/{}/invalid_rate", None),
-    ("blind rule (control)", "pope_blind/{}/accuracy", "blind rule"),
-    ("images shuffled (control)", "pope_shuffled/{}/accuracy", "images shuffled"),
-    ("images grey (control)", "pope_grey/{}/accuracy", "images grey"),
-    ("no image (control)", "pope_no_image/{}/accuracy", "no image"),
+    *((f"{label} (control)", f"{group}/{{}}/accuracy", label) for group, label in CONTROLS.items()),
     ("always yes (control)", "pope_always_yes/{}/accuracy", "always yes"),
     ("yes rate, images shuffled", "pope_shuffled/{}/yes_rate", None),
     ("yes rate, images grey", "pope_grey/{}/yes_rate", None),
@@ -31,24 +37,21 @@ POPE_ROWS = (
 ENDS = ("low", "high")  # of an interval, behind the measure
 POPE_KEYS = (*(pattern for _, pattern, _ in POPE_ROWS), "pope/{}/questions")
 POPE_KEYS += tuple(f"pope/{{}}/{measure}_{end}" for measure in ("accuracy", "f1") for end in ENDS)
-CONTROLS = (("pope_blind", "blind rule"), ("pope_shuffled", "images shuffled"))
-CONTROLS += (("pope_grey", "images grey"), ("pope_no_image", "no image"))
 
 
 def pope(arms: Arms) -> Table:
     """Every POPE measure and control, split by split, below each model's name."""
     table = Table(["", *SPLITS], name="pope", title="POPE with its controls")
-    absent = []
-    shown = []
+    absent, rows = [], []
     for row in POPE_ROWS:
         written = any(arms.scores(model, row[1].format(split)) for model in arms.models for split in SPLITS)
         if written or row[1] in ("pope/{}/accuracy", "pope_blind/{}/accuracy", "pope_shuffled/{}/accuracy"):
-            shown.append(row)
+            rows.append(row)
         elif row[2]:
             absent.append(row[2])
     for model in arms.models:
         table.rows.append([model])
-        for label, pattern, _ in shown:
+        for label, pattern, _ in rows:
             table.rows.append([label, *(score(arms, table, model, pattern.format(split)) for split in SPLITS)])
             if pattern.startswith("pope/") and (ends := interval(arms, model, pattern)):
                 table.rows.append([f"{label}, 95 % interval", *(ends.get(split, DASH) for split in SPLITS)])
@@ -62,12 +65,12 @@ def pope(arms: Arms) -> Table:
 
 def interval(arms: Arms, model: str, pattern: str) -> dict[str, str]:
     """{split: interval of the score} of a model with one seed, as far as written; with several, the ± says more."""
-    found = {}
+    intervals = {}
     for split in SPLITS:
-        ends = [list(arms.scores(model, f"{pattern.format(split)}_{end}").values()) for end in ENDS]
-        if all(len(end) == 1 for end in ends):
-            found[split] = f"[{percent(ends[0])}, {percent(ends[1])}]"
-    return found
+        low, high = (arms.scores(model, f"{pattern.format(split)}_{end}").values() for end in ENDS)
+        if len(low) == len(high) == 1:
+            intervals[split] = f"[{percent(low)}, {percent(high)}]"
+    return intervals
 
 
 def pope_pairs(arms: Arms) -> Table | None:
@@ -76,28 +79,22 @@ def pope_pairs(arms: Arms) -> Table | None:
     columns = ["", "questions", "both right", f"only {first}", "only the other", "both wrong"]
     columns += ["difference", "95 % interval", "p"]
     table = Table(columns, name="pope-pairs", title="POPE, question by question")
-    for other in others:
-        seeds = [s for s in arms.seeds(first) if s in arms.seeds(other)]
-        for seed in seeds:
-            runs = [next(iter(reversed(arms.of("evaluate", m, seed))), None) for m in (first, other)]
-            if None in runs:
-                continue
-            table.rows.append([f"{other} against {first}, seed {seed}"])
-            for split in POPE_SPLITS:
-                answers = paired_answers(runs[0].path, runs[1].path, split)
-                if answers is None:
-                    continue
+    for other, seed in itertools.product(others, arms.seeds(first)):
+        runs = [run for m in (first, other) for run in arms.of("evaluate", m, seed)[-1:]]
+        rows = []
+        for split in POPE_SPLITS:
+            answers = paired_answers(runs[0].path, runs[1].path, split) if len(runs) == 2 else None
+            if answers is not None:
                 a, b = answers.first, answers.second
                 counts = [len(a), (a & b).sum(), (a & ~b).sum(), (~a & b).sum(), (~a & ~b).sum()]
-                ends = by_cluster(100 * (b.astype(float) - a), answers.pictures)
-                mean, low, high = (percent([v], sign=True) for v in (100 * (b.mean() - a.mean()), *ends))
-                p = p_value(mcnemar_p(answers))
-                table.rows.append([split, *(f"{int(c):,}" for c in counts), mean, f"[{low}, {high}]", p])
-            if len(table.rows[-1]) == 1:
-                table.rows.pop()
+                differences = (100 * (b.mean() - a.mean()), *answers.interval())
+                mean, low, high = (percent([v], sign=True) for v in differences)
+                p = p_value(mcnemar(a, b))
+                rows.append([split, *(f"{int(c):,}" for c in counts), mean, f"[{low}, {high}]", p])
+        table.rows += [[f"{other} against {first}, seed {seed}"], *rows] if rows else []
     table.caption = (
         "p is McNemar's exact test on the questions that just one of the two gets right; the interval resamples "
-        "pictures, since the questions about one picture are not independent. Both know nothing of other seeds."
+        "images, since the questions about one image are not independent. Both know nothing of other seeds."
     )
     return table if table.rows else None
 

@@ -3,57 +3,59 @@
 import os
 from collections.abc import Callable
 
+from diffclip.base.schema import STAGES
 from stages.report.cells import DASH, Table, distinct, duration, number
-from stages.report.data import STAGES, Arms, RunDir, as_dict, is_number, mean_sd
+from stages.report.data import Arms, RunDir, as_dict, is_number, mean_sd
 
 # Settings that name the arm itself or decide no number; all others must be equal for the arms to be comparable.
 OWN_SETTINGS = {"model", "output_dir", "seed", "vision_tower", "language_model", "clip", "mllm"}
 OWN_SETTINGS |= {"logging_steps", "save_steps", "num_workers", "examples"}
 DATA_SETTINGS = {"train_data", "val_data", "data", "image_root", "text", "clip_data", "pope"}
 
+Check = tuple[bool | None, str]  # whether it holds, None where that is unknown; the sentence that says so
+
 
 def setup(arms: Arms) -> Table:
     """One column a model: data, budget, time and hardware of every stage."""
     table = Table(["", *arms.models], prose=True, name="setup", title="Data, budget, time and machine")
 
-    def row(label: str, fact: Callable[[str], str]) -> None:
-        cells = [fact(model) for model in arms.models]
-        if any(cell != DASH for cell in cells):
-            table.rows.append([label, *cells])
+    def row(label: str, facts: list[str]) -> None:
+        if any(fact != DASH for fact in facts):
+            table.rows.append([label, *facts])
 
-    def of(stage: str, fact: Callable[[RunDir], str]) -> Callable[[str], str]:
-        return lambda model: distinct(fact(run) for run in arms.latest(stage, model))
+    def of(stage: str, fact: Callable[[RunDir], str]) -> list[str]:
+        return [distinct(map(fact, arms.latest(stage, model))) for model in arms.models]
 
     table.rows.append(["seeds", *(distinct(arms.seeds(model)) for model in arms.models)])
     row("parameters", of("pretrain", lambda r: number(r.record["parameters"]) if "parameters" in r.record else ""))
     row("initialisation", of("pretrain", lambda r: str(r.config.get("init", ""))))
     row("language model", of("align", lambda r: language_model(arms, r)))
     for stage in STAGES[1:]:
+        runs = {model: arms.latest(stage, model) for model in arms.models}
         table.rows.append([stage.capitalize()])
-        row("state, time", lambda model, stage=stage: progress(arms.latest(stage, model), len(arms.seeds(model))))
+        row("state, time", [progress(runs[model], len(arms.seeds(model))) for model in arms.models])
         row("learns", of(stage, learns))
         row("data", of(stage, data_of))
         row("budget", of(stage, budget))
         row("benchmarks", of(stage, protocol))
-        row("POPE", of(stage, lambda run: str(run.record.get("pope") or "")))
-        row("final loss", lambda model, stage=stage: final_loss(arms.latest(stage, model)))
-    shared = [r for r in arms.runs if r.stage == "language"]
-    if shared:
+        row("POPE", of(stage, lambda r: str(r.record.get("pope") or "")))
+        row("final loss", [final_loss(runs[model]) for model in arms.models])
+    if shared := [r for r in arms.runs if r.stage == "language"]:
         table.rows.append(["Language (shared by all models)"])
         seeds = {seed for model in arms.models for seed in arms.seeds(model)}
         for label, fact in (("state, time", progress(shared, len(seeds))), ("budget", distinct(map(budget, shared)))):
             table.rows.append([label, *[fact] * len(arms.models)])
     table.rows.append(["Machine"])
-    every = {m: [r for r in arms.runs if r.model == m] for m in arms.models}
-    row("hardware", lambda m: distinct(str(r.record.get("hardware", "")) for r in every[m]))
-    row("source", lambda m: distinct(str(r.record.get("git", "")) for r in every[m]))
-    row("software", lambda m: distinct(versions(r) for r in every[m]))
+    every = [[r for r in arms.runs if r.model == model] for model in arms.models]
+    row("hardware", [distinct(str(r.record.get("hardware", "")) for r in runs) for runs in every])
+    row("source", [distinct(str(r.record.get("git", "")) for r in runs) for runs in every])
+    row("software", [distinct(map(versions, runs)) for runs in every])
     return table
 
 
-def checks(arms: Arms) -> list[tuple[bool | None, str]]:
-    """(passed or None for unknown, sentence) for what must hold before the arms may be compared."""
-    results: list[tuple[bool | None, str]] = []
+def checks(arms: Arms) -> list[Check]:
+    """What must hold before the arms may be compared."""
+    results: list[Check] = []
     if len(arms.models) > 1:
         seeds = {model: arms.seeds(model) for model in arms.models}
         same = len({tuple(s) for s in seeds.values()}) == 1
@@ -67,16 +69,16 @@ def checks(arms: Arms) -> list[tuple[bool | None, str]]:
         for part, mark in r.get("before").items()
         if (r.get("after").get(part) == mark) == (part in r.learns)
     ]
-    if frozen:
-        good = "Parts that were frozen kept their fingerprints, parts that learnt changed theirs."
-        results.append((not wrong, good if not wrong else f"Fingerprints contradict what learnt: {'; '.join(wrong)}."))
-    unfinished = [r.name for r in arms.runs if r.state != "finished"]
-    good = "Every run that was found is finished."
-    results.append((not unfinished, good if not unfinished else f"Not finished: {'; '.join(unfinished)}."))
-    return results
+    if wrong:
+        results.append((False, f"Fingerprints contradict what learnt: {'; '.join(wrong)}."))
+    elif frozen:
+        results.append((True, "Parts that were frozen kept their fingerprints, parts that learnt changed theirs."))
+    if unfinished := [r.name for r in arms.runs if r.state != "finished"]:
+        return [*results, (False, f"Not finished: {'; '.join(unfinished)}.")]
+    return [*results, (True, "Every run that was found is finished.")]
 
 
-def equal_settings(arms: Arms) -> tuple[bool | None, str]:
+def equal_settings(arms: Arms) -> Check:
     if unknown := [r.name for r in arms.runs if r.model and not r.config]:
         return None, f"No settings (config.yaml) to compare in: {'; '.join(unknown)}."
     differ = []
@@ -91,7 +93,7 @@ def equal_settings(arms: Arms) -> tuple[bool | None, str]:
     return True, "Same settings for every arm in every stage (the model, paths and seed apart)."
 
 
-def equal_data(arms: Arms) -> tuple[bool | None, str]:
+def equal_data(arms: Arms) -> Check:
     seen: dict[tuple[str, str, str], set[str]] = {}
     for run in arms.runs:
         for role, value in run.get("inputs").items():
@@ -105,7 +107,7 @@ def equal_data(arms: Arms) -> tuple[bool | None, str]:
     return True, "Same data for every arm at the same seed (by digest)."
 
 
-def equal_machines(arms: Arms) -> tuple[bool, str]:
+def equal_machines(arms: Arms) -> Check:
     """Whether every stage ran on the same hardware, source and software in every arm; stages may differ."""
     facts = {"hardware": lambda r: r.record.get("hardware"), "source": lambda r: r.record.get("git")}
     facts["software"] = lambda r: sorted(r.get("versions").items())
@@ -123,16 +125,14 @@ def details(run: RunDir) -> Table:
     table = Table(["", ""], prose=True)
     add = table.rows.append
     add(["directory", str(run.path)])
-    add(
-        ["state", f"{run.state}, started {run.record.get('started', DASH)}, {duration(run.record.get('wall_seconds'))}"]
-    )
+    time = duration(run.record.get("wall_seconds"))
+    add(["state", f"{run.state}, started {run.record.get('started', DASH)}, {time}"])
     add(["command", str(run.record.get("command", DASH))])
     parameters = run.record.get("parameters")
     if isinstance(parameters, dict):
-        learnt = run.learns
         for part, n in parameters.items():
             before, after = run.get("before").get(part, DASH), run.get("after").get(part, DASH)
-            role = "learnt" if part in learnt else "frozen"
+            role = "learnt" if part in run.learns else "frozen"
             add([part, f"{role}, {number(n)} parameters, fingerprint {before} \u2192 {after}"])
     elif parameters is not None:
         add(["parameters", f"{number(parameters)}, all learnt"])
@@ -159,7 +159,7 @@ def progress(runs: list[RunDir], seeds: int) -> str:
     if not runs:
         return "not run"
     done = [r for r in runs if r.state == "finished"]
-    times = [r.record.get("wall_seconds") for r in done if is_number(r.record.get("wall_seconds"))]
+    times = [seconds for r in done if is_number(seconds := r.record.get("wall_seconds"))]
     time = f", {duration(mean_sd(times)[0])}" if times else ""
     if len(done) >= seeds:
         return f"finished{time}"
@@ -168,15 +168,13 @@ def progress(runs: list[RunDir], seeds: int) -> str:
 
 
 def learns(run: RunDir) -> str:
-    names = run.learns
-    return " + ".join(f"{n} ({number(run.get('parameters').get(n, DASH))})" for n in names)
+    return " + ".join(f"{part} ({number(run.get('parameters').get(part, DASH))})" for part in run.learns)
 
 
 def budget(run: RunDir) -> str:
     """ "20,000 pairs × 3 epochs = 234 steps of 256", as far as the run says so."""
-    counts = [
-        f"{number(run.record[what])} {what}" for what in ("pairs", "conversations", "tokens") if what in run.record
-    ]
+    units = [unit for unit in ("pairs", "conversations", "tokens") if unit in run.record]
+    counts = [f"{number(run.record[unit])} {unit}" for unit in units]
     if counts and "epochs" in run.config:
         epochs = run.config["epochs"]
         counts[0] += f" × {epochs:g} epoch{'s' * (epochs != 1)}" if is_number(epochs) else f" × {epochs} epochs"
@@ -208,9 +206,8 @@ def protocol(run: RunDir) -> str:
     few = as_dict(run.about.get("few_shot"))
     parts = [f"templates: {run.about['templates']}"] if "templates" in run.about else []
     if "linear_probe" in run.about:
-        parts.append(
-            f"probe: {run.about['linear_probe']}, on features {run.about.get('probe_features')} the projection"
-        )
+        features = f"on features {run.about.get('probe_features')} the projection"
+        parts.append(f"probe: {run.about['linear_probe']}, {features}")
     if few:
         parts.append(f"{few.get('way')}-way {few.get('shot')}-shot, {number(few.get('episodes'))} episodes")
     parts += [f"{name}: {note}" for name, note in as_dict(run.about.get("notes")).items()]

@@ -6,13 +6,21 @@ larger, so that the items are no longer asked.
 
 import math
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, wraps
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
 
-from stages.report.data import AVERAGED, POPE_SPLITS, Arms, RunDir, as_dict, is_number, read_json, read_lines
+from diffclip.base import schema
+from diffclip.base.errors import InputError
+from diffclip.base.schema import POPE_SPLITS
+from diffclip.base.statistics import bootstrap_mean, mcnemar, over_seeds, paired_bootstrap, percentiles, resampled_sums
+from mllm.pope.parsers import parse
+from mllm.pope.questions import Key, read_answers
+from stages.report.data import AVERAGED, Arms, RunDir, as_dict, is_number, read_whole, sets_of_average
 
 RESAMPLES = 4000
 T = TypeVar("T")
@@ -25,7 +33,6 @@ class Difference(NamedTuple):
     low: float | None = None
     high: float | None = None
     p: float | None = None
-    how: str = ""
     why: str = ""
 
     @property
@@ -36,17 +43,16 @@ class Difference(NamedTuple):
 
 def difference(arms: Arms, first: str, other: str, key: str) -> Difference:
     """The difference under a metric's key, by the best test that the runs allow."""
-    a, b = arms.scores(first, key), arms.scores(other, key)
-    seeds = [seed for seed in b if seed in a]
-    if not seeds:
+    differences = paired_differences(arms, first, other, key)
+    if not differences:
         return Difference(None, why="no seed that both models have")
-    differences = [b[seed] - a[seed] for seed in seeds]
-    mean = sum(differences) / len(differences)
-    if len(seeds) > 1:
-        return _over_seeds(differences)
-    ours, theirs = (_run_with(arms, model, seeds[0], key) for model in (first, other))
-    if ours is None or theirs is None:
-        return Difference(mean, why="the runs that hold it were not found")
+    seed, mean = next(iter(differences.items()))
+    if len(differences) > 1:
+        if len(set(differences.values())) == 1:
+            return Difference(mean, why="the differences of all seeds are the same, so they have no spread to test")
+        return Difference(*over_seeds(list(differences.values())))
+    # the runs whose values `Arms.scores` shows
+    ours, theirs = ([r for r in arms.of("evaluate", m, seed) if key in r.metrics][-1] for m in (first, other))
     if key.startswith("pope/"):
         return _pope(ours.path, theirs.path, key, mean)
     if key.startswith("localisation/"):
@@ -54,25 +60,16 @@ def difference(arms: Arms, first: str, other: str, key: str) -> Difference:
     return _items(ours, theirs, key, mean)
 
 
-def _over_seeds(differences: list[float]) -> Difference:
-    from scipy.stats import ttest_1samp
-
-    from diffclip.benchmarks.significance import over_seeds
-
-    if len(set(differences)) == 1:
-        return Difference(
-            differences[0], why="the differences of all seeds are the same, so they have no spread to test"
-        )
-    mean, low, high = over_seeds(differences)
-    p = float(ttest_1samp(differences, 0).pvalue)
-    return Difference(mean, low, high, p, f"t test over {len(differences)} seeds")
+def paired_differences(arms: Arms, first: str, other: str, key: str) -> dict[str, float]:
+    """{seed: other - first, in points} for every seed that both have."""
+    a, b = arms.scores(first, key), arms.scores(other, key)
+    return {seed: b[seed] - a[seed] for seed in b if seed in a}
 
 
 def _items(ours: RunDir, theirs: RunDir, key: str, mean: float) -> Difference:
     """Paired bootstrap over the test items of a CLIP benchmark, and McNemar's exact test for right-or-wrong ones."""
-    from diffclip.benchmarks.significance import mcnemar, paired_bootstrap
-
-    if _digest(ours) != _digest(theirs):
+    data = [as_dict(run.get("inputs").get("clip_data")).get("digest") for run in (ours, theirs)]
+    if data[0] != data[1]:
         return Difference(mean, why="the models were not evaluated on the same items")
     first, second = (outcomes(run.path).get(key) for run in (ours, theirs))
     if first is None or second is None:
@@ -80,63 +77,46 @@ def _items(ours: RunDir, theirs: RunDir, key: str, mean: float) -> Difference:
     if len(first) != len(second):
         return Difference(mean, why="the models were not evaluated on the same items")
     _, low, high = (100 * v for v in paired_bootstrap(first, second, resamples=RESAMPLES))
-    binary = all(np.isin(one, (0, 1)).all() for one in (first, second))
-    p = mcnemar(first, second) if binary else None
-    return Difference(mean, low, high, p, "bootstrap over test items" + (", McNemar's exact p" if binary else ""))
+    binary = all(np.isin(values, (0, 1)).all() for values in (first, second))
+    return Difference(mean, low, high, mcnemar(first, second) if binary else None)
 
 
 def _once(read: Callable[[Path], T]) -> Callable[[Path], T]:
     """`read` of an evaluate run's folder, remembered until the run writes its metrics anew."""
     remembered = lru_cache(maxsize=64)(lambda folder, stamp: read(folder))
 
+    @wraps(read)
     def reader(folder: Path) -> T:
-        metrics = folder / "metrics.json"
+        metrics = folder / schema.METRICS
         return remembered(folder.resolve(), metrics.stat().st_mtime_ns if metrics.exists() else 0)
 
-    reader.__doc__ = read.__doc__
     return reader
 
 
 def _average(ours: RunDir, theirs: RunDir, key: str, mean: float) -> Difference:
     """The average over sets: the items of each set are resampled on their own, and the sets' means averaged."""
-    pattern = next((pattern for pattern, average in AVERAGED if average == key), "")
-    before, _, after = pattern.partition("{}")
-    sets = [k for k in theirs.metrics if pattern and k.startswith(before) and k.endswith(after) and k != key]
-    pairs = [(outcomes(ours.path).get(k), outcomes(theirs.path).get(k)) for k in sets]
-    if not pairs or any(a is None or b is None or len(a) != len(b) for a, b in pairs):
+    sets = sets_of_average(theirs.metrics, key) if key in AVERAGED else []
+    first, second = outcomes(ours.path), outcomes(theirs.path)
+    differences = [second[k] - first[k] for k in sets if k in first and k in second and len(first[k]) == len(second[k])]
+    if not sets or len(differences) < len(sets):
         return Difference(mean, why="outcomes of single items are not stored for it")
     generator = np.random.default_rng(0)
     drawn = np.zeros(RESAMPLES)
-    for first, second in pairs:
-        values, counts = np.unique(second - first, return_counts=True)
-        draws = generator.multinomial(len(first), counts / len(first), size=RESAMPLES)
-        drawn += draws @ values / len(first) / len(pairs)
-    low, high = 100 * np.quantile(drawn, [0.025, 0.975])
-    return Difference(mean, float(low), float(high), None, "bootstrap over the items of each set")
+    for values in differences:
+        drawn += resampled_sums(values[:, None], RESAMPLES, generator)[:, 0] / len(values) / len(sets)
+    return Difference(mean, *percentiles(100 * drawn))
 
 
 @_once
 def outcomes(folder: Path) -> dict[str, np.ndarray]:
     """{key of a score: one number per test item} of an evaluate run; {} if it stored none that can be read."""
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
     try:
-        return {key: value.astype(np.float64) for key, value in load_file(folder / "clip_outcomes.safetensors").items()}
+        return {key: value.astype(np.float64) for key, value in load_file(folder / schema.CLIP_OUTCOMES).items()}
     except (OSError, SafetensorError, ValueError, TypeError):
         return {}
 
 
-def _digest(run: RunDir) -> Any:
-    return as_dict(run.get("inputs").get("clip_data")).get("digest")
-
-
-def _run_with(arms: Arms, model: str, seed: str, key: str) -> RunDir | None:
-    """The run whose value `Arms.scores` shows."""
-    return next((r for r in reversed(arms.of("evaluate", model, seed)) if key in r.metrics), None)
-
-
-# --- POPE: answers met by (split, picture, question) --------------------------------------------------------------
+# --- POPE: answers met by `Question.key` ------------------------------------------------------------------------
 
 
 class Answers(NamedTuple):
@@ -144,18 +124,22 @@ class Answers(NamedTuple):
 
     first: np.ndarray  # right or wrong
     second: np.ndarray
-    pictures: np.ndarray  # number of each question's picture
+    images: np.ndarray  # number of each question's image
+
+    def interval(self) -> tuple[float, float]:
+        """95 % interval of second - first in points, resampling images: their questions are not independent."""
+        difference = 100 * (self.second.astype(float) - self.first)
+        return bootstrap_mean(difference, self.images, resamples=RESAMPLES)[1:]
 
 
 @_once
-def pope_answers(folder: Path) -> dict[tuple[str, str, str], bool]:
-    """{(split, picture, question): right} of the model's own pass; anything but yes or no is wrong, as in lmms-eval."""
-    found = {}
-    for row in read_lines(folder / "pope" / "answers.jsonl"):
-        if row.get("pass") == "model":
-            key = tuple(str(row.get(name)) for name in ("split", "image", "text"))
-            found[key] = str(row.get("answer")).strip().lower() == str(row.get("label")).strip().lower()
-    return found
+def pope_answers(folder: Path) -> dict[Key, bool]:
+    """{question: right} of the model's own pass; anything but yes or no is wrong, as in lmms-eval."""
+    try:
+        answers = read_answers(folder / schema.POPE / schema.ANSWERS)
+    except InputError:  # none, or damaged
+        return {}
+    return {answer.key: parse([answer.text]) == [answer.question.label] for answer in answers}
 
 
 def paired_answers(first: Path, second: Path, split: str) -> Answers | None:
@@ -165,30 +149,22 @@ def paired_answers(first: Path, second: Path, split: str) -> Answers | None:
     keys = [key for key in ours if key[0] in splits]
     if not keys or set(keys) != {key for key in theirs if key[0] in splits}:
         return None
-    _, pictures = np.unique([key[1] for key in keys], return_inverse=True)
-    return Answers(np.array([ours[k] for k in keys]), np.array([theirs[k] for k in keys]), pictures)
+    _, images = np.unique([key[1] for key in keys], return_inverse=True)
+    return Answers(np.array([ours[k] for k in keys]), np.array([theirs[k] for k in keys]), images)
 
 
 def _pope(first: Path, second: Path, key: str, mean: float) -> Difference:
+    """Bootstrap over images, McNemar's exact test."""
     split, name = key.split("/")[1:3]
     if name != "accuracy":
         return Difference(mean, why="only accuracies of POPE are tested, since they are means over questions")
     answers = paired_answers(first, second, split)
     if answers is None:
         return Difference(mean, why="pope/answers.jsonl with the same questions is not in both runs")
-    found = answers.second.astype(float) - answers.first
-    if not math.isclose(100 * found.mean(), mean, abs_tol=0.05):
+    if not math.isclose(100 * (answers.second.mean() - answers.first.mean()), mean, abs_tol=0.05):
         return Difference(mean, why="the stored answers do not give the stored scores")
-    low, high = by_cluster(100 * found, answers.pictures)
-    if split == "mean":  # its yes-questions stand in every split, so that it has no independent pairs to count
-        return Difference(mean, low, high, None, "bootstrap over pictures")
-    return Difference(mean, low, high, mcnemar_p(answers), "bootstrap over pictures, McNemar's exact p")
-
-
-def mcnemar_p(answers: Answers) -> float:
-    from diffclip.benchmarks.significance import mcnemar
-
-    return mcnemar(answers.first, answers.second)
+    # the yes-questions of the mean stand in every split, so that it has no independent pairs to count
+    return Difference(mean, *answers.interval(), None if split == "mean" else mcnemar(answers.first, answers.second))
 
 
 # --- localisation: scores of single objects -------------------------------------------------------------------------
@@ -196,40 +172,29 @@ def mcnemar_p(answers: Answers) -> float:
 
 @_once
 def object_scores(folder: Path) -> tuple[tuple[tuple[str, str], ...], dict[str, np.ndarray]]:
-    """((picture, object) of every item, {score: one number per item, NaN where there is none})."""
-    record = as_dict(read_json(folder / "localisation.json", []))
-    pictures, objects = (
-        record.get(name) if isinstance(record.get(name), list) else [] for name in ("pictures", "objects")
-    )
-    items = tuple((str(p), str(o)) for p, o in zip(pictures, objects))
+    """((image, object) of every item, {score: one number per item, NaN where there is none})."""
+    record = as_dict(read_whole(folder / schema.LOCALISATION, []))
+    images, objects = (_list(record.get(name)) for name in ("pictures", "objects"))
+    items = tuple((str(image), str(name)) for image, name in zip(images, objects))
     scores = {
-        name: np.array([float(v) if is_number(v) else math.nan for v in values])
+        name: np.array([float(v) if is_number(v) else math.nan for v in _list(values)])
         for name, values in as_dict(record.get("scores")).items()
-        if isinstance(values, list) and len(values) == len(items)
+        if len(_list(values)) == len(items)
     }
     return items, scores
 
 
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
 def _localisation(first: Path, second: Path, key: str, mean: float) -> Difference:
+    """Bootstrap over images."""
     (items, ours), (others, theirs) = object_scores(first), object_scores(second)
     name = key.split("/")[1]
     if not items or items != others or name not in ours or name not in theirs:
         return Difference(mean, why="scores of the same objects are not stored for both models (localisation.json)")
-    found = theirs[name] - ours[name]
-    kept = ~np.isnan(found)
-    _, pictures = np.unique([picture for picture, _ in items], return_inverse=True)
-    low, high = by_cluster(found[kept], pictures[kept])
-    return Difference(mean, low, high, None, "bootstrap over pictures")
-
-
-def by_cluster(values: np.ndarray, clusters: np.ndarray, level: float = 0.95) -> tuple[float, float]:
-    """Percentile interval of the mean, resampling whole clusters: what is asked about one picture goes together."""
-    _, clusters = np.unique(clusters, return_inverse=True)
-    sums, counts = np.bincount(clusters, values), np.bincount(clusters)
-    generator = np.random.default_rng(0)
-    means = []
-    for _ in range(RESAMPLES // 500):  # in parts, so that ten thousand pictures need no gigabyte
-        drawn = generator.integers(len(sums), size=(500, len(sums)))
-        means.append(sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1))
-    low, high = np.quantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+    differences = theirs[name] - ours[name]
+    known = ~np.isnan(differences)
+    _, images = np.unique([image for image, _ in items], return_inverse=True)
+    return Difference(mean, *bootstrap_mean(differences[known], images[known], resamples=RESAMPLES)[1:])

@@ -2,25 +2,26 @@
 
 import re
 
+from diffclip.base.schema import POPE_SPLITS
+from diffclip.benchmarks import PROTOCOLS
 from stages.report.cells import DASH, MINUS, Table, distinct, p_value, percent, score
-from stages.report.data import POPE_SPLITS, Arms, is_number, mean_sd
-from stages.report.pope import POPE_KEYS
-from stages.report.significance import Difference, difference
+from stages.report.data import Arms, is_number, mean_sd
+from stages.report.layout import SHIFTS
+from stages.report.pope import POPE_KEYS, SPLITS
+from stages.report.significance import difference, paired_differences
 
-# (heading, pattern of the metric's key, whether its absence is worth a line), in the order of the paper's tables.
-# The pattern's groups make the row's name; a key without any is an average.
+PAPER_ORDER = ("linear_probe", "few_shot", "zero_shot", "retrieval", "shift", "mmvp")  # other protocols stand behind
+# (heading, pattern of the metric's key, whether its absence is worth a line). The pattern's groups make the row's
+# name; a key without any is an average.
 SECTIONS = (
-    ("Linear probe, accuracy", r"linear_probe/(.+)/accuracy", True),
-    ("Few-shot, accuracy", r"few_shot/(.+)/accuracy", True),
-    ("Zero-shot classification, top-1", r"zero_shot/(.+)/top1", True),
-    ("Retrieval, text to image", r"retrieval/(?:(.+)/)?text_to_image/(R@\d+)", True),
-    ("Retrieval, image to text", r"retrieval/(?:(.+)/)?image_to_text/(R@\d+)", True),
-    ("Distribution shifts, zero-shot top-1", r"shift/(?:average|(.+)/top1)", True),
-    ("MMVP-VLM, pairs right", r"mmvp/(.+)", True),
+    *(
+        (heading, pattern, name in PAPER_ORDER)
+        for name in dict.fromkeys((*PAPER_ORDER, *PROTOCOLS))
+        for heading, pattern in PROTOCOLS[name].tables.items()
+    ),
     ("POPE, accuracy", r"pope/(random|popular|adversarial|mean)/accuracy", True),
     ("POPE, F1", r"pope/(random|popular|adversarial|mean)/f1", False),
 )
-SHIFTS = ("v2", "a", "r", "sketch")  # as in the paper's Table 4
 
 
 def comparison_keys(arms: Arms) -> list[tuple[str, list[tuple[str, str]]]]:
@@ -55,49 +56,40 @@ def comparison(arms: Arms) -> Table:
         for key, label in keys or [(f"{group}/", "(no numbers)")]:
             cells = [score(arms, table, model, key) for model in arms.models]
             for other in others:
-                found = paired_differences(arms, first, other, key)
-                cells += difference_cells(table, difference(arms, first, other, key), found)
+                cells += difference_cells(arms, table, first, other, key)
             table.rows.append([label, *cells])
     return table
 
 
-def paired_differences(arms: Arms, first: str, other: str, key: str) -> list[float]:
-    """other - first, in points, for every seed that both have."""
-    a, b = arms.scores(first, key), arms.scores(other, key)
-    return [b[seed] - a[seed] for seed in b if seed in a]
-
-
-def difference_cells(table: Table, found: Difference, differences: list[float]) -> list[str]:
+def difference_cells(arms: Arms, table: Table, first: str, other: str, key: str) -> list[str]:
     """Three cells: the differences of the seeds, the interval, its p; where there is no test a note says why."""
+    differences = paired_differences(arms, first, other, key)
     if not differences:
         return [DASH, DASH, DASH]
-    mean = percent(differences, sign=True)
-    if found.low is None or found.high is None:
-        return [mean, table.missing(found.why), DASH]
-    ends = f"[{percent([found.low], sign=True)}, {percent([found.high], sign=True)}]"
-    return [mean, ends if found.significant else f"{ends} n.s.", DASH if found.p is None else p_value(found.p)]
+    mean = percent(differences.values(), sign=True)
+    test = difference(arms, first, other, key)
+    if test.low is None or test.high is None:
+        return [mean, table.missing(test.why), DASH]
+    ends = f"[{percent([test.low], sign=True)}, {percent([test.high], sign=True)}]"
+    return [mean, ends if test.significant else f"{ends} n.s.", DASH if test.p is None else p_value(test.p)]
 
 
 def tally(arms: Arms) -> list[str]:
     """For each model but the first: on how many single scores it is higher or lower, and of how many that is shown."""
     first, *others = arms.models
+    rows = [row for _, rows in comparison_keys(arms) for row in rows]
+    keys = [key for key, label in rows if not label.startswith(("average", "mean"))]
     sentences = []
     for other in others:
-        keys = [
-            key
-            for _, pairs in comparison_keys(arms)
-            for key, label in pairs
-            if not label.startswith(("average", "mean"))
-        ]
-        found = [d for key in keys if (d := difference(arms, first, other, key)).mean is not None]
-        higher, lower = [d for d in found if d.mean > 0], [d for d in found if d.mean < 0]
-        if not found:
-            sentences.append(f"{other} and {first} have no score in common yet.")
-            continue
+        every = [difference(arms, first, other, key) for key in keys]
+        tests = [(test.mean, test.significant) for test in every if test.mean is not None]
+        higher = [significant for mean, significant in tests if mean > 0]
+        lower = [significant for mean, significant in tests if mean < 0]
         sentences.append(
-            f"Of {len(found)} scores, {other} is higher than {first} on {len(higher)} (on "
-            f"{sum(d.significant for d in higher)} of them the 95 % interval leaves zero out) and lower on "
-            f"{len(lower)} (on {sum(d.significant for d in lower)})."
+            f"Of {len(tests)} scores, {other} is higher than {first} on {len(higher)} (on {sum(higher)} of them the "
+            f"95 % interval leaves zero out) and lower on {len(lower)} (on {sum(lower)})."
+            if tests
+            else f"{other} and {first} have no score in common yet."
         )
     return [*sentences, "By chance alone one interval in twenty leaves zero out."] if sentences else []
 
@@ -125,7 +117,7 @@ def evidence(arms: Arms) -> str:
 def others(arms: Arms) -> Table:
     """Numbers of the evaluate runs that no other table shows, as they were written."""
     known = {key for _, keys in comparison_keys(arms) for key, _ in keys}
-    known |= {pattern.format(split) for pattern in POPE_KEYS for split in (*POPE_SPLITS, "mean")}
+    known |= {pattern.format(split) for pattern in POPE_KEYS for split in SPLITS}
     known |= {f"localisation/{name}" for name in ("pointing", "energy", "precision", "area", "objects")}
     table = Table(["Metric", *arms.models], name="others", title="Other numbers")
     table.caption = "Whatever else the evaluate runs wrote, as it stands there."

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from diffclip.base import files
-from diffclip.errors import InputError
+from diffclip.base.errors import InputError
 
 ODD = ["a\u2028b", "c\x85d", "e\u2029f", "g\x0bh\x0ci\x1cj", "\ud800 half", os.fsdecode(b"caf\xe9.jpg"), "日本"]
 
@@ -114,3 +114,18 @@ def test_files_are_readable_as_the_umask_says_and_failures_leave_nothing(tmp_pat
     with pytest.raises(OSError):
         files.write_whole(tmp_path / "folder", "text")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "folder"]
+
+
+def test_a_librarys_file_takes_its_place_at_the_end_or_never(tmp_path):
+    path = tmp_path / "scores.npz"
+    path.write_bytes(b"old")
+    with pytest.raises(KeyboardInterrupt), files.whole(path) as temporary:
+        temporary.write_bytes(b"half")
+        assert path.read_bytes() == b"old" and temporary.suffix == ".npz"  # by which libraries choose the format
+        raise KeyboardInterrupt
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+    with files.whole(path) as first, files.whole(path) as second:  # two processes, or threads, at once
+        assert first != second
+        first.write_bytes(b"a")
+        second.write_bytes(b"b")
+    assert path.read_bytes() == b"a" and list(tmp_path.iterdir()) == [path]

@@ -4,8 +4,8 @@ import os
 
 import pytest
 
+from diffclip.base.errors import InputError
 from diffclip.base.paths import inside
-from diffclip.errors import InputError
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,11 @@ from safetensors.torch import load_file
 from timm.layers import DiffAttention
 from torch import nn
 
-from diffclip.attention import DifferentialAttention, faster_form, lambda_init_schedule, softmax_maps
+from diffclip.attention import DifferentialAttention, DifferentialAttentionV2, lambda_init_schedule
+from diffclip.attention.base import faster_form
+from diffclip.attention.v1 import softmax_maps
 from diffclip.attention_maps import attention_map
-from diffclip.attention_v2 import DifferentialAttentionV2
-from diffclip.errors import InputError
+from diffclip.base.errors import InputError
 
 FORMS = ("eager", "fused")
 
@@ -271,7 +272,7 @@ def test_recomputing_changes_nothing_but_what_is_kept(kind, form, dropout, monke
     x = torch.randn(2, 65, 48, dtype=torch.float64, requires_grad=True)
     found, kept = [], []
     for keep_below in (1000, 64):
-        monkeypatch.setattr("diffclip.attention.KEEP_BELOW", keep_below)
+        monkeypatch.setattr("diffclip.attention.base.KEEP_BELOW", keep_below)
         sizes = []
 
         def pack(tensor, sizes=sizes):

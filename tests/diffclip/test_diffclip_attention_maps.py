@@ -7,8 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
-from diffclip import attention_maps, checkpoints, models, scenes, scenes_export
-from diffclip.benchmarks import localisation
+from diffclip import attention_maps, checkpoints, maps, models
+from diffclip.base.errors import InputError
+from diffclip.benchmarks import localisation, mask_scores
+from diffclip.scenes import drawing as scenes
+from diffclip.scenes.__main__ import main as export_scenes
 
 NAMES = ["CLIP-tiny", "DiffCLIP-tiny", "DiffCLIP-V2-tiny"]
 
@@ -37,8 +40,8 @@ def test_recording_changes_nothing_and_maps_are_those_applied(model, layer):
     torch.testing.assert_close(recorded, plain, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(model.encode_image(IMAGES), plain, atol=0, rtol=0)  # back to its own forward
     assert seen["map"].shape[-2:] == (37, 37)
-    maps = attention_maps.layer_maps(model, IMAGES, layer)
-    used = maps.get("difference", maps["A1"])
+    layer_maps = attention_maps.layer_maps(model, IMAGES, layer)
+    used = layer_maps.get("difference", layer_maps["A1"])
     torch.testing.assert_close(used.flatten(2), seen["map"][:, :, 0, 1:])
     heads = {"CLIP": 4, "DiffCLIP": 2, "DiffCLIP-V2": 4}[model.model_config["diffclip"]["variant"]]
     assert used.shape == (2, heads, 6, 6)
@@ -71,40 +74,37 @@ def test_relevance_is_map_times_gradient(model):
     model.float()
 
 
-def test_figure_is_drawn_for_several_models(tmp_path, capsys):
+def test_figure_is_drawn_for_several_models(tmp_path):
     for name in NAMES[:2]:
         checkpoints.save(models.build(name), tmp_path / name)
     for i in range(2):
         Image.fromarray(scenes.draw(scenes.make_scene(0, "figure", i), 64)).save(tmp_path / f"{i}.png")
     arguments = [str(tmp_path / "0.png"), str(tmp_path / "1.png"), "--query", "a star", "--models"]
     arguments += [str(tmp_path / name) for name in NAMES[:2]]
-    attention_maps.main([*arguments, "--out", str(tmp_path / "fig.png")])
+    maps.main([*arguments, "--out", str(tmp_path / "fig.png")])
     assert np.asarray(Image.open(tmp_path / "fig.png").convert("L")).std() > 20
-    with pytest.raises(SystemExit) as ended:
-        attention_maps.main(
-            [*arguments[:2], "--query", "a", "b", "c", *arguments[4:], "--out", str(tmp_path / "x.png")]
-        )
-    assert ended.value.code == 2 and "3 queries for 2 images" in capsys.readouterr().err
+    with pytest.raises(InputError, match="3 queries for 2 images"):
+        maps.main([*arguments[:2], "--query", "a", "b", "c", *arguments[4:], "--out", str(tmp_path / "x.png")])
 
 
 def test_scores_of_planted_maps():
     mask = np.zeros((10, 10), bool)
     mask[2:5, 3:7] = True
-    perfect = localisation.map_scores(mask.astype(float), mask)
+    perfect = mask_scores.map_scores(mask.astype(float), mask)
     assert perfect == {"pointing": 100, "energy": 100, "precision": 100, "area": 12}
-    assert localisation.map_scores(np.zeros((10, 10)), mask)["energy"] == pytest.approx(12)
-    wrong = localisation.map_scores((~mask).astype(float), mask)
+    assert mask_scores.map_scores(np.zeros((10, 10)), mask)["energy"] == pytest.approx(12)
+    wrong = mask_scores.map_scores((~mask).astype(float), mask)
     assert wrong["pointing"] == wrong["energy"] == 0 and wrong["precision"] == pytest.approx(12)
     half = np.zeros((10, 10))
     half[2, 3], half[9, 9] = 1.0, 3.0
-    found = localisation.map_scores(half, mask)
+    found = mask_scores.map_scores(half, mask)
     assert found["pointing"] == 0 and found["energy"] == pytest.approx(25)
 
 
 def test_masks_are_those_of_the_scenes(tmp_path):
-    scenes_export.main(["export", str(tmp_path / "s"), "--only", "segmentation", "--segmentation", "6", "--seed", "3"])
+    export_scenes(["export", str(tmp_path / "s"), "--only", "segmentation", "--segmentation", "6", "--seed", "3"])
     folder = tmp_path / "s" / "segmentation"
-    items = list(localisation.read_masks(folder / "instances.json", folder / "images"))
+    items = list(mask_scores.read_masks(folder / "instances.json", folder / "images"))
     wanted = []
     for i in range(6):
         scene = scenes.make_scene(3, "segmentation", i)
@@ -115,12 +115,12 @@ def test_masks_are_those_of_the_scenes(tmp_path):
     assert [(p.name, n) for p, n, _ in items] == [(p, n) for p, n, _ in wanted]
     assert all(np.array_equal(a[2], b[2]) for a, b in zip(items, wanted))
     (folder / "images" / "000003.png").unlink()
-    with pytest.raises(localisation.InputError, match=r"000003\.png: no such picture"):
-        list(localisation.read_masks(folder / "instances.json", folder / "images"))
+    with pytest.raises(InputError, match=r"000003\.png: no such image"):
+        list(mask_scores.read_masks(folder / "instances.json", folder / "images"))
 
 
 def test_command_compares_models_with_intervals(tmp_path):
-    scenes_export.main(["export", str(tmp_path / "s"), "--only", "segmentation", "--segmentation", "12"])
+    export_scenes(["export", str(tmp_path / "s"), "--only", "segmentation", "--segmentation", "12"])
     for name in NAMES[:2]:
         checkpoints.save(models.build(name), tmp_path / name)
     folder, out = tmp_path / "s" / "segmentation", tmp_path / "found.json"
@@ -129,7 +129,7 @@ def test_command_compares_models_with_intervals(tmp_path):
     found = json.loads(out.read_text())
     one, other = found["models"].values()
     assert found["pictures"] == 12 and one["area"] == other["area"]
-    for score in localisation.SCORES:
+    for score in mask_scores.SCORES:
         assert 0 <= one[score]["low"] <= one[score]["mean"] <= one[score]["high"] <= 100
         assert other[f"{score}_difference"]["mean"] == pytest.approx(other[score]["mean"] - one[score]["mean"])
 
@@ -178,7 +178,7 @@ def test_maps_of_open_clips_models(kind):
     patches = 4 if kind == "ViT" else 14
     assert found.shape == (2, patches, patches) and found.min() >= 0 and found.max() > 0
     assert attention_maps.layer_maps(model, images, 0)["A1"].shape[-2:] == (patches, patches)
-    with pytest.raises(attention_maps.InputError, match="layer 99 of"):
+    with pytest.raises(InputError, match="layer 99 of"):
         attention_maps.vision_attention(model, 99)
 
 
@@ -202,7 +202,7 @@ def test_scale_norm_of_a_tower_is_applied():
     "kind,said", [("ResNet", "ModifiedResNet"), ("CoCa", "VisionTransformer"), ("SigLIP", "Vision")]
 )
 def test_towers_without_a_class_token_have_no_maps(kind, said):
-    with pytest.raises(attention_maps.InputError, match=f"no attention maps for this model: its {said}"):
+    with pytest.raises(InputError, match=f"no attention maps for this model: its {said}"):
         attention_maps.relevance(open_clip_model(kind), images_for(kind), TEXTS[:, :8])
 
 
@@ -222,14 +222,14 @@ def test_features_of_every_tower(kind):
 
 
 @pytest.mark.parametrize("mode", ["shortest", "squash", "longest"])
-def test_masks_are_cropped_as_the_pictures_are(mode):
+def test_masks_are_cropped_as_the_images_are(mode):
     import open_clip
 
     transform = open_clip.image_transform(32, is_train=False, mean=(0.5,) * 3, std=(0.5,) * 3, resize_mode=mode)
     mask = np.zeros((60, 100), bool)
     mask[10:40, 20:60] = True
-    picture = Image.fromarray(mask).convert("RGB")
-    seen = np.asarray(attention_maps.seen_part(transform, nearest=True)(picture))[:, :, 0] > 127
-    assert seen.shape == (32, 32) and (seen == (transform(picture)[0].numpy() > 0)).mean() > 0.95
-    with pytest.raises(attention_maps.InputError, match="does not tell how it resizes"):
+    image = Image.fromarray(mask).convert("RGB")
+    seen = np.asarray(attention_maps.seen_part(transform, nearest=True)(image))[:, :, 0] > 127
+    assert seen.shape == (32, 32) and (seen == (transform(image)[0].numpy() > 0)).mean() > 0.95
+    with pytest.raises(InputError, match="does not tell how it resizes"):
         attention_maps.seen_part(lambda image: image)

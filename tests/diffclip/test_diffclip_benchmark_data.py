@@ -10,8 +10,8 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from diffclip.benchmarks import datasets, images, mmvp, zero_shot
-from diffclip.errors import InputError
+from diffclip.base.errors import InputError
+from diffclip.benchmarks import captioned, datasets, mmvp, prompts
 
 NAMES = ["red", "lime", "blue"]
 
@@ -25,8 +25,8 @@ def png(colour="red", size=4):
 def parquet(path, labels, image="image", label="label", metadata=None, **columns):
     path.parent.mkdir(parents=True, exist_ok=True)
     colours = [NAMES[value] if value is not None and 0 <= value < 3 else "white" for value in labels]
-    pictures = [{"bytes": png(colour), "path": None} for colour in colours]
-    table = pyarrow.table({image: pictures, label: labels, **columns})
+    images = [{"bytes": png(colour), "path": None} for colour in colours]
+    table = pyarrow.table({image: images, label: labels, **columns})
     pyarrow.parquet.write_table(table.replace_schema_metadata(metadata), path)
 
 
@@ -41,8 +41,8 @@ def read_set(root):
     return found
 
 
-def colour_of(pictures, row):
-    return pictures[row][0].getpixel((0, 0))
+def colour_of(images, row):
+    return images[row][0].getpixel((0, 0))
 
 
 @pytest.fixture
@@ -78,7 +78,7 @@ def test_the_hubs_folder_columns_and_class_names(folder, tmp_path, columns):
     found = read_set(tmp_path)
     assert found.classnames == NAMES and found.splits["test"].labels == [0, 2]
     assert found.splits["train"].labels == [2, 1, 0] and colour_of(found.splits["train"], 1) == (0, 255, 0)
-    assert found.notes == ["3 classes compete, 2 of them have pictures to score"]
+    assert found.notes == ["3 classes compete, 2 of them have images to score"]
 
 
 def test_other_columns_are_named(folder, tmp_path):
@@ -105,7 +105,7 @@ def test_the_column_split_counts(folder, tmp_path):
     assert read_set(tmp_path).splits["test"].labels == [0, 2]
 
 
-def test_litter_is_no_class_and_no_picture(folder, tmp_path):
+def test_litter_is_no_class_and_no_image(folder, tmp_path):
     for name in ("red apple", "Hot_Dog", "Cat", "cat", "日本"):
         paint(folder / "test" / name / "1.png")
     paint(folder / "test" / "cat" / "2.jfif")
@@ -164,7 +164,7 @@ def test_openais_braces_are_a_place_for_the_name(folder, tmp_path):
     assert read_set(tmp_path).templates == ["a photo of a {c}.", "art of {c}"]
     (folder / "templates.json").write_text('["itap of a {}."]')
     assert read_set(tmp_path).templates == ["itap of a {c}."]
-    assert zero_shot.prompts(["cat"], read_set(tmp_path).templates) == ["itap of a cat."]
+    assert prompts.prompts(["cat"], read_set(tmp_path).templates) == ["itap of a cat."]
     (folder / "templates.json").unlink()
     (folder / "zeroshot_classification_templates.txt").write_text("a photo of a {c}\na photo\n")
     with pytest.raises(InputError, match=r"template 2, 'a photo', needs \{c\} or \{\}"):
@@ -192,7 +192,7 @@ def test_joined_shards_masks_and_macs_files(tmp_path):
     pairs = [("0.png", png("lime")), ("0.jpg", png("red")), ("._0.jpg", b"x"), ("0.txt", b"one\n\xe2\x80\xa8\ntwo\n")]
     tar(tmp_path / "0.tar", [*pairs, ("0.jpg", png("blue")), ("0.txt", b"three")])
     (tmp_path / "._0.tar").write_bytes(b"x")
-    found = images.read_captioned(tmp_path)
+    found = captioned.read_captioned(tmp_path)
     assert (found.captions, found.owner) == (["one", "two", "three"], [0, 0, 1])
     assert [colour_of(found.images, row) for row in (0, 1)] == [(255, 0, 0), (0, 0, 255)]
 
@@ -201,16 +201,16 @@ def test_retrieval_takes_test_rows_and_real_captions(tmp_path):
     table = {"image": [png(colour) for colour in NAMES], "caption": [["a", ""], ["b", None, " "], ["c"]]}
     path = tmp_path / "t.parquet"
     pyarrow.parquet.write_table(pyarrow.table({**table, "split": ["train", "test", "val"]}), path)
-    found = images.read_captioned(tmp_path)
+    found = captioned.read_captioned(tmp_path)
     assert found.captions == ["b"] and colour_of(found.images, 0) == (0, 255, 0)
     pyarrow.parquet.write_table(pyarrow.table({**table, "split": ["train", "val", "val"]}), path)
     with pytest.raises(InputError, match="has the splits train, val and no test"):
-        images.read_captioned(tmp_path)
+        captioned.read_captioned(tmp_path)
     pyarrow.parquet.write_table(pyarrow.table({**table, "split": ["val"] * 3}), path)
-    assert images.read_captioned(tmp_path).captions == ["a", "b", "c"]
+    assert captioned.read_captioned(tmp_path).captions == ["a", "b", "c"]
     path.rename(tmp_path / "train-0.parquet")
     pyarrow.parquet.write_table(pyarrow.table({"image": [png()], "caption": ["d"]}), tmp_path / "test-0.parquet")
-    assert images.read_captioned(tmp_path).captions == ["d"]
+    assert captioned.read_captioned(tmp_path).captions == ["d"]
 
 
 def test_caption_files_of_coco_flickr30k_and_blip(tmp_path):
@@ -228,11 +228,11 @@ def test_caption_files_of_coco_flickr30k_and_blip(tmp_path):
     }
     for name, text in texts.items():
         (tmp_path / name).write_text(text)
-        found = images.read_captioned(tmp_path / name)
+        found = captioned.read_captioned(tmp_path / name)
         assert (found.captions, found.owner) == (["one", "two", "three"], [0, 0, 1]), name
     (tmp_path / "z.csv").write_text("image,caption\na.png,one, and two\n")
     with pytest.raises(InputError, match="row 2 has 3 columns and not 2"):
-        images.read_captioned(tmp_path / "z.csv")
+        captioned.read_captioned(tmp_path / "z.csv")
 
 
 def test_mmvp_as_windows_wrote_it(tmp_path):
@@ -261,7 +261,7 @@ def test_classification_cases(shared_cases, case):
 
 
 @pytest.mark.parametrize(
-    "case,pictures,captions",
+    "case,images,captions",
     [
         ("coco-captions", 6, 30),
         ("flickr30k-results-csv", 6, 30),
@@ -269,13 +269,13 @@ def test_classification_cases(shared_cases, case):
         ("an-empty-caption", 6, 6),
     ],
 )
-def test_retrieval_cases(shared_cases, case, pictures, captions):
+def test_retrieval_cases(shared_cases, case, images, captions):
     root = shared_cases(f"evaluation/retrieval/{case}")
     (found,) = datasets.read(root, datasets.suite_from_folder(root)).retrieval.values()
-    assert (len(found.images), len(found.captions)) == (pictures, captions)
+    assert (len(found.images), len(found.captions)) == (images, captions)
     colours = ["red", "green", "blue", "yellow", "black", "white"]
     wanted = colours[1::2] if "split" in case else colours
-    assert [found.captions[found.owner.index(row)].split()[1] for row in range(pictures)] == wanted
+    assert [found.captions[found.owner.index(row)].split()[1] for row in range(images)] == wanted
 
 
 @pytest.mark.parametrize("case", ["cp1252", "blank last line"])
@@ -317,9 +317,9 @@ def test_one_class_in_two_of_unicodes_forms(folder, tmp_path):
             paint(folder / split / unicodedata.normalize(form, name) / "1.png")
     found = read_set(tmp_path)
     assert sorted(found.classnames) == sorted(names)
-    for pictures in found.splits.values():
-        spelt = [unicodedata.normalize("NFC", name.split("/")[-2]) for name in pictures.names]
-        assert [found.classnames[label] for label in pictures.labels] == spelt and len(spelt) == 2
+    for images in found.splits.values():
+        spelt = [unicodedata.normalize("NFC", name.split("/")[-2]) for name in images.names]
+        assert [found.classnames[label] for label in images.labels] == spelt and len(spelt) == 2
 
 
 def test_retrieval_without_a_file_that_can_be_read_is_no_empty_suite(tmp_path):

@@ -20,9 +20,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import diffclip
-from diffclip import checkpoints, models
-from diffclip.errors import InputError
-from diffclip.fingerprint import fingerprint
+from diffclip import checkpoints, convert, models, variants, warm_start, weights
+from diffclip import official as official_code
+from diffclip.base.errors import InputError
+from diffclip.base.fingerprint import fingerprint
 
 
 @pytest.fixture(params=["CLIP-tiny", "DiffCLIP-tiny", "DiffCLIP-star-tiny", "DiffCLIP-dagger-tiny"])
@@ -35,7 +36,7 @@ def model(request):
 def official(tmp_path):
     """A file as the official trainer writes it, made from a tiny DiffCLIP; and the model."""
     model = models.build("DiffCLIP-tiny", init="official")
-    state = {f"module.{name}": t for name, t in checkpoints.to_official(model.state_dict()).items()}
+    state = {f"module.{name}": t for name, t in official_code.to_official(model.state_dict()).items()}
     path = tmp_path / "checkpoint_best.pt"
     torch.save({"epoch": 3, "state_dict": state, "best_acc1": 12.5, "args": argparse.Namespace(model="x")}, path)
     return path, model
@@ -108,21 +109,21 @@ def test_official_file_is_recognised_with_a_notice(official):
         assert torch.equal(loaded.encode_image(image), model.eval().encode_image(image))
 
 
-@pytest.mark.parametrize("variant", [v for v in models.VARIANTS if v != "DiffCLIP-V2"])  # not in the official layout
+@pytest.mark.parametrize("variant", [v for v in variants.VARIANTS if v != "DiffCLIP-V2"])  # not in the official layout
 def test_variant_is_recognised_by_its_keys(variant, tmp_path):
-    expected = models.MODELS[f"{variant}-tiny"]
-    state = checkpoints.to_official(models.build(expected).state_dict())
+    expected = variants.MODELS[f"{variant}-tiny"]
+    state = official_code.to_official(models.build(expected).state_dict())
     lambda_init = expected["diffclip"].get("lambda_init", 0.8)
-    config = checkpoints.official_config(state, lambda_init, heads=(4, 4))
+    config = official_code.official_config(state, lambda_init, heads=(4, 4))
     assert config["diffclip"]["variant"] == variant
     assert config["model_cfg"] == expected["model_cfg"]
     assert config["preprocess_cfg"] == expected["preprocess_cfg"]
 
 
 def test_heads_of_ordinary_towers_are_assumed_with_a_notice():
-    state = checkpoints.to_official(models.build("CLIP-S-16").state_dict())
+    state = official_code.to_official(models.build("CLIP-S-16").state_dict())
     with pytest.warns(UserWarning) as notices:
-        config = checkpoints.official_config(state)
+        config = official_code.official_config(state)
     assert {str(n.message).split(": ")[1] for n in notices} == {"took 12", "took 8"}
     assert config["model_cfg"]["vision_cfg"]["head_width"] == 32
 
@@ -152,14 +153,14 @@ def test_published_form_of_the_checkpoint(golden, folder, tmp_path):
     for name, value in found.items():
         assert (value - expected[f"f32.{name}"]).abs().max() <= tolerances[name]["suggest_atol"]
     weights = load_file(golden(folder) / "weights.safetensors")
-    back = checkpoints.to_official(model.state_dict())
+    back = official_code.to_official(model.state_dict())
     assert all(torch.equal(back[name], tensor) for name, tensor in weights.items()) and back.keys() == weights.keys()
 
 
-def variants():
+def configurations():
     """Configs that the official layout alone cannot tell apart from others."""
     for name in ("CLIP-tiny", "DiffCLIP-tiny", "DiffCLIP-star-tiny", "DiffCLIP-dagger-tiny"):
-        yield name, copy.deepcopy(models.MODELS[name])
+        yield name, copy.deepcopy(variants.MODELS[name])
     for name, tower, options in (
         ("exact GELU", None, {"quick_gelu": False}),
         ("wide text", "text_cfg", {"mlp_ratio": 2.0}),
@@ -167,20 +168,20 @@ def variants():
         ("layer scale", "text_cfg", {"ls_init_value": 0.5}),
         ("text epsilon", "text_cfg", {"norm_kwargs": {"eps": 1e-3}}),
     ):
-        config = copy.deepcopy(models.MODELS["CLIP-tiny"])
+        config = copy.deepcopy(variants.MODELS["CLIP-tiny"])
         (config["model_cfg"] if tower is None else config["model_cfg"][tower]).update(options)
         yield name, config
-    custom = copy.deepcopy(models.MODELS["DiffCLIP-tiny"])
+    custom = copy.deepcopy(variants.MODELS["DiffCLIP-tiny"])
     custom["diffclip"] |= {"lambda_init": 0.35, "vision_norm_eps": 1e-3, "towers": ["text"], "variant": "custom"}
     custom["preprocess_cfg"] |= {"mean": [0.5, 0.5, 0.5], "interpolation": "bicubic"}
     yield "custom", custom
-    counted_from_one = copy.deepcopy(models.MODELS["DiffCLIP-star-tiny"])
+    counted_from_one = copy.deepcopy(variants.MODELS["DiffCLIP-star-tiny"])
     counted_from_one["diffclip"]["schedule_base"] = 1
     yield "schedule from 1", counted_from_one
 
 
 @pytest.mark.filterwarnings("ignore:.*to be set in the official code by hand")
-@pytest.mark.parametrize("config", [pytest.param(c, id=n) for n, c in variants()])
+@pytest.mark.parametrize("config", [pytest.param(c, id=n) for n, c in configurations()])
 def test_to_the_official_layout_and_back_changes_no_output(config, tmp_path):
     torch.manual_seed(0)
     model = models.build(config).eval()
@@ -212,7 +213,7 @@ def test_models_that_the_official_layout_cannot_hold_are_refused(tmp_path):
     diffclip.save(models.build("DiffCLIP-V2-tiny"), tmp_path / "v2")
     with pytest.raises(InputError, match="hf: a open_clip model"):
         checkpoints.convert(tmp_path / "hf", tmp_path / "out.pt")
-    with pytest.raises(InputError, match="second version"):
+    with pytest.raises(InputError, match="no version 2 of"):
         checkpoints.convert(tmp_path / "v2", tmp_path / "out.pt")
     assert not (tmp_path / "out.pt").exists()
 
@@ -223,7 +224,7 @@ def test_models_that_the_official_layout_cannot_hold_are_refused(tmp_path):
 def published(path, prefix="module.", key="state_dict", **more):
     """Write a file as the published ones are, and return its model."""
     model = models.build("DiffCLIP-tiny", init="official").eval()
-    state = {f"{prefix}{name}": t for name, t in checkpoints.to_official(model.state_dict()).items()}
+    state = {f"{prefix}{name}": t for name, t in official_code.to_official(model.state_dict()).items()}
     args = argparse.Namespace(model="DiffCLIP_VITB16", output_dir=pathlib.PosixPath("/out"), lr=5e-4)
     optimiser = {"state": {0: {"exp_avg": torch.zeros(5)}}, "param_groups": [{"lr": np.float32(1e-3)}]}
     extra = {"epoch": 39, "best_acc1": np.float64(12.5), "args": args, "optimizer": optimiser, "scaler": {"scale": 1.0}}
@@ -248,7 +249,7 @@ def test_the_case_of_a_published_file_loads(shared_cases, tmp_path):
     assert isinstance(expected["args"].output_dir, pathlib.PosixPath) and isinstance(expected["best_acc1"], np.floating)
     for source in (path, path.parent):
         model = diffclip.load(source, lambda_init=0.8, heads=(4, 4))[0]
-        back = checkpoints.to_official(model.state_dict())
+        back = official_code.to_official(model.state_dict())
         assert {f"module.{name}" for name in back} == expected["state_dict"].keys()
         assert all(torch.equal(expected["state_dict"][f"module.{name}"], tensor) for name, tensor in back.items())
 
@@ -276,7 +277,7 @@ def test_published_files_load_by_their_hub_ids(tmp_path, monkeypatch):
 
 def test_the_optimiser_stays_on_disk(tmp_path):
     published(tmp_path / "checkpoint_best.pt")
-    state, args = checkpoints._read_official(tmp_path / "checkpoint_best.pt")
+    state, args = official_code.read_official(tmp_path / "checkpoint_best.pt")
     maps = pathlib.Path("/proc/self/maps")
     if maps.is_file():  # the file is mapped into memory, so that only what is used of it is read
         assert str(tmp_path / "checkpoint_best.pt") in maps.read_text()
@@ -331,8 +332,8 @@ def test_no_code_of_a_file_runs(call, zipped, tmp_path):
 def test_numpy_and_paths_of_a_file_are_not_even_made(tmp_path):
     """numpy's own way to make a scalar of bytes and a dtype of objects takes the bytes for addresses."""
     published(tmp_path / "x.pt", best_acc1=np.float64(1), extra=[np.int64(3), np.datetime64(5, "s"), np.bool_(True)])
-    content = checkpoints._read_pickle(tmp_path / "x.pt")
-    assert {type(value) for value in content["extra"]} == {checkpoints.Unread} == {type(content["best_acc1"])}
+    content = weights.read_pickle(tmp_path / "x.pt")
+    assert {type(value) for value in content["extra"]} == {weights.Unread} == {type(content["best_acc1"])}
 
 
 class Foreign:
@@ -368,14 +369,14 @@ def test_what_a_file_may_not_hold_is_named_and_can_be_left_out(official, thing, 
 
 def test_every_misfit_is_listed_and_nothing_is_loaded(official):
     path, model = official
-    state = checkpoints.from_official(checkpoints._read_official(path)[0])
+    state = official_code.from_official(official_code.read_official(path)[0])
     before = fingerprint(model)
     del state["ln_final.bias"], state["visual.trunk.norm.weight"]
     state["visual.extra"] = torch.zeros(2)
     state["logit_scale"] = torch.zeros(3)
     state["ln_final.weight"] = torch.zeros(128)
     with pytest.raises(InputError) as error:
-        checkpoints.load_strictly(model, state, "file.pt")
+        weights.load_strictly(model, state, "file.pt")
     message = str(error.value)
     assert message.startswith("file.pt: does not fit the model, nothing was loaded")
     for part in ("missing ln_final.bias", "missing visual.trunk.norm.weight", "unexpected visual.extra", "[3]", "[1]"):
@@ -418,25 +419,39 @@ def test_unreadable_inputs_are_one_sentence(tmp_path):
 
 def test_command_line(official, tmp_path, capsys):
     path, model = official
-    checkpoints.main(["convert", str(path), str(tmp_path / "run"), "--lambda-init", "schedule"])
+    convert.main([str(path), str(tmp_path / "run"), "--lambda-init", "schedule"])
     assert "wrote" in capsys.readouterr().out
     loaded, _, _ = diffclip.load(tmp_path / "run")
     assert loaded.model_config["diffclip"]["variant"] == "DiffCLIP-star"
     assert loaded.visual.trunk.blocks[0].attn.lambda_init == pytest.approx(0.2)
     assert fingerprint(loaded) == fingerprint(model)
-    for bad in (["convert", "absent.pt", "out"], ["convert", str(path), "out", "--lambda-init", "high"]):
-        with pytest.raises(SystemExit) as exit_:
-            checkpoints.main(bad)
-        assert exit_.value.code == 2
-        assert "error: " in capsys.readouterr().err
+    for bad, message in (
+        (["absent.pt", "out"], "no such file"),
+        ([str(path), "out", "--lambda-init", "high"], "must be a number or 'schedule': got 'high'"),
+        ([str(path), "out", "--lambda_init", "nan"], "must be a number or 'schedule': got 'nan'"),
+        ([str(path), "out", "--heads", "0", "4"], "must be at least 1"),
+        ([str(path), "out", "--lambda_int", "1"], "did you mean --lambda_init"),
+    ):
+        with pytest.raises(InputError, match=message):
+            convert.main(bad)
 
 
-def test_help_imports_nothing_heavy():
-    command = [sys.executable, "-X", "importtime", "-m", "diffclip.checkpoints", "--help"]
+@pytest.mark.parametrize("old", ["diffclip.checkpoints", "diffclip.attention_maps"])
+def test_commands_keep_their_old_names_and_their_help_imports_nothing_heavy(old):
+    command = [sys.executable, "-X", "importtime", "-m", old, "--help"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "convert" in done.stdout
-    imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
-    assert "argparse" in imported and not imported & {"torch", "transformers", "open_clip"}
+    assert done.stdout.startswith("usage: diffclip ")
+    lines = done.stderr.splitlines()
+    assert all(line.startswith("import time:") for line in lines)  # no warning either
+    imported = {line.split("|")[-1].strip() for line in lines}
+    assert "argparse" in imported and not imported & {"torch", "transformers", "open_clip", "numpy"}
+
+
+def test_the_old_spelling_of_convert_reaches_the_command():
+    command = [sys.executable, "-m", "diffclip.checkpoints", "convert", "absent.pt", "out", "--lambda_init", "high"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "error: --lambda_init must be a number or 'schedule': got 'high'\n"
 
 
 def transformers_clip(folder, act="quick_gelu"):
@@ -467,7 +482,7 @@ def test_directories_of_transformers_clip_give_its_features(tmp_path, act):
     assert ours.logit_scale.item() == theirs.logit_scale.item()
     assert transform(Image.new("RGB", (50, 40))).shape == (3, 32, 32)
     before = ours.encode_image(images)
-    models.differentiate(ours, version=2)  # the warm start of what people have
+    warm_start.differentiate(ours, version=2)  # the warm start of what people have
     torch.testing.assert_close(ours.encode_image(images), before, atol=1e-5, rtol=1e-4)
 
 

@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from diffclip.base.errors import InputError
 from diffclip.benchmarks.comparison import compare, markdown, model_groups, model_names
-from diffclip.benchmarks.significance import over_seeds
-from diffclip.errors import InputError
 
 
 def test_groups_of_seeds():
@@ -43,15 +42,6 @@ def test_a_path_with_an_equals_sign_is_a_path(tmp_path):
     run = tmp_path / "lr=0.1" / "best"
     run.mkdir(parents=True)
     assert model_groups([str(run)]) == {"best": [str(run)]}
-
-
-@pytest.mark.parametrize("seeds", [2, 3, 8])
-def test_interval_over_seeds_is_students(seeds):
-    rng = np.random.default_rng(seeds)
-    differences = rng.normal(1, 2, seeds)
-    mean, low, high = over_seeds(differences)
-    wanted = stats.ttest_1samp(differences, 0).confidence_interval(0.95)
-    assert mean == pytest.approx(differences.mean()) and (low, high) == pytest.approx((wanted.low, wanted.high))
 
 
 def test_one_seed_is_judged_by_items_and_several_by_seeds():

@@ -12,10 +12,11 @@ from PIL import Image, ImageFile
 from torchvision.transforms import functional as F
 
 import diffclip
-from diffclip import shards as shards_module
-from diffclip.data import BadSample, PairTable, expand
-from diffclip.errors import InputError
-from diffclip.training_pairs import TrainingPairs
+from diffclip.base.errors import InputError
+from diffclip.data import shards as shards_module
+from diffclip.data.pairs import BadSample, PairTable
+from diffclip.data.sources import expand
+from diffclip.data.training_pairs import TrainingPairs
 
 PAIRS = 12
 
@@ -137,7 +138,7 @@ def test_bad_sources_are_named(tmp_path, shards):
 
 def test_a_broken_picture_is_named(tmp_path):
     with tarfile.open(tmp_path / "x.tar", "w") as tar:
-        for name, content in (("7.jpg", b"no picture"), ("7.txt", b"a caption")):
+        for name, content in (("7.jpg", b"no image"), ("7.txt", b"a caption")):
             info = tarfile.TarInfo(name)
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
@@ -298,11 +299,11 @@ def test_a_bad_sample_is_replaced_and_named(tmp_path):
 def test_shards_that_lack_parts_or_end_early_keep_the_rest(tmp_path):
     members = {f"{i}.{kind}": png(i) if kind == "png" else b"a caption" for i in range(4) for kind in ("png", "txt")}
     whole = tmp_path / "whole.tar"
-    tar_of(whole, members | {"lost.txt": b"no picture", "mute.png": png(1)})
+    tar_of(whole, members | {"lost.txt": b"no image", "mute.png": png(1)})
     table = PairTable([str(whole)])
     assert len(table) == 4
     assert {(key.rsplit("/")[-1], reason) for key, reason in table.problems} == {
-        ("lost", "no picture"),
+        ("lost", "no image"),
         ("mute", "no .txt caption"),
     }
     content = whole.read_bytes()

@@ -7,11 +7,13 @@ import tarfile
 import numpy as np
 import pytest
 import torch
-from launch import TORCHRUN, run
+from launch import TORCHRUN, call, run
 from PIL import Image
 from safetensors.torch import load_file
 
 import diffclip
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -24,10 +26,10 @@ def model(tmp_path_factory):
 
 @pytest.fixture
 def root(tmp_path):
-    """Noise in each format: 3 classes of 31 + 5 + 7 pictures, and 11 pictures with captions."""
+    """Noise in each format: 3 classes of 31 + 5 + 7 images, and 11 images with captions."""
     rng = np.random.default_rng(0)
 
-    def picture() -> Image.Image:
+    def noise() -> Image.Image:
         return Image.fromarray(rng.integers(0, 256, (20, 30, 3), dtype=np.uint8))
 
     for split, count in (("train", 31), ("val", 5), ("test", 7)):
@@ -35,12 +37,12 @@ def root(tmp_path):
             folder = tmp_path / "data/classification/things" / split / name
             folder.mkdir(parents=True)
             for number in range(count):
-                picture().save(folder / f"{number:02d}.png")
+                noise().save(folder / f"{number:02d}.png")
     (tmp_path / "data/retrieval").mkdir()
     with tarfile.open(tmp_path / "data/retrieval/0.tar", "w") as tar:
         for number in range(11):
             buffer = io.BytesIO()
-            picture().save(buffer, "PNG")
+            noise().save(buffer, "PNG")
             for suffix, content in (("png", buffer.getvalue()), ("txt", f"thing {number}\n".encode())):
                 info = tarfile.TarInfo(f"{number:03d}.{suffix}")
                 info.size = len(content)
@@ -53,8 +55,10 @@ def arguments(model, root, out):
     return ["diffclip.benchmarks", *options, "--batch-size", "8", "--episodes", "20"]
 
 
+@pytest.mark.slow
 def test_two_ranks_give_the_same_features_scores_and_outcomes(model, root, tmp_path):
-    run(*arguments(model, root, tmp_path / "one"))
+    torch.set_num_threads(1)  # as the ranks have
+    call(*arguments(model, root, tmp_path / "one"))
     told = run(*TORCHRUN, "2", "-m", *arguments(model, root, tmp_path / "two"))
     assert told.stdout.count("CLIP benchmarks") == 1
     scores = [json.loads((tmp_path / n / "tiny/clip_benchmarks.json").read_text()) for n in ("one", "two")]
@@ -68,8 +72,9 @@ def test_two_ranks_give_the_same_features_scores_and_outcomes(model, root, tmp_p
     assert not list((tmp_path / "two/features").glob(".*"))
 
 
-def test_a_broken_picture_ends_every_rank(model, root, tmp_path):
-    (root / "classification/things/train/cat/09.png").write_bytes(b"not a picture")  # of the second rank's first batch
+@pytest.mark.slow
+def test_a_broken_image_ends_every_rank(model, root, tmp_path):
+    (root / "classification/things/train/cat/09.png").write_bytes(b"not an image")  # of the second rank's first batch
     ended = run(*TORCHRUN, "2", "-m", *arguments(model, root, tmp_path / "out"), check=False)
     assert ended.returncode != 0
     assert "cat/09.png cannot be read as an image" in ended.stderr.replace("\n", "")

@@ -6,9 +6,9 @@ import random
 
 import pytest
 
-from diffclip.data import expand
-from diffclip.download import download
-from diffclip.errors import InputError
+from diffclip.base.download import download
+from diffclip.base.errors import InputError
+from diffclip.data.sources import expand
 
 CONTENT = random.Random(0).randbytes(300_000)
 

@@ -2,90 +2,23 @@
 
 import io
 import json
-import sys
 import tarfile
 
 import pytest
-import torch
-from PIL import Image
+from oracle import COLOURS, Oracle, evaluate, preprocess, tokenizer, write_data
 from safetensors.torch import load_file
 from torch import nn
 
 import diffclip
+from diffclip.base.errors import InputError
 from diffclip.benchmarks import __main__ as command
-from diffclip.benchmarks import datasets, evaluate_clip
-from diffclip.errors import InputError
-
-COLOURS = {
-    "red": (250, 0, 0),
-    "lime": (0, 250, 0),
-    "blue": (0, 0, 250),
-    "white": (250,) * 3,
-    "black": (0,) * 3,
-    "pink": (250, 0, 250),
-}
-
-
-class Oracle(nn.Module):
-    """Sees the colour of a picture and reads the colour word of a text; `blind` sees nothing."""
-
-    def __init__(self, blind=False):
-        super().__init__()
-        self.model_config = {"blind": blind}  # not in the weights, yet the feature cache must tell them apart
-        self.visual = nn.Module()
-        self.visual.trunk = lambda images: images.mean(dim=(2, 3)).sub(0.5) * (0 if blind else 1) + 0.01
-        self.visual.head = nn.Identity()
-        self.colours = nn.Parameter(torch.tensor([*COLOURS.values()]) / 250 - 0.5)
-
-    def encode_text(self, ids):
-        return self.colours[ids[:, 0]]
-
-
-def tokenizer(texts):
-    return torch.tensor([[next(i for i, colour in enumerate(COLOURS) if colour in text.split())] for text in texts])
-
-
-def preprocess(image):
-    return torch.tensor(list(image.resize((2, 2)).getdata()), dtype=torch.float32).T.reshape(3, 2, 2) / 250
-
-
-def paint(path, colour, shade=0):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (8, 8), tuple(min(255, value + shade) for value in COLOURS[colour])).save(path)
+from diffclip.benchmarks import datasets
 
 
 @pytest.fixture
 def root(tmp_path):
-    root = tmp_path / "data"
-    for split, count in (("train", 6), ("val", 2), ("test", 7)):
-        for colour in COLOURS:
-            for i in range(count):
-                paint(root / "classification" / "colour" / split / f"{colour}_thing" / f"{i}.png", colour, i)
-    (root / "classification/colour/classnames.json").write_text(json.dumps([f"{c} thing" for c in reversed(COLOURS)]))
-    (root / "classification/colour/templates.json").write_text('["a {c} here", "{c}"]')
-    for colour in ("lime", "pink", "black"):  # a subset of the classes
-        paint(root / "shifts" / "dim" / f"{colour}_thing" / "0.png", colour, 5)
-    (root / "retrieval").mkdir()
-    with tarfile.open(root / "retrieval/00000.tar", "w") as tar:
-        for number, (colour, value) in enumerate(COLOURS.items()):
-            buffer = io.BytesIO()
-            Image.new("RGB", (8, 8), value).save(buffer, "PNG")
-            texts = f"the {colour} one\nall {colour}\n".encode()
-            for suffix, content in (("png", buffer.getvalue()), ("txt", texts)):
-                info = tarfile.TarInfo(f"{number}.{suffix}")
-                info.size = len(content)
-                tar.addfile(info, io.BytesIO(content))
-    rows = ["Question ID,Type,Statement"]
-    for number, colour in enumerate(COLOURS, start=1):
-        category = "Warm" if number < 3 else "Cold"
-        paint(root / "mmvp" / "MMVP VLM Images" / category / f"{number}.png", colour)
-        rows.append(f"{number},{category},{colour}")
-    (root / "mmvp/Questions.csv").write_text("\n".join(rows))
-    return root
-
-
-def evaluate(root, out, model=None, **options):
-    return evaluate_clip(model or Oracle(), preprocess, tokenizer, root, out, quiet=True, episodes=50, **options)
+    write_data(tmp_path / "data")
+    return tmp_path / "data"
 
 
 def test_an_oracle_scores_100_everywhere(root, tmp_path):
@@ -123,7 +56,7 @@ def test_shots_ways_and_features_by_choice(root, tmp_path):
 
 @pytest.mark.parametrize("form", ["shards", "parquet"])
 def test_numbered_labels_give_the_same_scores_as_class_folders(root, tmp_path, form):
-    """The same pictures in clip-benchmark's shards, or in parquet, in another order."""
+    """The same images in clip-benchmark's shards, or in parquet, in another order."""
     names = list(COLOURS)
     sets = {("classification", "colour", split): names for split in ("train", "val", "test")}
     sets[("shifts", "dim", "test")] = ["pink", "lime", "black"]
@@ -211,7 +144,7 @@ def test_a_suite_file_gives_the_same_as_the_layout(root, tmp_path):
 @pytest.mark.parametrize(
     "suite,message",
     [
-        ({"pictures": {}}, "unknown key pictures"),
+        ({"images": {}}, "unknown key images; use classification, shifts, retrieval, mmvp"),
         ({"classification": {"a": {"folder": "x", "metrics": "y"}}}, "classification a: unknown key metrics"),
         ({"retrieval": {"a": {}}}, "retrieval a: path is missing"),
         ({"classification": {"a": {"folder": "gone"}}}, "gone does not exist"),
@@ -249,7 +182,7 @@ def no_data(root):
 
 
 def corrupt(root):
-    (root / "shifts/dim/pink_thing/0.png").write_bytes(b"not a picture")
+    (root / "shifts/dim/pink_thing/0.png").write_bytes(b"not an image")
 
 
 @pytest.mark.parametrize(
@@ -258,7 +191,7 @@ def corrupt(root):
         (rename_class, "test/green_thing has no prompt name"),
         (empty_class, "val/novel holds no images"),
         (no_prompt, "classnames.json.*no prompt name"),
-        (not_trained, "train has no pictures of 'red thing'"),
+        (not_trained, "train has no images of 'red thing'"),
         (no_data, "holds none of classification/"),
         (corrupt, "pink_thing/0.png cannot be read as an image"),
     ],
@@ -299,13 +232,30 @@ def test_command_line_compares_models(root, tmp_path, monkeypatch, capsys):
         diffclip, "load", lambda path: (models[path.split("/")[-1]], preprocess, tokenizer), raising=False
     )
     arguments = ["--model", "runs/sighted", "runs/blind", "--data-root", str(root), "--out", str(tmp_path / "out")]
-    monkeypatch.setattr(sys, "argv", ["benchmarks", *arguments, "--episodes", "50"])
-    command.main()
+    command.main([*arguments, "--episodes", "50"])
     lines = capsys.readouterr().out.splitlines()
     row = next(line for line in lines if "zero_shot/colour/top1" in line)
     assert "100.0" in row and "16.7" in row and "-83.3 [" in row and "n.s." not in row
     assert (tmp_path / "out/blind/clip_benchmarks.json").exists()
-    monkeypatch.setattr(sys, "argv", ["benchmarks", *arguments, "--data-root", "nowhere"])
-    with pytest.raises(SystemExit, match="2"):
-        command.main()
-    assert capsys.readouterr().err == "error: nowhere does not exist: give the folder that holds the benchmark data\n"
+    with pytest.raises(InputError, match="nowhere does not exist: give the folder that holds the benchmark data"):
+        command.main(["run", *arguments, "--data-root", "nowhere"])
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        (["--suite", "papr"], "--suite papr: no such file: did you mean paper"),
+        (["--templates", "imagenet8"], "--templates imagenet8: no such file: did you mean imagenet80"),
+        (["--protocols", "few-shot"], "--protocols few-shot: did you mean few_shot"),
+        (["--probe", "fst"], "--probe fst: did you mean fast"),
+        (["--episodes", "0"], "must be at least 1"),
+        (["--workers", "-1"], "--workers"),
+        (["--seed=-1"], "must be at least 0"),
+        (["--batch_size", "nan"], "must be at least 1"),
+        (["--date-root", "x"], "unknown flag --date-root: did you mean --data_root"),
+        (["--device", "mars"], "device mars: not on this machine"),
+    ],
+)
+def test_slips_on_the_command_line_are_named(arguments, message, root, tmp_path):
+    with pytest.raises(InputError, match=message):
+        command.main(["--model", "runs/x", "--data_root", str(root), "--output_dir", str(tmp_path), *arguments])

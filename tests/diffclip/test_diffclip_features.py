@@ -1,4 +1,4 @@
-"""The feature cache: the model's own features, never stale, never half written; broken pictures are named."""
+"""The feature cache: the model's own features, never stale, never half written; broken images are named."""
 
 import os
 
@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
+from diffclip.base.errors import InputError
 from diffclip.benchmarks import features
-from diffclip.benchmarks.images import Pictures, read_class_folders
-from diffclip.errors import InputError
+from diffclip.benchmarks.images import Images, read_class_folders
 
 TEXT = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
 TOWERS = {
@@ -43,15 +43,15 @@ def encoder(model, cache=None, **options):
     return features.Encoder(model, PREPROCESS, tokenizer, cache_dir=cache, batch_size=4, quiet=True, **options)
 
 
-def pictures(folder):
+def images_of(folder):
     return read_class_folders(folder, {"cat": 0, "dog": 1})
 
 
 @pytest.mark.parametrize("tower", TOWERS)
 def test_features_are_the_models(folder, tower):
     model = tiny(tower)
-    found = encoder(model).images(pictures(folder))
-    images = torch.stack([PREPROCESS(image) for image, _ in pictures(folder)])
+    found = encoder(model).images(images_of(folder))
+    images = torch.stack([PREPROCESS(image) for image, _ in images_of(folder)])
     with torch.no_grad():
         after = model.encode_image(images)
     assert found.labels.tolist() == [0] * 5 + [1] * 5
@@ -65,9 +65,9 @@ def test_features_are_the_models(folder, tower):
 
 def test_second_pass_reads_the_cache(folder, tmp_path):
     model = tiny()
-    first = encoder(model, tmp_path / "cache").images(pictures(folder))
+    first = encoder(model, tmp_path / "cache").images(images_of(folder))
     model.encode_image = model.visual.forward = None  # any further encoding would fail
-    second = encoder(model, tmp_path / "cache").images(pictures(folder))
+    second = encoder(model, tmp_path / "cache").images(images_of(folder))
     assert all(torch.equal(a, b) for a, b in zip(first, second))
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
@@ -78,25 +78,25 @@ def test_whatever_the_features_depend_on_makes_a_new_entry(folder, tmp_path):
     def entries():
         return len(list(cache.iterdir()))
 
-    encoder(tiny(), cache).images(pictures(folder))
+    encoder(tiny(), cache).images(images_of(folder))
     changed = tiny()
     with torch.no_grad():
         changed.visual.proj[0, 0] += 1e-3
-    new = encoder(changed, cache).images(pictures(folder))
+    new = encoder(changed, cache).images(images_of(folder))
     assert entries() == 2
-    assert torch.equal(new.after, encoder(changed).images(pictures(folder)).after)
+    assert torch.equal(new.after, encoder(changed).images(images_of(folder)).after)
     other = encoder(tiny(), cache)
     other.preprocess = transforms.Compose([transforms.Resize((16, 16), 3), transforms.ToTensor()])
-    other.images(pictures(folder))
+    other.images(images_of(folder))
     assert entries() == 3
-    encoder(tiny(), cache, precision="bfloat16").images(pictures(folder))
+    encoder(tiny(), cache, precision="bfloat16").images(images_of(folder))
     assert entries() == 4
     file = folder / "cat" / "0.png"
     Image.new("RGB", (20, 24)).save(file)
     os.utime(file, ns=(1, 1))
-    new = encoder(tiny(), cache).images(pictures(folder))
+    new = encoder(tiny(), cache).images(images_of(folder))
     assert entries() == 5
-    assert torch.equal(new.after, encoder(tiny()).images(pictures(folder)).after)
+    assert torch.equal(new.after, encoder(tiny()).images(images_of(folder)).after)
 
 
 def test_a_transform_with_functions_has_a_stable_key(folder, tmp_path):
@@ -109,13 +109,13 @@ def test_a_transform_with_functions_has_a_stable_key(folder, tmp_path):
     for function in (convert(), convert()):  # two addresses
         one = encoder(tiny(), tmp_path / "cache")
         one.preprocess = transforms.Compose([function, transforms.Resize((16, 16)), transforms.ToTensor()])
-        one.images(pictures(folder))
+        one.images(images_of(folder))
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
 def test_low_precision_is_close_and_half_the_size(folder, tmp_path):
-    exact = encoder(tiny()).images(pictures(folder)).after
-    low = encoder(tiny(), tmp_path / "cache", precision="bfloat16").images(pictures(folder)).after
+    exact = encoder(tiny()).images(images_of(folder)).after
+    low = encoder(tiny(), tmp_path / "cache", precision="bfloat16").images(images_of(folder)).after
     assert low.dtype == torch.float32
     assert torch.nn.functional.cosine_similarity(exact, low).min() > 0.999
     assert not torch.equal(exact, low)
@@ -134,18 +134,18 @@ def test_texts_are_cached_by_their_tokens(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_broken_picture_is_named_in_one_line(folder, tmp_path, workers):
+def test_a_broken_image_is_named_in_one_line(folder, tmp_path, workers):
     broken = folder / "dog" / "3.png"
     broken.write_bytes(broken.read_bytes()[:300])
     with pytest.raises(InputError) as caught:
-        encoder(tiny(), tmp_path / "cache", workers=workers).images(pictures(folder))
+        encoder(tiny(), tmp_path / "cache", workers=workers).images(images_of(folder))
     assert str(broken) in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "cache").exists()
 
 
 def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(features.os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("diffclip.base.files.os.replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         features.save_tensors({"a": torch.zeros(2)}, tmp_path / "a.safetensors")
     assert list(tmp_path.iterdir()) == []
@@ -154,7 +154,7 @@ def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
 def test_class_folder_errors(folder):
     (folder / "bird").mkdir()
     with pytest.raises(InputError, match=r"bird has no prompt name"):
-        pictures(folder)
+        images_of(folder)
     with pytest.raises(InputError, match="bird holds no images"):
         read_class_folders(folder, {"cat": 0, "dog": 1, "bird": 2})
     with pytest.raises(InputError, match="gone does not exist"):
@@ -163,9 +163,9 @@ def test_class_folder_errors(folder):
         read_class_folders(folder / "bird", {})
 
 
-def test_palette_and_alpha_pictures_become_rgb(tmp_path):
+def test_palette_and_alpha_images_become_rgb(tmp_path):
     for mode in ("P", "RGBA", "L", "CMYK"):
         path = tmp_path / f"{mode}.{'jpg' if mode == 'CMYK' else 'png'}"
         Image.new(mode, (5, 5)).save(path)
-        image, label = Pictures([str(path)], [path], [7])[0]
+        image, label = Images([str(path)], [path], [7])[0]
         assert (image.mode, label) == ("RGB", 7)

@@ -1,8 +1,6 @@
 """The transformers tower: Auto classes, equal outputs, LLaVA around it, weights that stay, pixels that agree."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -19,9 +17,9 @@ from transformers import (
 )
 
 import diffclip
-from diffclip import checkpoints, hf, models
+from diffclip import checkpoints, hf, models, preprocessing, variants
 from diffclip.attention import DifferentialAttention
-from diffclip.fingerprint import fingerprint
+from diffclip.base.fingerprint import fingerprint
 
 NAMES = ["CLIP-tiny", "DiffCLIP-tiny", "DiffCLIP-star-tiny"]
 
@@ -167,7 +165,7 @@ def test_llava_around_the_tower(run, image, tmp_path):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_from_config_starts_as_build_does(name):
-    config = hf.vision_config(models.MODELS[name])
+    config = hf.vision_config(variants.MODELS[name])
     torch.manual_seed(0)
     tower, built = AutoModel.from_config(config).trunk, models.build(name).visual.trunk
     for key, value in tower.state_dict().items():
@@ -220,7 +218,7 @@ def test_eager_attention_can_be_asked_for(run, image):
 def test_image_processor_gives_the_transforms_pixels(run, size, mode):
     directory, model = run
     processor = AutoImageProcessor.from_pretrained(directory)
-    transform = models.transforms(model.model_config, train=False)
+    transform = preprocessing.transforms(model.model_config, train=False)
     pixels = np.random.default_rng(0).integers(0, 255, (*size, 3), dtype=np.uint8)
     image = Image.fromarray(pixels).convert(mode)
     found = processor(image, return_tensors="pt").pixel_values[0]
@@ -237,13 +235,3 @@ def test_image_processor_takes_batches_and_survives_saving(run, tmp_path):
     batch = processor(images, return_tensors="pt").pixel_values
     assert batch.shape == (2, 3, 48, 48)
     assert torch.equal(again(images, return_tensors="pt").pixel_values, batch)
-
-
-def test_importing_the_package_registers_the_tower(tmp_path):
-    diffclip.save(models.build("DiffCLIP-tiny"), tmp_path)
-    code = (
-        "import sys, diffclip; from transformers import AutoConfig; "
-        "print(AutoConfig.from_pretrained(sys.argv[1]).model_type)"
-    )
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "diffclip_vision"

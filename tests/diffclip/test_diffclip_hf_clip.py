@@ -13,7 +13,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 import diffclip
 from diffclip.attention_maps import seen_part
-from diffclip.errors import InputError
+from diffclip.base.errors import InputError
 
 WORDS = ["a", "red", "mug", "Red", "Mug", "two", "dogs", "on", "the", "beach"]
 

@@ -11,7 +11,7 @@ import torch.multiprocessing as mp
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from diffclip.losses import accuracy_in_batch, contrastive_loss
+from diffclip.recipe import accuracy_in_batch, contrastive_loss
 
 PAIRS, WIDTH = 8, 16
 

@@ -15,11 +15,10 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
-from diffclip import checkpoints, models
-from diffclip.attention import DifferentialAttention, lambda_init_schedule
+from diffclip import models, official, preprocessing, variants, warm_start, weights
+from diffclip.attention import DifferentialAttention, DifferentialAttentionV2, lambda_init_schedule
 from diffclip.attention_maps import attention_map
-from diffclip.attention_v2 import DifferentialAttentionV2
-from diffclip.errors import InputError
+from diffclip.base.errors import InputError
 
 PARAMETERS = {
     "CLIP-B-16": 149_619_969,
@@ -48,10 +47,10 @@ def test_parameter_counts_at_full_size(name):
         assert count(models.build(name)) == PARAMETERS[name]
 
 
-@pytest.mark.parametrize("name", models.MODELS)
+@pytest.mark.parametrize("name", variants.MODELS)
 def test_every_named_model_builds_and_counts(name):
     """A differential layer has 4 d + 2 d more parameters than an ordinary one; in V2, second queries and lambdas."""
-    baseline = "CLIP-" + next(size for size in models.SIZES if name.endswith(size))
+    baseline = "CLIP-" + next(size for size in variants.SIZES if name.endswith(size))
     with torch.device("meta"):
         model, plain = models.build(name), models.build(baseline)
     extra = sum(6 * m.head_dim for m in model.modules() if isinstance(m, DifferentialAttention))
@@ -66,7 +65,7 @@ def test_every_named_model_builds_and_counts(name):
 
 @pytest.mark.parametrize("size", ["B-16", "S-16", "B-32", "L-14"])
 def test_baseline_weights_are_open_clips_own(size):
-    config = models.MODELS[f"CLIP-{size}"]["model_cfg"]
+    config = variants.MODELS[f"CLIP-{size}"]["model_cfg"]
     with torch.device("meta"):
         ours, theirs = models.build(f"CLIP-{size}").state_dict(), open_clip.CLIP(**config).state_dict()
     assert {name: t.shape for name, t in ours.items()} == {name: t.shape for name, t in theirs.items()}
@@ -74,7 +73,7 @@ def test_baseline_weights_are_open_clips_own(size):
 
 def test_baseline_computes_what_open_clip_does():
     model = models.build("CLIP-S-16").eval()
-    theirs = open_clip.CLIP(**models.MODELS["CLIP-S-16"]["model_cfg"]).eval()
+    theirs = open_clip.CLIP(**variants.MODELS["CLIP-S-16"]["model_cfg"]).eval()
     theirs.load_state_dict(model.state_dict())
     image, text = torch.randn(1, 3, 224, 224), ids(context=77)
     with torch.no_grad():
@@ -104,7 +103,7 @@ def test_variants_differ_in_towers_and_lambda(name, vision, text):
 
 
 def test_schedule_base_counts_layers_from_one():
-    config = json.loads(json.dumps(models.MODELS["DiffCLIP-star-tiny"]))
+    config = json.loads(json.dumps(variants.MODELS["DiffCLIP-star-tiny"]))
     config["diffclip"]["schedule_base"] = 1
     model = models.build(config)
     assert model.visual.trunk.blocks[0].attn.lambda_init == pytest.approx(lambda_init_schedule(1))
@@ -113,9 +112,11 @@ def test_schedule_base_counts_layers_from_one():
 def test_unknown_names_and_keys_are_one_sentence():
     with pytest.raises(InputError, match="unknown model 'CLIP-huge': choose one of"):
         models.build("CLIP-huge")
+    with pytest.raises(InputError, match=r"unknown model 'DifCLIP-tiny': did you mean DiffCLIP-tiny\?"):
+        variants.named("DifCLIP-tiny")
     with pytest.raises(InputError, match="init must be"):
         models.build("CLIP-tiny", init="random")
-    config = json.loads(json.dumps(models.MODELS["CLIP-tiny"]))
+    config = json.loads(json.dumps(variants.MODELS["CLIP-tiny"]))
     config["model_cfg"]["text_cfg"]["depth"] = 3
     with pytest.raises(InputError, match="depth"):
         models.build(config)
@@ -185,6 +186,7 @@ def clip_loss(model, image, text):
     return (nn.functional.cross_entropy(logits, target) + nn.functional.cross_entropy(logits.T, target)) / 2
 
 
+@pytest.mark.slow
 def test_compiles_in_one_graph():
     model = models.build("DiffCLIP-tiny").eval()
     image, text = torch.randn(2, 3, 48, 48), ids(2)
@@ -199,7 +201,7 @@ def test_compiles_in_one_graph():
 
 def test_matched_arms_start_from_the_same_weights():
     states = {}
-    for variant in models.VARIANTS:
+    for variant in variants.VARIANTS:
         torch.manual_seed(7)
         states[variant] = models.build(f"{variant}-tiny").state_dict()
     plain, checked = states.pop("CLIP"), 0
@@ -235,7 +237,7 @@ def test_official_initialisation_has_the_official_statistics(golden, name, stats
     """Mean, standard deviation and range of every tensor agree with one official draw, within sampling error."""
     expected = json.loads((golden("05_full_size") / stats).read_text())["params"]
     torch.manual_seed(11)
-    state = checkpoints.to_official(models.build(name, init=init).state_dict())
+    state = official.to_official(models.build(name, init=init).state_dict())
     assert state.keys() == expected.keys()
     for key, want in expected.items():
         values = state[key].double()
@@ -275,8 +277,8 @@ def official_tiny(golden, folder, dtype=torch.float32, scale=None):
     state = load_file(folder_path / "weights.safetensors")
     if scale:
         state = {name: scale(name, tensor) for name, tensor in state.items()}
-    model = models.build(checkpoints.official_config(state, 0.8, heads=TINY[folder]))
-    checkpoints.load_strictly(model, checkpoints.from_official(state), folder)
+    model = models.build(official.official_config(state, 0.8, heads=TINY[folder]))
+    weights.load_strictly(model, official.from_official(state), folder)
     inputs = load_file(folder_path / "inputs.safetensors")
     return model.to(dtype), inputs["image"].to(dtype), inputs["text"], folder_path
 
@@ -338,7 +340,7 @@ def test_tiny_official_loss_and_gradients(golden, folder):
     assert loss.item() == pytest.approx(info["loss_f64"], abs=1e-7)
     loss.backward()
     grads = {name: parameter.grad for name, parameter in model.named_parameters()}
-    grads = checkpoints.to_official(grads)
+    grads = official.to_official(grads)
     expected = load_file(path / "grads_f64_rounded.safetensors")
     assert grads.keys() == expected.keys()
     for name, want in expected.items():
@@ -369,6 +371,7 @@ def test_tiny_official_models_show_their_epsilons(golden, folder):
 FULL = {"DiffCLIP-B-16": "diffclip", "CLIP-B-16": "slip_clip"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FULL)
 def test_full_size_official_models(golden, name):
     folder = golden("05_full_size")
@@ -379,14 +382,14 @@ def test_full_size_official_models(golden, name):
     for key, check in outputs["check_values"].items():
         np.testing.assert_allclose(state[key].flatten()[: len(check["first"])], check["first"], rtol=1e-7)
 
-    model = models.build(checkpoints.official_config(state, 0.8, heads=(12, 8)))
+    model = models.build(official.official_config(state, 0.8, heads=(12, 8)))
     assert count(model) == layout["n_params"] == PARAMETERS[name]
-    checkpoints.load_strictly(model, checkpoints.from_official(state), name)
+    weights.load_strictly(model, official.from_official(state), name)
     model.eval()
     mean, std = (torch.tensor(model.model_config["preprocess_cfg"][k]).view(3, 1, 1) for k in ("mean", "std"))
     image = (torch.from_numpy(inputs["image_u8"]).float() / 255 - mean) / std
     text = torch.from_numpy(inputs["text"]).long()
-    assert torch.equal(text, models.tokenizer(model.model_config)(outputs["captions"]))
+    assert torch.equal(text, preprocessing.tokenizer(model.model_config)(outputs["captions"]))
     ends = text.argmax(-1)
 
     found = {}
@@ -432,7 +435,7 @@ def test_differentiate_any_open_clip_model(name, vision_layers, text_layers):
     with torch.device("meta"):
         model = open_clip.create_model(name, device="meta", load_weights=False)
         before = count(model)
-        models.differentiate(model, lambda_init="schedule")
+        warm_start.differentiate(model, lambda_init="schedule")
     differential = [m for m in model.modules() if isinstance(m, DifferentialAttention)]
     assert len(differential) == vision_layers + text_layers
     vision = [m.lambda_init for m in model.visual.modules() if isinstance(m, DifferentialAttention)]
@@ -450,7 +453,7 @@ def test_differentiated_open_clip_model_runs_and_keeps_its_projections(custom_te
     in_proj = tower.resblocks[0].attn.in_proj_weight.clone()
     image, ids_ = torch.randn(2, 3, 16, 16), torch.randint(1, 63, (2, 12))
     before = model.encode_text(ids_)
-    assert models.differentiate(model, towers=["text"], lambda_init=0.5) is model
+    assert warm_start.differentiate(model, towers=["text"], lambda_init=0.5) is model
     assert torch.equal(torch.cat([getattr(tower.resblocks[0].attn, f"{n}_proj").weight for n in "qkv"]), in_proj)
     after = model.encode_text(ids_)
     assert after.shape == before.shape
@@ -471,46 +474,48 @@ def mask(model, custom_text):
 
 
 def test_differentiate_records_what_it_did_and_refuses_a_second_time():
-    model = models.differentiate(models.build("CLIP-tiny"), towers=["vision"])
+    model = warm_start.differentiate(models.build("CLIP-tiny"), towers=["vision"])
     assert model.model_config["diffclip"]["variant"] == "DiffCLIP-dagger"
     with pytest.raises(InputError, match="differential already"):
-        models.differentiate(model)
+        warm_start.differentiate(model)
     with pytest.raises(InputError, match="unknown tower 'image'"):
-        models.differentiate(models.build("CLIP-tiny"), towers=["image"])
+        warm_start.differentiate(models.build("CLIP-tiny"), towers=["image"])
     with pytest.raises(InputError, match="lambda_init must be"):
-        models.differentiate(models.build("CLIP-tiny"), lambda_init="high")
+        warm_start.differentiate(models.build("CLIP-tiny"), lambda_init="high")
     three_heads = {"layers": 1, "width": 24, "head_width": 8, "image_size": 16, "patch_size": 8}
     odd = open_clip.CLIP(16, three_heads, {"layers": 1})
     with pytest.raises(InputError, match="must be even"):
-        models.differentiate(odd, towers=["vision"])
+        warm_start.differentiate(odd, towers=["vision"])
 
 
 # Transforms
 
 
 def test_evaluation_transform_is_open_clips_for_the_same_config():
-    config = models.MODELS["CLIP-B-16"]
+    config = variants.MODELS["CLIP-B-16"]
     theirs = open_clip.image_transform(
         **{"image_size" if k == "size" else k: v for k, v in config["preprocess_cfg"].items()}, is_train=False
     )
     rng = np.random.default_rng(0)
     for shape in [(300, 240), (224, 224), (100, 517)]:
         image = Image.fromarray(rng.integers(0, 255, (*shape, 3), dtype=np.uint8))
-        torch.testing.assert_close(models.transforms(config, train=False)(image), theirs(image), rtol=0, atol=1e-6)
+        torch.testing.assert_close(
+            preprocessing.transforms(config, train=False)(image), theirs(image), rtol=0, atol=1e-6
+        )
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "1", "CMYK"])
 @pytest.mark.parametrize("train", [False, True])
 def test_transforms_take_any_mode(mode, train):
     image = Image.new("RGB", (60, 50), (200, 10, 10)).convert(mode)
-    assert models.transforms(models.MODELS["CLIP-tiny"], train=train)(image).shape == (3, 48, 48)
+    assert preprocessing.transforms(variants.MODELS["CLIP-tiny"], train=train)(image).shape == (3, 48, 48)
 
 
 def test_training_transform_crops_within_the_scale_and_never_flips():
-    """On a picture whose red grows to the right, every crop keeps red growing to the right."""
+    """On an image whose red grows to the right, every crop keeps red growing to the right."""
     ramp = np.zeros((96, 96, 3), np.uint8)
     ramp[..., 0] = np.linspace(0, 250, 96, dtype=np.uint8)
-    transform = models.transforms(models.MODELS["CLIP-tiny"], train=True, crop_scale=(0.25, 1.0))
+    transform = preprocessing.transforms(variants.MODELS["CLIP-tiny"], train=True, crop_scale=(0.25, 1.0))
     torch.manual_seed(0)
     widths = []
     for _ in range(50):
@@ -520,9 +525,10 @@ def test_training_transform_crops_within_the_scale_and_never_flips():
     assert max(widths) > 0.9 and min(widths) < 0.7
 
 
+@pytest.mark.slow
 def test_our_modules_start_without_wandb_and_leave_it_importable():
     pytest.importorskip("wandb", reason="nothing to leave out where it is not installed")
-    told = "import sys, diffclip.losses, diffclip.models, mllm; print('timm' in sys.modules, 'wandb' in sys.modules);"
+    told = "import sys, diffclip.recipe, diffclip.models, mllm; print('timm' in sys.modules, 'wandb' in sys.modules);"
     told += "import wandb; print(wandb.__name__)"
     ended = subprocess.run([sys.executable, "-c", told], capture_output=True, text=True, check=True)
     assert ended.stdout.split() == ["True", "False", "wandb"]
@@ -531,7 +537,7 @@ def test_our_modules_start_without_wandb_and_leave_it_importable():
 @pytest.mark.parametrize("name", ["CLIP-tiny", "DiffCLIP-tiny", "DiffCLIP-V2-tiny"])
 def test_both_towers_export_for_any_batch_size(name):
     """Also with 77 tokens, of which the maps are recomputed in training, and gradients on, as callers have them."""
-    config = copy.deepcopy(models.MODELS[name])
+    config = copy.deepcopy(variants.MODELS[name])
     config["model_cfg"]["text_cfg"]["context_length"] = 77
     model = models.build(config).eval()
 

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffclip import shards as shards_module
-from diffclip.benchmarks.images import read_captioned, read_labelled
-from diffclip.data import BadSample, PairTable
-from diffclip.errors import InputError
-from diffclip.training_pairs import TrainingPairs
+from diffclip.base.errors import InputError
+from diffclip.benchmarks.captioned import read_captioned
+from diffclip.benchmarks.labelled import read_labelled
+from diffclip.data import shards as shards_module
+from diffclip.data.pairs import BadSample, PairTable
+from diffclip.data.training_pairs import TrainingPairs
 
 
 def png(value: int) -> bytes:
@@ -255,7 +256,7 @@ def test_failed_downloads_are_no_broken_pairs(tmp_path):
     table = PairTable([str(tmp_path / "x.parquet")])
     assert len(table) == 3 and table.problems == [] and "2 rows whose download failed" in table.notices[0][1]
     assert table[0][1] == ["a 1"] and table[2][1] == ["a 5"] and table.key(2).endswith("x.parquet:4")
-    with pytest.raises(BadSample, match=r"x\.parquet:2: unreadable pair \(no picture"):
+    with pytest.raises(BadSample, match=r"x\.parquet:2: unreadable pair \(no image"):
         table[1]  # its download did not fail
     struct = {**rows, "jpg": [None if b is None else {"bytes": b, "path": None} for b in rows["jpg"]]}
     pq.write_table(pa.table(struct), tmp_path / "y.parquet")
@@ -290,7 +291,7 @@ def test_a_folder_of_files_is_a_source(tmp_path):
     assert contents(table) == [(1, ["a 1"]), (2, ["a 2"]), (3, ["a 3"])]
     assert {(os.path.basename(key), reason) for key, reason in table.problems} == {
         ("mute.png", "no .txt caption"),
-        ("lost.txt", "no picture"),
+        ("lost.txt", "no image"),
     }
     (tmp_path / "none").mkdir()
     with pytest.raises(InputError, match="none: holds neither shards"):

@@ -1,8 +1,6 @@
 """The paper's suite: what is there is run, what is not says how to get it."""
 
 import io
-import subprocess
-import sys
 import tarfile
 from pathlib import Path
 
@@ -11,15 +9,15 @@ import pytest
 from PIL import Image
 
 import diffclip
+from diffclip.base.errors import InputError
+from diffclip.base.files import read_json
 from diffclip.benchmarks import paper
-from diffclip.benchmarks.images import read_json
+from diffclip.benchmarks.__main__ import main
 from stages import fetch
-
-ROOT = Path(__file__).parents[2]
 
 
 def shard(path: Path, rows: list[tuple[str, bytes]]) -> None:
-    """A tar of noise pictures, each with one more member of the suffix and content given."""
+    """A tar of noise images, each with one more member of the suffix and content given."""
     rng = np.random.default_rng(len(rows))
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as tar:
@@ -52,7 +50,7 @@ def test_suite_holds_what_is_there_and_a_remedy_for_the_rest(root):
     assert set(suite["classification"]) == {"cifar10", "imagenet"} and set(suite["retrieval"]) == {"flickr8k"}
     assert suite["shifts"] == {"imagenet-r": {"folder": "imagenet-r", "of": "imagenet"}} and "mmvp" not in suite
     assert len(missing) == len(paper.SETS) - 4
-    assert f"0_data.sh pets --out {root}" in missing["classification/pets"]
+    assert f"0_data.sh pets --output_dir {root}" in missing["classification/pets"]
 
 
 def test_check_says_complete_partial_or_missing(root, monkeypatch):
@@ -67,24 +65,22 @@ def test_every_set_can_be_fetched_and_counts_the_same():
         assert fetch.SETS[name].expected == about.test
 
 
-def test_command_runs_the_suite_and_lists_what_it_lacks(root, tmp_path):
+def test_command_runs_the_suite_and_lists_what_it_lacks(root, tmp_path, capsys):
     (root / "dtd").rmdir()
     diffclip.save(diffclip.build("CLIP-tiny"), tmp_path / "model")
-    command = [sys.executable, "-m", "diffclip.benchmarks"]
     options = ["--data-root", str(root)]
-    found = subprocess.run(
-        [*command, "--model", str(tmp_path / "model"), *options, "--suite", "paper", "--out", str(tmp_path / "out")],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert found.returncode == 0, found.stderr[-2000:]
+    main(["--model", str(tmp_path / "model"), *options, "--suite", "paper", "--out", str(tmp_path / "out")])
     scores = read_json(tmp_path / "out" / "model" / "clip_benchmarks.json")
     assert {"zero_shot/imagenet/top1", "shift/imagenet-r/top1", "linear_probe/cifar10/accuracy"} <= set(
         scores["metrics"]
     )
     assert "retrieval/flickr8k/text_to_image/R@1" in scores["metrics"]
-    assert "0_data.sh coco" in scores["skipped"]["retrieval/coco"] and "retrieval/coco" in found.stdout
-    listed = subprocess.run([*command, "data", "check", *options], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert listed.returncode == 0 and "partial" in listed.stdout and "0_data.sh mmvp" in listed.stdout
+    assert "0_data.sh coco" in scores["skipped"]["retrieval/coco"] and "retrieval/coco" in capsys.readouterr().out
+    main(["data", "check", *options])
+    listed = capsys.readouterr().out
+    assert "partial" in listed and "0_data.sh mmvp" in listed
+
+
+def test_an_empty_folder_is_no_suite(tmp_path):
+    with pytest.raises(InputError, match="holds none of the paper's sets: see `data check`"):
+        main(["--model", "x", "--data_root", str(tmp_path), "--suite", "paper", "--output_dir", str(tmp_path / "out")])

@@ -7,9 +7,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from diffclip import checkpoints, models
-from diffclip.losses import contrastive_loss
-from diffclip.recipe import clamp_logit_scale, decay_parameter_names, learning_rate
+from diffclip import models, official, weights
+from diffclip.recipe import clamp_logit_scale, contrastive_loss, decay_parameter_names, learning_rate
 
 
 def test_learning_rates_equal_the_official_schedule(golden):
@@ -58,12 +57,12 @@ def test_five_training_steps_equal_the_official_ones(golden, name, heads, run):
     told = json.loads((golden("06_optim") / f"{name}_steps.json").read_text())
     state = load_file(golden("06_optim") / told["weights"])
     inputs = load_file(golden("06_optim") / told["inputs"])
-    model = models.build(checkpoints.official_config(state, 0.8, heads=heads))
-    checkpoints.load_strictly(model, checkpoints.from_official(state), name)
+    model = models.build(official.official_config(state, 0.8, heads=heads))
+    weights.load_strictly(model, official.from_official(state), name)
     settings = told["runs"][run]
     with torch.no_grad():
         model.logit_scale.fill_(settings["initial_logit_scale"])
-    start = checkpoints.to_official({k: v.detach().clone() for k, v in model.named_parameters()})
+    start = official.to_official({k: v.detach().clone() for k, v in model.named_parameters()})
 
     decayed = set(decay_parameter_names(model))
     groups = [
@@ -88,7 +87,7 @@ def test_five_training_steps_equal_the_official_ones(golden, name, heads, run):
     if (name, run) != ("diffclip", "main"):  # whose final parameters are the ones on record
         return
     final = load_file(golden("06_optim") / "diffclip_final_params_f32.safetensors")
-    ours = checkpoints.to_official({k: v.detach() for k, v in model.named_parameters()})
+    ours = official.to_official({k: v.detach() for k, v in model.named_parameters()})
     assert ours.keys() == final.keys()
     for key, want in final.items():
         if key.endswith("k_proj.bias"):  # the true gradient is zero: Adam makes steps of rounding noise

@@ -9,9 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from diffclip.benchmarks.images import read_captioned
+from diffclip.base.errors import InputError
+from diffclip.benchmarks.captioned import read_captioned
 from diffclip.benchmarks.retrieval import ranks, recall_at_k
-from diffclip.errors import InputError
 
 
 def test_recall_matches_the_official_numbers(golden):
@@ -106,8 +106,8 @@ def test_shards_are_read_in_order(tmp_path):
     [
         ({"a.png": b"x"}, "00000.tar:a has no caption"),
         ({"a.png": b"x", "a.txt": b" \n"}, "00000.tar:a has no caption"),
-        ({"a.txt": b"x"}, "a.txt has no picture"),
-        ({}, "no pictures"),
+        ({"a.txt": b"x"}, "a.txt has no image"),
+        ({}, "no images"),
     ],
 )
 def test_incomplete_shards_are_named(tmp_path, members, message):

@@ -7,8 +7,8 @@ from itertools import combinations, islice
 import numpy as np
 import pytest
 
-from diffclip import scenes
-from diffclip.scenes import COLORS, SHAPES, draw, make_scene, masks, one_object
+from diffclip.scenes import drawing as scenes
+from diffclip.scenes.drawing import COLORS, SHAPES, draw, make_scene, masks, one_object
 
 SOME = [make_scene(0, "test", i) for i in range(400)]
 
@@ -24,7 +24,7 @@ def test_a_scene_depends_only_on_seed_split_and_index():
 
 
 def test_known_scene_stays_the_same():
-    """A frozen sample: change VERSION in scenes_export.py when this has to change."""
+    """A frozen sample: change VERSION in export.py when this has to change."""
     scene = make_scene(0, "pretrain", 0)
     assert [(t.size, t.color, t.shape, t.x, t.y, t.d) for t in scene.things] == KNOWN
 

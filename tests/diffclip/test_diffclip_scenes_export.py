@@ -3,17 +3,20 @@
 import csv
 import json
 import re
-import subprocess
-import sys
 import tarfile
+from dataclasses import asdict
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from diffclip import scenes, scenes_export
+from diffclip.base.errors import InputError
+from diffclip.scenes import drawing as scenes
+from diffclip.scenes import parts
+from diffclip.scenes.__main__ import main
+from diffclip.scenes.options import Options
 
-SMALL = {"pairs": 30, "retrieval": 10, "class-train": 80, "class-val": 10, "class-test": 80, "align": 12}
+SMALL = {"pairs": 30, "retrieval": 10, "class_train": 80, "class_val": 10, "class_test": 80, "align": 12}
 SMALL |= {"conversations": 9, "texts": 20, "pope": 8, "mmvp": 2, "segmentation": 12, "seed": 3}
 
 
@@ -25,7 +28,7 @@ def arguments(folder, **changed):
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("scenes")
-    scenes_export.main(arguments(folder))
+    main(arguments(folder))
     return folder
 
 
@@ -113,7 +116,7 @@ def test_run_lengths_on_random_masks():
     for _ in range(50):
         mask = rng.random((5, 7)) < rng.random()
         value, flat = False, []
-        for n in scenes_export.run_lengths(mask):
+        for n in parts.run_lengths(mask):
             flat += [value] * n
             value = not value
         assert np.array_equal(np.array(flat).reshape(7, 5).T, mask)
@@ -121,63 +124,66 @@ def test_run_lengths_on_random_masks():
 
 def test_called_again_it_does_nothing_and_other_options_are_refused(made, capsys):
     stamp = (made / "pretrain/00000.tar").stat().st_mtime_ns
-    scenes_export.main(arguments(made))
+    main(arguments(made))
     assert "complete" in capsys.readouterr().out
-    with pytest.raises(SystemExit) as stop:
-        scenes_export.main(arguments(made, pairs=31))
-    said = capsys.readouterr().err
-    assert stop.value.code == 2 and "pairs=30" in said and "pairs=31" in said and "Traceback" not in said
+    with pytest.raises(InputError, match=r"pairs=30.*pairs=31"):
+        main(arguments(made, pairs=31))
     assert (made / "pretrain/00000.tar").stat().st_mtime_ns == stamp
 
 
 def test_parts_alone_and_after_an_interruption_equal_the_whole(made, tmp_path):
     (tmp_path / "pope").mkdir()
     (tmp_path / "pope/left over").touch()  # as a killed run leaves it: no scenes.json
-    scenes_export.main(arguments(tmp_path, only="pope,mmvp"))
+    main(arguments(tmp_path, only="pope,mmvp"))
     assert json.loads((tmp_path / "scenes.json").read_text())["parts"] == ["pope", "mmvp"]
-    scenes_export.main(arguments(tmp_path))
+    main(arguments(tmp_path))
     names = sorted(p.relative_to(made) for p in made.rglob("*"))
     assert names == sorted(p.relative_to(tmp_path) for p in tmp_path.rglob("*"))
     assert all((made / n).read_bytes() == (tmp_path / n).read_bytes() for n in names if (made / n).is_file())
 
 
 @pytest.mark.parametrize(
-    ("changed", "word"), [({"pairs": 0}, "--pairs"), ({"only": "pop"}, "pop"), ({"size": 8}, "--size")]
+    ("changed", "word"),
+    [
+        ({"pairs": 0}, "--pairs"),
+        ({"only": "pop"}, "pop is not a part of the export: did you mean pope"),
+        ({"size": 8}, "--size"),
+        ({"rounds": 21}, "--rounds.*at most 20"),
+        ({"seed": -1}, "--seed"),
+    ],
 )
-def test_bad_options_name_the_option(tmp_path, capsys, changed, word):
-    with pytest.raises(SystemExit) as stop:
-        scenes_export.main(arguments(tmp_path / "new", **changed))
-    assert stop.value.code == 2 and word in capsys.readouterr().err and not (tmp_path / "new").exists()
+def test_bad_options_name_the_option(tmp_path, changed, word):
+    with pytest.raises(InputError, match=word):
+        main(arguments(tmp_path / "new", **changed))
+    assert not (tmp_path / "new").exists()
 
 
 def test_no_test_scene_is_a_training_scene():
     """Over the default counts, by the whole description: what decides every pixel."""
-    n = {name: default for name, (default, _) in scenes_export.COUNTS.items()}
+    n = asdict(Options())
     train = {scenes.make_scene(0, "pretrain", i) for i in range(n["pairs"])}
     train |= {scenes.make_scene(0, "llava", i) for i in range(n["align"])}
-    test = {scenes_export.pope_scene(0, i) for i in range(n["pope"])}
-    test |= {scenes_export.retrieval_scene(0, i) for i in range(n["retrieval"])}
+    test = {parts.pope_scene(0, i) for i in range(n["pope"])}
+    test |= {parts.retrieval_scene(0, i) for i in range(n["retrieval"])}
     test |= {scenes.make_scene(0, "segmentation", i) for i in range(n["segmentation"])}
-    for what in scenes_export.CLASSES:
+    for what in parts.CLASSES:
         for split, into in {"train": train, "val": train, "test": test}.items():
             stream = f"classification/{what}/{split}"
-            into |= {scenes_export.class_scene(0, what, stream, i)[0] for i in range(n[f"class-{split}"])}
-    for role in scenes_export.SHIFTS:
-        test |= {scenes_export.class_scene(0, "shape", f"shifts/{role}", i, role)[0] for i in range(n["class-test"])}
-    assert len(train) == n["pairs"] + n["align"] + 3 * (n["class-train"] + n["class-val"])
-    assert len(test) == n["pope"] + n["retrieval"] + n["segmentation"] + 7 * n["class-test"]
+            into |= {parts.class_scene(0, what, stream, i)[0] for i in range(n[f"class_{split}"])}
+    for role in parts.SHIFTS:
+        test |= {parts.class_scene(0, "shape", f"shifts/{role}", i, role)[0] for i in range(n["class_test"])}
+    assert len(train) == n["pairs"] + n["align"] + 3 * (n["class_train"] + n["class_val"])
+    assert len(test) == n["pope"] + n["retrieval"] + n["segmentation"] + 7 * n["class_test"]
     assert not train & test
     written = {scenes.make_scene(0, "text", i).things for i in range(n["texts"])}
     assert not written & {scene.things for scene in test}
 
 
-def test_command_line(tmp_path):
-    command = [sys.executable, "-m", "diffclip.scenes"]
-    shown = subprocess.run(
-        [*command, "show", "--seed", "1", str(tmp_path / "sheet.png")], capture_output=True, text=True
-    )
-    assert shown.returncode == 0, shown.stderr
+def test_command_line(tmp_path, capsys):
+    main(["show", "--seed", "1", str(tmp_path / "sheet.png")])
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert len(set(sheet.convert("L").getdata())) > 50
-    help_text = subprocess.run([*command, "export", "--help"], capture_output=True, text=True).stdout
-    assert all(re.search(rf"--{name}\b", help_text) for name in scenes_export.COUNTS)
+    with pytest.raises(SystemExit):
+        main(["export", "--help"])
+    help_text = capsys.readouterr().out
+    assert all(re.search(rf"--{name}\b", help_text) for name in asdict(Options()))

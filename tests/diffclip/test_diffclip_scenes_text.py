@@ -6,9 +6,8 @@ from collections import Counter
 
 import pytest
 
-from diffclip import scenes_questions as questions
-from diffclip import scenes_text as text
-from diffclip.scenes import CANVAS, COLORS, SHAPES, make_scene
+from diffclip.scenes import questions, text
+from diffclip.scenes.drawing import CANVAS, COLORS, SHAPES, make_scene
 
 SOME = [make_scene(0, "words", i) for i in range(600)]
 NOUN = rf"(?:(large|big|small|little) )?(?:({'|'.join(COLORS)}) )?({'|'.join(SHAPES)})s?(?:es)?"
@@ -271,7 +270,7 @@ def test_pairs_differ_in_one_fact(category):
             assert changed == 1 and one.background == other.background
         else:
             assert one.background == other.background
-        # the statement of one picture is false of the other
+        # the statement of one image is false of the other
         for scene, statement in ((one, also), (other, says)):
             found = re.findall(NOUN, statement)
             if category in ("Color and Appearance", "Structural Characteristics"):

@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
-from diffclip import models
+from diffclip import models, preprocessing, variants
 
-CONFIG = models.MODELS["CLIP-B-16"]
+CONFIG = variants.MODELS["CLIP-B-16"]
 END = 49407
 
 
@@ -17,7 +17,7 @@ def records(golden):
 
 
 def test_legacy_ids_are_the_official_ones(records):
-    tokenize = models.tokenizer(CONFIG, legacy=True)
+    tokenize = preprocessing.tokenizer(CONFIG, legacy=True)
     for record in records:
         ids = tokenize(record["text"])[0]
         assert ids[: len(record["ids"])].tolist() == record["ids"], record["text"]
@@ -27,13 +27,13 @@ def test_legacy_ids_are_the_official_ones(records):
 
 
 def test_legacy_decodes_as_the_official_one(records):
-    tokenize = models.tokenizer(CONFIG, legacy=True)
+    tokenize = preprocessing.tokenizer(CONFIG, legacy=True)
     for record in records:
         assert tokenize.decode(tokenize.encode(record["text"])) == record["decoded"]
 
 
 def test_default_keeps_the_end_token_and_otherwise_equals_legacy(records):
-    tokenize, legacy, cut = models.tokenizer(CONFIG), models.tokenizer(CONFIG, legacy=True), 0
+    tokenize, legacy, cut = preprocessing.tokenizer(CONFIG), preprocessing.tokenizer(CONFIG, legacy=True), 0
     for record in records:
         if "<|" in record["text"]:  # special tokens written out: open_clip gives them other names
             continue
@@ -51,9 +51,9 @@ def test_default_keeps_the_end_token_and_otherwise_equals_legacy(records):
 @pytest.mark.parametrize("legacy", [False, True])
 @pytest.mark.parametrize("name", ["CLIP-B-16", "DiffCLIP-tiny"])
 def test_always_two_dimensions(name, legacy):
-    config = models.MODELS[name]
+    config = variants.MODELS[name]
     context = config["model_cfg"]["text_cfg"]["context_length"]
-    tokenize = models.tokenizer(config, legacy=legacy)
+    tokenize = preprocessing.tokenizer(config, legacy=legacy)
     for texts, rows in [("a cat", 1), (["a cat"], 1), (["a cat", "two dogs", ""], 3)]:
         ids = tokenize(texts)
         assert ids.shape == (rows, context)
@@ -65,7 +65,7 @@ def test_long_captions_differ_in_their_embedding_only_with_the_end_token():
     model = models.build("DiffCLIP-tiny").eval()
     long = ["a red square and a blue circle " * 10, "many green stars on the left of it " * 10]
     with torch.no_grad():
-        kept = model.encode_text(models.tokenizer(model.model_config)(long))
-        lost = model.encode_text(models.tokenizer(model.model_config, legacy=True)(long))
+        kept = model.encode_text(preprocessing.tokenizer(model.model_config)(long))
+        lost = model.encode_text(preprocessing.tokenizer(model.model_config, legacy=True)(long))
     torch.testing.assert_close(lost[0], lost[1])
     assert (kept[0] - kept[1]).abs().max() > 1e-3

@@ -1,9 +1,7 @@
-"""torchvision's own classes and our reader see the same pictures, labels and splits; the rules are fixed and fair."""
+"""torchvision's own classes and our reader see the same images, labels and splits; the rules are fixed and fair."""
 
 import hashlib
 import pickle
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -13,11 +11,11 @@ import torchvision
 from PIL import Image
 from scipy.io import savemat
 
-from diffclip.benchmarks import datasets, paper
-from diffclip.benchmarks.torchvision_sets import MARKERS, read_torchvision, torchvision_root
-from diffclip.errors import InputError
-
-ROOT = Path(__file__).parents[2]
+from diffclip.base.errors import InputError
+from diffclip.benchmarks import TORCHVISION, datasets, paper
+from diffclip.benchmarks.__main__ import main
+from diffclip.benchmarks.paper import torchvision_root
+from diffclip.benchmarks.torchvision_sets import read_torchvision
 
 
 def paint(path: Path, number: int) -> None:
@@ -132,15 +130,15 @@ PEERS = {  # torchvision's own objects, read through their public items
 
 
 @pytest.mark.parametrize("name", PEERS)
-def test_same_pictures_labels_and_splits_as_torchvision(tmp_path, monkeypatch, name):
+def test_same_images_labels_and_splits_as_torchvision(tmp_path, monkeypatch, name):
     LAYOUTS[name](tmp_path, monkeypatch)
     classnames, splits = read_torchvision(name, tmp_path)
     assert len(classnames) == (102 if name == "flowers" else 2) and not any("_" in one for one in classnames)
     assert len(splits) == (3 if name in ("aircraft", "dtd", "flowers") else 2)
-    for split, pictures in splits.items():
+    for split, images in splits.items():
         peer = PEERS[name](tmp_path, split)
-        assert len(pictures) == len(peer) > 0
-        for (image, label), (other, wanted) in zip(pictures, peer):
+        assert len(images) == len(peer) > 0
+        for (image, label), (other, wanted) in zip(images, peer):
             assert label == wanted and np.array_equal(np.asarray(image), np.asarray(other))
 
 
@@ -154,16 +152,16 @@ def test_the_rules_split_each_class_once_and_never_change(tmp_path, monkeypatch,
     for split, count in zip(splits, counts):
         per_class = Counter(splits[split].labels)
         assert per_class[1] == count
-    seen = [file for pictures in splits.values() for file in pictures.sources]
+    seen = [file for images in splits.values() for file in images.sources]
     assert len(set(seen)) == len(seen) == {"sun397": 80, "caltech101": 78}[name]
     # the same split wherever the set lies, in whatever order the disk lists it
     again = tmp_path / "elsewhere"
     LAYOUTS[name](again, monkeypatch)
-    for split, pictures in read_torchvision(name, again)[1].items():
-        moved = [file.relative_to(again) for file in pictures.sources]
+    for split, images in read_torchvision(name, again)[1].items():
+        moved = [file.relative_to(again) for file in images.sources]
         assert moved == [file.relative_to(tmp_path) for file in splits[split].sources]
     # frozen: a changed rule would make scores of different releases incomparable
-    base = tmp_path / MARKERS[name]
+    base = tmp_path / TORCHVISION[name]
     listed = "\n".join(file.relative_to(base).as_posix() for file in splits["test"].sources)
     assert hashlib.sha256(listed.encode()).hexdigest()[:12] == frozen
 
@@ -185,20 +183,29 @@ def test_suite_finds_torchvisions_folders_and_evaluates_them(tmp_path, monkeypat
 def test_a_damaged_set_is_named_with_the_remedy(tmp_path, monkeypatch):
     cifar10(tmp_path, monkeypatch)
     (tmp_path / "cifar-10-batches-py" / "test_batch").write_bytes(b"cut")
-    with pytest.raises(InputError, match=r"cifar-10-batches-py.*data download cifar10 --data-root"):
+    with pytest.raises(InputError, match=r"cifar-10-batches-py.*data download cifar10 --data_root"):
         read_torchvision("cifar10", tmp_path)
 
 
-def test_a_failed_download_is_one_sentence(tmp_path):
+def test_a_failed_download_is_one_sentence(tmp_path, monkeypatch):
     """Up to the seam: torchvision's own downloader runs, and no server answers."""
-    program = (
-        "import sys, torchvision; torchvision.datasets.CIFAR10.url = 'http://127.0.0.1:9/x.tar.gz';"
-        "from diffclip.benchmarks.__main__ import main; main()"
-    )
-    command = [sys.executable, "-c", program, "data", "download", "cifar10", "--data-root", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "cannot be read as torchvision's cifar10" in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, "url", "http://127.0.0.1:9/x.tar.gz")
+    with pytest.raises(InputError, match=r"^.*cannot be read as torchvision's cifar10.*$"):
+        main(["data", "download", "cifar10", "--data-root", str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        (["download", "cifar1O"], "cifar1O: did you mean cifar10"),
+        (["download", "imagenet"], r"data download: imagenet.*0_data\.sh fetches the others"),
+        (["download"], "name sets among food101, cifar10"),
+        (["chek"], "did you mean check"),
+    ],
+)
+def test_near_misses_of_sets_are_named(arguments, message):
+    with pytest.raises(InputError, match=message):
+        main(["data", *arguments, "--data_root", "data"])
 
 
 def test_imagenets_folders_need_no_names(tmp_path):
@@ -213,5 +220,5 @@ def test_imagenets_folders_need_no_names(tmp_path):
     imagenet = data.classification["imagenet"]
     assert imagenet.classnames == ["tench", "goldfish", "toilet paper"]  # those that are there compete
     assert imagenet.splits["test"].labels == [0, 1, 2]
-    assert data.shifts["imagenet-r"].pictures.labels == [1, 2]
-    assert data.shifts["imagenet-v2"].pictures.labels == [0, 1, 2]
+    assert data.shifts["imagenet-r"].images.labels == [1, 2]
+    assert data.shifts["imagenet-v2"].images.labels == [0, 1, 2]

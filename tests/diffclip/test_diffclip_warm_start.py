@@ -13,9 +13,10 @@ from open_clip.factory import get_model_config
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from diffclip import models
+from diffclip import warm_start
+from diffclip.attention import Differential
 from diffclip.attention_maps import attention_map
-from diffclip.errors import InputError
+from diffclip.base.errors import InputError
 
 SMALL_TEXT = {"context_length": 12, "vocab_size": 96, "width": 32, "heads": 4, "layers": 2}
 SMALL_VISION = {"image_size": 16, "patch_size": 8, "width": 32, "head_width": 8, "layers": 2}
@@ -66,7 +67,7 @@ def embeddings(model, side):
 
 def check_kept(model, side, towers=("vision", "text")):
     before = embeddings(model, side)
-    models.differentiate(model, towers, version=2, lambda_init=0.3)
+    warm_start.differentiate(model, towers, version=2, lambda_init=0.3)
     for old, new in zip(before, embeddings(model, side)):
         torch.testing.assert_close(new, old, atol=1e-5 * max(1.0, old.abs().max().item()), rtol=1e-5)
 
@@ -138,7 +139,7 @@ def test_what_would_be_lost_is_refused_by_name_and_nothing_is_changed(name, vers
     model = REFUSED[name]()
     kinds = [type(module) for module in model.modules()]
     with pytest.raises(InputError, match=name):
-        models.differentiate(model, ["text", "vision"], version=version)
+        warm_start.differentiate(model, ["text", "vision"], version=version)
     assert [type(module) for module in model.modules()] == kinds
 
 
@@ -154,10 +155,8 @@ def test_norms_of_queries_and_keys_stay_and_their_maps_are_drawn(make, version):
         for name, parameter in model.named_parameters()
         if "_norm." in name or "ln_q" in name or "ln_k" in name
     )
-    models.differentiate(model, version=version)
-    attentions = [
-        m for m in model.modules() if isinstance(m, models.DifferentialAttention | models.DifferentialAttentionV2)
-    ]
+    warm_start.differentiate(model, version=version)
+    attentions = [m for m in model.modules() if isinstance(m, Differential)]
     assert sum(p.numel() for a in attentions for n in (a.q_norm, a.k_norm) for p in n.parameters()) == count > 0
     module, x = attentions[0].eval(), torch.randn(1, 5, 32)
     q = module.project(x)[0]
@@ -169,7 +168,7 @@ def test_norms_of_queries_and_keys_stay_and_their_maps_are_drawn(make, version):
 def test_version_1_follows_its_definition_under_norms_of_queries_and_keys():
     model = timm_tower("vit_tiny_patch16_224", qk_norm=True)
     old = copy.deepcopy(model.visual.trunk.blocks[0].attn)
-    models.differentiate(model, ["vision"], lambda_init=0.4)
+    warm_start.differentiate(model, ["vision"], lambda_init=0.4)
     new, x = model.visual.trunk.blocks[0].attn, torch.randn(2, 5, 32)
     q, k, v = old.qkv(x).unflatten(-1, (3, 4, 8)).permute(2, 0, 3, 1, 4)
     maps = (old.q_norm(q) @ old.k_norm(k).transpose(-1, -2) / math.sqrt(8)).softmax(-1)
@@ -216,7 +215,7 @@ def test_every_architecture_of_open_clip_keeps_its_embeddings_or_is_refused(name
         check_kept(timm_tower(vision["timm_model_name"], img_size=64, **options), 64)
     else:
         with pytest.raises(InputError, match="0 blocks with self-attention known here"):
-            models.differentiate(whole, version=2)
+            warm_start.differentiate(whole, version=2)
 
 
 def test_text_towers_of_transformers_are_refused_by_name_and_the_vision_tower_stays():
@@ -228,5 +227,5 @@ def test_text_towers_of_transformers_are_refused_by_name_and_the_vision_tower_st
     model.text = HFTextEncoder("", output_dim=16, config=config, proj_type="linear")
     before = model.state_dict().keys()
     with pytest.raises(InputError, match=r"HFTextEncoder has 0 blocks.*BertSelfAttention"):
-        models.differentiate(model, version=2)
+        warm_start.differentiate(model, version=2)
     assert model.state_dict().keys() == before

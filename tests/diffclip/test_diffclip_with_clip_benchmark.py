@@ -13,15 +13,16 @@ import torch
 from PIL import Image
 
 import diffclip
-from diffclip.benchmarks import evaluate_clip
-from diffclip.benchmarks.with_clip_benchmark import defaults
+from diffclip.benchmarks.evaluate import evaluate_clip
+from diffclip.benchmarks.protocol import Settings
+from diffclip.benchmarks.with_clip_benchmark import defaults, main
 
 NAMES = ["noise", "sky", "grass", "stone", "sand", "water"]
 
 
 @pytest.fixture
 def shards(tmp_path):
-    """Sixty random pictures in clip-benchmark's layout."""
+    """Sixty random images in clip-benchmark's layout."""
     folder, rng = tmp_path / "data" / "classification" / "mine", np.random.default_rng(0)
     (folder / "test").mkdir(parents=True)
     with tarfile.open(folder / "test" / "0.tar", "w") as tar:
@@ -35,10 +36,11 @@ def shards(tmp_path):
                 tar.addfile(info, io.BytesIO(content))
     (folder / "test" / "nshards.txt").write_text("1")
     (folder / "classnames.txt").write_text("\n".join(NAMES))
-    (folder / "zeroshot_classification_templates.txt").write_text("a photo of {c}.\n{c} in a picture.")
+    (folder / "zeroshot_classification_templates.txt").write_text("a photo of {c}.\n{c} in an image.")
     return folder
 
 
+@pytest.mark.slow
 def test_clip_benchmarks_command_gives_our_scores(shards, tmp_path):
     torch.manual_seed(0)
     diffclip.save(diffclip.build("DiffCLIP-tiny"), tmp_path / "model")
@@ -50,7 +52,8 @@ def test_clip_benchmarks_command_gives_our_scores(shards, tmp_path):
     ended = subprocess.run([sys.executable, *command], cwd=root, capture_output=True, text=True, timeout=300)
     assert ended.returncode == 0, ended.stderr[-2000:]
     theirs = json.loads((tmp_path / "scores.json").read_text())["metrics"]
-    ours = evaluate_clip(*diffclip.load(str(tmp_path / "model")), tmp_path / "data", tmp_path / "out", quiet=True)
+    model = diffclip.load(str(tmp_path / "model"))
+    ours = evaluate_clip(*model, tmp_path / "data", tmp_path / "out", Settings(quiet=True))
     for name, key in (("top1", "acc1"), ("top5", "acc5"), ("mean_per_class", "mean_per_class_recall")):
         assert ours[f"zero_shot/mine/{name}"] == pytest.approx(100 * theirs[key], abs=1e-6)
     assert 0 < theirs["acc1"] < 1  # a random model: neither perfect nor at zero, so that agreement means something
@@ -80,9 +83,9 @@ def test_a_shard_cannot_run_its_authors_code(shards, tmp_path):
         def __reduce__(self):
             return Path.touch, (planted,)
 
-    picture = io.BytesIO()
-    Image.new("RGB", (48, 48)).save(picture, "PNG")
-    members = {"png": picture.getvalue(), "cls": b"0"} | dict.fromkeys(("pyd", "pickle", "pth"), pickle.dumps(Plant()))
+    image = io.BytesIO()
+    Image.new("RGB", (48, 48)).save(image, "PNG")
+    members = {"png": image.getvalue(), "cls": b"0"} | dict.fromkeys(("pyd", "pickle", "pth"), pickle.dumps(Plant()))
     with tarfile.open(shards / "test" / "0.tar", "a") as tar:
         for suffix, content in members.items():
             info = tarfile.TarInfo(f"s0000060.{suffix}")
@@ -111,3 +114,9 @@ def test_ghostscript_is_out_of_reach(monkeypatch):
     monkeypatch.setattr(EpsImagePlugin, "gs_binary", "gs")  # as where it is installed
     only_plain_decoders()
     assert not EpsImagePlugin.has_ghostscript()
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]])
+def test_its_help_says_what_is_ours(arguments, capsys):
+    main(arguments)
+    assert "with_clip_benchmark eval --model diffclip" in capsys.readouterr().out

@@ -7,8 +7,8 @@ import open_clip
 import pytest
 import torch
 
-from diffclip.benchmarks import zero_shot
-from diffclip.errors import InputError
+from diffclip.base.errors import InputError
+from diffclip.benchmarks import prompts, zero_shot
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,7 @@ def official(golden):
 
 def test_class_means_match_the_official_classifier(official):
     features, classifier, _ = official
-    ours = zero_shot.class_means(features["zs_text"])
+    ours = prompts.class_means(features["zs_text"])
     assert (ours.T - classifier["classifier"]).abs().max() < 1e-6
     logits = 100 * torch.nn.functional.normalize(features["zs_image"], dim=-1) @ ours.T
     assert (logits - classifier["logits"]).abs().max() < 2e-4
@@ -33,7 +33,7 @@ def test_class_means_match_the_official_classifier(official):
 def test_scores_match_clip_benchmark(official, classes, case):
     features, _, expected = official
     keep = features["zs_target"] < classes
-    vectors = zero_shot.class_means(features["zs_text"])[:classes]
+    vectors = prompts.class_means(features["zs_text"])[:classes]
     found = zero_shot.classify(features["zs_image"][keep], vectors, features["zs_target"][keep].long(), block=50)
     metrics = found.metrics()
     want = expected["classification_clip_benchmark"][case]
@@ -46,7 +46,7 @@ def test_slip_mean_per_class_where_it_is_defined(official):
     """SLIP's own score is NaN as soon as a class without targets is predicted; on the other rows we agree."""
     features, _, expected = official
     found = zero_shot.classify(
-        features["zs_image"], zero_shot.class_means(features["zs_text"]), features["zs_target"].long()
+        features["zs_image"], prompts.class_means(features["zs_text"]), features["zs_target"].long()
     )
     rows = found.predicted != 11
     assert int((~rows).sum()) == expected["classification_slip"]["n_rows_predicted_11"]
@@ -60,49 +60,49 @@ def test_classifier_equals_open_clips():
     vision = {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8}
     model = open_clip.model.CLIP(24, vision, text).eval()
     tokenizer = open_clip.SimpleTokenizer(context_length=16)
-    names, templates = ["red circle", "blue star", "dog"], zero_shot.templates("imagenet7")
+    names, templates = ["red circle", "blue star", "dog"], prompts.templates("imagenet7")
     theirs = open_clip.build_zero_shot_classifier(
         model, tokenizer, names, [t.replace("{c}", "{}") for t in templates], num_classes_per_batch=1
     )
-    ours = zero_shot.classifier(model, tokenizer, names, templates, batch_size=4)
+    ours = prompts.classifier(model, tokenizer, names, templates, batch_size=4)
     assert ours.shape == (3, 24)
     assert (ours.T - theirs).abs().max() < 1e-6
 
 
 def test_named_templates():
-    assert len(zero_shot.templates("imagenet7")) == 7
-    assert len(zero_shot.templates("imagenet80")) == 80
-    assert zero_shot.templates("imagenet7")[0] == "itap of a {c}."
-    assert "a photo of a {c}." in zero_shot.templates("imagenet80")
+    assert len(prompts.templates("imagenet7")) == 7
+    assert len(prompts.templates("imagenet80")) == 80
+    assert prompts.templates("imagenet7")[0] == "itap of a {c}."
+    assert "a photo of a {c}." in prompts.templates("imagenet80")
 
 
 def test_prompts_keep_a_class_together():
-    assert zero_shot.prompts(["a", "b"], ["x {c}", "{c} y"]) == ["x a", "a y", "x b", "b y"]
+    assert prompts.prompts(["a", "b"], ["x {c}", "{c} y"]) == ["x a", "a y", "x b", "b y"]
 
 
 def test_bad_templates_are_refused(tmp_path):
     with pytest.raises(InputError, match="neither imagenet7"):
-        zero_shot.templates("nowhere.json")
+        prompts.templates("nowhere.json")
     path = tmp_path / "templates.json"
     path.write_text('["a photo"]')
     with pytest.raises(InputError, match=r"templates\.json.*\{c\}"):
-        zero_shot.templates(path)
+        prompts.templates(path)
     path.write_text('["a photo')
     with pytest.raises(InputError, match="not valid JSON"):
-        zero_shot.templates(path)
+        prompts.templates(path)
 
 
 def test_mean_per_class_is_the_mean_of_recalls():
     labels = torch.tensor([0, 0, 0, 0, 2, 2, 5])
     correct = torch.tensor([1, 1, 1, 0, 0, 1, 0], dtype=torch.bool)
     assert zero_shot.mean_per_class(correct, labels) == pytest.approx(100 * (0.75 + 0.5 + 0) / 3)
-    assert zero_shot.balanced_weights(labels).mean() == pytest.approx(1)
+    assert zero_shot.balanced(torch.ones(7), labels).mean() == pytest.approx(1)
 
 
 @pytest.mark.parametrize("line", ["lambda c: f'a bad photo of a {c}.',", "'a photo of a {}.',", 'f"itap of a {c}.",'])
 def test_lines_of_python_are_no_prompts(tmp_path, line):
     (tmp_path / "templates.txt").write_text(f"{line}\n")
     with pytest.raises(InputError, match=r"template 1, .* is Python: write only the text between the quotes"):
-        zero_shot.templates(tmp_path / "templates.txt")
+        prompts.templates(tmp_path / "templates.txt")
     (tmp_path / "templates.txt").write_text('"{c}", says the label\n')
-    assert zero_shot.templates(tmp_path / "templates.txt") == ['"{c}", says the label']
+    assert prompts.templates(tmp_path / "templates.txt") == ['"{c}", says the label']

@@ -8,7 +8,6 @@ import importlib.util
 import io
 import json
 import re
-import runpy
 import shlex
 import shutil
 import subprocess
@@ -19,12 +18,11 @@ from pathlib import Path
 import pytest
 from launch import ROOT, environment
 
-from stages.align import AlignConfig
+from stages import shipped
+from stages.cli import VERBS, call
 from stages.config import parse
-from stages.evaluate import EvaluateConfig
-from stages.instruct import InstructConfig
-from stages.pipeline import PipelineConfig, free_port
-from stages.pretrain import PretrainConfig
+from stages.pipeline import free_port
+from stages.settings import AlignConfig, EvaluateConfig, InstructConfig, PipelineConfig, PretrainConfig
 
 PAGES = [ROOT / "README.md", *sorted(p for p in (ROOT / "docs").glob("*.md") if p.name != "results.md")]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -34,28 +32,22 @@ STAND_INS = {  # what stands on a page -> what stands for it here
     "--tasks pope ": "--tasks tiny_pope --include_path tasks --output_path lmms ",  # the Hub's questions
     "--nproc-per-node 8": "--nproc-per-node 1",
 }
-SETTINGS = {  # so that a stage takes seconds
-    "stages.pretrain": ["--epochs=1", "--global_batch_size=64", "--num_workers=0"],
-    "stages.language": ["--hidden_size=32", "--layers=1"],
-    "stages.align": ["--global_batch_size=16", "--num_workers=0", "--language_model=runs/language"],
-    "stages.instruct": ["--global_batch_size=16", "--num_workers=0"],
-    "stages.evaluate": ["--few_shot_episodes=20"],
-    "diffclip.benchmarks": ["--episodes=20"],
-    "diffclip.scenes": ["--pairs=8", "--align=8", "--conversations=8", "--texts=8", "--pope=3", "--mmvp=1"]
-    + ["--retrieval=4", "--class-train=80", "--class-val=80", "--class-test=80", "--segmentation=2"],
+SETTINGS = {  # so that a command takes seconds
+    "pretrain": ["--epochs=1", "--global_batch_size=64", "--num_workers=0"],
+    "language": ["--hidden_size=32", "--layers=1"],
+    "align": ["--global_batch_size=16", "--num_workers=0", "--language_model=runs/language"],
+    "instruct": ["--global_batch_size=16", "--num_workers=0"],
+    "evaluate": ["--few_shot_episodes=20"],
+    "benchmark": ["--episodes=20"],
+    "scenes": ["--pairs=8", "--align=8", "--conversations=8", "--texts=8", "--pope=3", "--mmvp=1", "--retrieval=4"]
+    + ["--class_train=80", "--class_val=80", "--class_test=80", "--segmentation=2"],
 }
-CONFIGS = {
-    "stages.pretrain": PretrainConfig,
-    "stages.align": AlignConfig,
-    "stages.instruct": InstructConfig,
-    "stages.evaluate": EvaluateConfig,
-}
+CONFIGS = {"pretrain": PretrainConfig, "align": AlignConfig, "instruct": InstructConfig, "evaluate": EvaluateConfig}
 PARSED = {  # pages whose stages have the paper's size: their flags and configurations are read, nothing is trained
     "pope.md": tuple(CONFIGS),
-    "paper_scale.md": ("stages.pretrain",),
+    "paper_scale.md": ("pretrain",),
 }
-# training and lmms-eval start processes of their own; clip-benchmark's command changes webdataset for its whole process
-OWN_PROCESS = ("stages.", "mllm.app", "diffclip.benchmarks.with_clip_benchmark")
+OWN_PROCESS = ("app",)  # a server
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -80,22 +72,12 @@ def start(words: list[str], folder: Path) -> None:
     assert ended.returncode == 0, f"{shlex.join(words)}\n{ended.stdout[-2000:]}\n{ended.stderr[-4000:]}"
 
 
-def run_module(module: str, arguments: list[str], monkeypatch, fine: tuple = (None, 0)) -> None:
-    """`python -m MODULE ARGUMENTS` in this process, which spares the imports."""
-    monkeypatch.setattr(sys, "argv", [module, *arguments])
-    try:
-        runpy.run_module(module, run_name="__main__", alter_sys=True)
-    except SystemExit as end:
-        assert end.code in fine, f"{module} {shlex.join(arguments)} ended with {end.code}"
-
-
 def carry_out(words: list[str], page: str, folder: Path, monkeypatch) -> None:
     """Run one command of a page in `folder`."""
     program, *rest = words
     monkeypatch.chdir(folder)
     if program == "./scripts/quickstart.sh":  # run for real in test_stages_pipeline
-        flags = [word.replace("--output-dir", "--output_dir") for word in rest]
-        parse(PipelineConfig, "", [f"--config={ROOT}/stages/configs/quickstart/pipeline.yaml", *flags])
+        parse(PipelineConfig, "", ["--config=quickstart/pipeline", *rest])
     elif program == "./scripts/test.sh":
         pass  # is what runs this
     elif program == "./scripts/0_data.sh":
@@ -104,26 +86,29 @@ def carry_out(words: list[str], page: str, folder: Path, monkeypatch) -> None:
         start([str(Path(sys.executable).parent / program), *rest], folder)
         results = json.loads(next((folder / "lmms").rglob("*_results.json")).read_text(encoding="utf-8"))
         assert 0 <= results["results"]["tiny_pope"]["accuracy,none"] <= 100
+    elif program == "python":
+        start([sys.executable, *rest], folder)
     else:
-        assert program in ("python", "deepspeed", "torchrun"), f"{page}: no test knows how to run {shlex.join(words)}"
-        flag = "--module" if program == "deepspeed" else "-m"
-        at = rest.index(flag)
-        options, module, arguments = rest[:at], rest[at + 1], rest[at + 2 :]
-        if module in PARSED.get(page, ()):
-            parse(CONFIGS[module], "", arguments)
+        assert program in ("diffclip", "deepspeed", "torchrun"), f"{page}: no test can run {shlex.join(words)}"
+        at = words.index("diffclip")
+        launcher, verb, arguments = words[:at], words[at + 1], words[at + 2 :]
+        if verb in PARSED.get(page, ()):
+            parse(CONFIGS[verb], "", arguments)
             return
         if arguments[:1] != ["data"]:
-            arguments = [*arguments, *SETTINGS.get(module, [])]
+            arguments = [*arguments, *SETTINGS.get(verb, [])]
         if program == "deepspeed":
-            launcher = [sys.executable, str(Path(sys.executable).parent / program), f"--master_port={free_port()}"]
-            start([*launcher, *options, flag, module, *arguments], folder)
+            port = f"--master_port={free_port()}"
+            launcher = [sys.executable, str(Path(sys.executable).parent / program), port, *launcher[1:]]
         elif program == "torchrun":
-            start([sys.executable, "-m", "torch.distributed.run", *options, flag, module, *arguments], folder)
-        elif module.startswith(OWN_PROCESS):
-            start([sys.executable, "-m", module, *arguments], folder)
-        else:
+            launcher = [sys.executable, "-m", "torch.distributed.run", *launcher[1:]]
+        elif verb in OWN_PROCESS:
+            launcher = [sys.executable, "-m"]
+        else:  # in this process, which spares the imports
             # an untrained model's score is at chance, and `diagnose` ends with 1 where it finds why
-            run_module(module, arguments, monkeypatch, (None, 0, 1) if arguments[0] == "diagnose" else (None, 0))
+            assert call([verb, *arguments]) in ((None, 0, 1) if arguments[0] == "diagnose" else (None, 0))
+            return
+        start([*launcher, "diffclip", verb, *arguments], folder)
 
 
 @pytest.fixture(scope="module")
@@ -140,9 +125,7 @@ def workspace(tmp_path_factory) -> Path:
     (folder / "stages" / "configs").symlink_to(ROOT / "stages" / "configs")
     small = {"pairs": 96, "retrieval": 20, "class_train": 160, "class_val": 80, "class_test": 80, "align": 32}
     small |= {"conversations": 32, "texts": 300, "pope": 4, "mmvp": 2, "segmentation": 2}
-    with pytest.MonkeyPatch.context() as patch:
-        arguments = ["export", str(folder / "world")]
-        run_module("diffclip.scenes", arguments + [f"--{k.replace('_', '-')}={n}" for k, n in small.items()], patch)
+    call(["scenes", "export", str(folder / "world"), *(f"--{k}={n}" for k, n in small.items())])
     world = folder / "world"
     (folder / "pairs").symlink_to(world / "pretrain")
     for name in ("POPE", "pope"):
@@ -195,7 +178,7 @@ def write_shards(folder: Path, photos: list[Path]) -> None:
 @pytest.fixture(scope="module")
 def trained(workspace) -> Path:
     """The workspace after all commands of data.md: its runs/mine, also under the names that other pages use."""
-    language = ["python", "-m", "stages.language", "--text=text.jsonl", "--output_dir=runs/language", "--max_tokens=64"]
+    language = ["diffclip", "language", "--text=text.jsonl", "--output_dir=runs/language", "--max_tokens=64"]
     with pytest.MonkeyPatch.context() as patch:
         for words in (language, *commands(ROOT / "docs" / "data.md")):
             carry_out(words, "data.md", workspace, patch)
@@ -210,22 +193,21 @@ def trained(workspace) -> Path:
 @pytest.fixture
 def hub(workspace, monkeypatch) -> None:
     """A Hub cache that holds a small model under the id of the published weights, in their layout."""
-    from diffclip.checkpoints import main as checkpoints
-
     folder = workspace / "hub" / "models--hammh0a--DiffCLIP_ViTB16_CC12M"
     if not folder.exists():
         (folder / "refs").mkdir(parents=True)
         (folder / "refs" / "main").write_text("0" * 40)
         (folder / "snapshots" / ("0" * 40)).mkdir(parents=True)
         file = folder / "snapshots" / ("0" * 40) / "checkpoint_best.pt"
-        checkpoints(["convert", str(workspace / "runs" / "diffclip" / "pretrain"), str(file)])
+        call(["convert", str(workspace / "runs" / "diffclip" / "pretrain"), str(file)])
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(workspace / "hub"))
 
 
 def write_lmms_task(folder: Path) -> None:
     """The workspace's POPE questions as a task of lmms-eval, `tiny_pope`, in tasks/."""
-    from mllm.pope_files import find_images, read
-    from mllm.pope_lmms import write_parquet, write_tasks
+    from mllm.pope.images import find_images
+    from mllm.pope.lmms import write_parquet, write_tasks
+    from mllm.pope.questions import read
 
     questions = read(folder / "POPE")[:4]
     (folder / "tasks").mkdir()
@@ -233,6 +215,7 @@ def write_lmms_task(folder: Path) -> None:
     write_tasks(folder / "tasks", {"tiny_pope": folder / "tasks" / "tiny_pope.parquet"})
 
 
+@pytest.mark.slow
 def test_the_commands_of_your_own_data_lead_from_pairs_to_a_report(trained):
     assert "DiffCLIP-tiny" in (trained / "runs" / "mine" / "report" / "report.md").read_text(encoding="utf-8")
     assert (trained / "scenes" / "scenes.json").is_file()
@@ -241,6 +224,7 @@ def test_the_commands_of_your_own_data_lead_from_pairs_to_a_report(trained):
 OTHERS = [(page, words) for page in PAGES if page.name != "data.md" for words in commands(page)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("page", "words"), OTHERS, ids=[f"{page.stem}: {named(words)}" for page, words in OTHERS])
 def test_commands_run_as_typed(page, words, trained, hub, monkeypatch):
     carry_out(words, page.name, trained, monkeypatch)
@@ -249,6 +233,7 @@ def test_commands_run_as_typed(page, words, trained, hub, monkeypatch):
 PYTHON = [(page, code) for page in PAGES for code in blocks(page, "python")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("page", "code"), PYTHON, ids=[f"{page.stem}-{i}" for i, (page, _) in enumerate(PYTHON)])
 def test_python_blocks_run_as_they_stand(page, code, trained, hub, monkeypatch):
     monkeypatch.chdir(trained)
@@ -265,6 +250,10 @@ def test_modules_files_and_pages_that_a_page_names_exist(page):
     text = page.read_text(encoding="utf-8")
     for module in set(re.findall(r"python -m ([a-z_]+(?:\.[a-z_]+)*)", text)):
         assert importlib.util.find_spec(module), f"{page.name} names python -m {module}"
+    for verb in set(re.findall(r"(?:`|^|-m |--module )diffclip ([a-z]+)", text, re.MULTILINE)):
+        assert verb in VERBS, f"{page.name} names diffclip {verb}"
+    for config in set(re.findall(r"--config ([a-z_]+/\w+)(?=[\s`])", text)):
+        assert config in shipped.shipped(), f"{page.name} names --config {config}"
     for config in set(re.findall(r"(stages/configs/[\w/]+\.(?:yaml|json))", text)):
         assert (ROOT / config.replace("zeroN", "zero2")).is_file(), f"{page.name} names {config}"
     for link in re.findall(r"\]\((?!http)([^)#]+)", text):

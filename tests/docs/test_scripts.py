@@ -18,7 +18,10 @@ def bash(words: list[str], cwd: Path, **environment: str) -> subprocess.Complete
     )
 
 
-@pytest.mark.parametrize("script", ["1_pretrain", "2_align", "3_instruct", "4_evaluate"])
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("2_align", "3_instruct")]  # under deepspeed
+
+
+@pytest.mark.parametrize("script", ["1_pretrain", *SLOW, "4_evaluate"])
 def test_the_stages_scripts_find_the_environment_without_its_being_active(script, tmp_path):
     link = tmp_path / "linked.sh"  # and from another folder, through a link, with CDPATH set
     link.symlink_to(ROOT / "scripts" / f"{script}.sh")

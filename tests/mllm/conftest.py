@@ -77,7 +77,7 @@ def assembled(tower_dir, language_dir):
 
 @pytest.fixture(scope="session")
 def picture():
-    """picture(seed, size) -> a PIL image of noise."""
+    """image(seed, size) -> a PIL image of noise."""
 
     def make(seed: int, size: tuple[int, int] = (40, 36)) -> Image.Image:
         pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)

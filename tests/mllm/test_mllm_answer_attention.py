@@ -1,4 +1,4 @@
-"""Where an answer looks: attention weights computed by hand, the places of two pictures, and what the overlay shows."""
+"""Where an answer looks: attention weights computed by hand, the places of two images, and what the overlay shows."""
 
 import numpy as np
 import pytest
@@ -6,27 +6,25 @@ import torch
 from PIL import Image
 from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
 
-from mllm import chat
-from mllm.answer_attention import answer_attention, as_seen, overlays, picture_positions
+from mllm.answer_attention import answer_attention, image_positions, images_of_pixels, overlays
 from mllm.assemble import assemble
-from mllm.image_modes import with_mode
+from mllm.processing import with_mode
 
 ANSWER = "a small blue circle left"
 
 
 @pytest.fixture
-def two_pictures(tower_dir, language_dir, picture):
-    """A model whose template shows two pictures in one question; such a conversation; and its pictures."""
-    model, processor = assemble(tower_dir, language_dir, seed=3, template="chatml")
+def two_images(tower_dir, language_dir, picture):
+    """A model whose template shows two images in one question; such a conversation; and its images."""
+    vlm = assemble(tower_dir, language_dir, seed=3, template="chatml")
     turns = [{"from": "human", "value": "left <image> right <image> Is there a red square?"}]
-    return model, processor, turns, [picture(0), picture(1)]
+    return vlm, turns, [picture(0), picture(1)]
 
 
-def whole_conversation(model, processor, turns, pictures):
+def whole_conversation(vlm, turns, images):
     """Model inputs with ANSWER written behind them, and the position where it starts, by plain tokenising."""
-    (text,) = chat.prompts(model, processor, [turns])
-    inputs = chat.prepare(model, processor, [text], pictures)
-    answer = processor.tokenizer(ANSWER + "<|im_end|>", return_tensors="pt")["input_ids"]
+    inputs = vlm.inputs(vlm.prompts([turns]), [images])
+    answer = vlm.tokenizer(ANSWER + "<|im_end|>", return_tensors="pt")["input_ids"]
     return torch.cat([inputs["input_ids"], answer], 1), inputs["pixel_values"], inputs["input_ids"].shape[1]
 
 
@@ -45,16 +43,17 @@ def weights_by_hand(model, input_ids, pixel_values, layer):
 
 
 @torch.no_grad()
-def test_weights_are_those_of_a_computation_by_hand(two_pictures):
-    model, processor, turns, pictures = two_pictures
-    ids, pixels, first = whole_conversation(model, processor, turns, pictures)
+def test_weights_are_those_of_a_computation_by_hand(two_images):
+    vlm, turns, images = two_images
+    model = vlm.model
+    ids, pixels, first = whole_conversation(vlm, turns, images)
     model.set_attn_implementation("sdpa")
     usual = model(input_ids=ids, pixel_values=pixels).logits
     got = answer_attention(model, ids, pixels, first, (4, 4))
     assert got.shape == (ids.shape[1] - first, 2, 4, 4) and got.dtype == torch.float32
     wanted = weights_by_hand(model, ids, pixels, layer=1).mean(0)  # the later half of two layers
     starts = [i for i, one in enumerate(ids[0].tolist()) if one == model.config.image_token_id][::16]
-    assert starts[1] > starts[0] + 16  # words stand between the pictures
+    assert starts[1] > starts[0] + 16  # words stand between the images
     for number, start in enumerate(starts):
         rows = wanted[first - 1 : -1, start : start + 16]
         torch.testing.assert_close(got[:, number].flatten(1), rows, atol=1e-6, rtol=1e-4)
@@ -63,11 +62,12 @@ def test_weights_are_those_of_a_computation_by_hand(two_pictures):
     assert torch.equal(model(input_ids=ids, pixel_values=pixels).logits, usual)
 
 
-def test_a_patch_has_its_place_in_the_map(two_pictures):
-    """Attention put on one patch of the second picture shows there, in the row and column where it is."""
-    model, processor, turns, pictures = two_pictures
-    ids, pixels, first = whole_conversation(model, processor, turns, pictures)
-    place = picture_positions(ids[0] == model.config.image_token_id, 2, (4, 4))[1, 6]  # second picture, row 1, column 2
+def test_a_patch_has_its_place_in_the_map(two_images):
+    """Attention put on one patch of the second image shows there, in the row and column where it is."""
+    vlm, turns, images = two_images
+    model = vlm.model
+    ids, pixels, first = whole_conversation(vlm, turns, images)
+    place = image_positions(ids[0] == model.config.image_token_id, 2, (4, 4))[1, 6]  # second image, row 1, column 2
 
     def point(module, args, output):  # as if every head attended to nothing else
         if output[1] is None:
@@ -86,29 +86,30 @@ def test_a_patch_has_its_place_in_the_map(two_pictures):
 
 def test_class_tokens_are_left_out_and_wrong_counts_refused():
     placeholders = torch.tensor([0, 1, 1, 1, 1, 1, 0, 1, 1, 1, 1, 1], dtype=torch.bool)
-    assert picture_positions(placeholders, 2, (2, 2)).tolist() == [[2, 3, 4, 5], [8, 9, 10, 11]]
-    with pytest.raises(ValueError, match="10 placeholders for 3 pictures of 2 x 2"):
-        picture_positions(placeholders, 3, (2, 2))
+    assert image_positions(placeholders, 2, (2, 2)).tolist() == [[2, 3, 4, 5], [8, 9, 10, 11]]
+    with pytest.raises(ValueError, match="10 placeholders for 3 images of 2 x 2"):
+        image_positions(placeholders, 3, (2, 2))
 
 
-def test_an_answer_starts_behind_the_pictures(two_pictures):
-    model, processor, turns, pictures = two_pictures
-    ids, pixels, _ = whole_conversation(model, processor, turns, pictures)
+def test_an_answer_starts_behind_the_pictures(two_images):
+    vlm, turns, images = two_images
+    ids, pixels, _ = whole_conversation(vlm, turns, images)
     for wrong in (3, ids.shape[1]):
         with pytest.raises(ValueError, match="the answer starts at"):
-            answer_attention(model, ids, pixels, wrong, (4, 4))
+            answer_attention(vlm.model, ids, pixels, wrong, (4, 4))
 
 
-def test_overlays_are_of_the_last_answer(two_pictures):
-    model, processor, turns, pictures = two_pictures
-    ids, pixels, first = whole_conversation(model, processor, turns, pictures)
+def test_overlays_are_of_the_last_answer(two_images):
+    vlm, turns, images = two_images
+    model = vlm.model
+    ids, pixels, first = whole_conversation(vlm, turns, images)
     wanted = answer_attention(model, ids, pixels, first, (4, 4)).mean(0).sum((1, 2)).tolist()
-    found = overlays(model, processor, [*turns, {"from": "gpt", "value": ANSWER}], pictures)
+    found = overlays(vlm, [*turns, {"from": "gpt", "value": ANSWER}], images)
     assert [share for _, share in found] == pytest.approx(wanted, abs=1e-6)
     assert all(shown.size == (352, 352) for shown, _ in found)  # 32 px, eleven times
     earlier = [*turns, {"from": "gpt", "value": "no no no"}, {"from": "human", "value": "Is there a blue circle?"}]
-    again = overlays(model, processor, [*earlier, {"from": "gpt", "value": ANSWER}], pictures)
-    ids, pixels, first = whole_conversation(model, processor, earlier, pictures)
+    again = overlays(vlm, [*earlier, {"from": "gpt", "value": ANSWER}], images)
+    ids, pixels, first = whole_conversation(vlm, earlier, images)
     wanted = answer_attention(model, ids, pixels, first, (4, 4)).mean(0).sum((1, 2)).tolist()
     assert [share for _, share in again] == pytest.approx(wanted, abs=1e-6)
 
@@ -122,7 +123,7 @@ def test_the_picture_is_shown_as_the_tower_sees_it(assembled, mode):
     for column in range(3):
         thirds[:, 32 * column : 32 * (column + 1), column] = 255
     pixels = processor.image_processor([Image.fromarray(thirds)], return_tensors="pt")["pixel_values"]
-    seen = np.asarray(as_seen(processor, pixels)[0])
+    seen = np.asarray(images_of_pixels(processor, pixels)[0])
     assert seen.shape == (32, 32, 3)
     middle = [seen[16, x].argmax() for x in (3, 16, 28)]
     assert middle == ([1, 1, 1] if mode == "crop" else [0, 1, 2])

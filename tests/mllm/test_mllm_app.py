@@ -1,8 +1,9 @@
 """The chat page in a real browser: answers equal mllm.chat's, where they look is shown, and nobody else is called."""
 
+import importlib
+import os
 import subprocess
 import sys
-from argparse import Namespace
 from contextlib import contextmanager
 from itertools import pairwise
 
@@ -11,24 +12,26 @@ import pytest
 from browser import open_page
 from launch import ROOT, environment, run_program
 
-from diffclip.errors import InputError
-from diffclip.pictures import open_image
-from mllm import app, chat
+from diffclip.base.errors import InputError
+from diffclip.base.images import decode
+from mllm import app
 from mllm.answer_attention import overlays
 from mllm.assemble import assemble
-from mllm.model import load, save
+from mllm.conversation import question_turn
+from mllm.model import load
 from stages.pipeline import free_port
 
 pytest.importorskip("gradio")
+page = importlib.import_module("mllm.page")  # which imports gradio
 QUESTIONS = ["Is there a red square in the image?", "a small blue circle left of the green star <b>?</b>"]
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory, tower_dir, language_dir, picture):
     folder = tmp_path_factory.mktemp("app")
-    save(*assemble(tower_dir, language_dir, seed=3), folder / "run")
+    assemble(tower_dir, language_dir, seed=3).save(folder / "run")
     picture(0, (300, 200)).save(folder / "scene.png")
-    (folder / "broken.png").write_bytes(b"no picture")
+    (folder / "broken.png").write_bytes(b"no image")
     return folder
 
 
@@ -76,18 +79,19 @@ def wait_until(page, holds):
 
 @pytest.fixture(scope="module")
 def wanted(saved):
-    """[(answer, caption of its overlay)] by mllm.chat and mllm.answer_attention, and the answer without a picture."""
-    model, processor = load(saved / "run")
-    pictures, turns, found = [open_image(saved / "scene.png")], [], []
+    """[(answer, caption of its overlay)] by the model asked directly, and the answer without an image."""
+    vlm = load(saved / "run")
+    images, turns, found = [decode(saved / "scene.png")], [], []
     for question in QUESTIONS:
-        turns.append(chat.question_turn(question, 0 if turns else 1))
-        (text,) = chat.answer(model, processor, [turns], pictures, max_new_tokens=12)
+        turns.append(question_turn(question, 0 if turns else 1))
+        (text,) = vlm.answer([turns], [images], max_new_tokens=12)
         turns.append({"from": "gpt", "value": text})
-        ((_, share),) = overlays(model, processor, turns, pictures)
+        ((_, share),) = overlays(vlm, turns, images)
         found.append((text, f"{share:.1%} of the attention"))
-    return found, chat.answer(model, processor, [[chat.question_turn(QUESTIONS[0], 0)]], [], max_new_tokens=12)[0]
+    return found, vlm.ask(QUESTIONS[0], max_new_tokens=12)
 
 
+@pytest.mark.slow
 def test_a_conversation_in_the_browser(saved, wanted, tmp_path):
     port = free_port()
     arguments = [str(saved / "run"), f"--port={port}", "--max_new_tokens=12"]
@@ -102,7 +106,7 @@ def test_a_conversation_in_the_browser(saved, wanted, tmp_path):
         called = []
         page.on("request", lambda request: called.append(request.url))
         page.goto(address)
-        box, said = page.get_by_placeholder("Ask about the picture"), page.get_by_test_id("bot")
+        box, said = page.get_by_placeholder("Ask about the image"), page.get_by_test_id("bot")
         files, maps = page.get_by_label("File thumbnail"), page.get_by_label("Thumbnail 1 of 1")
 
         def ask(question, *paths):
@@ -113,7 +117,7 @@ def test_a_conversation_in_the_browser(saved, wanted, tmp_path):
             page.get_by_label("Submit").click()
 
         ask("Is it?", saved / "broken.png")
-        page.get_by_text("broken.png cannot be read as an image (not a picture)").wait_for()
+        page.get_by_text("broken.png cannot be read as an image (not an image)").wait_for()
         assert said.count() == 0 and box.input_value() == "Is it?"  # to be mended and asked again
         page.get_by_label("Remove file").click()
         files.wait_for(state="detached")
@@ -136,27 +140,33 @@ def test_a_conversation_in_the_browser(saved, wanted, tmp_path):
 
 
 def test_answers_grow_and_questions_that_cannot_be_asked_change_nothing(saved, wanted):
-    model, processor = load(saved / "run")
+    vlm = load(saved / "run")
     asked, options = {"text": QUESTIONS[0], "files": [str(saved / "scene.png")]}, {"max_new_tokens": 12}
-    steps = list(app.respond(model, processor, options, asked, [], ([], []), True))
-    texts = [shown[-1]["content"] for shown, *_ in steps]
+    steps = list(page.respond(vlm, options, asked, [], ([], []), True))
+    texts = [messages[-1]["content"] for messages, *_ in steps]
     assert len(set(texts)) > 3 and all(after.startswith(before) for before, after in pairwise(texts))
     _, talk, maps, box = steps[-1]
     assert talk[0][-1]["value"] == wanted[0][0][0] and maps[0][1] == wanted[0][0][1] and box is None
     assert all(step[2] is None for step in steps[:-1])
-    for question, words in [({"text": " ", "files": []}, "write a question"), (asked, "shows 1 pictures, but 2")]:
+    for question, words in [({"text": " ", "files": []}, "write a question"), (asked, "shows 1 images, but 2")]:
         twice = {**question, "files": question["files"] * 2}
         with pytest.raises(InputError, match=words):
-            list(app.respond(model, processor, options, twice, [], ([], []), True))
+            list(page.respond(vlm, options, twice, [], ([], []), True))
 
 
 def test_what_is_missing_is_said_in_one_sentence(tmp_path, monkeypatch):
-    options = Namespace(run=str(tmp_path), dtype=None)
-    with pytest.raises(InputError, match="no model that"):
-        app.serve(options)
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    monkeypatch.setattr("os.environ", dict(os.environ))
+    for arguments, words in [
+        ([], "no model that"),
+        (["--device=mars"], "device mars"),
+        (["--port=0"], "--port.*at least 1"),
+    ]:
+        with pytest.raises(InputError, match=words):
+            app.main([str(tmp_path), *arguments])
     monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(InputError, match=r"pip install 'diffclip-stack\[app\]'"):
-        app.serve(options)
+        app.main([str(tmp_path)])
 
 
 def test_help_answers_at_once():

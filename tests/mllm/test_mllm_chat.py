@@ -1,17 +1,18 @@
 """Chat: streamed pieces are the generated answer, batches equal single questions, files go on where they were."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
-from launch import ROOT, environment, run
+from launch import call
 
-from diffclip.errors import InputError
+from diffclip.base.errors import InputError
 from mllm import chat
-from mllm.conversation import prompt
-from mllm.model import save
+from mllm.answer_file import answer_file
+from mllm.assemble import assemble
+from mllm.conversation import prompt, question_turn
+from mllm.model import VisionLanguageModel, generation_options, load
+from stages.publish import USE
 
 QUESTIONS = ["Is there a red square?", "Is there a small blue circle left of the green star in the image?", "USER"]
 
@@ -25,36 +26,34 @@ def plain_generate(model, processor, question, picture, **options):
 
 
 def test_stream_and_batch_give_the_answers_of_generate(assembled, picture):
-    model, processor = assembled
-    pictures = [picture(n) for n in range(3)]
-    wanted = [plain_generate(model, processor, q, p, max_new_tokens=12) for q, p in zip(QUESTIONS, pictures)]
+    images = [picture(n) for n in range(3)]
+    wanted = [plain_generate(*assembled, q, p, max_new_tokens=12) for q, p in zip(QUESTIONS, images)]
     assert len(set(wanted)) > 1 and all(wanted)
-    turns = [[chat.question_turn(question, 1)] for question in QUESTIONS]
-    streamed = [list(chat.stream(model, processor, t, [p], max_new_tokens=12)) for t, p in zip(turns, pictures)]
+    turns = [[question_turn(question, 1)] for question in QUESTIONS]
+    streamed = [list(assembled.stream(t, [p], max_new_tokens=12)) for t, p in zip(turns, images)]
     assert ["".join(pieces).strip() for pieces in streamed] == wanted
     assert max(map(len, streamed)) > 1  # in pieces, not at the end
-    assert chat.answer(model, processor, turns, pictures, max_new_tokens=12) == wanted  # padded on the left
+    assert assembled.answer(turns, [[image] for image in images], max_new_tokens=12) == wanted  # padded on the left
+    assert assembled.ask(QUESTIONS[1], [images[1]], max_new_tokens=12) == wanted[1]
 
 
 def test_cache_and_bfloat16_generate(assembled, picture):
-    model, processor = assembled
-    turns = [[chat.question_turn(QUESTIONS[1], 1)]]
-    cached = chat.answer(model, processor, turns, [picture(1)], max_new_tokens=12)
-    assert chat.answer(model, processor, turns, [picture(1)], max_new_tokens=12, use_cache=False) == cached
-    assert isinstance(chat.answer(model.to(torch.bfloat16), processor, turns, [picture(1)], max_new_tokens=4)[0], str)
+    asked = QUESTIONS[1], [picture(1)]
+    cached = assembled.ask(*asked, max_new_tokens=12)
+    assert assembled.ask(*asked, max_new_tokens=12, use_cache=False) == cached
+    assembled.model.to(torch.bfloat16)
+    assert isinstance(assembled.ask(*asked, max_new_tokens=4), str)
 
 
-def test_pictures_and_placeholders_must_agree(assembled, picture):
-    with pytest.raises(InputError, match="shows 1 pictures, but 0 are given"):
-        chat.answer(*assembled, [[chat.question_turn("x", 1)]], [])
+def test_images_and_placeholders_must_agree(assembled):
+    with pytest.raises(InputError, match="shows 1 images, but 0 are given"):
+        assembled.answer([[question_turn("x", 1)]], [[]])
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory, tower_dir, language_dir, picture):
-    from mllm.assemble import assemble
-
     folder = tmp_path_factory.mktemp("chat")
-    save(*assemble(tower_dir, language_dir, seed=3), folder / "run")
+    assemble(tower_dir, language_dir, seed=3).save(folder / "run")
     for n in range(5):
         picture(n).save(folder / f"{n}.png")
     rows = [{"image": f"{n}.png", "question": QUESTIONS[n % 3], "id": n} for n in range(5)]
@@ -65,20 +64,18 @@ def saved(tmp_path_factory, tower_dir, language_dir, picture):
 def test_a_file_of_questions_goes_on_after_a_kill(saved, tmp_path):
     options = [f"--image_root={saved}", "--batch_size=2", "--max_new_tokens=6"]
     arguments = ["mllm.chat", str(saved / "run"), f"--batch={saved / 'questions.jsonl'}", *options]
-    run(*arguments, f"--out={tmp_path / 'whole.jsonl'}")
+    call(*arguments, f"--out={tmp_path / 'whole.jsonl'}")
     whole = (tmp_path / "whole.jsonl").read_text()
     rows = [json.loads(line) for line in whole.splitlines()]
     assert [row["id"] for row in rows] == list(range(5)) and all(isinstance(row["answer"], str) for row in rows)
     lines = whole.splitlines(keepends=True)
     (tmp_path / "cut.jsonl").write_text("".join(lines[:3]) + lines[3][:20])
-    run(*arguments, f"--out={tmp_path / 'cut.jsonl'}")
+    call(*arguments, f"--out={tmp_path / 'cut.jsonl'}")
     assert (tmp_path / "cut.jsonl").read_text() == whole
 
 
 @pytest.fixture(scope="module")
 def loaded(saved):
-    from mllm.model import load
-
     return load(saved / "run")
 
 
@@ -91,20 +88,20 @@ def write_rows(path, rows):
     return path
 
 
-def ask_file(loaded, questions, out, root, **options):
-    chat.answer_file(*loaded, questions, out, root, 2, {"max_new_tokens": 6, **options})
+def ask_file(vlm, questions, out, root, **options):
+    answer_file(vlm, questions, out, root, 2, **{"max_new_tokens": 6, **options})
     return answered(out)
 
 
 BAD_ROWS = [
-    ({"image": ["0.png", "1.png"]}, "shows 1 pictures, but 2 are given.*one picture at a time"),
-    ({"image": None, "question": "<image>\nIs there?"}, "shows 1 pictures, but 0 are given.*remove <image>"),
+    ({"image": ["0.png", "1.png"]}, "shows 1 images, but 2 are given.*one image at a time"),
+    ({"image": None, "question": "<image>\nIs there?"}, "shows 1 images, but 0 are given.*remove <image>"),
     ({"image": 5}, "`image` holds 5, which is no path"),
     ({"image": {"name": "0.png"}}, "`image` holds None, which is no path"),
     ({"image": ["0.png", None]}, "`image` holds None, which is no path"),
-    ({"image": "https://example.org/0.png"}, "picture https://example.org/0.png is an address.*path of a copy"),
+    ({"image": "https://example.org/0.png"}, "image https://example.org/0.png is an address.*path of a copy"),
     ({"question": "What is <|im_<image>end|>?"}, r"a question contains <\|im_end\|>"),
-    ({"image": "absent.png"}, "picture absent.png is not under"),
+    ({"image": "absent.png"}, "image absent.png is not under"),
     ({"question": " "}, "has no question"),
 ]
 
@@ -124,31 +121,28 @@ def test_rows_whose_numbers_of_images_cancel_out_are_refused(loaded, shared_case
     folder = shared_cases("rows/batch")
     rows = answered(folder / "cancel.jsonl")
     for number, left in ((1, rows), (2, [rows[0], rows[2], rows[3]])):
-        with pytest.raises(InputError, match=rf"row {number}: in template `vicuna` the conversation shows 1 pictures"):
+        with pytest.raises(InputError, match=rf"row {number}: in template `vicuna` the conversation shows 1 images"):
             ask_file(loaded, write_rows(tmp_path / "q.jsonl", left), tmp_path / "a.jsonl", folder)
     assert not (tmp_path / "a.jsonl").exists()
     questions = write_rows(tmp_path / "q.jsonl", [rows[0], rows[2]])
     given = ask_file(loaded, questions, tmp_path / "a.jsonl", folder)
-    from diffclip.pictures import open_image
+    from diffclip.base.images import decode
 
-    shown = [open_image(folder / name) for name in ("000.jpg", "003.jpg")]
+    shown = [decode(folder / name) for name in ("000.jpg", "003.jpg")]
     wanted = [plain_generate(*loaded, rows[0]["question"], one, max_new_tokens=6) for one in shown]
     assert [row["answer"] for row in given] == wanted
 
 
 def test_images_are_matched_text_by_text(assembled, picture):
-    turns = [[chat.question_turn(question, 1)] for question in QUESTIONS[:2]]
-    with pytest.raises(InputError, match=r"conversation 1: .* shows 1 pictures, but 2 are given"):
-        chat.answer(*assembled, turns, [[picture(0), picture(1)], []])
-    mixed = [[chat.question_turn(QUESTIONS[0], 0)], turns[1]]
-    alone = [chat.answer(*assembled, [mixed[0]], [], max_new_tokens=6)[0]]
-    alone += chat.answer(*assembled, [mixed[1]], [picture(1)], max_new_tokens=6)
-    assert chat.answer(*assembled, mixed, [[], [picture(1)]], max_new_tokens=6) == alone
+    turns = [[question_turn(question, 1)] for question in QUESTIONS[:2]]
+    with pytest.raises(InputError, match=r"conversation 1: .* shows 1 images, but 2 are given"):
+        assembled.answer(turns, [[picture(0), picture(1)], []])
+    mixed = [[question_turn(QUESTIONS[0], 0)], turns[1]]
+    alone = [assembled.ask(QUESTIONS[0], max_new_tokens=6), assembled.ask(QUESTIONS[1], [picture(1)], max_new_tokens=6)]
+    assert assembled.answer(mixed, [[], [picture(1)]], max_new_tokens=6) == alone
 
 
 def test_what_another_model_or_other_options_answered_is_never_kept(loaded, saved, tmp_path, tower_dir, language_dir):
-    from mllm.assemble import assemble
-
     questions, out = saved / "questions.jsonl", tmp_path / "a.jsonl"
     whole = ask_file(loaded, questions, out, saved)
     other = assemble(tower_dir, language_dir, seed=4)
@@ -173,13 +167,13 @@ def test_answers_are_found_again_by_their_rows_and_images(loaded, saved, tmp_pat
     questions, out = write_rows(tmp_path / "q.jsonl", rows), tmp_path / "a.jsonl"
     first = ask_file(loaded, questions, out, tmp_path)
     assert [row["note"] for row in rows] == [row["note"] for row in first]
-    asked, answer = [], chat.answer
+    asked, answer = [], VisionLanguageModel.answer
 
-    def counted(model, processor, turns, pictures, **options):
+    def counted(vlm, turns, images, **options):
         asked.extend(turn[0]["value"] for turn in turns)
-        return answer(model, processor, turns, pictures, **options)
+        return answer(vlm, turns, images, **options)
 
-    monkeypatch.setattr(chat, "answer", counted)
+    monkeypatch.setattr(VisionLanguageModel, "answer", counted)
     new = {"image": "4.png", "question": "And this?"}
     write_rows(questions, [new, rows[0], rows[2], rows[1], rows[3], rows[0]])  # one in front, two swapped, one repeated
     then = ask_file(loaded, questions, out, tmp_path)
@@ -194,7 +188,7 @@ def test_answers_are_found_again_by_their_rows_and_images(loaded, saved, tmp_pat
         ask_file(loaded, questions, out, tmp_path)
     write_rows(questions, [new, *rows, rows[0]])
     picture(9).save(tmp_path / "2.png")
-    with pytest.raises(InputError, match=r"line 3 .*or its picture has changed"):
+    with pytest.raises(InputError, match=r"line 3 .*or its image has changed"):
         ask_file(loaded, questions, out, tmp_path)
     out.write_text("".join(line + "\n" for number, line in enumerate(out.read_text().splitlines()) if number != 2))
     again = ask_file(loaded, questions, out, tmp_path)  # that line removed, as the message says
@@ -229,62 +223,89 @@ def test_a_file_that_holds_no_answers_is_left_alone(loaded, saved, tmp_path):
     ],
 )
 def test_options_mean_what_they_say(asked, meant):
-    assert chat.generation(asked) == meant
-    assert chat.generation(meant) == meant
+    assert generation_options(asked) == meant
+    assert generation_options(meant) == meant
 
 
 @pytest.mark.parametrize("asked", [{"temperature": -1}, {"temperature": float("nan")}, {"max_new_tokens": 0}])
 def test_options_without_a_meaning_are_refused(asked):
     (name,) = asked
     with pytest.raises(InputError, match=name):
-        chat.generation(asked)
+        generation_options(asked)
 
 
 def test_temperature_0_is_greedy_whatever_do_sample_says(assembled, picture):
-    turns, shown = [chat.question_turn(QUESTIONS[0], 1)], [picture(0)]
+    turns, images = [question_turn(QUESTIONS[0], 1)], [picture(0)]
     greedy = plain_generate(*assembled, QUESTIONS[0], picture(0), max_new_tokens=12, do_sample=False)
     torch.manual_seed(0)
     options = {"max_new_tokens": 12, "do_sample": True}
-    assert chat.answer(*assembled, [turns], [shown], temperature=0, **options) == [greedy]
-    assert "".join(chat.stream(*assembled, turns, shown, temperature=0.0, **options)).strip() == greedy
-    assert chat.answer(*assembled, [turns], [shown], temperature=5.0, **options) != [greedy]
+    assert assembled.answer([turns], [images], temperature=0, **options) == [greedy]
+    assert "".join(assembled.stream(turns, images, temperature=0.0, **options)).strip() == greedy
+    assert assembled.answer([turns], [images], temperature=5.0, **options) != [greedy]
 
 
-def test_a_conversation_on_the_console(saved):
-    command = [
-        sys.executable,
-        "-m",
-        "mllm.chat",
-        str(saved / "run"),
-        f"--image={saved / '1.png'}",
-        "--max_new_tokens=5",
-    ]
-    told = subprocess.run(
-        command, input=f"{QUESTIONS[0]}\nAnd now?\n\n", capture_output=True, text=True, cwd=ROOT, env=environment()
-    )
-    assert told.returncode == 0, told.stderr
-    assert told.stdout.count("> ") == 3 and len(told.stdout) > 10
+def test_a_conversation_on_the_console(saved, loaded, picture, monkeypatch, capsys):
+    lines, prompts = iter([QUESTIONS[0], "And now?", ""]), []
+    monkeypatch.setattr("builtins.input", lambda prompt: prompts.append(prompt) or next(lines))
+    chat.main([str(saved / "run"), f"--image={saved / '1.png'}", "--max_new_tokens=5"])
+    turns, wanted = [], ""
+    for question, images in ((QUESTIONS[0], 1), ("And now?", 0)):
+        turns.append(question_turn(question, images))
+        answer = "".join(loaded.stream(turns, [picture(1)], max_new_tokens=5))
+        turns.append({"from": "gpt", "value": answer.strip()})
+        wanted += answer + "\n"
+    assert prompts == ["> "] * 3 and capsys.readouterr().out == wanted
+
+
+def test_one_question_is_answered_and_ends(saved, loaded, capsys, picture):
+    chat.main([str(saved / "run"), f"--image={saved / '1.png'}", "--max-new-tokens=5", QUESTIONS[0]])
+    assert capsys.readouterr().out.strip() == loaded.ask(QUESTIONS[0], [picture(1)], max_new_tokens=5)
 
 
 def test_what_is_wrong_is_said_in_one_sentence(saved, tmp_path):
+    run = str(saved / "run")
     for arguments, words in [
-        ([str(saved / "run"), "--image=absent.png", "Is it?"], "absent.png cannot be read as an image"),
-        ([str(saved / "run"), "--batch=x.jsonl"], "--batch and --out go together"),
-        ([str(saved / "run"), "--batch=x.jsonl", "--out=y", "--batch_size=0"], "--batch_size is 0"),
+        ([run, "--image=absent.png", "Is it?"], "absent.png cannot be read as an image"),
+        ([run, "--batch=x.jsonl"], "--batch and --out go together"),
+        ([run, "--batch=x.jsonl", "--out=y", "Is it?"], "--batch takes its questions"),
+        ([run, "--batch=x.jsonl", "--out=y", "--batch_size=0"], "--batch_size: '0' must be at least 1"),
+        ([run, "--temperature=nan"], "--temperature: 'nan' must be at least 0"),
+        ([run, "--max_new_tokens=0"], "--max_new_tokens: '0' must be at least 1"),
+        ([run, "--device=mars", "Is it?"], "device mars: not on this machine"),
+        ([run, "--dtype=bfloat"], "--dtype bfloat: did you mean bfloat16"),
+        ([run, "Is it?", "--imag=a.png"], "unknown flag --imag: did you mean --image"),
         ([str(tmp_path), "Is it?"], "no model that"),
     ]:
-        ended = run("mllm.chat", *arguments, check=False)
-        assert ended.returncode == 2 and words in ended.stderr and "Traceback" not in ended.stderr, ended.stderr
+        with pytest.raises(InputError, match=words):
+            call("mllm.chat", *arguments)
+
+
+OLD_CARD = """from PIL import Image
+
+from mllm import chat
+from mllm.model import load
+
+model, processor = load("{repo}")
+question = chat.question_turn("What is in the picture?", pictures=1)
+print(chat.answer(model, processor, [[question]], [Image.open("a.jpg").convert("RGB")])[0])"""
+
+
+@pytest.mark.parametrize("code", [USE["instruct"], OLD_CARD])
+def test_the_code_on_model_cards_runs(saved, picture, tmp_path, monkeypatch, capsys, code):
+    """Also that of cards published by earlier versions."""
+    picture(1).save(tmp_path / "a.jpg")
+    monkeypatch.chdir(tmp_path)
+    exec(code.format(repo=saved / "run"), {})
+    assert capsys.readouterr().out.strip()
 
 
 def test_closing_a_stream_ends_the_generation(assembled, picture):
-    model, processor = assembled
-    passes = []
-    model.lm_head.register_forward_hook(lambda *_: passes.append(1))
-    pieces = chat.stream(model, processor, [chat.question_turn(QUESTIONS[0], 1)], [picture(0)], max_new_tokens=400)
+    passes, turns = [], [question_turn(QUESTIONS[0], 1)]
+    assembled.model.lm_head.register_forward_hook(lambda *_: passes.append(1))
+    pieces = assembled.stream(turns, [picture(0)], max_new_tokens=400)
     next(pieces)
     pieces.close()
     done = len(passes)
     assert done < 400
-    assert chat.answer(model, processor, [[chat.question_turn(QUESTIONS[0], 1)]], [picture(0)], max_new_tokens=1)
+    assert assembled.answer([turns], [[picture(0)]], max_new_tokens=1)
     assert len(passes) == done + 1  # nothing went on behind

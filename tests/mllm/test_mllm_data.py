@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from diffclip.errors import InputError
+from diffclip.base.errors import InputError
 from mllm.conversation import IGNORE, NoSupervisionError, encode, render
-from mllm.data import find_pictures, load_rows
-from mllm.examples import ConversationDataset, collate, padded_length, training_order
-from mllm.model import freeze
+from mllm.data.examples import ConversationDataset, collate, padded_length, training_order
+from mllm.data.images import find_place
+from mllm.data.rows import load_rows
+from mllm.weights import freeze
 
 
 def turns(*values):
@@ -22,7 +23,7 @@ def turns(*values):
 
 @pytest.fixture
 def folder(tmp_path, picture):
-    """Two pictures as files and one inside a tar."""
+    """Two images as files and one inside a tar."""
     (tmp_path / "coco").mkdir()
     (tmp_path / "shots").mkdir()
     picture(0).save(tmp_path / "coco/0.png")
@@ -120,7 +121,7 @@ def test_packed_examples_have_the_loss_and_gradients_of_padded_ones(folder, asse
 
 def test_prefix_keeps_a_subset_and_several_files_make_a_mixture(folder):
     file = write(folder / "rows.json", ROWS)
-    assert [r.pictures[0].file for r in load_rows([file], folder, image_prefix="coco/")] == [str(folder / "coco/0.png")]
+    assert [r.images[0].file for r in load_rows([file], folder, image_prefix="coco/")] == [str(folder / "coco/0.png")]
     assert len(load_rows([file, file], folder)) == 6
     with pytest.raises(InputError, match="vg/"):
         load_rows([file], folder, image_prefix="vg/")
@@ -128,9 +129,8 @@ def test_prefix_keeps_a_subset_and_several_files_make_a_mixture(folder):
 
 def test_files_win_over_tars_and_absent_names_are_none(folder, picture):
     picture(5).save(folder / "shots/2.png")
-    places = find_pictures(folder, ["shots/2.png", "shots/3.png", "nowhere/1.png"])
-    assert places["shots/2.png"].file == str(folder / "shots/2.png")
-    assert places["shots/3.png"] is None and places["nowhere/1.png"] is None
+    assert find_place(folder, "shots/2.png").file == str(folder / "shots/2.png")
+    assert find_place(folder, "shots/3.png") is None and find_place(folder, "nowhere/1.png") is None
 
 
 @pytest.mark.parametrize(
@@ -141,9 +141,9 @@ def test_files_win_over_tars_and_absent_names_are_none(folder, picture):
         ({"image": "coco/0.png", "conversations": turns("<image>\na")}, ["answer"]),
         ({"image": "coco/0.png", "conversations": turns("<image>\na", " ")}, ["empty"]),
         ({"image": "coco/0.png", "conversations": turns("<image>\na", "<image>")}, ["<image>"]),
-        ({"image": "coco/0.png", "conversations": turns("a", "b")}, ["1 pictures", "shows 0"]),
-        ({"conversations": turns("<image>\na", "b")}, ["0 pictures", "shows 1"]),
-        ({"image": ["coco/0.png", "coco/1.png"], "conversations": turns("<image>\na", "b")}, ["2 pictures"]),
+        ({"image": "coco/0.png", "conversations": turns("a", "b")}, ["1 images", "shows 0"]),
+        ({"conversations": turns("<image>\na", "b")}, ["0 images", "shows 1"]),
+        ({"image": ["coco/0.png", "coco/1.png"], "conversations": turns("<image>\na", "b")}, ["2 images"]),
         ({"image": "coco/0.png"}, ["conversations"]),
     ],
 )
@@ -194,7 +194,7 @@ def test_files_that_hold_no_rows(folder, content):
 
 
 def test_broken_picture_is_named(folder, assembled):
-    (folder / "coco/0.png").write_bytes(b"no picture")
+    (folder / "coco/0.png").write_bytes(b"no image")
     dataset = ConversationDataset(
         load_rows([write(folder / "r.json", ROWS[:1])], folder), assembled[1], template="vicuna"
     )
@@ -206,8 +206,8 @@ def test_real_rows_with_pictures_in_tars(shared_data, assembled):
     root = shared_data("llava").parent
     rows = load_rows([root / "llava/stage1_captions.json"], root)
     assert len(rows) == 8166
-    in_tar = next(r for r in rows if r.pictures[0].file.endswith(".tar"))
-    assert in_tar.pictures[0].open().mode == "RGB"
+    in_tar = next(r for r in rows if r.images[0].file.endswith(".tar"))
+    assert in_tar.images[0].open().mode == "RGB"
 
 
 class Rows(NamedTuple):
@@ -270,5 +270,5 @@ def test_rows_show_nothing_outside_of_image_root(folder, picture, name):
     with pytest.raises(InputError, match=r"leads outside|as Windows writes it"):
         load_rows([folder / "coco" / "rows.json"], folder / "coco")
     if name == "{}/secret.png":
-        (found,) = load_rows([folder / "coco" / "rows.json"], folder)[0].pictures
+        (found,) = load_rows([folder / "coco" / "rows.json"], folder)[0].images
         assert found.file == str(folder / "secret.png")

@@ -1,11 +1,11 @@
-"""`python -m benchmarks.held_out`: no picture on both sides, whatever the order; scores that can be counted by hand."""
+"""`python -m benchmarks.held_out`: no image on both sides, whatever the order; scores that can be counted by hand."""
 
 import json
 
 import pytest
 
 from benchmarks.held_out import held_out, main, score
-from diffclip.errors import InputError
+from diffclip.base.errors import InputError
 
 
 def row(i: int, source: str, turns: int = 1) -> dict:
@@ -68,7 +68,7 @@ def test_answers_are_counted_by_question_to_the_letter():
 
 @pytest.mark.parametrize(
     "content, told",
-    [("{", "no JSON list"), ("[1]", "no JSON list"), ('[{"conversations": []}]', "row 0 has no image")],
+    [("{", "not valid JSON"), ("[1]", "no JSON list"), ('[{"conversations": []}]', "row 0 has no image")],
 )
 def test_files_that_cannot_be_split_are_named(files, content, told):
     (files / "captions.json").write_text(content)

@@ -1,4 +1,4 @@
-"""Ways to make a picture square: what is seen, what is not, and that the choice is saved with the model."""
+"""Ways to make an image square: what is seen, what is not, and that the choice is saved with the model."""
 
 import numpy as np
 import pytest
@@ -7,11 +7,11 @@ from PIL import Image
 from transformers import AutoProcessor
 
 import diffclip
-from diffclip.errors import InputError
+from diffclip.base.errors import InputError
 from diffclip.hf import image_processor
 from mllm.assemble import assemble
-from mllm.image_modes import bounded, with_mode
-from mllm.model import load, save
+from mllm.model import VisionLanguageModel, load
+from mllm.processing import bounded, with_mode
 
 
 def picture():
@@ -49,7 +49,7 @@ def test_what_each_mode_shows(kind, tower_dir):
 @pytest.mark.parametrize("mode", ["squash", "pad"])
 def test_the_mode_is_saved_with_the_model(mode, tower_dir, language_dir, tmp_path):
     model, processor = assemble(tower_dir, language_dir, image_mode=mode)
-    save(model, processor, tmp_path)
+    VisionLanguageModel(model, processor).save(tmp_path)
     _, again = load(tmp_path)
     assert torch.equal(seen(again.image_processor), seen(processor.image_processor))
     text = "<image>\nIs there a red square?"

@@ -6,10 +6,11 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from diffclip.errors import InputError
+from diffclip.base.errors import InputError
 from mllm.assemble import assemble
 from mllm.lora import base_weights
-from mllm.model import load, parts, save
+from mllm.model import VisionLanguageModel, load
+from mllm.weights import parts
 
 TINY = {
     "hidden_size": 32,
@@ -67,7 +68,7 @@ def test_logits_loss_and_words_are_the_language_models_own(family, tower_dir, la
     how = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
     assert torch.equal(model.generate(input_ids=ids, **how), own.generate(input_ids=ids, **how))
     assert base_weights(model).keys() == parts(model)["language_model"].state_dict().keys()
-    save(model, processor, tmp_path / "run")
+    VisionLanguageModel(model, processor).save(tmp_path / "run")
     again, _ = load(tmp_path / "run")
     torch.testing.assert_close(again(input_ids=ids).logits, expected.logits)
 
@@ -92,7 +93,7 @@ def test_what_cannot_be_used_is_refused_by_name(family, tower_dir, language_dir,
 
 
 def test_a_head_that_gives_other_logits_is_refused(tower_dir, language_dir, monkeypatch):
-    from mllm.model import DiffCLIPLlavaForConditionalGeneration as Model
+    from mllm.llava import DiffCLIPLlavaForConditionalGeneration as Model
 
     monkeypatch.setattr(Model, "logits", lambda self, hidden: self.lm_head(hidden) * 1.01)
     with pytest.raises(InputError, match=r"Qwen2ForCausalLM cannot be used.*1\.0% away"):
@@ -102,7 +103,7 @@ def test_a_head_that_gives_other_logits_is_refused(tower_dir, language_dir, monk
 @pytest.mark.parametrize("family", ["granite", "qwen2"])
 def test_runs_of_earlier_versions_load_unless_their_logits_were_others(family, tower_dir, language_dir, tmp_path):
     path = write_language_model(tmp_path / "lm", family, language_dir)
-    save(*assemble(tower_dir, path), tmp_path / "run")
+    assemble(tower_dir, path).save(tmp_path / "run")
     file = tmp_path / "run/fingerprints.json"
     prints = json.loads(file.read_text())
     del prints["settings"]["own_logits"]

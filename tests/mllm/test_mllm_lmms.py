@@ -11,22 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from diffclip.base.errors import InputError
 from diffclip.base.files import read_jsonl
-from diffclip.errors import InputError
 from mllm.conversation import prompt
-from mllm.model import save
-from mllm.pope_files import POST_PROMPT, SPLITS, find_images, read
-from mllm.pope_lmms import _same, evaluate_with_lmms, score_answers, write_parquet, write_tasks
-from mllm.pope_scores import (
-    GREY,
-    grey_images,
-    grey_picture,
-    intervals,
-    no_images,
-    parse_lmms_eval,
-    score,
-    shuffle_images,
-)
+from mllm.pope.images import find_images
+from mllm.pope.lmms import _same, evaluate_with_lmms, score_answers, write_parquet, write_tasks
+from mllm.pope.parsers import parse_lmms_eval
+from mllm.pope.questions import POST_PROMPT, SPLITS, read
+from mllm.pope.scores import CONTROLS, GREY, grey_image, intervals, score, shuffle_images
 
 lmms_eval = pytest.importorskip("lmms_eval")
 OBJECTS = ("red square", "small blue circle", "green star")
@@ -46,7 +38,7 @@ def installed(tmp_path, monkeypatch):
 
 @pytest.fixture
 def pope_dir(tmp_path, picture):
-    """POPE about four pictures; a name and a question hold what some readers take for the end of a line."""
+    """POPE about four images; a name and a question hold what some readers take for the end of a line."""
     coin = random.Random(0)
     folder = tmp_path / "pope"
     (folder / "images").mkdir(parents=True)
@@ -66,12 +58,12 @@ def pope_dir(tmp_path, picture):
 
 @pytest.fixture
 def run_dir(assembled, tmp_path):
-    save(*assembled, tmp_path / "run")
+    assembled.save(tmp_path / "run")
     return tmp_path / "run"
 
 
 def asked_about(pope_dir):
-    """POPE's questions and their pictures."""
+    """POPE's questions and their images."""
     questions = read(pope_dir)
     return questions, find_images(questions, pope_dir / "images")
 
@@ -83,15 +75,15 @@ def ask_directly(model, processor, picture, text, **options):
     return processor.tokenizer.decode(tokens, skip_special_tokens=True).strip()
 
 
+@pytest.mark.slow
 def test_lmms_eval_on_two_processes_gives_the_models_own_answers(
     installed, assembled, run_dir, pope_dir, picture, tmp_path
 ):
     out = tmp_path / "out"
     questions, images = asked_about(pope_dir)
     scores = evaluate_with_lmms(run_dir, questions, images, out, batch_size=5, processes=2, seed=1)
-    passes = {"model": questions, "shuffled": shuffle_images(questions, seed=1)}
-    passes |= {"grey": grey_images(questions), "no_image": no_images(questions)}
-    shown = {q.image: picture(int(q.image[0])) for q in questions} | {GREY: grey_picture(), "": None}
+    passes = {"model": questions, **{name: control(questions, 1) for name, control in CONTROLS.items()}}
+    shown = {q.image: picture(int(q.image[0])) for q in questions} | {GREY: grey_image(), "": None}
     lines = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
     given = {name: [line["answer"] for line in lines if line["pass"] == name] for name in passes}
     for name, asked in passes.items():
@@ -106,6 +98,7 @@ def test_lmms_eval_on_two_processes_gives_the_models_own_answers(
     assert scores["always_yes"]["mean"]["yes_rate"] == 1.0 and set(scores["blind"]) == {*SPLITS, "mean"}
 
 
+@pytest.mark.slow
 def test_lmms_evals_own_pope_task_runs(installed, assembled, run_dir, pope_dir, picture, tmp_path):
     """The standard task, whose set of the Hub lies in a folder of its name, where `datasets` looks first."""
     questions, images = asked_about(pope_dir)
@@ -127,6 +120,7 @@ def test_lmms_evals_own_pope_task_runs(installed, assembled, run_dir, pope_dir, 
     assert [a[:4] for a in given] == [a[:4] for a in direct]  # the task allows longer answers
 
 
+@pytest.mark.slow
 def test_the_command_with_batch_size_auto_heeds_a_tasks_options(
     installed, assembled, run_dir, pope_dir, picture, tmp_path
 ):
@@ -160,7 +154,7 @@ def test_an_lmms_eval_that_fails_is_an_error(installed, tmp_path, pope_dir, monk
     stand_in = tmp_path / "python"
     stand_in.write_text("#!/bin/sh\necho 'Error during evaluation: it broke' >&2\n")
     stand_in.chmod(0o755)
-    monkeypatch.setattr("mllm.pope_lmms.sys.executable", str(stand_in))
+    monkeypatch.setattr("mllm.pope.lmms.sys.executable", str(stand_in))
     with pytest.raises(InputError, match=r"code 0 and no results.*it broke"):
         evaluate_with_lmms(tmp_path / "run", *asked_about(pope_dir), tmp_path / "out", controls=())
 
@@ -173,7 +167,7 @@ def test_a_tasks_own_conversion_to_rgb_shows_what_our_decoder_shows():
     import numpy as np
     from PIL import EpsImagePlugin, Image
 
-    from diffclip.pictures import open_image
+    from diffclip.base.images import decode
     from mllm.lmms_plugin import DiffCLIPLlavaForEvaluation
 
     exif = Image.Exif()
@@ -195,9 +189,9 @@ def test_a_tasks_own_conversion_to_rgb_shows_what_our_decoder_shows():
     plugin = DiffCLIPLlavaForEvaluation.__new__(DiffCLIPLlavaForEvaluation)  # no model is needed for this
     plugin.task_dict = {"t": {"test": rows}}
     for i, content in enumerate(contents):
-        wanted = open_image(content)
-        first = plugin._pictures(lambda doc: [doc["image"].convert("RGB")], i, "t", "test")
-        rest = plugin._pictures(lambda doc: [one.convert("RGB") for one in doc["more"]], i, "t", "test")
+        wanted = decode(content)
+        first = plugin._images(lambda doc: [doc["image"].convert("RGB")], i, "t", "test")
+        rest = plugin._images(lambda doc: [one.convert("RGB") for one in doc["more"]], i, "t", "test")
         for seen in (*first, *rest):
             assert seen.size == wanted.size and seen.tobytes() == wanted.tobytes()
     assert not EpsImagePlugin.has_ghostscript()
@@ -213,14 +207,14 @@ def test_scores_that_differ_from_lmms_evals_are_an_error():
 def test_unknown_controls_and_missing_pictures_are_refused(pope_dir, tmp_path):
     with pytest.raises(InputError, match="mirrored"):
         evaluate_with_lmms(tmp_path, *asked_about(pope_dir), tmp_path / "out", controls=("mirrored",))
-    with pytest.raises(InputError, match=r"4 pictures.*0\.png"):
+    with pytest.raises(InputError, match=r"4 images.*0\.png"):
         find_images(read(pope_dir), pope_dir / "nowhere")
     questions, images = asked_about(pope_dir)
     with pytest.raises(InputError, match="no labels"):
         evaluate_with_lmms(tmp_path, [q._replace(label="") for q in questions], images, tmp_path / "out")
 
 
-def test_parquet_has_the_hubs_columns_and_the_pictures(pope_dir, picture, tmp_path):
+def test_parquet_has_the_hubs_columns_and_the_images(pope_dir, picture, tmp_path):
     import datasets
 
     questions, images = asked_about(pope_dir)
@@ -294,8 +288,8 @@ def test_loglikelihood_is_the_sum_over_the_answers_tokens(evaluation_model, asse
 
 def test_loglikelihood_knows_what_greedy_decoding_would_write(evaluation_model, picture):
     evaluation_model.task_dict = {"t": {"test": [{"image": picture(0)}]}}
-    (wanted,) = evaluation_model.processor.tokenizer(" yes")["input_ids"]
-    evaluation_model.model.lm_head.register_forward_hook(
+    (wanted,) = evaluation_model.vlm.tokenizer(" yes")["input_ids"]
+    evaluation_model.vlm.model.lm_head.register_forward_hook(
         lambda module, args, logits: logits + 1000 * torch.nn.functional.one_hot(torch.tensor(wanted), logits.shape[-1])
     )
     asked = [("Is there?", answer, show, 0, "t", "test") for answer in ("yes", "no", "yes yes", "yes no")]
@@ -310,9 +304,9 @@ def test_equal_questions_are_answered_once_and_stop_words_cut(evaluation_model, 
     options = {"max_new_tokens": 6, "do_sample": False}
     asked = [("Is there a red square?", options, show, i, "t", "test") for i in range(6)]
     batches = []
-    generate = evaluation_model.model.generate
+    generate = evaluation_model.vlm.model.generate
     monkeypatch.setattr(
-        evaluation_model.model, "generate", lambda **k: batches.append(len(k["input_ids"])) or generate(**k)
+        evaluation_model.vlm.model, "generate", lambda **k: batches.append(len(k["input_ids"])) or generate(**k)
     )
     answers = evaluation_model.generate_until(requests("generate_until", asked))
     assert batches == [2]
@@ -358,7 +352,7 @@ def test_batch_size_auto_halves_where_memory_runs_out(run_dir, picture, monkeypa
 
     def model(**options):
         one = DiffCLIPLlavaForEvaluation(str(run_dir), device="cpu", **options)
-        one.task_dict, sizes, forward = docs, [], one.model.model.forward
+        one.task_dict, sizes, forward = docs, [], one.vlm.model.model.forward
 
         def scarce(*args, **inputs):
             rows = len(inputs.get("input_ids") if inputs.get("input_ids") is not None else inputs["inputs_embeds"])
@@ -367,7 +361,7 @@ def test_batch_size_auto_halves_where_memory_runs_out(run_dir, picture, monkeypa
             sizes.append(rows)
             return forward(*args, **inputs)
 
-        monkeypatch.setattr(one.model.model, "forward", scarce)
+        monkeypatch.setattr(one.vlm.model.model, "forward", scarce)
         return one, sizes
 
     auto, sizes = model(batch_size="auto")
@@ -395,7 +389,7 @@ def test_no_question_gets_its_neighbours_image(evaluation_model, picture):
     evaluation_model.task_dict = {"t": {"test": docs}}
     for kind, options in (("generate_until", {"max_new_tokens": 4}), ("loglikelihood", "yes")):
         for first, words in (
-            (0, "question 0 of test: .* shows 1 pictures, but 2"),
+            (0, "question 0 of test: .* shows 1 images, but 2"),
             (1, "question 1 .* but 0 are given"),
         ):
             order = [first, 1 - first]
@@ -413,7 +407,7 @@ def test_odd_files_and_names_do_not_end_an_evaluation(run_dir, picture, tmp_path
     def answer():
         model = DiffCLIPLlavaForEvaluation(str(run_dir), batch_size=2, device="cpu", answers=str(kept))
         model.task_dict, passes = {"t": {"test": [{"image": picture(0)}]}}, []
-        model.model.lm_head.register_forward_hook(lambda *_: passes.append(1))
+        model.vlm.model.lm_head.register_forward_hook(lambda *_: passes.append(1))
         asked = [(question, {"max_new_tokens": 4}, show, 0, "t", "test")]
         return model.generate_until(requests("generate_until", asked)), len(passes)
 
@@ -436,7 +430,7 @@ def test_a_killed_evaluation_goes_on_from_what_it_had_answered(run_dir, assemble
         model = DiffCLIPLlavaForEvaluation(str(run), batch_size=2, device="cpu", answers=str(tmp_path / "answered"))
         model.task_dict = {"t": {"test": docs}}
         batches = []
-        generate = model.model.generate
+        generate = model.vlm.model.generate
 
         def counted(**inputs):
             if len(batches) == limit:
@@ -444,7 +438,7 @@ def test_a_killed_evaluation_goes_on_from_what_it_had_answered(run_dir, assemble
             batches.append(len(inputs["input_ids"]))
             return generate(**inputs)
 
-        monkeypatch.setattr(model.model, "generate", counted)
+        monkeypatch.setattr(model.vlm.model, "generate", counted)
         return model, batches
 
     limit = 2
@@ -463,7 +457,7 @@ def test_a_killed_evaluation_goes_on_from_what_it_had_answered(run_dir, assemble
     assert model.generate_until(asked) == answers and batches == []
     with torch.no_grad():  # answers of other weights are of no use
         assembled[0].lm_head.weight.mul_(1.5)
-    save(*assembled, tmp_path / "other")
+    assembled.save(tmp_path / "other")
     model, batches = started(tmp_path / "other")
     model.generate_until(asked)
     assert batches == [2, 2, 1]

@@ -9,11 +9,12 @@ import torch
 from peft import PeftModel
 from transformers import AutoModel, AutoModelForCausalLM, Qwen2Config
 
-from diffclip.errors import InputError
-from diffclip.fingerprint import fingerprint
+from diffclip.base.errors import InputError
+from diffclip.base.fingerprint import fingerprint
 from mllm.assemble import assemble
 from mllm.lora import add_lora, base_weights, merge, quantise
-from mllm.model import freeze, load, parts, save
+from mllm.model import VisionLanguageModel, load
+from mllm.weights import freeze, parts
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10, 11, 12]])
 
@@ -35,7 +36,7 @@ def logits(model):
 
 
 def test_merged_logits_equal_the_adapters_and_the_run_loads_like_any_other(assembled, language_dir, tmp_path):
-    model, processor = assembled
+    model = assembled.model
     before, untouched = parts(model), logits(model)
     prints = {name: fingerprint(module) for name, module in before.items()}
     freeze(model, {"projector"})
@@ -50,7 +51,7 @@ def test_merged_logits_equal_the_adapters_and_the_run_loads_like_any_other(assem
     merge(adapter, tmp_path)
     assert (logits(model) - trained).abs().max() < 1e-4
     assert fingerprint(parts(model)["language_model"]) != prints["language_model"]
-    save(model, processor, tmp_path)
+    assembled.save(tmp_path)
     again, _ = load(tmp_path)
     assert torch.equal(logits(again), logits(model))
 
@@ -100,7 +101,7 @@ def test_qlora_trains_on_rounded_weights_and_merges_into_the_true_ones(tower_dir
     ours = parts(model)["language_model"]["model"].state_dict()
     assert all(torch.allclose(w, ours[name], atol=1e-6) for name, w in rebuilt.state_dict().items())
     assert any((w - ours[name]).abs().max() > 1e-3 for name, w in untouched.items())
-    save(model, processor, tmp_path)
+    VisionLanguageModel(model, processor).save(tmp_path)
     assert torch.equal(logits(load(tmp_path)[0]), logits(model))
 
 

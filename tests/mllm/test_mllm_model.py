@@ -2,13 +2,11 @@
 
 import json
 import shutil
-import sys
 from operator import attrgetter
 
 import numpy as np
 import pytest
 import torch
-from launch import run_program
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
@@ -28,17 +26,17 @@ from transformers import (
 import diffclip
 import mllm.assemble as mllm_assemble
 from diffclip import checkpoints
-from diffclip.errors import InputError
-from diffclip.fingerprint import fingerprint
-from mllm.assemble import assemble, plan, whiten_projector
-from mllm.chat import answer, question_turn
+from diffclip.base.errors import InputError
+from diffclip.base.fingerprint import fingerprint
+from mllm.assemble import assemble, assembled_config, whiten_projector
 from mllm.conversation import IGNORE, NoSupervisionError, prompt
-from mllm.examples import collate
-from mllm.model import WeightsError, freeze, identity, load, parts, save, verify
+from mllm.data.examples import collate
+from mllm.model import VisionLanguageModel, load
+from mllm.weights import WeightsError, freeze, parts, verify
 
 
 def ask(processor, pictures, questions):
-    """Left-padded model inputs for one question about each picture."""
+    """Left-padded model inputs for one question about each image."""
     processor.tokenizer.padding_side = "left"
     texts = [prompt([{"from": "human", "value": f"<image>\n{q}"}], "vicuna") for q in questions]
     return processor(images=pictures, text=texts, padding=True, return_tensors="pt")
@@ -142,7 +140,7 @@ def test_features_are_the_penultimate_layer_without_cls(assembled, picture):
 
 def test_save_and_auto_classes_give_the_same_model(assembled, picture, tmp_path):
     model, processor = assembled
-    save(model, processor, tmp_path)
+    assembled.save(tmp_path)
     inputs = ask(processor, [picture(0)], ["Is there a red square?"])
     with torch.no_grad():
         expected = model(**inputs).logits
@@ -160,7 +158,7 @@ def test_save_and_auto_classes_give_the_same_model(assembled, picture, tmp_path)
 
 def test_plain_llava_classes_refuse_a_linear_projector(assembled, tmp_path):
     """They would put random weights in its place and only warn."""
-    save(*assembled, tmp_path)
+    assembled.save(tmp_path)
     config = AutoConfig.from_pretrained(tmp_path)
     for kind in (LlavaForConditionalGeneration, LlavaModel):
         for given in ({}, {"config": config}):
@@ -170,7 +168,7 @@ def test_plain_llava_classes_refuse_a_linear_projector(assembled, tmp_path):
 
 def test_plain_llava_loads_its_own_projector_whole(tower_dir, language_dir, picture, tmp_path):
     model, processor = assemble(tower_dir, language_dir, projector="mlp", seed=3)
-    save(model, processor, tmp_path)
+    VisionLanguageModel(model, processor).save(tmp_path)
     plain, info = LlavaForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     inputs = ask(processor, [picture(0)], ["Is there a red square?"])
@@ -179,36 +177,16 @@ def test_plain_llava_loads_its_own_projector_whole(tower_dir, language_dir, pict
 
 def test_auto_model_loads_every_weight(assembled, picture, tmp_path):
     model, processor = assembled
-    save(model, processor, tmp_path)
+    assembled.save(tmp_path)
     loaded, info = AutoModel.from_pretrained(tmp_path, output_loading_info=True)
     assert type(loaded).__name__ == "DiffCLIPLlavaModel" and not any(info.values())
     inputs = ask(processor, [picture(0)], ["Is there a red square?"])
     torch.testing.assert_close(loaded(**inputs).last_hidden_state, model.model(**inputs).last_hidden_state)
 
 
-def test_import_diffclip_is_all_that_the_auto_classes_need(assembled, picture, tmp_path):
-    model, processor = assembled
-    save(model, processor, tmp_path / "run")
-    picture(0).save(tmp_path / "0.png")
-    script = """
-import sys, diffclip
-from PIL import Image
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
-run, image, text = sys.argv[1:]
-print(AutoConfig.from_pretrained(run).model_type, type(AutoModel.from_pretrained(run)).__name__)
-processor, model = AutoProcessor.from_pretrained(run), AutoModelForImageTextToText.from_pretrained(run)
-inputs = processor(images=Image.open(image), text=text, return_tensors="pt")
-print(model.generate(**inputs, max_new_tokens=6)[0].tolist())
-"""
-    text = prompt([{"from": "human", "value": "<image>\nIs there a red square?"}], "vicuna")
-    told = run_program([sys.executable, "-c", script, str(tmp_path / "run"), str(tmp_path / "0.png"), text], check=True)
-    wanted = model.generate(**processor(images=picture(0), text=text, return_tensors="pt"), max_new_tokens=6)
-    assert told.stdout.splitlines() == ["diffclip_llava DiffCLIPLlavaModel", str(wanted[0].tolist())]
-
-
 def test_a_saved_processor_pads_left_and_training_pads_right(assembled, picture, tmp_path):
-    model, processor = assembled
-    save(model, processor, tmp_path)
+    model = assembled.model
+    assembled.save(tmp_path)
     read = AutoProcessor.from_pretrained(tmp_path)
     texts = [prompt([{"from": "human", "value": f"<image>\n{q}"}], "vicuna") for q in ("Is there a red square?", "a")]
     shown = [picture(0), picture(1)]
@@ -226,7 +204,7 @@ def test_a_saved_processor_pads_left_and_training_pads_right(assembled, picture,
 
 def test_a_run_saved_by_earlier_versions_loads(assembled, tmp_path):
     model, processor = assembled
-    save(model, processor, tmp_path)
+    assembled.save(tmp_path)
     for name, key, value in (
         ("config.json", "projector_hidden_act", "gelu"),
         ("tokenizer_config.json", "padding_side", "right"),
@@ -237,19 +215,21 @@ def test_a_run_saved_by_earlier_versions_loads(assembled, tmp_path):
     read, processor = load(tmp_path)
     assert processor.tokenizer.padding_side == "left"
     assert all(torch.equal(value, read.state_dict()[key]) for key, value in model.state_dict().items())
-    save(read, processor, tmp_path / "again")
+    VisionLanguageModel(read, processor).save(tmp_path / "again")
     assert "import diffclip" in json.loads((tmp_path / "again/config.json").read_text())["projector_hidden_act"]
 
 
 def test_identity_tells_models_apart_and_stays(assembled, tower_dir, language_dir, tmp_path):
     model, processor = assembled
-    save(model, processor, tmp_path)
-    same = identity(model, processor)
-    assert identity(*load(tmp_path)) == same and identity(*assemble(tower_dir, language_dir, seed=3)) == same
-    others = [identity(*assemble(tower_dir, language_dir, seed=4)), identity(model.to(torch.bfloat16), processor)]
+    VisionLanguageModel(model, processor).save(tmp_path)
+    same = VisionLanguageModel(model, processor).identity()
+    assert load(tmp_path).identity() == same and assemble(tower_dir, language_dir, seed=3).identity() == same
+    others = [assemble(tower_dir, language_dir, seed=4).identity()]
+    model.to(torch.bfloat16)
+    others.append(VisionLanguageModel(model, processor).identity())
     model.to(torch.float32).config.conversation_template = "chatml"
-    others.append(identity(*assemble(tower_dir, language_dir, seed=3, image_mode="pad")))
-    assert len({same, identity(model, processor), *others}) == 5
+    others.append(assemble(tower_dir, language_dir, seed=3, image_mode="pad").identity())
+    assert len({same, VisionLanguageModel(model, processor).identity(), *others}) == 5
     for part, name, value in (  # equal weights
         ("config.text_config", "rms_norm_eps", 0.1),
         ("generation_config", "repetition_penalty", 2.0),
@@ -257,10 +237,10 @@ def test_identity_tells_models_apart_and_stays(assembled, tower_dir, language_di
     ):
         model, processor = load(tmp_path)
         setattr(attrgetter(part)(processor if part == "tokenizer" else model), name, value)
-        assert identity(model, processor) != same, name
-    model, processor = load(shutil.copytree(tmp_path, tmp_path / "moved"))
-    answer(model, processor, [[question_turn("Is there?", 0)]], [], max_new_tokens=1)  # sets the tokenizer's padding
-    assert identity(model, processor) == same
+        assert VisionLanguageModel(model, processor).identity() != same, name
+    moved = load(shutil.copytree(tmp_path, tmp_path / "moved"))
+    moved.ask("Is there?", max_new_tokens=1)  # sets the tokenizer's padding
+    assert moved.identity() == same
 
 
 def test_image_token_takes_a_spare_row_or_grows_the_table(assembled, language_dir, tower_dir, tmp_path):
@@ -283,7 +263,7 @@ def test_class_token_stands_before_the_patches(tower_dir, language_dir, picture,
     features = model.get_image_features(inputs["pixel_values"], return_dict=True).pooler_output[0]
     states = model.model.vision_tower(inputs["pixel_values"], output_hidden_states=True).hidden_states[-2]
     torch.testing.assert_close(features, model.model.multi_modal_projector(states)[0])
-    save(model, processor, tmp_path / "out")
+    VisionLanguageModel(model, processor).save(tmp_path / "out")
     again, processor = load(tmp_path / "out")
     assert torch.equal(ask(processor, [picture(0)], ["Is there a red square?"])["input_ids"], inputs["input_ids"])
     torch.testing.assert_close(again(**inputs).logits, model(**inputs).logits)
@@ -347,7 +327,7 @@ def test_tower_of_a_pretraining_run(language_dir, picture, tmp_path, name):
     assert (inputs["input_ids"] == model.config.image_token_id).sum() == 36
     pixels = diffclip.transforms(clip.model_config, train=False)(picture(0))
     torch.testing.assert_close(inputs["pixel_values"][0], pixels)
-    save(model, processor, tmp_path / "out")
+    VisionLanguageModel(model, processor).save(tmp_path / "out")
     torch.testing.assert_close(load(tmp_path / "out")[0](**inputs).logits, logits)
     assert fingerprint(model.model.vision_tower.trunk) == fingerprint(clip.visual.trunk)
 
@@ -384,17 +364,16 @@ def test_a_tower_that_turns_random_while_assembling_is_found(tower_dir, language
             torch.nn.init.normal_(p)
         return original(skeleton, seed, dtype)
 
-    towers, original, load_tower = [], mllm_assemble._new_projector, mllm_assemble._load_tower
+    towers, original, load_tower = [], mllm_assemble.new_projector, mllm_assemble._load_tower
     monkeypatch.setattr(mllm_assemble, "_load_tower", lambda *a: towers.append(load_tower(*a)) or towers[0])
-    monkeypatch.setattr(mllm_assemble, "_new_projector", reinitialise)
+    monkeypatch.setattr(mllm_assemble, "new_projector", reinitialise)
     with pytest.raises(WeightsError, match="vision_tower"):
         assemble(tower_dir, language_dir)
 
 
 @pytest.mark.parametrize("part", ["vision_tower", "projector", "language_model"])
 def test_weights_swapped_on_disk_are_found(assembled, tmp_path, part):
-    model, processor = assembled
-    save(model, processor, tmp_path)
+    assembled.save(tmp_path)
     keys = {"vision_tower": "vision_tower", "projector": "projector", "language_model": "language_model"}
     file = tmp_path / "model.safetensors"
     weights = load_file(file)
@@ -439,8 +418,8 @@ def test_paths_that_are_no_models_are_named(tower_dir, language_dir, tmp_path):
 
 
 def test_verify_names_the_part(assembled, tmp_path):
-    model, processor = assembled
-    save(model, processor, tmp_path)
+    model = assembled.model
+    assembled.save(tmp_path)
     prints = json.loads((tmp_path / "fingerprints.json").read_text())
     del prints["transform"], prints["settings"]  # not of weights
     verify(model, prints)
@@ -473,19 +452,19 @@ def test_whole_clip_model_gives_its_vision_half(language_dir, tmp_path):
     [{"image_mean": [0.5, 0.5, 0.5]}, {"resample": 0}, {"do_center_crop": False}, {"size": {"shortest_edge": 40}}],
 )
 def test_another_transform_than_in_training_is_refused(assembled, tmp_path, change):
-    save(*assembled, tmp_path)
+    assembled.save(tmp_path)
     load(tmp_path)
     file = tmp_path / "processor_config.json"
     settings = json.loads(file.read_text())
     settings["image_processor"] |= change
     file.write_text(json.dumps(settings))
-    with pytest.raises(InputError, match=r"prepares pictures in another way than the model was trained"):
+    with pytest.raises(InputError, match=r"prepares images in another way than the model was trained"):
         load(tmp_path)
 
 
 @pytest.mark.parametrize("name, value", [("vision_feature_layer", -1), ("conversation_template", "chatml")])
 def test_other_settings_than_in_training_are_refused(assembled, tmp_path, name, value):
-    save(*assembled, tmp_path)
+    assembled.save(tmp_path)
     file = tmp_path / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), name: value}))
     with pytest.raises(InputError, match=f"{name} is {value} in its config.json"):
@@ -501,4 +480,4 @@ def test_tower_of_an_official_file_or_the_folder_that_holds_it(language_dir, tmp
     for path in (tmp_path / "official", tmp_path / "official" / "checkpoint_best.pt"):
         model = assemble(path, language_dir)[0]
         assert fingerprint(model.model.vision_tower) == fingerprint(expected)
-        assert plan(path, language_dir).vision_config.lambda_init == expected.config.lambda_init
+        assert assembled_config(path, language_dir).vision_config.lambda_init == expected.config.lambda_init

@@ -6,10 +6,10 @@ import open_clip
 import pytest
 import torch
 
-from diffclip.errors import InputError
-from diffclip.fingerprint import fingerprint
-from mllm.assemble import assemble, plan
-from mllm.model import load, save
+from diffclip.base.errors import InputError
+from diffclip.base.fingerprint import fingerprint
+from mllm.assemble import assemble, assembled_config
+from mllm.model import VisionLanguageModel, load
 from mllm.open_clip_tower import from_open_clip
 
 TEXT = {"context_length": 8, "vocab_size": 50, "width": 16, "heads": 2, "layers": 1}
@@ -75,11 +75,11 @@ def test_assembled_saved_and_loaded(language_dir, tmp_path, picture, kind, layer
     logits = model(**inputs).logits
     other = model(**{**inputs, "pixel_values": inputs["pixel_values"].flip(-1)}).logits
     assert not torch.allclose(logits, other)
-    save(model, processor, tmp_path / "run")
+    VisionLanguageModel(model, processor).save(tmp_path / "run")
     again, _ = load(tmp_path / "run")
     assert fingerprint(again.model.vision_tower) == fingerprint(model.model.vision_tower)
     torch.testing.assert_close(again(**inputs).logits, logits, rtol=0, atol=1e-6)
-    assert plan(name, language_dir).vision_config.hidden_size == model.config.vision_config.hidden_size
+    assert assembled_config(name, language_dir).vision_config.hidden_size == model.config.vision_config.hidden_size
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ from collections import Counter
 import pytest
 
 from benchmarks.photo_questions import Photo, count, main, negative, read_set, text_line, yes_no
-from diffclip.errors import InputError
-from mllm.data import load_rows
+from diffclip.base.errors import InputError
+from mllm.data.rows import load_rows
 
 SEEN = {"a.png": ["dog", "person"], "b.png": ["person"], "c.png": ["car", "person"], "d.png": ["oven"]}
 
@@ -95,7 +95,7 @@ def test_the_command_writes_rows_that_the_stages_take(voc, tmp_path, picture, ca
         assert len(rows) == 12
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
     assert len((tmp_path / "out" / "text.jsonl").read_text().splitlines()) == 7
-    assert "4 pictures, 4 kinds of objects, 12 conversations" in capsys.readouterr().out
+    assert "4 images, 4 kinds of objects, 12 conversations" in capsys.readouterr().out
 
 
 def test_a_file_without_objects_is_one_sentence(tmp_path):

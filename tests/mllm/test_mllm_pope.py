@@ -8,40 +8,18 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from diffclip.errors import InputError
-from mllm import pope_files
-from mllm.pope_files import (
-    SPLITS,
-    Question,
-    answered,
-    digest,
-    find_images,
-    join,
-    read,
-    read_answers,
-    unpack_images,
-    version,
-    with_labels,
-)
-from mllm.pope_scores import (
-    PARSERS,
-    always_yes,
-    blind,
-    intervals,
-    parse,
-    parse_lmms_eval,
-    parse_official,
-    parse_strict,
-    score,
-    score_splits,
-    shuffle_images,
-)
+from diffclip.base.errors import InputError
+from mllm.pope import questions as pope_files
+from mllm.pope.images import find_images, unpack_images
+from mllm.pope.parsers import PARSERS, parse, parse_lmms_eval, parse_official, parse_strict
+from mllm.pope.questions import SPLITS, Answer, Question, digest, join, read, read_answers, version, with_labels
+from mllm.pope.scores import blind, intervals, score, score_splits, shuffle_images
 
 OBJECTS = ("cat", "dog", "clock", "airplane")
 
 
 def rows(split, pictures=6):
-    """Questions about all objects; picture i holds object (i mod 4), always the two of them before clock."""
+    """Questions about all objects; image i holds object (i mod 4), always the two of them before clock."""
     return [
         {
             "question_id": 10 * i + j,
@@ -63,6 +41,11 @@ def folder(tmp_path):
 
 def write(path, lines):
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def answers_to(questions, path):
+    """The texts of a file's answers in the order of the questions."""
+    return [answer.text for answer in join(questions, read_answers(path, questions), str(path))]
 
 
 def llava_file(path, shuffled=False):
@@ -154,9 +137,9 @@ def test_oracle_scores_one_and_its_opposite_zero_on_every_layout(folder, tmp_pat
     llava = with_labels(read(llava_file(tmp_path / "llava_pope_test.jsonl", shuffled=True)), official)
     for questions in (official, llava):
         # The oracle answers in another order than the labels stand in; only the join can bring them together.
-        answers = [(q.key, q.label) for q in official]
+        answers = [Answer(q, q.label) for q in official]
         random.Random(0).shuffle(answers)
-        given = [label for _, label in join(questions, answers, key=lambda a: a[0])]
+        given = [answer.text for answer in join(questions, answers)]
         table = score_splits(questions, given)
         assert set(table) == {*SPLITS, "mean"} and all(row["accuracy"] == 1.0 for row in table.values())
         wrong = score_splits(questions, ["no" if g == "yes" else "yes" for g in given])
@@ -170,7 +153,7 @@ def test_real_files_in_both_layouts(shared_data):
         labelled = with_labels(read(folder / f"llava_{name}_pope_test.jsonl"), official)
         assert len(official) == len(labelled)
         assert score_splits(labelled, [q.label for q in labelled])["mean"]["accuracy"] == 1.0
-        assert score_splits(official, always_yes(official))["mean"]["accuracy"] == 0.5
+        assert score_splits(official, ["yes"] * len(official))["mean"]["accuracy"] == 0.5
         # Negatives are the frequent objects in the popular split, so a rule without eyes does well there.
         rule = score_splits(official, blind(official))
         assert rule["popular"]["accuracy"] > 0.8 > rule["random"]["accuracy"]
@@ -212,7 +195,7 @@ def test_missing_and_doubled_splits_are_refused(folder):
 
 
 def questions_about(truth):
-    """One question per (picture, object) with its label from truth(picture, object)."""
+    """One question per (image, object) with its label from truth(image, object)."""
     return [
         Question("random", f"{i}", f"Is there a {o} in the image?", truth(i, o), f"{i}{o}", f"{i}")
         for i in range(40)
@@ -229,7 +212,7 @@ def test_blind_rule_knows_priors_and_nothing_else():
 
 
 def test_blind_rule_never_learns_from_the_picture_it_answers_about():
-    # Every object is asked about one picture only: nothing can be learnt about it from the other folds.
+    # Every object is asked about one image only: nothing can be learnt about it from the other folds.
     alone = [
         Question("random", f"{i}", f"Is there a thing{i} in the image?", "yes" if i % 4 else "no", str(i), f"{i}")
         for i in range(40)
@@ -252,14 +235,14 @@ def test_strict_parser_takes_punctuation():
 
 
 def parquet(path, split_files):
-    """The Hub's layout: a row for each question with its picture, named without an extension."""
+    """The Hub's layout: a row for each question with its image, named without an extension."""
     lines = [(split, row) for split in SPLITS for row in rows(split)]
     columns = {
         "question_id": [str(row["question_id"]) for _, row in lines],
         "question": [row["text"] for _, row in lines],
         "answer": [row["label"] for _, row in lines],
         "image_source": [row["image"].removesuffix(".png") for _, row in lines],
-        "image": [{"bytes": f"picture {row['image']}".encode(), "path": None} for _, row in lines],
+        "image": [{"bytes": f"image {row['image']}".encode(), "path": None} for _, row in lines],
         "category": [split for split, _ in lines],
     }
     path.mkdir()
@@ -280,7 +263,7 @@ def test_the_hubs_parquet_holds_the_same_questions(folder, tmp_path, split_files
     assert version(hub) == version(official)
     unpacked = unpack_images(tmp_path / "hub", tmp_path / "images")
     places = find_images(hub, unpacked)
-    assert places["3"].read() == b"picture 3.png" and len(list(unpacked.iterdir())) == 6
+    assert places["3"].read() == b"image 3.png" and len(list(unpacked.iterdir())) == 6
     (tmp_path / "hub" / "other.parquet").write_bytes(b"PAR1")
     with pytest.raises(InputError, match=r"other\.parquet"):
         read(tmp_path / "hub")
@@ -307,15 +290,15 @@ def test_answers_of_other_programs_are_matched_by_question(folder, tmp_path, for
         assert len(lines) < len(asked)  # each question is in all three splits of these files
     random.Random(2).shuffle(lines)
     write(tmp_path / "answers.jsonl", lines)
-    said = [parse_strict(answer) for answer in read_answers(tmp_path / "answers.jsonl", asked)]
+    said = [parse_strict(answer) for answer in answers_to(asked, tmp_path / "answers.jsonl")]
     assert score_splits(asked, said)["mean"]["accuracy"] == 1
     write(tmp_path / "answers.jsonl", lines[1:])
     with pytest.raises(InputError, match="missing"):
-        read_answers(tmp_path / "answers.jsonl", asked)
+        answers_to(asked, tmp_path / "answers.jsonl")
     wrong = {"question_id": "7", "prompt": "Is there?", "text": ""} if form == "llava" else {"image": "x.png"}
     write(tmp_path / "answers.jsonl", [*lines, wrong])
     with pytest.raises(InputError, match=f":{len(lines) + 1}: "):
-        read_answers(tmp_path / "answers.jsonl", asked)
+        answers_to(asked, tmp_path / "answers.jsonl")
 
 
 def release(random_lines, name="COCO_val2014_{:012}.jpg", end="image?"):
@@ -337,7 +320,7 @@ def test_releases_are_told_by_digests_of_their_content(monkeypatch):
     for same in (
         release(3000),
         release(3000)[::-1],
-        release(3000, "COCO_val2014_{:012}"),  # as the Hub names pictures
+        release(3000, "COCO_val2014_{:012}"),  # as the Hub names images
         release(3000, end="imange?"),  # as the authors' first files spell it
     ):
         assert all(f"{s} 3,000: the known {s}" in version(same) for s in SPLITS)
@@ -361,7 +344,7 @@ def test_coco_pictures_are_found_in_its_usual_folders(tmp_path, place):
     file.write_bytes(b"x")
     question = Question("random", name, "Is there a cat in the image?", "yes", "1", name)
     assert find_images([question], tmp_path)[name].file == str(file)
-    with pytest.raises(InputError, match="1 pictures"):
+    with pytest.raises(InputError, match="1 images"):
         find_images([question._replace(shown="COCO_val2014_000000000010.jpg")], tmp_path)
 
 
@@ -373,7 +356,7 @@ def test_intervals_are_the_binomials_when_questions_are_independent():
     share = said.count("yes") / 400
     spread = 1.96 * (share * (1 - share) / 400) ** 0.5
     assert low == pytest.approx(share - spread, abs=0.006) and high == pytest.approx(share + spread, abs=0.006)
-    # four times the same picture and answer are no more evidence than one
+    # four times the same image and answer are no more evidence than one
     copies = [q._replace(image=f"{i % 100}.png", question_id=str(i)) for i, q in enumerate(asked)]
     wider = intervals(copies, said[:100] * 4, resamples=4000)["random"]["accuracy"]
     assert wider[1] - wider[0] == pytest.approx(2 * (high - low), rel=0.15)
@@ -387,13 +370,13 @@ def test_answers_of_null_are_invalid_by_every_rule(folder, shared_cases, tmp_pat
     lines = [{"category": q.split, "image": q.image, "question": q.text, "answer": None} for q in asked]
     lines[0]["answer"], lines[1]["answer"] = float("nan"), ""  # as pandas writes it; and an answer, if an empty one
     write(tmp_path / "answers.jsonl", lines)
-    given = read_answers(tmp_path / "answers.jsonl", asked)
+    given = answers_to(asked, tmp_path / "answers.jsonl")
     assert given.count(None) == len(asked) - 1 and given[1] == ""
     for parser in PARSERS:
         said = parse(given, parser)
         assert said.count("invalid") == len(asked) - (parser == "official")
     questions = read(shared_cases("pope/questions"))
-    given = read_answers(shared_cases("pope/null-answers.jsonl"), questions)
+    given = answers_to(questions, shared_cases("pope/null-answers.jsonl"))
     for parser in PARSERS:
         scores = score_splits(questions, parse(given, parser))
         assert scores["mean"]["invalid_rate"] == 1 and scores["mean"]["accuracy"] == 0 and scores["mean"]["n"] == 36
@@ -404,7 +387,7 @@ def test_answers_that_are_no_text_are_named(folder, tmp_path, answer):
     asked = read(folder)
     write(tmp_path / "a.jsonl", [{"split": q.split, "image": q.image, "text": q.text, "answer": answer} for q in asked])
     with pytest.raises(InputError, match=r"a\.jsonl:1: the answer is .*must be text, or null"):
-        read_answers(tmp_path / "a.jsonl", asked)
+        answers_to(asked, tmp_path / "a.jsonl")
 
 
 def test_odd_lines_of_answers(folder, tmp_path):
@@ -415,27 +398,27 @@ def test_odd_lines_of_answers(folder, tmp_path):
     text = "\n\n".join(json.dumps(line, ensure_ascii=False) for line in lines)
     path = tmp_path / "answers.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + text.encode())
-    assert [parse_strict(answer) for answer in read_answers(path, asked)] == [q.label for q in asked]
+    assert [parse_strict(answer) for answer in answers_to(asked, path)] == [q.label for q in asked]
     path.write_bytes(text.encode()[:-20])
     with pytest.raises(InputError, match=rf"answers\.jsonl:{2 * len(asked) - 1}: not valid JSON"):
-        read_answers(path, asked)
+        answers_to(asked, path)
     path.write_bytes(text.encode() + b'\n{"answer": "caf\xe9"}')
     with pytest.raises(InputError, match=rf"answers\.jsonl:{2 * len(asked)}: not UTF-8"):
-        read_answers(path, asked)
+        answers_to(asked, path)
     no_answer = json.dumps({"image": asked[0].image, "question": asked[0].text, "prediction": "Yes"})
     for line in ("[1, 2]", no_answer, '{"question_id": 1, "text": "Yes"}', '{"question": "Is?", "answer": "Yes"}'):
         path.write_text(line + "\n")
         with pytest.raises(InputError, match=r"answers\.jsonl:1: not an answer.*rows are \{image, question, answer\}"):
-            read_answers(path, asked)
+            answers_to(asked, path)
 
 
 def test_answers_of_an_evaluation_with_controls(folder, tmp_path):
     asked = read(folder)
     lines = [{"pass": "grey", **q._asdict(), "answer": "no"} for q in asked]
     write(tmp_path / "answers.jsonl", [*lines, *({"pass": "model", **q._asdict(), "answer": q.label} for q in asked)])
-    assert read_answers(tmp_path / "answers.jsonl", asked) == [q.label for q in asked]
-    assert list(answered(tmp_path / "answers.jsonl")) == [(q, q.label) for q in asked]
-    assert [answer for _, answer in answered(tmp_path / "answers.jsonl", passed="grey")] == ["no"] * len(asked)
+    assert answers_to(asked, tmp_path / "answers.jsonl") == [q.label for q in asked]
+    assert read_answers(tmp_path / "answers.jsonl") == [(q, q.label) for q in asked]
+    assert [a.text for a in read_answers(tmp_path / "answers.jsonl", passed="grey")] == ["no"] * len(asked)
 
 
 @pytest.mark.parametrize(
@@ -470,18 +453,18 @@ def test_pictures_of_a_parquet_stay_in_their_folder(tmp_path, name):
 
 
 def test_pictures_of_a_parquet_are_its_own(tmp_path):
-    """Not those that another set of the same names had left in the folder; a row without its picture is named."""
+    """Not those that another set of the same names had left in the folder; a row without its image is named."""
     parquet(tmp_path / "hub", split_files=False)
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "3.jpg").write_bytes(b"of another set")
     unpack_images(tmp_path / "hub", tmp_path / "images")
-    assert (tmp_path / "images" / "3.jpg").read_bytes() == b"picture 3.png"
+    assert (tmp_path / "images" / "3.jpg").read_bytes() == b"image 3.png"
     file = tmp_path / "hub" / "test-00000-of-00001.parquet"
     table = pyarrow.parquet.read_table(file)
     empty = pyarrow.array([{"bytes": None, "path": "/etc/hostname"}] * len(table))
     place = table.schema.get_field_index("image")
     pyarrow.parquet.write_table(table.set_column(place, "image", empty), file)
-    with pytest.raises(InputError, match="row 0: carries no picture"):
+    with pytest.raises(InputError, match="row 0: carries no image"):
         unpack_images(tmp_path / "hub", tmp_path / "other")
 
 

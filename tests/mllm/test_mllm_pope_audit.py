@@ -4,8 +4,8 @@ import random
 
 import pytest
 
-from mllm.pope import main
-from mllm.pope_audit import Counts, solutions
+from mllm.pope.__main__ import main
+from mllm.pope.tables import Counts, solutions
 
 
 def scores(counts):

@@ -9,16 +9,16 @@ import pytest
 from launch import ROOT
 from test_mllm_pope import rows, write
 
-from diffclip.errors import InputError
-from mllm.model import save
-from mllm.pope import main
-from mllm.pope_files import SPLITS, find_images, read
-from mllm.pope_margins import margins
+from diffclip.base.errors import InputError, exit_on_input_error
+from mllm.pope.__main__ import main
+from mllm.pope.images import find_images
+from mllm.pope.margins import margins
+from mllm.pope.questions import SPLITS, read
 
 
 @pytest.fixture
 def pope(tmp_path, picture):
-    """The official three files about six pictures, and the pictures."""
+    """The official three files about six images, and the images."""
     for split in SPLITS:
         write(tmp_path / f"coco_pope_{split}.json", rows(split))
     (tmp_path / "images").mkdir()
@@ -37,9 +37,9 @@ def test_check_names_release_oracle_blind_rule_and_pictures(pope, capsys):
     main(["check", str(pope), "--image_root", str(pope / "images")])
     out = capsys.readouterr().out
     assert "random 24: no public release" in out and "; digest " in out
-    assert "an oracle scores 100.0" in out and "6 pictures found" in out
+    assert "an oracle scores 100.0" in out and "6 images found" in out
     (pope / "images" / "4.png").unlink()
-    with pytest.raises(InputError, match=r"1 pictures.*4\.png"):
+    with pytest.raises(InputError, match=r"1 images.*4\.png"):
         main(["check", str(pope), "--image_root", str(pope / "images")])
 
 
@@ -90,7 +90,7 @@ def test_compare_matches_answers_as_all_else_does(pope, capsys, tmp_path):
 
 
 def test_margins_with_all_controls(pope, assembled, tmp_path):
-    save(*assembled, tmp_path / "run")
+    assembled.save(tmp_path / "run")
     place = ["--pope", str(pope), "--image_root", str(pope / "images"), "--out", str(tmp_path / "out")]
     main(["margins", str(tmp_path / "run"), *place, "--device", "cpu", "--generate"])
     scores = json.loads((tmp_path / "out" / "margins.json").read_text())
@@ -98,19 +98,46 @@ def test_margins_with_all_controls(pope, assembled, tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "out" / "margins.jsonl").read_text().splitlines()]
     questions = read(pope)
     images = find_images(questions, pope / "images")
-    direct = margins(*assembled, questions, lambda name: images[name].open(), batch_size=1)
+    direct = margins(assembled, questions, lambda name: images[name].open(), batch_size=1)
     own = [line["margin"] for line in lines if line["pass"] == "model"]
     np.testing.assert_allclose(own, direct, atol=1e-4)
     grey = {line["text"]: set() for line in lines}
     for line in lines:
         if line["pass"] == "grey":
             grey[line["text"]].add(round(line["margin"], 4))
-    assert all(len(values) == 1 for values in grey.values())  # one picture for all
+    assert all(len(values) == 1 for values in grey.values())  # one image for all
     with pytest.raises(InputError, match="--image_root is missing"):
         main(["margins", str(tmp_path / "run"), "--pope", str(pope), "--out", str(tmp_path / "out")])
 
 
-def test_bad_input_is_one_sentence_and_exit_code_2(tmp_path):
-    command = [sys.executable, "-m", "mllm.pope", "check", str(tmp_path / "nowhere")]
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--device", "mars"], "device mars: not on this machine"),
+        (["--batch_size", "0"], "'0' must be at least 1"),
+        (["--batchsize", "1"], "unknown flag --batchsize: did you mean --batch_size"),
+        (["--batch-size", "-1"], "'-1' must be at least 1"),
+    ],
+)
+def test_flags_are_refused_at_once(tmp_path, flags, words):
+    command = ["margins", str(tmp_path / "no_run"), "--pope", str(tmp_path / "nowhere"), "--out", str(tmp_path / "out")]
+    with pytest.raises(InputError, match=words):
+        main([*command, *flags])
+    with pytest.raises(InputError, match=r"audit|COMMAND"):
+        main(["adit", "50", "50", "50"])
+    with pytest.raises(InputError, match="'101' must be at least 0 and at most 100"):
+        main(["audit", "101", "50", "50"])
+
+
+def test_help_starts_without_the_libraries():
+    command = [sys.executable, "-X", "importtime", "-m", "mllm.pope", "diagnose", "--help"]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert ended.returncode == 2 and ended.stderr.startswith("error: ") and ended.stderr.count("\n") == 1
+    imported = {line.split("|")[-1].strip().split(".")[0] for line in ended.stderr.splitlines()}
+    assert "--image_root" in ended.stdout and not imported & {"torch", "numpy", "scipy", "rich", "pyarrow"}
+
+
+def test_bad_input_is_one_sentence_and_exit_code_2(tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended, exit_on_input_error():
+        main(["check", str(tmp_path / "nowhere")])
+    errors = capsys.readouterr().err
+    assert ended.value.code == 2 and errors.startswith("error: ") and errors.count("\n") == 1

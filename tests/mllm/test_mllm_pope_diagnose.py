@@ -8,16 +8,18 @@ import torch
 import yaml
 from test_mllm_pope import write
 
-from diffclip.errors import InputError
-from diffclip.fingerprint import fingerprint
+from diffclip.base.errors import InputError
+from diffclip.base.fingerprint import fingerprint
 from mllm.assemble import assemble
-from mllm.data import load_rows
-from mllm.examples import ConversationDataset, collate
-from mllm.model import freeze, parts, save
-from mllm.pope import main
-from mllm.pope_diagnose import CAUSES, diagnose
-from mllm.pope_files import POST_PROMPT, SPLITS, answered, find_images, read
-from mllm.pope_margins import generate
+from mllm.data.examples import ConversationDataset, collate
+from mllm.data.rows import load_rows
+from mllm.model import VisionLanguageModel
+from mllm.pope.__main__ import main
+from mllm.pope.diagnose import CAUSES, diagnose
+from mllm.pope.images import find_images
+from mllm.pope.margins import generate
+from mllm.pope.questions import POST_PROMPT, SPLITS, read, read_answers
+from mllm.weights import freeze, parts
 
 THINGS = ("red square", "small blue circle", "green star")
 
@@ -89,7 +91,7 @@ def teach(model, processor, rows, images, steps=400):
 
 def keep(model, processor, root, before):
     """Save the model with what a stage writes beside it."""
-    save(model, processor, root / "run")
+    VisionLanguageModel(model, processor).save(root / "run")
     after = {name: fingerprint(part) for name, part in parts(model).items()}
     inputs = {"model": {"path": str(root / "align")}}
     (root / "run" / "run.json").write_text(json.dumps({"before": before, "after": after, "inputs": inputs}))
@@ -113,10 +115,10 @@ def evaluated(root, change=lambda rows: rows):
     """Rows of an evaluation of the model, changed."""
     from mllm.model import load
 
-    model, processor = load(root / "run")
+    vlm = load(root / "run")
     questions = read(root / "pope")
     images = find_images(questions, root / "images")
-    answers = generate(model, processor, questions, lambda name: images[name].open())
+    answers = generate(vlm, questions, lambda name: images[name].open())
     return change([{**q._asdict(), "answer": answer} for q, answer in zip(questions, answers)])
 
 
@@ -124,7 +126,7 @@ def found(root, answers=()):
     """(the first cause, all findings) of the run, as the command line names it; `answers` are rows of a file."""
     questions = read(root / "pope")
     write(root / "answers.jsonl", answers)
-    given = list(answered(root / "answers.jsonl", questions))
+    given = read_answers(root / "answers.jsonl", questions)
     findings = list(diagnose(root / "run", questions, find_images(questions, root / "images"), given))
     assert [f.cause for f in findings] == list(CAUSES)
     return next((f.cause for f in findings if f.fine is False), None), findings
@@ -138,10 +140,11 @@ def change_weights(root, change, saved=True):
     """Change the saved model; with `saved`, its fingerprints tell of the new weights, as after a careless save."""
     from mllm.model import load
 
-    model, processor = load(root / "run")
+    vlm = load(root / "run")
+    model, processor = vlm
     with torch.no_grad():
         change(parts(model), model, processor)
-    (save if saved else lambda *a: model.save_pretrained(a[-1]))(model, processor, root / "run")
+    (vlm.save if saved else model.save_pretrained)(root / "run")
 
 
 def forget_training(root):
@@ -152,7 +155,7 @@ def forget_training(root):
 
 def test_a_healthy_run_has_no_cause(root):
     answers = evaluated(root)
-    controls = [{**row, "pass": "no_image", "answer": "I see no picture."} for row in answers]  # are not looked at
+    controls = [{**row, "pass": "no_image", "answer": "I see no image."} for row in answers]  # are not looked at
     cause, findings = found(root, answers + controls)
     assert cause is None and all(f.fine for f in findings)
 

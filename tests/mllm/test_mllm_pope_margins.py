@@ -6,18 +6,18 @@ import numpy as np
 import pytest
 import torch
 
-from diffclip.errors import InputError
+from diffclip.base.errors import InputError
 from mllm.conversation import prompt
-from mllm.model import load, save
-from mllm.pope_files import POST_PROMPT, SPLITS, Question
-from mllm.pope_margins import best_threshold, generate, margins, pack, score_margins, yes_no_tokens
-from mllm.pope_scores import GREY, grey_images, grey_picture, no_images, shuffle_images
+from mllm.model import VisionLanguageModel, load
+from mllm.pope.margins import best_threshold, generate, margins, pack, score_margins, yes_no_tokens
+from mllm.pope.questions import POST_PROMPT, SPLITS, Question
+from mllm.pope.scores import CONTROLS, GREY, grey_image
 
 OBJECTS = ("red square", "small blue circle", "green star", "left green square", "circle")
 
 
 def asked(pictures=5, seed=0):
-    """Questions of three splits about a few pictures; some are asked in several splits."""
+    """Questions of three splits about a few images; some are asked in several splits."""
     coin = random.Random(seed)
     return [
         Question(split, f"{i}.png", f"Is there a {thing} in the image?", coin.choice(("yes", "no")), str(n), f"{i}.png")
@@ -29,9 +29,9 @@ def asked(pictures=5, seed=0):
 
 def one_at_a_time(model, processor, question, picture):
     """The margin from a plain forward through the processor, with neither packing nor batching."""
-    yes, no = yes_no_tokens(model, processor)
+    yes, no = yes_no_tokens(VisionLanguageModel(model, processor))
     turn = {"from": "human", "value": ("<image>\n" if question.shown else "") + question.text + POST_PROMPT}
-    shown = {"": None, GREY: [grey_picture()]}.get(question.shown) or (question.shown and [picture(question.shown)])
+    shown = {"": None, GREY: [grey_image()]}.get(question.shown) or (question.shown and [picture(question.shown)])
     text = [prompt([turn], model.config.conversation_template, processor.tokenizer.eos_token)]
     inputs = processor(text=text, images=shown or None, return_tensors="pt")
     with torch.no_grad():
@@ -46,31 +46,30 @@ def test_margins_are_those_of_questions_asked_alone(assembled, picture, template
     model.config.conversation_template = template
     model.set_attn_implementation(attention)
     questions = asked()
-    questions += shuffle_images(questions) + grey_images(questions) + no_images(questions)
+    questions += [q for control in CONTROLS.values() for q in control(questions, 0)]
     named = {f"{i}.png": picture(i) for i in range(5)}
-    found = margins(model, processor, questions, named.__getitem__, batch_size=3, most=3)
+    found = margins(assembled, questions, named.__getitem__, batch_size=3, most=3)
     alone = [one_at_a_time(model, processor, q, named.__getitem__) for q in questions]
     np.testing.assert_allclose(found, alone, atol=1e-4)
-    assert np.ptp(alone[: len(alone) // 4]) > 1e-2  # pictures and questions matter, or equality says nothing
+    assert np.ptp(alone[: len(alone) // 4]) > 1e-2  # images and questions matter, or equality says nothing
 
 
 @pytest.mark.parametrize("ask", [margins, generate])
 def test_a_question_that_shows_more_than_it_has_is_refused(assembled, picture, ask):
-    model, processor = assembled
     first, *others = asked(2)
     rows = [first._replace(text=f"<image>\n{first.text}", shown=""), *others]  # in a control without images
-    with pytest.raises(InputError, match="shows 1 pictures, but 0 are given"):
-        ask(model, processor, rows, lambda name: picture(0))
+    with pytest.raises(InputError, match="shows 1 images, but 0 are given"):
+        ask(assembled, rows, lambda name: picture(0))
 
 
 def test_a_question_is_computed_once_and_a_picture_opened_once(assembled, picture):
-    model, processor = assembled
+    model = assembled.model
     opened, seen = [], []
     model.model.register_forward_hook(
         lambda module, args, kwargs, out: seen.append(kwargs["input_ids"].shape), with_kwargs=True
     )
     questions = asked(2)
-    margins(model, processor, questions * 3, lambda name: opened.append(name) or picture(0), batch_size=8)
+    margins(assembled, questions * 3, lambda name: opened.append(name) or picture(0), batch_size=8)
     assert sorted(opened) == ["0.png", "1.png"] and len(seen) == 1
 
 
@@ -112,7 +111,7 @@ def test_scores_of_margins():
 def test_greedy_answers_are_the_models_own(assembled, picture):
     model, processor = assembled
     questions = asked(3)
-    found = generate(model, processor, questions, lambda name: picture(int(name[0])), batch_size=4)
+    found = generate(assembled, questions, lambda name: picture(int(name[0])), batch_size=4)
     text = prompt([{"from": "human", "value": f"<image>\n{questions[4].text}{POST_PROMPT}"}], "vicuna")
     inputs = processor(text=[text], images=[picture(int(questions[4].image[0]))], return_tensors="pt")
     tokens = model.generate(**inputs, max_new_tokens=16)[0, inputs["input_ids"].shape[1] :]
@@ -120,22 +119,22 @@ def test_greedy_answers_are_the_models_own(assembled, picture):
 
 
 def test_words_that_begin_alike_are_refused(assembled):
-    model, processor = assembled
+    processor = assembled.processor
     processor.tokenizer.add_tokens([" "])  # as a tokenizer would that parts spaces from words
     with pytest.raises(InputError, match="same token"):
-        yes_no_tokens(model, processor)
+        yes_no_tokens(assembled)
 
 
 def test_a_token_that_begins_both_small_words_is_left_out(assembled):
-    model, processor = assembled
+    processor = assembled.processor
     processor.tokenizer.add_tokens([" ", " Yes", " No"])  # " yes" and " no" go on from the lone space
-    tokens = yes_no_tokens(model, processor)
+    tokens = yes_no_tokens(assembled)
     assert [processor.tokenizer.convert_ids_to_tokens(one) for one in tokens] == [[" Yes"], [" No"]]
 
 
 def test_margins_of_a_loaded_run_in_bfloat16_are_near(assembled, picture, tmp_path):
-    save(*assembled, tmp_path / "run")
-    model, processor = load(tmp_path / "run", dtype=torch.bfloat16)
+    assembled.save(tmp_path / "run")
+    loaded = load(tmp_path / "run", dtype=torch.bfloat16)
     questions = asked(2)
-    exact = margins(*assembled, questions, lambda name: picture(0))
-    np.testing.assert_allclose(margins(model, processor, questions, lambda name: picture(0)), exact, atol=0.3)
+    exact = margins(assembled, questions, lambda name: picture(0))
+    np.testing.assert_allclose(margins(loaded, questions, lambda name: picture(0)), exact, atol=0.3)

@@ -6,8 +6,8 @@ import os
 import pytest
 from transformers import AutoTokenizer
 
-from mllm.assemble import _prepare_tokenizer
 from mllm.conversation import CHATML_SYSTEM, IGNORE, encode, render
+from mllm.processing import prepare_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -16,7 +16,7 @@ def tokenizer():
     if not os.path.isfile(os.path.join(folder, "tokenizer.json")):
         pytest.skip("DIFFCLIP_QWEN_TOKENIZER names no folder with Qwen2.5's tokenizer.json")
     made = AutoTokenizer.from_pretrained(folder)
-    _prepare_tokenizer(made, "vicuna", folder)
+    prepare_tokenizer(made, "vicuna", folder)
     return made
 
 

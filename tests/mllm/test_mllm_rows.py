@@ -12,11 +12,12 @@ import pytest
 import torch
 from transformers import AutoProcessor, AutoTokenizer
 
-from diffclip.errors import InputError
-from mllm.chat import prompts
+from diffclip.base.errors import InputError
 from mllm.conversation import IGNORE, Segment, control_tokens, encode, render
-from mllm.data import find_pictures, load_rows, main, read_json_rows
-from mllm.model import load, save
+from mllm.data.__main__ import main
+from mllm.data.images import find_place
+from mllm.data.rows import load_rows, read_rows
+from mllm.model import VisionLanguageModel, load
 
 
 def row(question="<image>\nWhat?", answer="Red.", **keys):
@@ -46,10 +47,8 @@ def folder(tmp_path, picture):
 
 
 def checked(file, root, *options):
-    """(exit code, what is printed) of `python -m mllm.data check`."""
-    with pytest.raises(SystemExit) as ended:
-        main(["check", str(file), f"--image_root={root}", *options])
-    return ended.value.code
+    """The exit code of `diffclip check`."""
+    return main(["check", str(file), f"--image_root={root}", *options])
 
 
 def refused(file, root, capsys, *words, **options):
@@ -67,7 +66,7 @@ def refused(file, root, capsys, *words, **options):
 def test_pictures_under_each_known_key_are_the_same(folder, picture):
     data = "data:image/png;base64," + base64.b64encode(encoded(picture(ord("a")))).decode()
     found = [
-        load_rows([write(folder / "r.json", row(**keys))], folder)[0].pictures[0].open().tobytes()
+        load_rows([write(folder / "r.json", row(**keys))], folder)[0].images[0].open().tobytes()
         for keys in (
             {"image": "a.png"},
             {"image": ["a.png"]},
@@ -84,20 +83,20 @@ def test_pictures_under_each_known_key_are_the_same(folder, picture):
 @pytest.mark.parametrize(
     "keys, question, words",
     [
-        ({"images": ["a.png"]}, "What?", ["1 pictures", "shows 0", "put one <image>"]),
+        ({"images": ["a.png"]}, "What?", ["1 images", "shows 0", "put one <image>"]),
         ({"video": "v.mp4"}, "<video>\nWhat?", ["`video`", "drop the row"]),
         ({"video": "v_1", "image": "a.png"}, "<image>\nWhat?", ["`video`"]),
         ({"audios": ["a.wav"]}, "What?", ["`audios`"]),
         ({"img": "a.png"}, "What?", ["`img`", "call it `image`"]),
         ({"frames": ["a.JPG"]}, "What?", ["`frames`"]),
-        ({"image": None}, "<image>\nWhat?", ["0 pictures", "shows 1", "take <image> out"]),
+        ({"image": None}, "<image>\nWhat?", ["0 images", "shows 1", "take <image> out"]),
         ({"image": "https://a.org/a.png"}, "<image>\nWhat?", ["https://a.org/a.png is an address", "path of a copy"]),
         ({"image": 5}, "<image>\nWhat?", ["`image` holds 5"]),
         ({"image": [["a.png"]]}, "<image>\nWhat?", ["`image` holds ['a.png']"]),
         ({"image": "a.png", "images": ["b.png"]}, "<image>\nWhat?", ["`image`", "`images`"]),
         ({"image": "data:image/png;base64,!!"}, "<image>\nWhat?", ["not base64"]),
-        ({"image": "iVBOR" * 1000}, "<image>\nWhat?", ["no path of a picture"]),
-        ({"image": "a\udce9.png"}, "<image>\nWhat?", ["no path of a picture"]),
+        ({"image": "iVBOR" * 1000}, "<image>\nWhat?", ["no path of an image"]),
+        ({"image": "a\udce9.png"}, "<image>\nWhat?", ["no path of an image"]),
     ],
 )
 def test_what_cannot_be_shown_is_never_learnt_as_text(folder, capsys, keys, question, words):
@@ -113,7 +112,7 @@ def test_other_keys_of_text_rows_are_no_media(folder):
         "image": "",
         "video": math.nan,  # a missing value, as pandas writes it
     }
-    assert load_rows([write(folder / "r.json", row("What?", **keys))], folder)[0].pictures == []
+    assert load_rows([write(folder / "r.json", row("What?", **keys))], folder)[0].images == []
 
 
 @pytest.mark.parametrize(
@@ -132,7 +131,7 @@ def test_texts_that_no_tokenizer_takes_as_they_stand(folder, capsys, question, a
 
 
 def test_control_tokens_are_those_of_the_model(folder, assembled):
-    model, processor = assembled
+    processor = assembled.processor
     processor.tokenizer.add_special_tokens({"additional_special_tokens": ["</s>", "\n"]})
     control = control_tokens(processor.tokenizer)
     assert {"</s>", "<|im_end|>"} <= set(control) and not {"<image>", "\n"} & set(control)
@@ -141,12 +140,12 @@ def test_control_tokens_are_those_of_the_model(folder, assembled):
     with pytest.raises(InputError, match=r"row 0.*</s>"):
         load_rows([file], folder, control=control)
     with pytest.raises(InputError, match="a question contains </s>"):
-        prompts(model, processor, [[{"from": "human", "value": "Strike <s>it</s>?"}]])
+        assembled.prompts([[{"from": "human", "value": "Strike <s>it</s>?"}]])
 
 
 def test_a_padding_token_that_is_the_end_token_leaves_the_end_in_the_labels(folder, tower_dir, language_dir, tmp_path):
     from mllm.assemble import assemble
-    from mllm.examples import ConversationDataset, collate
+    from mllm.data.examples import ConversationDataset, collate
 
     tokenizer = AutoTokenizer.from_pretrained(language_dir)
     shutil.copytree(language_dir, tmp_path / "lm")
@@ -177,13 +176,13 @@ def test_a_tokenizer_that_appends_its_end_token(tower_dir, language_dir, tmp_pat
     shutil.copytree(language_dir, tmp_path / "lm")
     tokenizer.save_pretrained(tmp_path / "lm")
     model, processor = assemble(tower_dir, tmp_path / "lm")
-    save(model, processor, tmp_path / "run")
+    VisionLanguageModel(model, processor).save(tmp_path / "run")
     turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "no"}]
     for one in (processor, load(tmp_path / "run")[1]):
         encoded_turns = encode(render(turns, "vicuna"), one.tokenizer, 1)
         assert encoded_turns["input_ids"].count(specials[1][1]) == 1
         assert encoded_turns["labels"][-1] == specials[1][1]
-        (question,) = one(text=prompts(model, one, [turns[:1]]))["input_ids"]
+        (question,) = one(text=VisionLanguageModel(model, one).prompts([turns[:1]]))["input_ids"]
         assert question == encoded_turns["input_ids"][: len(question)]
         assert (question[0] == specials[0][1]) == bool(lead)  # what stands before every text is kept
 
@@ -198,11 +197,11 @@ def test_a_tokenizer_that_was_saved_to_cut_and_fill_up_does_neither(tower_dir, l
     tokenizer.save_pretrained(tmp_path / "lm")
     assert len(AutoTokenizer.from_pretrained(tmp_path / "lm").backend_tokenizer.encode("Is there " * 40).ids) == 24
     model, processor = assemble(tower_dir, tmp_path / "lm")
-    save(model, processor, tmp_path / "run")
+    VisionLanguageModel(model, processor).save(tmp_path / "run")
     turns = [{"from": "human", "value": "Is there a red square? " * 20}, {"from": "gpt", "value": "no"}]
     whole = AutoTokenizer.from_pretrained(language_dir)
     for one in (processor, load(tmp_path / "run")[1], AutoProcessor.from_pretrained(tmp_path / "run")):
-        (text,) = prompts(model, one, [turns[:1]])
+        (text,) = VisionLanguageModel(model, one).prompts([turns[:1]])
         wanted = whole(text)["input_ids"]
         assert len(wanted) > 100
         assert one(text=[text])["input_ids"] == [wanted]
@@ -213,14 +212,12 @@ def test_a_tokenizer_that_was_saved_to_cut_and_fill_up_does_neither(tower_dir, l
 def test_a_tokenizer_that_cannot_stop_appending_is_refused(assembled):
     from tokenizers.processors import TemplateProcessing
 
-    from mllm.assemble import ask_in
-
-    model, processor = assembled
+    processor = assembled.processor
     end = [("<|im_end|>", processor.tokenizer.eos_token_id)]
     appending = TemplateProcessing(single="$A <|im_end|>", special_tokens=end)
     processor.tokenizer.backend_tokenizer.post_processor = appending  # as in runs of earlier versions
     with pytest.raises(InputError, match=r"writes <\|im_end\|> behind every text"):
-        ask_in(model, processor, "vicuna")
+        assembled.use_template("vicuna")
 
 
 def test_pictures_inside_parquet_and_saved_datasets(folder, picture):
@@ -242,12 +239,12 @@ def test_pictures_inside_parquet_and_saved_datasets(folder, picture):
     pictures.to_parquet(str(folder / "features.parquet"))
     for name in ("structs.parquet", "plain.parquet", "saved", "features.parquet"):
         rows = load_rows([folder / name], folder)
-        shown = [r.pictures[0].open(r.key).tobytes() for r in rows[:3]]
+        shown = [r.images[0].open(r.key).tobytes() for r in rows[:3]]
         assert shown == [picture(n).tobytes() for n in range(3)], name
-        assert name == "plain.parquet" or rows[3].pictures == []
-        assert rows.texts([0, 2])[1] == [1, 1]
+        assert name == "plain.parquet" or rows[3].images == []
+        assert next(rows.texts())[1][:3:2] == [1, 1]
         assert checked(folder / name, folder) == 0
-    broken = [{"id": "x", "image": b"no picture", "conversations": turns}]
+    broken = [{"id": "x", "image": b"no image", "conversations": turns}]
     parquet.write_table(pa.Table.from_pylist(broken), folder / "broken.parquet")
     assert checked(folder / "broken.parquet", folder) == 2
 
@@ -270,17 +267,30 @@ def test_a_name_in_two_tars_is_refused_unless_the_row_names_the_tar(folder, caps
     )
     refused(write(folder / "r.json", row(image="sub/deep.png")), folder, capsys, "sub/1.tar/x/deep.png")
     names = ["sub/0.tar/same.png", "sub/1.tar/same.png", "sub/1.tar/x/deep.png", "sub/1.tar/y/deep.png", "sub/one.png"]
-    found = [place.read() for place in find_pictures(folder, names).values()]
+    found = [find_place(folder, name).read() for name in names]
     assert found == [red, blue, red, blue, red]
-    assert load_rows([write(folder / "r.json", row(image=names[1]))], folder)[0].pictures[0].read() == blue
+    assert load_rows([write(folder / "r.json", row(image=names[1]))], folder)[0].images[0].read() == blue
 
 
 def test_a_compressed_tar_is_named(folder, picture):
     (folder / "sub").mkdir()
     with tarfile.open(folder / "sub/0.tar", "w:gz") as tar:
         tar.add(folder / "a.png", "c.png")
-    with pytest.raises(InputError, match=r"0\.tar: not a readable tar"):
-        find_pictures(folder, ["sub/c.png"])
+    with pytest.raises(InputError, match=r"0\.tar: is compressed.*`gunzip -c "):
+        find_place(folder, "sub/c.png")
+
+
+def test_a_tar_that_ends_within_an_image_is_named_and_one_without_its_end_is_read(folder, picture):
+    tar_of(folder / "whole.tar", c=encoded(picture(1)), d=encoded(picture(2)))
+    with tarfile.open(folder / "whole.tar") as tar:
+        last = tar.getmembers()[-1]
+    content = (folder / "whole.tar").read_bytes()
+    for name, end in (("endless", -(-last.size // 512) * 512), ("cut", 10)):
+        (folder / name).mkdir()
+        (folder / name / "0.tar").write_bytes(content[: last.offset_data + end])
+    assert find_place(folder, "endless/d.png").read() == encoded(picture(2))
+    with pytest.raises(InputError, match=r"0\.tar: ends early, within d.*download or write it again"):
+        find_place(folder, "cut/c.png")
 
 
 def test_two_folders_never_share_rows(tmp_path, monkeypatch):
@@ -306,7 +316,7 @@ def test_pictures_of_two_folders_never_mix(tmp_path, monkeypatch, picture):
         monkeypatch.chdir(tmp_path / name)
         rows = load_rows([tmp_path / "r.json"], ".")
         monkeypatch.chdir(tmp_path)
-        assert rows[0].pictures[0].open().tobytes() == picture(number).tobytes()
+        assert rows[0].images[0].open().tobytes() == picture(number).tobytes()
 
 
 def test_a_file_rewritten_inside_a_folder_is_read_anew(folder):
@@ -326,8 +336,8 @@ def test_marks_line_ends_and_encodings(folder):
     write(folder / "bom.json", row("What?"), encoding="utf-8-sig")
     lines = json.dumps(row("What?", "a\u2028b\x85c"), ensure_ascii=False) + "\r\n"
     (folder / "bom.jsonl").write_text(lines * 2, encoding="utf-8-sig", newline="")
-    assert len(list(read_json_rows(folder / "bom.json"))) == 1
-    assert [one["conversations"][1]["value"] for one in read_json_rows(folder / "bom.jsonl")] == ["a\u2028b\x85c"] * 2
+    assert len(list(read_rows(folder / "bom.json"))) == 1
+    assert [one["conversations"][1]["value"] for one in read_rows(folder / "bom.jsonl")] == ["a\u2028b\x85c"] * 2
     write(folder / "wide.json", row("What?"), encoding="utf-16")
     with pytest.raises(InputError, match=r"wide\.json.*not UTF-8.*iconv -f utf-16"):
         load_rows([folder / "wide.json"], folder)
@@ -340,10 +350,10 @@ def test_marks_line_ends_and_encodings(folder):
 
 
 def test_two_pictures_in_one_question(folder, capsys, assembled):
-    from mllm.examples import ConversationDataset
+    from mllm.data.examples import ConversationDataset
 
     file = write(folder / "r.json", row("<image>\n<image>\nSame?", image=["a.png", "b.png"]))
-    refused(file, folder, capsys, "has 2 pictures", "shows 1", "use template chatml")
+    refused(file, folder, capsys, "has 2 images", "shows 1", "use template chatml")
     refused(file, folder, capsys, "plain", "use template vicuna or chatml", template="plain")
     rows = load_rows([file], folder, template="chatml")
     example = ConversationDataset(rows, assembled[1], template="chatml")[0]
@@ -354,7 +364,7 @@ def test_shared_cases(shared_cases, capsys):
     cases = shared_cases("rows")
     images = cases / "images"
     for name, *words in (
-        ("other-keys/images_key_no_tag.json", "1 pictures", "shows 0"),
+        ("other-keys/images_key_no_tag.json", "1 images", "shows 0"),
         ("other-keys/video_key.json", "`video`"),
         ("surrogate_answer.json", "half a character"),
         ("image-field/image_int.json", "`image` holds 5"),
@@ -372,4 +382,4 @@ def test_shared_cases(shared_cases, capsys):
         load_rows([cases / "encodings/utf16_rows.json"], images)
     for name, count in (("onevision", 2), ("binary", 1)):
         rows = load_rows([cases / f"parquet/{name}.parquet"], images)
-        assert [r.pictures[0].open().size for r in rows] == [(48, 48)] * count
+        assert [r.images[0].open().size for r in rows] == [(48, 48)] * count

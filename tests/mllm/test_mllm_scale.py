@@ -9,12 +9,13 @@ from test_mllm_open_clip_tower import open_clip_name
 import diffclip
 from mllm.assemble import assemble
 from mllm.conversation import encode, render
-from mllm.examples import image_tokens
-from mllm.model import freeze, load, parts, save
-from stages import mllm_training
-from stages.instruct import InstructConfig
-from stages.mllm_training import computed_buffers, put_back
+from mllm.data.examples import image_tokens
+from mllm.model import load
+from mllm.weights import freeze, parts
+from stages import conversations
+from stages.conversations import computed_buffers, restore_buffers
 from stages.run import Run
+from stages.settings import InstructConfig
 
 
 def example(processor, picture):
@@ -63,7 +64,7 @@ def test_gradient_checkpointing_changes_no_gradient(
 
 def test_weights_in_several_files_load_as_one(assembled, picture, tmp_path):
     model, processor = assembled
-    save(model, processor, tmp_path)
+    assembled.save(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     model.save_pretrained(tmp_path, max_shard_size="40KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
@@ -74,7 +75,7 @@ def test_weights_in_several_files_load_as_one(assembled, picture, tmp_path):
 
 
 def test_weights_in_bfloat16_stay_so(tower_dir, language_dir, tmp_path):
-    save(*assemble(tower_dir, language_dir, dtype=torch.bfloat16), tmp_path)
+    assemble(tower_dir, language_dir, dtype=torch.bfloat16).save(tmp_path)
     model, _ = load(tmp_path)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert load(tmp_path, dtype=torch.float32)[0].dtype == torch.float32
@@ -86,7 +87,7 @@ def test_rotary_frequencies_survive_a_cast_to_bfloat16(assembled, picture):
     assert any("inv_freq" in name for name in exact)
     model.to(torch.bfloat16)
     assert any(not torch.equal(dict(model.named_buffers())[name].float(), exact[name]) for name in exact)
-    put_back(model, exact)
+    restore_buffers(model, exact)
     assert all(torch.equal(dict(model.named_buffers())[name], exact[name]) for name in exact)
     assert not exact.keys() & model.state_dict().keys()
     assert model(**{**example(processor, picture), "labels": None}).logits.dtype == torch.bfloat16
@@ -110,7 +111,7 @@ def train_in_process(assembled, picture, folder, **settings):
         **settings,
     )
     run = Run("instruct", config, {})
-    mllm_training.train_on_conversations(*assembled, config, run)
+    conversations.train_on_conversations(assembled, config, run)
     return run
 
 
@@ -120,7 +121,7 @@ def test_weights_that_change_when_training_begins_are_found(assembled, picture, 
     def disturb(model, buffers):
         torch.nn.init.normal_(model.model.vision_tower.get_input_embeddings().weight)
 
-    monkeypatch.setattr(mllm_training, "put_back", disturb)
+    monkeypatch.setattr(conversations, "restore_buffers", disturb)
     with pytest.raises(RuntimeError, match="vision_tower is not what it was before"):
         train_in_process(assembled, picture, tmp_path)
 

@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from launch import ROOT, run
+from launch import ROOT
 from open_clip import ClipLoss
 
 import diffclip
 from benchmarks.attention import peak_megabytes
-from diffclip.errors import InputError
-from stages.dry_run import HARDWARE, Counted, count_pair, estimate, parse_hardware
+from diffclip.base.errors import InputError
+from stages import align, instruct, pretrain
+from stages.costs import HARDWARE, Counted, count_pair, estimate, parse_hardware
 
 PAPER = ROOT / "stages" / "configs" / "paper"
 
@@ -32,11 +33,11 @@ def forward_flops(name: str) -> float:
 def test_arithmetic_is_the_closed_form(name):
     parts, counted = count_pair(name, bf16=False)
     assert sum(parts.values()) == sum(p.numel() for p in diffclip.build(name).parameters())
-    wanted = forward_flops(name)
+    expected = forward_flops(name)
     if name.startswith("Diff"):  # the fused form multiplies each map with values twice as wide, and twice
-        assert 1.0 <= counted.forward_flops / wanted < 1.1
+        assert 1.0 <= counted.forward_flops / expected < 1.1
     else:
-        assert counted.forward_flops == pytest.approx(wanted, rel=1e-3)
+        assert counted.forward_flops == pytest.approx(expected, rel=1e-3)
     assert 2.9 < counted.flops / counted.forward_flops < 3.1  # backward is twice forward
 
 
@@ -80,28 +81,23 @@ def test_hardware_is_checked():
             parse_hardware(text)
 
 
-def test_the_papers_run_is_within_a_factor_and_nothing_is_written(tmp_path):
-    found = run(
-        "stages.pretrain",
-        f"--config={PAPER / 'pretrain_cc12m_diffclip.yaml'}",
-        "--dry-run",
-        "--samples=10900000",
-        "--hardware=a100-80gb:8",
-        f"--output_dir={tmp_path / 'run'}",
-    ).stdout
-    days = float(found.split(" device-days")[0].split()[-1])
+def test_the_papers_run_is_within_a_factor_and_nothing_is_written(tmp_path, capsys):
+    arguments = [f"--config={PAPER / 'pretrain_cc12m.yaml'}", "--model=DiffCLIP-B-16", "--dry-run"]
+    pretrain.main([*arguments, "--samples=10900000", "--hardware=a100-80gb:8", f"--output_dir={tmp_path / 'run'}"])
+    table = capsys.readouterr().out
+    days = float(table.split(" device-days")[0].split()[-1])
     assert 10 / 1.5 < days < 10 * 1.5  # the paper: 10 A100-days
-    assert "20% of the device's peak" in found and "memory per device" in found and not (tmp_path / "run").exists()
-    refused = run("stages.pretrain", "--dry-run", "--samples=1000000", "--hardware=abacus:2", check=False)
-    assert refused.returncode == 2 and "Traceback" not in refused.stderr and "abacus" in refused.stderr
+    assert "20% of the device's peak" in table and "memory per device" in table and not (tmp_path / "run").exists()
+    with pytest.raises(InputError, match="hardware 'abacus:2' is unknown"):
+        pretrain.main(["--dry-run", "--samples=1000000", "--hardware=abacus:2"])
 
 
-@pytest.mark.parametrize("stage", ["align", "instruct"])
-def test_multimodal_dry_run_counts_what_learns(stage, tmp_path):
+@pytest.mark.parametrize("stage", [align, instruct])
+def test_multimodal_dry_run_counts_what_learns(stage, tmp_path, capsys):
     """A model small enough to count by hand: the projector's and the language model's parameters, AdamW's two each."""
     from transformers import CLIPVisionConfig, Qwen2Config, Qwen2ForCausalLM
 
-    from mllm.assemble import plan
+    from mllm.assemble import assembled_config
 
     vision = CLIPVisionConfig(
         hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8
@@ -120,14 +116,15 @@ def test_multimodal_dry_run_counts_what_learns(stage, tmp_path):
         language = sum(p.numel() for p in Qwen2ForCausalLM(text).parameters())
     projector = 32 * 16 + 16
     places = [f"--vision_tower={tmp_path / 'tower'}", f"--language_model={tmp_path / 'language'}"]
-    if stage == "instruct":
-        plan(tmp_path / "tower", tmp_path / "language").save_pretrained(tmp_path / "aligned")
+    if stage is instruct:
+        assembled_config(tmp_path / "tower", tmp_path / "language").save_pretrained(tmp_path / "aligned")
         places = [f"--model={tmp_path / 'aligned'}"]
-    config = ROOT / "stages/configs/paper" / f"{stage}.yaml"
+    config = PAPER / f"{'instruct' if stage is instruct else 'align'}.yaml"
     options = ["--dry_run=true", "--samples=558128", "--tokens=25", "--hardware=a100-80gb:8"]
-    told = run(f"stages.{stage}", f"--config={config}", *places, *options).stdout
-    learning = projector + (language if stage == "instruct" else 0)
-    assert f"{learning:,} parameters learn" in told and f"{language:,} parameters" in told
-    assert "2,906" in told  # 558,128 // 192
-    refused = run(f"stages.{stage}", f"--config={config}", *places, "--dry_run=true", check=False)
-    assert refused.returncode == 2 and "--samples and --tokens" in refused.stderr
+    stage.main([f"--config={config}", *places, *options])
+    table = capsys.readouterr().out
+    learning = projector + (language if stage is instruct else 0)
+    assert f"{learning:,} parameters learn" in table and f"{language:,} parameters" in table
+    assert "2,906" in table  # 558,128 // 192
+    with pytest.raises(InputError, match="--samples and --tokens"):
+        stage.main([f"--config={config}", *places, "--dry_run=true"])

@@ -7,8 +7,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from diffclip import scenes_export
-from diffclip.errors import InputError
+from diffclip.base.errors import InputError
+from diffclip.scenes.__main__ import main as export_scenes
 from stages import evaluate
 
 TEXT = {"context_length": 32, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
@@ -22,7 +22,7 @@ VISION = {
 def data(tmp_path_factory):
     """Drawings for zero-shot and for the maps."""
     folder = tmp_path_factory.mktemp("evaluate") / "scenes"
-    scenes_export.main(["export", str(folder), "--only", "segmentation", "--segmentation", "6"])
+    export_scenes(["export", str(folder), "--only", "segmentation", "--segmentation", "6"])
     for colour in ("red", "blue"):
         for number in range(3):
             path = folder / "classification" / "colours" / "test" / colour / f"{number}.png"
@@ -50,16 +50,15 @@ def write_model(kind, folder):
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
 
 
-def config(tmp_path, data, **settings):
-    return evaluate.EvaluateConfig(
-        output_dir=str(tmp_path / "out"), clip=str(tmp_path / "model"), clip_data=str(data), **settings
-    )
+def arguments(tmp_path, data, **settings):
+    settings = {"output_dir": tmp_path / "out", "clip": tmp_path / "model", "data_root": data, **settings}
+    return [f"--{name}={value}" for name, value in settings.items()]
 
 
 @pytest.mark.parametrize("kind", ["ViT", "transformers"])
 def test_maps_and_scores_of_other_clips(tmp_path, data, kind):
     write_model(kind, tmp_path / "model")
-    evaluate.evaluate(config(tmp_path, data))
+    evaluate.main(arguments(tmp_path, data))
     metrics = json.loads((tmp_path / "out/metrics.json").read_text())
     assert 0 <= metrics["zero_shot/colours/top1"] <= 100 and metrics["localisation/objects"] > 0
     rows = [json.loads(line) for line in (tmp_path / "out/attention.jsonl").read_text().splitlines()]
@@ -69,7 +68,7 @@ def test_maps_and_scores_of_other_clips(tmp_path, data, kind):
 
 def test_a_model_without_maps_gives_its_scores_and_the_reason(tmp_path, data):
     write_model("ResNet", tmp_path / "model")
-    evaluate.evaluate(config(tmp_path, data))
+    evaluate.main(arguments(tmp_path, data))
     record = json.loads((tmp_path / "out/run.json").read_text())
     assert record["state"] == "finished" and "its ModifiedResNet is no vision transformer" in record["attention"]
     metrics = json.loads((tmp_path / "out/metrics.json").read_text())
@@ -86,8 +85,7 @@ def test_a_clip_of_the_hub_by_its_id(tmp_path, data, monkeypatch):
         write_model("ResNet" if name == "one" else "ViT", copy / "snapshots" / ("0" * 40))
 
     def run(clip):
-        out = {"output_dir": str(tmp_path / "out"), "clip_data": str(data), "few_shot_episodes": 10}
-        evaluate.evaluate(evaluate.EvaluateConfig(clip=clip, **out))
+        evaluate.main(arguments(tmp_path, data, clip=clip, few_shot_episodes=10))
         return json.loads((tmp_path / "out/run.json").read_text())
 
     assert (run("some/one")["state"], run("some/one")["model"]) == ("finished", "one")
@@ -102,23 +100,24 @@ def test_scores_outlive_a_later_failure(tmp_path, data):
     (tmp_path / "mllm").mkdir()
     (tmp_path / "pope.json").write_text("[]")
     with pytest.raises(InputError):
-        evaluate.evaluate(config(tmp_path, data, mllm=str(tmp_path / "mllm"), pope=str(tmp_path / "pope.json")))
+        evaluate.main(arguments(tmp_path, data, mllm=tmp_path / "mllm", pope=tmp_path / "pope.json"))
     metrics = json.loads((tmp_path / "out/metrics.json").read_text())
     assert "zero_shot/colours/top1" in metrics and "localisation/pointing" in metrics
     assert json.loads((tmp_path / "out/run.json").read_text())["state"] == "running"
 
 
 def test_a_set_that_fails_leaves_the_scores_before_it(tmp_path, data):
-    """A broken picture of the second protocol: the first one's scores are on disk, with the reason."""
+    """A broken image of the second protocol: the first one's scores are on disk, with the reason."""
     import diffclip
-    from diffclip.benchmarks import evaluate_clip
+    from diffclip.benchmarks.evaluate import evaluate_clip
+    from diffclip.benchmarks.protocol import Settings
 
     write_model("ViT", tmp_path / "model")
     (tmp_path / "data" / "retrieval").mkdir(parents=True)
     (tmp_path / "data" / "classification").symlink_to(data / "classification")
     (tmp_path / "data" / "retrieval" / "x.json").write_text('{"a.png": ["a thing"]}')
-    (tmp_path / "data" / "retrieval" / "a.png").write_bytes(b"no picture")
+    (tmp_path / "data" / "retrieval" / "a.png").write_bytes(b"no image")
     with pytest.raises(InputError, match=r"a\.png cannot be read"):
-        evaluate_clip(*diffclip.load(tmp_path / "model"), tmp_path / "data", tmp_path / "scores", quiet=True)
+        evaluate_clip(*diffclip.load(tmp_path / "model"), tmp_path / "data", tmp_path / "scores", Settings(quiet=True))
     stored = json.loads((tmp_path / "scores/clip_benchmarks.json").read_text())
     assert "zero_shot/colours/top1" in stored["metrics"] and "a.png cannot be read" in stored["failed"]

@@ -3,37 +3,56 @@
 Also what happens when it is killed: nothing is left running, and the same command goes on.
 """
 
+import contextlib
+import io
 import json
+import os
 import shlex
 import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import psutil
 import pytest
-from launch import QUICKSTART, ROOT, environment, run
+import yaml
+from launch import QUICKSTART, ROOT, environment, run_deepspeed
+from transformers import AutoModel
 
-from diffclip.errors import InputError
-from diffclip.fingerprint import fingerprint
+import diffclip.hf  # noqa: F401 - registers the tower
+from diffclip.base.errors import InputError
+from diffclip.base.fingerprint import fingerprint
+from stages import cli, pipeline
 from stages.pipeline import finished
 
 SMALL = {"pairs": 256, "retrieval": 20, "class_train": 160, "class_val": 80, "class_test": 80, "align": 64}
 SMALL |= {"conversations": 64, "texts": 300, "pope": 12, "mmvp": 2, "segmentation": 2}
-MAPS = "diffclip.attention_maps"
 
 
-@pytest.fixture(scope="module")
-def scenes(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("data") / "scenes"
-    run(
-        "diffclip.scenes",
-        "export",
-        str(folder),
-        "--seed=0",
-        *(f"--{k.replace('_', '-')}={n}" for k, n in SMALL.items()),
-    )
-    return folder
+def carry_on(*arguments: str) -> str:
+    """The console of `diffclip pipeline ARGUMENTS`, whose commands run in this process, without its imports.
+
+    CLIP's stages under the deepspeed launcher stay real; the other model's are trained without.
+    """
+    start = pipeline.run
+
+    def run(command: list[str], typed: list[str]) -> None:
+        _, *words = command[command.index("diffclip") :]
+        other = words[0] in ("align", "instruct") and not any("/CLIP/" in word for word in words)
+        if "--module" in command and not other:
+            start(command, typed)
+        else:
+            cli.call([*words, *(["--deepspeed="] if other else [])])
+
+    console = io.StringIO()
+    with (
+        mock.patch.dict(os.environ, environment()),
+        mock.patch.object(pipeline, "run", run),
+        contextlib.redirect_stdout(console),
+    ):
+        pipeline.main(list(arguments))
+    return console.getvalue()
 
 
 def names(folder: Path, cmdline: list[str] | None) -> bool:
@@ -48,20 +67,22 @@ def quickstart(tmp_path_factory) -> tuple[Path, list[str]]:
         "pretrain": {"global_batch_size": 64, "epochs": 1},
         "language": {"global_batch_size": 16, "hidden_size": 32, "layers": 1},
         "align": {"global_batch_size": 16},
-        "instruct": {"global_batch_size": 16, "epochs": 1},
+        "instruct": {"global_batch_size": 16, "epochs": 1, "logging_steps": 1},
         "evaluate": {"few_shot_episodes": 20},
     }
-    import yaml
-
     settings: dict = {"variants": ["CLIP", "DiffCLIP-dagger"], "size": "tiny", "scenes": SMALL}
     for stage, changes in small.items():
         values = yaml.safe_load((QUICKSTART / f"{stage}.yaml").read_text()) | changes
         (folder / f"{stage}.yaml").write_text(yaml.safe_dump(values))
         settings[stage] = str(folder / f"{stage}.yaml")
     (folder / "pipeline.yaml").write_text(yaml.safe_dump(settings))
-    command = ["stages.pipeline", f"--config={folder / 'pipeline.yaml'}", f"--output_dir={folder / 'out'}"]
+    command = [f"--config={folder / 'pipeline.yaml'}", f"--output_dir={folder / 'out'}"]
     process = subprocess.Popen(
-        [sys.executable, "-m", *command], cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        [sys.executable, "-m", "diffclip", "pipeline", *command],
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.STDOUT,
     )
     deadline = time.time() + 300
     while not (folder / "out" / "CLIP" / "align" / "run.json").exists() and time.time() < deadline:
@@ -72,11 +93,11 @@ def quickstart(tmp_path_factory) -> tuple[Path, list[str]]:
     while left := [p.info["cmdline"] for p in psutil.process_iter(["cmdline"]) if names(folder, p.info["cmdline"])]:
         assert time.time() < deadline, f"a killed pipeline left a stage running: {left}"
         time.sleep(0.5)
-    finished = run(*command)
-    (folder / "console.txt").write_text(finished.stdout)
+    (folder / "console.txt").write_text(carry_on(*command))
     return folder / "out", command
 
 
+@pytest.mark.slow
 def test_pipeline_ends_with_a_table_and_a_report(quickstart):
     out, _ = quickstart
     console = (out.parent / "console.txt").read_text()
@@ -100,21 +121,20 @@ def test_pipeline_ends_with_a_table_and_a_report(quickstart):
     assert metrics["pope/random/questions"] == 72
 
 
-def test_the_console_ends_with_commands_that_run_as_they_stand(quickstart):
+@pytest.mark.slow
+def test_the_console_ends_with_commands_that_run_as_they_stand(quickstart, capsys):
     out, _ = quickstart
     lines = (out.parent / "console.txt").read_text().partition("What next:\n")[2].splitlines()
-    chat, maps = (next(shlex.split(line) for line in lines if f" {name} " in line) for name in ("mllm.chat", MAPS))
-    assert run(*chat[2:]).stdout.strip()
-    run(*maps[2:])
+    chat, maps = (next(shlex.split(line) for line in lines if f"diffclip {verb} " in line) for verb in ("chat", "maps"))
+    cli.call(chat[1:])
+    assert capsys.readouterr().out.strip()
+    cli.call(maps[1:])
     assert (out / "maps.png").stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_only_the_named_parts_learnt_and_the_tower_is_the_pretrained_one(quickstart):
     out, _ = quickstart
-    from transformers import AutoModel
-
-    import diffclip.hf  # noqa: F401 - registers the tower
-
     for variant in ("CLIP", "DiffCLIP-dagger"):
         align, instruct = (
             json.loads((out / variant / stage / "run.json").read_text()) for stage in ("align", "instruct")
@@ -127,42 +147,40 @@ def test_only_the_named_parts_learnt_and_the_tower_is_the_pretrained_one(quickst
         assert fingerprint(tower) == instruct["after"]["vision_tower"]
 
 
+@pytest.mark.slow
 def test_pipeline_called_again_trains_nothing(quickstart):
     out, command = quickstart
     before = {p: p.stat().st_mtime_ns for p in out.rglob("*.safetensors")}
-    console = run(*command).stdout
+    console = carry_on(*command)
     assert console.count("nothing to do") == 9  # language, and four stages for each of two variants
     assert {p: p.stat().st_mtime_ns for p in out.rglob("*.safetensors")} == before
 
 
+@pytest.mark.slow
 def test_two_ranks_give_the_losses_of_one(quickstart, tmp_path):
     out, _ = quickstart
-    launcher = Path(sys.executable).parent / "deepspeed"
-    losses = []
-    for ranks in (1, 2):
-        command = [sys.executable, str(launcher), "--num_gpus", str(ranks), "--master_port", str(29600 + ranks)]
-        command += ["--module", "stages.instruct", f"--config={out.parent / 'instruct.yaml'}", "--logging_steps=1"]
-        command += [f"--model={out / 'CLIP' / 'align'}", f"--data={out / 'scenes' / 'llava' / 'instruct.json'}"]
-        command += [f"--image_root={out / 'scenes' / 'llava' / 'images'}", f"--output_dir={tmp_path / str(ranks)}"]
-        ended = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
-        assert ended.returncode == 0, ended.stderr[-3000:]
-        lines = (tmp_path / str(ranks) / "metrics.jsonl").read_text().splitlines()
-        losses.append([json.loads(line)["loss"] for line in lines])
-    assert len(losses[0]) == 4
-    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    arguments = ["stages.instruct", f"--config={out.parent / 'instruct.yaml'}", f"--model={out / 'CLIP' / 'align'}"]
+    arguments += [f"--data={out / 'scenes' / 'llava' / 'instruct.json'}", f"--output_dir={tmp_path / 'run'}"]
+    run_deepspeed(2, *arguments, f"--image_root={out / 'scenes' / 'llava' / 'images'}")
+    one, two = (
+        [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for folder in (out / "CLIP" / "instruct", tmp_path / "run")
+    )
+    assert len(one) == 4
+    assert two == pytest.approx(one, rel=1e-4)
 
 
 def test_finished_is_read_as_json(tmp_path):
     """Not by its text: another's layout says the same, and a file name that looks like it says nothing."""
     record = tmp_path / "run.json"
     assert not finished(tmp_path)
-    for text, said in (
+    for text, expected in (
         ('{"state":"finished"}', True),
         ('{"state": "running", "inputs": {"data": {"path": "x", "state": "finished"}}}', False),
         ("[]", False),
     ):
         record.write_text(text)
-        assert finished(tmp_path) is said
+        assert finished(tmp_path) is expected
     record.write_text('{"state": "finished"')
     with pytest.raises(InputError, match=r"run\.json: not valid JSON"):
         finished(tmp_path)

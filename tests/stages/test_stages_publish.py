@@ -5,9 +5,8 @@ import json
 
 import pytest
 from huggingface_hub import ModelCard
-from launch import run
 
-from diffclip.errors import InputError
+from diffclip.base.errors import InputError
 from stages import publish
 
 
@@ -36,27 +35,27 @@ def finished(tmp_path):
 
 
 def test_card_states_data_recipe_and_scores(finished, tmp_path):
-    text = publish.card(finished, [tmp_path / "evaluate"], "me/my-model")
+    text = publish.model_card(finished, [tmp_path / "evaluate"], "me/my-model")
     read = ModelCard(text)
     assert read.data.pipeline_tag == "image-text-to-text" and "llava" in read.data.tags
     for fact in ("llava/rows.json", "abc123", "learning_rate: 2.0e-05", "projector: 56 parameters, learnt", "beef"):
         assert fact in text
     assert "vision_tower: 1,234 parameters, frozen" in text and "| pope/mean/accuracy | 91.6 |" in text
     assert "# my-model" in text and 'load("me/my-model")' in text and "/home/secret" not in text
-    assert "has not been evaluated" in publish.card(finished, [], "me/my-model")
+    assert "has not been evaluated" in publish.model_card(finished, [], "me/my-model")
 
 
 def test_an_unfinished_run_is_refused(finished):
     record = json.loads((finished / "run.json").read_text())
     (finished / "run.json").write_text(json.dumps(record | {"state": "running"}))
     with pytest.raises(InputError, match="is no finished run of pretrain, align, instruct"):
-        publish.card(finished, [], "")
+        publish.model_card(finished, [], "")
 
 
 def test_without_the_hub_the_card_stays_and_one_sentence_says_why(finished):
-    ended = run("stages.publish", str(finished), "--repo=me/my-model", check=False)
-    assert ended.returncode == 2 and (finished / "README.md").is_file()
-    assert "the Hub did not take it" in ended.stderr and len(ended.stderr.strip().splitlines()) == 1
+    with pytest.raises(InputError, match="the Hub did not take it") as refused:
+        publish.main([str(finished), "--repo=me/my-model"])
+    assert (finished / "README.md").is_file() and len(str(refused.value).splitlines()) == 1
 
 
 def test_what_is_sent_leaves_out_checkpoints_and_logs(finished, monkeypatch):
@@ -65,7 +64,7 @@ def test_what_is_sent_leaves_out_checkpoints_and_logs(finished, monkeypatch):
     calls = []
     monkeypatch.setattr(huggingface_hub, "create_repo", lambda repo, **options: calls.append((repo, options)))
     monkeypatch.setattr(huggingface_hub, "upload_folder", lambda **options: calls.append(options) or "address")
-    assert publish.send(finished, "me/my-model", private=True) == "address"
+    assert publish.upload(finished, "me/my-model", private=True) == "address"
     assert calls[0] == ("me/my-model", {"private": True, "exist_ok": True})
     kept = huggingface_hub.utils.filter_repo_objects(
         ["model.safetensors", "README.md", "checkpoint-3/optimizer.pt", "log.txt", "metrics.jsonl", "adapter/a.json"],

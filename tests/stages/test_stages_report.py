@@ -14,8 +14,8 @@ import pytest
 import yaml
 from PIL import Image
 
-from diffclip.errors import InputError
-from stages.report import build_report
+from diffclip.base.errors import InputError
+from stages.report.build import build_report
 from stages.report.cells import percent
 from stages.report.data import gather
 from stages.report.pope import pope_verdict
@@ -112,11 +112,11 @@ def write_examples(path: Path, answer: str, question="Is there a red circle in t
     (path / "examples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def write_attention(path: Path, pictures: int = 3):
+def write_attention(path: Path, images: int = 3):
     """Maps and scores of objects as `stages.overlays` writes them."""
     (path / "attention").mkdir(parents=True, exist_ok=True)
     rows = []
-    for i in range(pictures):
+    for i in range(images):
         Image.new("RGB", (48, 48), (30, 60 * i, 200)).save(path / "attention" / f"{i:03d}.png")
         for query in ("a circle", "a star"):
             heat = [[0, 10, 20], [30, 255, 40], [0, 0, 5]]
@@ -337,10 +337,10 @@ def test_a_missing_cell_says_that_the_run_is_not_finished(tmp_path):
 
 def test_a_missing_cell_repeats_why_the_benchmark_was_skipped(tmp_path):
     write_run(tmp_path / "b", "evaluate", model="B", metrics={"mmvp/average": 30})
-    skipped = {"skipped": {"few_shot/shape": "class 'star' has 3 pictures"}}
+    skipped = {"skipped": {"few_shot/shape": "class 'star' has 3 images"}}
     (tmp_path / "b" / "clip_benchmarks.json").write_text(json.dumps(skipped))
     note = missing(tmp_path, "Few-shot, accuracy / shape")[1]
-    assert note == "evaluate of B, seed 0: few_shot/shape was left out: class 'star' has 3 pictures"
+    assert note == "evaluate of B, seed 0: few_shot/shape was left out: class 'star' has 3 images"
 
 
 def test_a_missing_cell_names_the_half_that_was_not_given(tmp_path):
@@ -503,7 +503,7 @@ def test_command_prints_table_and_path_without_torch(quickstart, tmp_path):
     (tmp_path / "torch").mkdir()
     (tmp_path / "torch" / "__init__.py").write_text("raise RuntimeError('torch was imported')")
     runs = [str(quickstart[0] / "seed0" / model / "evaluate") for model in ("CLIP-tiny", "DiffCLIP-tiny")]
-    command = [sys.executable, "-m", "stages.report", *runs, "--out", str(tmp_path / "report")]
+    command = [sys.executable, "-m", "stages.report", *runs, "--output_dir", str(tmp_path / "report")]
     root = Path(__file__).resolve().parents[2]
     environment = {**os.environ, "PYTHONPATH": str(tmp_path), "COLUMNS": "100"}
     done = subprocess.run(command, check=True, cwd=root, env=environment, capture_output=True, text=True)

@@ -11,8 +11,8 @@ from test_stages_report import HOSTILE
 
 from stages.overlays import Encoder, heat_maps, keep_attention, queries_from_masks, query_of
 from stages.report.cells import Table
+from stages.report.examples import grid
 from stages.report.export import as_csv, as_latex, as_markdown, latex
-from stages.report.maps import grid
 from stages.report.paper import FEW_SHOT, LINEAR, POPE, RETRIEVAL, paper_table1, paper_table2, paper_table3
 
 
@@ -74,7 +74,7 @@ def test_the_papers_tables_are_marked_and_never_in_a_column_with_ours():
     [
         ("Is there a red car in the image?", "a red car"),
         ("Is there an arrow in the image?", "an arrow"),
-        ("is there any dog in this picture? ", "a dog"),
+        ("is there any dog in this image? ", "a dog"),
         ("What is in the image?", ""),
         ("", ""),
     ],
@@ -105,7 +105,7 @@ def test_evaluate_keeps_the_relevance_of_the_models_own_crop(tmp_path):
     Image.fromarray(pixels).save(tmp_path / "wide.png")
     items = [(tmp_path / "wide.png", "star", None), (tmp_path / "wide.png", "cup", None), (tmp_path / "b", "cup", None)]
     queries = queries_from_masks(items)
-    assert queries == [(tmp_path / "wide.png", ["a star", "a cup"])]  # a picture with one object shows nothing
+    assert queries == [(tmp_path / "wide.png", ["a star", "a cup"])]  # an image with one object shows nothing
     assert keep_attention(encoder, queries, tmp_path / "run") == 2
     rows = [json.loads(line) for line in (tmp_path / "run" / "attention.jsonl").read_text().splitlines()]
     picture = Image.open(tmp_path / "wide.png").convert("RGB")

@@ -10,8 +10,8 @@ from browser import open_page
 from PIL import Image
 from test_stages_report import HOSTILE, SPLITS, Page, scores, write_arm, write_examples, write_run
 
-from stages.report import build_report
-from stages.report.examples import picture
+from stages.report.build import build_report
+from stages.report.examples import image_data
 
 PAPER = [f"figure{i}" for i in range(1, 7)]
 OTHERS = ["pope", "localisation", *(f"loss-{s}" for s in ("language", "pretrain", "align", "instruct"))]
@@ -100,7 +100,7 @@ def test_tables_and_figures_stand_in_the_papers_order(report):
 
 
 def test_long_logs_are_averaged_and_short_ones_are_not():
-    from stages.report.figures_curves import MOST_POINTS, points_of
+    from stages.report.charts import MOST_POINTS, points_of
 
     line = [{"step": s, "loss": float(s % 10)} for s in range(1, 10 * MOST_POINTS + 1)]
     shown = points_of(line, "loss")
@@ -120,7 +120,7 @@ def test_docs_explain_every_figure(report):
         assert re.search(rf"^\*\*{re.escape(name)}", text, flags=re.MULTILINE), title
 
 
-def test_large_and_broken_pictures(tmp_path):
+def test_large_and_broken_images(tmp_path):
     import numpy as np
 
     run = tmp_path / "runs" / "evaluate"
@@ -128,11 +128,11 @@ def test_large_and_broken_pictures(tmp_path):
     write_examples(run, "no")
     noise = np.random.default_rng(0).integers(0, 256, (1500, 2000, 3), dtype=np.uint8)
     Image.fromarray(noise).save(run / "examples" / "0.png")
-    shown = picture(run, "examples/0.png")
+    shown = image_data(run, "examples/0.png")
     assert (shown["w"], shown["h"]) == (320, 240) and shown["u"].startswith("data:image/jpeg")
     (run / "examples" / "0.png").write_bytes(b"<svg onload=alert(1)>")
-    assert picture(run, "examples/0.png") is None
-    assert picture(run, "") is picture(run, "/etc/hostname") is picture(run, "examples") is None
+    assert image_data(run, "examples/0.png") is None
+    assert image_data(run, "") is image_data(run, "/etc/hostname") is image_data(run, "examples") is None
 
 
 # --- in the browser -----------------------------------------------------------------------------------------------
@@ -229,7 +229,7 @@ def test_keyboard_reaches_everything_and_walks_the_examples(browser_page):
     assert outline == "solid", "the focus cannot be seen"
 
 
-def test_an_example_shows_picture_question_answers_and_attention(browser_page):
+def test_an_example_shows_image_question_answers_and_attention(browser_page):
     page, _ = browser_page
     page.hover("#tiles .tile:nth-child(2)")
     panel = page.inner_text("#panel")
@@ -297,13 +297,14 @@ def test_hostile_text_stays_text_in_the_browser(tmp_path, browser_page):
         assert not re.search(r"(?<!\\)[$&#_%]x?\$_|<script", path.read_text(encoding="utf-8")), path.name
     opened, complaints = new_page(browser_page, index)
     shown = opened.inner_text("#panel")
-    assert "<script>alert(1)</script>" in shown and "picture missing" in shown
+    assert "<script>alert(1)</script>" in shown and "image missing" in shown
     assert "<script>alert(1)</script>" in opened.inner_text("#panel h3")
     assert opened.locator("#panel script, #tiles script, option script").count() == 0
-    assert opened.locator("#tiles img").count() == 0, "a picture outside the run was shown"
+    assert opened.locator("#tiles img").count() == 0, "an image outside the run was shown"
     assert complaints == []
 
 
+@pytest.mark.slow
 def test_ten_thousand_examples_make_no_page_that_freezes(tmp_path, browser_page):
     import numpy as np
 

@@ -9,10 +9,11 @@ import pytest
 from safetensors.numpy import save_file
 from test_stages_report import SPLITS, rows_of, scores, write_run
 
+from diffclip.base.statistics import bootstrap_mean
 from stages.report.data import gather
 from stages.report.layout import table1, table3
 from stages.report.pope import pope, pope_pairs
-from stages.report.significance import by_cluster, difference
+from stages.report.significance import difference
 from stages.report.tables import comparison, tally
 
 KEY = "zero_shot/shape/top1"
@@ -111,7 +112,7 @@ def test_equal_differences_have_no_spread_to_test(tmp_path):
 
 
 def write_pope(root: Path, model: str, wrong: set[int], order: int = 1, questions: int = 120) -> None:
-    """Answers to `questions` of each split, six a picture, all right but those numbered in `wrong`."""
+    """Answers to `questions` of each split, six an image, all right but those numbered in `wrong`."""
     rows = []
     for split in SPLITS:
         for i in range(questions):
@@ -134,7 +135,7 @@ def test_pope_pairs_answers_by_question_and_not_by_place(tmp_path):
     arms = gather([tmp_path])
     found = difference(arms, "A", "B", "pope/random/accuracy")
     assert found.p == pytest.approx(binomial_two_sided(20, 6)) and found.low < found.mean < found.high
-    # what is wrong lies in a few pictures, so the interval is wider than that of independent questions
+    # what is wrong lies in a few images, so the interval is wider than that of independent questions
     alone = 1.96 * 100 * np.std([1] * 20 + [0] * 94 + [-1] * 6) / math.sqrt(120)
     assert found.high - found.low > 2 * alone * 1.5
     row = next(row for row in pope_pairs(arms).rows if row[0] == "random")
@@ -149,14 +150,14 @@ def test_pope_of_other_questions_is_not_paired(tmp_path):
     assert pope_pairs(arms) is None and difference(arms, "A", "B", "pope/random/accuracy").low is None
 
 
-def test_an_interval_over_pictures_is_wider_than_one_over_questions():
+def test_an_interval_over_images_is_wider_than_one_over_questions():
     generator = np.random.default_rng(3)
-    pictures = np.repeat(np.arange(60), 10)
-    values = np.repeat(generator.normal(size=60), 10)  # ten questions about a picture all say the same
-    low, high = by_cluster(values, pictures)
+    images = np.repeat(np.arange(60), 10)
+    values = np.repeat(generator.normal(size=60), 10)  # ten questions about an image all say the same
+    _, low, high = bootstrap_mean(values, images)
     half = 1.96 * np.std(values[::10]) / math.sqrt(60)
     assert (high - low) / 2 == pytest.approx(half, rel=0.1)
-    alone = by_cluster(values, np.arange(600))
+    alone = bootstrap_mean(values, np.arange(600))[1:]
     assert (high - low) > 2.5 * (alone[1] - alone[0])
 
 

@@ -6,8 +6,10 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 
-from diffclip.errors import InputError
-from stages.run import COMPLETE, Run, digest, upstream_model
+from diffclip.base.errors import InputError
+from diffclip.base.schema import COMPLETE
+from stages.provenance import digest, upstream_model
+from stages.run import Run
 
 
 @dataclass
@@ -103,7 +105,7 @@ def test_a_deepspeed_file_counts_with_its_content(tmp_path):
 def test_a_start_that_came_to_no_step_leaves_its_directory_free(tmp_path, data):
     settings = Settings(str(tmp_path / "run"))
     run = Run("pretrain", settings, {"data": data})
-    run.say("12 bad samples")
+    run.log("12 bad samples")
     (run.path / "bad_samples.jsonl").write_text("{}\n")
     data.write_text("mended pairs")
     again = Run("pretrain", replace(settings, rate=0.2), {"data": data})
@@ -115,7 +117,7 @@ def test_a_start_that_came_to_no_step_leaves_its_directory_free(tmp_path, data):
 
 def test_lines_that_an_encoding_lacks_are_said_all_the_same(tmp_path, data, capsys):
     run = Run("pretrain", Settings(str(tmp_path / "run")), {"data": data})
-    run.say("bad: \udce9t\u00e9.jpg\u2028")
+    run.log("bad: \udce9t\u00e9.jpg\u2028")
     assert "\\udce9t\u00e9.jpg" in capsys.readouterr().out
     assert "\\udce9t\u00e9.jpg" in (run.path / "log.txt").read_text(encoding="utf-8")
 

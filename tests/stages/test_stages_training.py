@@ -15,16 +15,13 @@ from test_stages_pretrain import write_shard
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
-from diffclip.errors import InputError
+from diffclip.base.errors import InputError
+from diffclip.base.schema import COMPLETE
 from stages import language, pretrain
-from stages.align import AlignConfig
 from stages.callbacks import Watch
-from stages.instruct import InstructConfig
-from stages.language import LanguageConfig
-from stages.pretrain import PretrainConfig
-from stages.resume import check_checkpoint
-from stages.run import COMPLETE, NOT_FINISHED, Run
-from stages.training import TrainingConfig, on_one_device, train, training_arguments
+from stages.run import NOT_FINISHED, Run
+from stages.settings import AlignConfig, InstructConfig, LanguageConfig, PretrainConfig, TrainingConfig, check
+from stages.training import check_checkpoint, on_one_device, train, training_arguments
 
 STEPS = 12
 
@@ -136,14 +133,14 @@ def test_cudnn_attention_is_off_in_training_unless_asked_for(tmp_path, wanted):
 )
 def test_trainer_may_not_overrule_a_named_setting(key, setting):
     with pytest.raises(InputError, match=f"{key} is what the setting `{setting}` decides"):
-        Config(trainer={key: 3})
+        check(Config(trainer={key: 3}))
 
 
 @pytest.mark.parametrize("key", ["ignore_data_skip", "save_only_model"])
 def test_trainer_may_not_make_a_resumed_run_another_one(key):
     with pytest.raises(InputError, match=f"with {key} a resumed run would not be the undisturbed one"):
-        Config(trainer={key: True})
-    Config(trainer={key: False})
+        check(Config(trainer={key: True}))
+    check(Config(trainer={key: False}))
 
 
 def test_trainer_takes_what_no_setting_of_the_stage_decides(tmp_path):
@@ -154,7 +151,7 @@ def test_trainer_takes_what_no_setting_of_the_stage_decides(tmp_path):
         with pytest.raises(InputError, match="setting `trainer`"):
             training_arguments(settings_of(tmp_path, trainer=wrong), STEPS, (8, 1))
     with pytest.raises(InputError, match="expected a mapping"):
-        Config(trainer=["adam_beta2"])
+        check(Config(trainer=["adam_beta2"]))
 
 
 # ---- stopping and going on

@@ -1,0 +1,162 @@
+"""Differential attention: a pair of adjacent heads gives the difference of two softmax maps, for one value.
+
+Two forms compute the same function: `eager` writes the maps out, `fused` leaves them inside
+`scaled_dot_product_attention`. Sources: DiffCLIP (Hammoud and Ghanem 2025, section 3) and Differential
+Transformer (Ye et al. 2024, equations 1-3); where the DiffCLIP text and its released weights differ in how
+heads are paired, this follows the weights.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from diffclip.attention.base import Differential, Maps, attention_scores, recomputed
+from diffclip.base.errors import InputError
+
+
+def lambda_init_schedule(layer: int, base: int = 0) -> float:
+    """Depth-dependent lambda_init of the "*" variant: 0.8 - 0.6 exp(-0.3 l), from 0.2 towards 0.8.
+
+    `layer` counts from 0; the first counts as `base`: 0 in DiffCLIP*, 1 in Differential Transformer's text.
+    """
+    return 0.8 - 0.6 * math.exp(-0.3 * (layer + base))
+
+
+class DifferentialAttention(Differential):
+    """Self-attention with `num_heads` softmax maps that work as `num_heads / 2` differences.
+
+    With head width d = dim / num_heads, queries and keys have num_heads heads of width d, values have
+    num_heads / 2 heads of width 2d. Pair j takes the maps of heads 2j and 2j + 1:
+
+        out_j = (1 - lambda_init) * RMSNorm((A_2j - lambda A_2j+1) v_j)
+        lambda = exp(<lambda_q1, lambda_k1>) - exp(<lambda_q2, lambda_k2>) + lambda_init
+
+    Lambda and the norm's weight (length 2d) are shared by all heads of the layer.
+
+    Args:
+        num_heads: number of softmax maps; even, and a divisor of dim.
+        qkv_bias, out_bias: whether the projections of queries, keys and values, and that of the output, have biases.
+
+    Raises:
+        InputError: for an odd number of heads, or one that does not divide dim.
+    """
+
+    default_lambda_init = 0.8
+    value_heads = 2
+    in_official_layout = True
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        lambda_init: float = default_lambda_init,
+        qkv_bias: bool = True,
+        out_bias: bool = True,
+        norm_eps: float = 1e-5,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        attn_implementation: str = "auto",
+    ) -> None:
+        if num_heads < 2 or num_heads % 2 or dim % num_heads:
+            raise InputError(
+                f"differential attention pairs its heads, so num_heads must be even and divide the width: "
+                f"got num_heads={num_heads}, width={dim}"
+            )
+        super().__init__(dim, num_heads, lambda_init, attn_drop, attn_implementation)
+        self.q_proj = nn.Linear(dim, dim, bias=qkv_bias)
+        self.k_proj = nn.Linear(dim, dim, bias=qkv_bias)
+        self.v_proj = nn.Linear(dim, dim, bias=qkv_bias)
+        self.q_norm, self.k_norm = nn.Identity(), nn.Identity()
+        self.out_proj = nn.Linear(dim, dim, bias=out_bias)
+        self.lambda_q1 = nn.Parameter(torch.empty(self.head_dim))
+        self.lambda_k1 = nn.Parameter(torch.empty(self.head_dim))
+        self.lambda_q2 = nn.Parameter(torch.empty(self.head_dim))
+        self.lambda_k2 = nn.Parameter(torch.empty(self.head_dim))
+        self.diff_norm = HeadNorm(2 * self.head_dim, eps=norm_eps, scale=1 - lambda_init)
+        self.proj_drop = nn.Dropout(proj_drop)
+        self.reset_lambdas()
+
+    def reset_lambdas(self) -> None:
+        """Draw the four lambda vectors from N(0, 0.1), so that lambda starts close to lambda_init."""
+        for vector in (self.lambda_q1, self.lambda_k1, self.lambda_q2, self.lambda_k2):
+            nn.init.normal_(vector, std=0.1)
+
+    def compute_lambda(self) -> Tensor:
+        """Return lambda, a scalar, in float32 or wider."""
+        dtype = torch.promote_types(self.lambda_q1.dtype, torch.float32)
+        first = (self.lambda_q1.to(dtype) * self.lambda_k1.to(dtype)).sum().exp()
+        second = (self.lambda_q2.to(dtype) * self.lambda_k2.to(dtype)).sum().exp()
+        return first - second + self.lambda_init
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        dropout = self.attn_drop if self.training else 0.0
+        mixed = recomputed(self.mix, *self.project(x), attn_mask, is_causal, dropout)
+        return self.proj_drop(self.out_proj(mixed))
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool, dropout: float) -> Tensor:
+        """Return the normalised differences of all pairs side by side, (batch, tokens, dim), for `project`'s output."""
+        lambda_ = self.compute_lambda().to(q.dtype)
+        if self.form_for(q) == "eager":
+            first, second = (F.dropout(map_, dropout) for map_ in softmax_maps(q, k, attn_mask, is_causal))
+            out = (first - lambda_ * second) @ v  # (batch, pairs, tokens, 2d)
+        else:
+            first, second = fused_attention(q, k, v, attn_mask, is_causal, dropout)
+            out = first - lambda_ * second
+        return self.diff_norm(out).transpose(1, 2).flatten(2)
+
+    def maps(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Maps:
+        q, k, _ = self.project(x)
+        return *softmax_maps(q, k, attn_mask, is_causal), self.compute_lambda().to(q.dtype)
+
+    def apply_map(self, x: Tensor, map_: Tensor) -> Tensor:
+        mixed = self.diff_norm(map_ @ self.project(x)[2])
+        return self.out_proj(mixed.transpose(1, 2).flatten(2))
+
+    @torch.no_grad()
+    def start_from(self, qkv: Tensor, bias: Tensor | None, out: nn.Linear, preserve: bool) -> None:
+        """Take over the projections; the function changes: heads now work in pairs, under a new norm."""
+        for i, projection in enumerate((self.q_proj, self.k_proj, self.v_proj)):
+            projection.weight.copy_(qkv.chunk(3)[i])
+            if bias is not None:
+                projection.bias.copy_(bias.chunk(3)[i])
+        self.out_proj.load_state_dict(out.state_dict())
+
+    def mean_lambda(self) -> float:
+        return self.compute_lambda().item()
+
+
+class HeadNorm(nn.RMSNorm):
+    """RMSNorm times a constant, in its input's dtype: under autocast torch has no fused kernel for mixed ones."""
+
+    def __init__(self, width: int, eps: float, scale: float) -> None:
+        super().__init__(width, eps=eps)
+        self.scale = scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, (self.weight * self.scale).to(x.dtype), self.eps)
+
+
+def softmax_maps(
+    q: Tensor, k: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Return the even and the odd heads' softmax maps, each (batch, heads / 2, tokens, tokens), of q and k."""
+    maps = attention_scores(q, k, attn_mask, is_causal).softmax(dim=-1)
+    return maps[:, 0::2], maps[:, 1::2]
+
+
+def fused_attention(
+    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool, dropout: float
+) -> tuple[Tensor, Tensor]:
+    """Return the values as mixed by the even and the odd heads, each (batch, heads / 2, tokens, 2d)."""
+    scale = q.shape[-1] ** -0.5
+    if q.device.type == "cpu":
+        # Its kernel wants equal widths, else it falls back to the maps; zeros do not change the products.
+        q, k = F.pad(q, (0, q.shape[-1])), F.pad(k, (0, k.shape[-1]))
+    if attn_mask is not None and attn_mask.is_floating_point():
+        attn_mask = attn_mask.to(q.dtype)
+    v = v.repeat_interleave(2, dim=1)  # (batch, heads, tokens, 2d)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask, dropout, is_causal, scale=scale)
+    return out[:, 0::2], out[:, 1::2]

@@ -1,0 +1,152 @@
+"""Differential attention V2: twice the query heads on the same keys and values, and lambda chosen by each token.
+
+Source: Differential Transformer V2 (Ye et al., Microsoft, January 2026). Against the first version: no halved heads,
+no norm after the difference, no exponential parametrisation, and so a warm start from ordinary attention that
+computes the same function.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from diffclip.attention.base import Differential, Maps, attention_scores, recomputed
+from diffclip.base.errors import InputError
+
+
+class DifferentialAttentionV2(Differential):
+    """Self-attention whose `num_heads` heads are each a difference of two softmax maps over one key and value.
+
+    With head width d = dim / num_heads there are 2 num_heads queries, and num_heads keys and values of width d.
+    Queries 2j and 2j + 1 both look at key and value j:
+
+        out_j = (A_2j - sigmoid(lambda_j(x)) A_2j+1) v_j
+
+    lambda_j(x) is a linear function of the token that asks. Ordinary attention has dim^2 + dim parameters less for
+    queries, and none of lambda's (dim + 1) num_heads.
+
+    Args:
+        num_heads: number of differences; a divisor of dim.
+        lambda_init: what sigmoid(lambda) starts from for every token, in (0, 1).
+        qkv_bias, out_bias: as in version 1.
+
+    Raises:
+        InputError: for a head count that does not divide dim, or a lambda_init outside (0, 1).
+    """
+
+    default_lambda_init = 0.5
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        lambda_init: float = default_lambda_init,
+        qkv_bias: bool = True,
+        out_bias: bool = True,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        attn_implementation: str = "auto",
+    ) -> None:
+        if num_heads < 1 or dim % num_heads:
+            raise InputError(f"num_heads must divide the width: got num_heads={num_heads}, width={dim}")
+        if not 0 < lambda_init < 1:
+            raise InputError(f"lambda_init of version 2 is a sigmoid's value, between 0 and 1: got {lambda_init}")
+        super().__init__(dim, num_heads, lambda_init, attn_drop, attn_implementation)
+        self.q_proj = nn.Linear(dim, 2 * dim, bias=qkv_bias)
+        self.k_proj = nn.Linear(dim, dim, bias=qkv_bias)
+        self.v_proj = nn.Linear(dim, dim, bias=qkv_bias)
+        self.lambda_proj = nn.Linear(dim, num_heads)
+        self.q_norm, self.k_norm = nn.Identity(), nn.Identity()
+        self.out_proj = nn.Linear(dim, dim, bias=out_bias)
+        self.proj_drop = nn.Dropout(proj_drop)
+        self.reset_lambdas()
+
+    def reset_lambdas(self) -> None:
+        """Let sigmoid(lambda) be lambda_init for every token and head."""
+        nn.init.zeros_(self.lambda_proj.weight)
+        nn.init.constant_(self.lambda_proj.bias, math.log(self.lambda_init / (1 - self.lambda_init)))
+
+    def compute_lambda(self, x: Tensor) -> Tensor:
+        """Return sigmoid(lambda), (batch, heads, tokens, 1), for tokens x (batch, tokens, dim)."""
+        return self.lambda_proj(x).sigmoid().transpose(1, 2).unsqueeze(-1)
+
+    def mean_lambda(self) -> float:
+        """Mean over the heads of the lambda that a token of zeros would have, for logs."""
+        return self.lambda_proj.bias.detach().sigmoid().mean().item()
+
+    def softmax_maps(self, q: Tensor, k: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """Return all maps, (batch, 2 heads, tokens, tokens), for `project`'s queries and keys."""
+        k = k.repeat_interleave(2, dim=1)  # beside both of its queries
+        return attention_scores(q, k, self.per_query(attn_mask), is_causal).softmax(dim=-1)
+
+    def per_query(self, attn_mask: Tensor | None) -> Tensor | None:
+        """Return a mask that has one plane per head with one plane per query instead, any other as it is."""
+        if attn_mask is not None and attn_mask.ndim == 4 and attn_mask.shape[1] == self.num_heads > 1:
+            return attn_mask.repeat_interleave(2, dim=1)
+        return attn_mask
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        dropout = self.attn_drop if self.training else 0.0
+        mixed = recomputed(self.mix, *self.project(x), self.compute_lambda(x), attn_mask, is_causal, dropout)
+        return self.proj_drop(self.out_proj(mixed))
+
+    def mix(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        lambda_: Tensor,
+        attn_mask: Tensor | None,
+        is_causal: bool,
+        dropout: float,
+    ) -> Tensor:
+        """Return the differences of all heads side by side, (batch, tokens, dim)."""
+        if self.form_for(q) == "eager":
+            maps = F.dropout(self.softmax_maps(q, k, attn_mask, is_causal), dropout)
+            out = (maps[:, 0::2] - lambda_ * maps[:, 1::2]) @ v  # (batch, heads, tokens, d)
+        else:
+            attn_mask = self.per_query(attn_mask)
+            if attn_mask is not None and attn_mask.is_floating_point():
+                attn_mask = attn_mask.to(q.dtype)
+            k, v = k.repeat_interleave(2, dim=1), v.repeat_interleave(2, dim=1)
+            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask, dropout, is_causal)
+            out = mixed[:, 0::2] - lambda_ * mixed[:, 1::2]
+        return out.transpose(1, 2).flatten(2)
+
+    def maps(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Maps:
+        q, k, _ = self.project(x)
+        maps = self.softmax_maps(q, k, attn_mask, is_causal)
+        return maps[:, 0::2], maps[:, 1::2], self.compute_lambda(x)  # (batch, heads, tokens, tokens), twice
+
+    def apply_map(self, x: Tensor, map_: Tensor) -> Tensor:
+        return self.out_proj((map_ @ self.project(x)[2]).transpose(1, 2).flatten(2))
+
+    @torch.no_grad()
+    def start_from(self, qkv: Tensor, bias: Tensor | None, out: nn.Linear, preserve: bool) -> None:
+        """Take over the projections, and with `preserve` the function.
+
+        That makes the second query of each head a copy of the first and divides the output weights by
+        1 - lambda_init: (A - lambda A) / (1 - lambda) = A. The two queries part in training, since their gradients
+        differ in sign and size. Otherwise the second queries are drawn anew, with the spread of the first ones.
+        """
+        q, k, v = qkv.chunk(3)
+        self.k_proj.weight.copy_(k)
+        self.v_proj.weight.copy_(v)
+        second = q if preserve else torch.randn_like(q) * q.std()
+        self.q_proj.weight.copy_(interleave_heads(q, second, self.num_heads))
+        if bias is not None:
+            q_bias, k_bias, v_bias = bias.chunk(3)
+            self.k_proj.bias.copy_(k_bias)
+            self.v_proj.bias.copy_(v_bias)
+            self.q_proj.bias.copy_(interleave_heads(q_bias, q_bias, self.num_heads))
+        self.out_proj.weight.copy_(out.weight / (1 - self.lambda_init) if preserve else out.weight)
+        if out.bias is not None:
+            self.out_proj.bias.copy_(out.bias)
+
+
+def interleave_heads(first: Tensor, second: Tensor, heads: int) -> Tensor:
+    """Return (2 dim, ...) in which head j of `first` (dim, ...) is followed by head j of `second`."""
+    pairs = torch.stack([first.unflatten(0, (heads, -1)), second.unflatten(0, (heads, -1))], dim=1)
+    return pairs.flatten(0, 2)

@@ -1,0 +1,137 @@
+"""Archives: unpacked whole or not at all, and never outside of their folder; and tars that are never unpacked: the
+places of their members, found in one walk, and the bytes that lie there.
+"""
+
+import lzma
+import os
+import shlex
+import shutil
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from diffclip.base.errors import InputError
+from diffclip.base.paths import inside
+
+MOST_UNPACKED = 100  # times the archive's size; images are packed once over, text perhaps twenty times
+BROKEN = (  # RuntimeError: encrypted; NotImplementedError: a compression that Python does not know
+    *(zipfile.BadZipFile, tarfile.TarError, EOFError, OSError, zlib.error),
+    *(lzma.LZMAError, RuntimeError, NotImplementedError, ValueError),
+)
+
+TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")
+UNPACKERS = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ": "unxz", b"\x28\xb5\x2f\xfd": "unzstd"}
+NO_END = "ends early (no end-of-archive block)"  # all members may be whole nevertheless
+
+
+def unpack(archive: Path, into: Path) -> None:
+    """Unpack the files of a zip or tar into a folder beside and move it into `into`; then delete the archive.
+
+    Links and devices are left out.
+
+    Raises:
+        InputError: a member would land outside, the archive is broken, or it would unpack to more than
+            `MOST_UNPACKED` times its size or than the disk has room for; nothing is in `into` then.
+    """
+    temporary = archive.with_name(f"{archive.name}.unpacking")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    print(f"  unpacking {archive.name}")
+    try:
+        if archive.suffix == ".zip":
+            with zipfile.ZipFile(archive) as packed:
+                files = [info for info in packed.infolist() if not info.is_dir()]
+                _check_members(archive, temporary, ((info.filename, info.file_size) for info in files))
+                packed.extractall(temporary, files)
+        else:
+            with tarfile.open(archive) as tar:
+                _check_members(archive, temporary, ((m.name, m.size) for m in tar if m.isfile()))
+                safe: Any = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # it came with Python 3.11.4
+                tar.extractall(temporary, [m for m in tar if m.isfile()], **safe)
+        shutil.copytree(temporary, into, dirs_exist_ok=True, copy_function=shutil.move)
+    except BROKEN as error:
+        full = isinstance(error, OSError) and error.errno is not None
+        remedy = "make room or mend the folder, and start again" if full else "delete it and start again"
+        raise InputError(f"{archive}: not unpacked ({error or type(error).__name__}); {remedy}") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    unpacked_mark(archive).touch()
+    archive.unlink()
+
+
+def unpacked_mark(archive: Path) -> Path:
+    """The empty file that `unpack` leaves in place of the archive."""
+    return archive.with_name(f".{archive.name}.unpacked")
+
+
+def _check_members(archive: Path, folder: Path, members: Iterable[tuple[str, int]]) -> None:
+    """InputError for (name, size) of a member that leads outside, or at which they all become too much."""
+    most, room, total = max(MOST_UNPACKED * archive.stat().st_size, 1 << 20), shutil.disk_usage(folder).free, 0
+    for name, size in members:
+        inside(folder, name, f"{archive}: member", writing=True)
+        total += size
+        if total > most:
+            raise InputError(f"{archive}: unpacks to over {MOST_UNPACKED} times its size: not unpacked; delete it")
+        if total > room:
+            raise InputError(f"{archive}: unpacks to more than the {room:,} bytes that are free; make room")
+
+
+# ---------------------------------------------------------------- tars that are never unpacked
+
+
+def members(path: str | Path) -> tuple[list[tarfile.TarInfo], str]:
+    """All whole members of an uncompressed tar, with `offset_data` and `size`, and why it ends early, or "".
+
+    InputError if the file is not a tar, or is compressed, which leaves its members without places.
+    """
+    whole: list[tarfile.TarInfo] = []
+    size = os.path.getsize(path)
+    try:
+        with tarfile.open(path, "r:") as tar:
+            while True:
+                try:
+                    member = tar.next()
+                except tarfile.ReadError as error:
+                    return whole, f"ends early ({error})"
+                if member is None:  # tarfile takes a cut header for the end
+                    return whole, NO_END if size < tar.offset + tarfile.BLOCKSIZE else ""
+                if member.isfile() and member.offset_data + member.size > size:
+                    return whole, f"ends early, within {printable(member.name)}"
+                whole.append(member)
+    except (tarfile.TarError, OSError) as error:
+        if isinstance(error, tarfile.TarError):
+            _refuse_compressed(str(path))
+        raise InputError(f"{path}: not a readable tar file ({error}); download or write it again") from None
+
+
+def read_at(path: str | Path, *places: tuple[int, int]) -> list[bytes]:
+    """The bytes at each (offset, size); OSError when the file is gone or shorter than it was."""
+    handle = os.open(path, os.O_RDONLY)  # not kept: a thousand shards are more than a process may hold open
+    try:
+        contents = [os.pread(handle, size, offset) for offset, size in places]
+    finally:
+        os.close(handle)
+    if any(len(content) != size for content, (_, size) in zip(contents, places)):
+        raise OSError(f"{Path(path).name} has become shorter since it was indexed")
+    return contents
+
+
+def printable(name: str | bytes) -> str:
+    """A member's name as text that can be printed and written, whatever its bytes are."""
+    return os.fsencode(name).decode("utf-8", errors="backslashreplace")
+
+
+def _refuse_compressed(path: str) -> None:
+    with open(path, "rb") as f:
+        start = f.read(8)
+    if not (command := next((command for magic, command in UNPACKERS.items() if start.startswith(magic)), None)):
+        return
+    suffix = max((s for s in TAR_SUFFIXES if path.endswith(s)), key=len, default="")
+    unpacked = path.removesuffix(suffix) + (".unpacked.tar" if suffix == ".tar" else ".tar")
+    raise InputError(
+        f"{path}: is compressed, and tars are read at offsets: unpack it by "
+        f"`{command} -c {shlex.quote(path)} > {shlex.quote(unpacked)}` and name {unpacked}"
+    )

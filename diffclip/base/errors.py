@@ -1,0 +1,43 @@
+"""One exception for what a user can mend, and the way command lines report it: one sentence, exit code 2."""
+
+import os
+import select
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class InputError(Exception):
+    """Bad input: the message is one sentence that names the file, key or line, and the remedy."""
+
+
+def first_line(error: Exception) -> str:
+    """What an error of a library says, without the lines below it; its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+@contextmanager
+def exit_on_input_error() -> Iterator[None]:
+    """Print an `InputError` as one line on stderr and exit with code 2; anything else keeps its traceback.
+
+    Where the reader of our output has gone, as `head` does, end quietly with code 1.
+    """
+    try:
+        try:
+            yield
+        except InputError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
+        finally:
+            if not isinstance(sys.exc_info()[1], Exception):
+                sys.stdout.flush()  # at exit it would be too late to end quietly
+    except BrokenPipeError:
+        pipes = select.poll()
+        for stream in (1, 2):
+            pipes.register(stream, 0)  # 0: errors alone, which is what a pipe without a reader has
+        if not (broken := pipes.poll(0)):
+            raise  # another pipe of the process
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for stream, _ in broken:
+            os.dup2(nowhere, stream)  # for what Python still has to write
+        sys.exit(1)

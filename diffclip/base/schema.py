@@ -1,0 +1,125 @@
+"""What lies in a run directory: the names of its files and their keys, for those who write them and those who read.
+
+The dictionaries are types only: a file that an older version wrote, or that somebody has edited, may lack any key.
+"""
+
+from typing import Any, Literal, TypedDict
+
+# --- every stage ---
+RECORD = "run.json"  # RunRecord
+CONFIG = "config.yaml"  # the resolved settings
+LOG = "log.txt"  # what the console showed
+METRICS = "metrics.json"  # {score: number}, percent where it is a share
+CURVE = "metrics.jsonl"  # a line per logged step: "step", "samples_per_second", "loss", …
+CHECKPOINTS = "checkpoint-*"  # folders of resume state
+COMPLETE = "complete"  # marker in a checkpoint that is written to its end
+MODEL_CARD = "README.md"
+
+# --- pretrain ---
+BAD_SAMPLES = "bad_samples.jsonl"  # {"key", "reason"} of each sample left out
+NON_FINITE = "non_finite.jsonl"  # NonFinite
+BEST = "best"  # folder: the model of the best epoch, with a metrics.json of its own
+
+# --- evaluate ---
+CLIP_BENCHMARKS = "clip_benchmarks.json"  # scores, "about" (what they were made with), "skipped" ({score: why})
+CLIP_OUTCOMES = "clip_outcomes.safetensors"  # {score: one number per item, whose mean times 100 is the score}
+LOCALISATION = "localisation.json"  # Localisation
+ATTENTION = "attention.jsonl"  # AttentionMap
+EXAMPLES = "examples.jsonl"  # Example
+POPE = "pope"  # folder of the next two, and of what lmms-eval writes
+ANSWERS = "answers.jsonl"  # PopeAnswer
+MARGINS = "margins.jsonl"  # fields of mllm.pope.questions.Question, and "margin": of yes over no
+IMAGES = "images"  # folder in POPE: the images that a parquet file holds
+
+STAGES = ("language", "pretrain", "align", "instruct", "evaluate")
+POPE_SPLITS = ("random", "popular", "adversarial")
+POPE_PASSES = ("model", "shuffled", "grey", "no_image")  # the model, and its controls
+
+State = Literal["running", "finished", "stopped"]  # killed: stays "running"; stopped: told to end early
+
+
+class Input(TypedDict):
+    """A file or folder that a run has read."""
+
+    path: str
+    digest: str
+
+
+class RunRecord(TypedDict, total=False):
+    """run.json."""
+
+    stage: str
+    state: State
+    seed: int
+    command: str
+    started: str
+    wall_seconds: float
+    inputs: dict[str, Input]  # by setting, "data[1]" for the second file of `data`
+    deepspeed: Input
+    versions: dict[str, str]
+    git: str
+    hardware: str
+    energy_kwh: float  # not measured by the stages; shown where somebody has added it
+    model: str  # e.g. "DiffCLIP-tiny"
+    steps: int
+    parameters: int | dict[str, int]  # of all, or by part
+    # language
+    stand_in: bool
+    tokens: int
+    # pretrain
+    pairs: int
+    bad_samples: int
+    # align, instruct
+    conversations: int
+    learns: list[str]
+    before: dict[str, str]  # fingerprints by part
+    after: dict[str, str]
+    # evaluate
+    attention: str  # why there are no attention maps
+    pope: str  # which version of POPE
+    pope_margin: str  # why there are no margins
+
+
+class NonFinite(TypedDict):
+    """A line of non_finite.jsonl: one rank's share of the batch whose loss was not finite."""
+
+    step: int
+    rank: int
+    loss: str
+    culprits: list[str]  # keys of samples whose features are not finite
+    keys: list[str]  # keys of all samples
+
+
+class Localisation(TypedDict):
+    """localisation.json: one entry per object in each list."""
+
+    pictures: list[str]  # file names
+    objects: list[str]
+    scores: dict[str, list[float | None]]  # None where the crop leaves the object out
+
+
+class AttentionMap(TypedDict):
+    """A line of attention.jsonl."""
+
+    image: str  # a file in the run directory
+    file: str  # the name it came under
+    query: str
+    heat: list[list[int]]  # (rows, columns) of patches, 0 to 255
+
+
+class Example(TypedDict):
+    """A line of examples.jsonl: a question of POPE with its image."""
+
+    split: str
+    question_id: str
+    question: str
+    label: str
+    answer: str
+    answer_shuffled: str | None  # to the same question about another image
+    image: str  # a file in the run directory
+    query: str
+    heat: list[list[int]] | None
+
+
+# A line of pope/answers.jsonl: fields of mllm.pope.questions.Question, "pass" (of POPE_PASSES) and "answer".
+PopeAnswer = dict[str, Any]

@@ -1,0 +1,159 @@
+"""Do the patches that speak for a text lie on the object? Scored without choosing a threshold.
+
+Appendix A of the paper shows attention maps and leaves their quality to the eye. Here `relevance` for "a {category}"
+is compared with the category's mask in COCO-format annotations, by three scores that no threshold enters:
+
+- pointing: is the most relevant pixel inside the mask (Zhang et al. 2016, arXiv 1608.00507; no tolerance margin);
+- energy: the share of all relevance that lies inside (Wang et al. 2020, arXiv 1910.01279);
+- precision: average precision of the pixels ranked by relevance.
+
+Beside them stands `area`, the mask's share of the image: what energy and precision are for a map of noise.
+"""
+
+import contextlib
+import io
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from sklearn.metrics import average_precision_score
+from torch import Tensor, nn
+
+from diffclip.attention_maps import relevance, seen_part, upsample
+from diffclip.base.devices import pick_device
+from diffclip.base.errors import InputError
+from diffclip.base.files import write_json
+from diffclip.base.images import open_image
+from diffclip.base.statistics import bootstrap_mean
+from diffclip.benchmarks.comparison import model_names
+from diffclip.checkpoints import load
+
+Item = tuple[Path, str, np.ndarray]  # an image, a category, and the mask (height, width) of its objects
+
+SCORES = ("pointing", "energy", "precision")
+PROMPT = "a {}"
+
+
+def read_masks(instances: str | Path, images: str | Path) -> Iterator[Item]:
+    """Yield (image, category name, mask) for every category in every image; all its objects are one mask.
+
+    Masks are (height, width) bool, from polygons or run lengths; crowds and annotations without a segmentation are
+    left out. InputError: annotations that are not COCO's, or an image that is missing.
+    """
+    from pycocotools.coco import COCO  # of the extra `eval`
+
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            coco = COCO(str(instances))
+        names = {c["id"]: c["name"] for c in coco.dataset["categories"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{instances}: cannot be read as COCO instances: {type(error).__name__} {error}") from error
+    for image_id, image in sorted(coco.imgs.items()):
+        path = Path(images) / image["file_name"]
+        if not path.is_file():
+            raise InputError(f"{path}: no such image, but {instances} has it as image {image_id}")
+        masks: dict[int, np.ndarray] = {}  # by category
+        for annotation in coco.imgToAnns[image_id]:
+            if annotation.get("iscrowd") or not annotation.get("segmentation"):
+                continue
+            kind = annotation["category_id"]
+            masks[kind] = masks.get(kind, False) | coco.annToMask(annotation).astype(bool)
+        for kind, mask in sorted(masks.items()):
+            if mask.any() and not mask.all():
+                yield path, names[kind], mask
+
+
+def map_scores(heat: np.ndarray, mask: np.ndarray) -> dict[str, float]:
+    """Pointing, energy, precision and area in percent, for heat (height, width) >= 0 and a mask like it.
+
+    Where several pixels are most relevant, pointing is the share of them inside; a map of zeros counts as even.
+    """
+    if not heat.any():
+        heat = np.ones_like(heat)
+    top = heat >= heat.max()
+    return {
+        "pointing": 100 * float(mask[top].mean()),
+        "energy": 100 * float(heat[mask].sum() / heat.sum()),
+        "precision": 100 * float(average_precision_score(mask.ravel(), heat.ravel())),
+        "area": 100 * float(mask.mean()),
+    }
+
+
+def localise(
+    model: nn.Module,
+    transform: Callable[[Image.Image], Tensor],
+    tokenizer: Callable[[list[str]], Tensor],
+    items: Sequence[Item],
+    batch_size: int = 64,
+) -> np.ndarray:
+    """Return (items, 4): pointing, energy, precision and area of each item, in percent.
+
+    Args:
+        model, transform, tokenizer: from `diffclip.load`.
+        items: from `read_masks`. Masks get the model's own resizing and centre crop; an object that the crop
+            leaves out, or leaves nothing beside, has NaN in its row.
+    """
+    crop = seen_part(transform, nearest=True)
+    device = next(model.parameters()).device
+    rows = []
+    for start in range(0, len(items), batch_size):
+        batch = items[start : start + batch_size]
+        pixels = torch.stack([transform(open_image(path)) for path, _, _ in batch]).to(device)
+        texts = tokenizer([PROMPT.format(name) for _, name, _ in batch]).to(device)
+        height, width = pixels.shape[-2:]
+        heats = upsample(relevance(model, pixels, texts), (height, width)).cpu().numpy()
+        for heat, (_, _, mask) in zip(heats, batch):
+            seen = np.asarray(crop(Image.fromarray(mask).convert("RGB")))[:, :, 0] > 127
+            whole = seen.any() and not seen.all()
+            rows.append([*map_scores(heat, seen).values()] if whole else [np.nan] * 4)
+    return np.array(rows)
+
+
+def summary(models: Mapping[str, np.ndarray], images: Sequence[Path]) -> dict[str, Any]:
+    """Return mean and 95 % interval of each score of each model, and of each model's difference to the first.
+
+    Intervals are bootstrapped over images, since the objects of one image are not independent.
+
+    Args:
+        models: name -> what `localise` returned, the same items for all.
+        images: of each item, its image.
+    """
+    _, image = np.unique([str(path) for path in images], return_inverse=True)
+    whole = ~np.isnan(np.stack(list(models.values()))).any(axis=(0, 2))
+    rows: dict[str, dict[str, dict[str, float]]] = {}
+    first = next(iter(models.values()))
+    for name, scores in models.items():
+        rows[name] = {s: _interval(scores[whole, i], image[whole]) for i, s in enumerate((*SCORES, "area"))}
+        if scores is not first:
+            lead = scores - first
+            rows[name] |= {f"{s}_difference": _interval(lead[whole, i], image[whole]) for i, s in enumerate(SCORES)}
+    return {"items": int(whole.sum()), "pictures": len(set(image[whole])), "models": rows}
+
+
+def _interval(values: np.ndarray, image: np.ndarray) -> dict[str, float]:
+    return dict(zip(("mean", "low", "high"), bootstrap_mean(values, image)))
+
+
+def compare(instances: str, images: str, models: Sequence[str], out: str, device: str = "cpu") -> None:
+    """Score each model's maps on all masks, print the scores and write them to the JSON file `out`."""
+    chosen = pick_device(device)
+    names = model_names(models)
+    items = list(read_masks(instances, images))
+    if not items:
+        raise InputError(f"{instances}: no masks to compare with")
+    scores = {}
+    for name, source in zip(names, models):
+        model, transform, tokenizer = load(source)
+        try:
+            scores[name] = localise(model.to(chosen), transform, tokenizer, items)
+        except InputError as error:
+            raise InputError(f"{source}: {error}") from None
+        print(f"{name}: {len(items)} objects in {len({path for path, _, _ in items})} images", flush=True)
+    result = summary(scores, [path for path, _, _ in items])
+    write_json(out, result)
+    for name, row in result["models"].items():
+        cells = [f"{s} {v['mean']:.1f} [{v['low']:.1f}, {v['high']:.1f}]" for s, v in row.items()]
+        print(f"{name}: {', '.join(cells)}")

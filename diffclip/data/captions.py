@@ -1,0 +1,42 @@
+"""The captions of a pair, in every form in which .txt, .json and table cells hold them."""
+
+import json
+import re
+
+
+def parse_captions(raw: bytes, member: str) -> list[str]:
+    """Captions of one sample: the lines of a .txt, or a .json's `captions` (else `caption`), or a list in it."""
+    if member != "json":
+        return not_empty(caption_lines(raw.decode("utf-8-sig")))
+    values = json.loads(raw)
+    if isinstance(values, dict):
+        if "captions" not in values and "caption" not in values:
+            raise ValueError(f"the .json has neither `captions` nor `caption`, but {', '.join(values) or 'nothing'}")
+        values = values.get("captions") or values.get("caption")
+    elif not isinstance(values, list):
+        raise ValueError("the .json is neither an object with `captions` nor a list of them")
+    return not_empty(texts(values))
+
+
+def caption_lines(text: str) -> list[str]:
+    """The captions of a .txt, one a line as in clip-benchmark's shards; U+2028 and its like end no line."""
+    return [line.strip() for line in re.split(r"\r\n|\r|\n", text) if line.strip()]
+
+
+def texts(value: object) -> list[str]:
+    """Captions in a cell or JSON value: text, bytes of UTF-8, a number as text, {"raw": ...}, or a list of these."""
+    if isinstance(value, (list, tuple)):
+        return [text for item in value for text in texts(item)]
+    if isinstance(value, dict):
+        return texts(next((value[key] for key in ("raw", "caption", "text") if key in value), None))
+    if value is None:
+        return []
+    text = value.decode("utf-8") if isinstance(value, bytes) else str(value)
+    return [text] if text.strip() else []
+
+
+def not_empty(captions: list[str]) -> list[str]:
+    """The captions; ValueError where there is none."""
+    if not captions:
+        raise ValueError("empty caption")
+    return captions

@@ -1,0 +1,127 @@
+"""The whole training run as one sequence of samples, decided by the seed alone."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+
+from diffclip.base.errors import InputError
+from diffclip.base.files import append_jsonl
+from diffclip.data.pairs import BadSample, PairTable
+
+MOST_TRIES = 100
+
+
+class TrainingPairs(Dataset):
+    """Item k is the k-th sample that the optimiser will see.
+
+    Epoch e visits a fresh permutation of the table, drawn from (seed, e) and cut to whole global batches
+    (drop_last). Crop and caption choice of item k are drawn from (seed, k). So the stream depends on nothing but
+    the seed, and a resumed run, on any number of workers, sees the same pixels.
+
+    Items are {"image": what `transform` gives, "text": (context,) int64, "item": k, "bad": n}: n pairs that could not
+    be read stood in this place before a random other one took it.
+    """
+
+    def __init__(
+        self,
+        table: PairTable,
+        transform: Callable[[Image.Image], torch.Tensor],
+        tokenizer: Callable[[list[str]], torch.Tensor],
+        *,
+        global_batch_size: int,
+        epochs: int,
+        seed: int,
+        weights: Sequence[float] = (),
+        bad_samples: Path | None = None,
+    ) -> None:
+        """
+        Args:
+            weights: how often an epoch sees each pair of each source (`table.ranges`): 2 is twice, 0.3 a random
+                30 % of them, a new draw in each epoch. Empty: once.
+            bad_samples: file that gets a line {"key", "reason"} for each unreadable pair; None: they raise.
+        """
+        sources = len(table.ranges)
+        if len(weights) not in (0, sources) or not all(0 <= w < float("inf") for w in weights):
+            raise InputError(f"{len(weights)} weights for {sources} data sources: give each source one, of 0 or more")
+        self.table, self.transform, self.tokenizer, self.seed = table, transform, tokenizer, seed
+        self.weights, self.bad_samples = list(weights), bad_samples
+        self._named: set[str] = set()
+        self._order: tuple[int, np.ndarray] = (-1, np.empty(0))
+        in_epoch = len(self.order(0))
+        self.per_epoch = in_epoch // global_batch_size * global_batch_size
+        if in_epoch == 0:
+            raise InputError("no pairs to train on: give data that holds some, and one of the weights more than 0")
+        if self.per_epoch == 0:
+            raise InputError(f"{in_epoch} pairs do not fill one batch of {global_batch_size}: lower global_batch_size")
+        self.epochs = epochs
+
+    def __len__(self) -> int:
+        return self.per_epoch * self.epochs
+
+    def order(self, epoch: int) -> np.ndarray:
+        """Rows of the table in the order in which an epoch visits them; int32, before the cut to whole batches."""
+        if self._order[0] != epoch:
+            rng = np.random.default_rng((self.seed, epoch))
+            rows = np.arange(len(self.table), dtype=np.int32)
+            if self.weights:
+                shares = zip(self.table.ranges, self.weights)
+                rows = np.concatenate([_share(rows[a:b], weight, rng) for (a, b), weight in shares])
+            self._order = (epoch, rng.permutation(rows))
+        return self._order[1]
+
+    def row(self, k: int) -> int:
+        """The table's row that stands at place k."""
+        epoch, position = divmod(k, self.per_epoch)
+        return int(self.order(epoch)[position])
+
+    def __getitem__(self, k: int) -> dict[str, torch.Tensor | int]:
+        row, bad = self.row(k), 0
+        while True:
+            try:
+                image, captions = self.table[row]
+                break
+            except BadSample as error:
+                if self.bad_samples is None or bad == MOST_TRIES:
+                    raise
+                if error.key not in self._named:
+                    self._named.add(error.key)
+                    name_bad_samples(self.bad_samples, [(error.key, error.reason)])
+                bad += 1
+                row = self._replacement(k, bad)
+        with seeded(self.seed * 1_000_003 + k):
+            caption = captions[int(torch.randint(len(captions), ()))]
+            return {"image": self.transform(image), "text": self.tokenizer([caption])[0], "item": k, "bad": bad}
+
+    def _replacement(self, k: int, bad: int) -> int:
+        """The row that stands in for the bad-th unreadable one at place k: any that the epoch sees."""
+        seen = self.order(k // self.per_epoch) if self.weights else range(len(self.table))
+        return int(seen[int(np.random.default_rng((self.seed, k, bad)).integers(len(seen)))])
+
+
+def _share(rows: np.ndarray, weight: float, rng: np.random.Generator) -> np.ndarray:
+    whole, rest = divmod(weight, 1)
+    return np.concatenate([*[rows] * int(whole), rng.choice(rows, round(rest * len(rows)), replace=False)])
+
+
+def name_bad_samples(path: Path, samples: Sequence[tuple[str, str]]) -> None:
+    """Append (key, reason) lines to a bad_samples.jsonl, in one write, since several processes share the file."""
+    append_jsonl(path, [{"key": key, "reason": reason} for key, reason in samples])
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Let torch's global CPU generator, from which torchvision draws its crops, start at `seed`; restore it after.
+
+    `torch.manual_seed` would do, but records a stack trace for absent GPUs, a third of the cost of a small image.
+    """
+    state = torch.random.get_rng_state()
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        torch.random.set_rng_state(state)

@@ -1,0 +1,215 @@
+"""The one function that makes a CLIP differential: it replaces the attention of any open_clip model's blocks."""
+
+import re
+from collections.abc import Callable, Iterable
+
+from torch import Tensor, nn
+
+from diffclip.attention import Differential, kind, lambda_init_schedule
+from diffclip.base.backbones import (
+    Block,
+    CustomResidualAttentionBlock,
+    OpenClipAttention,
+    ResidualAttentionBlock,
+    TimmAttention,
+    open_clip,
+)
+from diffclip.base.errors import InputError
+from diffclip.variants import variant_name
+
+
+def differentiate(
+    model: open_clip.CLIP,
+    towers: Iterable[str] = ("vision", "text"),
+    lambda_init: float | str | None = None,
+    schedule_base: int = 0,
+    version: int = 1,
+    preserve: bool = True,
+) -> open_clip.CLIP:
+    """Replace, in place, the self-attention of an open_clip model's blocks by differential attention.
+
+    Works on open_clip's own transformers and on timm vision transformers (also SigLIP's; its pooling head
+    stays as it is). In version 1 the projections keep their weights as a starting point, but the function changes:
+    heads now work in pairs, under a new norm. Version 2 is a warm start: the model computes what it did before.
+
+    Args:
+        model: any open_clip CLIP or CustomTextCLIP.
+        towers: "vision", "text" or both.
+        lambda_init: one number for all layers, or "schedule" for `lambda_init_schedule`; None is 0.8 in version 1,
+            0.5 in version 2, where it is where every token's lambda starts.
+        schedule_base: what the schedule counts the first layer as, 0 or 1.
+        version: of `attention.KINDS`: 1 for the paper's differential attention, 2 for Microsoft's second.
+        preserve: version 2 only: False draws its second queries anew, for training from scratch.
+
+    Raises:
+        InputError: for a tower without blocks that are known here, or with an odd number of heads, or for a
+            model that is differential already.
+    """
+    if lambda_init is None:
+        lambda_init = kind(version).default_lambda_init
+    towers, replaced = list(towers), []
+    config = getattr(model, "model_config", None)  # of our own models
+    before = config["diffclip"] if config else {"towers": []}
+    had = [before.get("lambda_init"), before.get("schedule_base"), before.get("version", 1)]
+    if before["towers"] and had != [lambda_init, schedule_base, version]:
+        raise InputError(
+            f"the {' and '.join(before['towers'])} tower is differential already, and a saved model holds one "
+            f"lambda_init, schedule_base and version for all its towers: give {had}"
+        )
+    for name in towers:
+        if name not in ("vision", "text"):
+            raise InputError(f"unknown tower {name!r}: choose vision or text")
+        tower = model.visual if name == "vision" else getattr(model, "text", None) or model.transformer
+        lambda_inits = layer_lambda_inits(lambda_init, schedule_base, len(_self_attention_blocks(tower)))
+        replaced += _replacements(tower, lambda_inits, version, preserve)
+    for block, attention in replaced:  # all that is refused has been refused: never one tower without the other
+        block.attn = attention
+    if config:
+        towers = [name for name in ("vision", "text") if name in (*before["towers"], *towers)]
+        before.update(towers=towers, lambda_init=lambda_init, schedule_base=schedule_base)
+        if version != 1:
+            before["version"] = version
+        before["variant"] = variant_name(towers, lambda_init, version)
+    return model
+
+
+def layer_lambda_inits(lambda_init: float | str, schedule_base: int, layers: int) -> list[float]:
+    """Return each layer's lambda_init: all the same, or the schedule's."""
+    if lambda_init == "schedule":
+        return [lambda_init_schedule(layer, schedule_base) for layer in range(layers)]
+    try:
+        return [float(lambda_init)] * layers
+    except ValueError:
+        raise InputError(f"lambda_init must be a number or 'schedule': got {lambda_init!r}") from None
+
+
+def differentiate_tower(tower: nn.Module, lambda_inits: list[float], version: int = 1, preserve: bool = True) -> None:
+    """Replace, in place, the self-attention of one tower's blocks; one lambda_init per block, in order."""
+    for block, attention in _replacements(tower, lambda_inits, version, preserve):
+        block.attn = attention
+
+
+def _replacements(
+    tower: nn.Module, lambda_inits: list[float], version: int, preserve: bool
+) -> list[tuple[nn.Module, Differential]]:
+    """Return each block of a tower with the attention that is to replace its own; nothing is changed yet."""
+    blocks, name = _self_attention_blocks(tower), type(tower).__name__
+    if any(isinstance(block.attn, Differential) for block in blocks):
+        raise InputError(f"{name} is differential already")
+    if not blocks or len(blocks) != len(lambda_inits):
+        kinds = sorted({type(module).__name__ for module in tower.modules()})
+        others = [kind for kind in kinds if re.search("attention|attn|block", kind.lower())]
+        raise InputError(
+            f"{name} has {len(blocks)} blocks with self-attention known here, for {len(lambda_inits)} "
+            f"values of lambda_init{'; it is made of ' + ', '.join(others) if others and not blocks else ''}"
+        )
+    return [
+        (block, _differential_like(block.attn, lambda_init, version, preserve, f"{name}'s block {i}"))
+        for i, (block, lambda_init) in enumerate(zip(blocks, lambda_inits))
+    ]
+
+
+def _self_attention_blocks(tower: nn.Module) -> list[nn.Module]:
+    kinds = (Block, ResidualAttentionBlock, CustomResidualAttentionBlock)
+    blocks = [module for module in tower.modules() if isinstance(module, kinds)]
+    return [block for block in blocks if not hasattr(block, "ln_1_kv")]  # which marks cross-attention
+
+
+def _differential_like(
+    attention: nn.MultiheadAttention | OpenClipAttention | TimmAttention,
+    lambda_init: float,
+    version: int,
+    preserve: bool,
+    where: str,
+) -> Differential:
+    """Return differential attention with an ordinary one's projections, on its device and in its dtype.
+
+    InputError, which begins with `where`, if it has an option that would be lost.
+    """
+    if refused := _options_without_differential_form(attention):
+        raise InputError(f"{where}: attention with {refused} has no differential form here")
+    make: Callable[..., Differential] = kind(version)
+    norms: tuple[nn.Module, nn.Module] = (nn.Identity(), nn.Identity())
+    if isinstance(attention, TimmAttention):
+        qkv_weight, qkv_bias, out = attention.qkv.weight, attention.qkv.bias, attention.proj
+        dropouts = {"attn_drop": attention.attn_drop.p, "proj_drop": attention.proj_drop.p}
+        norms = attention.q_norm, attention.k_norm
+    else:
+        qkv_weight, qkv_bias, out = attention.in_proj_weight, attention.in_proj_bias, attention.out_proj
+        if isinstance(attention, OpenClipAttention):
+            make = called_by(MaskPerHead, kind(version))
+            dropouts = {"attn_drop": attention.attn_drop.p, "proj_drop": attention.out_drop.p}
+            norms = attention.ln_q, attention.ln_k
+        else:
+            make = called_by(CalledLikeMultihead, kind(version))
+            dropouts = {"attn_drop": attention.dropout}
+    biases = {"qkv_bias": qkv_bias is not None, "out_bias": out.bias is not None}
+    new = make(out.out_features, attention.num_heads, lambda_init=lambda_init, **biases, **dropouts).to(qkv_weight)
+    new.q_norm, new.k_norm = norms
+    new.start_from(qkv_weight, qkv_bias, out, preserve)
+    return new.train(attention.training)
+
+
+def _options_without_differential_form(attention: nn.Module) -> str:
+    """Return what an ordinary attention has beyond projections, dropout and norms of queries and keys, or ""."""
+    options: dict[str, object]
+    if type(attention) is TimmAttention:
+        options = {
+            "scale_norm (a norm before the output projection)": not isinstance(attention.norm, nn.Identity),
+            "gated output": attention.gate is not None,
+            "heads of a width other than width / heads": attention.attn_dim != attention.qkv.in_features,
+            "an output of another width": attention.proj.out_features != attention.qkv.in_features,
+        }
+    elif type(attention) is OpenClipAttention:
+        options = {
+            "scaled_cosine_attn": attention.scaled_cosine,
+            "scale_heads": attention.scale_heads,
+            "scale_attn_inner (a norm before the output projection)": not isinstance(attention.ln_inner, nn.Identity),
+        }
+    elif type(attention) is nn.MultiheadAttention:
+        options = {
+            "add_bias_kv": attention.bias_k is not None,
+            "add_zero_attn": attention.add_zero_attn,
+            "keys of another width": attention.in_proj_weight is None,
+            "the sequence first (batch_first=False)": not attention.batch_first,
+        }
+    else:
+        options = {f"the computation of {type(attention).__module__}.{type(attention).__name__}": True}
+    return ", ".join(name for name, here in options.items() if here)
+
+
+class MaskPerHead(Differential):
+    """In front of a kind of attention: takes also masks of (batch * heads, tokens, tokens), of padded captions."""
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """Return (batch, tokens, dim) for x of that shape; `attn_mask` is additive, (tokens, tokens) or per head."""
+        if attn_mask is not None and attn_mask.ndim == 3:
+            attn_mask = attn_mask.unflatten(0, (-1, self.num_heads))
+        return super().forward(x, attn_mask, is_causal)
+
+    def __reduce__(self) -> tuple:  # `called_by` makes classes that pickle cannot find by their names
+        return _empty, type(self).__bases__, self.__dict__
+
+
+class CalledLikeMultihead(MaskPerHead):
+    """In front of a kind of attention: is called, and answers, like `nn.MultiheadAttention` over one sequence."""
+
+    def forward(  # type: ignore[override] # as open_clip's blocks call it
+        self, query: Tensor, key: Tensor, value: Tensor, need_weights: bool = False, attn_mask: Tensor | None = None
+    ) -> tuple[Tensor, None]:
+        """Return ((batch, tokens, dim), None). open_clip's blocks pass the query as key and value too."""
+        return super().forward(query, attn_mask), None
+
+
+_MADE: dict[tuple[type, type], type[Differential]] = {}
+
+
+def called_by(adapter: type[MaskPerHead], new_kind: type[Differential]) -> type[Differential]:
+    """Return a kind of attention with `adapter` in front, for the blocks that call it so; always the same class."""
+    made = type(f"{adapter.__name__}{new_kind.__name__}", (adapter, new_kind), {})
+    return _MADE.setdefault((adapter, new_kind), made)
+
+
+def _empty(adapter: type[MaskPerHead], new_kind: type[Differential]) -> Differential:
+    made = called_by(adapter, new_kind)
+    return made.__new__(made)

@@ -1,0 +1,1 @@
+"""Conversations about images: `rows` reads and checks them, `images` finds images, `examples` are learnt from."""

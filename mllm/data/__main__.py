@@ -1,0 +1,35 @@
+"""Find the faults of LLaVA rows, or describe what a model would learn from them.
+
+diffclip check rows.json --image_root images     # every fault, by row
+diffclip stats rows.json --image_root images --model runs/align   # answers, lengths, what is supervised
+"""
+
+import sys
+
+from diffclip.base.commands import Parser, number
+from diffclip.base.errors import exit_on_input_error
+
+
+def main(argv: list[str] | None = None) -> int:
+    """`check` lists every fault, and returns 2 if there is one; `stats` says what a model would learn."""
+    parser = Parser("diffclip", description=__doc__)
+    actions = parser.add_subparsers(dest="action", required=True, metavar="COMMAND")
+    for name, what in (("check", "find the faults of the rows"), ("stats", "describe the rows")):
+        action = actions.add_parser(name, help=what, description=__doc__)
+        action.add_argument("files", nargs="+", help="LLaVA JSON, JSONL or parquet files")
+        action.add_argument("--image_root", required=True, help="folder that the rows' image paths start from")
+        action.add_argument("--image_prefix", default="", help="only rows whose image path starts with this")
+        action.add_argument("--template", default="vicuna", choices=("plain", "vicuna", "chatml"), help="prompt format")
+        action.add_argument("--model", default="", help="a run of align or instruct, to count tokens")
+        action.add_argument("--max_length", type=number(int, 1), default=2048, help="longer rows are reported")
+        action.add_argument("--output_dir", default="", help="stats: folder for lengths.png and stats.json")
+        action.also("--output_dir", "--out")
+    options = parser.parse_args(argv)
+    from mllm.data import report
+
+    return report.check(options) if options.action == "check" else report.stats(options)
+
+
+if __name__ == "__main__":
+    with exit_on_input_error():
+        sys.exit(main())

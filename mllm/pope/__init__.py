@@ -1,0 +1,1 @@
+"""POPE: questions go through lmms-eval or exact margins to answers and scores; controls stand beside them."""

@@ -1,0 +1,226 @@
+"""Training the multimodal model on conversations: freeze, prove it, train, save. Align and instruct differ in where the
+model comes from, which parts learn, and the recipe.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import SequentialSampler, Subset
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from diffclip.base.errors import InputError
+from diffclip.base.fingerprint import fingerprint
+from mllm.assemble import assemble, whiten_projector
+from mllm.conversation import control_tokens
+from mllm.data.examples import ConversationDataset, collate, training_order
+from mllm.data.rows import load_rows
+from mllm.llava import DiffCLIPLlavaForConditionalGeneration
+from mllm.lora import add_lora, base_weights, merge, quantise
+from mllm.model import VisionLanguageModel, load
+from mllm.weights import fingerprints, freeze, parts
+from stages.callbacks import Watch
+from stages.config import zero_stage
+from stages.provenance import upstream_model
+from stages.run import Run
+from stages.settings import AlignConfig, ConversationConfig, InstructConfig
+from stages.training import check_trainer, per_device_batch, train, training_arguments, training_device
+
+LOOKED_AT = 128  # examples whose images give the statistics of a whitened projector
+
+
+def train_assembled(config: AlignConfig, run: Run) -> None:
+    """Stage align: assemble vision tower and language model, train what learns, write `config.output_dir`."""
+    check_trainer(config)
+    run.note(model=upstream_model(config.vision_tower))
+    vlm = assemble(
+        config.vision_tower,
+        config.language_model,
+        projector=config.projector,
+        template="vicuna",
+        vision_feature_layer=config.vision_feature_layer,
+        class_token=config.class_token,
+        image_mode=config.image_mode,
+        seed=config.seed,
+    )
+    train_on_conversations(vlm, config, run)
+
+
+def train_aligned(config: InstructConfig, run: Run) -> None:
+    """Stage instruct: train projector and language model of an aligned model, write `config.output_dir`."""
+    check_trainer(config)
+    run.note(model=upstream_model(config.model))
+    train_on_conversations(load(config.model, dtype=torch.float32), config, run)
+
+
+def train_on_conversations(vlm: VisionLanguageModel, config: ConversationConfig, run: Run) -> None:
+    """Train the parts of `vlm` named in `config.learns`, prove the others unchanged, and write `config.output_dir`.
+
+    Raises:
+        RuntimeError: a frozen part changed, or a trained part did not.
+    """
+    learns = set(config.learns)
+    lora = bool(config.lora_rank)
+    if lora and "language_model" not in learns:
+        raise InputError("lora_rank: the language model does not learn; add language_model to `learns`")
+    vlm.use_template(config.template)
+    model, processor = vlm
+    rows = load_rows(
+        config.data,
+        config.image_root,
+        image_prefix=config.image_prefix,
+        template=config.template,
+        control=control_tokens(processor.tokenizer),
+    )
+    dataset = ConversationDataset(rows, processor, template=config.template, max_length=config.max_length)
+    if isinstance(config, AlignConfig) and config.projector_init == "whitened":
+        whiten(model, dataset, config)
+    batch = per_device_batch(config, config.micro_batch_size)
+    steps = max(1, int(len(dataset) * config.epochs) // config.global_batch_size)
+    order = training_order(dataset, config.order, config.global_batch_size, steps, config.seed)
+    counts = freeze(model, learns - {"language_model"} if lora else learns)
+    exact = computed_buffers(model)
+    if config.deepspeed and config.precision == "bf16":
+        # DeepSpeed will, keeping float32 copies of what learns; what is proven unchanged are the rounded weights
+        model.to(torch.bfloat16)
+        restore_buffers(model, exact)
+    before = fingerprints(model)
+    originals = quantise(model, training_device(config)) if lora and config.lora_bits == 4 else {}
+    adapter = (
+        add_lora(model, config.lora_rank, alpha=config.lora_alpha, dropout=config.lora_dropout, seed=config.seed)
+        if lora
+        else None
+    )
+    summary = ", ".join(f"{name} {n:,} {'learns' if name in learns else 'frozen'}" for name, n in counts.items())
+    if adapter is not None:
+        trainable = adapter.num_parameters(only_trainable=True)
+        summary += f" by LoRA of rank {config.lora_rank}, {trainable:,} parameters"
+    run.log(
+        f"{run.stage}: {len(dataset):,} conversations from {', '.join(config.data)}, {steps:,} steps of "
+        f"{config.global_batch_size}; {summary}"
+    )
+    run.note(parameters=counts, learns=sorted(learns), conversations=len(dataset), steps=steps, before=before)
+    trainer = ConversationTrainer(
+        learning_rates={name: rate for name in counts if (rate := getattr(config, f"{name}_learning_rate"))},
+        model=model,
+        args=training_arguments(
+            config,
+            steps,
+            batch,
+            lr_scheduler_type="cosine",
+            warmup_steps=config.warmup_ratio,
+            max_grad_norm=config.max_grad_norm,
+        ),
+        train_dataset=Subset(dataset, order),
+        data_collator=collate(processor, config.packing),
+        callbacks=[
+            Watch(run, config.global_batch_size),
+            CheckStart(model, config, exact, fingerprints(model) if lora else before),
+        ],
+    )
+    metrics = train(trainer, run)
+    with whole_weights(model, config):
+        if adapter is not None:
+            if not originals and fingerprint(base_weights(model)) != before["language_model"]:
+                raise RuntimeError("weights of the language model beside LoRA's changed: the run is not valid")
+            merge(adapter, config.output_dir if run.is_main else None, originals)
+        after = fingerprints(model)
+        for name in after:
+            if (after[name] == before[name]) == (name in learns):
+                raise RuntimeError(f"{name} {'did not change' if name in learns else 'changed'}: the run is not valid")
+        run.note(after=after)
+        if run.is_main:
+            vlm.save(config.output_dir)
+    run.finish(metrics)
+
+
+def whiten(model: DiffCLIPLlavaForConditionalGeneration, dataset: ConversationDataset, config: AlignConfig) -> None:
+    """Start the projector from the statistics of the features of some examples' images."""
+    rows = range(0, len(dataset), max(1, len(dataset) // LOOKED_AT))[:LOOKED_AT]
+    pixels = [example["pixel_values"] for example in map(dataset.__getitem__, rows) if "pixel_values" in example]
+    if not pixels:
+        raise InputError(
+            f"{', '.join(config.data)}: none of {len(rows)} rows looked at has an image, which "
+            "`projector_init: whitened` needs; give images or set `projector_init: default`"
+        )
+    whiten_projector(model, torch.cat(pixels), config.seed)
+
+
+class ConversationTrainer(Trainer):
+    """transformers' Trainer over examples in a given order, with learning rates by part of the model."""
+
+    def __init__(self, *, learning_rates: Mapping[str, float], **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.parts, self.examples, self.learning_rates = parts(kwargs["model"]), kwargs["train_dataset"], learning_rates
+
+    def create_optimizer(self, *args: Any) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(*args)
+        for name, rate in self.learning_rates.items():
+            set_learning_rate(optimizer, self.parts[name], rate)
+        return optimizer
+
+    def _get_train_sampler(self, *args: object) -> SequentialSampler:
+        return SequentialSampler(self.examples)  # the order of the whole run, so that it resumes exactly
+
+
+class CheckStart(TrainerCallback):
+    """Undoes what casting did to computed buffers, and raises RuntimeError if a launcher has changed any weight."""
+
+    def __init__(
+        self,
+        model: DiffCLIPLlavaForConditionalGeneration,
+        config: ConversationConfig,
+        buffers: Mapping[str, torch.Tensor],
+        expected: Mapping[str, str],
+    ) -> None:
+        self.model, self.config, self.buffers, self.expected = model, config, buffers, expected
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        restore_buffers(self.model, self.buffers)
+        if state.global_step:
+            return  # resumed: the weights are those of the checkpoint
+        with whole_weights(self.model, self.config):
+            for name, value in fingerprints(self.model).items():
+                if value != self.expected[name]:
+                    raise RuntimeError(f"{name} is not what it was before DeepSpeed took it: the run is not valid")
+
+
+@contextmanager
+def whole_weights(model: nn.Module, config: ConversationConfig) -> Iterator[None]:
+    """Under ZeRO-3 gather on every rank the weights that training left in pieces."""
+    if zero_stage(config.deepspeed) < 3:
+        yield
+        return
+    import deepspeed  # not at the top: it takes seconds, and says so on the console
+
+    with deepspeed.zero.GatheredParameters(list(model.parameters()), modifier_rank=None):
+        yield
+
+
+def computed_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Copies of what a model computes for itself and does not save, such as the frequencies of rotary embeddings."""
+    saved = model.state_dict().keys()
+    return {name: buffer.clone() for name, buffer in model.named_buffers() if name not in saved}
+
+
+def restore_buffers(model: nn.Module, buffers: Mapping[str, torch.Tensor]) -> None:
+    """Undo that a cast to bfloat16 rounded `computed_buffers`: positions of long texts would run together."""
+    for name, buffer in buffers.items():
+        owner, _, own_name = name.rpartition(".")
+        module = model.get_submodule(owner)
+        setattr(module, own_name, buffer.to(getattr(module, own_name).device))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, module: nn.Module, learning_rate: float) -> None:
+    """Move the parameters of `module` into groups of their own, which differ from their old ones in the rate alone."""
+    own = {id(p) for p in module.parameters()}
+    for group in list(optimizer.param_groups):
+        moved = [p for p in group["params"] if id(p) in own]
+        group["params"] = [p for p in group["params"] if id(p) not in own]
+        if moved:
+            optimizer.add_param_group({**group, "params": moved, "lr": learning_rate})
+    optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]

@@ -1,0 +1,190 @@
+"""What an evaluation measures, part by part: the CLIP benchmarks and the attention of a dual encoder, POPE of the
+multimodal model built on it, and examples of its answers for the report.
+"""
+
+from collections.abc import Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+
+import torch
+
+import diffclip
+from diffclip.base.devices import pick_device
+from diffclip.base.errors import InputError
+from diffclip.base.files import json_line, read_jsonl, write_json, write_whole
+from diffclip.base.schema import ANSWERS, EXAMPLES, IMAGES, MARGINS, METRICS, POPE, POPE_SPLITS, Example
+from diffclip.benchmarks.evaluate import evaluate_clip
+from diffclip.benchmarks.mask_scores import read_masks
+from diffclip.benchmarks.protocol import Settings
+from mllm.data.images import ImagePlace
+from mllm.model import load
+from mllm.pope.images import images_of
+from mllm.pope.lmms import evaluate_with_lmms
+from mllm.pope.margins import margins, score_margins
+from mllm.pope.questions import Question, read_labelled, version
+from stages import overlays
+from stages.overlays import Encoder
+from stages.provenance import upstream_model
+from stages.run import Run
+from stages.settings import EvaluateConfig
+
+
+def evaluate_models(config: EvaluateConfig, run: Run) -> None:
+    """Run every part that the settings name.
+
+    metrics.json grows with each, so that one that fails leaves the scores of those before it; the same command then
+    takes up the stored features and answers, and runs the rest.
+    """
+    run.note(model=upstream_model(config.clip or config.mllm))
+    metrics: dict[str, float] = {}
+
+    def add(scores: Mapping[str, float]) -> None:
+        metrics.update(scores)
+        write_json(run.path / METRICS, metrics)
+
+    encoder = load_encoder(config.clip) if config.clip else None
+    if encoder:
+        add(clip_metrics(config, run, encoder))
+        missing = overlays.why_no_maps(encoder)
+        if missing:
+            run.note(attention=missing)
+            run.log(f"evaluate: {missing}")
+        else:
+            add(attention_metrics(config, run, encoder))
+    if config.mllm:
+        questions, images = pope_questions(config, run)
+        add(margin_metrics(config, run, questions, images))
+        add(pope_metrics(config, run, questions, images))
+        write_examples(config, run, images, encoder if encoder and not missing else None)
+    run.finish(metrics)
+
+
+def load_encoder(path: str) -> Encoder:
+    """A dual encoder, on the GPU if there is one."""
+    model, transform, tokenizer = diffclip.load(path)
+    return Encoder(model.to(pick_device()), transform, tokenizer)
+
+
+def clip_metrics(config: EvaluateConfig, run: Run, encoder: Encoder) -> dict[str, float]:
+    """Zero-shot, shifts, retrieval, linear probe, few-shot and MMVP-VLM on what `clip_data` holds, in percent."""
+    settings = Settings(
+        seed=config.seed, episodes=config.few_shot_episodes, probe=config.linear_probe, batch_size=config.batch_size
+    )
+    metrics = evaluate_clip(*encoder, config.clip_data, run.path, settings)
+    run.log(f"evaluate: {len(metrics)} scores of {config.clip} on {config.clip_data}")
+    return metrics
+
+
+def attention_metrics(config: EvaluateConfig, run: Run, encoder: Encoder) -> dict[str, float]:
+    """Attention maps for the report, and their scores against the masks of `clip_data`/segmentation, if there are."""
+    folder = Path(config.clip_data) / "segmentation"
+    if not (folder / "instances.json").is_file():
+        run.note(attention=f"no attention maps: {folder}/instances.json is not there")
+        return {}
+    try:
+        items = list(islice(read_masks(folder / "instances.json", folder / "images"), config.masked_objects))
+    except ImportError:
+        run.note(attention="no attention maps: pycocotools is not installed (pip install '.[eval]')")
+        return {}
+    maps = overlays.keep_attention(encoder, overlays.queries_from_masks(items), run.path)
+    metrics = overlays.localisation(encoder, items, run.path)
+    run.log(f"evaluate: {maps} attention maps kept, {len(items)} objects compared with their masks")
+    return metrics
+
+
+def pope_questions(config: EvaluateConfig, run: Run) -> tuple[list[Question], dict[str, ImagePlace]]:
+    """POPE's questions with labels, and their images."""
+    questions = read_labelled(config.pope, config.pope_labels or None)
+    run.note(pope=version(questions))
+    return questions, images_of(questions, config.pope, config.image_root, run.path / POPE / IMAGES)
+
+
+def pope_metrics(
+    config: EvaluateConfig, run: Run, questions: Sequence[Question], images: Mapping[str, ImagePlace]
+) -> dict[str, float]:
+    """POPE of the multimodal model and its controls in percent, by generated answers."""
+    scores = evaluate_with_lmms(
+        config.mllm,
+        questions,
+        images,
+        run.path / POPE,
+        batch_size=config.batch_size,
+        processes=config.processes or max(1, torch.cuda.device_count()),
+        seed=config.seed,
+    )
+    metrics: dict[str, float] = {}
+    for who, table in scores.items():
+        prefix = "pope" if who == "model" else f"pope_{who}"
+        for split, row in table.items():
+            metrics[f"{prefix}/{split}/questions"] = row.pop("n")
+            metrics |= {f"{prefix}/{split}/{name}": 100 * value for name, value in row.items()}
+    run.log(
+        f"evaluate: POPE accuracy {metrics['pope/mean/accuracy']:.1f} (yes rate {metrics['pope/mean/yes_rate']:.1f}), "
+        f"with other images {metrics['pope_shuffled/mean/accuracy']:.1f}, "
+        f"blind {metrics['pope_blind/mean/accuracy']:.1f}"
+    )
+    return metrics
+
+
+def margin_metrics(
+    config: EvaluateConfig, run: Run, questions: Sequence[Question], images: Mapping[str, ImagePlace]
+) -> dict[str, float]:
+    """POPE by the margin between yes and no, in percent; the margins themselves go to pope/margins.jsonl."""
+    vlm = load(config.mllm, device=None)
+    try:
+        values = margins(vlm, questions, lambda name: images[name].open(), batch_size=config.batch_size)
+    except InputError as error:  # a tokenizer that begins yes and no alike; generated answers tell all the same
+        run.note(pope_margin=f"no margins: {error}")
+        return {}
+    lines = (json_line({**q._asdict(), "margin": float(v)}) for q, v in zip(questions, values))
+    (run.path / POPE).mkdir(exist_ok=True)
+    write_whole(run.path / POPE / MARGINS, "".join(lines))
+    return {
+        f"pope_margin/{split}/{name}": 100 * value
+        for split, row in score_margins(questions, values, seed=config.seed).items()
+        for name, value in row.items()
+        if name != "n"
+    }
+
+
+def write_examples(config: EvaluateConfig, run: Run, images: Mapping[str, ImagePlace], encoder: Encoder | None) -> None:
+    """Write examples.jsonl: questions of each split with both answers, and their images beside it.
+
+    With a dual encoder each row also has `heat`, the patches that speak for the object asked about.
+    """
+    answers = [answer for _, answer in read_jsonl(run.path / POPE / ANSWERS)]
+    shuffled = {(a["split"], a["image"], a["text"]): a["answer"] for a in answers if a["pass"] == "shuffled"}
+    chosen: list[dict] = []
+    for split in POPE_SPLITS:
+        of_split = [a for a in answers if a["pass"] == "model" and a["split"] == split]
+        if config.examples:
+            chosen += of_split[:: max(1, -(-len(of_split) // max(1, config.examples // 3)))]  # spread over the images
+    names = sorted({a["image"] for a in chosen})
+    files = {name: f"examples/{number:03d}.png" for number, name in enumerate(names)}
+    (run.path / "examples").mkdir(exist_ok=True)
+    queries = [overlays.query_of(a["text"]) for a in chosen]
+    heat: dict[int, overlays.GRID] = {}
+    for start in range(0, len(names), 64):  # a few images in memory at a time
+        opened = {name: images[name].open() for name in names[start : start + 64]}
+        with_query = [i for i, a in enumerate(chosen) if encoder and a["image"] in opened and queries[i]]
+        if encoder and with_query:
+            seen = [opened[chosen[i]["image"]] for i in with_query]
+            heat |= zip(with_query, overlays.heat_maps(encoder, seen, [queries[i] for i in with_query]))
+        for name, image in opened.items():
+            image.thumbnail((256, 256))
+            image.save(run.path / files[name])
+    rows = [
+        Example(
+            split=a["split"],
+            question_id=a["question_id"],
+            question=a["text"],
+            label=a["label"],
+            answer=a["answer"],
+            answer_shuffled=shuffled.get((a["split"], a["image"], a["text"])),
+            image=files[a["image"]],
+            query=queries[i],
+            heat=heat.get(i),
+        )
+        for i, a in enumerate(chosen)
+    ]
+    write_whole(run.path / EXAMPLES, "".join(map(json_line, rows)))

@@ -1,0 +1,325 @@
+"""Contrastive pretraining from settings to a model on disk: transformers' Trainer with the paper's recipe in it (loss
+over all ranks, parameter groups, schedule per iteration, bounded temperature, validation after each epoch, more in the
+log), and what is reported about the data on the way.
+"""
+
+import functools
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn, cast
+
+import torch
+from torch import nn
+from torch.utils.data import SequentialSampler
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
+
+import diffclip
+from diffclip.base.errors import InputError
+from diffclip.base.files import append_jsonl, read_json, read_jsonl, write_json
+from diffclip.base.schema import BAD_SAMPLES, BEST, METRICS, NON_FINITE, NonFinite
+from diffclip.benchmarks import datasets, prompts, retrieval, zero_shot
+from diffclip.benchmarks.features import Encoder
+from diffclip.data.pairs import PairTable
+from diffclip.data.shards import EMPTY
+from diffclip.data.training_pairs import TrainingPairs, name_bad_samples
+from diffclip.models import CLIP
+from diffclip.recipe import clamp_logit_scale, contrastive_loss, decay_parameter_names, learning_rate
+from stages.callbacks import Watch, check_weights
+from stages.run import Run
+from stages.settings import PretrainConfig
+from stages.training import check_trainer, per_device_batch, train, training_arguments
+
+
+def train_dual_encoder(config: PretrainConfig, run: Run) -> None:
+    """Train `config.model` and write it to `config.output_dir`."""
+    check_trainer(config)
+    table = PairTable(config.train_data, config.caption_member)
+    val_pairs = PairTable(config.val_pairs, config.caption_member) if config.val_pairs else None
+
+    set_seed(config.seed)
+    model = diffclip.build(config.model, init=config.init)
+    pairs = TrainingPairs(
+        table,
+        diffclip.transforms(model.model_config, train=True, crop_scale=(config.min_crop, 1.0), normalized=False),
+        diffclip.tokenizer(model.model_config),
+        global_batch_size=config.global_batch_size,
+        epochs=config.epochs,
+        seed=config.seed,
+        weights=config.train_weights,
+        bad_samples=run.path / BAD_SAMPLES,
+    )
+    report_problems(table, config, run)
+    if val_pairs is not None:
+        log_notices("val_pairs", val_pairs, run)
+        if val_pairs.problems:
+            key, reason = val_pairs.problems[0]
+            run.log(f"pretrain: val_pairs: {len(val_pairs.problems):,} samples lack a part, e.g. {key} ({reason})")
+    batch = per_device_batch(config)
+    steps = len(pairs) // config.global_batch_size
+    parameters = sum(p.numel() for p in model.parameters())
+    run.log(
+        f"pretrain: {config.model} ({config.init} init), {parameters:,} parameters, all learn; "
+        f"{len(table):,} pairs x {config.epochs} epochs = {steps:,} steps of {config.global_batch_size}"
+    )
+    run.note(model=config.model, parameters=parameters, pairs=len(table), steps=steps)
+
+    trainer = ContrastiveTrainer(
+        model=model,
+        args=training_arguments(
+            config, steps, batch, adam_beta1=0.9, adam_beta2=0.98, adam_epsilon=1e-8, max_grad_norm=0.0
+        ),
+        train_dataset=pairs,
+        config=config,
+        run=run,
+        val_pairs=val_pairs,
+        callbacks=[Watch(run, config.global_batch_size)],
+    )
+    metrics = train(trainer, run)
+    if run.is_main:
+        diffclip.save(model, config.output_dir)  # before anything else that can fail
+    metrics |= trainer.validate()
+    log_bad_samples(run)
+    run.finish(metrics)
+
+
+def report_problems(table: PairTable, config: PretrainConfig, run: Run) -> None:
+    """Name the samples that lack a part and the shards that end early or hold nothing; InputError if too many lack one.
+
+    An empty shard is named, but is no sample that is lost.
+    """
+    log_notices("train_data", table, run)
+    if not table.problems:
+        return
+    if run.is_main and run.resume_from is None:
+        name_bad_samples(run.path / BAD_SAMPLES, table.problems)
+    lost = [(key, reason) for key, reason in table.problems if reason != EMPTY]
+    if len(lost) > config.max_bad_share * (len(table) + len(lost)):
+        key, reason = lost[0]
+        raise InputError(
+            f"{len(lost)} of {len(table) + len(lost)} samples lack a part, e.g. {key} ({reason}), "
+            f"more than max_bad_share {config.max_bad_share:g}: mend the data or raise it"
+        )
+
+
+def log_notices(setting: str, table: PairTable, run: Run) -> None:
+    """One line on what was read in one way of several, if anything."""
+    if table.notices:
+        key, reason = table.notices[0]
+        more = f" (and {len(table.notices) - 1:,} more such notices)" if len(table.notices) > 1 else ""
+        run.log(f"pretrain: {setting}: {key}: {reason}{more}")
+
+
+def log_bad_samples(run: Run) -> None:
+    """One line, and a note in run.json, on what was skipped and why, if anything."""
+    path = run.path / BAD_SAMPLES
+    if run.is_main and path.is_file():
+        lines = (line for _, line in read_jsonl(path, damaged="skip"))
+        bad = {str(line.get("key")) for line in lines if isinstance(line, dict)}
+        run.log(f"pretrain: {len(bad):,} bad samples skipped, named in {path}")
+        run.note(bad_samples=len(bad))
+
+
+class ContrastiveTrainer(Trainer):
+    """Trains a dual encoder on batches of pairs."""
+
+    def __init__(
+        self,
+        *,
+        model: CLIP,
+        train_dataset: TrainingPairs,
+        config: PretrainConfig,
+        run: Run,
+        val_pairs: PairTable | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(model, train_dataset=train_dataset, **kwargs)
+        self.clip, self.pairs = model, train_dataset  # Trainer's own `model` and `train_dataset`, with their types
+        self.config, self.run = config, run
+        self.steps_per_epoch = train_dataset.per_epoch // config.global_batch_size
+        self.loss = contrastive_loss(config.gather_with_grad)
+        self.tokenize = diffclip.tokenizer(model.model_config)
+        self.eval_transform = diffclip.transforms(model.model_config, train=False)
+        self.val_set = read_val_set(config.val_data) if config.val_data else None
+        self.val_pairs = val_pairs
+        self.lambdas = lambda_modules(model)
+        self.seen = self.bad = 0  # samples of this process, since it started
+        self.waited, self.last_log = 0.0, time.perf_counter()
+        self.add_callback(AfterStep(self))
+
+    def _get_train_sampler(self, *args: object) -> SequentialSampler:
+        return SequentialSampler(self.pairs)  # TrainingPairs is already in training order
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Any]:
+        start = time.perf_counter()
+        batches = super().get_batch_samples(*args, **kwargs)
+        self.waited += time.perf_counter() - start
+        return batches
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, torch.Tensor], *args: object, **kwargs: object
+    ) -> torch.Tensor:
+        chunk = self.config.micro_batch_size
+        pixels = diffclip.normalize(self.clip.model_config, inputs["image"])
+        image, text, scale = model(image=pixels, text=inputs["text"], chunk=chunk if chunk < len(pixels) else 0)[:3]
+        loss = self.loss(image, text, scale)
+        if not torch.isfinite(loss):
+            self.stop_at_non_finite(loss.item(), inputs["item"], image, text)
+        self.count_bad(inputs["bad"])
+        return loss
+
+    def stop_at_non_finite(self, loss: float, items: torch.Tensor, image: torch.Tensor, text: torch.Tensor) -> NoReturn:
+        """Name this rank's share of the batch in non_finite.jsonl, and raise InputError."""
+        keys = [self.pairs.table.key(self.pairs.row(int(k))) for k in items]
+        finite = torch.isfinite(image).all(dim=1) & torch.isfinite(text).all(dim=1)
+        culprits = [key for key, fine in zip(keys, finite.tolist()) if not fine]
+        step, rank, path = self.state.global_step + 1, self.args.process_index, self.run.path / NON_FINITE
+        append_jsonl(path, [NonFinite(step=step, rank=rank, loss=str(loss), culprits=culprits, keys=keys)])
+        blame = f"the features of {culprits[0]} are not finite" if len(culprits) == 1 else "the model has diverged"
+        raise InputError(
+            f"loss is {loss} at step {step} ({blame}): the samples are named in {path}; start again without them or "
+            "with a lower learning rate in another output_dir; the last good checkpoint is "
+            f"{self.run.resume_from or 'none'}"
+        )
+
+    def count_bad(self, bad: torch.Tensor) -> None:
+        """Stop when more than `max_bad_share` of the samples so far could not be read; looked at now and then."""
+        self.seen, self.bad = self.seen + len(bad), self.bad + int(bad.sum())
+        often_enough = self.seen >= 1000 or (self.state.global_step + 1) % self.steps_per_epoch == 0
+        if often_enough and self.bad > self.config.max_bad_share * (self.seen + self.bad):
+            raise InputError(
+                f"{self.bad} of {self.seen + self.bad} samples could not be read, more than max_bad_share "
+                f"{self.config.max_bad_share:g}: see {self.run.path / BAD_SAMPLES}, mend the data or raise it"
+            )
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        return decay_parameter_names(model)
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LambdaLR:
+        peak = self.config.learning_rate
+        rate = functools.partial(
+            learning_rate,
+            steps=num_training_steps,
+            warmup_steps=round(self.config.warmup_epochs * self.steps_per_epoch),
+            peak=peak,
+            start=self.config.start_learning_rate,
+            end=self.config.end_learning_rate,
+        )
+        optimizer = optimizer or self.optimizer
+        assert optimizer is not None  # Trainer makes it first
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step) / peak)
+        return self.lr_scheduler
+
+    def validate(self) -> dict[str, float]:
+        """Zero-shot accuracy on `val_data` and R@k on `val_pairs`, in percent; {} if neither was named.
+
+        The model of the best epoch so far, by top-1 or else by mean R@1, is written to `best/`.
+        """
+        if self.val_set is None and self.val_pairs is None:
+            return {}
+        model = self.accelerator.unwrap_model(self.model)
+        encoder = Encoder(model, self.eval_transform, self.tokenize, quiet=True)
+        metrics: dict[str, float] = {}
+        if self.val_set is not None:
+            templates = self.val_set.templates or prompts.templates("imagenet7")
+            vectors = prompts.classifier(model, self.tokenize, self.val_set.classnames, templates)
+            features = encoder.images(self.val_set.splits.get("val", self.val_set.splits["test"]))
+            metrics |= zero_shot.classify(features.after, vectors, features.labels).metrics()
+        if self.val_pairs is not None:
+            metrics |= retrieval_of_pairs(encoder, self.val_pairs)
+        model.train()
+        metrics = {f"val/{name}": value for name, value in metrics.items()}
+        self.run.append_metrics({"step": self.state.global_step, **metrics})
+        if self.run.is_main:
+            self.save_if_best(model, metrics)
+        return metrics
+
+    def save_if_best(self, model: nn.Module, metrics: dict[str, float]) -> None:
+        """Write `model` to `best/`, whole or not at all, if it is better than what is there."""
+        recalls = [metrics.get(f"val/{way}/R@1", 0.0) for way in ("text_to_image", "image_to_text")]
+        score = metrics.get("val/top1", sum(recalls) / 2)
+        best, temporary = self.run.path / BEST, self.run.path / f"{BEST}.tmp"
+        if score_of(best) >= score:
+            return
+        shutil.rmtree(temporary, ignore_errors=True)
+        diffclip.save(model, temporary)
+        write_json(temporary / METRICS, {"score": score, "step": self.state.global_step, **metrics})
+        shutil.rmtree(best, ignore_errors=True)
+        os.replace(temporary, best)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs["logit_scale"] = self.clip.logit_scale.detach().exp().item()
+            logs |= {f"lambda/{name}": m.mean_lambda() for name, m in self.lambdas.items()}
+            now = time.perf_counter()
+            logs["data_wait"] = self.waited / max(now - self.last_log, 1e-9)
+            self.waited, self.last_log = 0.0, now
+        super().log(logs, start_time)
+
+
+def score_of(best: Path) -> float:
+    """The score of the model in `best/`; minus infinity if there is none, or none that can be read."""
+    try:
+        return float(read_json(best / METRICS)["score"])
+    except (InputError, KeyError, TypeError, ValueError):
+        return -math.inf
+
+
+def lambda_modules(model: CLIP) -> dict[str, Any]:
+    """The differential attention modules of a model by tower and layer, e.g. "vision.0"."""
+    towers = {"vision": model.visual, "text": model.transformer}
+    return {
+        f"{tower}.{layer}": module
+        for tower, part in towers.items()
+        for layer, module in enumerate(m for m in part.modules() if hasattr(m, "mean_lambda"))
+    }
+
+
+def retrieval_of_pairs(encoder: Encoder, pairs: PairTable) -> dict[str, float]:
+    """R@1/5/10 in percent over held-out pairs, each caption of an image a query of its own."""
+    encode_image = cast(Callable[[torch.Tensor], torch.Tensor], encoder.model.encode_image)
+    images, texts, owners = [], [], []
+    with torch.inference_mode():
+        for start in range(0, len(pairs), encoder.batch_size):
+            batch = [pairs[i] for i in range(start, min(start + encoder.batch_size, len(pairs)))]
+            pixels = torch.stack([encoder.preprocess(image) for image, _ in batch]).to(encoder.device)
+            images.append(encode_image(pixels).float().cpu())
+            for i, (_, captions) in enumerate(batch, start):
+                texts += captions
+                owners += [i] * len(captions)
+    return retrieval.recall_at_k(torch.cat(images), encoder.texts(texts), torch.tensor(owners))
+
+
+class AfterStep(TrainerCallback):
+    """Bounds the temperature after each optimiser step and validates at the end of each epoch."""
+
+    def __init__(self, trainer: ContrastiveTrainer) -> None:
+        self.trainer = trainer
+
+    def on_optimizer_step(self, *args: object, **kwargs: object) -> None:
+        clamp_logit_scale(self.trainer.clip)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        epoch, rest = divmod(state.global_step, self.trainer.steps_per_epoch)
+        if rest == 0 and state.global_step < state.max_steps:
+            check_weights(self.trainer.clip, self.trainer.run, state.global_step, args.device)  # before best/ has them
+            metrics = self.trainer.validate()
+            if metrics:
+                scores = " ".join(f"{name} {value:.1f}" for name, value in metrics.items())
+                self.trainer.run.log(f"pretrain epoch {epoch}: {scores}")
+                log_loss = control.should_log
+                self.trainer.log(metrics)  # for TensorBoard; afterwards Trainer holds this step's loss for logged
+                control.should_log = log_loss
+
+
+def read_val_set(folder: str) -> datasets.Classification:
+    """The labelled set in `folder` (val/ or test/ of class folders, classnames.json, templates.json)."""
+    suite = {"classification": {"val": {"folder": "."}}}
+    return datasets.read(Path(folder), suite).classification["val"]

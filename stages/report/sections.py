@@ -1,0 +1,82 @@
+"""The report's sections: what stands under which heading, in the paper's order, then what the paper does not have."""
+
+from dataclasses import dataclass, field
+
+from stages.report.beyond import cost, cost_verdict, localisation
+from stages.report.cells import Table
+from stages.report.data import Arms
+from stages.report.figures import Figure
+from stages.report.layout import mmvp, table1, table2, table3, table4, table5
+from stages.report.paper import paper_figure4, paper_table1, paper_table2, paper_table3
+from stages.report.pope import pope, pope_pairs, pope_verdict
+from stages.report.setup import setup
+from stages.report.tables import comparison, others, tally
+
+
+@dataclass
+class Section:
+    """A heading of the report and what stands under it, in this order."""
+
+    anchor: str
+    short: str
+    title: str
+    text: str = ""
+    verdicts: list[tuple[bool | None, str]] = field(default_factory=list)
+    figures: list[Figure] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
+    beside: int = 0  # so many of the tables stand beside the figures where there is room
+
+
+def sections(arms: Arms, figure: dict[str, Figure]) -> list[Section]:
+    """The report in the paper's order; then what the paper does not have."""
+    curves = [f for name, f in figure.items() if name.startswith("loss-") or name in ("lambda", "logit-scale")]
+    rest = others(arms)
+    parts = [
+        Section("run", "Runs", "What was run", tables=[setup(arms)]),
+        Section(
+            "glance",
+            "Fig. 1, 2",
+            "At a glance",
+            "\n".join(tally(arms)),
+            figures=[figure["figure1"], figure["figure2"]],
+        ),
+        Section("classification", "Tab. 1", "Linear probing and few-shot", tables=[table1(arms), paper_table1()]),
+        Section("retrieval", "Tab. 2", "Retrieval and zero-shot", tables=[table2(arms), paper_table2()]),
+        Section(
+            "robustness",
+            "Fig. 3, 4",
+            "Out of distribution, and fine-grained vision",
+            figures=[figure["figure3"], figure["figure4"]],
+            tables=[mmvp(arms), paper_figure4()],
+        ),
+        Section("variants", "Fig. 5", "Variants", figures=[figure["figure5"]]),
+        Section(
+            "hallucination",
+            "Tab. 3",
+            "Object hallucination: POPE",
+            "Does the model see an object, or guess from its name? A model that looks at the image beats the blind "
+            "rule, the best answer for each object's name without any image, and loses its lead when the images "
+            "are shuffled among the questions.",
+            verdicts=[pope_verdict(arms, model) for model in arms.models],
+            figures=[figure["pope"]],
+            tables=[table3(arms), paper_table3(), pope(arms), *filter(None, [pope_pairs(arms)])],
+            beside=2,
+        ),
+        Section("appendix", "Tab. 4, 5", "The numbers behind Figures 3 and 5", tables=[table4(arms), table5(arms)]),
+        Section("more-attention", "Fig. 6", "More attention maps", figures=[figure["figure6"]]),
+        Section(
+            "localisation-part",
+            "Localisation",
+            "Localisation, measured",
+            figures=[figure["localisation"]],
+            tables=[localisation(arms)],
+            beside=1,
+        ),
+        Section("curves", "Curves", "Training curves", figures=curves),
+        Section("cost-part", "Cost", "Cost", cost_verdict(arms), figures=[figure["cost"]], tables=[cost(arms)]),
+        Section("examples", "Examples", "Examples"),
+        Section("all-scores", "Scores", "All scores", tables=[comparison(arms)]),
+    ]
+    parts += [Section("other", "Other", "Other numbers", tables=[rest])] if rest.rows else []
+    text = "What learnt, what was frozen, fingerprints of the weights before and after, digests of the inputs."
+    return [*parts, Section("details", "Each run", "Every run", text)]

@@ -1,0 +1,268 @@
+"""The one decoder: what a viewer shows, the same on every path, of raster formats alone, in bounded memory."""
+
+import io
+import os
+import struct
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from PIL import Image
+
+import diffclip
+from diffclip.base.errors import InputError
+from diffclip.base.images import BROKEN, cut_strip, decode, open_image, to_rgb
+from diffclip.hf import image_processor
+
+CONFIG = diffclip.MODELS["DiffCLIP-B-32"]
+
+
+def encoded(image: Image.Image, kind: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def corners(height=6, width=4) -> np.ndarray:
+    """(height, width, 3) with another colour at each corner, so that every turn and flip is seen."""
+    pixels = np.full((height, width, 3), 128, np.uint8)
+    pixels[0, 0], pixels[0, -1], pixels[-1, 0] = (255, 0, 0), (0, 255, 0), (0, 0, 255)
+    return pixels
+
+
+STORED = {  # how a camera stores the upright image under each EXIF orientation, after the EXIF standard
+    1: lambda p: p,
+    2: lambda p: p[:, ::-1],
+    3: lambda p: p[::-1, ::-1],
+    4: lambda p: p[::-1],
+    5: lambda p: p.transpose(1, 0, 2),
+    6: lambda p: np.rot90(p),
+    7: lambda p: p[::-1, ::-1].transpose(1, 0, 2),
+    8: lambda p: np.rot90(p, -1),
+}
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF", "AVIF"])
+@pytest.mark.parametrize("orientation", STORED)
+def test_exif_turns_a_image_once(orientation, kind):
+    exif = Image.Exif()
+    exif[274] = orientation
+    stored = Image.fromarray(np.ascontiguousarray(STORED[orientation](corners())))
+    options = {"WEBP": {"lossless": True}, "AVIF": {"quality": 100, "subsampling": "4:4:4"}}.get(kind, {})
+    if kind == "AVIF":  # its own boxes hold the turn; a viewer's answer is that of PIL's own function
+        from PIL import ImageOps
+
+        content = encoded(stored, kind, exif=exif.tobytes(), **options)
+        with Image.open(io.BytesIO(content)) as image:
+            wanted = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    else:
+        content, wanted = encoded(stored, kind, exif=exif.tobytes(), **options), corners()
+    image = decode(content)
+    assert np.array_equal(np.asarray(image), wanted)
+    assert to_rgb(image) is image  # and never again
+    assert to_rgb(to_rgb(Image.open(io.BytesIO(content)))).tobytes() == image.tobytes()
+
+
+def test_datasets_which_turns_too_gives_the_same(tmp_path):
+    """lmms-eval's rows come from `datasets`, which decodes by itself."""
+    import datasets
+
+    exif = Image.Exif()
+    exif[274] = 6
+    content = encoded(Image.fromarray(np.ascontiguousarray(STORED[6](corners(64, 32)))), "JPEG", exif=exif.tobytes())
+    rows = datasets.Dataset.from_dict(
+        {"image": [{"bytes": content, "path": None}]}, features=datasets.Features({"image": datasets.Image()})
+    )
+    decoded = rows[0]["image"]
+    assert decode(content).size == (32, 64)
+    for seen in (to_rgb(decoded), to_rgb(decoded.convert("RGB"))):
+        assert seen.tobytes() == decode(content).tobytes()
+
+
+def test_damaged_exif_keeps_the_image():
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8))
+    plain = decode(encoded(image, "JPEG"))
+    for exif in (b"Exif\0\0", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff", b"Exif\0\0II*\0" + struct.pack("<I", 999), b"junk"):
+        assert decode(encoded(image, "JPEG", exif=exif)).tobytes() == plain.tobytes()
+
+
+def test_plain_images_are_what_pil_gives():
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 30, 3), dtype=np.uint8)
+    for kind in ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF"):
+        content = encoded(Image.fromarray(pixels), kind)
+        with Image.open(io.BytesIO(content)) as image:
+            assert decode(content).tobytes() == image.convert("RGB").tobytes(), kind
+    opaque = Image.fromarray(np.dstack([pixels, np.full((40, 30), 255, np.uint8)]))
+    assert decode(encoded(opaque, "PNG")).tobytes() == pixels.tobytes()
+    palette = Image.fromarray(pixels).quantize(16)
+    assert decode(encoded(palette, "PNG")).tobytes() == palette.convert("RGB").tobytes()
+
+
+def test_transparency_lies_over_white():
+    alpha = np.array([[0, 255], [128, 51]], np.uint8)
+    wanted = np.array([[255, 0], [127, 204]])  # of black: 255 - alpha
+    black = np.zeros((2, 2), np.uint8)
+    for image in (Image.fromarray(np.dstack([black] * 3 + [alpha])), Image.fromarray(np.dstack([black, alpha]), "LA")):
+        for seen in (decode(encoded(image, "PNG")), to_rgb(image)):
+            assert np.abs(np.asarray(seen).astype(int) - wanted[..., None]).max() <= 1
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([0, 0, 0, 10, 20, 30])
+    palette.putdata([0, 1])
+    for kind in ("PNG", "GIF"):
+        assert decode(encoded(palette, kind, transparency=0)).getdata()[0] == (255, 255, 255), kind
+        assert decode(encoded(palette, kind, transparency=0)).getdata()[1] == (10, 20, 30), kind
+    partly = decode(encoded(palette, "PNG", transparency=bytes([51, 255])))
+    assert partly.getpixel((0, 0)) == (204,) * 3
+    key = decode(encoded(Image.new("RGB", (2, 2), (1, 2, 3)), "PNG", transparency=(1, 2, 3)))
+    assert key.getpixel((0, 0)) == (255,) * 3
+
+
+RAMP = np.arange(256).reshape(16, 16)
+
+
+@pytest.mark.parametrize(
+    "values, kind",
+    [
+        ((RAMP * 257).astype(np.uint16), "PNG"),
+        ((RAMP * 257).astype(np.uint16), "TIFF"),
+        (RAMP.astype(np.int32), "TIFF"),  # 8 bits in a wider type
+        ((RAMP * 257).astype(np.int32), "TIFF"),
+        ((RAMP * 100_000).astype(np.int32), "TIFF"),
+        ((RAMP * 1000 - 90_000).astype(np.int32), "TIFF"),
+        ((RAMP / 255).astype(np.float32), "TIFF"),
+        (RAMP.astype(np.float32), "TIFF"),
+        ((RAMP * 257).astype(np.float32), "TIFF"),
+        ((RAMP / 10 - 3).astype(np.float32), "TIFF"),
+    ],
+)
+def test_greys_of_many_bits_are_scaled_to_eight(values, kind):
+    image = decode(encoded(Image.fromarray(values), kind))
+    assert image.mode == "RGB" and np.array_equal(np.asarray(image), np.dstack([RAMP] * 3))
+
+
+def test_floats_that_are_no_numbers_do_not_spoil_the_rest():
+    values = (RAMP / 255).astype(np.float32)
+    values[0, :2] = np.nan, np.inf
+    seen = np.asarray(to_rgb(Image.fromarray(values)))[..., 0]
+    assert np.array_equal(seen.ravel()[2:], RAMP.ravel()[2:])
+    assert to_rgb(Image.fromarray(np.zeros((4, 4), np.uint16))).getextrema() == ((0, 0),) * 3
+
+
+def test_the_cases_that_users_have(shared_cases):
+    exif3, exif6 = (np.asarray(decode(shared_cases(f"images/exif{n}.jpg"))).astype(int) for n in (3, 6))
+    with Image.open(shared_cases("images/exif6.jpg")) as image:
+        stored = np.asarray(image).astype(int)
+    assert exif3.shape == stored.shape and exif6.shape == (stored.shape[1], stored.shape[0], 3)
+    assert np.array_equal(exif6, np.rot90(stored, -1))  # 6: to be turned clockwise
+    with Image.open(shared_cases("images/exif3.jpg")) as image:
+        assert np.array_equal(exif3, np.asarray(image)[::-1, ::-1])
+    for name in ("gray16.png", "int32.tif"):
+        assert decode(shared_cases(f"images/{name}")).getextrema() == ((52, 235),) * 3, name
+    for name in ("icon_black_on_transparent.png", "icon_LA.png"):
+        assert decode(shared_cases(f"images/{name}")).getextrema() == ((0, 255),) * 3, name
+
+
+# ---- every path from a PIL image to pixels
+
+
+def paths():
+    """What goes from a PIL image of any kind to (3, 224, 224) floats; the last is open_clip's, for its own models."""
+    transform, processor = diffclip.transforms(CONFIG, train=False), image_processor(CONFIG)
+    foreign = diffclip.preprocessing.decoding(open_clip.image_transform(224, is_train=False))
+    return [
+        transform,
+        lambda image: torch.as_tensor(processor([image], return_tensors="pt")["pixel_values"][0]),
+        foreign,
+    ]
+
+
+def test_transform_and_processor_decode_alike():
+    exif = Image.Exif()
+    exif[274] = 8
+    contents = [
+        encoded(
+            Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 80, 3), dtype=np.uint8)), "JPEG", exif=exif
+        ),
+        encoded(Image.fromarray((RAMP * 257).astype(np.uint16)), "PNG"),
+        encoded(Image.fromarray(np.dstack([np.zeros((16, 16, 3)), RAMP]).astype(np.uint8)), "PNG"),
+    ]
+    for path in paths():
+        for content in contents:
+            assert torch.equal(path(Image.open(io.BytesIO(content))), path(decode(content)))
+
+
+@pytest.mark.parametrize("size", [(4000, 1), (1, 4000), (30_000, 100), (4001, 3)])
+def test_a_strip_takes_little_memory(size):
+    strip = Image.new("RGB", size, (200, 30, 30))
+    short = cut_strip(strip)
+    assert min(short.size) == min(size) and max(short.size) <= 16 * min(size) + 1
+    for path in paths():
+        seen = path(strip)
+        assert seen.shape == (3, 224, 224)
+        assert torch.allclose(seen, path(Image.new("RGB", (8, 8), (200, 30, 30))), atol=1e-6)
+
+
+def test_a_strip_shows_its_middle_as_if_it_were_whole():
+    """Against torchvision's own resizing of the whole strip."""
+    from torchvision import transforms as T
+
+    pixels = np.random.default_rng(0).integers(0, 256, (10, 401, 3), dtype=np.uint8)
+    pixels[:, 190:211] = 255
+    for image in (Image.fromarray(pixels), Image.fromarray(pixels.transpose(1, 0, 2))):
+        whole = T.Compose([T.Resize(224), T.CenterCrop(224), T.PILToTensor()])(image)
+        ours = diffclip.transforms(CONFIG, train=False, normalized=False)(image)
+        assert (whole.int() - ours.int()).abs().max() <= 1
+    usual = Image.fromarray(pixels[:, :160])
+    assert cut_strip(usual) is usual
+
+
+# ---- a stranger's files
+
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 20 20\n%%EndComments\n0 0 20 20 rectfill\nshowpage\n%%EOF\n"
+
+
+@pytest.mark.parametrize("name", ["x.eps", "x.jpg", "bytes"])
+def test_eps_never_reaches_ghostscript(tmp_path, monkeypatch, name):
+    from PIL import EpsImagePlugin
+
+    fake = tmp_path / "gs"
+    fake.write_text(f"#!/bin/sh\ntouch {tmp_path}/ran\n")
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)  # look for it again
+    with Image.open(io.BytesIO(EPS)) as image, pytest.raises(OSError):
+        image.load()  # PIL by itself starts it
+    assert (tmp_path / "ran").exists()
+    (tmp_path / "ran").unlink()
+    source = EPS
+    if name != "bytes":
+        source = tmp_path / name
+        source.write_bytes(EPS)
+    with pytest.raises(BROKEN):
+        decode(source)
+    with pytest.raises(InputError, match=r"picked.eps cannot be read as an image"):
+        open_image(source, "picked.eps")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("kind", ["PCX", "SGI", "PDF", "TGA", "EPS", "MSP"])
+def test_formats_beyond_the_list_are_refused(kind):
+    with pytest.raises(BROKEN):
+        decode(encoded(Image.new("1" if kind == "MSP" else "RGB", (8, 8)), kind))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "ICO"])
+def test_formats_of_the_list_are_read(kind):
+    image = decode(encoded(Image.new("RGB", (32, 32), (255, 255, 255)), kind))
+    assert image.mode == "RGB" and image.size == (32, 32) and image.getpixel((5, 5)) == (255, 255, 255)
+
+
+def test_no_other_place_opens_images():
+    """`Image.open` without the list of formats stands nowhere in the packages."""
+    root = Path(diffclip.__file__).parents[1]
+    files = [path for name in ("diffclip", "mllm", "stages", "benchmarks") for path in (root / name).rglob("*.py")]
+    opening = [str(path.relative_to(root)) for path in files if "Image.open(" in path.read_text(encoding="utf-8")]
+    assert opening == ["diffclip/base/images.py"]
