@@ -38,6 +38,7 @@ def test_nothing_is_said_when_it_is_too_late(clean):
     assert not OURS & os.environ.keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("package", ["diffclip", "mllm"])
 def test_the_libgomp_that_torch_loads_is_told(package):
     """libgomp itself prints what it read; `import torch` alone says 300000."""

@@ -249,6 +249,7 @@ def test_autocast_gives_bfloat16_close_to_float32(form):
     assert cosine > 0.999
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("tokens", [8, 70])  # below and above the length from which maps are recomputed
 def test_compiles_without_graph_breaks(form, tokens):

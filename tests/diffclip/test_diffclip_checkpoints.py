@@ -71,6 +71,7 @@ def test_reduced_precision_is_kept(tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
 
 
+@pytest.mark.slow
 def test_full_size_baseline_loads_in_plain_open_clip(tmp_path):
     """Without our package: the baseline's directory is an open_clip directory."""
     torch.manual_seed(0)

@@ -225,6 +225,7 @@ def test_matched_arms_start_from_the_same_weights():
     assert checked == (4 * 8 + 3 * 6) * 2 + 4 * 8  # in the text out_proj keeps its name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "stats", "init"),
     [
@@ -534,6 +535,7 @@ def test_our_modules_start_without_wandb_and_leave_it_importable():
     assert ended.stdout.split() == ["True", "False", "wandb"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["CLIP-tiny", "DiffCLIP-tiny", "DiffCLIP-V2-tiny"])
 def test_both_towers_export_for_any_batch_size(name):
     """Also with 77 tokens, of which the maps are recomputed in training, and gradients on, as callers have them."""

@@ -158,6 +158,7 @@ def test_bad_options_name_the_option(tmp_path, changed, word):
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.slow
 def test_no_test_scene_is_a_training_scene():
     """Over the default counts, by the whole description: what decides every pixel."""
     n = asdict(Options())

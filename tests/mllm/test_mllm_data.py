@@ -202,6 +202,7 @@ def test_broken_picture_is_named(folder, assembled):
         dataset[0]
 
 
+@pytest.mark.slow
 def test_real_rows_with_pictures_in_tars(shared_data, assembled):
     root = shared_data("llava").parent
     rows = load_rows([root / "llava/stage1_captions.json"], root)

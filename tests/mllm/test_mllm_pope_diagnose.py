@@ -153,6 +153,7 @@ def forget_training(root):
     shutil.rmtree(root / "align")
 
 
+@pytest.mark.slow
 def test_a_healthy_run_has_no_cause(root):
     answers = evaluated(root)
     controls = [{**row, "pass": "no_image", "answer": "I see no image."} for row in answers]  # are not looked at

@@ -127,6 +127,7 @@ def test_the_package_runs_as_a_module_and_passes_on_the_exit_code():
     assert ended.returncode == 2 and "Traceback" not in ended.stderr
 
 
+@pytest.mark.slow
 def test_the_launchers_start_a_verb():
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", "-m"]
     assert "usage: diffclip pretrain" in run_program([*launcher, "diffclip", "pretrain", "--help"], check=True).stdout

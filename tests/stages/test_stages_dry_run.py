@@ -29,6 +29,7 @@ def forward_flops(name: str) -> float:
     return image + words
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["CLIP-tiny", "DiffCLIP-tiny", "CLIP-S-16"])
 def test_arithmetic_is_the_closed_form(name):
     parts, counted = count_pair(name, bf16=False)
@@ -81,6 +82,7 @@ def test_hardware_is_checked():
             parse_hardware(text)
 
 
+@pytest.mark.slow
 def test_the_papers_run_is_within_a_factor_and_nothing_is_written(tmp_path, capsys):
     arguments = [f"--config={PAPER / 'pretrain_cc12m.yaml'}", "--model=DiffCLIP-B-16", "--dry-run"]
     pretrain.main([*arguments, "--samples=10900000", "--hardware=a100-80gb:8", f"--output_dir={tmp_path / 'run'}"])

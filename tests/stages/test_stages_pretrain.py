@@ -335,6 +335,7 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_samples(shards, tmp_path)
     assert record["step"] == 2 and len(record["keys"]) == 16 and all(".tar/" in key for key in record["keys"])
 
 
+@pytest.mark.slow
 def test_log_shows_lambdas_validation_and_data_wait_and_best_is_kept(shards, tmp_path, capsys):
     out = tmp_path / "run"
     in_process(*command(shards, out, "--epochs=3", f"--val_pairs={shards}"))

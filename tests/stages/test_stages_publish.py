@@ -73,6 +73,7 @@ def test_what_is_sent_leaves_out_checkpoints_and_logs(finished, monkeypatch):
     assert list(kept) == ["model.safetensors", "README.md", "adapter/a.json"]
 
 
+@pytest.mark.slow
 def test_pretraining_and_language_runs_get_their_cards(tmp_path):
     """Their records count one number of parameters, as the stages write them."""
     import tarfile

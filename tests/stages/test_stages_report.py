@@ -269,6 +269,7 @@ def test_numbers_outside_the_tables_are_shown_as_written(quickstart):
     assert "pope/random/accuracy_strict 80 80" in words
 
 
+@pytest.mark.slow
 def test_same_runs_give_the_same_files(quickstart, tmp_path):
     runs, out = quickstart
     build_report([runs, runs / "seed0" / "CLIP-tiny"], tmp_path)  # given twice, counted once
@@ -499,6 +500,7 @@ def test_user_errors_are_one_sentence(tmp_path):
         build_report([tmp_path], tmp_path / "file")
 
 
+@pytest.mark.slow
 def test_command_prints_table_and_path_without_torch(quickstart, tmp_path):
     (tmp_path / "torch").mkdir()
     (tmp_path / "torch" / "__init__.py").write_text("raise RuntimeError('torch was imported')")

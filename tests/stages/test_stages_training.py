@@ -173,6 +173,7 @@ def test_settings_that_decide_nothing(config, own):
     assert {f.name for f in fields(config) if not f.metadata.get("decides", True)} == {*common.split(), *own}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [Tell, Preempt])
 def test_told_to_stop_it_is_not_finished_and_goes_on_to_the_same_weights(tmp_path, calm, how, capsys):
     out = tmp_path / "run"
@@ -196,6 +197,7 @@ def test_told_to_stop_it_is_not_finished_and_goes_on_to_the_same_weights(tmp_pat
     assert json.loads((out / "run.json").read_text())["state"] == "finished"
 
 
+@pytest.mark.slow
 def test_a_paused_run_goes_on_with_other_intervals_workers_and_passes(tmp_path, capsys):
     trainer, run = start(tmp_path / "calm", dropout=0.0)  # every pass draws a mask of its own
     train(trainer, run)
