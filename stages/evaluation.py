@@ -11,7 +11,7 @@ import torch
 import diffclip
 from diffclip.base.devices import pick_device
 from diffclip.base.errors import InputError
-from diffclip.base.files import json_line, read_jsonl, write_json, write_whole
+from diffclip.base.files import json_line, write_json, write_whole
 from diffclip.base.schema import ANSWERS, EXAMPLES, IMAGES, MARGINS, METRICS, POPE, POPE_SPLITS, Example
 from diffclip.benchmarks.evaluate import evaluate_clip
 from diffclip.benchmarks.mask_scores import read_masks
@@ -21,7 +21,7 @@ from mllm.model import load
 from mllm.pope.images import images_of
 from mllm.pope.lmms import evaluate_with_lmms
 from mllm.pope.margins import margins, score_margins
-from mllm.pope.questions import Question, read_labelled, version
+from mllm.pope.questions import Answer, Question, read_answers, read_labelled, version
 from stages import overlays
 from stages.overlays import Encoder
 from stages.provenance import upstream_model
@@ -152,36 +152,36 @@ def write_examples(config: EvaluateConfig, run: Run, images: Mapping[str, ImageP
 
     With a dual encoder each row also has `heat`, the patches that speak for the object asked about.
     """
-    answers = [answer for _, answer in read_jsonl(run.path / POPE / ANSWERS)]
-    shuffled = {(a["split"], a["image"], a["text"]): a["answer"] for a in answers if a["pass"] == "shuffled"}
-    chosen: list[dict] = []
+    answers = read_answers(run.path / POPE / ANSWERS)
+    shuffled = {a.key: a.text for a in read_answers(run.path / POPE / ANSWERS, passed="shuffled")}
+    chosen: list[Answer] = []
     for split in POPE_SPLITS:
-        of_split = [a for a in answers if a["pass"] == "model" and a["split"] == split]
+        of_split = [a for a in answers if a.question.split == split]
         if config.examples:
             chosen += of_split[:: max(1, -(-len(of_split) // max(1, config.examples // 3)))]  # spread over the images
-    names = sorted({a["image"] for a in chosen})
+    names = sorted({a.question.image for a in chosen})
     files = {name: f"examples/{number:03d}.png" for number, name in enumerate(names)}
     (run.path / "examples").mkdir(exist_ok=True)
-    queries = [overlays.query_of(a["text"]) for a in chosen]
+    queries = [overlays.query_of(a.question.text) for a in chosen]
     heat: dict[int, overlays.GRID] = {}
     for start in range(0, len(names), 64):  # a few images in memory at a time
         opened = {name: images[name].open() for name in names[start : start + 64]}
-        with_query = [i for i, a in enumerate(chosen) if encoder and a["image"] in opened and queries[i]]
+        with_query = [i for i, a in enumerate(chosen) if encoder and a.question.image in opened and queries[i]]
         if encoder and with_query:
-            seen = [opened[chosen[i]["image"]] for i in with_query]
+            seen = [opened[chosen[i].question.image] for i in with_query]
             heat |= zip(with_query, overlays.heat_maps(encoder, seen, [queries[i] for i in with_query]))
         for name, image in opened.items():
             image.thumbnail((256, 256))
             image.save(run.path / files[name])
     rows = [
         Example(
-            split=a["split"],
-            question_id=a["question_id"],
-            question=a["text"],
-            label=a["label"],
-            answer=a["answer"],
-            answer_shuffled=shuffled.get((a["split"], a["image"], a["text"])),
-            image=files[a["image"]],
+            split=a.question.split,
+            question_id=a.question.question_id,
+            question=a.question.text,
+            label=a.question.label,
+            answer=a.text,
+            answer_shuffled=shuffled.get(a.key),
+            image=files[a.question.image],
             query=queries[i],
             heat=heat.get(i),
         )

@@ -114,7 +114,7 @@ class Example(TypedDict):
     question_id: str
     question: str
     label: str
-    answer: str
+    answer: str | None  # None where the program gave none
     answer_shuffled: str | None  # to the same question about another image
     image: str  # a file in the run directory
     query: str
