@@ -12,6 +12,7 @@ import numpy as np
 
 from diffclip.base.errors import InputError
 from diffclip.base.files import read_json
+from diffclip.base.schema import RECORD
 from diffclip.base.statistics import mcnemar, over_seeds, paired_bootstrap
 
 # ends of the names of scores that are compared
@@ -69,9 +70,9 @@ def _in_common(rows: Sequence[Sequence[str]]) -> int:
 
 def _recorded_name(path: Path) -> str:
     """The model's name that a run directory records, "" elsewhere."""
-    if not (path / "run.json").is_file():
+    if not (path / RECORD).is_file():
         return ""
-    record = read_json(path / "run.json")
+    record = read_json(path / RECORD)
     return Path(str(record.get("model") or "")).name if isinstance(record, dict) else ""
 
 

@@ -22,14 +22,12 @@ from diffclip.base.console import print_table
 from diffclip.base.devices import pick_device
 from diffclip.base.errors import InputError
 from diffclip.base.files import read_json, write_json, write_whole
-from diffclip.base.schema import CLIP_BENCHMARKS
+from diffclip.base.schema import CLIP_BENCHMARKS, CLIP_OUTCOMES
 from diffclip.benchmarks import PROTOCOLS, datasets, paper, prompts
 from diffclip.benchmarks.comparison import compare, markdown, model_groups
 from diffclip.benchmarks.features import Encoder, save_tensors
 from diffclip.benchmarks.images import Images
 from diffclip.benchmarks.protocol import Evaluation, Settings, load
-
-OUTCOMES_FILE = "clip_outcomes.safetensors"
 
 
 def evaluate_clip(
@@ -101,7 +99,7 @@ def evaluate_clip(
         result["failed"] = str(error) or type(error).__name__
         raise
     finally:
-        save_tensors(evaluation.outcomes, out_dir / OUTCOMES_FILE)
+        save_tensors(evaluation.outcomes, out_dir / CLIP_OUTCOMES)
         write_json(out_dir / CLIP_BENCHMARKS, result)
     return evaluation.metrics
 
@@ -128,7 +126,7 @@ def run(options: argparse.Namespace) -> None:
         metrics = evaluate_clip(model.to(device), preprocess, tokenizer, options.data_root, out, settings, **common)
         scores[name].append(metrics)
         if metrics:  # another rank than 0 has only encoded
-            outcomes[name].append(safetensors.numpy.load_file(out / OUTCOMES_FILE))
+            outcomes[name].append(safetensors.numpy.load_file(out / CLIP_OUTCOMES))
             stored = read_json(out / CLIP_BENCHMARKS)
             skipped |= stored["skipped"]
             notes |= stored["about"]["notes"]
