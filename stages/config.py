@@ -56,14 +56,15 @@ class SettingsParser(Parser):
                 self.add_argument(f"--no_{name}", dest=name, action="store_false", help=argparse.SUPPRESS)
 
     def read(self, argv: Sequence[str], before: argparse.Namespace | None = None, source: str = "") -> Any:
-        """Parse and check flags; those that are not given keep their value of `before`.
+        """Parse flags; those that are not given keep their value of `before`.
 
         Args:
-            source: the file that the flags come from, which a message then begins with.
+            source: the file that the flags come from. Their values are checked here, so that a message begins with it;
+                those of the command line are, with the whole, by `stages.settings.check`.
         """
         try:
             namespace = self.parse_args(argv, before)
-            for name, field in self.fields.items():
+            for name, field in self.fields.items() if source else ():
                 check_value(field, getattr(namespace, name))
         except InputError as error:
             raise InputError(f"{source}: {error}" if source else str(error)) from None

@@ -3,7 +3,6 @@
 """
 
 import hashlib
-import importlib
 import os
 import platform
 import re
@@ -95,7 +94,8 @@ def environment() -> Iterator[tuple[str, str]]:
     yield "system", f"{platform.platform()}, {len(os.sched_getaffinity(0))} cores"
     yield from (dict.fromkeys(REPORTED.split(), "not installed") | installed_versions(REPORTED)).items()
     yield "commit", git_state() or "not a checkout"
-    torch = importlib.import_module("torch")  # here alone, since it takes seconds
+    import torch  # not at the top: most of what imports this module needs none
+
     yield "CUDA", f"{torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}" if torch.version.cuda else "none"
     for i in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(i)
