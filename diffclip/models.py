@@ -1,4 +1,5 @@
-"""The dual encoder: open_clip's text transformer beside a timm vision transformer, under open_clip's parameter names.
+"""The dual encoders: open_clip's models, with differential attention where their config says so, under open_clip's
+parameter names; the paper's have open_clip's text transformer beside a timm vision transformer of any size.
 
 The variants differ only in which attention modules are replaced. So the baseline's weights are open_clip's own, and
 everything made for an open_clip model (losses, benchmarks) takes ours.
@@ -16,40 +17,46 @@ from torch.utils.checkpoint import checkpoint
 
 from diffclip.base.backbones import TimmModel, TimmVisionTransformer, open_clip
 from diffclip.base.errors import InputError
-from diffclip.variants import named
+from diffclip.variants import TOWERS, current, named
 from diffclip.warm_start import differentiate
 
+TRUNK_OPTIONS = ("class_token", "global_pool", "act_layer")  # of our own vision towers, beside open_clip's keys
 
-class CLIP(open_clip.CLIP):
-    """open_clip's CLIP with a timm vision tower of any size, and text cut to the batch's longest caption.
+
+class DualEncoder(nn.Module):
+    """What our models have beyond those of open_clip, which stand behind it in each class.
 
     `model_config` is the dict it was built from, the content of its open_clip_config.json.
     """
 
-    def __init__(self, model_config: dict[str, Any]) -> None:
-        model_cfg = copy.deepcopy(model_config["model_cfg"])
-        vision_cfg = model_cfg.pop("vision_cfg")
-        # open_clip has no hook for the vision tower: let it make an empty one, and put ours in its place.
-        super().__init__(vision_cfg={"layers": 0, "width": 8, "head_width": 8, "image_size": 16}, **model_cfg)
-        trunk = vision_trunk(vision_cfg, model_config["diffclip"]["vision_norm_eps"])
-        self.visual = VisionTower(trunk, model_cfg["embed_dim"])
-        self.model_config = copy.deepcopy(model_config)
+    model_config: dict[str, Any]
+    visual: Any
+    encode_image: Any
+    encode_text: Any
+    logit_scale: nn.Parameter
+    logit_bias: nn.Parameter | None
 
-    def forward(
-        self, image: Tensor | None = None, text: Tensor | None = None, chunk: int = 0
-    ) -> tuple[Tensor | None, Tensor | None, Tensor]:
-        """Return unit-length features of image (batch, 3, H, W) and text (batch, context), and exp(logit_scale).
+    def forward(self, image: Tensor | None = None, text: Tensor | None = None, chunk: int | None = None) -> Any:
+        """Return unit-length features of image (batch, 3, H, W) and text (batch, context), exp(logit_scale), and
+        logit_bias where the model has one; without `chunk`, whatever the class of open_clip returns.
 
-        With `chunk`, that many samples are encoded at a time, and once more in the backward pass (gradient caching,
-        Gao et al. 2021): the gradients are those of the whole batch, the memory that of a chunk.
+        With a `chunk` above 0, that many samples are encoded at a time, and once more in the backward pass (gradient
+        caching, Gao et al. 2021): the gradients are those of the whole batch, the memory that of a chunk.
         """
-        if not chunk or image is None or text is None:
+        if chunk is None or image is None or text is None:
             return super().forward(image, text)
+        encoders = ((self.encode_image, image), (self.encode_text, text))
         features = [
             torch.cat([checkpoint(encode, part, True, use_reentrant=False) for part in batch.split(chunk)])
-            for encode, batch in ((self.encode_image, image), (self.encode_text, text))
+            if 0 < chunk < len(batch)
+            else encode(batch, True)
+            for encode, batch in encoders
         ]
-        return *features, self.logit_scale.exp()
+        return *features, self.logit_scale.exp(), *([] if self.logit_bias is None else [self.logit_bias])
+
+
+class CLIP(DualEncoder, open_clip.CLIP):
+    """open_clip's CLIP, whose texts are cut to the longest caption of the batch where they can be."""
 
     def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:
         """Return (batch, embed_dim) for token ids (batch, up to context_length).
@@ -58,6 +65,8 @@ class CLIP(open_clip.CLIP):
         after the last of these positions cannot matter: they are cut off, except in a compiled graph, which
         wants one length.
         """
+        if self.text_pool_type != "argmax" or self.attn_mask is None or not isinstance(self.text_projection, Tensor):
+            return super().encode_text(text, normalize)
         ends = text.argmax(dim=-1)  # (batch,)
         if not torch.compiler.is_compiling():
             text = text[:, : int(ends.max()) + 1]
@@ -72,22 +81,33 @@ class CLIP(open_clip.CLIP):
         return F.normalize(x, dim=-1) if normalize else x
 
 
+class CustomTextCLIP(DualEncoder, open_clip.CustomTextCLIP):
+    """open_clip's CLIP with a text tower of its own kind, SigLIP among them."""
+
+
+class CoCa(DualEncoder, open_clip.CoCa):
+    """open_clip's CoCa; its caption decoder is carried along, neither trained nor asked here."""
+
+
 class VisionTower(TimmModel):
     """open_clip's adapter (trunk, then head.proj) around a trunk that is already built."""
 
-    def __init__(self, trunk: TimmVisionTransformer, embed_dim: int) -> None:
+    def __init__(self, trunk: TimmVisionTransformer, embed_dim: int | None) -> None:
+        """`embed_dim` None leaves the projection out, as SigLIP does."""
         nn.Module.__init__(self)
         self.image_size = trunk.patch_embed.img_size
         self.trunk = trunk
-        projection = nn.Linear(trunk.embed_dim, embed_dim, bias=False)
-        self.head = nn.Sequential(OrderedDict(drop=nn.Dropout(0.0), proj=projection))
+        layers: dict[str, nn.Module] = {}
+        if embed_dim is not None:
+            layers = {"drop": nn.Dropout(0.0), "proj": nn.Linear(trunk.embed_dim, embed_dim, bias=False)}
+        self.head = nn.Sequential(OrderedDict(layers))
 
 
-def vision_trunk(vision_cfg: dict[str, Any], norm_eps: float) -> TimmVisionTransformer:
+def vision_trunk(vision_cfg: dict[str, Any], norm_eps: float, **options: Any) -> TimmVisionTransformer:
     """Return a timm vision transformer with a class token, pooled at that token after the final norm.
 
     `vision_cfg` has open_clip's keys; `norm_eps` of its layer norms is 1e-6 in timm and SLIP, 1e-5 in the official
-    DiffCLIP.
+    DiffCLIP. `options` are timm's own for towers of another make (`TRUNK_OPTIONS`).
     """
     return TimmVisionTransformer(
         img_size=vision_cfg["image_size"],
@@ -98,10 +118,38 @@ def vision_trunk(vision_cfg: dict[str, Any], norm_eps: float) -> TimmVisionTrans
         mlp_ratio=vision_cfg["mlp_ratio"],
         norm_layer=partial(nn.LayerNorm, eps=norm_eps),
         num_classes=0,
+        **options,
     )
 
 
-def build(name_or_config: str | dict[str, Any], *, init: str = "matched") -> CLIP:
+def construct(config: dict[str, Any]) -> DualEncoder:
+    """Return the model of a config with open_clip's fresh weights, and ordinary attention throughout.
+
+    A config whose "diffclip" part has `vision_norm_eps` describes a vision tower of ours; others are open_clip's.
+    """
+    model_cfg, options = copy.deepcopy(config["model_cfg"]), config["diffclip"]
+    vision_cfg, text_cfg = model_cfg["vision_cfg"], model_cfg["text_cfg"]
+    own = "vision_norm_eps" in options
+    for cfg, key in ((vision_cfg, "timm_model_pretrained"), (text_cfg, "hf_model_pretrained")):
+        if key.replace("_pretrained", "_name") in cfg:
+            cfg[key] = False  # the weights come with the model, not from elsewhere
+    if own:  # open_clip has no hook for the vision tower: let it make an empty one, and put ours in its place
+        model_cfg["vision_cfg"] = {"layers": 0, "width": 8, "head_width": 8, "image_size": 16}
+    kind: type[DualEncoder] = CLIP
+    if model_cfg.pop("custom_text", False) or "hf_model_name" in text_cfg:
+        kind = CoCa if "multimodal_cfg" in model_cfg else CustomTextCLIP
+    model = kind(**model_cfg)
+    if own:
+        more = {key: value for key, value in options.get("trunk", {}).items() if key in TRUNK_OPTIONS}
+        trunk = vision_trunk(vision_cfg, options["vision_norm_eps"], **more)
+        model.visual = VisionTower(trunk, None if vision_cfg.get("timm_proj") == "none" else model_cfg["embed_dim"])
+    elif timm_patches := getattr(getattr(model.visual, "trunk", None), "patch_embed", None):
+        if timm_patches.img_size != model.visual.image_size:  # which open_clip sets after loading, where it is told to
+            model.visual.set_input_size(vision_cfg["image_size"])
+    return model
+
+
+def build(name_or_config: str | dict[str, Any], *, init: str = "matched") -> DualEncoder:
     """Return a model with fresh weights.
 
     Args:
@@ -117,28 +165,34 @@ def build(name_or_config: str | dict[str, Any], *, init: str = "matched") -> CLI
     """
     if init not in ("matched", "official"):
         raise InputError(f"init must be 'matched' or 'official': got {init!r}")
-    config = named(name_or_config) if isinstance(name_or_config, str) else copy.deepcopy(name_or_config)
-    options = config.setdefault("diffclip", {"variant": "CLIP", "towers": [], "vision_norm_eps": 1e-6})
-    if init == "official" and "vision" in options["towers"]:
+    config = current(named(name_or_config) if isinstance(name_or_config, str) else name_or_config)
+    options = config.setdefault("diffclip", {"variant": "CLIP", "attention": {}, "vision_norm_eps": 1e-6})
+    attention = options.setdefault("attention", {})
+    own = "vision_norm_eps" in options
+    if init == "official" and own and "vision" in attention:
         options["vision_norm_eps"] = 1e-5
     options["init"] = init
     try:
-        model = CLIP(config)
-    except (KeyError, TypeError) as error:
-        raise InputError(f"model config: {type(error).__name__} {error}; compare with diffclip/configs/") from error
+        model = construct(config)
+    except (KeyError, TypeError, ValueError, AssertionError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(
+            f"model config: {type(error).__name__} {reason}; compare with diffclip/configs/ or open_clip's"
+        ) from error
 
-    nn.init.normal_(model.get_parameter("visual.head.proj.weight"), std=model.visual.trunk.embed_dim**-0.5)
-    if options["towers"]:
-        version = options.get("version", 1)
-        differentiate(model, options["towers"], options["lambda_init"], options["schedule_base"], version, False)
+    if own and hasattr(model.visual.head, "proj"):
+        nn.init.normal_(model.get_parameter("visual.head.proj.weight"), std=model.visual.trunk.embed_dim**-0.5)
+    for tower in sorted(attention, key=TOWERS.index):
+        differentiate(model, [tower], **attention[tower], preserve=False)
+    model.model_config = config
     if init == "official":
         _official_init(model)
     return model
 
 
-def _official_init(model: CLIP) -> None:
+def _official_init(model: DualEncoder) -> None:
     """Redraw what the official code leaves at torch's defaults: vision Linears, and text attention biases."""
-    towers = model.model_config["diffclip"]["towers"]
+    towers = model.model_config["diffclip"]["attention"]
     if "vision" in towers:
         for module in model.visual.trunk.modules():
             if isinstance(module, nn.Linear):

@@ -20,66 +20,77 @@ from diffclip.variants import variant_name
 
 def differentiate(
     model: open_clip.CLIP,
-    towers: Iterable[str] = ("vision", "text"),
-    lambda_init: float | str | None = None,
+    towers: Iterable[str] = TOWERS,
+    lambda_init: float | str | list[float] | None = None,
     schedule_base: int = 0,
-    version: int = 1,
+    kind: str | int = "v1",
     preserve: bool = True,
 ) -> open_clip.CLIP:
     """Replace, in place, the self-attention of an open_clip model's blocks by differential attention.
 
     Works on open_clip's own transformers and on timm vision transformers (also SigLIP's; its pooling head
-    stays as it is). In version 1 the projections keep their weights as a starting point, but the function changes:
-    heads now work in pairs, under a new norm. Version 2 is a warm start: the model computes what it did before.
+    stays as it is). In "v1" the projections keep their weights as a starting point, but the function changes:
+    heads now work in pairs, under a new norm. The other kinds are warm starts: the model computes what it did before.
+    Where the ordinary attention was locked (its `requires_grad` False), what replaces it is locked too. Towers may be
+    made differential one after the other, each in its own way.
 
     Args:
-        model: any open_clip CLIP or CustomTextCLIP.
+        model: any open_clip CLIP, CustomTextCLIP or CoCa.
         towers: "vision", "text" or both.
-        lambda_init: one number for all layers, or "schedule" for `lambda_init_schedule`; None is 0.8 in version 1,
-            0.5 in version 2, where it is where every token's lambda starts.
+        lambda_init: one number for all layers, a list with one for each, or "schedule" for `lambda_init_schedule`;
+            None is the kind's default.
         schedule_base: what the schedule counts the first layer as, 0 or 1.
-        version: of `attention.KINDS`: 1 for the paper's differential attention, 2 for Microsoft's second.
-        preserve: version 2 only: False draws its second queries anew, for training from scratch.
+        kind: one of `attention.KINDS`: "v1" is the paper's differential attention, "v2" Microsoft's second.
+        preserve: False draws anew what a warm start would set, for training from scratch.
 
     Raises:
-        InputError: for a tower without blocks that are known here, or with an odd number of heads, or for a
-            model that is differential already.
+        InputError: for a tower without blocks that are known here, or with an odd number of heads, or for one that is
+            differential already.
     """
+    new_kind = attention.kind(kind)
     if lambda_init is None:
-        lambda_init = kind(version).default_lambda_init
+        lambda_init = new_kind.default_lambda_init
     towers, replaced = list(towers), []
-    config = getattr(model, "model_config", None)  # of our own models
-    before = config["diffclip"] if config else {"towers": []}
-    had = [before.get("lambda_init"), before.get("schedule_base"), before.get("version", 1)]
-    if before["towers"] and had != [lambda_init, schedule_base, version]:
-        raise InputError(
-            f"the {' and '.join(before['towers'])} tower is differential already, and a saved model holds one "
-            f"lambda_init, schedule_base and version for all its towers: give {had}"
-        )
     for name in towers:
-        if name not in ("vision", "text"):
-            raise InputError(f"unknown tower {name!r}: choose vision or text")
-        tower = model.visual if name == "vision" else getattr(model, "text", None) or model.transformer
+        tower = tower_of(model, name)
         lambda_inits = layer_lambda_inits(lambda_init, schedule_base, len(_self_attention_blocks(tower)))
-        replaced += _replacements(tower, lambda_inits, version, preserve)
-    for block, attention in replaced:  # all that is refused has been refused: never one tower without the other
-        block.attn = attention
-    if config:
-        towers = [name for name in ("vision", "text") if name in (*before["towers"], *towers)]
-        before.update(towers=towers, lambda_init=lambda_init, schedule_base=schedule_base)
-        if version != 1:
-            before["version"] = version
-        before["variant"] = variant_name(towers, lambda_init, version)
+        replaced += _replacements(tower, lambda_inits, new_kind, preserve)
+    for block, differential in replaced:  # all that is refused has been refused: never one tower without the other
+        block.attn = differential
+    if config := getattr(model, "model_config", None):  # of our own models
+        how = {name: variants.attention(new_kind.name, lambda_init, schedule_base) for name in towers}
+        options = config["diffclip"]
+        options["attention"] = {**options["attention"], **how}
+        options["variant"] = variants.variant_name(options["attention"])
     return model
 
 
-def layer_lambda_inits(lambda_init: float | str, schedule_base: int, layers: int) -> list[float]:
-    """Return each layer's lambda_init: all the same, or the schedule's."""
+def tower_of(model: open_clip.CLIP, name: str) -> nn.Module:
+    """The module that holds the blocks of the "vision" or "text" tower; InputError for another name."""
+    if name not in TOWERS:
+        raise InputError(f"unknown tower {name!r}: choose {' or '.join(TOWERS)}")
+    return model.visual if name == "vision" else getattr(model, "text", None) or model.transformer
+
+
+def attention_of(model: open_clip.CLIP) -> dict[str, dict[str, Any]]:
+    """How each differential tower of a model is so, told from its modules; what a model config holds as "attention"."""
+    found = {}
+    for name in TOWERS:
+        modules = [module for module in tower_of(model, name).modules() if isinstance(module, Differential)]
+        if modules:
+            values: list[float] = [module.lambda_init for module in modules]
+            found[name] = variants.attention(modules[0].name, values[0] if len(set(values)) == 1 else values)
+    return found
+
+
+def layer_lambda_inits(lambda_init: float | str | list[float], schedule_base: int, layers: int) -> list[float]:
+    """Return each layer's lambda_init: all the same, those of a list, or the schedule's."""
     if lambda_init == "schedule":
         return [lambda_init_schedule(layer, schedule_base) for layer in range(layers)]
+    values = lambda_init if isinstance(lambda_init, list) else [lambda_init] * layers
     try:
-        return [float(lambda_init)] * layers
-    except ValueError:
+        return [float(value) for value in values]
+    except (TypeError, ValueError):
         raise InputError(f"lambda_init must be a number or 'schedule': got {lambda_init!r}") from None
 
 

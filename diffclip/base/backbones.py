@@ -18,6 +18,7 @@ import open_clip
 from open_clip.factory import get_model_config
 from open_clip.loss import ClipLoss
 from open_clip.model import _build_vision_tower as build_vision_tower
+from open_clip.model import resize_pos_embed, resize_text_pos_embed
 from open_clip.timm_model import TimmModel
 from open_clip.transformer import Attention as OpenClipAttention
 from open_clip.transformer import CustomResidualAttentionBlock, QuickGELU, ResidualAttentionBlock
