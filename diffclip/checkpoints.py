@@ -210,9 +210,9 @@ def convert(source: str | Path, target: str | Path, **imported: Any) -> None:
         save(model, target)
         return
     options = model.model_config["diffclip"]
-    version = options.get("version", 1)
-    if options["towers"] and not kind(version).in_official_layout:
-        reason = f"the official code has no version {version} of differential attention"
+    attention = kind(options.get("version", "v1"))
+    if options["towers"] and not attention.in_official_layout:
+        reason = f"the official code has no differential attention {attention.name}"
         raise InputError(f"{reason}: write a directory instead")
     state = {f"module.{name}": tensor for name, tensor in to_official(model.state_dict()).items()}
     there = {"lambda_init": 0.8} if options["towers"] else {}

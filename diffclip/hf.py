@@ -28,7 +28,7 @@ class DiffCLIPVisionConfig(PreTrainedConfig):
     """Shape of the vision tower.
 
     `lambda_init` has one value per layer; None stands for ordinary attention, the CLIP baseline. `attention_version`
-    is the kind's number in `attention.KINDS`. With `stop_early`, a call that selects hidden states by index computes
+    is the kind's name in `attention.KINDS`. With `stop_early`, a call that selects hidden states by index computes
     no block after the last one selected, and gives no last_hidden_state: LLaVA reads hidden_states[-2] alone, so its
     last block is wasted work.
     """
@@ -44,7 +44,7 @@ class DiffCLIPVisionConfig(PreTrainedConfig):
     patch_size: int = 16
     layer_norm_eps: float = 1e-6
     lambda_init: list[float] | None = None
-    attention_version: int = 1
+    attention_version: str | int = "v1"
     stop_early: bool = False
 
 
@@ -195,7 +195,7 @@ def vision_config(model_config: dict[str, Any]) -> DiffCLIPVisionConfig:
         patch_size=vision_cfg["patch_size"],
         layer_norm_eps=options["vision_norm_eps"],
         lambda_init=lambda_init,
-        attention_version=options.get("version", 1),
+        attention_version=options.get("version", "v1"),
     )
 
 

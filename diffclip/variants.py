@@ -15,7 +15,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "DiffCLIP": {"towers": ["vision", "text"], "lambda_init": 0.8, "schedule_base": 0},
     "DiffCLIP-star": {"towers": ["vision", "text"], "lambda_init": "schedule", "schedule_base": 0},
     "DiffCLIP-dagger": {"towers": ["vision"], "lambda_init": 0.8, "schedule_base": 0},
-    "DiffCLIP-V2": {"towers": ["vision", "text"], "lambda_init": 0.5, "schedule_base": 0, "version": 2},
+    "DiffCLIP-V2": {"towers": ["vision", "text"], "lambda_init": 0.5, "schedule_base": 0, "version": "v2"},
 }
 IMAGENET_PREPROCESS: dict[str, Any] = {
     "mean": [0.485, 0.456, 0.406],
@@ -47,10 +47,10 @@ def named(name: str) -> dict[str, Any]:
     return copy.deepcopy(MODELS[name])
 
 
-def variant_name(towers: list[str], lambda_init: float | str | None, version: int = 1) -> str:
+def variant_name(towers: list[str], lambda_init: float | str | None, version: str = "v1") -> str:
     """Return the variant's name in `VARIANTS`, or "custom"."""
     for name, options in VARIANTS.items():
-        same = options["towers"] == towers and options.get("version", 1) == version
+        same = options["towers"] == towers and options.get("version", "v1") == version
         if same and (not towers or options["lambda_init"] == lambda_init):
             return name
     return "custom"

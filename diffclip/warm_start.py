@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterable
 
 from torch import Tensor, nn
 
-from diffclip.attention import Differential, kind, lambda_init_schedule
+from diffclip.attention import Differential, lambda_init_schedule
+from diffclip.attention import kind as kind_named
 from diffclip.base.backbones import (
     Block,
     CustomResidualAttentionBlock,
@@ -23,53 +24,55 @@ def differentiate(
     towers: Iterable[str] = ("vision", "text"),
     lambda_init: float | str | None = None,
     schedule_base: int = 0,
-    version: int = 1,
+    kind: str | int = "v1",
     preserve: bool = True,
 ) -> open_clip.CLIP:
     """Replace, in place, the self-attention of an open_clip model's blocks by differential attention.
 
     Works on open_clip's own transformers and on timm vision transformers (also SigLIP's; its pooling head
-    stays as it is). In version 1 the projections keep their weights as a starting point, but the function changes:
-    heads now work in pairs, under a new norm. Version 2 is a warm start: the model computes what it did before.
+    stays as it is). In v1 the projections keep their weights as a starting point, but the function changes: heads
+    now work in pairs, under a new norm. v2 is a warm start: the model computes what it did before.
 
     Args:
         model: any open_clip CLIP or CustomTextCLIP.
         towers: "vision", "text" or both.
-        lambda_init: one number for all layers, or "schedule" for `lambda_init_schedule`; None is 0.8 in version 1,
-            0.5 in version 2, where it is where every token's lambda starts.
+        lambda_init: one number for all layers, or "schedule" for `lambda_init_schedule`; None is 0.8 in v1, 0.5 in
+            v2, where it is where every token's lambda starts.
         schedule_base: what the schedule counts the first layer as, 0 or 1.
-        version: of `attention.KINDS`: 1 for the paper's differential attention, 2 for Microsoft's second.
-        preserve: version 2 only: False draws its second queries anew, for training from scratch.
+        kind: a name in `attention.KINDS`: "v1" for the paper's differential attention, "v2" for Microsoft's second;
+            or its number in configs of earlier releases.
+        preserve: v2 only: False draws its second queries anew, for training from scratch.
 
     Raises:
         InputError: for a tower without blocks that are known here, or with an odd number of heads, or for a
             model that is differential already.
     """
+    chosen = kind_named(kind)
     if lambda_init is None:
-        lambda_init = kind(version).default_lambda_init
+        lambda_init = chosen.default_lambda_init
     towers, replaced = list(towers), []
     config = getattr(model, "model_config", None)  # of our own models
     before = config["diffclip"] if config else {"towers": []}
-    had = [before.get("lambda_init"), before.get("schedule_base"), before.get("version", 1)]
-    if before["towers"] and had != [lambda_init, schedule_base, version]:
+    had = [before.get("lambda_init"), before.get("schedule_base"), kind_named(before.get("version", 1)).name]
+    if before["towers"] and had != [lambda_init, schedule_base, chosen.name]:
         raise InputError(
             f"the {' and '.join(before['towers'])} tower is differential already, and a saved model holds one "
-            f"lambda_init, schedule_base and version for all its towers: give {had}"
+            f"lambda_init, schedule_base and kind for all its towers: give {had}"
         )
     for name in towers:
         if name not in ("vision", "text"):
             raise InputError(f"unknown tower {name!r}: choose vision or text")
         tower = model.visual if name == "vision" else getattr(model, "text", None) or model.transformer
         lambda_inits = layer_lambda_inits(lambda_init, schedule_base, len(_self_attention_blocks(tower)))
-        replaced += _replacements(tower, lambda_inits, version, preserve)
+        replaced += _replacements(tower, lambda_inits, kind, preserve)
     for block, attention in replaced:  # all that is refused has been refused: never one tower without the other
         block.attn = attention
     if config:
         towers = [name for name in ("vision", "text") if name in (*before["towers"], *towers)]
         before.update(towers=towers, lambda_init=lambda_init, schedule_base=schedule_base)
-        if version != 1:
-            before["version"] = version
-        before["variant"] = variant_name(towers, lambda_init, version)
+        if chosen.name != "v1":
+            before["version"] = chosen.name
+        before["variant"] = variant_name(towers, lambda_init, chosen.name)
     return model
 
 
@@ -83,28 +86,30 @@ def layer_lambda_inits(lambda_init: float | str, schedule_base: int, layers: int
         raise InputError(f"lambda_init must be a number or 'schedule': got {lambda_init!r}") from None
 
 
-def differentiate_tower(tower: nn.Module, lambda_inits: list[float], version: int = 1, preserve: bool = True) -> None:
+def differentiate_tower(
+    tower: nn.Module, lambda_inits: list[float], kind: str | int = "v1", preserve: bool = True
+) -> None:
     """Replace, in place, the self-attention of one tower's blocks; one lambda_init per block, in order."""
-    for block, attention in _replacements(tower, lambda_inits, version, preserve):
+    for block, attention in _replacements(tower, lambda_inits, kind, preserve):
         block.attn = attention
 
 
 def _replacements(
-    tower: nn.Module, lambda_inits: list[float], version: int, preserve: bool
+    tower: nn.Module, lambda_inits: list[float], kind: str | int, preserve: bool
 ) -> list[tuple[nn.Module, Differential]]:
     """Return each block of a tower with the attention that is to replace its own; nothing is changed yet."""
-    blocks, name = _self_attention_blocks(tower), type(tower).__name__
+    blocks, name, chosen = _self_attention_blocks(tower), type(tower).__name__, kind_named(kind)
     if any(isinstance(block.attn, Differential) for block in blocks):
         raise InputError(f"{name} is differential already")
     if not blocks or len(blocks) != len(lambda_inits):
         kinds = sorted({type(module).__name__ for module in tower.modules()})
-        others = [kind for kind in kinds if re.search("attention|attn|block", kind.lower())]
+        others = [each for each in kinds if re.search("attention|attn|block", each.lower())]
         raise InputError(
             f"{name} has {len(blocks)} blocks with self-attention known here, for {len(lambda_inits)} "
             f"values of lambda_init{'; it is made of ' + ', '.join(others) if others and not blocks else ''}"
         )
     return [
-        (block, _differential_like(block.attn, lambda_init, version, preserve, f"{name}'s block {i}"))
+        (block, _differential_like(block.attn, lambda_init, chosen, preserve, f"{name}'s block {i}"))
         for i, (block, lambda_init) in enumerate(zip(blocks, lambda_inits))
     ]
 
@@ -118,7 +123,7 @@ def _self_attention_blocks(tower: nn.Module) -> list[nn.Module]:
 def _differential_like(
     attention: nn.MultiheadAttention | OpenClipAttention | TimmAttention,
     lambda_init: float,
-    version: int,
+    chosen: type[Differential],
     preserve: bool,
     where: str,
 ) -> Differential:
@@ -128,7 +133,7 @@ def _differential_like(
     """
     if refused := _options_without_differential_form(attention):
         raise InputError(f"{where}: attention with {refused} has no differential form here")
-    make: Callable[..., Differential] = kind(version)
+    make: Callable[..., Differential] = chosen
     norms: tuple[nn.Module, nn.Module] = (nn.Identity(), nn.Identity())
     if isinstance(attention, TimmAttention):
         qkv_weight, qkv_bias, out = attention.qkv.weight, attention.qkv.bias, attention.proj
@@ -137,11 +142,11 @@ def _differential_like(
     else:
         qkv_weight, qkv_bias, out = attention.in_proj_weight, attention.in_proj_bias, attention.out_proj
         if isinstance(attention, OpenClipAttention):
-            make = called_by(MaskPerHead, kind(version))
+            make = called_by(MaskPerHead, chosen)
             dropouts = {"attn_drop": attention.attn_drop.p, "proj_drop": attention.out_drop.p}
             norms = attention.ln_q, attention.ln_k
         else:
-            make = called_by(CalledLikeMultihead, kind(version))
+            make = called_by(CalledLikeMultihead, chosen)
             dropouts = {"attn_drop": attention.dropout}
     biases = {"qkv_bias": qkv_bias is not None, "out_bias": out.bias is not None}
     new = make(out.out_features, attention.num_heads, lambda_init=lambda_init, **biases, **dropouts).to(qkv_weight)
