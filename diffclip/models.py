@@ -30,7 +30,9 @@ class DualEncoder(nn.Module):
     """
 
     model_config: dict[str, Any]
+    beside: list[Any]  # tokenizer and image processor of transformers that are saved with it; see `checkpoints.save`
     visual: Any
+    transformer: Any
     encode_image: Any
     encode_text: Any
     logit_scale: nn.Parameter
@@ -57,6 +59,8 @@ class DualEncoder(nn.Module):
 
 class CLIP(DualEncoder, open_clip.CLIP):
     """open_clip's CLIP, whose texts are cut to the longest caption of the batch where they can be."""
+
+    transformer: Any
 
     def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:
         """Return (batch, embed_dim) for token ids (batch, up to context_length).
@@ -122,6 +126,11 @@ def vision_trunk(vision_cfg: dict[str, Any], norm_eps: float, **options: Any) ->
     )
 
 
+def timm_patches(visual: nn.Module) -> nn.Module | None:
+    """What cuts images into patches in a timm vision transformer; None for other towers."""
+    return getattr(getattr(visual, "trunk", None), "patch_embed", None)
+
+
 def construct(config: dict[str, Any]) -> DualEncoder:
     """Return the model of a config with open_clip's fresh weights, and ordinary attention throughout.
 
@@ -143,9 +152,8 @@ def construct(config: dict[str, Any]) -> DualEncoder:
         more = {key: value for key, value in options.get("trunk", {}).items() if key in TRUNK_OPTIONS}
         trunk = vision_trunk(vision_cfg, options["vision_norm_eps"], **more)
         model.visual = VisionTower(trunk, None if vision_cfg.get("timm_proj") == "none" else model_cfg["embed_dim"])
-    elif timm_patches := getattr(getattr(model.visual, "trunk", None), "patch_embed", None):
-        if timm_patches.img_size != model.visual.image_size:  # which open_clip sets after loading, where it is told to
-            model.visual.set_input_size(vision_cfg["image_size"])
+    elif getattr(timm_patches(model.visual), "img_size", None) not in (None, model.visual.image_size):
+        model.visual.set_input_size(vision_cfg["image_size"])  # open_clip leaves timm's towers at their own size
     return model
 
 

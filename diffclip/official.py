@@ -13,23 +13,25 @@ from typing import Any
 from torch import Tensor
 
 from diffclip.base.errors import InputError
+from diffclip.sources import read_state, resembles
 from diffclip.variants import IMAGENET_PREPROCESS, attention, current, variant_name
-from diffclip.weights import read_pickle, read_safetensors, tensors
 
 
 def read_official(path: Path) -> tuple[dict[str, Tensor], argparse.Namespace]:
-    """Read a checkpoint file; return its tensors by plain name, and the trainer's arguments."""
-    content: Any = read_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path)
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: holds no state dict, but a {type(content).__name__}")
-    args = content.get("args")
-    content = next((content[key] for key in ("state_dict", "model") if isinstance(content.get(key), dict)), content)
-    state = {}
-    for name, tensor in tensors(content, path).items():  # of DistributedDataParallel, twice at times, and compile
-        state[re.sub(r"^(module\.)+", "", str(name).replace("_orig_mod.", ""))] = tensor
+    """Read a checkpoint file; return its tensors by plain name, and the trainer's arguments.
+
+    SLIP's head for its loss between images (`image_mlp`) is left out, with a notice.
+    """
+    state, content = read_state(path)
     if not {"image_projection", "visual.cls_token"} <= state.keys():
         lacks = "no image_projection or visual.cls_token"
-        raise InputError(f"{path}: {lacks}, so not a file of the official DiffCLIP or SLIP")
+        raise InputError(
+            f"{path}: {lacks}, so not a file of the official DiffCLIP or SLIP{resembles(set(state), path)}"
+        )
+    if extra := [name for name in state if name.startswith("image_mlp.")]:
+        state = {name: tensor for name, tensor in state.items() if name not in extra}
+        warnings.warn(f"{path}: image_mlp, SLIP's head for views of an image, is left out", stacklevel=3)
+    args = content.get("args")
     return state, args if isinstance(args, argparse.Namespace) else argparse.Namespace()
 
 

@@ -2,10 +2,13 @@
 
 import re
 from collections.abc import Callable, Iterable
+from typing import Any
 
 from torch import Tensor, nn
 
-from diffclip.attention import Differential, kind, lambda_init_schedule
+from diffclip import variants
+from diffclip.attention import Differential, lambda_init_schedule
+from diffclip.attention import kind as kind_named
 from diffclip.base.backbones import (
     Block,
     CustomResidualAttentionBlock,
@@ -15,7 +18,7 @@ from diffclip.base.backbones import (
     open_clip,
 )
 from diffclip.base.errors import InputError
-from diffclip.variants import variant_name
+from diffclip.variants import TOWERS
 
 
 def differentiate(
@@ -47,18 +50,18 @@ def differentiate(
         InputError: for a tower without blocks that are known here, or with an odd number of heads, or for one that is
             differential already.
     """
-    new_kind = attention.kind(kind)
+    chosen = kind_named(kind)
     if lambda_init is None:
-        lambda_init = new_kind.default_lambda_init
+        lambda_init = chosen.default_lambda_init
     towers, replaced = list(towers), []
     for name in towers:
         tower = tower_of(model, name)
         lambda_inits = layer_lambda_inits(lambda_init, schedule_base, len(_self_attention_blocks(tower)))
-        replaced += _replacements(tower, lambda_inits, new_kind, preserve)
+        replaced += _replacements(tower, lambda_inits, kind, preserve)
     for block, differential in replaced:  # all that is refused has been refused: never one tower without the other
         block.attn = differential
     if config := getattr(model, "model_config", None):  # of our own models
-        how = {name: variants.attention(new_kind.name, lambda_init, schedule_base) for name in towers}
+        how = {name: variants.attention(chosen.name, lambda_init, schedule_base) for name in towers}
         options = config["diffclip"]
         options["attention"] = {**options["attention"], **how}
         options["variant"] = variants.variant_name(options["attention"])
@@ -94,28 +97,30 @@ def layer_lambda_inits(lambda_init: float | str | list[float], schedule_base: in
         raise InputError(f"lambda_init must be a number or 'schedule': got {lambda_init!r}") from None
 
 
-def differentiate_tower(tower: nn.Module, lambda_inits: list[float], version: int = 1, preserve: bool = True) -> None:
+def differentiate_tower(
+    tower: nn.Module, lambda_inits: list[float], kind: str | int = "v1", preserve: bool = True
+) -> None:
     """Replace, in place, the self-attention of one tower's blocks; one lambda_init per block, in order."""
-    for block, attention in _replacements(tower, lambda_inits, version, preserve):
+    for block, attention in _replacements(tower, lambda_inits, kind, preserve):
         block.attn = attention
 
 
 def _replacements(
-    tower: nn.Module, lambda_inits: list[float], version: int, preserve: bool
+    tower: nn.Module, lambda_inits: list[float], kind: str | int, preserve: bool
 ) -> list[tuple[nn.Module, Differential]]:
     """Return each block of a tower with the attention that is to replace its own; nothing is changed yet."""
-    blocks, name = _self_attention_blocks(tower), type(tower).__name__
+    blocks, name, chosen = _self_attention_blocks(tower), type(tower).__name__, kind_named(kind)
     if any(isinstance(block.attn, Differential) for block in blocks):
         raise InputError(f"{name} is differential already")
     if not blocks or len(blocks) != len(lambda_inits):
         kinds = sorted({type(module).__name__ for module in tower.modules()})
-        others = [kind for kind in kinds if re.search("attention|attn|block", kind.lower())]
+        others = [each for each in kinds if re.search("attention|attn|block", each.lower())]
         raise InputError(
             f"{name} has {len(blocks)} blocks with self-attention known here, for {len(lambda_inits)} "
             f"values of lambda_init{'; it is made of ' + ', '.join(others) if others and not blocks else ''}"
         )
     return [
-        (block, _differential_like(block.attn, lambda_init, version, preserve, f"{name}'s block {i}"))
+        (block, _differential_like(block.attn, lambda_init, chosen, preserve, f"{name}'s block {i}"))
         for i, (block, lambda_init) in enumerate(zip(blocks, lambda_inits))
     ]
 
@@ -129,7 +134,7 @@ def _self_attention_blocks(tower: nn.Module) -> list[nn.Module]:
 def _differential_like(
     attention: nn.MultiheadAttention | OpenClipAttention | TimmAttention,
     lambda_init: float,
-    version: int,
+    chosen: type[Differential],
     preserve: bool,
     where: str,
 ) -> Differential:
@@ -139,7 +144,7 @@ def _differential_like(
     """
     if refused := _options_without_differential_form(attention):
         raise InputError(f"{where}: attention with {refused} has no differential form here")
-    make: Callable[..., Differential] = kind(version)
+    make: Callable[..., Differential] = chosen
     norms: tuple[nn.Module, nn.Module] = (nn.Identity(), nn.Identity())
     if isinstance(attention, TimmAttention):
         qkv_weight, qkv_bias, out = attention.qkv.weight, attention.qkv.bias, attention.proj
@@ -148,16 +153,19 @@ def _differential_like(
     else:
         qkv_weight, qkv_bias, out = attention.in_proj_weight, attention.in_proj_bias, attention.out_proj
         if isinstance(attention, OpenClipAttention):
-            make = called_by(MaskPerHead, kind(version))
+            make = called_by(MaskPerHead, chosen)
             dropouts = {"attn_drop": attention.attn_drop.p, "proj_drop": attention.out_drop.p}
             norms = attention.ln_q, attention.ln_k
         else:
-            make = called_by(CalledLikeMultihead, kind(version))
+            make = called_by(CalledLikeMultihead, chosen)
             dropouts = {"attn_drop": attention.dropout}
     biases = {"qkv_bias": qkv_bias is not None, "out_bias": out.bias is not None}
     new = make(out.out_features, attention.num_heads, lambda_init=lambda_init, **biases, **dropouts).to(qkv_weight)
     new.q_norm, new.k_norm = norms
     new.start_from(qkv_weight, qkv_bias, out, preserve)
+    if not qkv_weight.requires_grad:  # of a locked tower
+        new.requires_grad_(False)
+    new.out_proj.requires_grad_(out.weight.requires_grad)
     return new.train(attention.training)
 
 

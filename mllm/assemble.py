@@ -21,7 +21,8 @@ from transformers import (
 
 from diffclip.base.errors import InputError
 from diffclip.base.fingerprint import fingerprint
-from diffclip.checkpoints import load_tower, official_file
+from diffclip.checkpoints import load_tower
+from diffclip.sources import official_file
 from mllm.conversation import IMAGE, chat_template
 from mllm.llava import DiffCLIPLlavaConfig, DiffCLIPLlavaForConditionalGeneration, own_head
 from mllm.model import VisionLanguageModel

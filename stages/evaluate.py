@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> None:
     names = ("clip", "clip_data", "mllm", "pope", "pope_labels", "image_root")
     inputs = {name: getattr(config, name) for name in names}
     if config.clip and not Path(config.clip).exists():
-        from diffclip.checkpoints import locate
+        from diffclip.sources import locate
 
         inputs["clip"] = str(locate(config.clip))  # a Hub id: where its copy lies
     run = Run("evaluate", config, inputs)

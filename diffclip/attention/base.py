@@ -34,6 +34,7 @@ class Differential(nn.Module):
         InputError: for an unknown implementation.
     """
 
+    name: ClassVar[str]  # its key in `KINDS`
     default_lambda_init: ClassVar[float]
     value_heads: ClassVar[int] = 1  # how many heads wide a value is
     in_official_layout: ClassVar[bool] = False  # whether the official code's checkpoints can hold its weights

@@ -43,6 +43,7 @@ class DifferentialAttention(Differential):
         InputError: for an odd number of heads, or one that does not divide dim.
     """
 
+    name = "v1"
     default_lambda_init = 0.8
     value_heads = 2
     in_official_layout = True

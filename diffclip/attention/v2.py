@@ -29,12 +29,13 @@ class DifferentialAttentionV2(Differential):
     Args:
         num_heads: number of differences; a divisor of dim.
         lambda_init: what sigmoid(lambda) starts from for every token, in (0, 1).
-        qkv_bias, out_bias: as in version 1.
+        qkv_bias, out_bias: as in v1.
 
     Raises:
         InputError: for a head count that does not divide dim, or a lambda_init outside (0, 1).
     """
 
+    name = "v2"
     default_lambda_init = 0.5
 
     def __init__(
@@ -52,7 +53,7 @@ class DifferentialAttentionV2(Differential):
         if num_heads < 1 or dim % num_heads:
             raise InputError(f"num_heads must divide the width: got num_heads={num_heads}, width={dim}")
         if not 0 < lambda_init < 1:
-            raise InputError(f"lambda_init of version 2 is a sigmoid's value, between 0 and 1: got {lambda_init}")
+            raise InputError(f"lambda_init of v2 is a sigmoid's value, between 0 and 1: got {lambda_init}")
         super().__init__(dim, num_heads, lambda_init, attn_drop, attn_implementation)
         self.q_proj = nn.Linear(dim, 2 * dim, bias=qkv_bias)
         self.k_proj = nn.Linear(dim, dim, bias=qkv_bias)

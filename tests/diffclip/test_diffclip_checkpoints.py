@@ -214,7 +214,7 @@ def test_models_that_the_official_layout_cannot_hold_are_refused(tmp_path):
     diffclip.save(models.build("DiffCLIP-V2-tiny"), tmp_path / "v2")
     with pytest.raises(InputError, match="hf: a open_clip model"):
         checkpoints.convert(tmp_path / "hf", tmp_path / "out.pt")
-    with pytest.raises(InputError, match="no version 2 of"):
+    with pytest.raises(InputError, match="no differential attention v2"):
         checkpoints.convert(tmp_path / "v2", tmp_path / "out.pt")
     assert not (tmp_path / "out.pt").exists()
 
@@ -483,7 +483,7 @@ def test_directories_of_transformers_clip_give_its_features(tmp_path, act):
     assert ours.logit_scale.item() == theirs.logit_scale.item()
     assert transform(Image.new("RGB", (50, 40))).shape == (3, 32, 32)
     before = ours.encode_image(images)
-    warm_start.differentiate(ours, version=2)  # the warm start of what people have
+    warm_start.differentiate(ours, kind="v2")  # the warm start of what people have
     torch.testing.assert_close(ours.encode_image(images), before, atol=1e-5, rtol=1e-4)
 
 

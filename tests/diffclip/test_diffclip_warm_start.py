@@ -67,7 +67,7 @@ def embeddings(model, side):
 
 def check_kept(model, side, towers=("vision", "text")):
     before = embeddings(model, side)
-    warm_start.differentiate(model, towers, version=2, lambda_init=0.3)
+    warm_start.differentiate(model, towers, kind="v2", lambda_init=0.3)
     for old, new in zip(before, embeddings(model, side)):
         torch.testing.assert_close(new, old, atol=1e-5 * max(1.0, old.abs().max().item()), rtol=1e-5)
 
@@ -133,13 +133,13 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("kind", ["v1", "v2"])
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_would_be_lost_is_refused_by_name_and_nothing_is_changed(name, version):
+def test_what_would_be_lost_is_refused_by_name_and_nothing_is_changed(name, kind):
     model = REFUSED[name]()
     kinds = [type(module) for module in model.modules()]
     with pytest.raises(InputError, match=name):
-        warm_start.differentiate(model, ["text", "vision"], version=version)
+        warm_start.differentiate(model, ["text", "vision"], kind=kind)
     assert [type(module) for module in model.modules()] == kinds
 
 
@@ -147,15 +147,15 @@ def test_what_would_be_lost_is_refused_by_name_and_nothing_is_changed(name, vers
     "make",
     [lambda: small({"qk_norm": True}, {"qk_norm": True}), lambda: timm_tower("vit_tiny_patch16_224", qk_norm=True)],
 )
-@pytest.mark.parametrize("version", [1, 2])
-def test_norms_of_queries_and_keys_stay_and_their_maps_are_drawn(make, version):
+@pytest.mark.parametrize("kind", ["v1", "v2"])
+def test_norms_of_queries_and_keys_stay_and_their_maps_are_drawn(make, kind):
     model = make()
     count = sum(
         parameter.numel()
         for name, parameter in model.named_parameters()
         if "_norm." in name or "ln_q" in name or "ln_k" in name
     )
-    warm_start.differentiate(model, version=version)
+    warm_start.differentiate(model, kind=kind)
     attentions = [m for m in model.modules() if isinstance(m, Differential)]
     assert sum(p.numel() for a in attentions for n in (a.q_norm, a.k_norm) for p in n.parameters()) == count > 0
     module, x = attentions[0].eval(), torch.randn(1, 5, 32)
@@ -215,7 +215,7 @@ def test_every_architecture_of_open_clip_keeps_its_embeddings_or_is_refused(name
         check_kept(timm_tower(vision["timm_model_name"], img_size=64, **options), 64)
     else:
         with pytest.raises(InputError, match="0 blocks with self-attention known here"):
-            warm_start.differentiate(whole, version=2)
+            warm_start.differentiate(whole, kind="v2")
 
 
 def test_text_towers_of_transformers_are_refused_by_name_and_the_vision_tower_stays():
@@ -227,5 +227,5 @@ def test_text_towers_of_transformers_are_refused_by_name_and_the_vision_tower_st
     model.text = HFTextEncoder("", output_dim=16, config=config, proj_type="linear")
     before = model.state_dict().keys()
     with pytest.raises(InputError, match=r"HFTextEncoder has 0 blocks.*BertSelfAttention"):
-        warm_start.differentiate(model, version=2)
+        warm_start.differentiate(model, kind="v2")
     assert model.state_dict().keys() == before
