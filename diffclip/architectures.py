@@ -1,6 +1,7 @@
 """Which open_clip architecture a model has: found out for models that open_clip made, and changed in image size."""
 
 import copy
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -92,17 +93,16 @@ def _candidates(model: Any) -> Iterator[dict[str, Any]]:
                 cfg.setdefault("init_logit_bias", -10)
             yield {
                 "model_cfg": cfg,
-                "preprocess_cfg": preprocess_cfg_of(model),
+                "preprocess_cfg": {**preprocess_cfg_of(model), "size": vision_cfg["image_size"]},
                 "diffclip": {"variant": variants.variant_name(attention), "attention": attention},
             }
 
 
 def preprocess_cfg_of(model: Any) -> dict[str, Any]:
     """How a model of open_clip's wants its images: its `preprocess_cfg`, with one number for a square size."""
-    cfg = open_clip.get_model_preprocess_cfg(model)
+    cfg = json.loads(json.dumps(open_clip.get_model_preprocess_cfg(model)))  # tuples become lists, as in files
     size = cfg["size"]
-    square = isinstance(size, list | tuple) and size[0] == size[1]
-    return {**cfg, "size": size[0] if square else size}
+    return {**cfg, "size": size[0] if isinstance(size, list) and size[0] == size[1] else size}
 
 
 @torch.no_grad()

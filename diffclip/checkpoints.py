@@ -25,12 +25,12 @@ from diffclip import hf, hf_clip, hf_inputs, models, preprocessing, sources
 from diffclip.architectures import config_of, plain_state, preprocess_cfg_of, unwrapped
 from diffclip.attention import kind
 from diffclip.base.backbones import (
+    PreprocessCfg,
     convert_state_dict,
     convert_to_custom_text_state_dict,
     find_checkpoint,
     get_model_config,
     load_checkpoint,
-    open_clip,
     resize_pos_embed,
     resize_text_pos_embed,
     set_model_preprocess_cfg,
@@ -66,7 +66,7 @@ def save(model: nn.Module, directory: str | Path) -> None:
     files = {WEIGHTS: state}
     for part in beside(model, config):
         part.save_pretrained(directory)
-    if "vision_norm_eps" in config["diffclip"] and "trunk" not in config["diffclip"]:
+    if models.papers(config):
         trunk = {name.removeprefix("visual."): t for name, t in state.items() if name.startswith("visual.trunk.")}
         files["model.safetensors"] = trunk
         tower = hf.vision_config(config)
@@ -130,14 +130,15 @@ def load(
         config = official_config(state, lambda_init, schedule_base, heads, args)
         model = models.build(config)
         load_strictly(model, from_official(state), str(path))
+        model.model_config = config
         return _with_inputs(model, path.parent)
     config = _read_config(path)
     if "diffclip" not in config:
         return _load_open_clip(config, find_checkpoint(path), str(path), path)
     refuse_foreign_code(config.get("model_cfg"), str(path / CONFIG))
-    model = models.build(current(config))
+    model = models.build(config)
     load_strictly(model, read_safetensors(path / WEIGHTS), str(path / WEIGHTS))
-    model.model_config["diffclip"] |= {"init": config["diffclip"].get("init", "imported")}
+    model.model_config = current(config)
     return _with_inputs(model, path)
 
 
@@ -145,8 +146,9 @@ def _with_inputs(model: DualEncoder, directory: Path | None) -> Loaded:
     """Add to a model what prepares its images and texts: by its config, or by transformers' files of its directory."""
     config = model.model_config
     if directory and config["diffclip"].get("inputs") == "transformers":
-        transform, tokenizer, model.beside = hf_inputs.inputs(directory, config)
-        return model.eval(), transform, tokenizer
+        transform, tokens, model.beside = hf_inputs.inputs(directory, config)
+        config["preprocess_cfg"] = hf_inputs.preprocess_cfg(transform, config["model_cfg"]["vision_cfg"]["image_size"])
+        return model.eval(), transform, tokens
     tokenizer = preprocessing.tokenizer(config, directory=directory)
     model.beside = [tokenizer] if hasattr(tokenizer, "save_pretrained") else []
     return model.eval(), preprocessing.transforms(config, train=False), tokenizer
@@ -170,7 +172,7 @@ def _load_open_clip(
     refuse_foreign_code(model_cfg, source)
     if weights is None:
         raise InputError(f"{source}: has a config but no weights; {WEIGHTS} is missing")
-    preprocess = open_clip.PreprocessCfg(**_known(config.get("preprocess_cfg") or {}))
+    preprocess = PreprocessCfg(**_known(config.get("preprocess_cfg") or {}))
     model = models.build(
         {"model_cfg": model_cfg, "preprocess_cfg": asdict(preprocess), "diffclip": {"variant": "CLIP", "attention": {}}}
     )
@@ -207,21 +209,8 @@ def _load_open_clip_state(model: DualEncoder, path: Path) -> None:
 
 def _known(preprocess: dict[str, Any]) -> dict[str, Any]:
     """Those keys of a preprocess_cfg that open_clip knows, with a value."""
-    known = open_clip.PreprocessCfg.__dataclass_fields__
+    known = PreprocessCfg.__dataclass_fields__
     return {key: value for key, value in preprocess.items() if key in known and value is not None}
-
-
-def load_tower(path_or_id: str | Path) -> tuple[hf.DiffCLIPVisionModel, hf.DiffCLIPImageProcessor]:
-    """Return the vision tower, in evaluation mode, of what has no config.json of one: the official code's files.
-
-    InputError if it cannot be read, or is no vision tower of the paper's make.
-    """
-    model = load(path_or_id)[0]
-    if "vision_norm_eps" not in model.model_config["diffclip"]:
-        raise InputError(f"{path_or_id}: a {type(model).__name__} that is not ours: its tower is read by transformers")
-    tower = hf.DiffCLIPVisionModel(hf.vision_config(model.model_config))
-    tower.trunk.load_state_dict(model.visual.trunk.state_dict())
-    return tower.eval(), hf.image_processor(model.model_config)
 
 
 def convert(source: str | Path, target: str | Path, **imported: Any) -> None:
@@ -241,17 +230,18 @@ def convert(source: str | Path, target: str | Path, **imported: Any) -> None:
 def write_official(model: DualEncoder, target: str | Path) -> None:
     """Write a model in the official code's layout, see `convert`; InputError if that cannot hold it."""
     options = model.model_config["diffclip"]
-    if "vision_norm_eps" not in options or "trunk" in options:
+    if not models.papers(model.model_config):
         raise InputError(
-            f"{target}: the official layout holds a timm vision transformer beside CLIP's text transformer, and not this "
-            f"{type(model).__name__}: write a directory instead"
+            f"{target}: the official layout holds a timm vision transformer beside CLIP's text transformer, and not "
+            f"this {type(model).__name__}: write a directory instead"
         )
     towers, differing = options["attention"], []
     for tower, how in towers.items():
         if not kind(how["kind"]).in_official_layout:
-            raise InputError(f"{target}: the official code has no attention {how['kind']}: write a directory instead")
+            what = f"the official code has no differential attention {how['kind']}"
+            raise InputError(f"{target}: {what}: write a directory instead")
         if how["lambda_init"] != 0.8:
-            differing.append(f"lambda_init {how['lambda_init']} in the {tower} tower, not 0.8")
+            differing.append(f"{tower} lambda_init {how['lambda_init']}, not 0.8")
     if options["vision_norm_eps"] != (usual := 1e-5 if "vision" in towers else 1e-6):
         differing.append(f"vision_norm_eps {options['vision_norm_eps']}, not {usual}")
     if differing:

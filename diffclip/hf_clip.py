@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, cat
 from transformers import CLIPConfig, SiglipConfig
 
-from diffclip import hf_inputs, models
+from diffclip import models
 from diffclip.base.errors import InputError
 from diffclip.base.files import read_json
 from diffclip.models import DualEncoder
@@ -51,9 +51,7 @@ ACTIVATIONS: dict[str, dict[str, Any]] = {"quick_gelu": {}, "gelu": {}, "gelu_py
 def load_model(directory: Path, config: dict[str, Any]) -> DualEncoder:
     """Return the model of a directory; `config` is the content of its config.json.
 
-    Raises:
-        InputError: for an activation that open_clip's models do not have, weights that do not fit, or an image
-            processor that cannot be followed.
+    InputError for an activation that open_clip's models do not have, or weights that do not fit.
     """
     siglip = config.get("model_type") == "siglip"
     kind = "SigLIP" if siglip else "CLIP"
@@ -94,8 +92,7 @@ def load_model(directory: Path, config: dict[str, Any]) -> DualEncoder:
         ours |= siglip_parts(model_cfg, vision, text)
     else:
         clip_parts(model_cfg, vision, text, theirs.projection_dim)
-    preprocess = hf_inputs.preprocess_cfg(hf_inputs.image_transform(directory, vision.image_size), vision.image_size)
-    model = models.build({"model_cfg": model_cfg, "preprocess_cfg": preprocess, "diffclip": ours})
+    model = models.build({"model_cfg": model_cfg, "preprocess_cfg": {}, "diffclip": ours})
     load_strictly(model, (rename_siglip if siglip else rename)(read_weights(directory)), str(directory))
     return model
 

@@ -19,7 +19,7 @@ from diffclip.preprocessing import TOKENIZER_FILES
 from diffclip.weights import in_one_line, refuse_auto_map
 
 
-def inputs(directory: Path, model_config: dict[str, Any]) -> tuple[Callable, Callable, list[Any]]:
+def inputs(directory: Path, model_config: dict[str, Any]) -> tuple["ImageTransform", Callable, list[Any]]:
     """Return (transform, tokenizer, what has to be saved beside the model) of a transformers directory.
 
     InputError for an image processor or a tokenizer that cannot be followed.

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from diffclip.base.backbones import TimmModel, TimmVisionTransformer, open_clip
+from diffclip.base.backbones import TimmModel, TimmVisionTransformer, build_vision_tower, open_clip
 from diffclip.base.errors import InputError
 from diffclip.variants import TOWERS, current, named
 from diffclip.warm_start import differentiate
@@ -60,7 +60,11 @@ class DualEncoder(nn.Module):
 class CLIP(DualEncoder, open_clip.CLIP):
     """open_clip's CLIP, whose texts are cut to the longest caption of the batch where they can be."""
 
+    token_embedding: Any  # as in open_clip, of whose modules mypy knows nothing
+    positional_embedding: Any
     transformer: Any
+    ln_final: Any
+    attn_mask: Any
 
     def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:
         """Return (batch, embed_dim) for token ids (batch, up to context_length).
@@ -126,34 +130,44 @@ def vision_trunk(vision_cfg: dict[str, Any], norm_eps: float, **options: Any) ->
     )
 
 
-def timm_patches(visual: nn.Module) -> nn.Module | None:
-    """What cuts images into patches in a timm vision transformer; None for other towers."""
-    return getattr(getattr(visual, "trunk", None), "patch_embed", None)
+def papers(config: dict[str, Any]) -> bool:
+    """Whether a model config is of the paper's make, the only one that the official code and `diffclip.hf` know."""
+    return "vision_norm_eps" in config["diffclip"] and "trunk" not in config["diffclip"]
+
+
+def vision_tower(
+    embed_dim: int, vision_cfg: dict[str, Any], quick_gelu: bool = False, options: dict[str, Any] | None = None
+) -> Any:
+    """Return a vision tower with fresh weights and ordinary attention: open_clip's, or, where `options` (the "diffclip"
+    part of a model config) has `vision_norm_eps`, one of ours.
+    """
+    options, vision_cfg = options or {}, copy.deepcopy(vision_cfg)
+    if "vision_norm_eps" in options:
+        more = {key: value for key, value in options.get("trunk", {}).items() if key in TRUNK_OPTIONS}
+        trunk = vision_trunk(vision_cfg, options["vision_norm_eps"], **more)
+        return VisionTower(trunk, None if vision_cfg.get("timm_proj") == "none" else embed_dim)
+    if "timm_model_name" in vision_cfg:
+        vision_cfg["timm_model_pretrained"] = False  # the weights come with the model, not from elsewhere
+    visual = build_vision_tower(embed_dim, vision_cfg, quick_gelu)
+    patches = getattr(getattr(visual, "trunk", None), "patch_embed", None)  # of timm's vision transformers
+    if getattr(patches, "img_size", None) not in (None, visual.image_size):
+        visual.set_input_size(vision_cfg["image_size"])  # open_clip leaves timm's towers at their own size
+    return visual
 
 
 def construct(config: dict[str, Any]) -> DualEncoder:
-    """Return the model of a config with open_clip's fresh weights, and ordinary attention throughout.
-
-    A config whose "diffclip" part has `vision_norm_eps` describes a vision tower of ours; others are open_clip's.
-    """
-    model_cfg, options = copy.deepcopy(config["model_cfg"]), config["diffclip"]
-    vision_cfg, text_cfg = model_cfg["vision_cfg"], model_cfg["text_cfg"]
-    own = "vision_norm_eps" in options
-    for cfg, key in ((vision_cfg, "timm_model_pretrained"), (text_cfg, "hf_model_pretrained")):
-        if key.replace("_pretrained", "_name") in cfg:
-            cfg[key] = False  # the weights come with the model, not from elsewhere
-    if own:  # open_clip has no hook for the vision tower: let it make an empty one, and put ours in its place
-        model_cfg["vision_cfg"] = {"layers": 0, "width": 8, "head_width": 8, "image_size": 16}
+    """Return the model of a config with open_clip's fresh weights, and ordinary attention throughout."""
+    model_cfg = copy.deepcopy(config["model_cfg"])
+    vision_cfg, text_cfg = model_cfg.pop("vision_cfg"), model_cfg["text_cfg"]
+    if "hf_model_name" in text_cfg:
+        text_cfg["hf_model_pretrained"] = False
     kind: type[DualEncoder] = CLIP
     if model_cfg.pop("custom_text", False) or "hf_model_name" in text_cfg:
         kind = CoCa if "multimodal_cfg" in model_cfg else CustomTextCLIP
-    model = kind(**model_cfg)
-    if own:
-        more = {key: value for key, value in options.get("trunk", {}).items() if key in TRUNK_OPTIONS}
-        trunk = vision_trunk(vision_cfg, options["vision_norm_eps"], **more)
-        model.visual = VisionTower(trunk, None if vision_cfg.get("timm_proj") == "none" else model_cfg["embed_dim"])
-    elif getattr(timm_patches(model.visual), "img_size", None) not in (None, model.visual.image_size):
-        model.visual.set_input_size(vision_cfg["image_size"])  # open_clip leaves timm's towers at their own size
+    # open_clip has no hook for the vision tower: let it make an empty one, and put the right one in its place
+    model = kind(vision_cfg={"layers": 0, "width": 8, "head_width": 8, "image_size": 16}, **model_cfg)
+    quick_gelu = model_cfg.get("quick_gelu", False)
+    model.visual = vision_tower(model_cfg["embed_dim"], vision_cfg, quick_gelu, config["diffclip"])
     return model
 
 

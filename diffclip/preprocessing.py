@@ -10,7 +10,7 @@ from torch import Tensor
 from torchvision import transforms as T
 from torchvision.transforms.functional import InterpolationMode
 
-from diffclip.base.backbones import open_clip
+from diffclip.base.backbones import HFTokenizer, PreprocessCfg, image_transform_v2, open_clip
 from diffclip.base.errors import InputError
 from diffclip.base.images import cut_strip, to_rgb
 from diffclip.weights import refuse_auto_map
@@ -43,7 +43,7 @@ def tokenizer(
         source = str(directory)
     try:
         mode = text_cfg.get("tokenizer_mode")
-        return open_clip.HFTokenizer(source, length, tokenizer_mode=mode, **{**options, "trust_remote_code": False})
+        return HFTokenizer(source, length, tokenizer_mode=mode, **{**options, "trust_remote_code": False})
     except Exception as error:  # transformers raises whatever its loaders do
         reason = " ".join(str(error).split())[:200]
         where = f"nor in {directory}" if directory and source == name else f"({type(error).__name__}: {reason})"
@@ -88,7 +88,7 @@ def transforms(
     """
     cfg = model_config["preprocess_cfg"]
     if not train and (cfg.get("resize_mode", "shortest") != "shortest" or not isinstance(cfg["size"], int)):
-        return decoding(open_clip.image_transform_v2(open_clip.PreprocessCfg(**cfg), is_train=False))
+        return decoding(image_transform_v2(PreprocessCfg(**cfg), is_train=False))
     interpolation = InterpolationMode(cfg.get("interpolation", "bicubic").replace("random", "bicubic"))
     if train:
         crop = [T.RandomResizedCrop(cfg["size"], scale=crop_scale, interpolation=interpolation)]

@@ -127,17 +127,15 @@ def transformers_config(directory: Path) -> dict[str, Any]:
     return config if isinstance(config, dict) else {}
 
 
-def official_file(path_or_id: str | Path) -> Path | None:
-    """The official code's checkpoint file that a path, its folder or a Hub id names; None if there is none."""
-    if str(path_or_id).startswith(PREFIX):
-        return None
+def is_dual_encoder(path_or_id: str | Path) -> bool:
+    """Whether a path, a folder or a Hub id holds what is not transformers': a file of weights, or our or open_clip's
+    config, or the official code's file.
+    """
     try:
         path = locate(path_or_id)
     except InputError:
-        return None
-    if path.is_dir():
-        path = path / OFFICIAL
-    return path if path.is_file() else None
+        return False
+    return path.is_file() or any((path / name).is_file() for name in (CONFIG, OFFICIAL))
 
 
 def read_state(path: Path) -> tuple[dict[str, Tensor], Any]:
@@ -173,7 +171,10 @@ def directory_resembles(directory: Path) -> str:
     names = sorted(path.name for path in directory.iterdir())
     if "config.json" in names:
         model_type = transformers_config(directory).get("model_type")
-        return f"; its config.json ({model_type or 'no model_type'}) is for transformers: use AutoModel.from_pretrained"
+        what = f"; its config.json ({model_type or 'no model_type'}) is for transformers"
+        if model_type == "siglip2":
+            return f"{what}, with patches of any number: take one of a fixed size, like google/siglip2-base-patch16-224"
+        return f"{what}: use AutoModel.from_pretrained"
     if any(name.startswith("checkpoint-") for name in names):
         return "; it has the checkpoints of a run that is not finished: give the run's command again"
     if weights := [name for name in names if name.endswith((".pt", ".pth", ".bin", ".safetensors"))]:

@@ -67,8 +67,8 @@ def variant_name(towers: dict[str, dict[str, Any]]) -> str:
 def current(config: dict[str, Any]) -> dict[str, Any]:
     """Return a copy of a model config in today's form: earlier ones had one kind of attention for all their towers."""
     config = copy.deepcopy(config)
-    options = config.get("diffclip", {})
-    if "towers" in options:
+    options = config.get("diffclip")
+    if isinstance(options, dict) and "towers" in options:
         towers, version = options.pop("towers"), options.pop("version", 1)
         lambda_init, base = options.pop("lambda_init", None), options.pop("schedule_base", 0)
         options["attention"] = {tower: attention(f"v{version}", lambda_init, base) for tower in towers}

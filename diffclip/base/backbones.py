@@ -27,6 +27,8 @@ from open_clip.model import (
     set_model_preprocess_cfg,
 )
 from open_clip.timm_model import TimmModel
+from open_clip.tokenizer import HFTokenizer
+from open_clip.transform import PreprocessCfg, image_transform_v2
 from open_clip.transformer import Attention as OpenClipAttention
 from open_clip.transformer import CustomResidualAttentionBlock, QuickGELU, ResidualAttentionBlock
 from open_clip.transformer import VisionTransformer as OpenClipVisionTransformer
