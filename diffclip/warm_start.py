@@ -34,16 +34,17 @@ def differentiate(
 
     Works on open_clip's own transformers and on timm vision transformers (also SigLIP's; its pooling head
     stays as it is). In v1 the projections keep their weights as a starting point, but the function changes: heads
-    now work in pairs, under a new norm. v2 is a warm start: the model computes what it did before.
+    now work in pairs, under a new norm. v2 and dex are warm starts: the model computes what it did before, and dex goes
+    on doing so until `attention.set_annealing` is told how much of the annealing is done.
 
     Args:
         model: any open_clip CLIP or CustomTextCLIP.
         towers: "vision", "text" or both.
         lambda_init: one number for all layers, or "schedule" for `lambda_init_schedule`; None is 0.8 in v1, 0.5 in
-            v2, where it is where every token's lambda starts.
+            v2, where it is where every token's lambda starts, and the schedule in dex.
         schedule_base: what the schedule counts the first layer as, 0 or 1.
-        kind: a name in `attention.KINDS`: "v1" for the paper's differential attention, "v2" for Microsoft's second;
-            or its number in configs of earlier releases.
+        kind: a name in `attention.KINDS`: "v1" for the paper's differential attention, "v2" for Microsoft's second,
+            "dex" for that of Kong et al.; or its number in configs of earlier releases.
         preserve: v2 only: False draws its second queries anew, for training from scratch.
 
     Raises:
@@ -148,6 +149,8 @@ def _differential_like(
     if refused := _options_without_differential_form(attention):
         raise InputError(f"{where}: attention with {refused} has no differential form here")
     make: Callable[..., Differential] = chosen
+    qkv_weight: Tensor
+    qkv_bias: Tensor | None
     kept: dict[str, nn.Module | None] = {}
     if isinstance(attention, TimmAttention):
         qkv_weight, qkv_bias, out = attention.qkv.weight, attention.qkv.bias, attention.proj

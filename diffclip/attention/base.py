@@ -12,7 +12,8 @@ from diffclip.base.errors import InputError
 FORMS = ("auto", "eager", "fused")
 KEEP_BELOW = 64  # tokens
 
-Maps = tuple[Tensor, Tensor, Tensor]  # A1 and A2 (batch, maps, tokens, tokens), and lambda, which broadcasts to them
+# A1 and A2 (batch, maps, tokens, tokens), and lambda, which broadcasts to them; no A2 and lambda where there is one map
+Maps = tuple[Tensor, Tensor | None, Tensor | None]
 
 
 class Differential(nn.Module):
@@ -36,7 +37,7 @@ class Differential(nn.Module):
     """
 
     name: ClassVar[str]  # its key in `KINDS`
-    default_lambda_init: ClassVar[float]
+    default_lambda_init: ClassVar[float | str]  # or "schedule", by depth
     value_heads: ClassVar[int] = 1  # how many heads wide a value is
     in_official_layout: ClassVar[bool] = False  # whether the official code's checkpoints can hold its weights
 
@@ -76,11 +77,11 @@ class Differential(nn.Module):
         raise NotImplementedError
 
     def maps(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Maps:
-        """Return (A1, A2, lambda) for x (batch, tokens, dim)."""
+        """Return (A1, A2, lambda) for x (batch, tokens, dim), or (A, None, None) in a kind with one map."""
         raise NotImplementedError
 
     def apply_map(self, x: Tensor, map_: Tensor) -> Tensor:
-        """Return the output (batch, tokens, dim) for x with `map_` in the place of A1 - lambda A2."""
+        """Return the output (batch, tokens, dim) for x with `map_` in the place of A1 - lambda A2, or of A."""
         raise NotImplementedError
 
     def start_from(self, qkv: Tensor, bias: Tensor | None, out: nn.Linear, preserve: bool) -> None:

@@ -181,9 +181,10 @@ TOGETHER = [
 TIMM_TOGETHER = {"qk_norm": True, "qkv_bias": False, "proj_bias": False, "init_values": 0.5, "scale_attn_norm": True}
 
 
+@pytest.mark.parametrize("kind", ["v2", "dex"])
 @pytest.mark.parametrize(("vision", "text"), TOGETHER)
-def test_v2_keeps_the_embeddings_with_options_together(vision, text):
-    check_kept(small(vision, text), 16)
+def test_warm_starts_keep_the_embeddings_with_options_together(vision, text, kind):
+    check_kept(small(vision, text), 16, kind=kind)
 
 
 def everything_of_timm():
@@ -195,21 +196,23 @@ def everything_of_timm():
     return perturbed(model)
 
 
-def test_v2_keeps_the_embeddings_of_a_timm_tower_with_options_together():
-    check_kept(everything_of_timm(), 32)
+@pytest.mark.parametrize("kind", ["v2", "dex"])
+def test_warm_starts_keep_the_embeddings_of_a_timm_tower_with_options_together(kind):
+    check_kept(everything_of_timm(), 32, kind=kind)
 
 
+@pytest.mark.parametrize("kind", ["v2", "dex"])
 @pytest.mark.parametrize("towers", [["vision"], ["text"], ["vision", "text"]])
-def test_v2_keeps_the_embeddings_of_the_first_layout_and_cocas_captions(towers):
+def test_warm_starts_keep_the_embeddings_of_the_first_layout_and_cocas_captions(towers, kind):
     torch.manual_seed(0)
-    check_kept(perturbed(open_clip.model.CLIP(16, SMALL_VISION, SMALL_TEXT)), 16, towers)
+    check_kept(perturbed(open_clip.model.CLIP(16, SMALL_VISION, SMALL_TEXT)), 16, towers, kind)
     text = SMALL_TEXT | {"embed_cls": True, "output_tokens": True}
     captions = {"context_length": 12, "vocab_size": 96, "width": 32, "heads": 4, "layers": 2}
     model = perturbed(open_clip.CoCa(32, captions, text, SMALL_VISION | POOLER | {"output_tokens": True}))
     inputs = torch.randn(2, 3, 16, 16), torch.randint(1, 90, (2, 12))
     with torch.no_grad():
         before = model(*inputs)["logits"]
-        check_kept(model, 16, towers)
+        check_kept(model, 16, towers, kind)
         torch.testing.assert_close(model(*inputs)["logits"], before, atol=1e-4, rtol=1e-4)
 
 
@@ -228,7 +231,7 @@ def test_v2_is_as_near_in_bfloat16_as_the_original_is(block, autocast):
 
     before = error()
     warm_start.differentiate(model, kind="v2", lambda_init=0.3)
-    assert 0 < error() < 1.5 * before + 2**-9
+    assert 0 < error() < 2 * before
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -267,7 +270,7 @@ def with_last_block(make):
     return model
 
 
-@pytest.mark.parametrize("kind", ["v1", "v2"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_would_be_lost_is_refused_by_name_and_nothing_is_changed(name, kind):
     model = REFUSED[name]()
