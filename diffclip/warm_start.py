@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from diffclip import variants
@@ -20,6 +21,8 @@ from diffclip.base.backbones import (
 from diffclip.base.errors import InputError
 from diffclip.variants import TOWERS
 
+CROSS_ATTENTION = "ln_1_kv"  # the norm of what is looked at, which open_clip's blocks have for it alone
+
 
 def differentiate(
     model: open_clip.CLIP,
@@ -33,7 +36,8 @@ def differentiate(
 
     Works on open_clip's own transformers and on timm vision transformers (also SigLIP's; its pooling head
     stays as it is). In "v1" the projections keep their weights as a starting point, but the function changes:
-    heads now work in pairs, under a new norm. The other kinds are warm starts: the model computes what it did before.
+    heads now work in pairs, under a new norm. The other kinds are warm starts: the model computes what it did before,
+    and dex goes on doing so until `attention.set_annealing` is told how much of the annealing is done.
     Where the ordinary attention was locked (its `requires_grad` False), what replaces it is locked too. Towers may be
     made differential one after the other, each in its own way.
 
@@ -43,7 +47,8 @@ def differentiate(
         lambda_init: one number for all layers, a list with one for each, or "schedule" for `lambda_init_schedule`;
             None is the kind's default.
         schedule_base: what the schedule counts the first layer as, 0 or 1.
-        kind: one of `attention.KINDS`: "v1" is the paper's differential attention, "v2" Microsoft's second.
+        kind: one of `attention.KINDS`: "v1" is the paper's differential attention, "v2" Microsoft's second, "dex" that
+            of Kong et al.; or its number in configs of earlier releases.
         preserve: False draws anew what a warm start would set, for training from scratch.
 
     Raises:
@@ -112,6 +117,8 @@ def _replacements(
     blocks, name, chosen = _self_attention_blocks(tower), type(tower).__name__, kind_named(kind)
     if any(isinstance(block.attn, Differential) for block in blocks):
         raise InputError(f"{name} is differential already")
+    if blocks and (others := sorted(_attending(tower, blocks))):
+        raise InputError(f"{name} attends not only in blocks known here but also by {', '.join(others)}, which is not")
     if not blocks or len(blocks) != len(lambda_inits):
         kinds = sorted({type(module).__name__ for module in tower.modules()})
         others = [each for each in kinds if re.search("attention|attn|block", each.lower())]
@@ -126,9 +133,18 @@ def _replacements(
 
 
 def _self_attention_blocks(tower: nn.Module) -> list[nn.Module]:
-    kinds = (Block, ResidualAttentionBlock, CustomResidualAttentionBlock)
-    blocks = [module for module in tower.modules() if isinstance(module, kinds)]
-    return [block for block in blocks if not hasattr(block, "ln_1_kv")]  # which marks cross-attention
+    kinds = (Block, ResidualAttentionBlock, CustomResidualAttentionBlock)  # and no class made from them
+    return [module for module in tower.modules() if type(module) in kinds and not hasattr(module, CROSS_ATTENTION)]
+
+
+def _attending(module: nn.Module, blocks: list[nn.Module]) -> set[str]:
+    """Return the classes in a tower that look like self-attention outside `blocks`; pooling by attention is none."""
+    kind = type(module).__name__
+    if module in blocks or "pool" in kind.lower() or hasattr(module, CROSS_ATTENTION):
+        return set()
+    names = [kind, *(name for name, _ in module.named_children())]
+    looks = any(re.search("attn|attention|qkv", name.lower()) and "pool" not in name.lower() for name in names)
+    return {kind} if looks else set().union(*(_attending(child, blocks) for child in module.children()))
 
 
 def _differential_like(
@@ -145,23 +161,29 @@ def _differential_like(
     if refused := _options_without_differential_form(attention):
         raise InputError(f"{where}: attention with {refused} has no differential form here")
     make: Callable[..., Differential] = chosen
-    norms: tuple[nn.Module, nn.Module] = (nn.Identity(), nn.Identity())
+    qkv_weight: Tensor
+    qkv_bias: Tensor | None
+    kept: dict[str, nn.Module | None] = {}
     if isinstance(attention, TimmAttention):
         qkv_weight, qkv_bias, out = attention.qkv.weight, attention.qkv.bias, attention.proj
         dropouts = {"attn_drop": attention.attn_drop.p, "proj_drop": attention.proj_drop.p}
-        norms = attention.q_norm, attention.k_norm
+        kept = {"q_norm": attention.q_norm, "k_norm": attention.k_norm}
+        kept |= {"inner_norm": attention.norm, "gate": attention.gate}
     else:
         qkv_weight, qkv_bias, out = attention.in_proj_weight, attention.in_proj_bias, attention.out_proj
         if isinstance(attention, OpenClipAttention):
             make = called_by(MaskPerHead, chosen)
             dropouts = {"attn_drop": attention.attn_drop.p, "proj_drop": attention.out_drop.p}
-            norms = attention.ln_q, attention.ln_k
+            kept = {"q_norm": attention.ln_q, "k_norm": attention.ln_k, "inner_norm": attention.ln_inner}
+            if attention.head_scale is not None:  # a factor of each head's output, and so of its values
+                qkv_weight, qkv_bias = _with_scaled_values(attention)
         else:
             make = called_by(CalledLikeMultihead, chosen)
             dropouts = {"attn_drop": attention.dropout}
     biases = {"qkv_bias": qkv_bias is not None, "out_bias": out.bias is not None}
     new = make(out.out_features, attention.num_heads, lambda_init=lambda_init, **biases, **dropouts).to(qkv_weight)
-    new.q_norm, new.k_norm = norms
+    for name, module in kept.items():
+        setattr(new, name, module)
     new.start_from(qkv_weight, qkv_bias, out, preserve)
     if not qkv_weight.requires_grad:  # of a locked tower
         new.requires_grad_(False)
@@ -169,21 +191,25 @@ def _differential_like(
     return new.train(attention.training)
 
 
+def _with_scaled_values(attention: OpenClipAttention) -> tuple[Tensor, Tensor | None]:
+    """Return weight and bias of queries, keys and values, the latter times `scale_heads`' factors."""
+    factors = torch.ones_like(attention.in_proj_weight[:, 0])
+    factors[-attention.in_proj_weight.shape[1] :] = attention.head_scale.flatten().repeat_interleave(attention.head_dim)
+    bias = attention.in_proj_bias
+    return attention.in_proj_weight * factors[:, None], None if bias is None else bias * factors
+
+
 def _options_without_differential_form(attention: nn.Module) -> str:
-    """Return what an ordinary attention has beyond projections, dropout and norms of queries and keys, or ""."""
+    """Return what an ordinary attention has beyond projections, dropout, norms, factors and a gate, or ""."""
     options: dict[str, object]
     if type(attention) is TimmAttention:
         options = {
-            "scale_norm (a norm before the output projection)": not isinstance(attention.norm, nn.Identity),
-            "gated output": attention.gate is not None,
             "heads of a width other than width / heads": attention.attn_dim != attention.qkv.in_features,
             "an output of another width": attention.proj.out_features != attention.qkv.in_features,
         }
     elif type(attention) is OpenClipAttention:
         options = {
-            "scaled_cosine_attn": attention.scaled_cosine,
-            "scale_heads": attention.scale_heads,
-            "scale_attn_inner (a norm before the output projection)": not isinstance(attention.ln_inner, nn.Identity),
+            "scaled_cosine_attn": attention.scaled_cosine,  # with which open_clip 3.3 itself cannot compute
         }
     elif type(attention) is nn.MultiheadAttention:
         options = {

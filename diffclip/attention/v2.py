@@ -59,7 +59,6 @@ class DifferentialAttentionV2(Differential):
         self.k_proj = nn.Linear(dim, dim, bias=qkv_bias)
         self.v_proj = nn.Linear(dim, dim, bias=qkv_bias)
         self.lambda_proj = nn.Linear(dim, num_heads)
-        self.q_norm, self.k_norm = nn.Identity(), nn.Identity()
         self.out_proj = nn.Linear(dim, dim, bias=out_bias)
         self.proj_drop = nn.Dropout(proj_drop)
         self.reset_lambdas()
@@ -91,7 +90,7 @@ class DifferentialAttentionV2(Differential):
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         dropout = self.attn_drop if self.training else 0.0
         mixed = recomputed(self.mix, *self.project(x), self.compute_lambda(x), attn_mask, is_causal, dropout)
-        return self.proj_drop(self.out_proj(mixed))
+        return self.proj_drop(self.project_out(mixed, x))
 
     def mix(
         self,
@@ -122,27 +121,30 @@ class DifferentialAttentionV2(Differential):
         return maps[:, 0::2], maps[:, 1::2], self.compute_lambda(x)  # (batch, heads, tokens, tokens), twice
 
     def apply_map(self, x: Tensor, map_: Tensor) -> Tensor:
-        return self.out_proj((map_ @ self.project(x)[2]).transpose(1, 2).flatten(2))
+        return self.project_out((map_ @ self.project(x)[2]).transpose(1, 2).flatten(2), x)
 
     @torch.no_grad()
     def start_from(self, qkv: Tensor, bias: Tensor | None, out: nn.Linear, preserve: bool) -> None:
         """Take over the projections, and with `preserve` the function.
 
-        That makes the second query of each head a copy of the first and divides the output weights by
-        1 - lambda_init: (A - lambda A) / (1 - lambda) = A. The two queries part in training, since their gradients
-        differ in sign and size. Otherwise the second queries are drawn anew, with the spread of the first ones.
+        That makes the second query of each head a copy of the first and divides the values by 1 - lambda, so that
+        (A - lambda A) v / (1 - lambda) = A v, whatever norm or gate comes next. The two queries part in training, since
+        their gradients differ in sign and size. Otherwise the second queries are drawn anew, with the spread of the
+        first ones.
         """
         q, k, v = qkv.chunk(3)
         self.k_proj.weight.copy_(k)
-        self.v_proj.weight.copy_(v)
+        share = 1 - self.lambda_proj.bias.sigmoid().double() if preserve else torch.ones(self.num_heads).to(q.device)
+        share = share.repeat_interleave(self.head_dim)  # of each value, as lambda is in this dtype
+        self.v_proj.weight.copy_(v / share[:, None])
         second = q if preserve else torch.randn_like(q) * q.std()
         self.q_proj.weight.copy_(interleave_heads(q, second, self.num_heads))
         if bias is not None:
             q_bias, k_bias, v_bias = bias.chunk(3)
             self.k_proj.bias.copy_(k_bias)
-            self.v_proj.bias.copy_(v_bias)
+            self.v_proj.bias.copy_(v_bias / share)
             self.q_proj.bias.copy_(interleave_heads(q_bias, q_bias, self.num_heads))
-        self.out_proj.weight.copy_(out.weight / (1 - self.lambda_init) if preserve else out.weight)
+        self.out_proj.weight.copy_(out.weight)
         if out.bias is not None:
             self.out_proj.bias.copy_(out.bias)
 

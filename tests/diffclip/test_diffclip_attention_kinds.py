@@ -28,19 +28,25 @@ def model(kind):
     """A small dual encoder with this kind in both towers, its numbers moved so that all of them count."""
     config = copy.deepcopy(variants.MODELS["CLIP-tiny"])
     lambda_init = KINDS[kind].default_lambda_init
-    attention = {tower: variants.attention(kind, lambda_init) for tower in variants.TOWERS}
-    config["diffclip"] |= {"attention": attention, "variant": "custom"}
+    towers = {tower: variants.attention(kind, lambda_init) for tower in variants.TOWERS}
+    config["diffclip"] |= {"attention": towers, "variant": "custom"}
     torch.manual_seed(0)
     built = diffclip.build(config).eval()
     with torch.no_grad():
-        for attention in attentions(built):
-            for parameter in attention.parameters():
+        for module in attentions(built):
+            for parameter in module.parameters():
                 parameter.add_(0.05 * torch.randn_like(parameter))
+    attention.set_annealing(built, 0.5)
     return built
 
 
 def attentions(model):
     return [module for module in model.modules() if isinstance(module, Differential)]
+
+
+def start(module):
+    """Where lambda starts: dex anneals it in."""
+    return 0 if module.name == "dex" else module.lambda_init
 
 
 def features(model):
@@ -51,7 +57,8 @@ def features(model):
 def test_it_has_all_that_is_its_own_to_write(kind):
     own = ("forward", "maps", "apply_map", "start_from", "reset_lambdas", "mean_lambda")
     assert [name for name in own if getattr(KINDS[kind], name) is getattr(Differential, name)] == []
-    assert isinstance(KINDS[kind].default_lambda_init, float)
+    default = KINDS[kind].default_lambda_init
+    assert default == "schedule" or 0 < default < 1
 
 
 def test_it_is_built_into_both_towers_and_every_number_learns(model, kind):
@@ -72,7 +79,7 @@ def test_lambda_starts_from_lambda_init(kind):
     torch.manual_seed(0)
     for module in (KINDS[kind](32, 4), KINDS[kind](32, 4, lambda_init=0.3)):
         module.reset_lambdas()
-        assert module.mean_lambda() == pytest.approx(module.lambda_init, abs=0.2)
+        assert module.mean_lambda() == pytest.approx(start(module), abs=0.2)
 
 
 @pytest.mark.parametrize("mask", ["none", "causal", "additive", "per head"])
@@ -84,6 +91,7 @@ def test_its_forms_agree_and_its_map_is_the_one_applied(mask, kind):
     for form in ("eager", "fused", "auto"):
         torch.manual_seed(0)
         module = KINDS[kind](32, 4, attn_implementation=form).eval()
+        attention.set_annealing(module, 0.5)
         outputs.append(module(x, **given))
     torch.testing.assert_close(outputs[0], outputs[1], atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(outputs[0], outputs[2], atol=1e-5, rtol=1e-4)
@@ -105,12 +113,13 @@ def test_it_is_saved_and_loaded_as_encoder_and_by_the_auto_classes(model, kind, 
     assert len(outputs.attentions) == 4 and outputs.attentions[0].shape[2:] == (37, 37)
     drawn = AutoModel.from_config(hf.vision_config(model.model_config))  # as what a file lacks is drawn
     for module in attentions(drawn):
-        assert module.mean_lambda() == pytest.approx(module.lambda_init, abs=0.2)
+        assert module.mean_lambda() == pytest.approx(start(module), abs=0.2)
 
 
-def test_its_maps_and_relevance_are_drawn(model):
+def test_its_maps_and_relevance_are_drawn(model, kind):
     maps = attention_maps.layer_maps(model, IMAGES)
-    assert maps.keys() == {"A1", "A2", "difference"} and maps["difference"].shape[-2:] == (6, 6)
+    assert maps.keys() == ({"A1"} if kind == "dex" else {"A1", "A2", "difference"})
+    assert all(map_.shape[-2:] == (6, 6) for map_ in maps.values())
     heat = attention_maps.relevance(model, IMAGES, TEXTS)
     assert heat.shape == (2, 6, 6) and heat.min() >= 0 and heat.max() > 0
 
