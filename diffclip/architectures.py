@@ -129,6 +129,10 @@ def with_image_size(model: DualEncoder, size: int) -> DualEncoder:
     Raises:
         InputError: a tower that cannot take that size.
     """
+    patches = getattr(getattr(model.visual, "trunk", model.visual), "patch_embed", model.visual)
+    patch = getattr(patches, "patch_size", 1)
+    if any(size % side for side in (patch if isinstance(patch, tuple) else (patch,))):
+        raise InputError(f"images of {size} pixels are no whole number of patches of {patch} pixels")
     config = copy.deepcopy(model.model_config)
     config["model_cfg"]["vision_cfg"]["image_size"] = config["preprocess_cfg"]["size"] = size
     resized = build(config)

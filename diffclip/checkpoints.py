@@ -142,6 +142,21 @@ def load(
     return _with_inputs(model, path)
 
 
+def architecture(path_or_id: str | Path) -> dict[str, Any]:
+    """The model config of what `load` reads; of open_clip's names none of the weights are fetched or read."""
+    text = str(path_or_id)
+    if text.startswith(sources.PREFIX) and sources.plain(text) == text:
+        name = text.removeprefix(sources.PREFIX).partition("@")[0]
+        if model_cfg := get_model_config(name):
+            size = model_cfg["vision_cfg"].get("image_size", 224)
+            return {
+                "model_cfg": model_cfg,
+                "preprocess_cfg": {**asdict(PreprocessCfg()), "size": size},
+                "diffclip": {"variant": "CLIP", "attention": {}},
+            }
+    return load(path_or_id)[0].model_config
+
+
 def _with_inputs(model: DualEncoder, directory: Path | None) -> Loaded:
     """Add to a model what prepares its images and texts: by its config, or by transformers' files of its directory."""
     config = model.model_config

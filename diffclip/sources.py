@@ -127,6 +127,12 @@ def transformers_config(directory: Path) -> dict[str, Any]:
     return config if isinstance(config, dict) else {}
 
 
+def weights_of(path_or_id: str | Path) -> Path:
+    """The file or directory, here, that holds the weights of whatever names a dual encoder."""
+    named = open_clip_name(path_or_id)
+    return named.weights if named else locate(path_or_id)
+
+
 def is_dual_encoder(path_or_id: str | Path) -> bool:
     """Whether a path, a folder or a Hub id holds what is not transformers': a file of weights, or our or open_clip's
     config, or the official code's file.

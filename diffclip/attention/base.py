@@ -98,6 +98,12 @@ class Differential(nn.Module):
         """Let lambda start from lambda_init, or close to it."""
         raise NotImplementedError
 
+    def added(self) -> dict[str, Tensor | None]:
+        """The parameters that ordinary attention has not, by name; of one that only in part is new, which of its rows:
+        a boolean (rows) tensor.
+        """
+        raise NotImplementedError
+
     def mean_lambda(self) -> float:
         """Lambda as a number, for logs."""
         raise NotImplementedError

@@ -92,6 +92,9 @@ class Dex(Differential):
         share = self.annealing.to(dtype)
         return share * (1 - share) * self.lambda_init + share * self.lambda_learnt[0].to(dtype)
 
+    def added(self) -> dict[str, Tensor | None]:
+        return dict.fromkeys(("subtracted", "lambda_learnt"))
+
     def mean_lambda(self) -> float:
         """Lambda as it is at this point of the annealing."""
         return self.compute_lambda().item()

@@ -124,6 +124,9 @@ class DifferentialAttention(Differential):
                 projection.bias.copy_(bias.chunk(3)[i])
         self.out_proj.load_state_dict(out.state_dict())
 
+    def added(self) -> dict[str, Tensor | None]:
+        return dict.fromkeys(("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2", "diff_norm.weight"))
+
     def mean_lambda(self) -> float:
         return self.compute_lambda().item()
 

@@ -72,6 +72,12 @@ class DifferentialAttentionV2(Differential):
         """Return sigmoid(lambda), (batch, heads, tokens, 1), for tokens x (batch, tokens, dim)."""
         return self.lambda_proj(x).sigmoid().transpose(1, 2).unsqueeze(-1)
 
+    def added(self) -> dict[str, Tensor | None]:
+        """Lambda's projection, and every second of the query heads."""
+        second = torch.arange(2 * self.num_heads).remainder(2).bool().repeat_interleave(self.head_dim)
+        queries = dict.fromkeys((f"q_proj.{name}" for name, _ in self.q_proj.named_parameters()), second)
+        return {"lambda_proj.weight": None, "lambda_proj.bias": None, **queries}
+
     def mean_lambda(self) -> float:
         """Mean over the heads of the lambda that a token of zeros would have, for logs."""
         return self.lambda_proj.bias.detach().sigmoid().mean().item()

@@ -18,7 +18,7 @@ import open_clip
 from open_clip.convert import convert_state_dict
 from open_clip.factory import _find_checkpoint_in_dir as find_checkpoint
 from open_clip.factory import get_model_config, load_checkpoint
-from open_clip.loss import ClipLoss
+from open_clip.loss import ClipLoss, SigLipLoss
 from open_clip.model import _build_vision_tower as build_vision_tower
 from open_clip.model import (
     convert_to_custom_text_state_dict,
