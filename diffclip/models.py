@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from diffclip.base.backbones import TimmModel, TimmVisionTransformer, open_clip
 from diffclip.base.errors import InputError
+from diffclip.base.graphs import recording, transformed
 from diffclip.variants import named
 from diffclip.warm_start import differentiate
 
@@ -55,11 +56,11 @@ class CLIP(open_clip.CLIP):
         """Return (batch, embed_dim) for token ids (batch, up to context_length).
 
         The embedding is read at each row's largest id, its end token. Attention is causal, so the columns
-        after the last of these positions cannot matter: they are cut off, except in a compiled graph, which
-        wants one length.
+        after the last of these positions cannot matter: they are cut off, except where torch records a graph,
+        which wants one length, or transforms the function.
         """
         ends = text.argmax(dim=-1)  # (batch,)
-        if not torch.compiler.is_compiling():
+        if not (recording() or transformed()):
             text = text[:, : int(ends.max()) + 1]
         tokens = text.shape[1]
         dtype = self.transformer.get_cast_dtype()
