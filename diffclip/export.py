@@ -23,7 +23,6 @@ from diffclip.attention import Differential
 from diffclip.base.backbones import open_clip
 from diffclip.base.errors import InputError
 from diffclip.base.files import check_output, write_json
-from diffclip.models import CLIP
 from diffclip.scenes.drawing import draw, make_scene
 from diffclip.scenes.text import captions
 
@@ -80,7 +79,7 @@ def to_open_clip(model: nn.Module, transform: Callable, tokenizer: Callable, fol
         remedy = 'after `import diffclip`, open_clip.create_model("local-dir:RUN") takes the run as it is'
         raise InputError(f"open_clip has no differential attention; {remedy}")
     vision_cfg = config["model_cfg"]["vision_cfg"]
-    if isinstance(model, CLIP) and "timm_model_name" not in vision_cfg:
+    if "vision_norm_eps" in config.get("diffclip", {}) and "timm_model_name" not in vision_cfg:  # a tower of ours
         size = f"width {vision_cfg['width']}, {vision_cfg['layers']} layers"
         raise InputError(
             f"open_clip builds such towers by timm's names, and timm has no named model of this size ({size}): train "
@@ -230,7 +229,11 @@ def differences(found: Encode, expected: Encode, form: str) -> dict[str, float]:
     largest = dict.fromkeys(TOWERS, 0.0)
     for count in (1, 5):
         inputs = samples(count)
-        one, other = found(*inputs), expected(*inputs)
+        other = expected(*inputs)
+        try:
+            one = found(*inputs)
+        except Exception as error:  # of whichever reader
+            raise InputError(f"as {form} it does not run ({' '.join(str(error).split())[:300]})") from None
         for tower in TOWERS:
             largest[tower] = max(largest[tower], (one[tower] - other[tower]).abs().max().item())
     if not max(largest.values()) <= TOLERANCE:  # not a number, too

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from PIL import Image
 
 from diffclip import checkpoints, convert, export, models, variants
 from diffclip.base.errors import InputError
@@ -67,21 +68,27 @@ def test_programs_of_both_towers_give_the_runs_features(name, form, run, tmp_pat
 
 @pytest.mark.slow
 def test_a_clip_leaves_as_open_clips_own(run, tmp_path):
-    """Read where our package cannot be imported."""
+    """Read, and trained on, where our package cannot be imported."""
     folder, out = run("CLIP-tiny", **TIMM), tmp_path / "out"
     assert max(export.export(folder, "open_clip", out).values()) <= 1e-6
     x = torch.randn(2, 3, 160, 160)
     torch.save(x, tmp_path / "x.pt")
+    Image.new("RGB", (160, 160), "red").save(tmp_path / "red.png")
+    (tmp_path / "pairs.csv").write_text("filepath\ttitle\n" + "red.png\tred\n" * 2)
+    train = f"--model local-dir:{out} --dataset-type csv --train-data pairs.csv --batch-size 2 --epochs 1 --workers 0"
     code = f"""
 import sys; sys.modules["diffclip"] = None
 import open_clip, torch
+from open_clip_train.main import main
 model, _, transform = open_clip.create_model_and_transforms("local-dir:{out}")
 text = open_clip.get_tokenizer("local-dir:{out}")(["a star"])
 with torch.no_grad():
-    both = model.eval().encode_image(torch.load("{tmp_path}/x.pt")), model.encode_text(text)
-torch.save((*both, repr(transform)), "{tmp_path}/found.pt")
+    both = model.eval().encode_image(torch.load("x.pt")), model.encode_text(text)
+torch.save((*both, repr(transform)), "found.pt")
+main("{train} --logs . --name trained".split())
 """
-    subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, capture_output=True)
+    assert (tmp_path / "trained" / "checkpoints" / "epoch_1.pt").is_file()
     image, text, transform = torch.load(tmp_path / "found.pt")
     model, ours, tokenizer = checkpoints.load(folder)
     with torch.no_grad():
