@@ -1,7 +1,8 @@
 """DiffCLIP: CLIP with differential attention, for open_clip, timm and transformers.
 
-After `import diffclip` transformers' Auto classes know our vision tower and the multimodal model. Nothing heavy is
-imported for it: names are imported when first used, and models when the Auto classes first meet one.
+After `import diffclip` transformers' Auto classes know our vision tower and the multimodal model, and open_clip's
+`create_model` our runs. Nothing heavy is imported for it: names are imported when first used, and models when somebody
+first asks for one.
 """
 
 import diffclip.base.threads  # noqa: F401, I001 # first of all: OpenMP reads the environment once, when torch is loaded
@@ -9,7 +10,9 @@ import diffclip.base.threads  # noqa: F401, I001 # first of all: OpenMP reads th
 import importlib
 from typing import Any
 
+from diffclip.base.after_import import after_import
 from diffclip.base.auto_classes import register_lazily
+from diffclip.open_clip_runs import take_runs
 
 _HOME = {
     "InputError": "base.errors",
@@ -49,3 +52,4 @@ register_lazily(
         "IMAGE_PROCESSOR_MAPPING": {"DiffCLIPImageProcessor": "diffclip.hf"},
     }
 )
+after_import({"open_clip.factory": take_runs})

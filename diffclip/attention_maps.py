@@ -10,7 +10,7 @@ if __name__ == "__main__":  # `python -m diffclip.attention_maps`: the command, 
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,7 @@ from diffclip.attention import Differential
 from diffclip.attention.base import attention_scores
 from diffclip.base.backbones import TimmAttention, open_clip
 from diffclip.base.errors import InputError
+from diffclip.written_maps import can_be_written, written
 
 Attention = Differential | TimmAttention | nn.MultiheadAttention
 
@@ -70,96 +71,142 @@ def apply_map(attention: Attention, x: Tensor, map_: Tensor) -> Tensor:
     return attention.proj(attention.norm(mixed))
 
 
-def vision_attention(model: open_clip.CLIP, layer: int) -> Attention:
-    """Return the attention module of one layer (negative ones count from the last) of a model's vision tower.
+class Readout(NamedTuple):
+    """An attention module of a vision tower, and which of its queries lead to the image's embedding."""
 
-    InputError if there is no such layer, or no class token that looks at patches (ResNet, CoCa, SigLIP).
+    attention: nn.Module
+    rows: slice
+
+
+def readouts(model: open_clip.CLIP) -> list[Readout]:
+    """Return a vision tower's attention modules in their order, a pooling head with attention as the last.
+
+    The embedding is read from the class token's row where that is what the tower gives; from the query of the pooling
+    head, if there is one (SigLIP, CoCa), and from all patches below it; from all patches where they are averaged.
+
+    InputError for towers that are no vision transformers (ResNet, ConvNeXt, Swin), or whose attention tells no map.
     """
-    visual = model.visual
-    if hasattr(visual, "trunk"):  # timm's, and so ours
-        trunk = visual.trunk
-        blocks = getattr(trunk, "blocks", None)
-        token = getattr(trunk, "global_pool", "") == "token" and getattr(trunk, "num_prefix_tokens", 0) > 0
-    else:  # open_clip's
-        blocks = getattr(getattr(visual, "transformer", None), "resblocks", None)
-        token = getattr(visual, "pool_type", "") == "tok" and visual.attn_pool is None
-    blocks = list(blocks or ())
-    attention = getattr(blocks[-1], "attn", None) if blocks else None
-    if not token or not (isinstance(attention, Differential | nn.MultiheadAttention) or _is_timms(attention)):
-        kind = type(getattr(visual, "trunk", visual)).__name__
-        raise InputError(f"no attention maps for this model: its {kind} is no vision transformer with a class token")
-    if not -len(blocks) <= layer < len(blocks):
-        raise InputError(f"layer {layer} of {len(blocks)}: there is none")
-    return blocks[layer].attn
+    visual: Any = model.visual
+    name = type(getattr(visual, "trunk", visual)).__name__
+    parts = _timm_parts(visual.trunk) if hasattr(visual, "trunk") else _open_clip_parts(visual)
+    if parts is None:
+        raise InputError(f"no attention maps for this model: its {name} is no vision transformer with known pooling")
+    blocks, rows, head = parts
+    found = [Readout(block.get_submodule("attn"), rows) for block in blocks]
+    found += [head] if head else []
+    if others := {type(one.attention).__name__ for one in found if not can_be_written(one.attention)}:
+        kinds = ", ".join(sorted(others))
+        raise InputError(f"no attention maps for this model: the attention of its {name} ({kinds}) tells none")
+    return found
 
 
-def _is_timms(attention: nn.Module | None) -> bool:
-    """Whether it is timm's plain `Attention`, of which others (with rotary positions, or gates) are no cases."""
-    kind = type(attention)
-    timms = kind.__name__ == "Attention" and kind.__module__.startswith("timm.")
-    return timms and getattr(attention, "gate", None) is None
+Parts = tuple[list[nn.Module], slice, Readout | None]  # blocks, their rows, and the pooling head
+
+
+def _timm_parts(trunk: Any) -> Parts | None:
+    """The parts of timm's vision transformers, and so of ours."""
+    pool, patches = getattr(trunk, "global_pool", None), getattr(trunk, "patch_embed", None)
+    blocks = list(getattr(trunk, "blocks", None) or ())
+    if not blocks or not hasattr(blocks[-1], "attn") or getattr(patches, "grid_size", None) is None:
+        return None
+    rows = slice(0 if getattr(trunk, "pool_include_prefix", False) else trunk.num_prefix_tokens, None)
+    if pool == "token":
+        return blocks, slice(0, 1), None
+    if pool == "map":
+        return blocks, rows, Readout(trunk.attn_pool, slice(0, 1) if trunk.attn_pool.pool == "token" else slice(None))
+    return (blocks, rows, None) if pool in ("avg", "avgmax", "max") else None
+
+
+def _open_clip_parts(visual: Any) -> Parts | None:
+    """The parts of open_clip's own vision transformers; its ResNets have none."""
+    blocks = list(getattr(getattr(visual, "transformer", None), "resblocks", None) or ())
+    if not blocks:
+        return None
+    rows = {"tok": slice(0, 1), "avg": slice(1, None)}.get(visual.pool_type)
+    if visual.attn_pool is None:
+        return None if rows is None else (blocks, rows, None)
+    if rows is None or visual.attn_pool_contrastive is not None:
+        return None
+    return blocks, slice(None), Readout(visual.attn_pool.attn, rows)  # CoCa's; its other queries are for captions
+
+
+def readout(model: open_clip.CLIP, layer: int) -> Readout:
+    """Return one of `readouts`, negative numbers from the last; InputError if there is no such layer."""
+    found = readouts(model)
+    if not -len(found) <= layer < len(found):
+        raise InputError(f"layer {layer} of {len(found)}: there is none")
+    return found[layer]
+
+
+def vision_attention(model: open_clip.CLIP, layer: int) -> nn.Module:
+    """Return the attention module of one layer, see `readouts`."""
+    return readout(model, layer).attention
 
 
 @contextmanager
-def recorded(attention: Attention) -> Iterator[dict[str, Tensor]]:
+def recorded(attention: nn.Module) -> Iterator[dict[str, Any]]:
     """Within, the module writes its map out: {"input": x, "map": ...} of the last call, part of the graph."""
-    seen: dict[str, Tensor] = {}
+    seen: dict[str, Any] = {}
 
-    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, None]:
-        seen["input"], seen["map"] = x, attention_map(attention, x)
-        out = apply_map(attention, x, seen["map"])
-        return (out, None) if isinstance(attention, nn.MultiheadAttention) else out
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        del attention.forward  # the class's own is found again, which `written` may call
+        try:
+            seen["input"] = args[0]
+            seen["map"], out = written(attention, None, *args, **kwargs)
+        finally:
+            attention.forward = forward
+        return out
 
-    attention.forward = forward  # type: ignore[assignment, method-assign] # of this one, for a while
+    attention.forward = forward  # of this one, for a while
     try:
         yield seen
     finally:
-        del attention.forward  # the class's own is found again
+        del attention.forward
 
 
 @torch.no_grad()
 def layer_maps(model: open_clip.CLIP, images: Tensor, layer: int = -1) -> dict[str, Tensor]:
-    """Return how much the class token attends to each patch of images (batch, 3, size, size), normalised, in one layer.
+    """Return how much an image's embedding attends to each patch of images (batch, 3, size, size), normalised.
 
-    "A1", "A2" and "difference" = A1 - lambda A2, each (batch, maps, rows, columns); "A1" alone
-    for ordinary attention and for dex.
+    "A1", "A2" and "difference" = A1 - lambda A2, each (batch, maps, rows, columns); "A1" alone for ordinary attention
+    and for dex. Of layers and rows see `readouts`; several rows are averaged.
     """
-    attention, inputs = vision_attention(model, layer), []
-    hook = attention.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
-    try:
+    attention, rows = readout(model, layer)
+    with recorded(attention) as seen:
         model.encode_image(images)
-    finally:
-        hook.remove()
-    first, second, lambda_ = both_maps(attention, inputs[0])
-    maps = {"A1": first}
-    if second is not None and lambda_ is not None:
-        maps |= {"A2": second, "difference": first - lambda_ * second}
-    return {name: patch_grid(map_[:, :, 0], model) for name, map_ in maps.items()}
+    maps = {"A1": seen["map"]}
+    if isinstance(attention, Differential):
+        first, second, _ = attention.maps(seen["input"])
+        if second is not None:
+            maps = {"A1": first, "A2": second, "difference": seen["map"]}
+    return {name: patch_grid(map_[:, :, rows].mean(2), model) for name, map_ in maps.items()}
 
 
 def relevance(model: open_clip.CLIP, images: Tensor, texts: Tensor, layer: int = -1) -> Tensor:
     """Return how much each patch speaks for a text, by gradient (Chefer et al. 2021, arXiv 2103.15679, equation 5).
 
     The map A that multiplies the values in one layer, times the gradient of the cosine similarity of image and
-    text by it, negative products left out, averaged over heads; of this, the class token's row. For differential
-    attention A is the difference, signed, and so a negative weight with a negative gradient counts for the text.
+    text by it, negative products left out, averaged over heads; of this, the rows of `readouts`, averaged: the class
+    token's, a pooling head's query, or all patches, through which the others speak. (What a patch says of itself, past
+    the attention, is the same for all in this rule, and so left out.) For differential attention A is the difference,
+    signed, and so a negative weight with a negative gradient counts for the text.
 
     Images (batch, 3, size, size), normalised, and token ids (batch, context_length), one text for each image, give
     (batch, rows, columns), float32, not negative.
     """
-    attention = vision_attention(model, layer)
+    attention, rows = readout(model, layer)
     with torch.no_grad():
         queries = model.encode_text(texts, normalize=True)
     with torch.enable_grad(), recorded(attention) as seen:
         similarity = (model.encode_image(images, normalize=True) * queries).sum()
         (gradient,) = torch.autograd.grad(similarity, seen["map"])
-    relevant = (seen["map"] * gradient).clamp(min=0).mean(dim=1)  # (batch, tokens, tokens)
-    return patch_grid(relevant[:, 0], model).float().detach()
+    relevant = (seen["map"] * gradient).clamp(min=0).mean(dim=1)  # (batch, queries, keys)
+    return patch_grid(relevant[:, rows].mean(1), model).float().detach()
 
 
 def patch_grid(row: Tensor, model: open_clip.CLIP) -> Tensor:
-    """Turn (..., 1 + patches), a class token's row, into (..., rows, columns)."""
-    visual = model.visual
+    """Turn (..., others + patches), what one query gives to all tokens, into (..., rows, columns)."""
+    visual: Any = model.visual
     rows, columns = visual.trunk.patch_embed.grid_size if hasattr(visual, "trunk") else visual.grid_size
     return row[..., -rows * columns :].unflatten(-1, (rows, columns))
 

@@ -11,7 +11,9 @@ from diffclip.base.errors import exit_on_input_error
 def main(argv: list[str] | None = None) -> None:
     parser = Parser("diffclip maps", description=__doc__)
     parser.add_argument("images", nargs="+", help="image files")
-    parser.add_argument("--query", nargs="+", required=True, help="one text for all images, or one for each")
+    parser.add_argument(
+        "--query", nargs="+", required=True, help="one text for all images, one for each, or several for one image"
+    )
     parser.add_argument("--models", nargs="+", required=True, help="run directories, checkpoints or Hub ids")
     parser.add_argument("--out", required=True, help="PNG, PDF or SVG file to write")
     args = parser.parse_args(argv)

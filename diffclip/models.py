@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from diffclip.base.backbones import TimmModel, TimmVisionTransformer, build_vision_tower, open_clip
 from diffclip.base.errors import InputError
+from diffclip.base.graphs import recording, transformed
 from diffclip.variants import TOWERS, current, named
 from diffclip.warm_start import differentiate
 
@@ -70,13 +71,13 @@ class CLIP(DualEncoder, open_clip.CLIP):
         """Return (batch, embed_dim) for token ids (batch, up to context_length).
 
         The embedding is read at each row's largest id, its end token. Attention is causal, so the columns
-        after the last of these positions cannot matter: they are cut off, except in a compiled graph, which
-        wants one length.
+        after the last of these positions cannot matter: they are cut off, except where torch records a graph,
+        which wants one length, or transforms the function.
         """
         if self.text_pool_type != "argmax" or self.attn_mask is None or not isinstance(self.text_projection, Tensor):
             return super().encode_text(text, normalize)
         ends = text.argmax(dim=-1)  # (batch,)
-        if not torch.compiler.is_compiling():
+        if not (recording() or transformed()):
             text = text[:, : int(ends.max()) + 1]
         tokens = text.shape[1]
         dtype = self.transformer.get_cast_dtype()

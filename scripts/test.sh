@@ -2,7 +2,7 @@
 # Installs what the tests need and runs them, offline; further arguments go to pytest.
 set -euo pipefail
 source "$(dirname "$(readlink -f "$0")")/setup_env.sh"
-install_into_venv eval,app,dev
+install_into_venv eval,app,export,dev
 cd "$root"
 
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1

@@ -1,6 +1,7 @@
 """What every kind of differential attention offers to models, checkpoints and maps, and what all compute with."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import ClassVar
 
 import torch
@@ -8,9 +9,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from diffclip.base.errors import InputError
+from diffclip.base.graphs import transformed
 
 FORMS = ("auto", "eager", "fused")
 KEEP_BELOW = 64  # tokens
+RECOMPUTE = True  # whether longer sequences are computed once more in the backward pass; see `without_recomputation`
 
 # A1 and A2 (batch, maps, tokens, tokens), and lambda, which broadcasts to them; no A2 and lambda where there is one map
 Maps = tuple[Tensor, Tensor | None, Tensor | None]
@@ -134,11 +137,25 @@ def recomputed(mix: Callable[..., Tensor], q: Tensor, *args: Tensor | bool | flo
 
     What lies between the projections is a few percent of a block's arithmetic, but two maps, or two mixed values,
     and their difference are more memory than all that ordinary attention keeps. Of short sequences (q is (batch,
-    heads, tokens, d)) the maps are small, and in a small model the arithmetic is not.
+    heads, tokens, d)) the maps are small, and in a small model the arithmetic is not. torch.func and the recorders of
+    graphs for inference know no recomputation, and get none.
     """
-    if q.shape[-2] < KEEP_BELOW or not torch.is_grad_enabled():
+    if not RECOMPUTE or q.shape[-2] < KEEP_BELOW or not torch.is_grad_enabled():
+        return mix(q, *args)
+    if torch.jit.is_tracing() or torch.compiler.is_exporting() or transformed():
         return mix(q, *args)
     return checkpoint(mix, q, *args, use_reentrant=False, determinism_check="none")
+
+
+@contextmanager
+def without_recomputation() -> Iterator[None]:
+    """Within, all is kept for the backward pass: faster where memory suffices, and for what knows no recomputation."""
+    global RECOMPUTE
+    before, RECOMPUTE = RECOMPUTE, False
+    try:
+        yield
+    finally:
+        RECOMPUTE = before
 
 
 def faster_form(q: Tensor) -> str:

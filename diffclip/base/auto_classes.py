@@ -7,12 +7,12 @@ own. It is put there as soon as transformers' module is loaded, without importin
 
 import importlib
 import importlib.util
-import sys
-from collections.abc import Mapping, Sequence
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec, PathFinder
+from collections.abc import Mapping
+from functools import partial
 from types import ModuleType
 from typing import Any
+
+from diffclip.base.after_import import after_import
 
 AUTO = "transformers.models.auto."
 # transformers' module -> its mapping of models by type, or of image processors, which are searched by class name
@@ -37,29 +37,11 @@ class Registered(dict):
         return super().values()
 
 
-class Finder(MetaPathFinder):
-    """Finds transformers' modules as Python does, and lets each be followed by `replace`."""
-
-    def __init__(self, homes: Mapping[str, Mapping[str, str]]) -> None:
-        self.homes = homes
-
-    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        spec = PathFinder.find_spec(name, path) if name in MAPPINGS else None
-        if spec and spec.loader:
-            execute = spec.loader.exec_module
-
-            def exec_module(module: ModuleType) -> None:
-                execute(module)
-                self.replace(module)
-
-            spec.loader.exec_module = exec_module  # type: ignore[method-assign] # of this module's loader alone
-        return spec
-
-    def replace(self, module: ModuleType) -> None:
-        """Put a `Registered` in the place of the dictionary in which a loaded module keeps registered classes."""
-        name = MAPPINGS[module.__name__]
-        mapping = getattr(module, name)
-        mapping._extra_content = Registered(mapping._extra_content, self.homes[name])
+def replace(module: ModuleType, homes: Mapping[str, Mapping[str, str]]) -> None:
+    """Put a `Registered` in the place of the dictionary in which a loaded module keeps registered classes."""
+    name = MAPPINGS[module.__name__]
+    mapping = getattr(module, name)
+    mapping._extra_content = Registered(mapping._extra_content, homes[name])
 
 
 def import_if_present(name: str) -> None:
@@ -74,8 +56,4 @@ def register_lazily(homes: Mapping[str, Mapping[str, str]]) -> None:
     `homes`: for each value of `MAPPINGS`, what is asked for (a type of model, or a class) -> the module that
     registers it on import.
     """
-    finder = Finder(homes)
-    sys.meta_path.insert(0, finder)
-    for name in MAPPINGS:
-        if name in sys.modules:
-            finder.replace(sys.modules[name])
+    after_import(dict.fromkeys(MAPPINGS, partial(replace, homes=homes)))

@@ -40,6 +40,22 @@ def whole(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def check_output(path: str | Path, suffixes: Iterable[str] = ()) -> None:
+    """Before work whose result is to be written to a file: InputError if that could not be.
+
+    `suffixes`: what the file may end in, like ".png"; nothing means anything.
+    """
+    path, known = Path(path), tuple(suffixes)
+    if known and path.suffix.lower() not in known:
+        raise InputError(f"{path}: must end in {', '.join(known[:-1])}{' or ' * (len(known) > 1)}{known[-1]}")
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder; give the name of a file in it")
+    if not path.parent.is_dir():
+        raise InputError(f"{path}: there is no folder {path.parent}; make it first (mkdir -p {path.parent})")
+    if not os.access(path.parent, os.W_OK):
+        raise InputError(f"{path}: nothing can be written into {path.parent}; choose another folder")
+
+
 def write_json(path: str | Path, value: object) -> None:
     """`write_whole` of a value as indented JSON."""
     write_whole(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")

@@ -25,11 +25,11 @@ from torch import Tensor, nn
 from diffclip.attention_maps import relevance, seen_part, upsample
 from diffclip.base.devices import pick_device
 from diffclip.base.errors import InputError
-from diffclip.base.files import write_json
+from diffclip.base.files import check_output, write_json
 from diffclip.base.images import open_image
 from diffclip.base.statistics import bootstrap_mean
 from diffclip.benchmarks.comparison import model_names
-from diffclip.checkpoints import load
+from diffclip.mapped_models import load_with_maps
 
 Item = tuple[Path, str, np.ndarray]  # an image, a category, and the mask (height, width) of its objects
 
@@ -139,18 +139,16 @@ def _interval(values: np.ndarray, image: np.ndarray) -> dict[str, float]:
 
 def compare(instances: str, images: str, models: Sequence[str], out: str, device: str = "cpu") -> None:
     """Score each model's maps on all masks, print the scores and write them to the JSON file `out`."""
+    check_output(out, (".json",))
     chosen = pick_device(device)
     names = model_names(models)
     items = list(read_masks(instances, images))
     if not items:
         raise InputError(f"{instances}: no masks to compare with")
     scores = {}
-    for name, source in zip(names, models):
-        model, transform, tokenizer = load(source)
-        try:
-            scores[name] = localise(model.to(chosen), transform, tokenizer, items)
-        except InputError as error:
-            raise InputError(f"{source}: {error}") from None
+    for name, (model, transform, tokenizer) in zip(names, load_with_maps(models)):
+        scores[name] = localise(model.to(chosen), transform, tokenizer, items)
+        model.to("cpu")
         print(f"{name}: {len(items)} objects in {len({path for path, _, _ in items})} images", flush=True)
     result = summary(scores, [path for path, _, _ in items])
     write_json(out, result)

@@ -1,6 +1,5 @@
 """The named models: exact sizes, equality with open_clip and with the official models, starting weights."""
 
-import copy
 import json
 import math
 import subprocess
@@ -533,35 +532,3 @@ def test_our_modules_start_without_wandb_and_leave_it_importable():
     told += "import wandb; print(wandb.__name__)"
     ended = subprocess.run([sys.executable, "-c", told], capture_output=True, text=True, check=True)
     assert ended.stdout.split() == ["True", "False", "wandb"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["CLIP-tiny", "DiffCLIP-tiny", "DiffCLIP-V2-tiny"])
-def test_both_towers_export_for_any_batch_size(name):
-    """Also with 77 tokens, of which the maps are recomputed in training, and gradients on, as callers have them."""
-    config = copy.deepcopy(variants.MODELS[name])
-    config["model_cfg"]["text_cfg"]["context_length"] = 77
-    model = models.build(config).eval()
-
-    class Encoders(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.model = model
-
-        def forward(self, image, text):
-            return self.model.encode_image(image), self.model.encode_text(text, normalize=True)
-
-    def inputs(count):
-        text = torch.randint(1, 400, (count, 77), generator=torch.Generator().manual_seed(count))
-        for row, end in enumerate(torch.randint(2, 77, (count,), generator=torch.Generator().manual_seed(count))):
-            text[row, end:] = 0
-            text[row, end] = model.vocab_size - 1
-        return torch.randn(count, 3, *model.visual.image_size), text
-
-    batch = torch.export.Dim("batch", min=1, max=64)
-    exported = torch.export.export(Encoders(), inputs(3), dynamic_shapes=({0: batch}, {0: batch})).module()
-    for count in (1, 2, 5):
-        images, texts = inputs(count)
-        with torch.no_grad():
-            for found, expected in zip(exported(images, texts), Encoders()(images, texts)):
-                torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
