@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffclip.attention.base import Differential, Maps, attention_scores
+from diffclip.attention.base import Differential, Maps, attention_scores, recomputed
 from diffclip.base.errors import InputError
 
 
@@ -99,12 +99,11 @@ class Dex(Differential):
         """Lambda as it is at this point of the annealing."""
         return self.compute_lambda().item()
 
-    def form_for(self, q: Tensor) -> str:
-        return "fused" if self.attn_implementation == "auto" else self.attn_implementation
-
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         dropout = self.attn_drop if self.training else 0.0
-        mixed = self.mix(*self.project(x), attn_mask, is_causal, dropout)
+        inputs = (*self.project(x), attn_mask, is_causal, dropout)
+        written_out = self.form_for(inputs[0]) == "eager"  # else nothing large is kept for the backward pass
+        mixed = recomputed(self.mix, *inputs) if written_out else self.mix(*inputs)
         return self.proj_drop(self.project_out(self.merge(mixed), x))
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool, dropout: float) -> Tensor:

@@ -57,6 +57,15 @@ def test_it_computes_its_definition(form, causal):
     torch.testing.assert_close(module(x, is_causal=causal), module.out_proj(torch.cat(outputs, -1)))
 
 
+def test_forms_agree_in_gradients_too_where_maps_are_computed_twice():
+    x, gradients = torch.randn(1, 70, 48, dtype=torch.float64), []
+    for form in ("eager", "fused"):
+        module = random_dex(attn_implementation=form)
+        module(x).square().sum().backward()
+        gradients.append([p.grad for p in module.parameters()])
+    torch.testing.assert_close(*gradients)
+
+
 @pytest.mark.parametrize(("share", "expected"), [(0.0, 0.0), (0.25, 0.1125 + 0.05), (0.5, 0.15 + 0.1), (1.0, 0.2)])
 def test_lambda_is_annealed_from_nothing_to_what_is_learnt(share, expected):
     module = Dex(48, 4, lambda_init=0.6)
