@@ -32,8 +32,8 @@ def both_maps(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Return (A1, A2, lambda) of an attention module for its input x (batch, tokens, dim).
 
-    A1 and A2 are softmax maps (batch, maps, tokens, tokens), with heads / 2 maps in version 1 and one per head
-    otherwise; lambda broadcasts to them. A2 and lambda are None for ordinary attention.
+    A1 and A2 are softmax maps (batch, maps, tokens, tokens), with heads / 2 maps in v1 and one per head otherwise;
+    lambda broadcasts to them. A2 and lambda are None for ordinary attention, and for dex, whose values differ instead.
     """
     if isinstance(attention, Differential):
         return attention.maps(x, attn_mask, is_causal)
@@ -54,7 +54,8 @@ def _ordinary(attention: TimmAttention | nn.MultiheadAttention, x: Tensor) -> tu
 def attention_map(attention: Attention, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
     """Return the map that multiplies the values in this module, given its input x (batch, tokens, dim).
 
-    (batch, maps, tokens, tokens): signed, with rows summing to 1 - lambda, for differential attention.
+    (batch, maps, tokens, tokens): signed, with rows summing to 1 - lambda, for v1 and v2. That of dex is a softmax map,
+    of ordinary attention: the values that it multiplies are less a part of themselves, which no map shows.
     """
     first, second, lambda_ = both_maps(attention, x, attn_mask, is_causal)
     return first if second is None or lambda_ is None else first - lambda_ * second
@@ -167,8 +168,8 @@ def recorded(attention: nn.Module) -> Iterator[dict[str, Any]]:
 def layer_maps(model: open_clip.CLIP, images: Tensor, layer: int = -1) -> dict[str, Tensor]:
     """Return how much an image's embedding attends to each patch of images (batch, 3, size, size), normalised.
 
-    "A1", "A2" and "difference" = A1 - lambda A2, each (batch, maps, rows, columns); "A1" alone for ordinary attention.
-    Of layers and rows see `readouts`; several rows are averaged.
+    "A1", "A2" and "difference" = A1 - lambda A2, each (batch, maps, rows, columns); "A1" alone for ordinary attention
+    and for dex. Of layers and rows see `readouts`; several rows are averaged.
     """
     attention, rows = readout(model, layer)
     with recorded(attention) as seen:
@@ -176,7 +177,8 @@ def layer_maps(model: open_clip.CLIP, images: Tensor, layer: int = -1) -> dict[s
     maps = {"A1": seen["map"]}
     if isinstance(attention, Differential):
         first, second, _ = attention.maps(seen["input"])
-        maps = {"A1": first, "A2": second, "difference": seen["map"]}
+        if second is not None:
+            maps = {"A1": first, "A2": second, "difference": seen["map"]}
     return {name: patch_grid(map_[:, :, rows].mean(2), model) for name, map_ in maps.items()}
 
 

@@ -1,4 +1,4 @@
-"""Dual encoders in and out: our run directories, open_clip's and transformers', and the files of the official code."""
+"""Dual encoders in and out: our directories, open_clip's and transformers', and the files of the official code."""
 
 import runpy
 import sys
@@ -11,57 +11,85 @@ if __name__ == "__main__":  # `python -m diffclip.checkpoints convert`: the comm
 
 import argparse
 import json
-import re
 import warnings
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors.torch import save_file
+from torch import nn
 
-from diffclip import hf, models, preprocessing
+from diffclip import hf, hf_clip, hf_inputs, models, preprocessing, sources
+from diffclip.architectures import config_of, plain_state, preprocess_cfg_of, unwrapped
 from diffclip.attention import kind
-from diffclip.base.backbones import open_clip
+from diffclip.base.backbones import (
+    PreprocessCfg,
+    convert_state_dict,
+    convert_to_custom_text_state_dict,
+    find_checkpoint,
+    get_model_config,
+    load_checkpoint,
+    resize_pos_embed,
+    resize_text_pos_embed,
+    set_model_preprocess_cfg,
+)
 from diffclip.base.errors import InputError
 from diffclip.base.files import read_json, whole, write_whole
-from diffclip.hf_clip import load_transformers_clip
-from diffclip.models import CLIP
+from diffclip.models import DualEncoder
 from diffclip.official import from_official, official_config, read_official, to_official
-from diffclip.weights import load_strictly, read_safetensors, refuse_auto_map, refuse_foreign_code
+from diffclip.sources import CONFIG, OFFICIAL, WEIGHTS
+from diffclip.variants import current
+from diffclip.weights import load_strictly, read_safetensors, refuse_foreign_code
 
-CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
-OFFICIAL = "checkpoint_best.pt"  # as the official trainer calls it, alone in its Hub repositories
-HUB_FILES = [CONFIG, WEIGHTS, "*.json", "*.txt", "open_clip_pytorch_model.bin", "model.safetensors", OFFICIAL]
+Loaded = tuple[DualEncoder, Callable, Callable]  # model in evaluation mode, transform for evaluation, tokenizer
 
 
-def save(model: CLIP, directory: str | Path) -> None:
-    """Write the dual encoder and its vision tower into a directory, each file whole or not at all.
+def save(model: nn.Module, directory: str | Path) -> None:
+    """Write the dual encoder into a directory, each file whole or not at all.
 
     The encoder is in open_clip's layout (open_clip_config.json, with what is ours under "diffclip", and
-    open_clip_model.safetensors); the tower in transformers' (config.json, model.safetensors,
-    preprocessor_config.json). InputError for a model that does not come from `build` or `load`, and so has no config.
+    open_clip_model.safetensors), whatever its architecture; beside it lie the tokenizer and image processor that it
+    came with, if they are transformers'. A vision tower of the paper's make is written once more in transformers'
+    layout (config.json, model.safetensors, preprocessor_config.json). The wrappers of torch.compile,
+    DistributedDataParallel and weight averaging are taken off.
+
+    Raises:
+        InputError: for a model that comes neither from `build` or `load` nor, whole, from open_clip.
     """
-    if not hasattr(model, "model_config"):
-        raise InputError(f"cannot save a {type(model).__name__} without model_config: build it with diffclip.build")
+    model = unwrapped(model)
+    config = config_of(model)
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    trunk = {name.removeprefix("visual."): t for name, t in state.items() if name.startswith("visual.trunk.")}
-    config = hf.vision_config(model.model_config)
-    config.architectures = [hf.DiffCLIPVisionModel.__name__]
-    config.dtype = trunk["trunk.cls_token"].dtype
-    processor = hf.image_processor(model.model_config)
-
-    for name, tensors in ((WEIGHTS, state), ("model.safetensors", trunk)):
+    state = plain_state(model)
+    files = {WEIGHTS: state}
+    for part in beside(model, config):
+        part.save_pretrained(directory)
+    if models.papers(config):
+        trunk = {name.removeprefix("visual."): t for name, t in state.items() if name.startswith("visual.trunk.")}
+        files["model.safetensors"] = trunk
+        tower = hf.vision_config(config)
+        tower.architectures = [hf.DiffCLIPVisionModel.__name__]
+        tower.dtype = trunk["trunk.cls_token"].dtype
+        write_whole(directory / "config.json", tower.to_json_string())
+        write_whole(directory / "preprocessor_config.json", hf.image_processor(config).to_json_string())
+    for name, tensors in files.items():
         with whole(directory / name) as path:
             save_file(tensors, path, metadata={"format": "pt"})
             path.chmod(0o644)  # safetensors leaves files that nobody else may read
-    write_whole(directory / "config.json", config.to_json_string())
-    write_whole(directory / "preprocessor_config.json", processor.to_json_string())
-    write_whole(directory / CONFIG, json.dumps(model.model_config, indent=2) + "\n")  # last: it makes all loadable
+    write_whole(directory / CONFIG, json.dumps(config, indent=2) + "\n")  # last: it makes all loadable
+
+
+def beside(model: nn.Module, config: dict[str, Any]) -> list[Any]:
+    """What is saved with a model by its own `save_pretrained`: the tokenizer and image processor that it came with."""
+    parts = getattr(model, "beside", None)
+    if parts is None and config["model_cfg"]["text_cfg"].get("hf_tokenizer_name"):
+        try:
+            parts = [preprocessing.tokenizer(config)]
+        except InputError as error:
+            warnings.warn(f"saved without its tokenizer: {error}", stacklevel=3)
+    return parts or []
 
 
 def load(
@@ -70,13 +98,13 @@ def load(
     lambda_init: float | str | None = None,
     schedule_base: int = 0,
     heads: tuple[int, int] | None = None,
-) -> tuple[CLIP, Callable, Callable]:
+) -> Loaded:
     """Return (model in evaluation mode, its transform for evaluation, its tokenizer), as open_clip does.
 
     Args:
-        path_or_id: a directory of ours, of open_clip or of transformers' CLIPModel; a checkpoint file of the
-            official DiffCLIP or of SLIP, or a directory that holds it as checkpoint_best.pt; or the Hub id of any
-            such directory, like hammh0a/DiffCLIP_ViTB16_CC12M.
+        path_or_id: whatever names a dual encoder, see `diffclip.sources`: a run directory, files of the official
+            DiffCLIP or of SLIP, open_clip's `open_clip:NAME@WEIGHTS` and directories, transformers' CLIPModel and
+            SiglipModel directories, or the Hub id of any such, like hammh0a/DiffCLIP_ViTB16_CC12M.
         lambda_init, schedule_base: for files of the official code, which do not hold them (see
             `warm_start.differentiate`), those that `convert` wrote excepted; 0.8 with a notice if not given.
         heads: (vision, text) number of heads, for files of ordinary towers, which do not hold them either; 64
@@ -85,10 +113,16 @@ def load(
     Raises:
         InputError: for what cannot be read or recognised, or does not fit; then nothing is loaded.
     """
-    path = locate(path_or_id)
+    if named := sources.open_clip_name(path_or_id):
+        config = {"model_cfg": get_model_config(named.architecture), "preprocess_cfg": named.tag}
+        if named.tag:  # which activation the weights were trained with, whatever the architecture's name says
+            config["model_cfg"]["quick_gelu"] = bool(named.tag.get("quick_gelu", False))
+        return _load_open_clip(config, named.weights, str(path_or_id))
+    path = sources.locate(path_or_id)
     if path.is_dir() and not (path / CONFIG).is_file():
-        if (config := _transformers_config(path)).get("model_type") == "clip":
-            return load_transformers_clip(path, config)
+        config = sources.transformers_config(path)
+        if config.get("model_type") in sources.TRANSFORMERS:
+            return _with_inputs(hf_clip.load_model(path, config), path)
         if (path / OFFICIAL).is_file():
             path = path / OFFICIAL
     if path.is_file():
@@ -96,101 +130,102 @@ def load(
         config = official_config(state, lambda_init, schedule_base, heads, args)
         model = models.build(config)
         load_strictly(model, from_official(state), str(path))
-    else:
-        config = _read_config(path)
-        if "diffclip" not in config:
-            return _load_open_clip(path, config)
-        model = models.build(config)
-        load_strictly(model, read_safetensors(path / WEIGHTS), str(path / WEIGHTS))
-    model.model_config = config
-    return model.eval(), preprocessing.transforms(config, train=False), preprocessing.tokenizer(config)
+        model.model_config = config
+        return _with_inputs(model, path.parent)
+    config = _read_config(path)
+    if "diffclip" not in config:
+        return _load_open_clip(config, find_checkpoint(path), str(path), path)
+    refuse_foreign_code(config.get("model_cfg"), str(path / CONFIG))
+    model = models.build(config)
+    load_strictly(model, read_safetensors(path / WEIGHTS), str(path / WEIGHTS))
+    model.model_config = current(config)
+    return _with_inputs(model, path)
 
 
-def locate(path_or_id: str | Path) -> Path:
-    """Return an existing local path, or the local copy of a Hub repository."""
-    path = Path(path_or_id)
-    if path.exists():
-        return path
-    name = str(path_or_id).removeprefix("hf-hub:").rstrip("/")  # open_clip's prefix
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise InputError(f"{path}: no such file or directory")
-    try:
-        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        raise InputError(
-            f"{path}: no such file or directory, nor a Hub repository in reach ({type(error).__name__})"
-        ) from error
+def architecture(path_or_id: str | Path) -> dict[str, Any]:
+    """The model config of what `load` reads; of open_clip's names none of the weights are fetched or read."""
+    text = str(path_or_id)
+    if text.startswith(sources.PREFIX) and sources.plain(text) == text:
+        name = text.removeprefix(sources.PREFIX).partition("@")[0]
+        if model_cfg := get_model_config(name):
+            size = model_cfg["vision_cfg"].get("image_size", 224)
+            return {
+                "model_cfg": model_cfg,
+                "preprocess_cfg": {**asdict(PreprocessCfg()), "size": size},
+                "diffclip": {"variant": "CLIP", "attention": {}},
+            }
+    return load(path_or_id)[0].model_config
 
 
-def official_file(path_or_id: str | Path) -> Path | None:
-    """The official code's checkpoint file that a path, its folder or a Hub id names; None if there is none."""
-    try:
-        path = locate(path_or_id)
-    except InputError:
-        return None
-    if path.is_dir():
-        path = path / OFFICIAL
-    return path if path.is_file() else None
-
-
-def load_tower(path_or_id: str | Path) -> tuple[hf.DiffCLIPVisionModel, hf.DiffCLIPImageProcessor]:
-    """Return the vision tower, in evaluation mode, of what has no config.json of one: the official code's files.
-
-    InputError if it cannot be read, or is no dual encoder of ours.
-    """
-    model = load(path_or_id)[0]
-    if not hasattr(model, "model_config"):
-        raise InputError(f"{path_or_id}: a {type(model).__name__} that is not ours: its tower is read by transformers")
-    tower = hf.DiffCLIPVisionModel(hf.vision_config(model.model_config))
-    tower.trunk.load_state_dict(model.visual.trunk.state_dict())
-    return tower.eval(), hf.image_processor(model.model_config)
+def _with_inputs(model: DualEncoder, directory: Path | None) -> Loaded:
+    """Add to a model what prepares its images and texts: by its config, or by transformers' files of its directory."""
+    config = model.model_config
+    if directory and config["diffclip"].get("inputs") == "transformers":
+        transform, tokens, model.beside = hf_inputs.inputs(directory, config)
+        config["preprocess_cfg"] = hf_inputs.preprocess_cfg(transform, config["model_cfg"]["vision_cfg"]["image_size"])
+        return model.eval(), transform, tokens
+    tokenizer = preprocessing.tokenizer(config, directory=directory)
+    model.beside = [tokenizer] if hasattr(tokenizer, "save_pretrained") else []
+    return model.eval(), preprocessing.transforms(config, train=False), tokenizer
 
 
 def _read_config(directory: Path) -> dict[str, Any]:
     if not (directory / CONFIG).is_file():
-        raise InputError(f"{directory}: no {CONFIG}, so this is not a finished dual encoder{_resembles(directory)}")
+        reason = sources.directory_resembles(directory)
+        raise InputError(f"{directory}: no {CONFIG}, so this is not a finished dual encoder{reason}")
     config = read_json(directory / CONFIG)
     if not isinstance(config, dict):
         raise InputError(f"{directory / CONFIG}: not a model's config, but a {type(config).__name__}")
     return config
 
 
-def _resembles(directory: Path) -> str:
-    """Say what a directory that is no dual encoder may be, and what to do with it."""
-    names = sorted(path.name for path in directory.iterdir())
-    if "config.json" in names:
-        model_type = _transformers_config(directory).get("model_type")
-        if model_type in ("siglip", "siglip2"):
-            instead = "take open_clip's release of the same weights, like timm/ViT-B-16-SigLIP"
-            return f"; it is transformers' {model_type}, which is not read here: {instead}"
-        return f"; its config.json ({model_type or 'no model_type'}) is for transformers: use AutoModel.from_pretrained"
-    if any(name.startswith("checkpoint-") for name in names):
-        return "; it has the checkpoints of a run that is not finished: give the run's command again"
-    if weights := [name for name in names if name.endswith((".pt", ".pth", ".bin", ".safetensors"))]:
-        return f"; if one of its files ({', '.join(weights[:5])}) is the official DiffCLIP's or SLIP's, give its path"
-    return f"; it holds {', '.join(names[:5])}{' …' if len(names) > 5 else ''}" if names else "; it is empty"
-
-
-def _transformers_config(directory: Path) -> dict[str, Any]:
-    """The content of a config.json; empty if there is none."""
-    config = read_json(directory / "config.json") if (directory / "config.json").is_file() else None
-    return config if isinstance(config, dict) else {}
-
-
-def _load_open_clip(directory: Path, config: dict[str, Any]) -> tuple[open_clip.CLIP, Callable, Callable]:
-    model_cfg = config.get("model_cfg", config)
-    refuse_foreign_code(model_cfg, str(directory / CONFIG))
-    untrusting = {}
-    if model_cfg["text_cfg"].get("hf_tokenizer_name"):  # the tokenizer is transformers', and in this directory
-        refuse_auto_map(directory / "tokenizer_config.json", "AutoTokenizer")
-        untrusting = {"trust_remote_code": False}
-    name = f"local-dir:{directory}"
+def _load_open_clip(
+    config: dict[str, Any], weights: str | Path | None, source: str, directory: Path | None = None
+) -> Loaded:
+    """A model of open_clip's, from the config of an architecture or directory and its file of weights."""
+    model_cfg = config.get("model_cfg")
+    refuse_foreign_code(model_cfg, source)
+    if weights is None:
+        raise InputError(f"{source}: has a config but no weights; {WEIGHTS} is missing")
+    preprocess = PreprocessCfg(**_known(config.get("preprocess_cfg") or {}))
+    model = models.build(
+        {"model_cfg": model_cfg, "preprocess_cfg": asdict(preprocess), "diffclip": {"variant": "CLIP", "attention": {}}}
+    )
+    set_model_preprocess_cfg(model, {**asdict(preprocess), "size": model.visual.image_size})
+    model.model_config["preprocess_cfg"] = preprocess_cfg_of(model)
     try:
-        model, _, transform = open_clip.create_model_and_transforms(name)
-        return model.eval(), preprocessing.decoding(transform), open_clip.get_tokenizer(name, **untrusting)
+        if Path(weights).suffix in (".npz", ".npy"):  # big_vision's own
+            load_checkpoint(model, str(weights))
+        else:
+            _load_open_clip_state(model, Path(weights))
+    except InputError:
+        raise
     except Exception as error:  # open_clip raises whatever its loaders do
         reason = " ".join(str(error).split())[:300]
-        raise InputError(f"{directory}: open_clip cannot load it ({type(error).__name__}: {reason})") from error
+        raise InputError(f"{weights}: open_clip cannot load it ({type(error).__name__}: {reason})") from None
+    return _with_inputs(model, directory)
+
+
+def _load_open_clip_state(model: DualEncoder, path: Path) -> None:
+    """Load a file of weights as open_clip does, into the forms of today's model, but whole or not at all."""
+    state = convert_state_dict(model, sources.read_state(path)[0])
+    if "positional_embedding" in state and not hasattr(model, "positional_embedding"):
+        state = convert_to_custom_text_state_dict(state)
+    for name in ("logit_scale", "logit_bias"):
+        if name in state and getattr(model, name) is not None:
+            state[name] = state[name].reshape(getattr(model, name).shape)
+    if model.logit_bias is not None and "logit_scale" in state:
+        state.setdefault("logit_bias", torch.zeros_like(state["logit_scale"]))
+    state.pop("text.transformer.embeddings.position_ids", None)  # of transformers before 4.31
+    resize_pos_embed(state, model)
+    resize_text_pos_embed(state, model)
+    load_strictly(model, state, str(path))
+
+
+def _known(preprocess: dict[str, Any]) -> dict[str, Any]:
+    """Those keys of a preprocess_cfg that open_clip knows, with a value."""
+    known = PreprocessCfg.__dataclass_fields__
+    return {key: value for key, value in preprocess.items() if key in known and value is not None}
 
 
 def convert(source: str | Path, target: str | Path, **imported: Any) -> None:
@@ -201,24 +236,32 @@ def convert(source: str | Path, target: str | Path, **imported: Any) -> None:
     else. InputError for what cannot be read, or not be written in that layout.
     """
     model, _, _ = load(source, **imported)
-    if not isinstance(model, CLIP):
-        raise InputError(
-            f"{source}: a {type(model).__module__.split('.')[0]} model, which neither our directories nor the official "
-            "layout can hold: every command takes it as it is"
-        )
-    if Path(target).suffix not in (".pt", ".pth"):
+    if Path(target).suffix in (".pt", ".pth"):
+        write_official(model, target)
+    else:
         save(model, target)
-        return
+
+
+def write_official(model: DualEncoder, target: str | Path) -> None:
+    """Write a model in the official code's layout, see `convert`; InputError if that cannot hold it."""
     options = model.model_config["diffclip"]
-    version = options.get("version", 1)
-    if options["towers"] and not kind(version).in_official_layout:
-        reason = f"the official code has no version {version} of differential attention"
-        raise InputError(f"{reason}: write a directory instead")
-    state = {f"module.{name}": tensor for name, tensor in to_official(model.state_dict()).items()}
-    there = {"lambda_init": 0.8} if options["towers"] else {}
-    there["vision_norm_eps"] = 1e-5 if "vision" in options["towers"] else 1e-6
-    if differing := [f"{key} {options[key]}, not {value}" for key, value in there.items() if options[key] != value]:
-        warnings.warn(f"{target}: to be set in the official code by hand: {'; '.join(differing)}", stacklevel=2)
+    if not models.papers(model.model_config):
+        raise InputError(
+            f"{target}: the official layout holds a timm vision transformer beside CLIP's text transformer, and not "
+            f"this {type(model).__name__}: write a directory instead"
+        )
+    towers, differing = options["attention"], []
+    for tower, how in towers.items():
+        if not kind(how["kind"]).in_official_layout:
+            what = f"the official code has no differential attention {how['kind']}"
+            raise InputError(f"{target}: {what}: write a directory instead")
+        if how["lambda_init"] != 0.8:
+            differing.append(f"{tower} lambda_init {how['lambda_init']}, not 0.8")
+    if options["vision_norm_eps"] != (usual := 1e-5 if "vision" in towers else 1e-6):
+        differing.append(f"vision_norm_eps {options['vision_norm_eps']}, not {usual}")
+    if differing:
+        warnings.warn(f"{target}: to be set in the official code by hand: {'; '.join(differing)}", stacklevel=3)
+    state = {f"module.{name}": tensor for name, tensor in to_official(plain_state(model)).items()}
     args = argparse.Namespace(model=options["variant"], model_config=model.model_config)
     with whole(target) as path:
         torch.save({"state_dict": state, "args": args}, path)

@@ -28,7 +28,7 @@ class DiffCLIPVisionConfig(PreTrainedConfig):
     """Shape of the vision tower.
 
     `lambda_init` has one value per layer; None stands for ordinary attention, the CLIP baseline. `attention_version`
-    is the kind's number in `attention.KINDS`. With `stop_early`, a call that selects hidden states by index computes
+    is the kind's name in `attention.KINDS`. With `stop_early`, a call that selects hidden states by index computes
     no block after the last one selected, and gives no last_hidden_state: LLaVA reads hidden_states[-2] alone, so its
     last block is wasted work.
     """
@@ -44,7 +44,7 @@ class DiffCLIPVisionConfig(PreTrainedConfig):
     patch_size: int = 16
     layer_norm_eps: float = 1e-6
     lambda_init: list[float] | None = None
-    attention_version: int = 1
+    attention_version: str | int = "v1"
     stop_early: bool = False
 
 
@@ -184,8 +184,8 @@ def vision_config(model_config: dict[str, Any]) -> DiffCLIPVisionConfig:
     """Return the vision tower's part of a model config of `diffclip.models`."""
     vision_cfg, options = model_config["model_cfg"]["vision_cfg"], model_config["diffclip"]
     layers, lambda_init = vision_cfg["layers"], None
-    if "vision" in options["towers"]:
-        lambda_init = layer_lambda_inits(options["lambda_init"], options["schedule_base"], layers)
+    if how := options["attention"].get("vision"):
+        lambda_init = layer_lambda_inits(how["lambda_init"], how["schedule_base"], layers)
     return DiffCLIPVisionConfig(
         hidden_size=vision_cfg["width"],
         num_hidden_layers=layers,
@@ -195,7 +195,7 @@ def vision_config(model_config: dict[str, Any]) -> DiffCLIPVisionConfig:
         patch_size=vision_cfg["patch_size"],
         layer_norm_eps=options["vision_norm_eps"],
         lambda_init=lambda_init,
-        attention_version=options.get("version", 1),
+        attention_version=how["kind"] if how else "v1",
     )
 
 

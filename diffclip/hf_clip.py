@@ -1,31 +1,28 @@
-"""Directories of transformers' CLIPModel (openai/clip-vit-base-patch16 and its kin), read as open_clip models."""
+"""Directories of transformers' CLIPModel and SiglipModel (openai/clip-vit-base-patch16, google/siglip-base-patch16-224
+and their kin), read as models of ours.
+"""
 
-import warnings
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from PIL import Image
 from torch import Tensor, cat
-from transformers import AutoImageProcessor, AutoTokenizer, CLIPConfig
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers import CLIPConfig, SiglipConfig
 
-from diffclip.base.backbones import open_clip
+from diffclip import models
 from diffclip.base.errors import InputError
 from diffclip.base.files import read_json
-from diffclip.base.images import cut_strip, to_rgb
-from diffclip.weights import load_strictly, read_pickle, read_safetensors, refuse_auto_map, tensors
+from diffclip.models import DualEncoder
+from diffclip.weights import in_one_line, load_strictly, read_pickle, read_safetensors, tensors
 
-LAYER = (  # transformers' name, open_clip's
-    ("self_attn.out_proj.", "attn.out_proj."),
-    ("layer_norm1.", "ln_1."),
-    ("layer_norm2.", "ln_2."),
-    ("mlp.fc1.", "mlp.c_fc."),
-    ("mlp.fc2.", "mlp.c_proj."),
+# transformers' name of a layer's parts, open_clip's, and timm's
+LAYER = (
+    ("self_attn.out_proj.", "attn.out_proj.", "attn.proj."),
+    ("layer_norm1.", "ln_1.", "norm1."),
+    ("layer_norm2.", "ln_2.", "norm2."),
+    ("mlp.fc1.", "mlp.c_fc.", "mlp.fc1."),
+    ("mlp.fc2.", "mlp.c_proj.", "mlp.fc2."),
 )
-NAMES = {  # the same, outside of the layers
+NAMES = {  # the same outside of the layers, of CLIP's
     "vision_model.embeddings.class_embedding": "visual.class_embedding",
     "vision_model.embeddings.patch_embedding.weight": "visual.conv1.weight",
     "vision_model.embeddings.position_embedding.weight": "visual.positional_embedding",
@@ -35,40 +32,51 @@ NAMES = {  # the same, outside of the layers
     "vision_model.post_layernorm.": "visual.ln_post.",
     "text_model.final_layer_norm.": "ln_final.",
 }
+SIGLIP_NAMES = {
+    "vision_model.embeddings.patch_embedding.": "visual.trunk.patch_embed.proj.",
+    "vision_model.embeddings.position_embedding.weight": "visual.trunk.pos_embed",
+    "vision_model.post_layernorm.": "visual.trunk.norm.",
+    "vision_model.head.probe": "visual.trunk.attn_pool.latent",
+    "vision_model.head.attention.out_proj.": "visual.trunk.attn_pool.proj.",
+    "vision_model.head.layernorm.": "visual.trunk.attn_pool.norm.",
+    "vision_model.head.mlp.": "visual.trunk.attn_pool.mlp.",
+    "text_model.embeddings.token_embedding.weight": "text.token_embedding.weight",
+    "text_model.embeddings.position_embedding.weight": "text.positional_embedding",
+    "text_model.final_layer_norm.": "text.ln_final.",
+    "text_model.head.": "text.text_projection.",
+}
+ACTIVATIONS: dict[str, dict[str, Any]] = {"quick_gelu": {}, "gelu": {}, "gelu_pytorch_tanh": {"approximate": "tanh"}}
 
 
-def load_transformers_clip(directory: Path, config: dict[str, Any]) -> tuple[open_clip.CLIP, Callable, Callable]:
-    """Return (model in evaluation mode, its transform for evaluation, its tokenizer) for a CLIPModel's directory.
+def load_model(directory: Path, config: dict[str, Any]) -> DualEncoder:
+    """Return the model of a directory; `config` is the content of its config.json.
 
-    Images and texts are prepared by the directory's own image processor (on PIL) and tokenizer. `config` is the content
-    of its config.json.
-
-    Raises:
-        InputError: for an activation that open_clip's CLIP does not have, weights that do not fit, or an image
-            processor or tokenizer that cannot be followed.
+    InputError for an activation that open_clip's models do not have, or weights that do not fit.
     """
+    siglip = config.get("model_type") == "siglip"
+    kind = "SigLIP" if siglip else "CLIP"
     try:
-        whole = CLIPConfig.from_dict(config)
+        theirs = (SiglipConfig if siglip else CLIPConfig).from_dict(config)
     except Exception as error:  # transformers checks each value in its own way
-        raise InputError(f"{directory / 'config.json'}: not a CLIP's ({_in_one_line(error)})") from None
-    vision: Any = whole.vision_config  # which transformers also lets be a dict, or None
-    text: Any = whole.text_config
-    if {vision.hidden_act, text.hidden_act} not in ({"quick_gelu"}, {"gelu"}):
-        raise InputError(f"{directory}: activations {vision.hidden_act} and {text.hidden_act} are not CLIP's")
-    # the embedding is read at the first end token; with 2, which old files say, transformers takes the largest id
-    pooling = {} if text.eos_token_id == 2 else {"pool_type": "eos", "eos_id": text.eos_token_id}
-    model = open_clip.CLIP(
-        whole.projection_dim,
-        {
+        raise InputError(f"{directory / 'config.json'}: not a {kind}'s ({in_one_line(error)})") from None
+    vision: Any = theirs.vision_config  # which transformers also lets be a dict, or None
+    text: Any = theirs.text_config
+    acts = {vision.hidden_act, text.hidden_act}
+    if not acts <= ACTIVATIONS.keys() or (len(acts) > 1 and "quick_gelu" in acts):
+        raise InputError(f"{directory}: activations {vision.hidden_act} and {text.hidden_act} are not {kind}'s")
+    if siglip and not getattr(vision, "vision_use_head", True):
+        raise InputError(f"{directory}: a SigLIP without its pooling head (vision_use_head false) has no embedding")
+    model_cfg = {
+        "quick_gelu": acts == {"quick_gelu"},
+        "vision_cfg": {
             "layers": vision.num_hidden_layers,
             "width": vision.hidden_size,
             "head_width": vision.hidden_size // vision.num_attention_heads,
             "mlp_ratio": vision.intermediate_size / vision.hidden_size,
             "image_size": vision.image_size,
             "patch_size": vision.patch_size,
-            "norm_kwargs": {"eps": vision.layer_norm_eps},
         },
-        {
+        "text_cfg": {
             "context_length": text.max_position_embeddings,
             "vocab_size": text.vocab_size,
             "width": text.hidden_size,
@@ -76,131 +84,100 @@ def load_transformers_clip(directory: Path, config: dict[str, Any]) -> tuple[ope
             "layers": text.num_hidden_layers,
             "mlp_ratio": text.intermediate_size / text.hidden_size,
             "norm_kwargs": {"eps": text.layer_norm_eps},
-            **pooling,
+            "act_kwargs": ACTIVATIONS[text.hidden_act] or None,
         },
-        quick_gelu=vision.hidden_act == "quick_gelu",
-    )
-    load_strictly(model, rename(read_weights(directory)), str(directory))
-    transform = image_transform(directory, vision.image_size)
-    return model.eval(), transform, tokenizer(directory, text.max_position_embeddings, text.vocab_size)
+    }
+    ours: dict[str, Any] = {"variant": "CLIP", "attention": {}, "inputs": "transformers"}
+    if siglip:
+        ours |= siglip_parts(model_cfg, vision, text)
+    else:
+        clip_parts(model_cfg, vision, text, theirs.projection_dim)
+    model = models.build({"model_cfg": model_cfg, "preprocess_cfg": {}, "diffclip": ours})
+    load_strictly(model, (rename_siglip if siglip else rename)(read_weights(directory)), str(directory))
+    return model
 
 
-class ImageTransform:
-    """A transformers image processor as a transform from a PIL image to (channels, height, width), float32."""
-
-    def __init__(self, processor: Any) -> None:
-        self.processor = processor
-
-    def __repr__(self) -> str:  # by which the cache of features tells transforms apart
-        return f"ImageTransform({self.processor!r})"
-
-    def __call__(self, image: Image.Image) -> Tensor:
-        return self._pixels(image).float()
-
-    def seen(self, nearest: bool = False) -> Callable[[Image.Image], Image.Image]:
-        """Return what resizes and crops of it: PIL image -> PIL image; `nearest` for masks."""
-        only: dict[str, Any] = {"do_rescale": False, "do_normalize": False}
-        only |= {"resample": Image.Resampling.NEAREST} if nearest else {}
-        return lambda image: Image.fromarray(self._pixels(image, **only).byte().permute(1, 2, 0).numpy())
-
-    def _pixels(self, image: Image.Image, **options: Any) -> Tensor:
-        image = cut_strip(to_rgb(image)) if self.processor.do_center_crop else to_rgb(image)
-        return self.processor(image, return_tensors="pt", **options)["pixel_values"][0]
+def clip_parts(model_cfg: dict[str, Any], vision: Any, text: Any, embed_dim: Any) -> None:
+    """Complete a config that holds what both kinds have for a CLIPModel."""
+    model_cfg["embed_dim"] = embed_dim
+    act_kwargs = ACTIVATIONS[vision.hidden_act] or None
+    model_cfg["vision_cfg"] |= {"norm_kwargs": {"eps": vision.layer_norm_eps}, "act_kwargs": act_kwargs}
+    if text.eos_token_id != 2:  # the embedding is read at the first end token; with 2, which old files say,
+        model_cfg["text_cfg"] |= {"pool_type": "eos", "eos_id": text.eos_token_id}  # it is at the largest id
 
 
-def image_transform(directory: Path, side: int) -> ImageTransform:
-    """Return the directory's image processor as a transform from a PIL image to (3, side, side).
-
-    InputError if it cannot be read without running its code, or makes images of another size than the tower takes.
-    """
-    names = [name for name in ("preprocessor_config.json", "processor_config.json") if (directory / name).is_file()]
-    for name in names:
-        refuse_auto_map(directory / name, "AutoImageProcessor")
-        refuse_auto_map(directory / name, "AutoFeatureExtractor")
-    try:
-        if names:
-            processor = AutoImageProcessor.from_pretrained(directory, backend="pil", trust_remote_code=False)
-        else:
-            processor = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
-            warnings.warn(f"{directory}: no preprocessor_config.json: images are prepared as CLIP's are", stacklevel=4)
-        transform = ImageTransform(processor)
-        for size in ((2 * side + 7, side + 3), (side + 3, 2 * side + 7)):
-            made = tuple(transform(Image.new("RGB", size)).shape)
-            if made != (3, side, side):
-                raise InputError(
-                    f"{directory / names[0]}: makes {made} of an image of {size[0]} x {size[1]} pixels, but the vision "
-                    f"tower takes (3, {side}, {side}): correct its size, crop_size, do_resize or do_center_crop"
-                )
-    except InputError:
-        raise
-    except Exception as error:  # transformers raises whatever its processors do
-        raise InputError(f"{directory}: its image processor cannot be used ({_in_one_line(error)})") from None
-    return transform
-
-
-def tokenizer(directory: Path, context_length: int, vocab_size: int) -> Callable[[str | list[str]], Tensor]:
-    """Return the directory's tokenizer: str or list of str -> ids (n, context_length), int64; CLIP's if it has none.
-
-    InputError if it cannot be read without running its code, or gives ids that the model has no embedding for.
-    """
-    files = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "tokenizer.model")
-    if not any((directory / name).is_file() for name in files):
-        if vocab_size != 49408:
-            raise InputError(f"{directory}: no tokenizer beside a vocabulary of {vocab_size}: add its tokenizer.json")
-        warnings.warn(f"{directory}: no tokenizer: texts are read by CLIP's", stacklevel=4)
-        return open_clip.SimpleTokenizer(context_length=context_length)
-    refuse_auto_map(directory / "tokenizer_config.json", "AutoTokenizer")
-    try:
-        theirs = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-    except Exception as error:  # transformers raises whatever its loaders do
-        raise InputError(f"{directory}: its tokenizer cannot be read ({_in_one_line(error)})") from None
-    if max(theirs.get_vocab().values(), default=0) >= vocab_size:
-        raise InputError(f"{directory}: its tokenizer has {len(theirs)} tokens, but the model embeds {vocab_size}")
-    if theirs.padding_side != "right":
-        raise InputError(f"{directory}: its tokenizer pads on the left, which would move a CLIP's positions")
-    return partial(_ids, theirs, context_length)
-
-
-def _ids(theirs: Any, context_length: int, texts: str | list[str]) -> Tensor:
-    """Ids (n, context_length) of texts, cut and padded as a transformers tokenizer does."""
-    texts = [texts] if isinstance(texts, str) else list(texts)
-    rows = theirs(texts, truncation=True, max_length=min(context_length, theirs.model_max_length))["input_ids"]
-    ids = torch.full((len(rows), context_length), theirs.pad_token_id or 0)
-    for row, tokens in zip(ids, rows):
-        row[: len(tokens)] = torch.tensor(tokens)
-    return ids
-
-
-def _in_one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
+def siglip_parts(model_cfg: dict[str, Any], vision: Any, text: Any) -> dict[str, Any]:
+    """The same for a SiglipModel; returns what describes its vision tower, a timm one without a class token."""
+    model_cfg |= {"embed_dim": vision.hidden_size, "custom_text": True, "init_logit_bias": -10.0}
+    model_cfg["vision_cfg"]["timm_proj"] = "none"
+    model_cfg["text_cfg"] |= {"no_causal_mask": True, "proj_bias": True, "pool_type": "last"}
+    if text.projection_size != vision.hidden_size:
+        model_cfg["embed_dim"] = text.projection_size  # which `load_strictly` then finds not to fit
+    act = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "quick_gelu": "quick_gelu"}[vision.hidden_act]
+    trunk = {"class_token": False, "global_pool": "map", "act_layer": act}
+    return {"vision_norm_eps": vision.layer_norm_eps, "trunk": trunk}
 
 
 def rename(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Turn transformers' names into open_clip's: queries, keys and values become one matrix, projections (in, out).
+    """Turn CLIPModel's names into open_clip's: queries, keys and values become one matrix, projections (in, out).
 
     Names that are not known are kept, for `load_strictly` to list.
     """
-    state = {name: tensor for name, tensor in state.items() if not name.endswith("position_ids")}
     out: dict[str, Tensor] = {}
     for name, tensor in state.items():
-        if renamed := next((new + name[len(old) :] for old, new in NAMES.items() if name.startswith(old)), None):
+        if name.endswith("position_ids") or ".self_attn.k_proj." in name or ".self_attn.v_proj." in name:
+            continue
+        if renamed := outside_of_layers(name, NAMES):
             out[renamed] = tensor
         elif name in ("visual_projection.weight", "text_projection.weight"):
             out["visual.proj" if name.startswith("visual") else "text_projection"] = tensor.T.contiguous()
-        elif ".encoder.layers." in name:
-            tower, rest = name.split(".encoder.layers.")
-            layer, rest = rest.split(".", 1)
-            start = ("visual." if tower == "vision_model" else "") + f"transformer.resblocks.{layer}."
-            if rest.startswith("self_attn.q_proj."):
-                parts = [name.replace("q_proj", part) for part in ("q_proj", "k_proj", "v_proj")]
-                if all(part in state for part in parts):
-                    out[f"{start}attn.in_proj_{rest.rsplit('.', 1)[1]}"] = cat([state[part] for part in parts])
-            elif not rest.startswith(("self_attn.k_proj.", "self_attn.v_proj.")):
-                old, new = next(((o, n) for o, n in LAYER if rest.startswith(o)), ("", ""))
-                out[start + new + rest[len(old) :]] = tensor
         else:
-            out[name] = tensor
+            tower = "visual.transformer.resblocks" if name.startswith("vision_model.") else "transformer.resblocks"
+            out |= of_layer(name, state, tower, timm=False) or {name: tensor}
     return out
+
+
+def rename_siglip(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Turn SiglipModel's names into those of open_clip's text tower and timm's vision transformer."""
+    out: dict[str, Tensor] = {}
+    pool = "visual.trunk.attn_pool"
+    for name, tensor in state.items():
+        if name.endswith("position_ids") or ".self_attn.k_proj." in name or ".self_attn.v_proj." in name:
+            continue
+        if renamed := outside_of_layers(name, SIGLIP_NAMES):
+            out[renamed] = tensor[None] if renamed.endswith("pos_embed") else tensor
+        elif name.startswith("vision_model.head.attention.in_proj_"):
+            part, width = name.rsplit("_", 1)[1], len(tensor) // 3
+            out |= {f"{pool}.q.{part}": tensor[:width].clone(), f"{pool}.kv.{part}": tensor[width:].clone()}
+        elif name in ("logit_scale", "logit_bias"):
+            out[name] = tensor.reshape(())
+        else:
+            timm = name.startswith("vision_model.")
+            tower = "visual.trunk.blocks" if timm else "text.transformer.resblocks"
+            out |= of_layer(name, state, tower, timm) or {name: tensor}
+    return out
+
+
+def outside_of_layers(name: str, names: dict[str, str]) -> str:
+    """The new name of what is in no layer; "" for the rest."""
+    return next((new + name[len(old) :] for old, new in names.items() if name.startswith(old)), "")
+
+
+def of_layer(name: str, state: dict[str, Tensor], tower: str, timm: bool) -> dict[str, Tensor]:
+    """One entry of a layer under its new name; queries, keys and values come together at the queries' turn."""
+    if ".encoder.layers." not in name:
+        return {}
+    layer, rest = name.split(".encoder.layers.")[1].split(".", 1)
+    start = f"{tower}.{layer}."
+    if rest.startswith("self_attn.q_proj."):
+        parts = [name.replace("q_proj", part) for part in ("q_proj", "k_proj", "v_proj")]
+        if all(part in state for part in parts):
+            kind = rest.rsplit(".", 1)[1]
+            return {f"{start}attn.{'qkv.' if timm else 'in_proj_'}{kind}": cat([state[part] for part in parts])}
+    for old, native, timms in LAYER:
+        if rest.startswith(old):
+            return {start + (timms if timm else native) + rest[len(old) :]: state[name]}
+    return {}
 
 
 def read_weights(directory: Path) -> dict[str, Tensor]:

@@ -1,4 +1,5 @@
-"""The dual encoder: open_clip's text transformer beside a timm vision transformer, under open_clip's parameter names.
+"""The dual encoders: open_clip's models, with differential attention where their config says so, under open_clip's
+parameter names; the paper's have open_clip's text transformer beside a timm vision transformer of any size.
 
 The variants differ only in which attention modules are replaced. So the baseline's weights are open_clip's own, and
 everything made for an open_clip model (losses, benchmarks) takes ours.
@@ -14,43 +15,57 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from diffclip.base.backbones import TimmModel, TimmVisionTransformer, open_clip
+from diffclip.base.backbones import TimmModel, TimmVisionTransformer, build_vision_tower, open_clip
 from diffclip.base.errors import InputError
 from diffclip.base.graphs import recording, transformed
-from diffclip.variants import named
+from diffclip.variants import TOWERS, current, named
 from diffclip.warm_start import differentiate
 
+TRUNK_OPTIONS = ("class_token", "global_pool", "act_layer")  # of our own vision towers, beside open_clip's keys
 
-class CLIP(open_clip.CLIP):
-    """open_clip's CLIP with a timm vision tower of any size, and text cut to the batch's longest caption.
+
+class DualEncoder(nn.Module):
+    """What our models have beyond those of open_clip, which stand behind it in each class.
 
     `model_config` is the dict it was built from, the content of its open_clip_config.json.
     """
 
-    def __init__(self, model_config: dict[str, Any]) -> None:
-        model_cfg = copy.deepcopy(model_config["model_cfg"])
-        vision_cfg = model_cfg.pop("vision_cfg")
-        # open_clip has no hook for the vision tower: let it make an empty one, and put ours in its place.
-        super().__init__(vision_cfg={"layers": 0, "width": 8, "head_width": 8, "image_size": 16}, **model_cfg)
-        trunk = vision_trunk(vision_cfg, model_config["diffclip"]["vision_norm_eps"])
-        self.visual = VisionTower(trunk, model_cfg["embed_dim"])
-        self.model_config = copy.deepcopy(model_config)
+    model_config: dict[str, Any]
+    beside: list[Any]  # tokenizer and image processor of transformers that are saved with it; see `checkpoints.save`
+    visual: Any
+    transformer: Any
+    encode_image: Any
+    encode_text: Any
+    logit_scale: nn.Parameter
+    logit_bias: nn.Parameter | None
 
-    def forward(
-        self, image: Tensor | None = None, text: Tensor | None = None, chunk: int = 0
-    ) -> tuple[Tensor | None, Tensor | None, Tensor]:
-        """Return unit-length features of image (batch, 3, H, W) and text (batch, context), and exp(logit_scale).
+    def forward(self, image: Tensor | None = None, text: Tensor | None = None, chunk: int | None = None) -> Any:
+        """Return unit-length features of image (batch, 3, H, W) and text (batch, context), exp(logit_scale), and
+        logit_bias where the model has one; without `chunk`, whatever the class of open_clip returns.
 
-        With `chunk`, that many samples are encoded at a time, and once more in the backward pass (gradient caching,
-        Gao et al. 2021): the gradients are those of the whole batch, the memory that of a chunk.
+        With a `chunk` above 0, that many samples are encoded at a time, and once more in the backward pass (gradient
+        caching, Gao et al. 2021): the gradients are those of the whole batch, the memory that of a chunk.
         """
-        if not chunk or image is None or text is None:
+        if chunk is None or image is None or text is None:
             return super().forward(image, text)
+        encoders = ((self.encode_image, image), (self.encode_text, text))
         features = [
             torch.cat([checkpoint(encode, part, True, use_reentrant=False) for part in batch.split(chunk)])
-            for encode, batch in ((self.encode_image, image), (self.encode_text, text))
+            if 0 < chunk < len(batch)
+            else encode(batch, True)
+            for encode, batch in encoders
         ]
-        return *features, self.logit_scale.exp()
+        return *features, self.logit_scale.exp(), *([] if self.logit_bias is None else [self.logit_bias])
+
+
+class CLIP(DualEncoder, open_clip.CLIP):
+    """open_clip's CLIP, whose texts are cut to the longest caption of the batch where they can be."""
+
+    token_embedding: Any  # as in open_clip, of whose modules mypy knows nothing
+    positional_embedding: Any
+    transformer: Any
+    ln_final: Any
+    attn_mask: Any
 
     def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:
         """Return (batch, embed_dim) for token ids (batch, up to context_length).
@@ -59,6 +74,8 @@ class CLIP(open_clip.CLIP):
         after the last of these positions cannot matter: they are cut off, except where torch records a graph,
         which wants one length, or transforms the function.
         """
+        if self.text_pool_type != "argmax" or self.attn_mask is None or not isinstance(self.text_projection, Tensor):
+            return super().encode_text(text, normalize)
         ends = text.argmax(dim=-1)  # (batch,)
         if not (recording() or transformed()):
             text = text[:, : int(ends.max()) + 1]
@@ -73,22 +90,33 @@ class CLIP(open_clip.CLIP):
         return F.normalize(x, dim=-1) if normalize else x
 
 
+class CustomTextCLIP(DualEncoder, open_clip.CustomTextCLIP):
+    """open_clip's CLIP with a text tower of its own kind, SigLIP among them."""
+
+
+class CoCa(DualEncoder, open_clip.CoCa):
+    """open_clip's CoCa; its caption decoder is carried along, neither trained nor asked here."""
+
+
 class VisionTower(TimmModel):
     """open_clip's adapter (trunk, then head.proj) around a trunk that is already built."""
 
-    def __init__(self, trunk: TimmVisionTransformer, embed_dim: int) -> None:
+    def __init__(self, trunk: TimmVisionTransformer, embed_dim: int | None) -> None:
+        """`embed_dim` None leaves the projection out, as SigLIP does."""
         nn.Module.__init__(self)
         self.image_size = trunk.patch_embed.img_size
         self.trunk = trunk
-        projection = nn.Linear(trunk.embed_dim, embed_dim, bias=False)
-        self.head = nn.Sequential(OrderedDict(drop=nn.Dropout(0.0), proj=projection))
+        layers: dict[str, nn.Module] = {}
+        if embed_dim is not None:
+            layers = {"drop": nn.Dropout(0.0), "proj": nn.Linear(trunk.embed_dim, embed_dim, bias=False)}
+        self.head = nn.Sequential(OrderedDict(layers))
 
 
-def vision_trunk(vision_cfg: dict[str, Any], norm_eps: float) -> TimmVisionTransformer:
+def vision_trunk(vision_cfg: dict[str, Any], norm_eps: float, **options: Any) -> TimmVisionTransformer:
     """Return a timm vision transformer with a class token, pooled at that token after the final norm.
 
     `vision_cfg` has open_clip's keys; `norm_eps` of its layer norms is 1e-6 in timm and SLIP, 1e-5 in the official
-    DiffCLIP.
+    DiffCLIP. `options` are timm's own for towers of another make (`TRUNK_OPTIONS`).
     """
     return TimmVisionTransformer(
         img_size=vision_cfg["image_size"],
@@ -99,10 +127,52 @@ def vision_trunk(vision_cfg: dict[str, Any], norm_eps: float) -> TimmVisionTrans
         mlp_ratio=vision_cfg["mlp_ratio"],
         norm_layer=partial(nn.LayerNorm, eps=norm_eps),
         num_classes=0,
+        **options,
     )
 
 
-def build(name_or_config: str | dict[str, Any], *, init: str = "matched") -> CLIP:
+def papers(config: dict[str, Any]) -> bool:
+    """Whether a model config is of the paper's make, the only one that the official code and `diffclip.hf` know."""
+    return "vision_norm_eps" in config["diffclip"] and "trunk" not in config["diffclip"]
+
+
+def vision_tower(
+    embed_dim: int, vision_cfg: dict[str, Any], quick_gelu: bool = False, options: dict[str, Any] | None = None
+) -> Any:
+    """Return a vision tower with fresh weights and ordinary attention: open_clip's, or, where `options` (the "diffclip"
+    part of a model config) has `vision_norm_eps`, one of ours.
+    """
+    options, vision_cfg = options or {}, copy.deepcopy(vision_cfg)
+    if "vision_norm_eps" in options:
+        more = {key: value for key, value in options.get("trunk", {}).items() if key in TRUNK_OPTIONS}
+        trunk = vision_trunk(vision_cfg, options["vision_norm_eps"], **more)
+        return VisionTower(trunk, None if vision_cfg.get("timm_proj") == "none" else embed_dim)
+    if "timm_model_name" in vision_cfg:
+        vision_cfg["timm_model_pretrained"] = False  # the weights come with the model, not from elsewhere
+    visual = build_vision_tower(embed_dim, vision_cfg, quick_gelu)
+    patches = getattr(getattr(visual, "trunk", None), "patch_embed", None)  # of timm's vision transformers
+    if getattr(patches, "img_size", None) not in (None, visual.image_size):
+        visual.set_input_size(vision_cfg["image_size"])  # open_clip leaves timm's towers at their own size
+    return visual
+
+
+def construct(config: dict[str, Any]) -> DualEncoder:
+    """Return the model of a config with open_clip's fresh weights, and ordinary attention throughout."""
+    model_cfg = copy.deepcopy(config["model_cfg"])
+    vision_cfg, text_cfg = model_cfg.pop("vision_cfg"), model_cfg["text_cfg"]
+    if "hf_model_name" in text_cfg:
+        text_cfg["hf_model_pretrained"] = False
+    kind: type[DualEncoder] = CLIP
+    if model_cfg.pop("custom_text", False) or "hf_model_name" in text_cfg:
+        kind = CoCa if "multimodal_cfg" in model_cfg else CustomTextCLIP
+    # open_clip has no hook for the vision tower: let it make an empty one, and put the right one in its place
+    model = kind(vision_cfg={"layers": 0, "width": 8, "head_width": 8, "image_size": 16}, **model_cfg)
+    quick_gelu = model_cfg.get("quick_gelu", False)
+    model.visual = vision_tower(model_cfg["embed_dim"], vision_cfg, quick_gelu, config["diffclip"])
+    return model
+
+
+def build(name_or_config: str | dict[str, Any], *, init: str = "matched") -> DualEncoder:
     """Return a model with fresh weights.
 
     Args:
@@ -118,28 +188,34 @@ def build(name_or_config: str | dict[str, Any], *, init: str = "matched") -> CLI
     """
     if init not in ("matched", "official"):
         raise InputError(f"init must be 'matched' or 'official': got {init!r}")
-    config = named(name_or_config) if isinstance(name_or_config, str) else copy.deepcopy(name_or_config)
-    options = config.setdefault("diffclip", {"variant": "CLIP", "towers": [], "vision_norm_eps": 1e-6})
-    if init == "official" and "vision" in options["towers"]:
+    config = current(named(name_or_config) if isinstance(name_or_config, str) else name_or_config)
+    options = config.setdefault("diffclip", {"variant": "CLIP", "attention": {}, "vision_norm_eps": 1e-6})
+    attention = options.setdefault("attention", {})
+    own = "vision_norm_eps" in options
+    if init == "official" and own and "vision" in attention:
         options["vision_norm_eps"] = 1e-5
     options["init"] = init
     try:
-        model = CLIP(config)
-    except (KeyError, TypeError) as error:
-        raise InputError(f"model config: {type(error).__name__} {error}; compare with diffclip/configs/") from error
+        model = construct(config)
+    except (KeyError, TypeError, ValueError, AssertionError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(
+            f"model config: {type(error).__name__} {reason}; compare with diffclip/configs/ or open_clip's"
+        ) from error
 
-    nn.init.normal_(model.get_parameter("visual.head.proj.weight"), std=model.visual.trunk.embed_dim**-0.5)
-    if options["towers"]:
-        version = options.get("version", 1)
-        differentiate(model, options["towers"], options["lambda_init"], options["schedule_base"], version, False)
+    if own and hasattr(model.visual.head, "proj"):
+        nn.init.normal_(model.get_parameter("visual.head.proj.weight"), std=model.visual.trunk.embed_dim**-0.5)
+    for tower in sorted(attention, key=TOWERS.index):
+        differentiate(model, [tower], **attention[tower], preserve=False)
+    model.model_config = config
     if init == "official":
         _official_init(model)
     return model
 
 
-def _official_init(model: CLIP) -> None:
+def _official_init(model: DualEncoder) -> None:
     """Redraw what the official code leaves at torch's defaults: vision Linears, and text attention biases."""
-    towers = model.model_config["diffclip"]["towers"]
+    towers = model.model_config["diffclip"]["attention"]
     if "vision" in towers:
         for module in model.visual.trunk.modules():
             if isinstance(module, nn.Linear):

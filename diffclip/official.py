@@ -5,7 +5,6 @@ tower's prefix and the image projection, which is kept as (in, out).
 """
 
 import argparse
-import copy
 import re
 import warnings
 from pathlib import Path
@@ -14,23 +13,25 @@ from typing import Any
 from torch import Tensor
 
 from diffclip.base.errors import InputError
-from diffclip.variants import IMAGENET_PREPROCESS, variant_name
-from diffclip.weights import read_pickle, read_safetensors, tensors
+from diffclip.sources import read_state, resembles
+from diffclip.variants import IMAGENET_PREPROCESS, attention, current, variant_name
 
 
 def read_official(path: Path) -> tuple[dict[str, Tensor], argparse.Namespace]:
-    """Read a checkpoint file; return its tensors by plain name, and the trainer's arguments."""
-    content: Any = read_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path)
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: holds no state dict, but a {type(content).__name__}")
-    args = content.get("args")
-    content = next((content[key] for key in ("state_dict", "model") if isinstance(content.get(key), dict)), content)
-    state = {}
-    for name, tensor in tensors(content, path).items():  # of DistributedDataParallel, twice at times, and compile
-        state[re.sub(r"^(module\.)+", "", str(name).replace("_orig_mod.", ""))] = tensor
+    """Read a checkpoint file; return its tensors by plain name, and the trainer's arguments.
+
+    SLIP's head for its loss between images (`image_mlp`) is left out, with a notice.
+    """
+    state, content = read_state(path)
     if not {"image_projection", "visual.cls_token"} <= state.keys():
         lacks = "no image_projection or visual.cls_token"
-        raise InputError(f"{path}: {lacks}, so not a file of the official DiffCLIP or SLIP")
+        raise InputError(
+            f"{path}: {lacks}, so not a file of the official DiffCLIP or SLIP{resembles(set(state), path)}"
+        )
+    if extra := [name for name in state if name.startswith("image_mlp.")]:
+        state = {name: tensor for name, tensor in state.items() if name not in extra}
+        warnings.warn(f"{path}: image_mlp, SLIP's head for views of an image, is left out", stacklevel=3)
+    args = content.get("args")
     return state, args if isinstance(args, argparse.Namespace) else argparse.Namespace()
 
 
@@ -63,11 +64,10 @@ def official_config(
     `args` are the file's own; where `convert` has put a config into them it is returned, if it was not overruled.
     """
     if isinstance(written := getattr(args, "model_config", None), dict) and "model_cfg" in written:
-        config = copy.deepcopy(written)
-        options = config.get("diffclip")
-        if lambda_init is not None and isinstance(options, dict) and options.get("towers"):
-            options.update(lambda_init=lambda_init, schedule_base=schedule_base)
-            options["variant"] = variant_name(options["towers"], lambda_init)
+        config = current(written)
+        if lambda_init is not None and (there := config.get("diffclip", {}).get("attention")):
+            there |= {tower: attention("v1", lambda_init, schedule_base) for tower in there}
+            config["diffclip"]["variant"] = variant_name(there)
         return config
 
     def layers(prefix: str) -> int:
@@ -93,9 +93,11 @@ def official_config(
         context_length, embed_dim = len(state["positional_embedding"]), state["text_projection"].shape[1]
     except KeyError as error:
         raise InputError(f"the checkpoint lacks {error}, nothing was loaded") from error
-    if towers and lambda_init is None:
+    if lambda_init is None:
         lambda_init = 0.8
-        warnings.warn("the weights do not tell lambda_init: took 0.8 in all layers", stacklevel=3)
+        if towers:
+            warnings.warn("the weights do not tell lambda_init: took 0.8 in all layers", stacklevel=3)
+    how = {tower: attention("v1", lambda_init, schedule_base) for tower in towers}
     return {
         "model_cfg": {
             "embed_dim": embed_dim,
@@ -119,9 +121,8 @@ def official_config(
         },
         "preprocess_cfg": {"size": image_size, **IMAGENET_PREPROCESS},
         "diffclip": {
-            "variant": variant_name(towers, lambda_init),
-            "towers": towers,
-            **({"lambda_init": lambda_init, "schedule_base": schedule_base} if towers else {}),
+            "variant": variant_name(how),
+            "attention": how,
             "vision_norm_eps": 1e-5 if "vision" in towers else 1e-6,
             "init": "imported",
         },

@@ -1,6 +1,7 @@
 """From captions to token ids and from images to pixels, as a model config says: the two ends before the encoders."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import regex as re  # open_clip's tokenizer needs its classes of letters and digits
@@ -9,18 +10,44 @@ from torch import Tensor
 from torchvision import transforms as T
 from torchvision.transforms.functional import InterpolationMode
 
-from diffclip.base.backbones import open_clip
+from diffclip.base.backbones import HFTokenizer, PreprocessCfg, image_transform_v2, open_clip
+from diffclip.base.errors import InputError
 from diffclip.base.images import cut_strip, to_rgb
+from diffclip.weights import refuse_auto_map
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "tokenizer.model")
 
 
-def tokenizer(model_config: dict[str, Any], legacy: bool = False) -> Callable[[str | list[str]], Tensor]:
-    """Return CLIP's byte-pair tokenizer: str or list of str -> ids (n, context_length), int64, padded with 0.
+def tokenizer(
+    model_config: dict[str, Any], legacy: bool = False, directory: str | Path | None = None
+) -> Callable[[str | list[str]], Tensor]:
+    """Return a model's tokenizer: str or list of str -> ids (n, context_length), int64, padded.
 
-    A caption that is too long is cut so that it still ends in the end token, at which its embedding is read.
-    `legacy` reproduces the tokenizer of SLIP and the official DiffCLIP, which loses that end token.
+    It is CLIP's byte-pair tokenizer, where the config names no other of transformers; that one is read from
+    `directory`, or without one from the Hub's cache. A caption that is too long is cut so that it still ends in the
+    end token, at which CLIP's embedding is read. `legacy` reproduces the tokenizer of SLIP and the official DiffCLIP,
+    which loses that end token.
+
+    Raises:
+        InputError: a tokenizer that is not there, or could not be read without running code of its own.
     """
-    kind = LegacyTokenizer if legacy else open_clip.SimpleTokenizer
-    return kind(context_length=model_config["model_cfg"]["text_cfg"]["context_length"])
+    text_cfg = model_config["model_cfg"]["text_cfg"]
+    length, options = text_cfg.get("context_length", 77), text_cfg.get("tokenizer_kwargs") or {}
+    if legacy:
+        return LegacyTokenizer(context_length=length)
+    if not (name := text_cfg.get("hf_tokenizer_name")):
+        return open_clip.SimpleTokenizer(context_length=length, **options)
+    source = name
+    if directory and any((Path(directory) / file).is_file() for file in TOKENIZER_FILES):
+        refuse_auto_map(Path(directory) / "tokenizer_config.json", "AutoTokenizer")
+        source = str(directory)
+    try:
+        mode = text_cfg.get("tokenizer_mode")
+        return HFTokenizer(source, length, tokenizer_mode=mode, **{**options, "trust_remote_code": False})
+    except Exception as error:  # transformers raises whatever its loaders do
+        reason = " ".join(str(error).split())[:200]
+        where = f"nor in {directory}" if directory and source == name else f"({type(error).__name__}: {reason})"
+        raise InputError(f"the model's tokenizer {source} cannot be read, {where}: put its files there") from None
 
 
 class LegacyTokenizer(open_clip.SimpleTokenizer):
@@ -54,12 +81,15 @@ def transforms(
 ) -> Callable[..., Tensor]:
     """Return the transform from a PIL image to a normalised (3, size, size) float tensor.
 
-    Training: a random crop of `crop_scale` of the area, bilinear, no flip, as in SLIP.
-    Otherwise: the shorter side to `size`, bilinear, then the centre.
-    With `normalized` False the tensor is uint8, and `normalize` does the rest for a whole batch.
+    Training: a random crop of `crop_scale` of the area, no flip, as in SLIP, in the model's interpolation.
+    Otherwise, where the model's `resize_mode` is "shortest": the shorter side to `size`, then the centre; for other
+    modes, what open_clip does. With `normalized` False the tensor is uint8, and `normalize` does the rest for a whole
+    batch.
     """
     cfg = model_config["preprocess_cfg"]
-    interpolation = InterpolationMode(cfg["interpolation"])
+    if not train and (cfg.get("resize_mode", "shortest") != "shortest" or not isinstance(cfg["size"], int)):
+        return decoding(image_transform_v2(PreprocessCfg(**cfg), is_train=False))
+    interpolation = InterpolationMode(cfg.get("interpolation", "bicubic").replace("random", "bicubic"))
     if train:
         crop = [T.RandomResizedCrop(cfg["size"], scale=crop_scale, interpolation=interpolation)]
     else:

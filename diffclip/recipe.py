@@ -8,12 +8,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from diffclip.base.backbones import ClipLoss
+from diffclip.base.backbones import ClipLoss, SigLipLoss
 
 MAX_LOGIT_SCALE = 4.6052  # ln 100, rounded as in SLIP
 
 
-def contrastive_loss(gather_with_grad: bool = True) -> ClipLoss:
+def contrastive_loss(gather_with_grad: bool = True, sigmoid: bool = False) -> ClipLoss | SigLipLoss:
     """A callable (image_features, text_features, logit_scale) -> mean loss of this rank's pairs.
 
     Features are (batch, width), of unit length; logit_scale is already exponentiated. Each rank compares its own
@@ -22,8 +22,12 @@ def contrastive_loss(gather_with_grad: bool = True) -> ClipLoss:
     Args:
         gather_with_grad: let gradients flow through the gathered features, as one big batch would. SLIP and the
             official DiffCLIP gather without (the same loss value, a smaller gradient).
+        sigmoid: SigLIP's loss (Zhai et al. 2023), for models with a bias beside their temperature; it is called with
+            that as a fourth argument, and its gradient is always exact.
     """
     ranked = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    if sigmoid:
+        return SigLipLoss(rank=dist.get_rank() if ranked else 0, world_size=dist.get_world_size() if ranked else 1)
     return ClipLoss(
         local_loss=True,
         gather_with_grad=gather_with_grad,

@@ -8,14 +8,22 @@ from diffclip.base.commands import closest
 from diffclip.base.errors import InputError
 from diffclip.base.files import read_json
 
+TOWERS = ("vision", "text")
+
+
+def attention(kind: str, lambda_init: float | str | list[float], schedule_base: int = 0) -> dict[str, Any]:
+    """How a tower is differential, as model configs hold it; `lambda_init` may have one value per layer."""
+    return {"kind": kind, "lambda_init": lambda_init, "schedule_base": schedule_base}
+
+
 # What is differential in each variant (section 3 and table 1 of the paper); the baseline has nothing. V2 is not the
 # paper's: it has Microsoft's second version of differential attention.
-VARIANTS: dict[str, dict[str, Any]] = {
-    "CLIP": {"towers": []},
-    "DiffCLIP": {"towers": ["vision", "text"], "lambda_init": 0.8, "schedule_base": 0},
-    "DiffCLIP-star": {"towers": ["vision", "text"], "lambda_init": "schedule", "schedule_base": 0},
-    "DiffCLIP-dagger": {"towers": ["vision"], "lambda_init": 0.8, "schedule_base": 0},
-    "DiffCLIP-V2": {"towers": ["vision", "text"], "lambda_init": 0.5, "schedule_base": 0, "version": 2},
+VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
+    "CLIP": {},
+    "DiffCLIP": {tower: attention("v1", 0.8) for tower in TOWERS},
+    "DiffCLIP-star": {tower: attention("v1", "schedule") for tower in TOWERS},
+    "DiffCLIP-dagger": {"vision": attention("v1", 0.8)},
+    "DiffCLIP-V2": {tower: attention("v2", 0.5) for tower in TOWERS},
 }
 IMAGENET_PREPROCESS: dict[str, Any] = {
     "mean": [0.485, 0.456, 0.406],
@@ -29,7 +37,7 @@ SIZES = {path.stem: path for path in sorted((Path(__file__).parent / "configs").
 def _named_config(variant: str, size: str) -> dict[str, Any]:
     config = read_json(SIZES[size])
     # timm's epsilon for every variant, so that arms trained here differ in nothing but the attention.
-    config["diffclip"] = {"variant": variant, **copy.deepcopy(VARIANTS[variant]), "vision_norm_eps": 1e-6}
+    config["diffclip"] = {"variant": variant, "attention": copy.deepcopy(VARIANTS[variant]), "vision_norm_eps": 1e-6}
     return config
 
 
@@ -47,10 +55,21 @@ def named(name: str) -> dict[str, Any]:
     return copy.deepcopy(MODELS[name])
 
 
-def variant_name(towers: list[str], lambda_init: float | str | None, version: int = 1) -> str:
-    """Return the variant's name in `VARIANTS`, or "custom"."""
-    for name, options in VARIANTS.items():
-        same = options["towers"] == towers and options.get("version", 1) == version
-        if same and (not towers or options["lambda_init"] == lambda_init):
-            return name
-    return "custom"
+def variant_name(towers: dict[str, dict[str, Any]]) -> str:
+    """Return the name in `VARIANTS` of what is differential in each tower, or "custom"."""
+
+    def decisive(of: dict[str, dict[str, Any]]) -> dict[str, tuple[Any, Any]]:
+        return {tower: (how["kind"], how["lambda_init"]) for tower, how in of.items()}
+
+    return next((name for name, of in VARIANTS.items() if decisive(of) == decisive(towers)), "custom")
+
+
+def current(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a copy of a model config in today's form: earlier ones had one kind of attention for all their towers."""
+    config = copy.deepcopy(config)
+    options = config.get("diffclip")
+    if isinstance(options, dict) and "towers" in options:
+        towers, version = options.pop("towers"), options.pop("version", 1)
+        lambda_init, base = options.pop("lambda_init", None), options.pop("schedule_base", 0)
+        options["attention"] = {tower: attention(f"v{version}", lambda_init, base) for tower in towers}
+    return config

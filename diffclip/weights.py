@@ -39,6 +39,11 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         raise InputError(f"{path}: cannot be read as safetensors: {error}") from error
 
 
+def in_one_line(error: Exception) -> str:
+    """What an error says, or else its kind."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
 class Unread:
     """Stands for objects of the official trainer's files that are of no use here: paths and numpy's numbers."""
 

@@ -38,7 +38,7 @@ def written(attention: nn.Module, map_: Tensor | None, *args: Any, **kwargs: Any
     if isinstance(attention, Differential):
         if map_ is None:
             first, second, lambda_ = attention.maps(args[0])
-            map_ = first - lambda_ * second
+            map_ = first if second is None or lambda_ is None else first - lambda_ * second
         out = attention.apply_map(args[0], map_)
         return map_, (out, None) if isinstance(attention, CalledLikeMultihead) else out
     if isinstance(attention, nn.MultiheadAttention):

@@ -19,13 +19,13 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from diffclip import sources
 from diffclip.base.errors import InputError
 from diffclip.base.fingerprint import fingerprint
-from diffclip.checkpoints import load_tower, official_file
 from mllm.conversation import IMAGE, chat_template
 from mllm.llava import DiffCLIPLlavaConfig, DiffCLIPLlavaForConditionalGeneration, own_head
 from mllm.model import VisionLanguageModel
-from mllm.open_clip_tower import PREFIX, from_open_clip
+from mllm.open_clip_tower import load_tower
 from mllm.processing import prepare_tokenizer, with_mode
 from mllm.weights import from_pretrained, load_strictly, verify
 
@@ -126,11 +126,8 @@ def assembled_config(
     Their config.json is enough, but open_clip's names are loaded.
     """
     text = from_pretrained(AutoConfig, language_model)
-    if str(vision_tower).startswith(PREFIX):
-        vision = from_open_clip(str(vision_tower))[0].config
-    else:
-        official = _official_tower(vision_tower)
-        vision = official[0].config if official else from_pretrained(AutoConfig, vision_tower)
+    encoder = _dual_encoders_tower(vision_tower)
+    vision = encoder[0].config if encoder else from_pretrained(AutoConfig, vision_tower)
     vision = getattr(vision, "vision_config", None) or vision
     return DiffCLIPLlavaConfig(
         vision_config=vision,
@@ -225,10 +222,8 @@ def _check_logits(
 
 def _load_tower(path: str | Path, dtype: torch.dtype) -> tuple[PreTrainedModel, BaseImageProcessor]:
     """The vision tower of a pretraining run or of any CLIP-like model, without its text half; its image processor."""
-    if str(path).startswith(PREFIX):
-        return from_open_clip(str(path))
-    if official := _official_tower(path):
-        return official
+    if encoder := _dual_encoders_tower(path):
+        return encoder
     config = from_pretrained(AutoConfig, path)
     vision = getattr(config, "vision_config", None)
     only = "" if vision is None else "vision"
@@ -236,13 +231,16 @@ def _load_tower(path: str | Path, dtype: torch.dtype) -> tuple[PreTrainedModel, 
     return tower, AutoImageProcessor.from_pretrained(path, trust_remote_code=False)
 
 
-def _official_tower(path: str | Path) -> tuple[PreTrainedModel, BaseImageProcessor] | None:
-    """The vision tower of a file of the official DiffCLIP or SLIP, its folder or Hub id; None for anything else."""
-    try:
-        AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError):
-        return load_tower(str(path)) if official_file(path) else None
-    return None
+def _dual_encoders_tower(path: str | Path) -> tuple[PreTrainedModel, BaseImageProcessor] | None:
+    """The vision tower of a dual encoder in open_clip's or the official layout; None for what is transformers'."""
+    if not str(path).startswith(sources.PREFIX):
+        try:
+            AutoConfig.from_pretrained(path, trust_remote_code=False)
+            return None
+        except (OSError, ValueError):
+            if not sources.is_dual_encoder(path):
+                return None
+    return load_tower(path)
 
 
 @torch.no_grad()

@@ -1,9 +1,9 @@
 """Vision towers of open_clip, with timm's among them, as transformers models for the Auto classes and for LLaVA.
 
-`vision_tower: open_clip:ViT-B-16@laion2b_s34b_b88k` names one: an architecture of open_clip and a pretrained tag or
-file of weights; or `open_clip:hf-hub:ORG/NAME`, `open_clip:local-dir:FOLDER`, which carry their weights.
+`vision_tower: open_clip:ViT-B-16@laion2b_s34b_b88k` names one, and so does whatever else `diffclip.sources` knows.
 """
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,23 +18,19 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutput
 
-from diffclip.base.backbones import (
-    OpenClipVisionTransformer,
-    QuickGELU,
-    build_vision_tower,
-    get_model_config,
-    open_clip,
-)
+from diffclip.base.backbones import OpenClipVisionTransformer
 from diffclip.base.errors import InputError
-from diffclip.hf import DiffCLIPImageProcessor, image_processor
-from diffclip.weights import refuse_foreign_code
+from diffclip.checkpoints import load
+from diffclip.hf import DiffCLIPImageProcessor, DiffCLIPVisionModel, image_processor, vision_config
+from diffclip.models import papers, vision_tower
+from diffclip.warm_start import differentiate_tower, layer_lambda_inits
 from mllm.processing import with_mode
 
-PREFIX = "open_clip:"
+OPTIONS = ("vision_norm_eps", "trunk", "attention")  # what the tower needs of a model config's "diffclip" part
 
 
 class OpenClipVisionConfig(PreTrainedConfig):
-    """Shape of the tower: `embed_dim`, `vision_cfg` and `quick_gelu` are open_clip's own.
+    """Shape of the tower: `embed_dim`, `vision_cfg` and `quick_gelu` are open_clip's own, `options` ours (`OPTIONS`).
 
     image_size and patch_size are pixels; for a convolutional tower patch_size is the stride of its last layer, and
     hidden_size the width of that layer. With `stop_early`, blocks after the last hidden state asked for are not
@@ -46,6 +42,7 @@ class OpenClipVisionConfig(PreTrainedConfig):
 
     embed_dim: int = 512
     vision_cfg: dict[str, Any] | None = None  # never None in a tower
+    options: dict[str, Any] | None = None
     quick_gelu: bool = False
     hidden_size: int = 768
     image_size: int = 224
@@ -66,9 +63,7 @@ class OpenClipVisionModel(PreTrainedModel):
         """`visual` is the tower itself, where it is already there."""
         super().__init__(config)
         # Any: the towers of open_clip and timm share methods, but no class that declares them
-        self.visual: Any = visual or build_vision_tower(
-            config.embed_dim, dict(config.vision_cfg or {}), config.quick_gelu
-        )
+        self.visual: Any = visual or tower_of(config)
         for module in self.visual.modules():  # transformers builds on the meta device, where what EVA's towers compute
             module._non_persistent_buffers_set.clear()  # of their own would be lost: it is saved with the weights
         self.gradient_checkpointing = False
@@ -130,43 +125,57 @@ class OpenClipVisionModel(PreTrainedModel):
         return dict(enumerate(states, 1))
 
 
+def tower_of(config: OpenClipVisionConfig) -> Any:
+    """The tower of a config, with fresh weights."""
+    options = config.options or {}
+    visual = vision_tower(config.embed_dim, dict(config.vision_cfg or {}), config.quick_gelu, options)
+    if how := options.get("attention", {}).get("vision"):
+        layers = config.num_hidden_layers
+        values = layer_lambda_inits(how["lambda_init"], how["schedule_base"], layers)
+        differentiate_tower(visual, values, how["kind"])
+    return visual
+
+
 @torch.no_grad()
-def from_open_clip(name: str) -> tuple[OpenClipVisionModel, BaseImageProcessor]:
-    """Load the vision half of an open_clip model and its image processor.
+def load_tower(name: str | Path) -> tuple[PreTrainedModel, BaseImageProcessor]:
+    """Load the vision half of any dual encoder that `diffclip.load` reads, and its image processor.
 
-    Args:
-        name: "open_clip:ARCHITECTURE@PRETRAINED" with a tag or a file, or "open_clip:hf-hub:ORG/NAME" or
-            "open_clip:local-dir:FOLDER".
+    A tower of the paper's make is a `DiffCLIPVisionModel`, any other an `OpenClipVisionModel`.
 
-    Raises:
-        InputError: open_clip cannot load it, or it is a tower that a saved directory could not give back.
+    InputError for what that refuses, and for a tower that a saved directory could not give back.
     """
-    architecture, _, pretrained = name.removeprefix(PREFIX).partition("@")
-    if not pretrained and not architecture.startswith(("hf-hub:", "local-dir:")):
-        raise InputError(f"{name}: names no weights; write {PREFIX}{architecture}@TAG or @FILE")
-    try:
-        config = get_model_config(architecture)
-        if config is not None:  # if it is, open_clip says which names it knows
-            refuse_foreign_code(config, name)
-        model = open_clip.create_model(architecture, pretrained=pretrained or None, weights_only=True)
-    except InputError:
-        raise
-    except Exception as error:  # open_clip raises whatever its loaders do
-        raise InputError(f"{name}: open_clip cannot load it ({' '.join(str(error).split())[:300]})") from None
-    cfg = open_clip.get_model_preprocess_cfg(model)
-    mode = {"shortest": "crop", "squash": "squash"}.get(cfg["resize_mode"])
-    if mode is None:
-        raise InputError(f"{name}: prepares images by resize_mode {cfg['resize_mode']}, which is not supported")
-    side = cfg["size"] if isinstance(cfg["size"], int) else cfg["size"][0]
-    visual = model.visual.float().eval()
-    quick_gelu = any(isinstance(module, QuickGELU) for module in visual.modules())  # a tag may have decided it
-    vision_cfg = {**config["vision_cfg"], "image_size": side, "timm_model_pretrained": False}
-    tower = wrap(visual, config["embed_dim"], vision_cfg, quick_gelu)
-    return tower, with_mode(image_processor({"preprocess_cfg": {**cfg, "size": side}}), mode)
+    model, _, _ = load(name)
+    config = model.model_config
+    if papers(config):
+        ours = DiffCLIPVisionModel(vision_config(config))
+        ours.trunk.load_state_dict(model.visual.trunk.state_dict())
+        return ours.eval(), image_processor(config)
+    model_cfg, cfg = config["model_cfg"], config["preprocess_cfg"]
+    mode = {"shortest": "crop", "squash": "squash"}.get(cfg.get("resize_mode", "shortest"))
+    if mode is None or not isinstance(cfg["size"], int):
+        raise InputError(
+            f"{name}: prepares images by resize_mode {cfg['resize_mode']} to size {cfg['size']}; only squares that are "
+            "cropped or squashed are supported"
+        )
+    options = {key: config["diffclip"][key] for key in OPTIONS if key in config["diffclip"]}
+    tower = wrap(
+        model.visual.float().eval(),
+        model_cfg["embed_dim"],
+        {**model_cfg["vision_cfg"], "image_size": cfg["size"]},
+        model_cfg.get("quick_gelu", False),
+        options,
+    )
+    return tower, with_mode(image_processor(config), mode)
 
 
 @torch.no_grad()
-def wrap(visual: Any, embed_dim: int, vision_cfg: dict[str, Any], quick_gelu: bool = False) -> OpenClipVisionModel:
+def wrap(
+    visual: Any,
+    embed_dim: int,
+    vision_cfg: dict[str, Any],
+    quick_gelu: bool = False,
+    options: dict[str, Any] | None = None,
+) -> OpenClipVisionModel:
     """Make a transformers model of an open_clip tower, having proved that its configuration gives the same tower back.
 
     Raises:
@@ -183,7 +192,9 @@ def wrap(visual: Any, embed_dim: int, vision_cfg: dict[str, Any], quick_gelu: bo
         count = len(states)
     _, width, rows, _ = states[-1].shape
     shape = {"hidden_size": width, "image_size": side, "patch_size": side // rows, "num_hidden_layers": count}
-    config = OpenClipVisionConfig(embed_dim=embed_dim, vision_cfg=vision_cfg, quick_gelu=quick_gelu, **shape)
+    config = OpenClipVisionConfig(
+        embed_dim=embed_dim, vision_cfg=vision_cfg, quick_gelu=quick_gelu, options=options, **shape
+    )
     tower, again = OpenClipVisionModel(config, visual).eval(), OpenClipVisionModel(config).eval()
     again.load_state_dict(tower.state_dict())
     if not torch.equal(tower(pixels).last_hidden_state, again(pixels).last_hidden_state):

@@ -26,7 +26,14 @@ from stages.config import zero_stage
 from stages.provenance import upstream_model
 from stages.run import Run
 from stages.settings import AlignConfig, ConversationConfig, InstructConfig
-from stages.training import check_trainer, per_device_batch, train, training_arguments, training_device
+from stages.training import (
+    check_trainer,
+    per_device_batch,
+    set_learning_rate,
+    train,
+    training_arguments,
+    training_device,
+)
 
 LOOKED_AT = 128  # examples whose images give the statistics of a whitened projector
 
@@ -158,7 +165,7 @@ class ConversationTrainer(Trainer):
     def create_optimizer(self, *args: Any) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(*args)
         for name, rate in self.learning_rates.items():
-            set_learning_rate(optimizer, self.parts[name], rate)
+            set_learning_rate(optimizer, self.parts[name].parameters(), rate)
         return optimizer
 
     def _get_train_sampler(self, *args: object) -> SequentialSampler:
@@ -213,14 +220,3 @@ def restore_buffers(model: nn.Module, buffers: Mapping[str, torch.Tensor]) -> No
         owner, _, own_name = name.rpartition(".")
         module = model.get_submodule(owner)
         setattr(module, own_name, buffer.to(getattr(module, own_name).device))
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, module: nn.Module, learning_rate: float) -> None:
-    """Move the parameters of `module` into groups of their own, which differ from their old ones in the rate alone."""
-    own = {id(p) for p in module.parameters()}
-    for group in list(optimizer.param_groups):
-        moved = [p for p in group["params"] if id(p) in own]
-        group["params"] = [p for p in group["params"] if id(p) not in own]
-        if moved:
-            optimizer.add_param_group({**group, "params": moved, "lr": learning_rate})
-    optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]

@@ -12,8 +12,9 @@ from torch.utils import flop_counter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-import diffclip
+from diffclip.attention import Differential
 from diffclip.base.errors import InputError
+from diffclip.models import DualEncoder
 from mllm.llava import DiffCLIPLlavaConfig, DiffCLIPLlavaForConditionalGeneration
 from mllm.lora import add_lora
 from mllm.weights import freeze
@@ -135,20 +136,19 @@ def count(loss_of: Callable[[int], Tensor], model: nn.Module, bf16: bool) -> Cou
     return Counted(total2 - total1, forward2 - forward1, size2 - size1)
 
 
-def count_pair(name: str, bf16: bool) -> tuple[dict[str, int], Counted]:
+def count_pair(model: DualEncoder, bf16: bool) -> tuple[dict[str, int], Counted]:
     """Parameters by part, and the cost of one image-text pair whose caption fills the context."""
-    model = diffclip.build(name)
     config = model.model_config["model_cfg"]
     for module in model.modules():
-        if hasattr(module, "attn_implementation"):
+        if isinstance(module, Differential):
             module.attn_implementation = "fused"  # what a GPU takes
-    size, context = config["vision_cfg"]["image_size"], config["text_cfg"]["context_length"]
+    size, context = config["vision_cfg"]["image_size"], config["text_cfg"].get("context_length", 77)
 
     def loss_of(samples: int) -> Tensor:
         text = torch.ones(samples, context, dtype=torch.long)
         text[:, -1] = config["text_cfg"]["vocab_size"] - 1
-        image, text, _ = model(torch.zeros(samples, 3, size, size), text)
-        return image.float().sum() + text.float().sum()
+        outputs = model(torch.zeros(samples, 3, size, size), text, chunk=0)
+        return torch.stack([output.float().sum() for output in outputs]).sum()
 
     vision = sum(p.numel() for p in model.visual.parameters())
     parts = {"vision tower": vision, "text tower": sum(p.numel() for p in model.parameters()) - vision}

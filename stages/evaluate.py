@@ -23,9 +23,9 @@ def main(argv: list[str] | None = None) -> None:
     names = ("clip", "clip_data", "mllm", "pope", "pope_labels", "image_root")
     inputs = {name: getattr(config, name) for name in names}
     if config.clip and not Path(config.clip).exists():
-        from diffclip.checkpoints import locate
+        from diffclip.sources import weights_of
 
-        inputs["clip"] = str(locate(config.clip))  # a Hub id: where its copy lies
+        inputs["clip"] = str(weights_of(config.clip))  # of a Hub id or a name of open_clip's: where its copy lies
     run = Run("evaluate", config, inputs)
     if not run.finished:
         from stages.evaluation import evaluate_models

@@ -1,10 +1,14 @@
-"""Stage 1: contrastive pretraining of CLIP and DiffCLIP on image-text pairs.
+"""Stage 1: contrastive pretraining of CLIP and DiffCLIP on image-text pairs, from nothing or from any CLIP.
 
     diffclip pretrain --config quickstart/pretrain --model DiffCLIP-tiny \
         --train_data 'data/scenes/pretrain/*.tar' --output_dir runs/diffclip
     torchrun --nproc_per_node 8 -m diffclip pretrain --config paper/pretrain_cc3m \
         --model DiffCLIP-B-16 ...
+    diffclip pretrain --init_from open_clip:ViT-B-32@laion2b_s34b_b79k --attention v2 \
+        --train_data 'pairs/*.tar' --learning_rate 1e-5 --epochs 1 --output_dir runs/adapted
 """
+
+from pathlib import Path
 
 from diffclip.base.errors import exit_on_input_error
 from diffclip.data.sources import expand
@@ -21,8 +25,13 @@ def main(argv: list[str] | None = None) -> None:
 
         return estimate_pretraining(config)
     require(config, "output_dir", "train_data")
-    inputs = {"train_data": expand(config.train_data), "val_pairs": expand(config.val_pairs)}
-    run = Run("pretrain", config, {**inputs, "val_data": config.val_data})
+    pairs = {"train_data": expand(config.train_data), "val_pairs": expand(config.val_pairs)}
+    inputs: dict[str, str | Path | list[str]] = {**pairs, "val_data": config.val_data}
+    if config.init_from:
+        from diffclip.sources import weights_of
+
+        inputs["init_from"] = weights_of(config.init_from)
+    run = Run("pretrain", config, inputs)
     if not run.finished:
         from stages.pretraining import train_dual_encoder
 

@@ -18,34 +18,42 @@ from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
 import diffclip
+from diffclip.adaptation import layer_rates, let_learn, partly_new, with_vector_scale
+from diffclip.architectures import with_image_size
+from diffclip.attention import Differential, set_annealing
 from diffclip.base.errors import InputError
 from diffclip.base.files import append_jsonl, read_json, read_jsonl, write_json
 from diffclip.base.schema import BAD_SAMPLES, BEST, METRICS, NON_FINITE, NonFinite
 from diffclip.benchmarks import datasets, prompts, retrieval, zero_shot
 from diffclip.benchmarks.features import Encoder
+from diffclip.checkpoints import Loaded, architecture
 from diffclip.data.pairs import PairTable
 from diffclip.data.shards import EMPTY
 from diffclip.data.training_pairs import TrainingPairs, name_bad_samples
-from diffclip.models import CLIP
+from diffclip.models import DualEncoder
 from diffclip.recipe import clamp_logit_scale, contrastive_loss, decay_parameter_names, learning_rate
+from diffclip.variants import TOWERS
+from diffclip.warm_start import tower_of
 from stages.callbacks import Watch, check_weights
+from stages.provenance import upstream_model
 from stages.run import Run
-from stages.settings import PretrainConfig
-from stages.training import check_trainer, per_device_batch, train, training_arguments
+from stages.settings import NEW_MODEL, PretrainConfig
+from stages.training import check_trainer, per_device_batch, set_learning_rate, train, training_arguments
 
 
 def train_dual_encoder(config: PretrainConfig, run: Run) -> None:
-    """Train `config.model` and write it to `config.output_dir`."""
+    """Train the model that the settings name and write it to `config.output_dir`."""
     check_trainer(config)
     table = PairTable(config.train_data, config.caption_member)
     val_pairs = PairTable(config.val_pairs, config.caption_member) if config.val_pairs else None
 
     set_seed(config.seed)
-    model = diffclip.build(config.model, init=config.init)
+    title, (model, transform, tokenizer) = starting_model(config)
+    learning = let_learn(model, config.learns)
     pairs = TrainingPairs(
         table,
         diffclip.transforms(model.model_config, train=True, crop_scale=(config.min_crop, 1.0), normalized=False),
-        diffclip.tokenizer(model.model_config),
+        tokenizer,
         global_batch_size=config.global_batch_size,
         epochs=config.epochs,
         seed=config.seed,
@@ -61,11 +69,13 @@ def train_dual_encoder(config: PretrainConfig, run: Run) -> None:
     batch = per_device_batch(config)
     steps = len(pairs) // config.global_batch_size
     parameters = sum(p.numel() for p in model.parameters())
+    locked = parameters - sum(p.numel() for p in model.parameters() if p.requires_grad)
+    origin = f"from {config.init_from}" if config.init_from else f"{config.init} init"
     run.log(
-        f"pretrain: {config.model} ({config.init} init), {parameters:,} parameters, all learn; "
-        f"{len(table):,} pairs x {config.epochs} epochs = {steps:,} steps of {config.global_batch_size}"
+        f"pretrain: {title} ({origin}), {parameters:,} parameters, {f'{parameters - locked:,}' if locked else 'all'} "
+        f"learn; {len(table):,} pairs x {config.epochs} epochs = {steps:,} steps of {config.global_batch_size}"
     )
-    run.note(model=config.model, parameters=parameters, pairs=len(table), steps=steps)
+    run.note(model=title, parameters=parameters, pairs=len(table), steps=steps)
 
     trainer = ContrastiveTrainer(
         model=model,
@@ -75,6 +85,8 @@ def train_dual_encoder(config: PretrainConfig, run: Run) -> None:
         train_dataset=pairs,
         config=config,
         run=run,
+        inputs=(transform, tokenizer),
+        learning=learning,
         val_pairs=val_pairs,
         callbacks=[Watch(run, config.global_batch_size)],
     )
@@ -84,6 +96,39 @@ def train_dual_encoder(config: PretrainConfig, run: Run) -> None:
     metrics |= trainer.validate()
     log_bad_samples(run)
     run.finish(metrics)
+
+
+def starting_model(config: PretrainConfig) -> tuple[str, Loaded]:
+    """What a run is called, and the model that it starts from with its transform for evaluation and its tokenizer."""
+    if not config.init_from:
+        name = config.model or NEW_MODEL
+        model = diffclip.build(name, init=config.init)
+        inputs = diffclip.transforms(model.model_config, train=False), diffclip.tokenizer(model.model_config)
+        return name, (model, *inputs)
+    loaded, transform, tokenizer = diffclip.load(config.init_from)
+    model = adapted(loaded, config)
+    if config.image_size:
+        transform = diffclip.transforms(model.model_config, train=False)
+    return f"{upstream_model(config.init_from)}+{config.attention}", (model, transform, tokenizer)
+
+
+def adapted(model: DualEncoder, config: PretrainConfig) -> DualEncoder:
+    """The model that `init_from` names, changed as the settings say."""
+    if config.image_size and config.image_size != model.model_config["preprocess_cfg"]["size"]:
+        model = with_image_size(model, config.image_size)
+    if config.attention != "keep":
+        lambda_init = config.lambda_init if config.lambda_init in ("", "schedule") else float(config.lambda_init)
+        diffclip.differentiate(model, config.towers, lambda_init or None, kind=config.attention)
+    return with_vector_scale(model)
+
+
+def planned_model(config: PretrainConfig) -> tuple[str, DualEncoder]:
+    """What a run would be called, and its model, of open_clip's names with random weights: for a dry run."""
+    if not config.init_from:
+        name = config.model or NEW_MODEL
+        return name, diffclip.build(name)
+    title = f"{upstream_model(config.init_from)}+{config.attention}"
+    return title, adapted(diffclip.build(architecture(config.init_from)), config)
 
 
 def report_problems(table: PairTable, config: PretrainConfig, run: Run) -> None:
@@ -129,10 +174,12 @@ class ContrastiveTrainer(Trainer):
     def __init__(
         self,
         *,
-        model: CLIP,
+        model: DualEncoder,
         train_dataset: TrainingPairs,
         config: PretrainConfig,
         run: Run,
+        inputs: tuple[Callable, Callable],
+        learning: list[str],
         val_pairs: PairTable | None = None,
         **kwargs: Any,
     ) -> None:
@@ -140,9 +187,11 @@ class ContrastiveTrainer(Trainer):
         self.clip, self.pairs = model, train_dataset  # Trainer's own `model` and `train_dataset`, with their types
         self.config, self.run = config, run
         self.steps_per_epoch = train_dataset.per_epoch // config.global_batch_size
-        self.loss = contrastive_loss(config.gather_with_grad)
-        self.tokenize = diffclip.tokenizer(model.model_config)
-        self.eval_transform = diffclip.transforms(model.model_config, train=False)
+        self.loss = contrastive_loss(config.gather_with_grad, sigmoid=model.logit_bias is not None)
+        self.eval_transform, self.tokenize = inputs
+        self.anneal_steps = round(config.anneal_epochs * self.steps_per_epoch)
+        self.no_decay = partly_new(model, config.learns)
+        self.bounded = "logit_scale" in learning and model.logit_bias is None
         self.val_set = read_val_set(config.val_data) if config.val_data else None
         self.val_pairs = val_pairs
         self.lambdas = lambda_modules(model)
@@ -164,8 +213,8 @@ class ContrastiveTrainer(Trainer):
     ) -> torch.Tensor:
         chunk = self.config.micro_batch_size
         pixels = diffclip.normalize(self.clip.model_config, inputs["image"])
-        image, text, scale = model(image=pixels, text=inputs["text"], chunk=chunk if chunk < len(pixels) else 0)[:3]
-        loss = self.loss(image, text, scale)
+        image, text, *scale_and_bias = model(image=pixels, text=inputs["text"], chunk=chunk)
+        loss = self.loss(image, text, *scale_and_bias)
         if not torch.isfinite(loss):
             self.stop_at_non_finite(loss.item(), inputs["item"], image, text)
         self.count_bad(inputs["bad"])
@@ -196,7 +245,18 @@ class ContrastiveTrainer(Trainer):
             )
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        return decay_parameter_names(model)
+        return [name for name in decay_parameter_names(model) if name not in self.no_decay]
+
+    def create_optimizer(self, *args: Any) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(*args)
+        if self.config.layer_decay < 1:
+            by_rate: dict[float, list[nn.Parameter]] = {}
+            parameters = dict(self.clip.named_parameters())
+            for name, times in layer_rates(self.clip, self.config.layer_decay).items():
+                by_rate.setdefault(times * self.config.learning_rate, []).append(parameters[name])
+            for rate, group in by_rate.items():
+                set_learning_rate(optimizer, group, rate)
+        return optimizer
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
@@ -270,13 +330,12 @@ def score_of(best: Path) -> float:
         return -math.inf
 
 
-def lambda_modules(model: CLIP) -> dict[str, Any]:
+def lambda_modules(model: DualEncoder) -> dict[str, Any]:
     """The differential attention modules of a model by tower and layer, e.g. "vision.0"."""
-    towers = {"vision": model.visual, "text": model.transformer}
     return {
         f"{tower}.{layer}": module
-        for tower, part in towers.items()
-        for layer, module in enumerate(m for m in part.modules() if hasattr(m, "mean_lambda"))
+        for tower in TOWERS
+        for layer, module in enumerate(m for m in tower_of(model, tower).modules() if isinstance(m, Differential))
     }
 
 
@@ -296,13 +355,28 @@ def retrieval_of_pairs(encoder: Encoder, pairs: PairTable) -> dict[str, float]:
 
 
 class AfterStep(TrainerCallback):
-    """Bounds the temperature after each optimiser step and validates at the end of each epoch."""
+    """Bounds the temperature after each optimiser step and validates at the end of each epoch, and before the first of
+    a model that is there; lets dex's lambda in.
+    """
 
     def __init__(self, trainer: ContrastiveTrainer) -> None:
         self.trainer = trainer
 
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        if self.trainer.config.init_from and state.global_step == 0:
+            self.trainer.validate()
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        if self.trainer.config.attention == "dex":
+            set_annealing(self.trainer.clip, min(1.0, state.global_step / max(1, self.trainer.anneal_steps)))
+
     def on_optimizer_step(self, *args: object, **kwargs: object) -> None:
-        clamp_logit_scale(self.trainer.clip)
+        if self.trainer.bounded:
+            clamp_logit_scale(self.trainer.clip)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object

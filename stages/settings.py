@@ -15,8 +15,11 @@ from diffclip.base.commands import Range, near
 from diffclip.base.errors import InputError
 from diffclip.variants import MODELS, SIZES, VARIANTS
 
+NEW_MODEL = "DiffCLIP-B-16"  # what is pretrained where nothing is said
+PRETRAIN_PARTS = ("vision", "text", "logit_scale", "new")  # of the dual encoder
 PARTS = ("vision_tower", "projector", "language_model")  # of the multimodal model
 
+NUMBER = Range()
 POSITIVE = Range(above=0)
 NOT_NEGATIVE = Range(least=0)
 AT_LEAST_1 = Range(least=1)
@@ -99,7 +102,33 @@ class TrainingConfig:
 class PretrainConfig(TrainingConfig):
     """Settings of pretraining; the defaults are the paper's (section 4, after SLIP)."""
 
-    model: str = option("DiffCLIP-B-16", "model", f"one of {', '.join(VARIANTS)} with -{', -'.join(SIZES)}", MODELS)
+    model: str = option(
+        "",
+        "model",
+        f"one of {', '.join(VARIANTS)} with -{', -'.join(SIZES)}; {NEW_MODEL} where nothing is said",
+        ("", *MODELS),
+    )
+    init_from: str = option(
+        "",
+        "model",
+        "a dual encoder to start from instead: a run, any file, directory or Hub id that diffclip.load reads",
+    )
+    attention: Literal["keep", "v1", "v2", "dex"] = option(
+        "keep", "model", "what the attention of `init_from` becomes; v2 and dex start as the model that they replace"
+    )
+    towers: list[str] = option(["vision", "text"], "model", "which towers `attention` changes", ("vision", "text"))
+    lambda_init: str = option("", "model", "of `attention`: a number, or schedule; empty = the kind's own")
+    anneal_epochs: float = option(0.5, "optimisation", "epochs in which dex's lambda comes in", NOT_NEGATIVE)
+    image_size: int = option(0, "model", "pixels, if not those of `init_from`; positions are resampled", NOT_NEGATIVE)
+    learns: list[str] = option(
+        ["vision", "text", "logit_scale"],
+        "model",
+        "what learns: towers, the temperature, and new, which is what `attention` adds",
+        PRETRAIN_PARTS,
+    )
+    layer_decay: float = option(
+        1.0, "optimisation", "each layer's learning rate is that of the one above times this", Range(above=0, most=1)
+    )
     init: Literal["matched", "official"] = option(
         "matched", "model", "initialise both arms alike, or each as its official code does"
     )
@@ -281,6 +310,8 @@ def check(config: Any) -> None:
         check_value(setting, getattr(config, setting.name))
     if isinstance(config, TrainingConfig):
         _check_trainer(config)
+    if isinstance(config, PretrainConfig):
+        _check_start(config)
     if isinstance(config, LanguageConfig):
         width = config.hidden_size // config.heads
         if width % 2 or not width:  # rotary embeddings turn pairs
@@ -288,6 +319,28 @@ def check(config: Any) -> None:
                 f"setting `hidden_size` {config.hidden_size}: each of the {config.heads} heads would be {width} wide; "
                 "give an even multiple of `heads`"
             )
+
+
+def _check_start(config: PretrainConfig) -> None:
+    """Refuse settings of `init_from` without it, and those of a new model beside it."""
+    if config.init_from and config.model:
+        raise InputError("settings `model` and `init_from`: a run starts from the one or from the other; leave one out")
+    if config.init_from and config.init != "matched":
+        raise InputError("setting `init`: draws the weights of a new model, and `init_from` has its own; leave it out")
+    for name, unset in (("attention", "keep"), ("lambda_init", ""), ("image_size", 0)):
+        if not config.init_from and getattr(config, name) != unset:
+            raise InputError(f"setting `{name}`: changes a model that is there; name it with `init_from`")
+    if config.attention == "keep" and config.lambda_init:
+        raise InputError("setting `lambda_init`: belongs to a new attention; set `attention` to v1, v2 or dex")
+    if config.lambda_init not in ("", "schedule"):
+        try:
+            NUMBER.check(float(config.lambda_init), "setting `lambda_init`")
+        except ValueError:
+            raise InputError(
+                f"setting `lambda_init`: must be a number or schedule: got {config.lambda_init!r}"
+            ) from None
+    if not config.learns:
+        raise InputError(f"setting `learns`: names nothing; choose among {', '.join(PRETRAIN_PARTS)}")
 
 
 def check_value(setting: Field, value: Any) -> None:

@@ -7,7 +7,7 @@ import math
 import os
 import re
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from enum import Enum
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 from transformers import PrinterCallback, Trainer, TrainingArguments
 from transformers.trainer_pt_utils import safe_globals  # what Trainer keeps of numpy's random state
 from transformers.utils import logging
@@ -213,3 +214,16 @@ def check_checkpoint(folder: str | Path) -> None:
             named = re.search(r"GLOBAL ([\w.]+)", str(error))
             why = f"it would call {named[1]}" if named else "it is damaged, or no checkpoint of torch"
             raise InputError(f"{path}: is not safe to read ({why}); {remedy}") from None
+
+
+def set_learning_rate(
+    optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter], learning_rate: float
+) -> None:
+    """Move parameters into groups of their own, which differ from their old ones in the rate alone."""
+    own = {id(p) for p in parameters}
+    for group in list(optimizer.param_groups):
+        moved = [p for p in group["params"] if id(p) in own]
+        group["params"] = [p for p in group["params"] if id(p) not in own]
+        if moved:
+            optimizer.add_param_group({**group, "params": moved, "lr": learning_rate})
+    optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]

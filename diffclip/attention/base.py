@@ -15,15 +15,17 @@ FORMS = ("auto", "eager", "fused")
 KEEP_BELOW = 64  # tokens
 RECOMPUTE = True  # whether longer sequences are computed once more in the backward pass; see `without_recomputation`
 
-Maps = tuple[Tensor, Tensor, Tensor]  # A1 and A2 (batch, maps, tokens, tokens), and lambda, which broadcasts to them
+# A1 and A2 (batch, maps, tokens, tokens), and lambda, which broadcasts to them; no A2 and lambda where there is one map
+Maps = tuple[Tensor, Tensor | None, Tensor | None]
 
 
 class Differential(nn.Module):
     """Self-attention by a difference of softmax maps; each kind is a subclass, and an entry of `KINDS`.
 
-    A kind has `q_proj`, `k_proj`, `v_proj` and `out_proj`, and `q_norm` and `k_norm`, which do nothing until a tower
-    with normalised queries and keys puts its own there. Its own parameters are drawn by `reset_lambdas`, after all
-    others. The methods that raise NotImplementedError are the kind's to write.
+    A kind has `q_proj`, `k_proj`, `v_proj` and `out_proj`. `q_norm`, `k_norm`, `inner_norm` and `gate` do nothing until
+    a tower that norms queries and keys, or norms or gates what goes into the output projection, puts its own there.
+    A kind's own parameters are drawn by `reset_lambdas`, after all others. The methods that raise NotImplementedError
+    are the kind's to write.
 
     Args:
         dim: width of the tokens.
@@ -37,7 +39,8 @@ class Differential(nn.Module):
         InputError: for an unknown implementation.
     """
 
-    default_lambda_init: ClassVar[float]
+    name: ClassVar[str]  # its key in `KINDS`
+    default_lambda_init: ClassVar[float | str]  # or "schedule", by depth
     value_heads: ClassVar[int] = 1  # how many heads wide a value is
     in_official_layout: ClassVar[bool] = False  # whether the official code's checkpoints can hold its weights
 
@@ -45,8 +48,7 @@ class Differential(nn.Module):
     k_proj: nn.Linear
     v_proj: nn.Linear
     out_proj: nn.Linear
-    q_norm: nn.Module
-    k_norm: nn.Module
+    gate: nn.Module | None
 
     def __init__(
         self, dim: int, num_heads: int, lambda_init: float, attn_drop: float, attn_implementation: str
@@ -59,6 +61,10 @@ class Differential(nn.Module):
         self.lambda_init = lambda_init
         self.attn_drop = attn_drop
         self.attn_implementation = attn_implementation
+        self.q_norm: nn.Module = nn.Identity()
+        self.k_norm: nn.Module = nn.Identity()
+        self.inner_norm: nn.Module = nn.Identity()
+        self.gate = None
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Attend within x.
@@ -74,11 +80,11 @@ class Differential(nn.Module):
         raise NotImplementedError
 
     def maps(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Maps:
-        """Return (A1, A2, lambda) for x (batch, tokens, dim)."""
+        """Return (A1, A2, lambda) for x (batch, tokens, dim), or (A, None, None) in a kind with one map."""
         raise NotImplementedError
 
     def apply_map(self, x: Tensor, map_: Tensor) -> Tensor:
-        """Return the output (batch, tokens, dim) for x with `map_` in the place of A1 - lambda A2."""
+        """Return the output (batch, tokens, dim) for x with `map_` in the place of A1 - lambda A2, or of A."""
         raise NotImplementedError
 
     def start_from(self, qkv: Tensor, bias: Tensor | None, out: nn.Linear, preserve: bool) -> None:
@@ -95,6 +101,12 @@ class Differential(nn.Module):
         """Let lambda start from lambda_init, or close to it."""
         raise NotImplementedError
 
+    def added(self) -> dict[str, Tensor | None]:
+        """The parameters that ordinary attention has not, by name; of one that only in part is new, which of its rows:
+        a boolean (rows) tensor.
+        """
+        raise NotImplementedError
+
     def mean_lambda(self) -> float:
         """Lambda as a number, for logs."""
         raise NotImplementedError
@@ -104,6 +116,13 @@ class Differential(nn.Module):
         q, k = (p(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for p in (self.q_proj, self.k_proj))
         v = self.v_proj(x).unflatten(-1, (-1, self.value_heads * self.head_dim)).transpose(1, 2)
         return self.q_norm(q), self.k_norm(k), v
+
+    def project_out(self, mixed: Tensor, x: Tensor) -> Tensor:
+        """Return the output (batch, tokens, dim) for the heads' mixed values side by side, of the same shape."""
+        mixed = self.inner_norm(mixed)
+        if self.gate is not None:
+            mixed = mixed * self.gate(x).sigmoid()
+        return self.out_proj(mixed)
 
     def form_for(self, q: Tensor) -> str:
         """Return "eager" or "fused" for queries (batch, heads, tokens, d)."""

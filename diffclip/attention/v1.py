@@ -43,6 +43,7 @@ class DifferentialAttention(Differential):
         InputError: for an odd number of heads, or one that does not divide dim.
     """
 
+    name = "v1"
     default_lambda_init = 0.8
     value_heads = 2
     in_official_layout = True
@@ -69,7 +70,6 @@ class DifferentialAttention(Differential):
         self.q_proj = nn.Linear(dim, dim, bias=qkv_bias)
         self.k_proj = nn.Linear(dim, dim, bias=qkv_bias)
         self.v_proj = nn.Linear(dim, dim, bias=qkv_bias)
-        self.q_norm, self.k_norm = nn.Identity(), nn.Identity()
         self.out_proj = nn.Linear(dim, dim, bias=out_bias)
         self.lambda_q1 = nn.Parameter(torch.empty(self.head_dim))
         self.lambda_k1 = nn.Parameter(torch.empty(self.head_dim))
@@ -94,7 +94,7 @@ class DifferentialAttention(Differential):
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         dropout = self.attn_drop if self.training else 0.0
         mixed = recomputed(self.mix, *self.project(x), attn_mask, is_causal, dropout)
-        return self.proj_drop(self.out_proj(mixed))
+        return self.proj_drop(self.project_out(mixed, x))
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool, dropout: float) -> Tensor:
         """Return the normalised differences of all pairs side by side, (batch, tokens, dim), for `project`'s output."""
@@ -113,7 +113,7 @@ class DifferentialAttention(Differential):
 
     def apply_map(self, x: Tensor, map_: Tensor) -> Tensor:
         mixed = self.diff_norm(map_ @ self.project(x)[2])
-        return self.out_proj(mixed.transpose(1, 2).flatten(2))
+        return self.project_out(mixed.transpose(1, 2).flatten(2), x)
 
     @torch.no_grad()
     def start_from(self, qkv: Tensor, bias: Tensor | None, out: nn.Linear, preserve: bool) -> None:
@@ -123,6 +123,9 @@ class DifferentialAttention(Differential):
             if bias is not None:
                 projection.bias.copy_(bias.chunk(3)[i])
         self.out_proj.load_state_dict(out.state_dict())
+
+    def added(self) -> dict[str, Tensor | None]:
+        return dict.fromkeys(("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2", "diff_norm.weight"))
 
     def mean_lambda(self) -> float:
         return self.compute_lambda().item()

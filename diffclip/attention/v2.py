@@ -29,12 +29,13 @@ class DifferentialAttentionV2(Differential):
     Args:
         num_heads: number of differences; a divisor of dim.
         lambda_init: what sigmoid(lambda) starts from for every token, in (0, 1).
-        qkv_bias, out_bias: as in version 1.
+        qkv_bias, out_bias: as in v1.
 
     Raises:
         InputError: for a head count that does not divide dim, or a lambda_init outside (0, 1).
     """
 
+    name = "v2"
     default_lambda_init = 0.5
 
     def __init__(
@@ -52,13 +53,12 @@ class DifferentialAttentionV2(Differential):
         if num_heads < 1 or dim % num_heads:
             raise InputError(f"num_heads must divide the width: got num_heads={num_heads}, width={dim}")
         if not 0 < lambda_init < 1:
-            raise InputError(f"lambda_init of version 2 is a sigmoid's value, between 0 and 1: got {lambda_init}")
+            raise InputError(f"lambda_init of v2 is a sigmoid's value, between 0 and 1: got {lambda_init}")
         super().__init__(dim, num_heads, lambda_init, attn_drop, attn_implementation)
         self.q_proj = nn.Linear(dim, 2 * dim, bias=qkv_bias)
         self.k_proj = nn.Linear(dim, dim, bias=qkv_bias)
         self.v_proj = nn.Linear(dim, dim, bias=qkv_bias)
         self.lambda_proj = nn.Linear(dim, num_heads)
-        self.q_norm, self.k_norm = nn.Identity(), nn.Identity()
         self.out_proj = nn.Linear(dim, dim, bias=out_bias)
         self.proj_drop = nn.Dropout(proj_drop)
         self.reset_lambdas()
@@ -71,6 +71,12 @@ class DifferentialAttentionV2(Differential):
     def compute_lambda(self, x: Tensor) -> Tensor:
         """Return sigmoid(lambda), (batch, heads, tokens, 1), for tokens x (batch, tokens, dim)."""
         return self.lambda_proj(x).sigmoid().transpose(1, 2).unsqueeze(-1)
+
+    def added(self) -> dict[str, Tensor | None]:
+        """Lambda's projection, and every second of the query heads."""
+        second = torch.arange(2 * self.num_heads).remainder(2).bool().repeat_interleave(self.head_dim)
+        queries = dict.fromkeys((f"q_proj.{name}" for name, _ in self.q_proj.named_parameters()), second)
+        return {"lambda_proj.weight": None, "lambda_proj.bias": None, **queries}
 
     def mean_lambda(self) -> float:
         """Mean over the heads of the lambda that a token of zeros would have, for logs."""
@@ -90,7 +96,7 @@ class DifferentialAttentionV2(Differential):
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         dropout = self.attn_drop if self.training else 0.0
         mixed = recomputed(self.mix, *self.project(x), self.compute_lambda(x), attn_mask, is_causal, dropout)
-        return self.proj_drop(self.out_proj(mixed))
+        return self.proj_drop(self.project_out(mixed, x))
 
     def mix(
         self,
@@ -121,27 +127,30 @@ class DifferentialAttentionV2(Differential):
         return maps[:, 0::2], maps[:, 1::2], self.compute_lambda(x)  # (batch, heads, tokens, tokens), twice
 
     def apply_map(self, x: Tensor, map_: Tensor) -> Tensor:
-        return self.out_proj((map_ @ self.project(x)[2]).transpose(1, 2).flatten(2))
+        return self.project_out((map_ @ self.project(x)[2]).transpose(1, 2).flatten(2), x)
 
     @torch.no_grad()
     def start_from(self, qkv: Tensor, bias: Tensor | None, out: nn.Linear, preserve: bool) -> None:
         """Take over the projections, and with `preserve` the function.
 
-        That makes the second query of each head a copy of the first and divides the output weights by
-        1 - lambda_init: (A - lambda A) / (1 - lambda) = A. The two queries part in training, since their gradients
-        differ in sign and size. Otherwise the second queries are drawn anew, with the spread of the first ones.
+        That makes the second query of each head a copy of the first and divides the values by 1 - lambda, so that
+        (A - lambda A) v / (1 - lambda) = A v, whatever norm or gate comes next. The two queries part in training, since
+        their gradients differ in sign and size. Otherwise the second queries are drawn anew, with the spread of the
+        first ones.
         """
         q, k, v = qkv.chunk(3)
         self.k_proj.weight.copy_(k)
-        self.v_proj.weight.copy_(v)
+        share = 1 - self.lambda_proj.bias.sigmoid().double() if preserve else torch.ones(self.num_heads).to(q.device)
+        share = share.repeat_interleave(self.head_dim)  # of each value, as lambda is in this dtype
+        self.v_proj.weight.copy_(v / share[:, None])
         second = q if preserve else torch.randn_like(q) * q.std()
         self.q_proj.weight.copy_(interleave_heads(q, second, self.num_heads))
         if bias is not None:
             q_bias, k_bias, v_bias = bias.chunk(3)
             self.k_proj.bias.copy_(k_bias)
-            self.v_proj.bias.copy_(v_bias)
+            self.v_proj.bias.copy_(v_bias / share)
             self.q_proj.bias.copy_(interleave_heads(q_bias, q_bias, self.num_heads))
-        self.out_proj.weight.copy_(out.weight / (1 - self.lambda_init) if preserve else out.weight)
+        self.out_proj.weight.copy_(out.weight)
         if out.bias is not None:
             self.out_proj.bias.copy_(out.bias)
 

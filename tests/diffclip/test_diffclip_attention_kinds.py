@@ -1,6 +1,7 @@
 """Every entry of the table of kinds through all that asks for it: what fails here is what a new kind has forgotten."""
 
 import copy
+import json
 import pickle
 
 import open_clip
@@ -9,7 +10,7 @@ import torch
 from transformers import AutoModel
 
 import diffclip
-from diffclip import attention_maps, checkpoints, hf, variants, warm_start
+from diffclip import attention, attention_maps, checkpoints, hf, variants, warm_start
 from diffclip.attention import KINDS, Differential
 from diffclip.base.errors import InputError
 
@@ -18,23 +19,24 @@ TEXTS = torch.randint(1, 300, (2, 40), generator=torch.Generator().manual_seed(2
 
 
 @pytest.fixture(scope="module", params=KINDS)
-def version(request):
+def kind(request):
     return request.param
 
 
 @pytest.fixture(scope="module")
-def model(version):
+def model(kind):
     """A small dual encoder with this kind in both towers, its numbers moved so that all of them count."""
     config = copy.deepcopy(variants.MODELS["CLIP-tiny"])
-    lambda_init = KINDS[version].default_lambda_init
-    config["diffclip"] |= {"towers": ["vision", "text"], "lambda_init": lambda_init, "schedule_base": 0}
-    config["diffclip"] |= {"version": version, "variant": "custom"}
+    lambda_init = KINDS[kind].default_lambda_init
+    towers = {tower: variants.attention(kind, lambda_init) for tower in variants.TOWERS}
+    config["diffclip"] |= {"attention": towers, "variant": "custom"}
     torch.manual_seed(0)
     built = diffclip.build(config).eval()
     with torch.no_grad():
-        for attention in attentions(built):
-            for parameter in attention.parameters():
+        for module in attentions(built):
+            for parameter in module.parameters():
                 parameter.add_(0.05 * torch.randn_like(parameter))
+    attention.set_annealing(built, 0.5)
     return built
 
 
@@ -42,21 +44,26 @@ def attentions(model):
     return [module for module in model.modules() if isinstance(module, Differential)]
 
 
+def start(module):
+    """Where lambda starts: dex anneals it in."""
+    return 0 if module.name == "dex" else module.lambda_init
+
+
 def features(model):
     with torch.no_grad():
         return model.encode_image(IMAGES), model.encode_text(TEXTS)
 
 
-def test_it_has_all_that_is_its_own_to_write(version):
-    kind = KINDS[version]
+def test_it_has_all_that_is_its_own_to_write(kind):
     own = ("forward", "maps", "apply_map", "start_from", "reset_lambdas", "mean_lambda")
-    assert [name for name in own if getattr(kind, name) is getattr(Differential, name)] == []
-    assert isinstance(kind.default_lambda_init, float)
+    assert [name for name in own if getattr(KINDS[kind], name) is getattr(Differential, name)] == []
+    default = KINDS[kind].default_lambda_init
+    assert default == "schedule" or 0 < default < 1
 
 
-def test_it_is_built_into_both_towers_and_every_number_learns(model, version):
+def test_it_is_built_into_both_towers_and_every_number_learns(model, kind):
     layers = len(model.visual.trunk.blocks) + len(model.transformer.resblocks)
-    assert [isinstance(module, KINDS[version]) for module in attentions(model)] == [True] * layers
+    assert [isinstance(module, KINDS[kind]) for module in attentions(model)] == [True] * layers
     fresh = copy.deepcopy(model).train()
     (fresh.encode_image(IMAGES).square().sum() + fresh.encode_text(TEXTS).square().sum()).backward()
     still = [
@@ -68,22 +75,23 @@ def test_it_is_built_into_both_towers_and_every_number_learns(model, version):
     assert [name for name in still if "k_proj.bias" not in name] == []  # of which a softmax takes no notice
 
 
-def test_lambda_starts_from_lambda_init(version):
+def test_lambda_starts_from_lambda_init(kind):
     torch.manual_seed(0)
-    for module in (KINDS[version](32, 4), KINDS[version](32, 4, lambda_init=0.3)):
+    for module in (KINDS[kind](32, 4), KINDS[kind](32, 4, lambda_init=0.3)):
         module.reset_lambdas()
-        assert module.mean_lambda() == pytest.approx(module.lambda_init, abs=0.2)
+        assert module.mean_lambda() == pytest.approx(start(module), abs=0.2)
 
 
 @pytest.mark.parametrize("mask", ["none", "causal", "additive", "per head"])
-def test_its_forms_agree_and_its_map_is_the_one_applied(mask, version):
+def test_its_forms_agree_and_its_map_is_the_one_applied(mask, kind):
     x, bias = torch.randn(2, 7, 32), torch.randn(7, 7)
     given = {"causal": {"is_causal": True}, "additive": {"attn_mask": bias}}.get(mask, {})
     given = {"attn_mask": torch.randn(2, 4, 7, 7)} if mask == "per head" else given
     outputs = []
     for form in ("eager", "fused", "auto"):
         torch.manual_seed(0)
-        module = KINDS[version](32, 4, attn_implementation=form).eval()
+        module = KINDS[kind](32, 4, attn_implementation=form).eval()
+        attention.set_annealing(module, 0.5)
         outputs.append(module(x, **given))
     torch.testing.assert_close(outputs[0], outputs[1], atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(outputs[0], outputs[2], atol=1e-5, rtol=1e-4)
@@ -92,7 +100,7 @@ def test_its_forms_agree_and_its_map_is_the_one_applied(mask, version):
     torch.testing.assert_close(module.apply_map(x, map_), outputs[2], atol=1e-5, rtol=1e-4)
 
 
-def test_it_is_saved_and_loaded_as_encoder_and_by_the_auto_classes(model, version, tmp_path):
+def test_it_is_saved_and_loaded_as_encoder_and_by_the_auto_classes(model, kind, tmp_path):
     diffclip.save(model, tmp_path)
     again = diffclip.load(tmp_path)[0]
     assert again.model_config == model.model_config
@@ -101,28 +109,29 @@ def test_it_is_saved_and_loaded_as_encoder_and_by_the_auto_classes(model, versio
     with torch.no_grad():
         outputs = tower(IMAGES, output_attentions=True)
         torch.testing.assert_close(outputs.pooler_output, model.visual.trunk(IMAGES), atol=1e-5, rtol=1e-5)
-    assert all(isinstance(module, KINDS[version]) for module in attentions(tower))
+    assert all(isinstance(module, KINDS[kind]) for module in attentions(tower))
     assert len(outputs.attentions) == 4 and outputs.attentions[0].shape[2:] == (37, 37)
     drawn = AutoModel.from_config(hf.vision_config(model.model_config))  # as what a file lacks is drawn
     for module in attentions(drawn):
-        assert module.mean_lambda() == pytest.approx(module.lambda_init, abs=0.2)
+        assert module.mean_lambda() == pytest.approx(start(module), abs=0.2)
 
 
-def test_its_maps_and_relevance_are_drawn(model):
+def test_its_maps_and_relevance_are_drawn(model, kind):
     maps = attention_maps.layer_maps(model, IMAGES)
-    assert maps.keys() == {"A1", "A2", "difference"} and maps["difference"].shape[-2:] == (6, 6)
+    assert maps.keys() == ({"A1"} if kind == "dex" else {"A1", "A2", "difference"})
+    assert all(map_.shape[-2:] == (6, 6) for map_ in maps.values())
     heat = attention_maps.relevance(model, IMAGES, TEXTS)
     assert heat.shape == (2, 6, 6) and heat.min() >= 0 and heat.max() > 0
 
 
 @pytest.mark.parametrize("block", ["residual", "custom"])
-def test_it_takes_the_place_of_attention_in_each_of_open_clips_blocks(block, version):
+def test_it_takes_the_place_of_attention_in_each_of_open_clips_blocks(block, kind):
     text = {"context_length": 12, "vocab_size": 96, "width": 32, "heads": 4, "layers": 2, "embed_cls": True}
     vision = {"image_size": 16, "patch_size": 8, "width": 32, "head_width": 8, "layers": 2}
     towers = [tower | ({"block_type": "custom"} if block == "custom" else {}) for tower in (vision, text)]
     model = open_clip.CustomTextCLIP(16, *towers).eval()
-    warm_start.differentiate(model, version=version)
-    assert [isinstance(module, KINDS[version]) for module in attentions(model)] == [True] * 4
+    warm_start.differentiate(model, kind=kind)
+    assert [isinstance(module, KINDS[kind]) for module in attentions(model)] == [True] * 4
     again = pickle.loads(pickle.dumps(model))
     tokens = torch.tensor(
         [[5, 9, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0], [3, 4, 5, 6, 7, 8, 9, 1, 2, 3, 4, 5]]
@@ -134,21 +143,33 @@ def test_it_takes_the_place_of_attention_in_each_of_open_clips_blocks(block, ver
         assert torch.equal(one, other) and one.isfinite().all()
 
 
-def test_the_official_layout_holds_it_or_refuses_it(model, version, tmp_path):
+def test_the_official_layout_holds_it_or_refuses_it(model, kind, tmp_path):
     diffclip.save(model, tmp_path / "run")
-    if KINDS[version].in_official_layout:
+    if KINDS[kind].in_official_layout:
         with pytest.warns(UserWarning, match="by hand: vision_norm_eps"):
             checkpoints.convert(tmp_path / "run", tmp_path / "official.pt")
         assert all(
             torch.equal(a, b) for a, b in zip(features(diffclip.load(tmp_path / "official.pt")[0]), features(model))
         )
     else:
-        with pytest.raises(InputError, match=f"has no version {version} of differential attention"):
+        with pytest.raises(InputError, match=f"has no differential attention {kind}"):
             checkpoints.convert(tmp_path / "run", tmp_path / "official.pt")
         assert not (tmp_path / "official.pt").exists()
 
 
-def test_named_variants_are_of_kinds_in_the_table_and_others_are_refused():
-    assert {options.get("version", 1) for options in variants.VARIANTS.values()} <= KINDS.keys()
-    with pytest.raises(InputError, match="version of differential attention must be 1 or 2: got 9"):
-        warm_start.differentiate(diffclip.build("CLIP-tiny"), version=9)
+def test_a_kind_is_found_by_its_name_and_by_the_number_of_earlier_releases():
+    assert {options.get("version", "v1") for options in variants.VARIANTS.values()} <= KINDS.keys()
+    assert [attention.kind(number) for number in (1, 2)] == [KINDS["v1"], KINDS["v2"]]
+    assert all(attention.kind(name) is found and found.name == name for name, found in KINDS.items())
+    for unknown in (9, "v9"):
+        with pytest.raises(InputError, match=f"attention must be v1.* or .*: got {unknown!r}"):
+            warm_start.differentiate(diffclip.build("CLIP-tiny"), kind=unknown)
+
+
+def test_models_that_hold_the_old_numbers_are_read(tmp_path):
+    built = diffclip.build("DiffCLIP-V2-tiny").eval()
+    diffclip.save(built, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["attention_version"] == "v2"
+    (tmp_path / "config.json").write_text(json.dumps({**config, "attention_version": 2}))
+    assert [module.name for module in attentions(AutoModel.from_pretrained(tmp_path))] == ["v2"] * 4

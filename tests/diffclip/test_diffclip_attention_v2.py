@@ -85,7 +85,7 @@ def test_warm_start_keeps_an_open_clip_models_embeddings(name, lambda_init):
     images = torch.randn(1, 3, 224, 224, dtype=torch.float64)
     texts = torch.randint(1, 300, (2, model.context_length))
     before = model.encode_image(images), model.encode_text(texts)
-    warm_start.differentiate(model, version=2, lambda_init=lambda_init)
+    warm_start.differentiate(model, kind="v2", lambda_init=lambda_init)
     assert sum(isinstance(m, DifferentialAttentionV2) for m in model.modules()) == 24
     for old, new in zip(before, (model.encode_image(images), model.encode_text(texts))):
         torch.testing.assert_close(new, old, atol=1e-8, rtol=1e-6)
@@ -97,7 +97,7 @@ def test_warm_started_queries_part_in_training():
         {"image_size": 16, "patch_size": 8, "width": 32, "layers": 1, "head_width": 8, "mlp_ratio": 2.0}, 1e-6
     )
     holder.blocks[0].attn = attention
-    warm_start.differentiate_tower(holder, [0.3], version=2)
+    warm_start.differentiate_tower(holder, [0.3], kind="v2")
     module = holder.blocks[0].attn
     queries = module.q_proj.weight.unflatten(0, (4, 2, 8))
     assert torch.equal(queries[:, 0], queries[:, 1])
@@ -154,7 +154,7 @@ def test_saved_model_loads_as_encoder_and_as_tower_but_not_as_official_file(tmp_
     tower = AutoModel.from_pretrained(tmp_path / "run").eval()
     torch.testing.assert_close(tower(image).pooler_output, model.visual.trunk(image), atol=1e-5, rtol=1e-5)
     assert tower(image, output_attentions=True).attentions[0].shape == (2, 4, 37, 37)
-    with pytest.raises(InputError, match="no version 2 of differential attention"):
+    with pytest.raises(InputError, match="no differential attention v2"):
         checkpoints.convert(str(tmp_path / "run"), str(tmp_path / "official.pt"))
 
 

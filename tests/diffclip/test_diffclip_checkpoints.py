@@ -114,7 +114,7 @@ def test_official_file_is_recognised_with_a_notice(official):
 def test_variant_is_recognised_by_its_keys(variant, tmp_path):
     expected = variants.MODELS[f"{variant}-tiny"]
     state = official_code.to_official(models.build(expected).state_dict())
-    lambda_init = expected["diffclip"].get("lambda_init", 0.8)
+    lambda_init = expected["diffclip"]["attention"].get("vision", {}).get("lambda_init", 0.8)
     config = official_code.official_config(state, lambda_init, heads=(4, 4))
     assert config["diffclip"]["variant"] == variant
     assert config["model_cfg"] == expected["model_cfg"]
@@ -173,11 +173,12 @@ def configurations():
         (config["model_cfg"] if tower is None else config["model_cfg"][tower]).update(options)
         yield name, config
     custom = copy.deepcopy(variants.MODELS["DiffCLIP-tiny"])
-    custom["diffclip"] |= {"lambda_init": 0.35, "vision_norm_eps": 1e-3, "towers": ["text"], "variant": "custom"}
+    custom["diffclip"] |= {"vision_norm_eps": 1e-3, "variant": "custom"}
+    custom["diffclip"]["attention"] = {"text": variants.attention("v1", 0.35)}
     custom["preprocess_cfg"] |= {"mean": [0.5, 0.5, 0.5], "interpolation": "bicubic"}
     yield "custom", custom
     counted_from_one = copy.deepcopy(variants.MODELS["DiffCLIP-star-tiny"])
-    counted_from_one["diffclip"]["schedule_base"] = 1
+    counted_from_one["diffclip"]["attention"]["text"]["schedule_base"] = 1
     yield "schedule from 1", counted_from_one
 
 
@@ -202,7 +203,9 @@ def test_to_the_official_layout_and_back_changes_no_output(config, tmp_path):
 
 def test_what_the_official_code_would_take_otherwise_is_told_and_can_be_overruled(tmp_path):
     diffclip.save(models.build("DiffCLIP-star-tiny"), tmp_path / "star")
-    with pytest.warns(UserWarning, match="by hand: lambda_init schedule, not 0.8; vision_norm_eps 1e-06, not 1e-05"):
+    with pytest.warns(
+        UserWarning, match="by hand: vision lambda_init schedule, not 0.8; text .*; vision_norm_eps 1e-06, not 1e-05"
+    ):
         checkpoints.convert(tmp_path / "star", tmp_path / "star.pt")
     loaded = diffclip.load(tmp_path / "star.pt", lambda_init=0.8)[0]
     assert loaded.model_config["diffclip"]["variant"] == "DiffCLIP"
@@ -212,9 +215,9 @@ def test_what_the_official_code_would_take_otherwise_is_told_and_can_be_overrule
 def test_models_that_the_official_layout_cannot_hold_are_refused(tmp_path):
     transformers_clip(tmp_path / "hf")
     diffclip.save(models.build("DiffCLIP-V2-tiny"), tmp_path / "v2")
-    with pytest.raises(InputError, match="hf: a open_clip model"):
+    with pytest.raises(InputError, match="holds a timm vision transformer"):
         checkpoints.convert(tmp_path / "hf", tmp_path / "out.pt")
-    with pytest.raises(InputError, match="no version 2 of"):
+    with pytest.raises(InputError, match="no differential attention v2"):
         checkpoints.convert(tmp_path / "v2", tmp_path / "out.pt")
     assert not (tmp_path / "out.pt").exists()
 
@@ -414,7 +417,7 @@ def test_unreadable_inputs_are_one_sentence(tmp_path):
     (tmp_path / checkpoints.WEIGHTS).write_bytes(b"cut short")
     with pytest.raises(InputError, match=r"open_clip_model.safetensors: cannot be read"):
         diffclip.load(tmp_path)
-    with pytest.raises(InputError, match="without model_config"):
+    with pytest.raises(InputError, match="cannot save this Linear"):
         diffclip.save(torch.nn.Linear(1, 1), tmp_path)
 
 
@@ -483,7 +486,7 @@ def test_directories_of_transformers_clip_give_its_features(tmp_path, act):
     assert ours.logit_scale.item() == theirs.logit_scale.item()
     assert transform(Image.new("RGB", (50, 40))).shape == (3, 32, 32)
     before = ours.encode_image(images)
-    warm_start.differentiate(ours, version=2)  # the warm start of what people have
+    warm_start.differentiate(ours, kind="v2")  # the warm start of what people have
     torch.testing.assert_close(ours.encode_image(images), before, atol=1e-5, rtol=1e-4)
 
 

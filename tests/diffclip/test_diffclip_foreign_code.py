@@ -89,10 +89,10 @@ def test_text_towers_of_transformers_bring_no_code(tmp_path):
     open_clip_directory(folder, hf_model_name=str(tmp_path / "text"), hf_tokenizer_name="x")
     with pytest.raises(InputError, match=r"text tower .* cannot be had without code of its own"):
         diffclip.load(folder)
-    from mllm.open_clip_tower import from_open_clip
+    from mllm.open_clip_tower import load_tower
 
     with pytest.raises(InputError, match=r"text tower .* cannot be had without code of its own"):
-        from_open_clip(f"open_clip:local-dir:{folder}")
+        load_tower(f"open_clip:local-dir:{folder}")
     assert not marker.exists()
 
 
@@ -101,13 +101,13 @@ def test_directories_of_transformers_bring_no_code(tmp_path):
     marker = plant(clip, model_type="clip", vision_config={}, text_config={})
     with pytest.raises(InputError, match=r"model\.safetensors"):
         diffclip.load(clip)
-    from diffclip import hf_clip
+    from diffclip import hf_inputs
     from mllm.weights import from_pretrained
 
     with pytest.raises(InputError, match="custom code"):
-        hf_clip.image_transform(clip, 16)
+        hf_inputs.image_transform(clip, 16)
     with pytest.raises(InputError, match="custom code"):
-        hf_clip.tokenizer(clip, 12, 100)
+        hf_inputs.tokenizer(clip, 12, 100)
     from transformers import AutoConfig, AutoTokenizer
 
     other = tmp_path / "other"

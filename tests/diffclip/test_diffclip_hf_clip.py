@@ -256,8 +256,8 @@ def test_weights_in_several_files_or_pickled_load(form, tmp_path):
 
 
 def test_siglip_and_other_directories_are_told_what_they_are(tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": "siglip"}')
-    with pytest.raises(InputError, match=r"transformers' siglip.*timm/ViT-B-16-SigLIP"):
+    (tmp_path / "config.json").write_text('{"model_type": "siglip2"}')  # whose patches vary in number
+    with pytest.raises(InputError, match=r"config.json \(siglip2\).*google/siglip2-base-patch16-224"):
         diffclip.load(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "llava"}')
     with pytest.raises(InputError, match=r"config.json \(llava\) is for transformers"):

@@ -103,7 +103,7 @@ def test_variants_differ_in_towers_and_lambda(name, vision, text):
 
 def test_schedule_base_counts_layers_from_one():
     config = json.loads(json.dumps(variants.MODELS["DiffCLIP-star-tiny"]))
-    config["diffclip"]["schedule_base"] = 1
+    config["diffclip"]["attention"]["vision"]["schedule_base"] = 1
     model = models.build(config)
     assert model.visual.trunk.blocks[0].attn.lambda_init == pytest.approx(lambda_init_schedule(1))
 

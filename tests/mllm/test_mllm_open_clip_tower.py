@@ -10,7 +10,7 @@ from diffclip.base.errors import InputError
 from diffclip.base.fingerprint import fingerprint
 from mllm.assemble import assemble, assembled_config
 from mllm.model import VisionLanguageModel, load
-from mllm.open_clip_tower import from_open_clip
+from mllm.open_clip_tower import load_tower
 
 TEXT = {"context_length": 8, "vocab_size": 50, "width": 16, "heads": 2, "layers": 1}
 VISION = {
@@ -36,7 +36,7 @@ def open_clip_name(folder, kind):
 @pytest.mark.parametrize("kind", VISION)
 def test_last_state_is_what_open_clips_own_head_takes(tmp_path, picture, kind):
     name = open_clip_name(tmp_path, kind)
-    tower, image_processor = from_open_clip(name)
+    tower, image_processor = load_tower(name)
     model, _, preprocess = open_clip.create_model_and_transforms(f"small-{kind}", pretrained=tmp_path / "weights.pt")
     model.eval()
     pixels = preprocess(picture(0, (90, 70))).unsqueeze(0)
@@ -56,7 +56,7 @@ def test_last_state_is_what_open_clips_own_head_takes(tmp_path, picture, kind):
 
 
 def test_penultimate_layer_with_class_token_in_front(tmp_path, picture):
-    tower, image_processor = from_open_clip(open_clip_name(tmp_path, "vit"))
+    tower, image_processor = load_tower(open_clip_name(tmp_path, "vit"))
     seen = []
     tower.visual.transformer.resblocks[1].register_forward_hook(lambda module, args, out: seen.append(out))
     pixels = image_processor([picture(1)], return_tensors="pt")["pixel_values"]
@@ -86,9 +86,9 @@ def test_assembled_saved_and_loaded(language_dir, tmp_path, picture, kind, layer
     "name, words",
     [
         ("open_clip:ViT-B-16", "names no weights"),
-        ("open_clip:no-such-model@x.pt", "open_clip cannot load it"),
-        ("open_clip:ViT-B-32@no_such_tag", "open_clip cannot load it"),
-        ("open_clip:local-dir:no/such/folder", "open_clip cannot load it"),
+        ("open_clip:no-such-model@x.pt", "has no architecture no-such-model"),
+        ("open_clip:ViT-B-32@no_such_tag", "neither a file nor weights"),
+        ("open_clip:local-dir:no/such/folder", "no/such/folder: no such file"),
     ],
 )
 def test_what_open_clip_does_not_know_is_refused(language_dir, name, words):
