@@ -53,6 +53,7 @@ def test_transformers_masks_the_answers_that_we_supervise(run, picture):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("run", ["chatml"], indirect=True)
 def test_trl_trains_a_run_by_its_path(run, picture, tmp_path):
     """SFT on messages with images and the loss on answers alone; DPO on preferred answers, which gain."""
     trl = pytest.importorskip("trl", reason="trl of the extra `dev` is not installed")
