@@ -210,11 +210,15 @@ def _first_token(encoded: "Encoding", position: int, text_length: int) -> int:
 
 
 def chat_template(template: str, end_token: str = "<|im_end|>") -> str | None:
-    """The template as Jinja, for `processor.apply_chat_template`; None for "plain" (no questions)."""
+    """The template as Jinja, for `processor.apply_chat_template`; None for "plain" (no questions).
+
+    What is supervised here stands in `{% generation %}`, which others go by (`return_assistant_tokens_mask`, TRL's
+    assistant_only_loss).
+    """
     if template == "plain":
         return None
     around = _surroundings(template, end_token)
-    system, user, assistant, space, end = map(repr, (*around[:4], around.end + around.between))
+    system, user, assistant, space, end, between = map(repr, around)
     return (
         "{%- macro text(content) -%}{%- if content is string -%}{{ content }}{%- else -%}"
         "{%- for part in content if part.type == 'image' -%}{{ '<image>\\n' }}{%- endfor -%}"
@@ -223,6 +227,8 @@ def chat_template(template: str, end_token: str = "<|im_end|>") -> str | None:
         f"{{{{ {system} }}}}"
         "{%- for message in messages -%}{%- if message.role == 'user' -%}"
         f"{{{{ {user} + text(message.content) + {assistant} }}}}"
-        f"{{%- elif message.role == 'assistant' -%}}{{{{ {space} + text(message.content) + {end} }}}}"
+        "{%- elif message.role == 'assistant' -%}"
+        f"{{%- generation -%}}{{{{ {space} + text(message.content) + {end} }}}}{{%- endgeneration -%}}"
+        f"{{{{ {between} }}}}"
         "{%- endif -%}{%- endfor -%}"
     )

@@ -11,6 +11,7 @@ from threading import Event, Thread
 from typing import Any, NamedTuple
 
 import torch
+import transformers
 from PIL.Image import Image
 from transformers import (
     AutoModelForImageTextToText,
@@ -33,6 +34,9 @@ from mllm.conversation import IMAGE, Conversation, check_image_count, control_to
 from mllm.llava import DiffCLIPLlavaForConditionalGeneration
 from mllm.processing import bounded, check_tokens, never_cut
 from mllm.weights import fingerprints, load_strictly, verify
+
+# TRL and vLLM look an architecture up by its name among transformers' own classes, whatever is registered with those
+setattr(transformers, DiffCLIPLlavaForConditionalGeneration.__name__, DiffCLIPLlavaForConditionalGeneration)
 
 FINGERPRINTS = "fingerprints.json"  # beside the weights, written last
 TRAINED_WITH = (  # settings that change what the same weights compute

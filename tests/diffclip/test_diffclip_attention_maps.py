@@ -8,7 +8,9 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+import diffclip
 from diffclip import attention_maps, checkpoints, maps, models, written_maps
+from diffclip.attention import KINDS
 from diffclip.base.errors import InputError
 from diffclip.benchmarks import localisation, mask_scores
 from diffclip.figure import figure
@@ -262,19 +264,18 @@ def test_there_is_no_layer_99():
         attention_maps.vision_attention(open_clip_model("ViT"), 99)
 
 
-@pytest.mark.parametrize("version", [1, 2])
-@pytest.mark.parametrize("kind", ["ViT", "custom", "registers", "CoCa"])
-def test_maps_of_towers_made_differential(kind, version):
-    import diffclip
-
-    model = open_clip_model("ViT" if kind == "custom" else kind)
-    diffclip.differentiate(model, ["vision"], version=version)
+@pytest.mark.parametrize("attention_kind", KINDS)
+@pytest.mark.parametrize("family", ["ViT", "registers", "CoCa"])
+def test_maps_of_towers_made_differential(family, attention_kind):
+    model = open_clip_model(family)
+    diffclip.differentiate(model, ["vision"], kind=attention_kind)
     attention, images = attention_maps.vision_attention(model, 0), images_for(model)
     with torch.no_grad():
         plain = model.encode_image(images)
         with attention_maps.recorded(attention):
             torch.testing.assert_close(model.encode_image(images), plain, atol=1e-5, rtol=1e-4)
-    assert attention_maps.layer_maps(model, images, 0).keys() == {"A1", "A2", "difference"}
+    two = {"A1", "A2", "difference"}
+    assert attention_maps.layer_maps(model, images, 0).keys() == ({"A1"} if attention_kind == "dex" else two)
     assert attention_maps.relevance(model, images, TEXTS[:, :8]).max() > 0
 
 

@@ -10,12 +10,23 @@ import pytest
 import torch
 from PIL import Image
 
-from diffclip import checkpoints, models, open_clip_runs
+from diffclip import checkpoints, models, open_clip_runs, variants
 from diffclip.base.after_import import after_import
 from diffclip.base.errors import InputError
 
+NATIVE = {  # a model of open_clip's own, made differential
+    "model_cfg": {
+        "embed_dim": 16,
+        "vision_cfg": {"image_size": 48, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16},
+        "text_cfg": {"context_length": 12, "width": 32, "heads": 2, "layers": 1},
+        "custom_text": True,
+    },
+    "preprocess_cfg": variants.named("CLIP-tiny")["preprocess_cfg"],
+    "diffclip": {"variant": "custom", "attention": {"vision": {"kind": "v1", "lambda_init": 0.6, "schedule_base": 0}}},
+}
 
-@pytest.fixture(scope="module", params=["DiffCLIP-tiny", "DiffCLIP-V2-tiny", "CLIP-tiny"])
+
+@pytest.fixture(scope="module", params=["DiffCLIP-tiny", "DiffCLIP-V2-tiny", NATIVE], ids=["v1", "v2", "native"])
 def run(request, tmp_path_factory):
     torch.manual_seed(0)
     model, folder = models.build(request.param).eval(), tmp_path_factory.mktemp("run")
@@ -44,13 +55,12 @@ def test_what_open_clip_can_be_asked_for_is_done_or_refused(run):
     name = f"local-dir:{folder}"
     half = open_clip.create_model(name, precision="bf16", force_preprocess_cfg={"mean": (0.5, 0.5, 0.5)})
     assert half.encode_image(torch.randn(1, 3, 48, 48, dtype=torch.bfloat16)).dtype == torch.bfloat16
-    assert half.visual.preprocess_cfg["mean"] == (0.5, 0.5, 0.5) and tuple(half.visual.preprocess_cfg["size"]) == (
-        48,
-        48,
-    )
+    preprocess = half.visual.preprocess_cfg
+    assert preprocess["mean"] == (0.5, 0.5, 0.5) and tuple(preprocess["size"]) == (48, 48)
     torch.manual_seed(1)
     fresh = open_clip.create_model(name, load_weights=False)
-    assert not torch.equal(fresh.visual.trunk.cls_token.float(), half.visual.trunk.cls_token.float())
+    drawn, read = (dict(model.named_parameters()) for model in (fresh, half))
+    assert not any(torch.equal(drawn[name].bfloat16(), read[name]) for name in read if "attn.q_proj.weight" in name)
     with pytest.raises(InputError, match="built as it was trained, without force_image_size, init_logit_bias"):
         open_clip.create_model(name, force_image_size=96, init_logit_bias=-10)
 

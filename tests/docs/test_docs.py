@@ -14,10 +14,12 @@ import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 from launch import ROOT, environment
 
+from diffclip import variants
 from stages import shipped
 from stages.cli import VERBS, call
 from stages.config import parse
@@ -48,6 +50,7 @@ PARSED = {  # pages whose stages have the paper's size: their flags and configur
     "paper_scale.md": ("pretrain",),
 }
 OWN_PROCESS = ("app",)  # a server
+OPTIONAL = {"--to onnx": "onnxruntime", "from trl": "trl"}  # what a page may use and need not be installed
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -67,6 +70,12 @@ def named(words: list[str]) -> str:
     return " ".join(words)[:60]
 
 
+def skip_without_packages(text: str) -> None:
+    for mark, package in OPTIONAL.items():
+        if mark in text:
+            pytest.importorskip(package, reason=f"{package} is not installed")
+
+
 def start(words: list[str], folder: Path) -> None:
     ended = subprocess.run(words, cwd=folder, env=environment(), capture_output=True, text=True, timeout=600)
     assert ended.returncode == 0, f"{shlex.join(words)}\n{ended.stdout[-2000:]}\n{ended.stderr[-4000:]}"
@@ -75,6 +84,7 @@ def start(words: list[str], folder: Path) -> None:
 def carry_out(words: list[str], page: str, folder: Path, monkeypatch) -> None:
     """Run one command of a page in `folder`."""
     program, *rest = words
+    skip_without_packages(" ".join(words))
     monkeypatch.chdir(folder)
     if program == "./scripts/quickstart.sh":  # run for real in test_stages_pipeline
         parse(PipelineConfig, "", ["--config=quickstart/pipeline", *rest])
@@ -158,7 +168,17 @@ def workspace(tmp_path_factory) -> Path:
         "quickstart/DiffCLIP": "DiffCLIP-tiny",
     }.items():
         save(diffclip.build(model), folder / "runs" / name / "pretrain")
+    save(diffclip.build(smallest_with_a_timm_name()), folder / "runs" / "clip-s16" / "pretrain")
     return folder
+
+
+def smallest_with_a_timm_name() -> dict[str, Any]:
+    """A CLIP's config whose vision tower open_clip can build by itself."""
+    config = variants.named("CLIP-tiny")
+    vision = {"image_size": 160, "patch_size": 16, "width": 64, "layers": 6, "head_width": 32, "mlp_ratio": 3.0}
+    config["model_cfg"]["vision_cfg"] = vision | {"timm_model_name": "test_vit", "timm_pool": "token"}
+    config["preprocess_cfg"]["size"] = 160
+    return config
 
 
 def write_shards(folder: Path, photos: list[Path]) -> None:
@@ -236,6 +256,7 @@ PYTHON = [(page, code) for page in PAGES for code in blocks(page, "python")]
 @pytest.mark.slow
 @pytest.mark.parametrize(("page", "code"), PYTHON, ids=[f"{page.stem}-{i}" for i, (page, _) in enumerate(PYTHON)])
 def test_python_blocks_run_as_they_stand(page, code, trained, hub, monkeypatch):
+    skip_without_packages(code)
     monkeypatch.chdir(trained)
     exec(compile(code, page.name, "exec"), {"__name__": "__main__"})
 
