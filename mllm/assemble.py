@@ -22,6 +22,7 @@ from transformers import (
 from diffclip import sources
 from diffclip.base.errors import InputError
 from diffclip.base.fingerprint import fingerprint
+from diffclip.hf_inputs import image_transform
 from mllm.conversation import IMAGE, chat_template
 from mllm.llava import DiffCLIPLlavaConfig, DiffCLIPLlavaForConditionalGeneration, own_head
 from mllm.model import VisionLanguageModel
@@ -228,7 +229,12 @@ def _load_tower(path: str | Path, dtype: torch.dtype) -> tuple[PreTrainedModel, 
     vision = getattr(config, "vision_config", None)
     only = "" if vision is None else "vision"
     tower = load_strictly(AutoModel, path, only, config=vision or config, dtype=dtype).eval()
-    return tower, AutoImageProcessor.from_pretrained(path, trust_remote_code=False)
+    try:
+        return tower, AutoImageProcessor.from_pretrained(path, trust_remote_code=False)
+    except OSError:
+        if config.model_type not in sources.TRANSFORMERS:
+            raise InputError(f"{path}: has no image processor; put its preprocessor_config.json there") from None
+    return tower, image_transform(sources.locate(path), tower.config.image_size).processor  # CLIP's, with a notice
 
 
 def _dual_encoders_tower(path: str | Path) -> tuple[PreTrainedModel, BaseImageProcessor] | None:

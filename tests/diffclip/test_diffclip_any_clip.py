@@ -6,8 +6,8 @@ import warnings
 import open_clip
 import pytest
 import torch
+from clips import siglip_directory, small_siglip
 from safetensors.torch import save_file
-from transformers import SiglipConfig, SiglipModel
 
 import diffclip
 from diffclip import architectures, checkpoints
@@ -174,39 +174,6 @@ def test_slips_own_head_is_left_out_with_a_notice(tmp_path):
 
 
 # transformers' SigLIP
-
-
-def small_siglip(generator):
-    tower = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    text = {**tower, "vocab_size": 96, "max_position_embeddings": 8, "projection_size": 32, "bos_token_id": 1}
-    text |= {"eos_token_id": 2, "pad_token_id": 0}
-    config = SiglipConfig(text_config=text, vision_config={**tower, "image_size": 32, "patch_size": 8})
-    torch.manual_seed(0)
-    model = SiglipModel(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():  # zero biases would hide what is not loaded
-            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
-    return model
-
-
-def siglip_directory(folder, model):
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-    from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
-
-    words = {
-        "<pad>": 0,
-        "</s>": 1,
-        "<unk>": 2,
-        **{word: i for i, word in enumerate(["a", "red", "square", "two", "stars", "and"], 3)},
-    }
-    raw = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    raw.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(
-        tokenizer_object=raw, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
-    ).save_pretrained(folder)
-    SiglipImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder)
-    model.save_pretrained(folder)
 
 
 def test_a_siglip_of_transformers_gives_its_features_and_is_saved_with_its_inputs(tmp_path):

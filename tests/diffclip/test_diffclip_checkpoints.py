@@ -16,6 +16,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+from clips import transformers_clip
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -456,23 +457,6 @@ def test_the_old_spelling_of_convert_reaches_the_command():
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr == "error: --lambda_init must be a number or 'schedule': got 'high'\n"
-
-
-def transformers_clip(folder, act="quick_gelu"):
-    from transformers import CLIPConfig, CLIPModel
-
-    torch.manual_seed(0)
-    shared = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32, "intermediate_size": 64}
-    shared |= {"hidden_act": act}
-    vision = shared | {"image_size": 32, "patch_size": 8}
-    # with an end token of 2, transformers reads the embedding at the largest id, as open_clip does
-    text = shared | {"vocab_size": 49408, "max_position_embeddings": 20, "eos_token_id": 2}
-    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    model.save_pretrained(folder)
-    return model
 
 
 @pytest.mark.parametrize("act", ["quick_gelu", "gelu"])

@@ -31,6 +31,7 @@ FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 STAND_INS = {  # what stands on a page -> what stands for it here
     "DiffCLIP-S-16": "DiffCLIP-tiny",
     "Qwen/Qwen2.5-0.5B-Instruct": "runs/language",
+    "open_clip:ViT-B-32@laion2b_s34b_b79k": "runs/clip/pretrain",
     "--tasks pope ": "--tasks tiny_pope --include_path tasks --output_path lmms ",  # the Hub's questions
     "--nproc-per-node 8": "--nproc-per-node 1",
 }

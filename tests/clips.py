@@ -1,0 +1,53 @@
+"""Small dual encoders of transformers' kinds, as directories."""
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast, SiglipConfig, SiglipModel
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+
+def transformers_clip(folder, act="quick_gelu"):
+    """Save a CLIPModel of two layers, without its inputs' files, and return it."""
+    torch.manual_seed(0)
+    shared = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32, "intermediate_size": 64}
+    shared |= {"hidden_act": act}
+    vision = shared | {"image_size": 32, "patch_size": 8}
+    # with an end token of 2, transformers reads the embedding at the largest id, as open_clip does
+    text = shared | {"vocab_size": 49408, "max_position_embeddings": 20, "eos_token_id": 2}
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    return model
+
+
+def small_siglip(generator):
+    """A SiglipModel of two layers, none of whose parameters is 0."""
+    tower = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text = {**tower, "vocab_size": 96, "max_position_embeddings": 8, "projection_size": 32, "bos_token_id": 1}
+    text |= {"eos_token_id": 2, "pad_token_id": 0}
+    config = SiglipConfig(text_config=text, vision_config={**tower, "image_size": 32, "patch_size": 8})
+    torch.manual_seed(0)
+    model = SiglipModel(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # zero biases would hide what is not loaded
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def siglip_directory(folder, model):
+    """Save it with a tokenizer of a few words and an image processor."""
+    words = {
+        "<pad>": 0,
+        "</s>": 1,
+        "<unk>": 2,
+        **{word: i for i, word in enumerate(["a", "red", "square", "two", "stars", "and"], 3)},
+    }
+    raw = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=raw, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(folder)
+    SiglipImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder)
+    model.save_pretrained(folder)
