@@ -6,7 +6,6 @@ everything made for an open_clip model (losses, benchmarks) takes ours.
 
 import copy
 from collections import OrderedDict
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from diffclip.base.backbones import TimmModel, TimmVisionTransformer, open_clip
 from diffclip.base.errors import InputError
+from diffclip.trunk import vision_trunk
 from diffclip.variants import named
 from diffclip.warm_start import differentiate
 
@@ -81,24 +81,6 @@ class VisionTower(TimmModel):
         self.trunk = trunk
         projection = nn.Linear(trunk.embed_dim, embed_dim, bias=False)
         self.head = nn.Sequential(OrderedDict(drop=nn.Dropout(0.0), proj=projection))
-
-
-def vision_trunk(vision_cfg: dict[str, Any], norm_eps: float) -> TimmVisionTransformer:
-    """Return a timm vision transformer with a class token, pooled at that token after the final norm.
-
-    `vision_cfg` has open_clip's keys; `norm_eps` of its layer norms is 1e-6 in timm and SLIP, 1e-5 in the official
-    DiffCLIP.
-    """
-    return TimmVisionTransformer(
-        img_size=vision_cfg["image_size"],
-        patch_size=vision_cfg["patch_size"],
-        embed_dim=vision_cfg["width"],
-        depth=vision_cfg["layers"],
-        num_heads=vision_cfg["width"] // vision_cfg["head_width"],
-        mlp_ratio=vision_cfg["mlp_ratio"],
-        norm_layer=partial(nn.LayerNorm, eps=norm_eps),
-        num_classes=0,
-    )
 
 
 def build(name_or_config: str | dict[str, Any], *, init: str = "matched") -> CLIP:

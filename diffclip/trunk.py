@@ -1,0 +1,26 @@
+"""The vision tower of the paper, as timm builds it: timm suffices, for copies of this that are saved with models."""
+
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from diffclip.base.timm_vit import TimmVisionTransformer
+
+
+def vision_trunk(vision_cfg: dict[str, Any], norm_eps: float) -> TimmVisionTransformer:
+    """Return a timm vision transformer with a class token, pooled at that token after the final norm.
+
+    `vision_cfg` has open_clip's keys; `norm_eps` of its layer norms is 1e-6 in timm and SLIP, 1e-5 in the official
+    DiffCLIP.
+    """
+    return TimmVisionTransformer(
+        img_size=vision_cfg["image_size"],
+        patch_size=vision_cfg["patch_size"],
+        embed_dim=vision_cfg["width"],
+        depth=vision_cfg["layers"],
+        num_heads=vision_cfg["width"] // vision_cfg["head_width"],
+        mlp_ratio=vision_cfg["mlp_ratio"],
+        norm_layer=partial(nn.LayerNorm, eps=norm_eps),
+        num_classes=0,
+    )
