@@ -72,8 +72,9 @@ class DiffCLIPLlavaModel(LlavaModel):
         LlavaPreTrainedModel.__init__(self, config)  # LlavaModel's would build its own projector
         self.vision_tower = AutoModel.from_config(config.vision_config)
         if config.projector == "linear":
-            vision, text = config.vision_config, config.text_config
-            self.multi_modal_projector = nn.Linear(vision.hidden_size, text.hidden_size)  # type: ignore[assignment]
+            layers = 1 if isinstance(config.vision_feature_layer, int) else len(config.vision_feature_layer)
+            width, text = layers * config.vision_config.hidden_size, config.text_config
+            self.multi_modal_projector = nn.Linear(width, text.hidden_size)  # type: ignore[assignment]
         else:
             self.multi_modal_projector = LlavaMultiModalProjector(config)
         self.language_model = AutoModel.from_config(config.text_config)

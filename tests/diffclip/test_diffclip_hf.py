@@ -300,3 +300,17 @@ def test_image_processor_takes_batches_and_survives_saving(run, tmp_path):
     batch = processor(images, return_tensors="pt").pixel_values
     assert batch.shape == (2, 3, 48, 48)
     assert torch.equal(again(images, return_tensors="pt").pixel_values, batch)
+
+
+def test_llava_reads_a_list_of_feature_layers(run, image):
+    directory, _ = run
+    tower = AutoModel.from_pretrained(directory).eval()
+    config = llava_config(tower.config)
+    config.vision_feature_layer = [-3, 0, -2]
+    features = LlavaForConditionalGeneration(config).model
+    features.vision_tower, features.multi_modal_projector, seen = tower, torch.nn.Identity(), []
+    states = tower(image, output_hidden_states=True).hidden_states
+    for tower.config.stop_early in (False, True):
+        seen.append(torch.stack(features.get_image_features(image).pooler_output))
+    wanted = torch.cat([states[layer][:, 1:] for layer in (-3, 0, -2)], dim=-1)
+    assert torch.equal(seen[0], wanted) and torch.equal(seen[1], wanted)
