@@ -34,33 +34,25 @@ from diffclip.weights import load_strictly, read_safetensors, refuse_auto_map, r
 
 CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
 OFFICIAL = "checkpoint_best.pt"  # as the official trainer calls it, alone in its Hub repositories
-HUB_FILES = [CONFIG, WEIGHTS, "*.json", "*.txt", "open_clip_pytorch_model.bin", "model.safetensors", OFFICIAL]
+HUB_FILES = [CONFIG, WEIGHTS, "*.json", "*.txt", "*.py", "open_clip_pytorch_model.bin", "model.safetensors", OFFICIAL]
 
 
 def save(model: CLIP, directory: str | Path) -> None:
-    """Write the dual encoder and its vision tower into a directory, each file whole or not at all.
+    """Write the dual encoder into a directory, each file whole or not at all.
 
-    The encoder is in open_clip's layout (open_clip_config.json, with what is ours under "diffclip", and
-    open_clip_model.safetensors); the tower in transformers' (config.json, model.safetensors,
-    preprocessor_config.json). InputError for a model that does not come from `build` or `load`, and so has no config.
+    It is there twice: in open_clip's layout (open_clip_config.json, with what is ours under "diffclip", and
+    open_clip_model.safetensors) and in transformers' (see `diffclip.hf.files.write`). InputError
+    for a model that does not come from `build` or `load`, and so has no config.
     """
     if not hasattr(model, "model_config"):
         raise InputError(f"cannot save a {type(model).__name__} without model_config: build it with diffclip.build")
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    trunk = {name.removeprefix("visual."): t for name, t in state.items() if name.startswith("visual.trunk.")}
-    config = hf.vision_config(model.model_config)
-    config.architectures = [hf.DiffCLIPVisionModel.__name__]
-    config.dtype = trunk["trunk.cls_token"].dtype
-    processor = hf.image_processor(model.model_config)
-
-    for name, tensors in ((WEIGHTS, state), ("model.safetensors", trunk)):
-        with whole(directory / name) as path:
-            save_file(tensors, path, metadata={"format": "pt"})
-            path.chmod(0o644)  # safetensors leaves files that nobody else may read
-    write_whole(directory / "config.json", config.to_json_string())
-    write_whole(directory / "preprocessor_config.json", processor.to_json_string())
+    with whole(directory / WEIGHTS) as path:
+        save_file(state, path, metadata={"format": "pt"})
+        path.chmod(0o644)  # safetensors leaves files that nobody else may read
+    hf.write(model.model_config, state, directory)
     write_whole(directory / CONFIG, json.dumps(model.model_config, indent=2) + "\n")  # last: it makes all loadable
 
 

@@ -33,13 +33,15 @@ from transformers.models.llava.modeling_llava import (
 from transformers.utils import can_return_tuple
 
 from diffclip.base.errors import InputError
+from diffclip.base.portable import Portable
+from diffclip.hf.vision import DiffCLIPVisionConfig  # noqa: F401 - importing it registers the tower
 from mllm.conversation import IGNORE, NoSupervisionError
 
 # stands where LLaVA's projector names its activation: transformers' own classes, which would put a random projector in
 # the place of the linear one and only warn, raise a KeyError that says this
 NOT_PLAIN_LLAVA = (
-    "a single linear layer, which transformers' own Llava classes do not have: `import diffclip`, then load this model "
-    "with AutoModelForImageTextToText"
+    "a single linear layer, which transformers' own Llava classes do not have: `import diffclip` (of diffclip-stack), "
+    "then load this model with AutoModelForImageTextToText; or give that trust_remote_code=True"
 )
 
 
@@ -63,7 +65,22 @@ class DiffCLIPLlavaConfig(LlavaConfig):
             self.projector_hidden_act = NOT_PLAIN_LLAVA
 
 
-class DiffCLIPLlavaModel(LlavaModel):
+class PortableLlava(Portable):
+    """What a directory with a multimodal model says of its classes, and copies of what code it holds."""
+
+    config: DiffCLIPLlavaConfig
+
+    def portable_classes(self) -> dict[str, str]:
+        tower = self.config.vision_config.model_type
+        module = "mllm.llava_open_clip" if tower == "open_clip_vision" else "mllm.llava"
+        return {
+            "AutoConfig": f"{module}.DiffCLIPLlavaConfig",
+            "AutoModel": f"{module}.DiffCLIPLlavaModel",
+            "AutoModelForImageTextToText": f"{module}.DiffCLIPLlavaForConditionalGeneration",
+        }
+
+
+class DiffCLIPLlavaModel(PortableLlava, LlavaModel):
     """`LlavaModel` whose projector is a single linear layer (or LLaVA-1.5's two, with `projector="mlp"`)."""
 
     config: DiffCLIPLlavaConfig
@@ -144,7 +161,7 @@ def own_head(config: PreTrainedConfig) -> tuple[PreTrainedModel, str, str]:
     return lm, heads[0], embeddings[0]
 
 
-class DiffCLIPLlavaForConditionalGeneration(LlavaForConditionalGeneration):
+class DiffCLIPLlavaForConditionalGeneration(PortableLlava, LlavaForConditionalGeneration):
     """LLaVA for training and generation; see `forward` for how it differs from transformers' class."""
 
     config: DiffCLIPLlavaConfig

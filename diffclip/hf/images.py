@@ -11,12 +11,14 @@ from transformers.image_processing_backends import PilBackend
 from transformers.image_utils import PILImageResampling
 
 from diffclip.base.images import cut_strip, to_rgb
+from diffclip.base.portable import Portable, auto_map
 from diffclip.hf.vision import DiffCLIPVisionConfig
 
 
-class DiffCLIPImageProcessor(PilBackend):
+class DiffCLIPImageProcessor(Portable, PilBackend):
     """`diffclip.transforms(config, train=False)` as a transformers image processor: the same pixels."""
 
+    auto_classes: ClassVar = {"AutoImageProcessor": "diffclip.hf.images.DiffCLIPImageProcessor"}
     resample = PILImageResampling.BILINEAR
     size: ClassVar = {"shortest_edge": 224}
     crop_size: ClassVar = {"height": 224, "width": 224}
@@ -28,6 +30,10 @@ class DiffCLIPImageProcessor(PilBackend):
     do_center_crop = True
     do_rescale = True
     do_normalize = True
+
+    def to_dict(self) -> dict[str, Any]:
+        """As transformers' class does it, with `auto_map`, also within a processor."""
+        return {**super().to_dict(), "auto_map": auto_map(self.auto_classes)}
 
     def process_image(self, image: Any, *args: Any, **kwargs: Any) -> np.ndarray:
         """Turn a PIL image into (3, height, width) by the rules of `diffclip.base.images`; a strip loses its ends."""

@@ -3,24 +3,29 @@
 `DiffCLIPVisionModel.trunk` is the same module, under the same names, as `visual.trunk` of the dual encoder.
 """
 
+from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
+from transformers.backbone_utils import BackboneConfigMixin
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from diffclip.attention import Differential, kind
 from diffclip.attention.maps import count_maps, mapped
+from diffclip.base.portable import Portable
 from diffclip.base.timm_vit import TimmVisionTransformer, resample_abs_pos_embed
 from diffclip.trunk import vision_trunk
 
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")  # of an attention; what else it has are lambdas
+
 
 @strict
-class DiffCLIPVisionConfig(PreTrainedConfig):
+class DiffCLIPVisionConfig(BackboneConfigMixin, PreTrainedConfig):
     """Shape of the vision tower.
 
     `lambda_init` has one value per layer; None stands for ordinary attention, the CLIP baseline. `attention_version`
@@ -45,16 +50,26 @@ class DiffCLIPVisionConfig(PreTrainedConfig):
     attention_version: int = 1
     num_attention_maps: int = 0
     stop_early: bool = False
+    _out_features: list[str] | None = None  # which hidden states a backbone gives, by name and by index
+    _out_indices: list[int] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        self.stage_names = ["stem", *(f"stage{layer + 1}" for layer in range(self.num_hidden_layers))]
+        self.set_output_features_output_indices(kwargs.pop("out_features", None), kwargs.pop("out_indices", None))
         super().__post_init__(**kwargs)
         differential = None if self.lambda_init is None else kind(self.attention_version)
         self.num_attention_maps = count_maps(self.num_attention_heads, differential)
 
 
-class DiffCLIPVisionModel(PreTrainedModel):
+class DiffCLIPVisionModel(Portable, PreTrainedModel):
     """A timm vision transformer with a class token, differential or not, answering like CLIPVisionModel."""
 
+    auto_classes: ClassVar[Mapping[str, str]] = {
+        "AutoConfig": "diffclip.hf.vision.DiffCLIPVisionConfig",
+        "AutoModel": "diffclip.hf.vision.DiffCLIPVisionModel",
+        "AutoModelForImageClassification": "diffclip.hf.heads.DiffCLIPVisionForImageClassification",
+        "AutoBackbone": "diffclip.hf.heads.DiffCLIPBackbone",
+    }
     config_class = DiffCLIPVisionConfig
     base_model_prefix = "vision_model"  # in the dual encoder, from whose directory the tower can be loaded alone
     main_input_name = "pixel_values"
@@ -86,7 +101,7 @@ class DiffCLIPVisionModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Draw one module's weights as `diffclip.build(init="matched")` does; loaded ones are left alone."""
-        draw_weights(module)
+        draw_weights(self, module)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.trunk.patch_embed
@@ -176,19 +191,34 @@ class DiffCLIPVisionModel(PreTrainedModel):
 
 
 @torch.no_grad()
-def draw_weights(module: nn.Module) -> None:
-    """Draw one module's weights as timm's vision transformer does, and lambdas as their kind does."""
-    if isinstance(module, TimmVisionTransformer):
-        init.trunc_normal_(module.get_parameter("pos_embed"), std=0.02)
+def draw_weights(model: nn.Module, module: nn.Module, std: float = 0.02) -> None:
+    """Draw the weights of one module of a tower, those of its children excepted: lambdas as their kind does.
+
+    transformers calls this for each module that has weights of its own, and sees to it that those loaded stay.
+    """
+    if attention := _lambdas_of(model, module):
+        attention.reset_lambdas()
+    elif isinstance(module, TimmVisionTransformer):
+        init.trunc_normal_(module.get_parameter("pos_embed"), std=std)
         init.normal_(module.get_parameter("cls_token"), std=1e-6)
     elif isinstance(module, nn.Linear):
-        init.trunc_normal_(module.weight, std=0.02)
+        init.trunc_normal_(module.weight, std=std)
         if module.bias is not None:
             init.zeros_(module.bias)
     elif isinstance(module, (nn.LayerNorm, nn.RMSNorm, nn.Conv2d)):
         module.reset_parameters()
-    elif isinstance(module, Differential):
-        module.reset_lambdas()
+
+
+def _lambdas_of(model: nn.Module, module: nn.Module) -> Differential | None:
+    """The attention of which a module is itself, or holds lambdas."""
+    for attention in model.modules():
+        if isinstance(attention, Differential):
+            held = (
+                part for name, part in attention.named_children() if not name.endswith(("norm", "_drop", *PROJECTIONS))
+            )
+            if attention is module or any(part is module for part in held):
+                return attention
+    return None
 
 
 def use_form(blocks: Any, implementation: str | None) -> None:

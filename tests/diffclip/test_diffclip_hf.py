@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -58,18 +58,32 @@ def llava_config(tower_config):
     )
 
 
-def test_auto_classes_load_a_run_directory(run):
+def test_the_tower_loads_alone_from_a_run_directory(run):
     directory, model = run
-    assert isinstance(AutoConfig.from_pretrained(directory), hf.DiffCLIPVisionConfig)
-    tower = AutoModel.from_pretrained(directory)
-    assert isinstance(tower, hf.DiffCLIPVisionModel)
-    assert fingerprint(tower.trunk) == fingerprint(model.visual.trunk)
+    config = AutoConfig.from_pretrained(directory).vision_config
+    towers = [AutoModel.from_pretrained(directory, config=config), hf.DiffCLIPVisionModel.from_pretrained(directory)]
+    for tower in towers:
+        assert isinstance(tower, hf.DiffCLIPVisionModel)
+        assert fingerprint(tower.trunk) == fingerprint(model.visual.trunk)
     assert isinstance(AutoImageProcessor.from_pretrained(directory), hf.DiffCLIPImageProcessor)
+
+
+def test_runs_of_earlier_versions_load_as_their_tower(run, tmp_path):
+    _, model = run
+    old = hf.vision_config(model.model_config).to_dict()
+    for new in ("num_attention_maps", "num_channels", "stage_names", "out_features", "out_indices"):
+        del old[new]  # they hold the tower's config.json, and under trunk the tower's weights
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    trunk = {f"trunk.{name}": tensor for name, tensor in model.visual.trunk.state_dict().items()}
+    save_file(trunk, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    tower, info = AutoModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert fingerprint(tower.trunk) == fingerprint(model.visual.trunk)
+    assert not any(info.values())
 
 
 def test_outputs_are_the_dual_encoders(run, image):
     directory, model = run
-    tower, seen = AutoModel.from_pretrained(directory).eval(), []
+    tower, seen = hf.DiffCLIPVisionModel.from_pretrained(directory).eval(), []
     hooks = [block.register_forward_hook(lambda m, a, out: seen.append(out)) for block in model.visual.trunk.blocks]
     with torch.no_grad():
         pooled = model.visual.trunk(image)
@@ -151,7 +165,7 @@ def test_other_image_sizes_get_timms_resampled_positions(name, size):
 
 def test_hidden_states_can_be_selected_and_the_rest_left_out(run, image):
     directory, _ = run
-    tower = AutoModel.from_pretrained(directory).eval()
+    tower = hf.DiffCLIPVisionModel.from_pretrained(directory).eval()
     computed = []
     for i, block in enumerate(tower.trunk.blocks):
         block.register_forward_hook(lambda m, a, out, i=i: computed.append(i))
@@ -174,7 +188,7 @@ def test_hidden_states_can_be_selected_and_the_rest_left_out(run, image):
 def test_hidden_states_equal_the_official_intermediates(golden, folder, tmp_path):
     path = golden(folder)
     checkpoints.convert(str(path / "checkpoint_best.pt"), str(tmp_path), lambda_init=0.8, heads=(4, 4))
-    tower = AutoModel.from_pretrained(tmp_path).eval()
+    tower = hf.DiffCLIPVisionModel.from_pretrained(tmp_path).eval()
     inputs, expected = load_file(path / "inputs.safetensors"), load_file(path / "outputs.safetensors")
     tolerances = json.loads((path / "tolerances.json").read_text())
     with torch.no_grad():
@@ -189,7 +203,7 @@ def test_hidden_states_equal_the_official_intermediates(golden, folder, tmp_path
 
 def test_round_trip_is_identical(run, tmp_path):
     directory, _ = run
-    tower = AutoModel.from_pretrained(directory)
+    tower = hf.DiffCLIPVisionModel.from_pretrained(directory)
     tower.save_pretrained(tmp_path)
     again = AutoModel.from_pretrained(tmp_path)
     assert fingerprint(again) == fingerprint(tower)
@@ -200,7 +214,7 @@ def test_round_trip_is_identical(run, tmp_path):
 
 def test_llava_around_the_tower(run, image, tmp_path):
     directory, model = run
-    tower = AutoModel.from_pretrained(directory)
+    tower = hf.DiffCLIPVisionModel.from_pretrained(directory)
     torch.manual_seed(3)
     llava = LlavaForConditionalGeneration(llava_config(tower.config)).eval()
     assert fingerprint(llava.model.vision_tower) != fingerprint(tower)
@@ -243,7 +257,7 @@ def test_from_config_starts_as_build_does(name):
 def test_missing_weights_alone_are_drawn(run, tmp_path):
     """transformers redraws what a file lacks; everything else must come from the file."""
     directory, _ = run
-    tower = AutoModel.from_pretrained(directory)
+    tower = hf.DiffCLIPVisionModel.from_pretrained(directory)
     state = tower.state_dict()
     dropped = "trunk.blocks.1.mlp.fc1.weight"
     tower.save_pretrained(tmp_path, state_dict={name: t for name, t in state.items() if name != dropped})
@@ -254,7 +268,7 @@ def test_missing_weights_alone_are_drawn(run, tmp_path):
 
 def test_gradient_checkpointing_gives_the_same_gradients(run, image):
     directory, _ = run
-    tower, grads = AutoModel.from_pretrained(directory).train(), []
+    tower, grads = hf.DiffCLIPVisionModel.from_pretrained(directory).train(), []
     for enable in (False, True):
         if enable:
             tower.gradient_checkpointing_enable()
@@ -267,9 +281,9 @@ def test_gradient_checkpointing_gives_the_same_gradients(run, image):
 
 def test_the_form_of_attention_can_be_asked_for_and_changed(run, image):
     directory, _ = run
-    tower = AutoModel.from_pretrained(directory)
+    tower = hf.DiffCLIPVisionModel.from_pretrained(directory)
     auto, attention = tower(image).pooler_output, tower.trunk.blocks[0].attn
-    eager = AutoModel.from_pretrained(directory, attn_implementation="eager")
+    eager = hf.DiffCLIPVisionModel.from_pretrained(directory, attn_implementation="eager")
     torch.testing.assert_close(eager(image).pooler_output, auto, rtol=0, atol=1e-5)
     for implementation, form, fused in (("eager", "eager", False), ("sdpa", "auto", True)):
         tower.set_attn_implementation(implementation)
@@ -304,7 +318,7 @@ def test_image_processor_takes_batches_and_survives_saving(run, tmp_path):
 
 def test_llava_reads_a_list_of_feature_layers(run, image):
     directory, _ = run
-    tower = AutoModel.from_pretrained(directory).eval()
+    tower = hf.DiffCLIPVisionModel.from_pretrained(directory).eval()
     config = llava_config(tower.config)
     config.vision_feature_layer = [-3, 0, -2]
     features = LlavaForConditionalGeneration(config).model
