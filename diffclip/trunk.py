@@ -5,10 +5,10 @@ from typing import Any
 
 from torch import nn
 
-from diffclip.base.timm_vit import TimmVisionTransformer
+from diffclip.base.timm_vit import Block, TimmVisionTransformer
 
 
-def vision_trunk(vision_cfg: dict[str, Any], norm_eps: float) -> TimmVisionTransformer:
+def vision_trunk(vision_cfg: dict[str, Any], norm_eps: float, block: type[Block] = Block) -> TimmVisionTransformer:
     """Return a timm vision transformer with a class token, pooled at that token after the final norm.
 
     `vision_cfg` has open_clip's keys; `norm_eps` of its layer norms is 1e-6 in timm and SLIP, 1e-5 in the official
@@ -23,4 +23,5 @@ def vision_trunk(vision_cfg: dict[str, Any], norm_eps: float) -> TimmVisionTrans
         mlp_ratio=vision_cfg["mlp_ratio"],
         norm_layer=partial(nn.LayerNorm, eps=norm_eps),
         num_classes=0,
+        block_fn=block,
     )

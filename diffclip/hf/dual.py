@@ -61,7 +61,7 @@ class DiffCLIPModel(Portable, PreTrainedModel):
     input_modalities = ("image", "text")  # type: ignore[assignment] # a tuple, as transformers' own models have
     supports_gradient_checkpointing = True
     _supports_sdpa = True
-    _no_split_modules = ("Block", "TextBlock")  # type: ignore[assignment] # the same
+    _no_split_modules = ("TowerBlock", "TextBlock")  # type: ignore[assignment] # the same
 
     def __init__(self, config: DiffCLIPConfig) -> None:
         super().__init__(config)

@@ -24,7 +24,7 @@ class DiffCLIPForImageClassification(Portable, PreTrainedModel):
     input_modalities = ("image",)  # type: ignore[assignment] # a tuple, as transformers' own models have
     supports_gradient_checkpointing = True
     _supports_sdpa = True
-    _no_split_modules = ("Block",)  # type: ignore[assignment] # the same
+    _no_split_modules = ("TowerBlock",)  # type: ignore[assignment] # the same
     _keys_to_ignore_on_load_unexpected = ("text_model", "_projection", "logit_scale")  # type: ignore[assignment]
 
     def __init__(self, config: DiffCLIPConfig | DiffCLIPVisionConfig) -> None:

@@ -5,7 +5,6 @@ The modules have open_clip's names, so that a dual encoder's weights fit as they
 
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from diffclip.attention import Differential, kind
@@ -50,7 +50,7 @@ class DiffCLIPTextConfig(PreTrainedConfig):
         self.num_attention_maps = count_maps(self.num_attention_heads, differential)
 
 
-class TextBlock(nn.Module):
+class TextBlock(GradientCheckpointingLayer):
     """A block of open_clip's text transformer."""
 
     def __init__(self, config: DiffCLIPTextConfig, layer: int) -> None:
@@ -113,7 +113,6 @@ class DiffCLIPTextModel(Portable, PreTrainedModel):
         self.positional_embedding = nn.Parameter(torch.empty(config.max_position_embeddings, config.hidden_size))
         self.transformer = TextTransformer(config)
         self.ln_final = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.gradient_checkpointing = False
         self.post_init()
 
     @torch.no_grad()
@@ -194,13 +193,7 @@ class DiffCLIPTextModel(Portable, PreTrainedModel):
 
         states, maps = [x], []
         for block in self.transformer.resblocks:
-            step: Any = partial(
-                block.__call__, maps=bool(maps_wanted), eager=self.config._attn_implementation == "eager"
-            )
-            if self.gradient_checkpointing and self.training:
-                x, map_ = self._gradient_checkpointing_func(step, x, mask)
-            else:
-                x, map_ = step(x, mask)
+            x, map_ = block(x, mask, maps=bool(maps_wanted), eager=self.config._attn_implementation == "eager")
             states.append(x)
             maps.append(map_)
         last = self.ln_final(x)

@@ -4,7 +4,6 @@
 """
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -13,12 +12,13 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.backbone_utils import BackboneConfigMixin
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from diffclip.attention import Differential, kind
 from diffclip.attention.maps import count_maps, mapped
 from diffclip.base.portable import Portable
-from diffclip.base.timm_vit import TimmVisionTransformer, resample_abs_pos_embed
+from diffclip.base.timm_vit import Block, TimmVisionTransformer, resample_abs_pos_embed
 from diffclip.trunk import vision_trunk
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")  # of an attention; what else it has are lambdas
@@ -61,6 +61,18 @@ class DiffCLIPVisionConfig(BackboneConfigMixin, PreTrainedConfig):
         self.num_attention_maps = count_maps(self.num_attention_heads, differential)
 
 
+class TowerBlock(GradientCheckpointingLayer, Block):
+    """timm's block, which transformers can have computed once more in the backward pass, and which can give its map."""
+
+    def forward(self, x: Tensor, with_map: bool = False) -> Any:  # type: ignore[override] # less than timm's takes
+        """Return (batch, tokens, width) for x of that shape; `with_map` also the map that multiplied the values."""
+        if not with_map:
+            return super().forward(x)
+        attended, map_ = mapped(self.attn, self.norm1(x))  # type: ignore[arg-type] # to mypy any module
+        x = x + self.drop_path1(self.ls1(attended))
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x)))), map_
+
+
 class DiffCLIPVisionModel(Portable, PreTrainedModel):
     """A timm vision transformer with a class token, differential or not, answering like CLIPVisionModel."""
 
@@ -76,7 +88,7 @@ class DiffCLIPVisionModel(Portable, PreTrainedModel):
     input_modalities = ("image",)  # type: ignore[assignment] # a tuple, as transformers' own models have
     supports_gradient_checkpointing = True
     _supports_sdpa = True
-    _no_split_modules = ("Block",)  # type: ignore[assignment] # the same
+    _no_split_modules = ("TowerBlock",)  # type: ignore[assignment] # the same
     _keys_to_ignore_on_load_unexpected = ("text_model", "_projection", "logit_scale")  # type: ignore[assignment]
 
     def __init__(self, config: DiffCLIPVisionConfig) -> None:
@@ -89,13 +101,12 @@ class DiffCLIPVisionModel(Portable, PreTrainedModel):
             "head_width": config.hidden_size // config.num_attention_heads,
             "mlp_ratio": config.mlp_ratio,
         }
-        self.trunk = vision_trunk(vision_cfg, config.layer_norm_eps)
+        self.trunk = vision_trunk(vision_cfg, config.layer_norm_eps, TowerBlock)
         if config.lambda_init is not None:
             make: Any = kind(config.attention_version)
             blocks: Any = self.trunk.blocks  # to mypy they are modules of which it knows nothing
             for block, lambda_init in zip(blocks, config.lambda_init, strict=True):
                 block.attn = make(config.hidden_size, config.num_attention_heads, lambda_init=lambda_init)
-        self.gradient_checkpointing = False
         self.post_init()
 
     @torch.no_grad()
@@ -166,14 +177,11 @@ class DiffCLIPVisionModel(Portable, PreTrainedModel):
         hidden_states: list[Tensor | None] = [x]
         attentions = []
         for block in blocks[:stop]:
-            step: Any = partial(block_and_map, block) if output_attentions else block.__call__
-            if self.gradient_checkpointing and self.training:
-                step = partial(self._gradient_checkpointing_func, step)
             if output_attentions:
-                x, map_ = step(x)
+                x, map_ = block(x, with_map=True)
                 attentions.append(map_)
             else:
-                x = step(x)
+                x = block(x)
             hidden_states.append(x)
 
         last = self.trunk.norm(x) if stop == len(blocks) else None
@@ -229,13 +237,6 @@ def use_form(blocks: Any, implementation: str | None) -> None:
             block.attn.attn_implementation = "eager" if eager else "auto"
         elif block.attn.fused_attn == eager:
             block.attn.fused_attn = not eager
-
-
-def block_and_map(block: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return what a `Block` of timm makes of x (batch, tokens, width), and its attention's map."""
-    attended, map_ = mapped(block.attn, block.norm1(x))
-    x = x + block.drop_path1(block.ls1(attended))
-    return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x)))), map_
 
 
 AutoConfig.register("diffclip_vision", DiffCLIPVisionConfig, exist_ok=True)
