@@ -219,6 +219,7 @@ class DiffCLIPLlavaForConditionalGeneration(PortableLlava, LlavaForConditionalGe
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
+        shift_labels: torch.LongTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs: Any,
@@ -230,6 +231,7 @@ class DiffCLIPLlavaForConditionalGeneration(PortableLlava, LlavaForConditionalGe
             pixel_values: (images, 3, height, width), or None for text alone.
             attention_mask: (batch, tokens), 1 where there is a token.
             labels: (batch, tokens) int64, -100 where nothing is learnt.
+            shift_labels: the same moved by one, each where its logits are, instead of labels.
             num_items_in_batch: supervised tokens of the whole optimiser step; the loss is the sum of the
                 cross-entropies over it, or their mean where it is None.
 
@@ -242,20 +244,22 @@ class DiffCLIPLlavaForConditionalGeneration(PortableLlava, LlavaForConditionalGe
         """
         inputs = {"input_ids": input_ids, "pixel_values": pixel_values, "inputs_embeds": inputs_embeds, **kwargs}
         inputs |= {"attention_mask": attention_mask, "position_ids": position_ids, "past_key_values": past_key_values}
-        if labels is not None:
-            targets = labels[:, 1:]
-            supervised = targets != IGNORE  # (batch, tokens - 1): position t predicts token t + 1
+        targets: torch.Tensor | None = shift_labels
+        if targets is None and labels is not None:
+            targets = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE)  # position t predicts token t + 1
+        if targets is not None:
+            supervised = targets != IGNORE  # (batch, tokens)
             if empty := (~supervised.any(1)).nonzero().flatten().tolist():
                 raise NoSupervisionError(
-                    f"examples {empty} of this batch of {len(labels)} have no supervised token: "
+                    f"examples {empty} of this batch of {len(targets)} have no supervised token: "
                     "wrong template for this tokenizer, or answers cut off"
                 )
         scaling = {"vocab_size": self.config.text_config.vocab_size, "num_items_in_batch": num_items_in_batch}
-        if labels is not None and self.training:
+        if targets is not None and self.training:
             # no cache: it would cost memory, and transformers takes packed examples for one text when there is one
             outputs = self.model(**{**inputs, "use_cache": False})
             loss = self.loss_function(
-                logits=self.logits(outputs.last_hidden_state[:, :-1][supervised]),  # (supervised tokens, vocabulary)
+                logits=self.logits(outputs.last_hidden_state[supervised]),  # (supervised tokens, vocabulary)
                 labels=None,
                 shift_labels=targets[supervised],
                 **scaling,
@@ -264,8 +268,8 @@ class DiffCLIPLlavaForConditionalGeneration(PortableLlava, LlavaForConditionalGe
         outputs = self.model(**inputs)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits, loss = self.logits(outputs.last_hidden_state[:, keep]), None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, **scaling)
+        if targets is not None:
+            loss = self.loss_function(logits=logits, labels=None, shift_labels=targets, **scaling)
         return LlavaCausalLMOutputWithPast(
             loss=loss,
             logits=logits,

@@ -11,7 +11,7 @@ import torch
 import transformers_suite
 from tokenizers import Tokenizer
 from transformers import CLIPProcessor, PreTrainedTokenizerFast
-from transformers_suite import KERNEL, accept
+from transformers_suite import DTYPE, KERNEL, accept
 
 from diffclip import hf, variants
 from diffclip.hf import files
@@ -160,7 +160,9 @@ class TestTextV2(TextCase, unittest.TestCase):
     options: ClassVar = {"lambda_init": [0.5, 0.4], "attention_version": 2}
 
 
-@accept({}, f"{KERNEL}|test_hidden_states_output|test_retain_grad_hidden_states")  # its towers have states, it has none
+@accept(
+    {}, f"{KERNEL}|{DTYPE}|test_hidden_states_output|test_retain_grad_hidden_states"
+)  # its towers have states, it has none
 class TestDual(common.ModelTesterMixin, unittest.TestCase):
     all_model_classes = (hf.DiffCLIPModel,)
     additional_model_inputs: ClassVar = ["pixel_values"]
@@ -189,7 +191,9 @@ class ImageTester(image_processing.ImageProcessingTester):
         return {"pil": hf.DiffCLIPImageProcessor}
 
 
-@accept({})
+@accept(
+    {"test_new_models_require_torchvision_backend": "it resizes with PIL whatever backend is asked for, as in training"}
+)
 class TestImageProcessor(image_processing.ImageProcessingTestMixin, unittest.TestCase):
     image_processor_tester_class = ImageTester
 

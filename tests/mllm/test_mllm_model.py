@@ -74,6 +74,9 @@ def test_loss_equals_transformers_llava_with_all_logits(assembled, picture):
     torch.testing.assert_close(summed, expected * 4 / 10)  # four supervised tokens, averaged over ten
     model.eval()
     torch.testing.assert_close(model(**inputs).loss, expected)
+    moved = torch.nn.functional.pad(inputs.pop("labels")[:, 1:], (0, 1), value=IGNORE)
+    for mode in (False, True):
+        torch.testing.assert_close(model.train(mode)(**inputs, shift_labels=moved).loss, expected)
 
 
 def test_supervised_only_logits_are_never_larger(assembled, picture):
