@@ -5,13 +5,12 @@ module `diffclip.hf.vision` becomes the file `diffclip_hf_vision.py`, and its im
 """
 
 import importlib.util
+import os
 import re
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
-
-from diffclip.base.files import write_whole
 
 INSTALLED = __name__ == "diffclip.base.portable"  # False in a copy, beside which lie those that it was saved with
 OURS = re.compile(r"^(\s*from )((?:diffclip|mllm)\.[\w.]+)(?= import )", re.MULTILINE)
@@ -49,7 +48,11 @@ def write_code(classes: Iterable[str], directory: str | Path) -> None:
     """Write the modules of our classes, and what these need, into a directory."""
     for module in sorted({name.rpartition(".")[0] for name in classes}):
         for name, text in copies(module).items():
-            write_whole(Path(directory) / name, text)
+            path = Path(directory) / name
+            if not path.is_file() or path.read_text(encoding="utf-8") != text:
+                temporary = path.with_name(f".{name}.{os.getpid()}.tmp")
+                temporary.write_text(text, encoding="utf-8")
+                os.replace(temporary, path)  # not `write_whole`, which waits for the disk: for twenty files, it shows
 
 
 @lru_cache
