@@ -26,6 +26,8 @@ _HOME = {
     "normalize": "preprocessing",
     "save": "checkpoints",
     "load": "checkpoints",
+    "DiffCLIPConfig": "hf",
+    "DiffCLIPModel": "hf",
     "DiffCLIPVisionConfig": "hf",
     "DiffCLIPVisionModel": "hf",
 }
@@ -45,8 +47,10 @@ def __dir__() -> list[str]:
 register_lazily(
     {
         "CONFIG_MAPPING": {
+            "diffclip": "diffclip.hf",
+            "diffclip_text": "diffclip.hf",
             "diffclip_vision": "diffclip.hf",
-            "open_clip_vision": "mllm.open_clip_tower",
+            "open_clip_vision": "diffclip.hf.open_clip_vision",
             "diffclip_llava": "mllm.model",
         },
         "IMAGE_PROCESSOR_MAPPING": {"DiffCLIPImageProcessor": "diffclip.hf"},

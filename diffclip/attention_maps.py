@@ -19,56 +19,9 @@ from torch import Tensor, nn
 from torchvision import transforms as T
 
 from diffclip.attention import Differential
-from diffclip.attention.base import attention_scores
-from diffclip.base.backbones import TimmAttention, open_clip
+from diffclip.base.backbones import open_clip
 from diffclip.base.errors import InputError
 from diffclip.written_maps import can_be_written, written
-
-Attention = Differential | TimmAttention | nn.MultiheadAttention
-
-
-def both_maps(
-    attention: Attention, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Return (A1, A2, lambda) of an attention module for its input x (batch, tokens, dim).
-
-    A1 and A2 are softmax maps (batch, maps, tokens, tokens), with heads / 2 maps in v1 and one per head otherwise;
-    lambda broadcasts to them. A2 and lambda are None for ordinary attention, and for dex, whose values differ instead.
-    """
-    if isinstance(attention, Differential):
-        return attention.maps(x, attn_mask, is_causal)
-    q, k, _ = _ordinary(attention, x)
-    return attention_scores(q, k, attn_mask, is_causal).softmax(dim=-1), None, None
-
-
-def _ordinary(attention: TimmAttention | nn.MultiheadAttention, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return queries, keys and values of ordinary attention, each (batch, heads, tokens, width)."""
-    if isinstance(attention, nn.MultiheadAttention):
-        qkv = F.linear(x, attention.in_proj_weight, attention.in_proj_bias)
-        q, k, v = qkv.unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        return q, k, v
-    q, k, v = attention.qkv(x).unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
-    return attention.q_norm(q), attention.k_norm(k), v
-
-
-def attention_map(attention: Attention, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-    """Return the map that multiplies the values in this module, given its input x (batch, tokens, dim).
-
-    (batch, maps, tokens, tokens): signed, with rows summing to 1 - lambda, for v1 and v2. That of dex is a softmax map,
-    of ordinary attention: the values that it multiplies are less a part of themselves, which no map shows.
-    """
-    first, second, lambda_ = both_maps(attention, x, attn_mask, is_causal)
-    return first if second is None or lambda_ is None else first - lambda_ * second
-
-
-def apply_map(attention: Attention, x: Tensor, map_: Tensor) -> Tensor:
-    """Return what the module makes of x (batch, tokens, dim) with `map_` in the place of its own map."""
-    if isinstance(attention, Differential):
-        return attention.apply_map(x, map_)
-    mixed = (map_ @ _ordinary(attention, x)[2]).transpose(1, 2).flatten(2)
-    if isinstance(attention, nn.MultiheadAttention):
-        return attention.out_proj(mixed)
-    return attention.proj(attention.norm(mixed))
 
 
 class Readout(NamedTuple):

@@ -51,9 +51,9 @@ def save(model: nn.Module, directory: str | Path) -> None:
 
     The encoder is in open_clip's layout (open_clip_config.json, with what is ours under "diffclip", and
     open_clip_model.safetensors), whatever its architecture; beside it lie the tokenizer and image processor that it
-    came with, if they are transformers'. A vision tower of the paper's make is written once more in transformers'
-    layout (config.json, model.safetensors, preprocessor_config.json). The wrappers of torch.compile,
-    DistributedDataParallel and weight averaging are taken off.
+    came with, if they are transformers'. An encoder of the paper's make is written once more in transformers' layout
+    (see `diffclip.hf.files.write`). The wrappers of torch.compile, DistributedDataParallel and weight averaging are
+    taken off.
 
     Raises:
         InputError: for a model that comes neither from `build` or `load` nor, whole, from open_clip.
@@ -63,21 +63,13 @@ def save(model: nn.Module, directory: str | Path) -> None:
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     state = plain_state(model)
-    files = {WEIGHTS: state}
+    with whole(directory / WEIGHTS) as path:
+        save_file(state, path, metadata={"format": "pt"})
+        path.chmod(0o644)  # safetensors leaves files that nobody else may read
     for part in beside(model, config):
         part.save_pretrained(directory)
     if models.papers(config):
-        trunk = {name.removeprefix("visual."): t for name, t in state.items() if name.startswith("visual.trunk.")}
-        files["model.safetensors"] = trunk
-        tower = hf.vision_config(config)
-        tower.architectures = [hf.DiffCLIPVisionModel.__name__]
-        tower.dtype = trunk["trunk.cls_token"].dtype
-        write_whole(directory / "config.json", tower.to_json_string())
-        write_whole(directory / "preprocessor_config.json", hf.image_processor(config).to_json_string())
-    for name, tensors in files.items():
-        with whole(directory / name) as path:
-            save_file(tensors, path, metadata={"format": "pt"})
-            path.chmod(0o644)  # safetensors leaves files that nobody else may read
+        hf.write(config, state, directory)
     write_whole(directory / CONFIG, json.dumps(config, indent=2) + "\n")  # last: it makes all loadable
 
 

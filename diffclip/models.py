@@ -7,7 +7,6 @@ everything made for an open_clip model (losses, benchmarks) takes ours.
 
 import copy
 from collections import OrderedDict
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,10 +17,9 @@ from torch.utils.checkpoint import checkpoint
 from diffclip.base.backbones import TimmModel, TimmVisionTransformer, build_vision_tower, open_clip
 from diffclip.base.errors import InputError
 from diffclip.base.graphs import recording, transformed
+from diffclip.trunk import TRUNK_OPTIONS, vision_trunk
 from diffclip.variants import TOWERS, current, named
 from diffclip.warm_start import differentiate
-
-TRUNK_OPTIONS = ("class_token", "global_pool", "act_layer")  # of our own vision towers, beside open_clip's keys
 
 
 class DualEncoder(nn.Module):
@@ -110,25 +108,6 @@ class VisionTower(TimmModel):
         if embed_dim is not None:
             layers = {"drop": nn.Dropout(0.0), "proj": nn.Linear(trunk.embed_dim, embed_dim, bias=False)}
         self.head = nn.Sequential(OrderedDict(layers))
-
-
-def vision_trunk(vision_cfg: dict[str, Any], norm_eps: float, **options: Any) -> TimmVisionTransformer:
-    """Return a timm vision transformer with a class token, pooled at that token after the final norm.
-
-    `vision_cfg` has open_clip's keys; `norm_eps` of its layer norms is 1e-6 in timm and SLIP, 1e-5 in the official
-    DiffCLIP. `options` are timm's own for towers of another make (`TRUNK_OPTIONS`).
-    """
-    return TimmVisionTransformer(
-        img_size=vision_cfg["image_size"],
-        patch_size=vision_cfg["patch_size"],
-        embed_dim=vision_cfg["width"],
-        depth=vision_cfg["layers"],
-        num_heads=vision_cfg["width"] // vision_cfg["head_width"],
-        mlp_ratio=vision_cfg["mlp_ratio"],
-        norm_layer=partial(nn.LayerNorm, eps=norm_eps),
-        num_classes=0,
-        **options,
-    )
 
 
 def papers(config: dict[str, Any]) -> bool:

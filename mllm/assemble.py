@@ -37,7 +37,7 @@ def assemble(
     *,
     projector: Literal["linear", "mlp"] = "linear",
     template: str = "vicuna",
-    vision_feature_layer: int = -2,
+    vision_feature_layer: int | list[int] = -2,
     class_token: bool = False,
     image_mode: str = "crop",
     seed: int = 0,
@@ -51,7 +51,8 @@ def assemble(
         language_model: directory or Hub id of any causal language model.
         projector: "linear" (the paper) or "mlp" (LLaVA-1.5's two layers).
         template: conversation format that questions will be asked in, see `mllm.conversation`.
-        vision_feature_layer: which of the tower's hidden states the projector reads; -2 is the paper's.
+        vision_feature_layer: which of the tower's hidden states the projector reads, several side by side; -2 is the
+            paper's.
         class_token: whether the language model sees the tower's class token, too, before the patches.
         image_mode: how images become square, see `mllm.processing.with_mode`; "crop" is the paper's.
         seed: decides the projector's weights.
@@ -73,7 +74,8 @@ def assemble(
     own_head(lm.config)  # refuses classes that are made otherwise
     if len(tokenizer) > cast(nn.Embedding, lm.get_input_embeddings()).num_embeddings:  # most tables have spare rows
         lm.resize_token_embeddings(len(tokenizer))
-    extra, tokens = _feature_tokens(tower, image_processor, vision_feature_layer)
+    layers = [vision_feature_layer] if isinstance(vision_feature_layer, int) else vision_feature_layer
+    extra, tokens = _feature_tokens(tower, image_processor, layers)
     if class_token and not extra:
         raise InputError(f"{vision_tower}: class_token is set, but this vision tower has no class token")
     config = DiffCLIPLlavaConfig(
@@ -183,7 +185,8 @@ def whiten_projector(model: DiffCLIPLlavaForConditionalGeneration, pixel_values:
         raise InputError("projector_init: whitened needs the linear projector; use default with the mlp")
     pixel_values = pixel_values.to(projector.weight)
     states = model.model.vision_tower(pixel_values, output_hidden_states=True).hidden_states
-    features = states[model.config.vision_feature_layer]
+    layers = model.config.vision_feature_layer
+    features = torch.cat([states[layer] for layer in ([layers] if isinstance(layers, int) else layers)], dim=-1)
     if model.config.vision_feature_select_strategy == "default":
         features = features[:, 1:]  # without the class token
     features = features.flatten(0, 1).double()  # (images x tokens, width)
@@ -250,7 +253,7 @@ def _dual_encoders_tower(path: str | Path) -> tuple[PreTrainedModel, BaseImagePr
 
 
 @torch.no_grad()
-def _feature_tokens(tower: PreTrainedModel, image_processor: BaseImageProcessor, layer: int) -> tuple[int, int]:
+def _feature_tokens(tower: PreTrainedModel, image_processor: BaseImageProcessor, layers: list[int]) -> tuple[int, int]:
     """(tokens that are no patches: 1 with CLS, 0 without; patch tokens), seen on a black image.
 
     Raises:
@@ -266,12 +269,16 @@ def _feature_tokens(tower: PreTrainedModel, image_processor: BaseImageProcessor,
         )
     patch = tower.config.patch_size
     patches = (height // patch) * (width // patch)
-    _, tokens, width = tower(pixels, output_hidden_states=True).hidden_states[layer].shape
-    if width != tower.config.hidden_size:
-        raise InputError(
-            f"layer {layer} of this vision tower is {width} wide and not {tower.config.hidden_size}: the stages of a "
-            "convolutional tower differ; set vision_feature_layer -1"
-        )
+    states = tower(pixels, output_hidden_states=True).hidden_states
+    for layer in layers:
+        if not -len(states) <= layer < len(states):
+            raise InputError(f"vision_feature_layer {layer}: this vision tower has {len(states)} hidden states")
+        _, tokens, width = states[layer].shape
+        if width != tower.config.hidden_size:
+            raise InputError(
+                f"layer {layer} of this vision tower is {width} wide and not {tower.config.hidden_size}: the stages of "
+                "a convolutional tower differ; set vision_feature_layer -1"
+            )
     if tokens - patches not in (0, 1):
         raise InputError(f"the vision tower gives {tokens} tokens for {patches} patches; only one CLS token is known")
     return tokens - patches, patches

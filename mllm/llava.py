@@ -33,13 +33,15 @@ from transformers.models.llava.modeling_llava import (
 from transformers.utils import can_return_tuple
 
 from diffclip.base.errors import InputError
+from diffclip.base.portable import Portable
+from diffclip.hf.vision import DiffCLIPVisionConfig  # noqa: F401 - importing it registers the tower
 from mllm.conversation import IGNORE, NoSupervisionError
 
 # stands where LLaVA's projector names its activation: transformers' own classes, which would put a random projector in
 # the place of the linear one and only warn, raise a KeyError that says this
 NOT_PLAIN_LLAVA = (
-    "a single linear layer, which transformers' own Llava classes do not have: `import diffclip`, then load this model "
-    "with AutoModelForImageTextToText"
+    "a single linear layer, which transformers' own Llava classes do not have: `import diffclip` (of diffclip-stack), "
+    "then load this model with AutoModelForImageTextToText; or give that trust_remote_code=True"
 )
 
 
@@ -63,7 +65,22 @@ class DiffCLIPLlavaConfig(LlavaConfig):
             self.projector_hidden_act = NOT_PLAIN_LLAVA
 
 
-class DiffCLIPLlavaModel(LlavaModel):
+class PortableLlava(Portable):
+    """What a directory with a multimodal model says of its classes, and copies of what code it holds."""
+
+    config: DiffCLIPLlavaConfig
+
+    def portable_classes(self) -> dict[str, str]:
+        tower = self.config.vision_config.model_type
+        module = "mllm.llava_open_clip" if tower == "open_clip_vision" else "mllm.llava"
+        return {
+            "AutoConfig": f"{module}.DiffCLIPLlavaConfig",
+            "AutoModel": f"{module}.DiffCLIPLlavaModel",
+            "AutoModelForImageTextToText": f"{module}.DiffCLIPLlavaForConditionalGeneration",
+        }
+
+
+class DiffCLIPLlavaModel(PortableLlava, LlavaModel):
     """`LlavaModel` whose projector is a single linear layer (or LLaVA-1.5's two, with `projector="mlp"`)."""
 
     config: DiffCLIPLlavaConfig
@@ -72,8 +89,9 @@ class DiffCLIPLlavaModel(LlavaModel):
         LlavaPreTrainedModel.__init__(self, config)  # LlavaModel's would build its own projector
         self.vision_tower = AutoModel.from_config(config.vision_config)
         if config.projector == "linear":
-            vision, text = config.vision_config, config.text_config
-            self.multi_modal_projector = nn.Linear(vision.hidden_size, text.hidden_size)  # type: ignore[assignment]
+            layers = 1 if isinstance(config.vision_feature_layer, int) else len(config.vision_feature_layer)
+            width, text = layers * config.vision_config.hidden_size, config.text_config
+            self.multi_modal_projector = nn.Linear(width, text.hidden_size)  # type: ignore[assignment]
         else:
             self.multi_modal_projector = LlavaMultiModalProjector(config)
         self.language_model = AutoModel.from_config(config.text_config)
@@ -143,7 +161,7 @@ def own_head(config: PreTrainedConfig) -> tuple[PreTrainedModel, str, str]:
     return lm, heads[0], embeddings[0]
 
 
-class DiffCLIPLlavaForConditionalGeneration(LlavaForConditionalGeneration):
+class DiffCLIPLlavaForConditionalGeneration(PortableLlava, LlavaForConditionalGeneration):
     """LLaVA for training and generation; see `forward` for how it differs from transformers' class."""
 
     config: DiffCLIPLlavaConfig
@@ -201,6 +219,7 @@ class DiffCLIPLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
+        shift_labels: torch.LongTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs: Any,
@@ -212,6 +231,7 @@ class DiffCLIPLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             pixel_values: (images, 3, height, width), or None for text alone.
             attention_mask: (batch, tokens), 1 where there is a token.
             labels: (batch, tokens) int64, -100 where nothing is learnt.
+            shift_labels: the same moved by one, each where its logits are, instead of labels.
             num_items_in_batch: supervised tokens of the whole optimiser step; the loss is the sum of the
                 cross-entropies over it, or their mean where it is None.
 
@@ -224,20 +244,22 @@ class DiffCLIPLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         """
         inputs = {"input_ids": input_ids, "pixel_values": pixel_values, "inputs_embeds": inputs_embeds, **kwargs}
         inputs |= {"attention_mask": attention_mask, "position_ids": position_ids, "past_key_values": past_key_values}
-        if labels is not None:
-            targets = labels[:, 1:]
-            supervised = targets != IGNORE  # (batch, tokens - 1): position t predicts token t + 1
+        targets: torch.Tensor | None = shift_labels
+        if targets is None and labels is not None:
+            targets = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE)  # position t predicts token t + 1
+        if targets is not None:
+            supervised = targets != IGNORE  # (batch, tokens)
             if empty := (~supervised.any(1)).nonzero().flatten().tolist():
                 raise NoSupervisionError(
-                    f"examples {empty} of this batch of {len(labels)} have no supervised token: "
+                    f"examples {empty} of this batch of {len(targets)} have no supervised token: "
                     "wrong template for this tokenizer, or answers cut off"
                 )
         scaling = {"vocab_size": self.config.text_config.vocab_size, "num_items_in_batch": num_items_in_batch}
-        if labels is not None and self.training:
+        if targets is not None and self.training:
             # no cache: it would cost memory, and transformers takes packed examples for one text when there is one
             outputs = self.model(**{**inputs, "use_cache": False})
             loss = self.loss_function(
-                logits=self.logits(outputs.last_hidden_state[:, :-1][supervised]),  # (supervised tokens, vocabulary)
+                logits=self.logits(outputs.last_hidden_state[supervised]),  # (supervised tokens, vocabulary)
                 labels=None,
                 shift_labels=targets[supervised],
                 **scaling,
@@ -246,8 +268,8 @@ class DiffCLIPLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         outputs = self.model(**inputs)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits, loss = self.logits(outputs.last_hidden_state[:, keep]), None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, **scaling)
+        if targets is not None:
+            loss = self.loss_function(logits=logits, labels=None, shift_labels=targets, **scaling)
         return LlavaCausalLMOutputWithPast(
             loss=loss,
             logits=logits,

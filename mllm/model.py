@@ -23,12 +23,13 @@ from transformers import (
 )
 from transformers.utils import logging
 
-import diffclip.hf  # noqa: F401 - registers the DiffCLIP vision tower for AutoModel
-import mllm.open_clip_tower  # noqa: F401 - registers open_clip's
+import diffclip.hf
+import diffclip.hf.open_clip_vision  # noqa: F401 - registers open_clip's
 from diffclip.base.devices import pick_device
 from diffclip.base.errors import InputError
 from diffclip.base.files import read_json, write_json
 from diffclip.base.fingerprint import json_digest
+from diffclip.base.portable import Portable, write_code
 from mllm import conversation
 from mllm.conversation import IMAGE, Conversation, check_image_count, control_tokens, question_turn, render
 from mllm.llava import DiffCLIPLlavaForConditionalGeneration
@@ -43,7 +44,9 @@ TRAINED_WITH = (  # settings that change what the same weights compute
     *("vision_feature_layer", "vision_feature_select_strategy", "conversation_template", "projector", "own_logits"),
 )
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p")  # options without a meaning in greedy decoding
-ORIGIN = ("_name_or_path", "transformers_version", "architectures", "dtype")  # say only where a model comes from
+ORIGIN = (  # say only where a model comes from
+    *("_name_or_path", "transformers_version", "architectures", "dtype", "auto_map"),
+)
 
 
 class VisionLanguageModel(NamedTuple):
@@ -151,6 +154,8 @@ class VisionLanguageModel(NamedTuple):
         self.model.save_pretrained(directory)
         self.tokenizer.padding_side = self.tokenizer.init_kwargs["padding_side"] = "left"  # the second is written
         self.processor.save_pretrained(directory)
+        if isinstance(self.processor.image_processor, Portable):
+            write_code(self.processor.image_processor.portable_classes().values(), directory)
         settings = {name: getattr(self.model.config, name) for name in TRAINED_WITH}
         transform = transform_fingerprint(self.processor)
         write_json(directory / FINGERPRINTS, {**fingerprints(self.model), "transform": transform, "settings": settings})

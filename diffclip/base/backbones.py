@@ -1,18 +1,7 @@
-"""The one module that imports open_clip and timm, and what the project uses of them.
+"""The one module that imports open_clip, and what the project uses of it and of timm."""
+# ruff: noqa: F401, I001
 
-Where wandb is installed, as lmms-eval wants it, timm imports it for a function of its own training script: a quarter of
-the time that our commands take to start. So timm is imported without it; it stays importable for all others.
-"""
-# ruff: noqa: F401
-
-import sys
-
-if "timm" not in sys.modules and "wandb" not in sys.modules:
-    sys.modules["wandb"] = None  # type: ignore[assignment] # Python's way to say that there is no such module
-    try:
-        import timm.utils.summary
-    finally:
-        del sys.modules["wandb"]
+from diffclip.base.timm_vit import Block, TimmAttention, TimmVisionTransformer  # first: open_clip imports timm too
 
 import open_clip
 from open_clip.convert import convert_state_dict
@@ -33,6 +22,3 @@ from open_clip.transformer import Attention as OpenClipAttention
 from open_clip.transformer import CustomResidualAttentionBlock, QuickGELU, ResidualAttentionBlock
 from open_clip.transformer import VisionTransformer as OpenClipVisionTransformer
 from timm.data import ImageNetInfo
-from timm.layers import Attention as TimmAttention
-from timm.models.vision_transformer import Block
-from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer

@@ -105,7 +105,7 @@ def test_it_is_saved_and_loaded_as_encoder_and_by_the_auto_classes(model, kind, 
     again = diffclip.load(tmp_path)[0]
     assert again.model_config == model.model_config
     assert all(torch.equal(a, b) for a, b in zip(features(again), features(model)))
-    tower = AutoModel.from_pretrained(tmp_path).eval()
+    tower = hf.DiffCLIPVisionModel.from_pretrained(tmp_path).eval()
     with torch.no_grad():
         outputs = tower(IMAGES, output_attentions=True)
         torch.testing.assert_close(outputs.pooler_output, model.visual.trunk(IMAGES), atol=1e-5, rtol=1e-5)

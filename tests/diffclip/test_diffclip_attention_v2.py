@@ -4,9 +4,8 @@ import open_clip
 import pytest
 import torch
 from timm.layers import Attention
-from transformers import AutoModel
 
-from diffclip import checkpoints, models, warm_start
+from diffclip import checkpoints, hf, models, warm_start
 from diffclip.attention import DifferentialAttentionV2
 from diffclip.attention_maps import attention_map, both_maps
 from diffclip.base.errors import InputError
@@ -151,7 +150,7 @@ def test_saved_model_loads_as_encoder_and_as_tower_but_not_as_official_file(tmp_
     again, _, _ = checkpoints.load(tmp_path / "run")
     image = torch.randn(2, 3, 48, 48)
     assert torch.equal(again.encode_image(image), model.encode_image(image))
-    tower = AutoModel.from_pretrained(tmp_path / "run").eval()
+    tower = hf.DiffCLIPVisionModel.from_pretrained(tmp_path / "run").eval()
     torch.testing.assert_close(tower(image).pooler_output, model.visual.trunk(image), atol=1e-5, rtol=1e-5)
     assert tower(image, output_attentions=True).attentions[0].shape == (2, 4, 37, 37)
     with pytest.raises(InputError, match="no differential attention v2"):

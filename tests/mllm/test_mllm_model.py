@@ -74,6 +74,9 @@ def test_loss_equals_transformers_llava_with_all_logits(assembled, picture):
     torch.testing.assert_close(summed, expected * 4 / 10)  # four supervised tokens, averaged over ten
     model.eval()
     torch.testing.assert_close(model(**inputs).loss, expected)
+    moved = torch.nn.functional.pad(inputs.pop("labels")[:, 1:], (0, 1), value=IGNORE)
+    for mode in (False, True):
+        torch.testing.assert_close(model.train(mode)(**inputs, shift_labels=moved).loss, expected)
 
 
 def test_supervised_only_logits_are_never_larger(assembled, picture):
@@ -481,3 +484,17 @@ def test_tower_of_an_official_file_or_the_folder_that_holds_it(language_dir, tmp
         model = assemble(path, language_dir)[0]
         assert fingerprint(model.model.vision_tower) == fingerprint(expected)
         assert assembled_config(path, language_dir).vision_config.lambda_init == expected.config.lambda_init
+
+
+@torch.no_grad()
+def test_features_of_several_layers_stand_side_by_side(tower_dir, language_dir, picture, tmp_path):
+    model, processor = assemble(tower_dir, language_dir, vision_feature_layer=[-1, 1])
+    inputs = ask(processor, [picture(0)], ["Yes"])
+    states = model.model.vision_tower(inputs["pixel_values"], output_hidden_states=True).hidden_states
+    wanted = model.model.multi_modal_projector(torch.cat([states[-1][:, 1:], states[1][:, 1:]], dim=-1))
+    torch.testing.assert_close(model.get_image_features(inputs["pixel_values"]).pooler_output[0], wanted[0])
+    whiten_projector(model, torch.randn(8, 3, 32, 32), seed=0)
+    VisionLanguageModel(model, processor).save(tmp_path)
+    assert torch.equal(load(tmp_path).model(**inputs).logits, model(**inputs).logits)
+    with pytest.raises(InputError, match="4 hidden states"):
+        assemble(tower_dir, language_dir, vision_feature_layer=[-5])

@@ -18,9 +18,8 @@ import psutil
 import pytest
 import yaml
 from launch import QUICKSTART, ROOT, environment, run_deepspeed
-from transformers import AutoModel
 
-import diffclip.hf  # noqa: F401 - registers the tower
+from diffclip import hf
 from diffclip.base.errors import InputError
 from diffclip.base.fingerprint import fingerprint
 from stages import cli, pipeline
@@ -143,7 +142,7 @@ def test_only_the_named_parts_learnt_and_the_tower_is_the_pretrained_one(quickst
             changed = {part for part in record["before"] if record["before"][part] != record["after"][part]}
             assert changed == learns == set(record["learns"])
         assert align["after"] == instruct["before"]
-        tower = AutoModel.from_pretrained(out / variant / "pretrain")
+        tower = hf.DiffCLIPVisionModel.from_pretrained(out / variant / "pretrain")
         assert fingerprint(tower) == instruct["after"]["vision_tower"]
 
 
