@@ -82,6 +82,11 @@ class DiffCLIPModel(Portable, PreTrainedModel):
         elif module in (self.visual_projection, self.text_projection):
             init.normal_(module.get_parameter("weight"), std=module.in_features**-0.5)
 
+    @property
+    def trunk(self) -> nn.Module:
+        """timm's vision transformer, where the vision tower alone has it."""
+        return self.vision_model.trunk
+
     def get_input_embeddings(self) -> nn.Module:
         return self.text_model.get_input_embeddings()
 
@@ -124,14 +129,19 @@ class DiffCLIPModel(Portable, PreTrainedModel):
         interpolate_pos_encoding: bool = False,
         return_dict: bool | None = None,
         **kwargs: Any,
-    ) -> CLIPOutput | tuple:
-        """Compare images with texts.
+    ) -> CLIPOutput | BaseModelOutputWithPooling | tuple:
+        """Compare images with texts; with images alone, also as the first argument, answer as the vision tower does.
 
         Returns:
             image_embeds and text_embeds (batch, projection_dim) of unit length; logits_per_image (images, texts), their
             cosines times exp(logit_scale), and logits_per_text, which is its transpose; with `return_loss`, loss: the
             mean cross-entropy of each image's own text among all, and the reverse; the towers' own outputs.
         """
+        if input_ids is not None and input_ids.is_floating_point() and pixel_values is None:
+            input_ids, pixel_values = None, input_ids
+        if input_ids is None and pixel_values is not None:
+            options = {"interpolate_pos_encoding": interpolate_pos_encoding, "return_dict": return_dict, **kwargs}
+            return self.vision_model(pixel_values, **options)
         if input_ids is None or pixel_values is None:
             raise ValueError("You have to specify input_ids and pixel_values")
         options = {**kwargs, "return_dict": True}
