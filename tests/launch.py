@@ -1,18 +1,35 @@
 """Starting the project's commands as a user does, in processes of their own where a test needs that."""
 
+import contextlib
+import faulthandler
 import importlib
+import multiprocessing
 import os
 import subprocess
 import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from multiprocessing import forkserver
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from unittest import mock
 
+import psutil
 import pytest
 
+from diffclip.base.errors import exit_on_input_error
 from stages.pipeline import free_port
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART = ROOT / "stages" / "configs" / "quickstart"
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc_per_node"]
+
+# Starting a rank takes 8 s of a core, nearly all of it imports. So ranks whose launcher is not what is tested are
+# forked by a server that has imported all of it and done nothing else: it has no CUDA and no process group.
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["preloaded"])
+HANGS = 240  # seconds after which a rank says where it is, and ends
 
 
 def environment() -> dict[str, str]:
@@ -23,14 +40,17 @@ def environment() -> dict[str, str]:
 
 def call(command: str, *arguments: str, code: int = 0) -> None:
     """`python -m COMMAND ARGUMENTS` in this process, for tests of messages and files; it must end with `code`."""
-    module = importlib.import_module(command)
-    if hasattr(module, "__path__"):
-        module = importlib.import_module(f"{command}.__main__")
     try:
-        ended = module.main(list(arguments))
+        ended = main_of(command)(list(arguments))
     except SystemExit as error:
         ended = error.code
     assert (ended or 0) == code
+
+
+def main_of(command: str) -> Callable:
+    """What `python -m COMMAND` calls."""
+    module = importlib.import_module(command)
+    return (importlib.import_module(f"{command}.__main__") if hasattr(module, "__path__") else module).main
 
 
 def start(*arguments: str) -> subprocess.Popen:
@@ -65,3 +85,74 @@ def run_program(command: list[str], check: bool) -> subprocess.CompletedProcess:
     if check and ended.returncode:
         pytest.fail(f"{command} ended with {ended.returncode}:\n{ended.stdout[-2000:]}\n{ended.stderr[-4000:]}")
     return ended
+
+
+def run_ranks(ranks: int, command: str | Callable, *arguments: str, check: bool = True) -> subprocess.CompletedProcess:
+    """`start_ranks` to their end: when one fails, the others are killed, as a launcher does.
+
+    The result has the exit code of the first that failed, and what all of them printed.
+    """
+    with tempfile.TemporaryDirectory() as folder, start_ranks(ranks, command, *arguments, folder=folder) as processes:
+        left = {process.sentinel: process for process in processes}
+        code = 0
+        while left and not code:
+            for sentinel in wait([*left]):
+                process = left.pop(sentinel)
+                process.join()
+                code = code or process.exitcode or 0
+        kill(*processes)
+        told, errors = (Path(folder, name).read_text(errors="replace") for name in ("stdout", "stderr"))
+    if check and code:
+        pytest.fail(f"{ranks} ranks of {command} {arguments} ended with {code}:\n{told[-2000:]}\n{errors[-4000:]}")
+    return subprocess.CompletedProcess([str(command), *arguments], code, told, errors)
+
+
+@contextlib.contextmanager
+def start_ranks(
+    ranks: int, command: str | Callable, *arguments: str, folder: str | Path
+) -> Iterator[list[BaseProcess]]:
+    """The processes that `torchrun --nproc_per_node RANKS -m COMMAND ARGUMENTS` has, without the launcher.
+
+    Args:
+        command: a module with a `main`, or a function of a test module, called with the list of arguments.
+        folder: is given the files `stdout` and `stderr`.
+    """
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    with mock.patch.dict(os.environ, environment() | {"PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": ""}):
+        forkserver.ensure_running()
+    shared = (ranks, free_port(), str(folder), command, arguments)
+    processes = [SERVER.Process(target=one_rank, args=(rank, *shared)) for rank in range(ranks)]
+    for process in processes:
+        process.start()
+    try:
+        yield processes
+    finally:
+        kill(*processes)
+
+
+def kill(*processes: BaseProcess) -> None:
+    """SIGKILL processes and what they started, as when a machine loses power."""
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for child in psutil.Process(process.pid).children(recursive=True):
+                child.kill()
+        process.kill()
+        process.join()
+
+
+def one_rank(
+    rank: int, ranks: int, port: int, folder: str, command: str | Callable, arguments: tuple[str, ...]
+) -> None:
+    """What a forked process does."""
+    import torch
+
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(Path(folder, name), os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    faulthandler.dump_traceback_later(HANGS, exit=True)
+    os.chdir(ROOT)
+    group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+    os.environ |= environment() | {key: str(value) for key, value in group.items()}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    with exit_on_input_error():
+        sys.exit((command if callable(command) else main_of(command))(list(arguments)))
