@@ -149,6 +149,7 @@ def one_rank(
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(Path(folder, name), os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     faulthandler.dump_traceback_later(HANGS, exit=True)
+    multiprocessing.set_start_method("fork", force=True)  # of loaders' workers: a server's child would start a server
     os.chdir(ROOT)
     group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
     os.environ |= environment() | {key: str(value) for key, value in group.items()}
