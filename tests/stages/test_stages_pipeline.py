@@ -17,7 +17,7 @@ from unittest import mock
 import psutil
 import pytest
 import yaml
-from launch import QUICKSTART, ROOT, environment, run_deepspeed
+from launch import QUICKSTART, ROOT, environment, run_ranks
 from transformers import AutoModel
 
 import diffclip.hf  # noqa: F401 - registers the tower
@@ -161,7 +161,7 @@ def test_two_ranks_give_the_losses_of_one(quickstart, tmp_path):
     out, _ = quickstart
     arguments = ["stages.instruct", f"--config={out.parent / 'instruct.yaml'}", f"--model={out / 'CLIP' / 'align'}"]
     arguments += [f"--data={out / 'scenes' / 'llava' / 'instruct.json'}", f"--output_dir={tmp_path / 'run'}"]
-    run_deepspeed(2, *arguments, f"--image_root={out / 'scenes' / 'llava' / 'images'}")
+    run_ranks(2, *arguments, f"--image_root={out / 'scenes' / 'llava' / 'images'}")
     one, two = (
         [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
         for folder in (out / "CLIP" / "instruct", tmp_path / "run")
