@@ -5,6 +5,7 @@ import faulthandler
 import importlib
 import multiprocessing
 import os
+import runpy
 import subprocess
 import sys
 import tempfile
@@ -18,7 +19,6 @@ from unittest import mock
 import psutil
 import pytest
 
-from diffclip.base.errors import exit_on_input_error
 from stages.pipeline import free_port
 
 ROOT = Path(__file__).parents[1]
@@ -40,17 +40,14 @@ def environment() -> dict[str, str]:
 
 def call(command: str, *arguments: str, code: int = 0) -> None:
     """`python -m COMMAND ARGUMENTS` in this process, for tests of messages and files; it must end with `code`."""
+    module = importlib.import_module(command)
+    if hasattr(module, "__path__"):
+        module = importlib.import_module(f"{command}.__main__")
     try:
-        ended = main_of(command)(list(arguments))
+        ended = module.main(list(arguments))
     except SystemExit as error:
         ended = error.code
     assert (ended or 0) == code
-
-
-def main_of(command: str) -> Callable:
-    """What `python -m COMMAND` calls."""
-    module = importlib.import_module(command)
-    return (importlib.import_module(f"{command}.__main__") if hasattr(module, "__path__") else module).main
 
 
 def start(*arguments: str) -> subprocess.Popen:
@@ -114,16 +111,23 @@ def start_ranks(
     """The processes that `torchrun --nproc_per_node RANKS -m COMMAND ARGUMENTS` has, without the launcher.
 
     Args:
-        command: a module with a `main`, or a function of a test module, called with the list of arguments.
+        ranks: 0 for one process that no launcher has started, as `python -m COMMAND`.
+        command: what follows `-m`, or a function of a test module, called with the list of arguments.
         folder: is given the files `stdout` and `stderr`.
     """
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     with mock.patch.dict(os.environ, environment() | {"PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": ""}):
         forkserver.ensure_running()
-    shared = (ranks, free_port(), str(folder), command, arguments)
-    processes = [SERVER.Process(target=one_rank, args=(rank, *shared)) for rank in range(ranks)]
-    for process in processes:
-        process.start()
+    settings = environment() | {"CUDA_VISIBLE_DEVICES": ""}
+    if ranks:
+        settings |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+        settings |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    processes = []
+    for rank in map(str, range(max(ranks, 1))):
+        of_rank = settings | ({"RANK": rank, "LOCAL_RANK": rank} if ranks else {})
+        given = (of_rank, os.getcwd(), str(folder), command, arguments)
+        processes.append(SERVER.Process(target=forked, args=given))
+        processes[-1].start()
     try:
         yield processes
     finally:
@@ -133,27 +137,44 @@ def start_ranks(
 def kill(*processes: BaseProcess) -> None:
     """SIGKILL processes and what they started, as when a machine loses power."""
     for process in processes:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            for child in psutil.Process(process.pid).children(recursive=True):
-                child.kill()
-        process.kill()
+        if process.is_alive():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                for child in psutil.Process(process.pid).children(recursive=True):
+                    child.kill()
+            process.kill()
         process.join()
 
 
-def one_rank(
-    rank: int, ranks: int, port: int, folder: str, command: str | Callable, arguments: tuple[str, ...]
+def forked(
+    settings: dict[str, str], cwd: str, folder: str, command: str | Callable, arguments: tuple[str, ...]
 ) -> None:
-    """What a forked process does."""
+    """What one of the processes of `start_ranks` does."""
     import torch
 
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(Path(folder, name), os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     faulthandler.dump_traceback_later(HANGS, exit=True)
     multiprocessing.set_start_method("fork", force=True)  # of loaders' workers: a server's child would start a server
-    os.chdir(ROOT)
-    group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
-    os.environ |= environment() | {key: str(value) for key, value in group.items()}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ.clear()
+    os.environ.update(settings)
+    os.chdir(cwd)
     torch.set_num_threads(1)
-    with exit_on_input_error():
-        sys.exit((command if callable(command) else main_of(command))(list(arguments)))
+    sys.argv = [str(command), *arguments]
+    if callable(command):
+        command(list(arguments))
+    else:
+        runpy.run_module(command, run_name="__main__", alter_sys=True)
+
+
+@contextlib.contextmanager
+def forked_lmms_eval() -> Iterator[None]:
+    """Where our commands start `python -m lmms_eval`, they get a process that has its imports."""
+
+    def run(command: list[str], environment: dict[str, str], log: Path) -> int:
+        with mock.patch.dict(os.environ, environment):
+            ended = run_ranks(0, *command[command.index("-m") + 1 :], check=False)
+        log.write_text(ended.stdout + ended.stderr)
+        return ended.returncode
+
+    with mock.patch("mllm.pope.lmms._run_with_progress", run):
+        yield

@@ -17,7 +17,7 @@ from unittest import mock
 import psutil
 import pytest
 import yaml
-from launch import QUICKSTART, ROOT, environment, run_ranks
+from launch import QUICKSTART, ROOT, environment, forked_lmms_eval, run_ranks
 from transformers import AutoModel
 
 import diffclip.hf  # noqa: F401 - registers the tower
@@ -33,17 +33,21 @@ SMALL |= {"conversations": 64, "texts": 300, "pope": 12, "mmvp": 2, "segmentatio
 def carry_on(*arguments: str) -> str:
     """The console of `diffclip pipeline ARGUMENTS`, whose commands run in this process, without its imports.
 
-    CLIP's stages under the deepspeed launcher stay real; the other model's are trained without.
+    CLIP's align under the deepspeed launcher and its lmms-eval stay real; its instruct is forked as the launcher's rank.
+    The other model is trained without DeepSpeed, and its lmms-eval is forked.
     """
     start = pipeline.run
 
     def run(command: list[str], typed: list[str]) -> None:
         _, *words = command[command.index("diffclip") :]
-        other = words[0] in ("align", "instruct") and not any("/CLIP/" in word for word in words)
-        if "--module" in command and not other:
+        other = not any("/CLIP/" in word for word in words)
+        if "--module" in command and not other and words[0] == "align":
             start(command, typed)
+        elif "--module" in command and not other:
+            run_ranks(1, "diffclip", *words)
         else:
-            cli.call([*words, *(["--deepspeed="] if other else [])])
+            with forked_lmms_eval() if other else contextlib.nullcontext():
+                cli.call([*words, *(["--deepspeed="] if other and words[0] in ("align", "instruct") else [])])
 
     console = io.StringIO()
     with (
