@@ -33,7 +33,7 @@ SMALL |= {"conversations": 64, "texts": 300, "pope": 12, "mmvp": 2, "segmentatio
 def carry_on(*arguments: str) -> str:
     """The console of `diffclip pipeline ARGUMENTS`, whose commands run in this process, without its imports.
 
-    CLIP's align under the deepspeed launcher and its lmms-eval stay real; its instruct is forked as the launcher's rank.
+    CLIP's align under the deepspeed launcher and its lmms-eval stay real; its instruct is forked as one rank.
     The other model is trained without DeepSpeed, and its lmms-eval is forked.
     """
     start = pipeline.run
