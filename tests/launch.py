@@ -125,7 +125,7 @@ def start_ranks(
     processes = []
     for rank in map(str, range(max(ranks, 1))):
         of_rank = settings | ({"RANK": rank, "LOCAL_RANK": rank} if ranks else {})
-        given = (of_rank, os.getcwd(), str(folder), command, arguments)
+        given = (of_rank, os.getcwd(), str(folder), HANGS, command, arguments)
         processes.append(SERVER.Process(target=forked, args=given))
         processes[-1].start()
     try:
@@ -146,14 +146,14 @@ def kill(*processes: BaseProcess) -> None:
 
 
 def forked(
-    settings: dict[str, str], cwd: str, folder: str, command: str | Callable, arguments: tuple[str, ...]
+    settings: dict[str, str], cwd: str, folder: str, hangs: float, command: str | Callable, arguments: tuple[str, ...]
 ) -> None:
     """What one of the processes of `start_ranks` does."""
     import torch
 
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(Path(folder, name), os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
-    faulthandler.dump_traceback_later(HANGS, exit=True)
+    faulthandler.dump_traceback_later(hangs, exit=True)
     multiprocessing.set_start_method("fork", force=True)  # of loaders' workers: a server's child would start a server
     os.environ.clear()
     os.environ.update(settings)

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from launch import QUICKSTART, ROOT, TORCHRUN, kill, run, run_ranks, start_ranks
+from launch import QUICKSTART, ROOT, TORCHRUN, kill, run, run_deepspeed, run_ranks, start_ranks
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -120,9 +120,9 @@ def two_ranks(*arguments: str) -> None:
     run_ranks(2, *arguments)
 
 
-def zero(stage: int):
+def zero(stage: int, launch=run_ranks):
     config = ROOT / "stages" / "configs" / "deepspeed" / f"zero{stage}.json"
-    return lambda *arguments: run_ranks(2, *arguments, "--use_cpu=True", f"--deepspeed={config}")
+    return lambda *arguments: launch(2, *arguments, "--use_cpu=True", f"--deepspeed={config}")
 
 
 @pytest.mark.slow
@@ -132,7 +132,7 @@ def zero(stage: int):
         ("chunks", in_process, ["--micro_batch_size=24"]),  # 24, 24, 16
         ("2-ranks", torchrun, []),
         ("2-ranks-chunks", two_ranks, ["--micro_batch_size=10"]),  # 10, 10, 10, 2
-        ("zero-1", zero(1), []),
+        ("zero-1", zero(1, run_deepspeed), []),
         ("zero-2-chunks", zero(2), ["--micro_batch_size=8"]),
     ],
 )
