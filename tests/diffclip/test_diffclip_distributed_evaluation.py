@@ -1,4 +1,4 @@
-"""`torchrun -m diffclip.benchmarks`: two ranks write the bits that one process writes."""
+"""Two ranks of `torchrun -m diffclip benchmark` write the bits that one process writes."""
 
 import io
 import json
@@ -7,7 +7,7 @@ import tarfile
 import numpy as np
 import pytest
 import torch
-from launch import TORCHRUN, call, run
+from launch import call, run_ranks, start_ranks
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -59,7 +59,7 @@ def arguments(model, root, out):
 def test_two_ranks_give_the_same_features_scores_and_outcomes(model, root, tmp_path):
     torch.set_num_threads(1)  # as the ranks have
     call(*arguments(model, root, tmp_path / "one"))
-    told = run(*TORCHRUN, "2", "-m", *arguments(model, root, tmp_path / "two"))
+    told = run_ranks(2, *arguments(model, root, tmp_path / "two"))
     assert told.stdout.count("CLIP benchmarks") == 1
     scores = [json.loads((tmp_path / n / "tiny/clip_benchmarks.json").read_text()) for n in ("one", "two")]
     assert scores[0] == scores[1] and len(scores[0]["metrics"]) > 10
@@ -75,6 +75,8 @@ def test_two_ranks_give_the_same_features_scores_and_outcomes(model, root, tmp_p
 @pytest.mark.slow
 def test_a_broken_image_ends_every_rank(model, root, tmp_path):
     (root / "classification/things/train/cat/09.png").write_bytes(b"not an image")  # of the second rank's first batch
-    ended = run(*TORCHRUN, "2", "-m", *arguments(model, root, tmp_path / "out"), check=False)
-    assert ended.returncode != 0
-    assert "cat/09.png cannot be read as an image" in ended.stderr.replace("\n", "")
+    with start_ranks(2, *arguments(model, root, tmp_path / "out"), folder=tmp_path) as processes:
+        for process in processes:  # by itself: no launcher kills it
+            process.join(120)
+        assert [process.exitcode for process in processes] == [2, 2]
+    assert (tmp_path / "stderr").read_text().count("cat/09.png cannot be read as an image") == 2

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from launch import run_ranks
 
 from diffclip.base.errors import InputError
 from diffclip.base.files import read_jsonl
@@ -99,7 +100,7 @@ def test_lmms_eval_on_two_processes_gives_the_models_own_answers(
 
 
 @pytest.mark.slow
-def test_lmms_evals_own_pope_task_runs(installed, assembled, run_dir, pope_dir, picture, tmp_path):
+def test_lmms_evals_own_pope_task_runs(installed, assembled, run_dir, pope_dir, picture, tmp_path, monkeypatch):
     """The standard task, whose set of the Hub lies in a folder of its name, where `datasets` looks first."""
     questions, images = asked_about(pope_dir)
     task = Path(lmms_eval.__file__).parent / "tasks" / "pope" / "pope.yaml"
@@ -107,11 +108,11 @@ def test_lmms_evals_own_pope_task_runs(installed, assembled, run_dir, pope_dir, 
     cwd = tmp_path / "elsewhere"  # not beside a folder named like the task
     (cwd / name / "data").mkdir(parents=True)
     write_parquet(questions, images, cwd / name / "data" / "test-00000-of-00001.parquet")
-    command = [sys.executable, "-m", "lmms_eval", "--model", "diffclip_llava", "--tasks", "pope", "--log_samples"]
+    command = ["lmms_eval", "--model", "diffclip_llava", "--tasks", "pope", "--log_samples"]
     command += ["--model_args", f"pretrained={run_dir}", "--batch_size", "3", "--output_path", "out"]
-    offline = {"HF_DATASETS_OFFLINE": "1", "HF_HUB_OFFLINE": "1", "LMMS_EVAL_DATASETS_CACHE": str(tmp_path / "cache")}
-    paths = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
-    subprocess.run(command, cwd=cwd, env={**os.environ, **offline, "PYTHONPATH": paths}, check=True)
+    monkeypatch.setenv("LMMS_EVAL_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(cwd)
+    run_ranks(0, *command)
     (samples,) = (cwd / "out").rglob("*_samples_pope.jsonl")
     rows = sorted((row for _, row in read_jsonl(samples)), key=lambda row: row["doc_id"])
     given = [row["filtered_resps"] for row in rows]

@@ -1,4 +1,4 @@
-"""The two multimodal stages under the deepspeed launcher: LoRA, ZeRO-2 and 3, a killed rank, exact resume."""
+"""The two multimodal stages under DeepSpeed: LoRA, ZeRO-2 and 3, a rank killed under its launcher, exact resume."""
 
 import json
 import os
@@ -8,7 +8,7 @@ import time
 import psutil
 import pytest
 import torch
-from launch import ROOT, call, run_deepspeed, start
+from launch import ROOT, call, run_ranks, start
 from safetensors.torch import load_file
 
 from diffclip.base.errors import InputError
@@ -73,8 +73,8 @@ def losses(out):
 def calm(inputs, tmp_path_factory):
     """Undisturbed runs: LoRA with ZeRO-2 on one rank, and with ZeRO-3 on two."""
     out = tmp_path_factory.mktemp("calm")
-    run_deepspeed(1, *command(inputs, out / "one", 2, "--lora_rank=4"))
-    run_deepspeed(2, *command(inputs, out / "two", 3, "--lora_rank=4"))
+    run_ranks(1, *command(inputs, out / "one", 2, "--lora_rank=4"))
+    run_ranks(2, *command(inputs, out / "two", 3, "--lora_rank=4"))
     return out
 
 
@@ -99,7 +99,7 @@ def test_two_ranks_with_zero_3_learn_what_one_with_zero_2_learns(calm, inputs):
 @pytest.mark.slow
 def test_offloading_to_the_host_learns_the_same(calm, inputs, tmp_path):
     out = tmp_path / "offload"
-    run_deepspeed(1, *command(inputs, out, "3_offload", "--lora_rank=4"))
+    run_ranks(1, *command(inputs, out, "3_offload", "--lora_rank=4"))
     assert losses(out) == pytest.approx(losses(calm / "one"), rel=1e-4)
 
 
@@ -108,7 +108,7 @@ def test_bfloat16_under_deepspeed_keeps_what_is_frozen_and_learns_alike(inputs, 
     """The paper's precision: DeepSpeed rounds the weights, and what stays frozen is proven to be just that."""
     options = ["--learns=projector", "--template=chatml"]
     call(*command(inputs, tmp_path / "exact", 2, *options, "--deepspeed="))
-    run_deepspeed(2, *command(inputs, tmp_path / "half", 3, *options, "--precision=bf16"))
+    run_ranks(2, *command(inputs, tmp_path / "half", 3, *options, "--precision=bf16"))
     record = json.loads((tmp_path / "half" / "run.json").read_text())
     same = {part: record["after"][part] == value for part, value in record["before"].items()}
     assert same == {"vision_tower": True, "projector": False, "language_model": True}
@@ -152,11 +152,11 @@ def test_a_killed_rank_ends_the_launcher_and_the_command_goes_on_to_the_same_wei
     share = next(newest.glob("global_step*/*optim_states.pt"))
     honest = share.read_bytes()
     torch.save({"optimizer_state_dict": Planted(tmp_path / "marker")}, share)
-    refused = run_deepspeed(2, *arguments, check=False)
-    assert f"{share}: is not safe to read" in refused.stderr and not (tmp_path / "marker").exists()
+    refused = run_ranks(2, *arguments, check=False)
+    assert refused.returncode == 2 and f"{share}: is not safe to read" in refused.stderr
+    assert not (tmp_path / "marker").exists()
     share.write_bytes(honest)
-    said = run_deepspeed(2, *arguments).stdout
-    assert "resumes at step" in said
+    assert "resumes at step" in run_ranks(2, *arguments).stdout
     found, wanted = weights(out), weights(calm / "two")
     assert all(torch.equal(found[key], wanted[key]) for key in wanted)
 

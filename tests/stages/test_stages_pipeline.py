@@ -8,6 +8,7 @@ import io
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -17,7 +18,7 @@ from unittest import mock
 import psutil
 import pytest
 import yaml
-from launch import QUICKSTART, ROOT, environment, run_deepspeed
+from launch import QUICKSTART, ROOT, environment, forked_lmms_eval, run_ranks
 
 from diffclip import hf
 from diffclip.base.errors import InputError
@@ -32,17 +33,21 @@ SMALL |= {"conversations": 64, "texts": 300, "pope": 12, "mmvp": 2, "segmentatio
 def carry_on(*arguments: str) -> str:
     """The console of `diffclip pipeline ARGUMENTS`, whose commands run in this process, without its imports.
 
-    CLIP's stages under the deepspeed launcher stay real; the other model's are trained without.
+    CLIP's align under the deepspeed launcher and its lmms-eval stay real; its instruct is forked as one rank.
+    The other model is trained without DeepSpeed, and its lmms-eval is forked.
     """
     start = pipeline.run
 
     def run(command: list[str], typed: list[str]) -> None:
         _, *words = command[command.index("diffclip") :]
-        other = words[0] in ("align", "instruct") and not any("/CLIP/" in word for word in words)
-        if "--module" in command and not other:
+        other = not any("/CLIP/" in word for word in words)
+        if "--module" in command and not other and words[0] == "align":
             start(command, typed)
+        elif "--module" in command and not other:
+            run_ranks(1, "diffclip", *words)
         else:
-            cli.call([*words, *(["--deepspeed="] if other else [])])
+            with forked_lmms_eval() if other else contextlib.nullcontext():
+                cli.call([*words, *(["--deepspeed="] if other and words[0] in ("align", "instruct") else [])])
 
     console = io.StringIO()
     with (
@@ -92,6 +97,9 @@ def quickstart(tmp_path_factory) -> tuple[Path, list[str]]:
     while left := [p.info["cmdline"] for p in psutil.process_iter(["cmdline"]) if names(folder, p.info["cmdline"])]:
         assert time.time() < deadline, f"a killed pipeline left a stage running: {left}"
         time.sleep(0.5)
+    shutil.rmtree(
+        folder / "out" / "scenes" / "classification" / "shape_color"
+    )  # two sets will do: a probe takes seconds
     (folder / "console.txt").write_text(carry_on(*command))
     return folder / "out", command
 
@@ -160,7 +168,7 @@ def test_two_ranks_give_the_losses_of_one(quickstart, tmp_path):
     out, _ = quickstart
     arguments = ["stages.instruct", f"--config={out.parent / 'instruct.yaml'}", f"--model={out / 'CLIP' / 'align'}"]
     arguments += [f"--data={out / 'scenes' / 'llava' / 'instruct.json'}", f"--output_dir={tmp_path / 'run'}"]
-    run_deepspeed(2, *arguments, f"--image_root={out / 'scenes' / 'llava' / 'images'}")
+    run_ranks(2, *arguments, f"--image_root={out / 'scenes' / 'llava' / 'images'}")
     one, two = (
         [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
         for folder in (out / "CLIP" / "instruct", tmp_path / "run")

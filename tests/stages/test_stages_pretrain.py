@@ -12,10 +12,9 @@ import time
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 import torch
-from launch import QUICKSTART, ROOT, TORCHRUN, run, run_deepspeed, start
+from launch import QUICKSTART, ROOT, TORCHRUN, kill, run, run_deepspeed, run_ranks, start_ranks
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -113,13 +112,17 @@ def big_batch(updates):
     return differences
 
 
-def torchrun(ranks: int):
-    return lambda *arguments: run(*TORCHRUN, str(ranks), "-m", *arguments)
+def torchrun(*arguments: str) -> None:
+    run(*TORCHRUN, "2", "-m", *arguments)
 
 
-def zero(stage: int):
+def two_ranks(*arguments: str) -> None:
+    run_ranks(2, *arguments)
+
+
+def zero(stage: int, launch=run_ranks):
     config = ROOT / "stages" / "configs" / "deepspeed" / f"zero{stage}.json"
-    return lambda *arguments: run_deepspeed(2, *arguments, "--use_cpu=True", f"--deepspeed={config}")
+    return lambda *arguments: launch(2, *arguments, "--use_cpu=True", f"--deepspeed={config}")
 
 
 @pytest.mark.slow
@@ -127,10 +130,10 @@ def zero(stage: int):
     "name, launch, further",
     [
         ("chunks", in_process, ["--micro_batch_size=24"]),  # 24, 24, 16
-        pytest.param("2-ranks", torchrun(2), [], marks=pytest.mark.slow),
-        pytest.param("2-ranks-chunks", torchrun(2), ["--micro_batch_size=10"], marks=pytest.mark.slow),  # 10, 10, 10, 2
-        pytest.param("zero-1", zero(1), [], marks=pytest.mark.slow),
-        pytest.param("zero-2-chunks", zero(2), ["--micro_batch_size=8"], marks=pytest.mark.slow),
+        ("2-ranks", torchrun, []),
+        ("2-ranks-chunks", two_ranks, ["--micro_batch_size=10"]),  # 10, 10, 10, 2
+        ("zero-1", zero(1, run_deepspeed), []),
+        ("zero-2-chunks", zero(2), ["--micro_batch_size=8"]),
     ],
 )
 def test_devices_and_chunks_give_the_gradients_of_one_big_batch(updates, big_batch, name, launch, further):
@@ -145,31 +148,14 @@ def test_devices_and_chunks_give_the_gradients_of_one_big_batch(updates, big_bat
 # ---- exact resume
 
 
-@pytest.fixture
-def one_thread():
-    """As many threads as the commands that `launch` starts have: sums of others differ in their last bits."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 RESUME = ["--epochs=4", "--save_steps=3", "--warmup_epochs=0.5"]  # 16 steps, an epoch is 4
 
 
-def wait_for(condition, process, what: str) -> None:
+def wait_for(condition, processes, what: str) -> None:
     deadline = time.time() + 120
     while not condition():
-        assert process.poll() is None and time.time() < deadline, f"ended before {what}"
+        assert all(process.is_alive() for process in processes) and time.time() < deadline, f"ended before {what}"
         time.sleep(0.005)
-
-
-def kill(process) -> None:
-    """SIGKILL a started command and the ranks that it started, as when a machine loses power."""
-    started = psutil.Process(process.pid)
-    for each in [started, *started.children(recursive=True)]:
-        each.kill()
-    process.communicate()
 
 
 def steps_logged(out: Path) -> int:
@@ -178,39 +164,30 @@ def steps_logged(out: Path) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_killed_at_any_step_it_ends_in_the_weights_of_an_undisturbed_run(shards, tmp_path, ranks, capsys, one_thread):
-    launcher = [] if ranks == 1 else [*TORCHRUN, str(ranks), "-m"]
+@pytest.mark.parametrize("ranks", [0, 2])
+def test_killed_at_any_step_it_ends_in_the_weights_of_an_undisturbed_run(shards, tmp_path, ranks):
     out = tmp_path / "killed"
-    disturbed = [*launcher, *command(shards, out, *RESUME)]
+    disturbed = command(shards, out, *RESUME)
+    run_ranks(ranks, *command(shards, tmp_path / "calm", *RESUME))
 
-    def to_its_end(words: list[str]) -> str:
-        if ranks > 1:
-            return run(*words).stdout
-        pretrain.main(words[1:])
-        return capsys.readouterr().out
-
-    to_its_end([*launcher, *command(shards, tmp_path / "calm", *RESUME)])
-    first = 3  # of whose checkpoint the next one must not be the half
-    if ranks == 1:
-        process = start(*disturbed)  # in the middle of an epoch
+    with start_ranks(ranks, *disturbed, folder=tmp_path) as processes:  # in the middle of an epoch
         at = random.randint(4, 7)
-        wait_for(lambda: steps_logged(out) >= at, process, f"step {at}")
-        kill(process)
-        first = steps_logged(out)
+        wait_for(lambda: steps_logged(out) >= at, processes, f"step {at}")
+        kill(*processes)
+    first = steps_logged(out)  # of whose checkpoint the next one must not be the half
 
-    process = start(*disturbed)  # in the middle of writing a checkpoint
-    half = lambda: [p for p in out.glob("checkpoint-*") if not (p / "complete").exists()]  # noqa: E731
-    wait_for(lambda: steps_logged(out) > first and half(), process, "it wrote a checkpoint")
-    kill(process)
+    with start_ranks(ranks, *disturbed, folder=tmp_path) as processes:  # in the middle of writing a checkpoint
+        half = lambda: [p for p in out.glob("checkpoint-*") if not (p / "complete").exists()]  # noqa: E731
+        wait_for(lambda: steps_logged(out) > first and half(), processes, "it wrote a checkpoint")
+        kill(*processes)
     (out / "checkpoint-99").mkdir(exist_ok=True)  # whatever the timing above: newer than any, and unreadable
     (out / "checkpoint-99" / "model.safetensors").write_bytes(b"half")
 
-    assert "resumes at step" in to_its_end(disturbed)
+    assert "resumes at step" in run_ranks(ranks, *disturbed).stdout
     calm, killed = weights(tmp_path / "calm"), weights(out)
     assert calm.keys() == killed.keys() and all(torch.equal(calm[k], killed[k]) for k in calm)
-    if ranks == 1:
-        assert "is finished, nothing to do" in to_its_end(disturbed)
+    if not ranks:
+        assert "is finished, nothing to do" in run_ranks(0, *disturbed).stdout
         with pytest.raises(InputError, match=r"learning_rate 0\.001 -> 0\.1"):
             pretrain.main([*disturbed[1:], "--learning_rate=0.1"])
 
@@ -219,13 +196,14 @@ def test_killed_at_any_step_it_ends_in_the_weights_of_an_undisturbed_run(shards,
 def test_disk_full_while_saving_leaves_the_last_checkpoint_and_says_so(shards, tmp_path, capsys):
     out = tmp_path / "run"
     arguments = command(shards, out, *RESUME)
-    process = start(*arguments)
-    wait_for(lambda: (out / "checkpoint-3" / "complete").exists(), process, "the first checkpoint")
-    # a limit on file size ends a write as a full disk does
-    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (200_000, resource.RLIM_INFINITY))
-    message = process.communicate(timeout=120)[1].strip().splitlines()[-1]
-    assert process.returncode == 2 and message.startswith("error: ")
-    assert "could not be written" in message and "goes on from" in message
+    with start_ranks(0, *arguments, folder=tmp_path) as (process,):
+        wait_for(lambda: (out / "checkpoint-3" / "complete").exists(), [process], "the first checkpoint")
+        # a limit on file size ends a write as a full disk does
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (200_000, resource.RLIM_INFINITY))
+        process.join(120)
+        assert process.exitcode == 2
+    message = (tmp_path / "stderr").read_text().strip().splitlines()[-1]
+    assert message.startswith("error: ") and "could not be written" in message and "goes on from" in message
     in_process(*arguments)
     assert "resumes at step 3" in capsys.readouterr().out
     assert json.loads((out / "run.json").read_text())["state"] == "finished"
@@ -234,25 +212,25 @@ def test_disk_full_while_saving_leaves_the_last_checkpoint_and_says_so(shards, t
 # ---- data
 
 
+def collect_keys(arguments: list[str]) -> None:
+    """Pretrain with ARGUMENTS[1:], and write the keys of the pairs that this rank sees into the folder ARGUMENTS[0]."""
+    keys: list[str] = []
+    step = pretraining.ContrastiveTrainer.compute_loss
+
+    def watched(self, model, inputs, *rest, **named):
+        pairs = self.train_dataset
+        keys.extend(pairs.table.key(pairs.row(int(k))) for k in inputs["item"])
+        return step(self, model, inputs, *rest, **named)
+
+    pretraining.ContrastiveTrainer.compute_loss = watched
+    pretrain.main(arguments[1:])
+    Path(arguments[0], "keys" + os.environ["RANK"]).write_text(json.dumps(keys))
+
+
 @pytest.mark.slow
 def test_two_ranks_with_two_workers_see_every_pair_once_an_epoch(shards, tmp_path):
-    script = tmp_path / "collect.py"
-    script.write_text(
-        "import json, sys\n"
-        "from stages import pretrain, pretraining\n"
-        "keys = []\n"
-        "step = pretraining.ContrastiveTrainer.compute_loss\n"
-        "def watched(self, model, inputs, *rest, **named):\n"
-        "    pairs = self.train_dataset\n"
-        "    keys.extend(pairs.table.key(pairs.row(int(k))) for k in inputs['item'])\n"
-        "    return step(self, model, inputs, *rest, **named)\n"
-        "pretraining.ContrastiveTrainer.compute_loss = watched\n"
-        "pretrain.main(sys.argv[1:])\n"
-        "import os\n"
-        f"open({str(tmp_path)!r} + '/keys' + os.environ['RANK'], 'w').write(json.dumps(keys))\n"
-    )
     arguments = command(shards, tmp_path / "run", "--epochs=2", "--num_workers=2")[1:]
-    run(*TORCHRUN, "2", str(script), *arguments)
+    run_ranks(2, collect_keys, str(tmp_path), *arguments)
     shares = [json.loads((tmp_path / f"keys{rank}").read_text()) for rank in (0, 1)]
     assert [len(share) for share in shares] == [64, 64]
     for epoch in range(2):
