@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torchvision import transforms as T
 
 from diffclip.attention import Differential
+from diffclip.attention.maps import apply_map, attention_map, both_maps  # noqa: F401 - for those who look here
 from diffclip.base.backbones import open_clip
 from diffclip.base.errors import InputError
 from diffclip.written_maps import can_be_written, written

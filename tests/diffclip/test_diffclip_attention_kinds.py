@@ -170,6 +170,8 @@ def test_models_that_hold_the_old_numbers_are_read(tmp_path):
     built = diffclip.build("DiffCLIP-V2-tiny").eval()
     diffclip.save(built, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    assert config["attention_version"] == "v2"
-    (tmp_path / "config.json").write_text(json.dumps({**config, "attention_version": 2}))
-    assert [module.name for module in attentions(AutoModel.from_pretrained(tmp_path))] == ["v2"] * 4
+    for tower in ("vision_config", "text_config"):
+        assert config[tower]["attention_version"] == "v2"
+        config[tower]["attention_version"] = 2
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert [module.name for module in attentions(AutoModel.from_pretrained(tmp_path))] == ["v2"] * 7
