@@ -24,7 +24,7 @@ from stages import pretrain
 from stages.pretraining import retrieval_of_pairs
 
 ARMS = {"CLIP": "keep", "V1": "v1", "V2": "v2", "Dex": "dex"}
-RATES = (2e-4, 5e-4, 1e-3)
+RATES = (5e-5, 2e-4, 5e-4, 1e-3)
 BASE_EPOCHS, MORE_EPOCHS, QUARTERS = 6, 2, 4
 SETTINGS = [
     "--global_batch_size=64",

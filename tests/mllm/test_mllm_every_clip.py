@@ -72,6 +72,7 @@ def data(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_benchmarks_and_evaluate_take_it(named, data, tmp_path, name):
     call("diffclip.benchmarks", "--model", f"it={named[name]}", f"--data_root={data}", f"--output_dir={tmp_path / 'b'}")
@@ -81,6 +82,7 @@ def test_benchmarks_and_evaluate_take_it(named, data, tmp_path, name):
     assert {key: evaluated[key] for key in scores} == scores and 0 <= scores["zero_shot/colour/top1"] <= 100
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_maps_and_training_start_from_it(named, data, tmp_path, name):
     image = next((data / "classification" / "colour" / "test").rglob("*.png"))
@@ -94,6 +96,7 @@ def test_maps_and_training_start_from_it(named, data, tmp_path, name):
     assert title.endswith("+keep") and tokenizer(["red"]).shape[0] == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_its_tower_is_aligned_with_a_language_model(named, language_dir, tmp_path, name):
     vlm = assemble(named[name], language_dir)

@@ -44,6 +44,7 @@ def rows(out):
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["v1", "v2", "dex"])
 def test_a_trained_clip_becomes_differential_and_is_validated_before_its_first_step(world, tmp_path, kind):
     held_out = f"--val_pairs={world}/pretrain/*.tar", f"--val_data={world}/classification/shape"
@@ -79,6 +80,7 @@ LEARNS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("learns", LEARNS)
 def test_only_what_learns_changes(world, tmp_path, learns):
     parts, attention = LEARNS[learns]
@@ -102,6 +104,7 @@ def test_only_what_learns_changes(world, tmp_path, learns):
             assert not torch.equal(tensor, was), name
 
 
+@pytest.mark.slow
 def test_layers_learn_at_rates_that_fall_with_depth(world, tmp_path):
     """Adam's first steps are as long as its rate, whatever the gradient."""
     out = tmp_path / "run"
@@ -120,6 +123,7 @@ def test_layers_learn_at_rates_that_fall_with_depth(world, tmp_path):
         assert step == pytest.approx(1e-3 * times, rel=0.05), name
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_trained_on_in_another_directory_and_resumes(world, tmp_path):
     more = start(world, "--attention=dex", "--precision=bf16")
     calm = adapt(world, tmp_path / "calm", *more)
@@ -150,6 +154,7 @@ SIGLIP = {
 }
 
 
+@pytest.mark.slow
 def test_a_siglip_of_open_clip_learns_by_its_own_loss(world, tmp_path):
     (tmp_path / "adapt-sig.json").write_text(json.dumps(SIGLIP))
     open_clip.add_model_config(tmp_path / "adapt-sig.json")
@@ -167,6 +172,7 @@ def test_a_siglip_of_open_clip_learns_by_its_own_loss(world, tmp_path):
         del open_clip.factory._MODEL_CONFIGS["adapt-sig"]
 
 
+@pytest.mark.slow
 def test_a_dry_run_needs_no_weights_of_open_clips_names(capsys):
     name = "--init_from=open_clip:ViT-S-32-alt@nothing"
     pretrain.main(
@@ -191,6 +197,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", REFUSED)
 def test_what_cannot_be_adapted_is_refused_before_the_directory_is_claimed(world, tmp_path, words):
     arguments = words.format(clip=world / "clip").split()

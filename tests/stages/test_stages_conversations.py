@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from stages.conversations import set_learning_rate
+from stages.training import set_learning_rate
 
 
 def test_projector_learns_at_its_own_rate_and_decays_as_before():
@@ -14,7 +14,7 @@ def test_projector_learns_at_its_own_rate_and_decays_as_before():
     optimizer = torch.optim.AdamW(
         [{"params": weights, "weight_decay": 0.1}, {"params": biases, "weight_decay": 0.0}], lr=1e-2
     )
-    set_learning_rate(optimizer, model["projector"], 1e-4)
+    set_learning_rate(optimizer, model["projector"].parameters(), 1e-4)
     rates = {p: (g["lr"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
     assert rates == {
         model["projector"].weight: (1e-4, 0.1),
