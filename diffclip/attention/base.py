@@ -97,6 +97,14 @@ class Differential(nn.Module):
         """
         raise NotImplementedError
 
+    def take_projections(self, qkv: Tensor, bias: Tensor | None, out: nn.Linear) -> None:
+        """`start_from` for kinds whose projections have the shapes of ordinary attention's."""
+        for i, projection in enumerate((self.q_proj, self.k_proj, self.v_proj)):
+            projection.weight.copy_(qkv.chunk(3)[i])
+            if bias is not None:
+                projection.bias.copy_(bias.chunk(3)[i])
+        self.out_proj.load_state_dict(out.state_dict())
+
     def reset_lambdas(self) -> None:
         """Let lambda start from lambda_init, or close to it."""
         raise NotImplementedError

@@ -131,11 +131,7 @@ class Dex(Differential):
     @torch.no_grad()
     def start_from(self, qkv: Tensor, bias: Tensor | None, out: nn.Linear, preserve: bool) -> None:
         """Take over the projections, and with them the function, whatever `preserve` says."""
-        for i, projection in enumerate((self.q_proj, self.k_proj, self.v_proj)):
-            projection.weight.copy_(qkv.chunk(3)[i])
-            if bias is not None:
-                projection.bias.copy_(bias.chunk(3)[i])
-        self.out_proj.load_state_dict(out.state_dict())
+        self.take_projections(qkv, bias, out)
 
 
 def set_annealing(model: nn.Module, share: float) -> None:

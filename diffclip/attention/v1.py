@@ -118,11 +118,7 @@ class DifferentialAttention(Differential):
     @torch.no_grad()
     def start_from(self, qkv: Tensor, bias: Tensor | None, out: nn.Linear, preserve: bool) -> None:
         """Take over the projections; the function changes: heads now work in pairs, under a new norm."""
-        for i, projection in enumerate((self.q_proj, self.k_proj, self.v_proj)):
-            projection.weight.copy_(qkv.chunk(3)[i])
-            if bias is not None:
-                projection.bias.copy_(bias.chunk(3)[i])
-        self.out_proj.load_state_dict(out.state_dict())
+        self.take_projections(qkv, bias, out)
 
     def added(self) -> dict[str, Tensor | None]:
         return dict.fromkeys(("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2", "diff_norm.weight"))
