@@ -247,6 +247,7 @@ def test_locked_parameters_stay_locked():
     assert all(p.requires_grad for p in model.transformer.parameters())
 
 
+@pytest.mark.slow
 def test_wrappers_are_taken_off(tmp_path):
     theirs = made("any-ViT")
     expected = outputs(theirs, open_clip.get_tokenizer("any-ViT"), 32)

@@ -7,6 +7,7 @@ import json
 import unittest
 from typing import ClassVar
 
+import pytest
 import torch
 import transformers_suite
 from tokenizers import Tokenizer
@@ -17,6 +18,7 @@ from diffclip import hf, variants
 from diffclip.hf import files
 from diffclip.hf.heads import DiffCLIPVisionForImageClassification
 
+pytestmark = pytest.mark.slow  # hundreds of small ones
 common = transformers_suite.module("test_modeling_common")
 backbones = transformers_suite.module("test_backbone_common")
 image_processing = transformers_suite.module("test_image_processing_common")

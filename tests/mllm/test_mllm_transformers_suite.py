@@ -2,6 +2,7 @@
 
 import unittest
 
+import pytest
 import torch
 import transformers_suite
 from transformers import LlavaProcessor, Qwen2Config
@@ -12,6 +13,7 @@ from diffclip.hf.open_clip_vision import OpenClipVisionConfig, OpenClipVisionMod
 from mllm.conversation import IMAGE, chat_template
 from mllm.llava import DiffCLIPLlavaConfig, DiffCLIPLlavaForConditionalGeneration, DiffCLIPLlavaModel
 
+pytestmark = pytest.mark.slow  # hundreds of small ones
 common = transformers_suite.module("test_modeling_common")
 processing = transformers_suite.module("test_processing_common")
 common.MODEL_MAPPING_NAMES = {
