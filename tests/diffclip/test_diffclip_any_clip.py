@@ -79,6 +79,7 @@ def size_of(model):
 # How it is named
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("form", ["training file", "compiled training file", "safetensors"])
 def test_an_architecture_with_a_file_is_what_open_clip_loads(name, form, tmp_path):
@@ -100,6 +101,7 @@ def test_an_architecture_with_a_file_is_what_open_clip_loads(name, form, tmp_pat
     assert again.model_config == model.model_config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_directories_of_open_clip_in_each_spelling(name, tmp_path):
     theirs = made(name)
@@ -204,6 +206,7 @@ def test_a_siglip_of_transformers_gives_its_features_and_is_saved_with_its_input
 # Differential, and saved
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("kind", ["v1", "v2"])
 def test_differentiated_models_of_open_clip_are_saved_whole(name, kind, tmp_path):
@@ -218,6 +221,7 @@ def test_differentiated_models_of_open_clip_are_saved_whole(name, kind, tmp_path
     assert sum(isinstance(module, Differential) for module in model.modules()) >= 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["any-ViT", "any-timm"])
 def test_another_image_size_is_saved_with_it(name, tmp_path):
     theirs = made(name)

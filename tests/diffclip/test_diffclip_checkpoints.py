@@ -183,6 +183,7 @@ def configurations():
     yield "schedule from 1", counted_from_one
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*to be set in the official code by hand")
 @pytest.mark.parametrize("config", [pytest.param(c, id=n) for n, c in configurations()])
 def test_to_the_official_layout_and_back_changes_no_output(config, tmp_path):
@@ -238,6 +239,7 @@ def published(path, prefix="module.", key="state_dict", **more):
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "prefix", ["module.", "", "module.module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."]
 )

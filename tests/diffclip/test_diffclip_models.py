@@ -46,6 +46,7 @@ def test_parameter_counts_at_full_size(name):
         assert count(models.build(name)) == PARAMETERS[name]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", variants.MODELS)
 def test_every_named_model_builds_and_counts(name):
     """A differential layer has 4 d + 2 d more parameters than an ordinary one; in V2, second queries and lambdas."""

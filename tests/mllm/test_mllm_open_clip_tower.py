@@ -33,6 +33,7 @@ def open_clip_name(folder, kind):
     return f"open_clip:small-{kind}@{folder / 'weights.pt'}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", VISION)
 def test_last_state_is_what_open_clips_own_head_takes(tmp_path, picture, kind):
     name = open_clip_name(tmp_path, kind)
@@ -67,6 +68,7 @@ def test_penultimate_layer_with_class_token_in_front(tmp_path, picture):
         tower(pixels, output_hidden_states=[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind, layer", [("vit", -2), ("eva", -2), ("efficientnet", -1)])
 def test_assembled_saved_and_loaded(language_dir, tmp_path, picture, kind, layer):
     name = open_clip_name(tmp_path, kind)

@@ -218,6 +218,7 @@ def test_a_paused_run_goes_on_with_other_intervals_workers_and_passes(tmp_path, 
 # ---- diverging
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bad_step, good", [(6, "checkpoint-4"), (2, "none")])
 def test_weights_that_are_not_finite_end_the_run_and_are_not_saved(tmp_path, bad_step, good):
     out = tmp_path / "run"
@@ -296,6 +297,7 @@ def stopped(tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "scaler.pt", "pytorch_model.bin"])
 def test_a_planted_object_in_a_checkpoint_does_not_run(stopped, tmp_path, name):
     out, marker = tmp_path / "run", tmp_path / "marker"
