@@ -11,7 +11,6 @@ from diffclip.attention import Differential
 from diffclip.base.errors import InputError
 from diffclip.models import DualEncoder
 
-LEARNS = ("vision", "text", "logit_scale", "new")
 TEXT = ("text.", "transformer.", "token_embedding.", "positional_embedding", "ln_final.", "text_projection")
 BLOCK = re.compile(r"(?:blocks|resblocks|layers|layer|stages)\.(\d+)\.")
 
@@ -35,29 +34,33 @@ def added_parameters(model: nn.Module) -> dict[str, Tensor | None]:
     }
 
 
-def let_learn(model: DualEncoder, learns: Sequence[str]) -> list[str]:
-    """Lock all parameters but those of the parts in `learns`, of `LEARNS`, and return what learns, by name.
+def let_learn(model: DualEncoder, learns: Sequence[str]) -> dict[str, Tensor | None]:
+    """Lock all parameters but those of the parts in `learns`, of `variants.PARTS`.
 
     "new" are the parameters that differential attention adds, wherever they lie. One of which only some rows are new
     (the second queries of v2) gets its gradient there alone, and has to be left out of weight decay.
 
-    InputError for a part that the model does not have.
+    Returns:
+        what learns, by name: None, or which rows of it do, a boolean (rows) tensor.
+
+    Raises:
+        InputError: nothing learns.
     """
-    added = added_parameters(model)
+    added = added_parameters(model) if "new" in learns else {}
     if "new" in learns and not added:
         raise InputError("learns: new has nothing to learn, since no attention is differential: set `attention`")
-    names = []
+    learning: dict[str, Tensor | None] = {}
     for name, parameter in model.named_parameters():
-        whole = part_of(name) in learns
-        partly = "new" in learns and name in added
-        parameter.requires_grad_(whole or partly)
-        if whole or partly:
-            names.append(name)
-        if partly and not whole and (rows := added[name]) is not None:
-            parameter.register_hook(_only(rows))
-    if not names:
+        if part_of(name) in learns:
+            learning[name] = None
+        elif name in added:
+            learning[name] = rows = added[name]
+            if rows is not None:
+                parameter.register_hook(_only(rows))
+        parameter.requires_grad_(name in learning)
+    if not learning:
         raise InputError(f"learns: {' '.join(learns)} leaves nothing that learns")
-    return names
+    return learning
 
 
 def _only(rows: Tensor) -> Any:
@@ -68,12 +71,6 @@ def _only(rows: Tensor) -> Any:
         return torch.where(keep, gradient, torch.zeros((), dtype=gradient.dtype, device=gradient.device))
 
     return hook
-
-
-def partly_new(model: DualEncoder, learns: Sequence[str]) -> set[str]:
-    """Names of the parameters of which only some rows learn; decay would move the others."""
-    partly = {name for name, rows in added_parameters(model).items() if rows is not None}
-    return {name for name in partly if part_of(name) not in learns} if "new" in learns else set()
 
 
 def layer_rates(model: DualEncoder, decay: float) -> dict[str, float]:

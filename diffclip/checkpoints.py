@@ -134,19 +134,11 @@ def load(
     return _with_inputs(model, path)
 
 
-def architecture(path_or_id: str | Path) -> dict[str, Any]:
-    """The model config of what `load` reads; of open_clip's names none of the weights are fetched or read."""
-    text = str(path_or_id)
-    if text.startswith(sources.PREFIX) and sources.plain(text) == text:
-        name = text.removeprefix(sources.PREFIX).partition("@")[0]
-        if model_cfg := get_model_config(name):
-            size = model_cfg["vision_cfg"].get("image_size", 224)
-            return {
-                "model_cfg": model_cfg,
-                "preprocess_cfg": {**asdict(PreprocessCfg()), "size": size},
-                "diffclip": {"variant": "CLIP", "attention": {}},
-            }
-    return load(path_or_id)[0].model_config
+def unloaded(path_or_id: str | Path) -> DualEncoder:
+    """The model that `load` would give; of open_clip's names with random weights, none of theirs fetched or read."""
+    if parts := sources.split_open_clip(path_or_id):
+        return _build_open_clip(get_model_config(parts[0]), {}, str(path_or_id))
+    return load(path_or_id)[0]
 
 
 def _with_inputs(model: DualEncoder, directory: Path | None) -> Loaded:
@@ -175,16 +167,9 @@ def _load_open_clip(
     config: dict[str, Any], weights: str | Path | None, source: str, directory: Path | None = None
 ) -> Loaded:
     """A model of open_clip's, from the config of an architecture or directory and its file of weights."""
-    model_cfg = config.get("model_cfg")
-    refuse_foreign_code(model_cfg, source)
     if weights is None:
         raise InputError(f"{source}: has a config but no weights; {WEIGHTS} is missing")
-    preprocess = PreprocessCfg(**_known(config.get("preprocess_cfg") or {}))
-    model = models.build(
-        {"model_cfg": model_cfg, "preprocess_cfg": asdict(preprocess), "diffclip": {"variant": "CLIP", "attention": {}}}
-    )
-    set_model_preprocess_cfg(model, {**asdict(preprocess), "size": model.visual.image_size})
-    model.model_config["preprocess_cfg"] = preprocess_cfg_of(model)
+    model = _build_open_clip(config.get("model_cfg"), config.get("preprocess_cfg") or {}, source)
     try:
         if Path(weights).suffix in (".npz", ".npy"):  # big_vision's own
             load_checkpoint(model, str(weights))
@@ -196,6 +181,17 @@ def _load_open_clip(
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"{weights}: open_clip cannot load it ({type(error).__name__}: {reason})") from None
     return _with_inputs(model, directory)
+
+
+def _build_open_clip(model_cfg: Any, preprocess_cfg: dict[str, Any], source: str) -> DualEncoder:
+    """A model of open_clip's with fresh weights; what its `preprocess_cfg` leaves open is as open_clip has it."""
+    refuse_foreign_code(model_cfg, source)
+    preprocess = asdict(PreprocessCfg(**_known(preprocess_cfg)))
+    ours = {"variant": "CLIP", "attention": {}}
+    model = models.build({"model_cfg": model_cfg, "preprocess_cfg": preprocess, "diffclip": ours})
+    set_model_preprocess_cfg(model, {**preprocess, "size": model.visual.image_size})
+    model.model_config["preprocess_cfg"] = preprocess_cfg_of(model)
+    return model
 
 
 def _load_open_clip_state(model: DualEncoder, path: Path) -> None:

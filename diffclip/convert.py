@@ -5,23 +5,17 @@ diffclip convert runs/official official.pt
 diffclip convert runs/official --to onnx exported
 """
 
-import math
-
 from diffclip.base.commands import Parser, number
 from diffclip.base.errors import InputError, exit_on_input_error
+from diffclip.variants import lambda_init_of
 
 FORMS = ("open_clip", "onnx", "pt2", "official")
 
 
 def lambda_init(text: str) -> float | str:
     """The value of --lambda_init: "schedule", or a finite number."""
-    if text == "schedule":
-        return text
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
+    value = lambda_init_of(text)
+    if value is None:
         raise InputError(f"--lambda_init must be a number or 'schedule': got {text!r}")
     return value
 

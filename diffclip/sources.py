@@ -84,10 +84,10 @@ def _weights_of(repository: str) -> list[str]:
     return list(next((form for form in HUB_WEIGHTS if files & set(form)), ()))
 
 
-def open_clip_name(name: str | Path) -> Named | None:
-    """Take `open_clip:ARCHITECTURE@TAG_OR_FILE` apart, the tag's file fetched; None for all other names.
+def split_open_clip(name: str | Path) -> tuple[str, str] | None:
+    """Return (architecture, tag or file) of `open_clip:ARCHITECTURE@TAG_OR_FILE`; None for all other names.
 
-    InputError for one that names no architecture, tag or file.
+    InputError for an architecture that open_clip does not have.
     """
     text = str(name)
     if not text.startswith(PREFIX) or plain(text) != text:
@@ -97,6 +97,17 @@ def open_clip_name(name: str | Path) -> Named | None:
     if get_model_config(architecture) is None:
         hint = nearest(architecture, open_clip.list_models())
         raise InputError(f"{name}: open_clip has no architecture {architecture}{hint}")
+    return architecture, pretrained
+
+
+def open_clip_name(name: str | Path) -> Named | None:
+    """What `open_clip:ARCHITECTURE@TAG_OR_FILE` names, the tag's file fetched; None for all other names.
+
+    InputError for one that names no architecture, tag or file.
+    """
+    if (parts := split_open_clip(name)) is None:
+        return None
+    architecture, pretrained = parts
     tags = open_clip.list_pretrained_tags_by_model(architecture)
     if not pretrained:
         known = f", with TAG one of {', '.join(tags)}," if tags else ""

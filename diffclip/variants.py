@@ -1,6 +1,7 @@
 """The named models as plain open_clip configs, without importing torch: `MODELS` by name, and what their parts are."""
 
 import copy
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from diffclip.base.errors import InputError
 from diffclip.base.files import read_json
 
 TOWERS = ("vision", "text")
+PARTS = (*TOWERS, "logit_scale", "new")  # of what learns; "new" is what differential attention adds
 
 
 def attention(kind: str, lambda_init: float | str | list[float], schedule_base: int = 0) -> dict[str, Any]:
@@ -62,6 +64,17 @@ def variant_name(towers: dict[str, dict[str, Any]]) -> str:
         return {tower: (how["kind"], how["lambda_init"]) for tower, how in of.items()}
 
     return next((name for name, of in VARIANTS.items() if decisive(of) == decisive(towers)), "custom")
+
+
+def lambda_init_of(text: str) -> float | str | None:
+    """What a text says of lambda_init: "schedule", or a finite number; None if it is neither."""
+    if text == "schedule":
+        return text
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None
 
 
 def current(config: dict[str, Any]) -> dict[str, Any]:

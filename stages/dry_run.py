@@ -10,7 +10,7 @@ from mllm.assemble import assembled_config, run_config
 from mllm.llava import DiffCLIPLlavaConfig
 from stages import costs
 from stages.config import zero_stage
-from stages.pretraining import planned_model
+from stages.pretraining import planned_model, run_title
 from stages.settings import AlignConfig, ConversationConfig, InstructConfig, PretrainConfig
 
 
@@ -21,11 +21,11 @@ def estimate_pretraining(config: PretrainConfig) -> None:
         raise InputError("a dry run needs --train_data, or the number of pairs as --samples (CC3M 2900000)")
     pairs = config.samples or len(PairTable(config.train_data, config.caption_member))
     steps = pairs // config.global_batch_size * config.epochs
-    name, model = planned_model(config)
+    model = planned_model(config)
     let_learn(model, config.learns)
     learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
     parts, counted = costs.count_pair(model, config.precision == "bf16")
-    title = f"{name}: {pairs:,} pairs x {config.epochs} epochs in batches of {config.global_batch_size}"
+    title = f"{run_title(config)}: {pairs:,} pairs x {config.epochs} epochs in batches of {config.global_batch_size}"
     if learning < sum(parts.values()):
         title += f", {learning:,} parameters learn"
     print_estimate(config, hardware, title, steps, parts, learning, counted)

@@ -18,7 +18,7 @@ from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
 import diffclip
-from diffclip.adaptation import layer_rates, let_learn, partly_new, with_vector_scale
+from diffclip.adaptation import layer_rates, let_learn, with_vector_scale
 from diffclip.architectures import with_image_size
 from diffclip.attention import Differential, set_annealing
 from diffclip.base.errors import InputError
@@ -26,13 +26,13 @@ from diffclip.base.files import append_jsonl, read_json, read_jsonl, write_json
 from diffclip.base.schema import BAD_SAMPLES, BEST, METRICS, NON_FINITE, NonFinite
 from diffclip.benchmarks import datasets, prompts, retrieval, zero_shot
 from diffclip.benchmarks.features import Encoder
-from diffclip.checkpoints import Loaded, architecture
+from diffclip.checkpoints import Loaded, unloaded
 from diffclip.data.pairs import PairTable
 from diffclip.data.shards import EMPTY
 from diffclip.data.training_pairs import TrainingPairs, name_bad_samples
 from diffclip.models import DualEncoder
 from diffclip.recipe import clamp_logit_scale, contrastive_loss, decay_parameter_names, learning_rate
-from diffclip.variants import TOWERS
+from diffclip.variants import TOWERS, lambda_init_of
 from diffclip.warm_start import tower_of
 from stages.callbacks import Watch, check_weights
 from stages.provenance import upstream_model
@@ -48,7 +48,7 @@ def train_dual_encoder(config: PretrainConfig, run: Run) -> None:
     val_pairs = PairTable(config.val_pairs, config.caption_member) if config.val_pairs else None
 
     set_seed(config.seed)
-    title, (model, transform, tokenizer) = starting_model(config)
+    title, (model, transform, tokenizer) = run_title(config), starting_model(config)
     learning = let_learn(model, config.learns)
     pairs = TrainingPairs(
         table,
@@ -98,18 +98,21 @@ def train_dual_encoder(config: PretrainConfig, run: Run) -> None:
     run.finish(metrics)
 
 
-def starting_model(config: PretrainConfig) -> tuple[str, Loaded]:
-    """What a run is called, and the model that it starts from with its transform for evaluation and its tokenizer."""
+def run_title(config: PretrainConfig) -> str:
+    """What a run's model is called."""
+    return f"{upstream_model(config.init_from)}+{config.attention}" if config.init_from else config.model or NEW_MODEL
+
+
+def starting_model(config: PretrainConfig) -> Loaded:
+    """The model that a run starts from, its transform for evaluation and its tokenizer."""
     if not config.init_from:
-        name = config.model or NEW_MODEL
-        model = diffclip.build(name, init=config.init)
-        inputs = diffclip.transforms(model.model_config, train=False), diffclip.tokenizer(model.model_config)
-        return name, (model, *inputs)
+        model = diffclip.build(run_title(config), init=config.init)
+        return model, diffclip.transforms(model.model_config, train=False), diffclip.tokenizer(model.model_config)
     loaded, transform, tokenizer = diffclip.load(config.init_from)
     model = adapted(loaded, config)
     if config.image_size:
         transform = diffclip.transforms(model.model_config, train=False)
-    return f"{upstream_model(config.init_from)}+{config.attention}", (model, transform, tokenizer)
+    return model, transform, tokenizer
 
 
 def adapted(model: DualEncoder, config: PretrainConfig) -> DualEncoder:
@@ -117,18 +120,15 @@ def adapted(model: DualEncoder, config: PretrainConfig) -> DualEncoder:
     if config.image_size and config.image_size != model.model_config["preprocess_cfg"]["size"]:
         model = with_image_size(model, config.image_size)
     if config.attention != "keep":
-        lambda_init = config.lambda_init if config.lambda_init in ("", "schedule") else float(config.lambda_init)
-        diffclip.differentiate(model, config.towers, lambda_init or None, kind=config.attention)
+        diffclip.differentiate(model, config.towers, lambda_init_of(config.lambda_init), kind=config.attention)
     return with_vector_scale(model)
 
 
-def planned_model(config: PretrainConfig) -> tuple[str, DualEncoder]:
-    """What a run would be called, and its model, of open_clip's names with random weights: for a dry run."""
+def planned_model(config: PretrainConfig) -> DualEncoder:
+    """The model of a run, of open_clip's names with random weights: for a dry run."""
     if not config.init_from:
-        name = config.model or NEW_MODEL
-        return name, diffclip.build(name)
-    title = f"{upstream_model(config.init_from)}+{config.attention}"
-    return title, adapted(diffclip.build(architecture(config.init_from)), config)
+        return diffclip.build(run_title(config))
+    return adapted(unloaded(config.init_from), config)
 
 
 def report_problems(table: PairTable, config: PretrainConfig, run: Run) -> None:
@@ -179,7 +179,7 @@ class ContrastiveTrainer(Trainer):
         config: PretrainConfig,
         run: Run,
         inputs: tuple[Callable, Callable],
-        learning: list[str],
+        learning: dict[str, torch.Tensor | None],
         val_pairs: PairTable | None = None,
         **kwargs: Any,
     ) -> None:
@@ -190,7 +190,7 @@ class ContrastiveTrainer(Trainer):
         self.loss = contrastive_loss(config.gather_with_grad, sigmoid=model.logit_bias is not None)
         self.eval_transform, self.tokenize = inputs
         self.anneal_steps = round(config.anneal_epochs * self.steps_per_epoch)
-        self.no_decay = partly_new(model, config.learns)
+        self.no_decay = {name for name, rows in learning.items() if rows is not None}  # it would move the other rows
         self.bounded = "logit_scale" in learning and model.logit_bias is None
         self.val_set = read_val_set(config.val_data) if config.val_data else None
         self.val_pairs = val_pairs

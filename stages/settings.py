@@ -11,15 +11,14 @@ from collections.abc import Iterable
 from dataclasses import Field, dataclass, field, fields
 from typing import Any, Literal
 
+from diffclip import variants
 from diffclip.base.commands import Range, near
 from diffclip.base.errors import InputError
-from diffclip.variants import MODELS, SIZES, VARIANTS
+from diffclip.variants import MODELS, SIZES, TOWERS, VARIANTS, lambda_init_of
 
 NEW_MODEL = "DiffCLIP-B-16"  # what is pretrained where nothing is said
-PRETRAIN_PARTS = ("vision", "text", "logit_scale", "new")  # of the dual encoder
 PARTS = ("vision_tower", "projector", "language_model")  # of the multimodal model
 
-NUMBER = Range()
 POSITIVE = Range(above=0)
 NOT_NEGATIVE = Range(least=0)
 AT_LEAST_1 = Range(least=1)
@@ -116,15 +115,15 @@ class PretrainConfig(TrainingConfig):
     attention: Literal["keep", "v1", "v2", "dex"] = option(
         "keep", "model", "what the attention of `init_from` becomes; v2 and dex start as the model that they replace"
     )
-    towers: list[str] = option(["vision", "text"], "model", "which towers `attention` changes", ("vision", "text"))
+    towers: list[str] = option([*TOWERS], "model", "which towers `attention` changes", TOWERS)
     lambda_init: str = option("", "model", "of `attention`: a number, or schedule; empty = the kind's own")
     anneal_epochs: float = option(0.5, "optimisation", "epochs in which dex's lambda comes in", NOT_NEGATIVE)
     image_size: int = option(0, "model", "pixels, if not those of `init_from`; positions are resampled", NOT_NEGATIVE)
     learns: list[str] = option(
-        ["vision", "text", "logit_scale"],
+        [*TOWERS, "logit_scale"],
         "model",
         "what learns: towers, the temperature, and new, which is what `attention` adds",
-        PRETRAIN_PARTS,
+        variants.PARTS,
     )
     layer_decay: float = option(
         1.0, "optimisation", "each layer's learning rate is that of the one above times this", Range(above=0, most=1)
@@ -332,15 +331,10 @@ def _check_start(config: PretrainConfig) -> None:
             raise InputError(f"setting `{name}`: changes a model that is there; name it with `init_from`")
     if config.attention == "keep" and config.lambda_init:
         raise InputError("setting `lambda_init`: belongs to a new attention; set `attention` to v1, v2 or dex")
-    if config.lambda_init not in ("", "schedule"):
-        try:
-            NUMBER.check(float(config.lambda_init), "setting `lambda_init`")
-        except ValueError:
-            raise InputError(
-                f"setting `lambda_init`: must be a number or schedule: got {config.lambda_init!r}"
-            ) from None
+    if config.lambda_init and lambda_init_of(config.lambda_init) is None:
+        raise InputError(f"setting `lambda_init`: must be a number or schedule: got {config.lambda_init!r}")
     if not config.learns:
-        raise InputError(f"setting `learns`: names nothing; choose among {', '.join(PRETRAIN_PARTS)}")
+        raise InputError(f"setting `learns`: names nothing; choose among {', '.join(variants.PARTS)}")
 
 
 def check_value(setting: Field, value: Any) -> None:

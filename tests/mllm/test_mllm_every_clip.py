@@ -14,7 +14,7 @@ import diffclip
 from diffclip import official
 from mllm.assemble import assemble, assembled_config
 from mllm.model import load
-from stages.pretraining import starting_model
+from stages.pretraining import run_title, starting_model
 from stages.settings import PretrainConfig
 
 NAMES = (
@@ -88,12 +88,13 @@ def test_maps_and_training_start_from_it(named, data, tmp_path, name):
     image = next((data / "classification" / "colour" / "test").rglob("*.png"))
     call("diffclip.maps", str(image), "--query", "red", "--models", named[name], "--out", str(tmp_path / "fig.png"))
     assert Image.open(tmp_path / "fig.png").width > 100
-    title, (model, transform, tokenizer) = starting_model(PretrainConfig(init_from=named[name]))
+    config = PretrainConfig(init_from=named[name])
+    model, transform, tokenizer = starting_model(config)
     expected = diffclip.load(named[name])[0]
     pixels = transform(Image.open(image))[None]
     with torch.no_grad():
         torch.testing.assert_close(model.encode_image(pixels), expected.encode_image(pixels))
-    assert title.endswith("+keep") and tokenizer(["red"]).shape[0] == 1
+    assert run_title(config).endswith("+keep") and tokenizer(["red"]).shape[0] == 1
 
 
 @pytest.mark.slow
