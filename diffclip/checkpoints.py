@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from diffclip import hf, hf_clip, hf_inputs, models, preprocessing, sources
@@ -35,13 +34,13 @@ from diffclip.base.backbones import (
     resize_text_pos_embed,
     set_model_preprocess_cfg,
 )
-from diffclip.base.errors import InputError
+from diffclip.base.errors import InputError, in_one_line
 from diffclip.base.files import read_json, whole, write_whole
 from diffclip.models import DualEncoder
 from diffclip.official import from_official, official_config, read_official, to_official
 from diffclip.sources import CONFIG, OFFICIAL, WEIGHTS
 from diffclip.variants import current
-from diffclip.weights import load_strictly, read_safetensors, refuse_foreign_code
+from diffclip.weights import load_strictly, read_safetensors, refuse_foreign_code, write_safetensors
 
 Loaded = tuple[DualEncoder, Callable, Callable]  # model in evaluation mode, transform for evaluation, tokenizer
 
@@ -63,9 +62,7 @@ def save(model: nn.Module, directory: str | Path) -> None:
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     state = plain_state(model)
-    with whole(directory / WEIGHTS) as path:
-        save_file(state, path, metadata={"format": "pt"})
-        path.chmod(0o644)  # safetensors leaves files that nobody else may read
+    write_safetensors(state, directory / WEIGHTS)
     for part in beside(model, config):
         part.save_pretrained(directory)
     if models.papers(config):
@@ -178,7 +175,7 @@ def _load_open_clip(
     except InputError:
         raise
     except Exception as error:  # open_clip raises whatever its loaders do
-        reason = " ".join(str(error).split())[:300]
+        reason = in_one_line(error)
         raise InputError(f"{weights}: open_clip cannot load it ({type(error).__name__}: {reason})") from None
     return _with_inputs(model, directory)
 

@@ -15,16 +15,18 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from diffclip import checkpoints
+from diffclip.architectures import plain_state
 from diffclip.attention import Differential
 from diffclip.base.backbones import open_clip
-from diffclip.base.errors import InputError
+from diffclip.base.errors import InputError, in_one_line
 from diffclip.base.files import check_output, write_json
+from diffclip.models import DualEncoder
 from diffclip.scenes.drawing import draw, make_scene
 from diffclip.scenes.text import captions
+from diffclip.weights import write_safetensors
 
 TOLERANCE = 1e-4  # of unit-length features; rounding alone makes some 1e-6
 TOWERS = ("image", "text")
@@ -55,7 +57,7 @@ def export(source: str | Path, form: str, target: str | Path, **imported: Any) -
     model, transform, tokenizer = checkpoints.load(source, **imported)
     expected = encoder(model, transform, tokenizer)
     if form == "official":
-        checkpoints.convert(source, target, **imported)
+        checkpoints.write_official(model, target)
         return differences(encoder(*checkpoints.load(target)), expected, form)
     with tempfile.TemporaryDirectory(dir=target.absolute().parent, prefix=f".{target.name}.") as name:
         folder = Path(name)
@@ -70,31 +72,27 @@ def export(source: str | Path, form: str, target: str | Path, **imported: Any) -
     return difference
 
 
-def to_open_clip(model: nn.Module, transform: Callable, tokenizer: Callable, folder: Path) -> Encode:
+def to_open_clip(model: DualEncoder, transform: Callable, tokenizer: Callable, folder: Path) -> Encode:
     """Write open_clip_config.json and weights that `open_clip.create_model("local-dir:…")` takes without us."""
-    config = getattr(model, "model_config", None)
-    if config is None:
-        raise InputError("it has no config of open_clip's; load it from an open_clip directory")
+    config = model.model_config
     if any(isinstance(module, Differential) for module in model.modules()):
         remedy = 'after `import diffclip`, open_clip.create_model("local-dir:RUN") takes the run as it is'
         raise InputError(f"open_clip has no differential attention; {remedy}")
     vision_cfg = config["model_cfg"]["vision_cfg"]
-    if "vision_norm_eps" in config.get("diffclip", {}) and "timm_model_name" not in vision_cfg:  # a tower of ours
+    if "vision_norm_eps" in config["diffclip"] and "timm_model_name" not in vision_cfg:  # a tower of ours
         size = f"width {vision_cfg['width']}, {vision_cfg['layers']} layers"
         raise InputError(
             f"open_clip builds such towers by timm's names, and timm has no named model of this size ({size}): train "
             "S-16, B-32, B-16 or L-14, or give vision_cfg a timm_model_name of its own size"
         )
-    theirs_alone = {key: config[key] for key in ("model_cfg", "preprocess_cfg") if key in config}
+    theirs_alone = {key: config[key] for key in ("model_cfg", "preprocess_cfg")}
     write_json(folder / checkpoints.CONFIG, theirs_alone)
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    save_file(state, folder / checkpoints.WEIGHTS, metadata={"format": "pt"})
-    (folder / checkpoints.WEIGHTS).chmod(0o644)  # safetensors leaves files that nobody else may read
+    write_safetensors(plain_state(model), folder / checkpoints.WEIGHTS)
     try:
         theirs, _, their_transform = open_clip.create_model_and_transforms(f"local-dir:{folder}")
         their_tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
     except Exception as error:  # open_clip raises whatever its loaders do
-        reason = " ".join(str(error).split())[:300]
+        reason = in_one_line(error)
         name = vision_cfg.get("timm_model_name", "its config")
         raise InputError(f"open_clip builds another model from {name} ({reason})") from None
     if differing := _other_epsilons(model, theirs):
@@ -179,7 +177,7 @@ def programs(model: nn.Module, transform: Callable, tokenizer: Callable) -> dict
                 any_batch = ({0: torch.export.Dim.DYNAMIC},)
                 made[tower] = torch.export.export(Tower(model, tower).eval(), (x,), dynamic_shapes=any_batch)
         except Exception as error:  # torch.export's own have many names
-            reason = " ".join(str(error).split())[:300]
+            reason = in_one_line(error)
             raise InputError(f"torch.export has no program of its {tower} tower ({reason})") from None
     return made
 

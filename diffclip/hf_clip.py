@@ -9,10 +9,10 @@ from torch import Tensor, cat
 from transformers import CLIPConfig, SiglipConfig
 
 from diffclip import models
-from diffclip.base.errors import InputError
+from diffclip.base.errors import InputError, in_one_line
 from diffclip.base.files import read_json
 from diffclip.models import DualEncoder
-from diffclip.weights import in_one_line, load_strictly, read_pickle, read_safetensors, tensors
+from diffclip.weights import load_strictly, read_pickle, read_safetensors, tensors
 
 # transformers' name of a layer's parts, open_clip's, and timm's
 LAYER = (

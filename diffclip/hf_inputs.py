@@ -13,10 +13,10 @@ from transformers import AutoImageProcessor, AutoTokenizer
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from diffclip.base.backbones import open_clip
-from diffclip.base.errors import InputError
+from diffclip.base.errors import InputError, in_one_line
 from diffclip.base.images import cut_strip, to_rgb
 from diffclip.preprocessing import TOKENIZER_FILES
-from diffclip.weights import in_one_line, refuse_auto_map
+from diffclip.weights import refuse_auto_map
 
 
 def inputs(directory: Path, model_config: dict[str, Any]) -> tuple["ImageTransform", Callable, list[Any]]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from diffclip.base.backbones import TimmModel, TimmVisionTransformer, build_vision_tower, open_clip
-from diffclip.base.errors import InputError
+from diffclip.base.errors import InputError, in_one_line
 from diffclip.base.graphs import recording, transformed
 from diffclip.trunk import TRUNK_OPTIONS, vision_trunk
 from diffclip.variants import TOWERS, current, named
@@ -177,7 +177,7 @@ def build(name_or_config: str | dict[str, Any], *, init: str = "matched") -> Dua
     try:
         model = construct(config)
     except (KeyError, TypeError, ValueError, AssertionError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = in_one_line(error)
         raise InputError(
             f"model config: {type(error).__name__} {reason}; compare with diffclip/configs/ or open_clip's"
         ) from error

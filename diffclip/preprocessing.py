@@ -11,7 +11,7 @@ from torchvision import transforms as T
 from torchvision.transforms.functional import InterpolationMode
 
 from diffclip.base.backbones import HFTokenizer, PreprocessCfg, image_transform_v2, open_clip
-from diffclip.base.errors import InputError
+from diffclip.base.errors import InputError, in_one_line
 from diffclip.base.images import cut_strip, to_rgb
 from diffclip.weights import refuse_auto_map
 
@@ -45,7 +45,7 @@ def tokenizer(
         mode = text_cfg.get("tokenizer_mode")
         return HFTokenizer(source, length, tokenizer_mode=mode, **{**options, "trust_remote_code": False})
     except Exception as error:  # transformers raises whatever its loaders do
-        reason = " ".join(str(error).split())[:200]
+        reason = in_one_line(error, 200)
         where = f"nor in {directory}" if directory and source == name else f"({type(error).__name__}: {reason})"
         raise InputError(f"the model's tokenizer {source} cannot be read, {where}: put its files there") from None
 

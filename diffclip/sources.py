@@ -22,7 +22,7 @@ from torch import Tensor
 
 from diffclip.base.backbones import get_model_config, open_clip
 from diffclip.base.commands import closest
-from diffclip.base.errors import InputError
+from diffclip.base.errors import InputError, in_one_line
 from diffclip.base.files import read_json
 from diffclip.weights import read_pickle, read_safetensors, tensors
 
@@ -121,7 +121,7 @@ def open_clip_name(name: str | Path) -> Named | None:
     try:
         return Named(architecture, Path(open_clip.download_pretrained(tag)), tag)
     except Exception as error:  # of the Hub, of urllib, of open_clip
-        reason = " ".join(str(error).split())[:200]
+        reason = in_one_line(error, 200)
         raise InputError(f"{name}: its weights are not in reach ({type(error).__name__}: {reason})") from None
 
 

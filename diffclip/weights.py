@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import MODEL_MAPPING, AutoConfig
 
 from diffclip.base.errors import InputError
-from diffclip.base.files import read_json
+from diffclip.base.files import read_json, whole
 
 
 def load_strictly(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
@@ -39,9 +39,11 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         raise InputError(f"{path}: cannot be read as safetensors: {error}") from error
 
 
-def in_one_line(error: Exception) -> str:
-    """What an error says, or else its kind."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
+def write_safetensors(state: dict[str, Tensor], path: Path) -> None:
+    """Write weights, whole or not at all, for all to read: safetensors leaves files that nobody else may."""
+    with whole(path) as temporary:
+        save_file(state, temporary, metadata={"format": "pt"})
+        temporary.chmod(0o644)
 
 
 class Unread:

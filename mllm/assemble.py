@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from diffclip import sources
-from diffclip.base.errors import InputError
+from diffclip.base.errors import InputError, in_one_line
 from diffclip.base.fingerprint import fingerprint
 from diffclip.hf_inputs import image_transform
 from mllm.conversation import IMAGE, chat_template
@@ -216,7 +216,7 @@ def _check_logits(
         apart = float((actual - wanted).abs().max() / wanted.abs().max())
         reason = f"its logits are {apart:.1%} away from its own"
     except Exception as error:  # of any kind, by what the class lacks
-        apart, reason = float("inf"), " ".join(str(error).split())[:200]
+        apart, reason = float("inf"), in_one_line(error, 200)
     if not apart < (0.001 if model.dtype == torch.float32 else 0.05):
         raise InputError(
             f"{path}: language models of class {type(lm).__name__} cannot be used in a multimodal model ({reason}); "

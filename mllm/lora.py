@@ -13,7 +13,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from diffclip.base.errors import InputError
+from diffclip.base.errors import InputError, in_one_line
 from mllm.llava import DiffCLIPLlavaForConditionalGeneration
 from mllm.weights import WeightsError
 
@@ -102,7 +102,7 @@ def quantise(model: DiffCLIPLlavaForConditionalGeneration, device: torch.device)
         try:
             _replace(lm, name, _four_bit(module, device))
         except (RuntimeError, NotImplementedError, ValueError, ImportError) as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = in_one_line(error, 200)
             raise InputError(
                 f"lora_bits: 4 (QLoRA): bitsandbytes has no backend for {device.type} ({reason}); set lora_bits: 16"
             ) from error

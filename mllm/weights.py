@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from diffclip.base.errors import InputError
+from diffclip.base.errors import InputError, in_one_line
 from diffclip.base.fingerprint import fingerprint
 from mllm.llava import DiffCLIPLlavaForConditionalGeneration
 
@@ -53,7 +53,7 @@ def from_pretrained(auto_class: Any, path: str | Path, **options: Any) -> Any:
     try:
         return auto_class.from_pretrained(path, trust_remote_code=False, **options)
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = in_one_line(error)
         raise InputError(f"{path}: no model that {auto_class.__name__} can load ({reason})") from None
 
 

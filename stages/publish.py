@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from diffclip.base.commands import Parser
-from diffclip.base.errors import InputError, exit_on_input_error
+from diffclip.base.errors import InputError, exit_on_input_error, in_one_line
 from diffclip.base.files import read_json, read_yaml, write_whole
 from diffclip.base.schema import CHECKPOINTS, CONFIG, LOG, METRICS, MODEL_CARD, RECORD
 
@@ -139,7 +139,7 @@ def upload(run: Path, repo: str, private: bool) -> str:
         huggingface_hub.create_repo(repo, private=private, exist_ok=True)
         return str(huggingface_hub.upload_folder(repo_id=repo, folder_path=run, ignore_patterns=ignored))
     except (HfHubHTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = in_one_line(error, 200)
         raise InputError(
             f"{repo}: the Hub did not take it ({reason}); log in with `hf auth login`, start again"
         ) from None

@@ -5,6 +5,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast, SiglipConfig, SiglipModel
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
+TEXT = {"layers": 2, "width": 32, "heads": 4, "context_length": 12, "vocab_size": 49408}
+VIT = {"layers": 2, "width": 32, "head_width": 8, "patch_size": 8, "image_size": 32}
+OPEN_CLIP = {"embed_dim": 16, "vision_cfg": VIT, "text_cfg": TEXT}  # a config of open_clip's
+
 
 def transformers_clip(folder, act="quick_gelu"):
     """Save a CLIPModel of two layers, without its inputs' files, and return it."""

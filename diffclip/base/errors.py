@@ -16,6 +16,11 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def in_one_line(error: Exception, most: int | None = 300) -> str:
+    """What an error of a library says, lines joined, cut to `most` characters; its kind where it says nothing."""
+    return " ".join(str(error).split())[:most] or type(error).__name__
+
+
 @contextmanager
 def exit_on_input_error() -> Iterator[None]:
     """Print an `InputError` as one line on stderr and exit with code 2; anything else keeps its traceback.

@@ -24,7 +24,7 @@ from typing import Any
 
 from torchvision import datasets
 
-from diffclip.base.errors import InputError
+from diffclip.base.errors import InputError, in_one_line
 from diffclip.benchmarks import TORCHVISION
 from diffclip.benchmarks.images import Images
 
@@ -69,7 +69,7 @@ def read_torchvision(name: str, root: Path, *, download: bool = False) -> tuple[
                 reader, splits = OWN_SPLITS[name]
                 found = {s.replace("trainval", "train"): reader(root, s, download=download) for s in splits}
     except (OSError, RuntimeError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())
+        reason = in_one_line(error, None)
         raise InputError(
             f"{root / TORCHVISION[name]} cannot be read as torchvision's {name} ({reason}): download it again with "
             f"diffclip benchmark data download {name} --data_root {root}"

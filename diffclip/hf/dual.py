@@ -23,7 +23,7 @@ from transformers.models.clip.modeling_clip import CLIPOutput
 from diffclip.base.portable import Portable
 from diffclip.hf.images import PROCESSORS
 from diffclip.hf.text import DiffCLIPTextConfig, DiffCLIPTextModel
-from diffclip.hf.vision import DiffCLIPVisionConfig, DiffCLIPVisionModel
+from diffclip.hf.vision import DiffCLIPVisionConfig, DiffCLIPVisionModel, answer
 
 
 @strict
@@ -104,7 +104,7 @@ class DiffCLIPModel(Portable, PreTrainedModel):
         options = {"interpolate_pos_encoding": interpolate_pos_encoding, **kwargs}
         output: Any = self.vision_model(pixel_values, return_dict=True, **options)
         output.pooler_output = self.visual_projection(output.pooler_output)
-        return self._answer(output, return_dict)
+        return answer(output, return_dict, self.config)
 
     def get_text_features(
         self,
@@ -117,7 +117,7 @@ class DiffCLIPModel(Portable, PreTrainedModel):
         """Return the text tower's output for ids (batch, tokens); pooler_output is (batch, projection_dim)."""
         output: Any = self.text_model(input_ids, attention_mask, position_ids, return_dict=True, **kwargs)
         output.pooler_output = self.text_projection(output.pooler_output)
-        return self._answer(output, return_dict)
+        return answer(output, return_dict, self.config)
 
     def forward(
         self,
@@ -162,12 +162,7 @@ class DiffCLIPModel(Portable, PreTrainedModel):
             text_model_output=text,
             vision_model_output=vision,
         )
-        return self._answer(output, return_dict)
-
-    def _answer(self, output: Any, return_dict: bool | None) -> Any:
-        if return_dict is None:
-            return_dict = self.config.return_dict
-        return output if return_dict else output.to_tuple()
+        return answer(output, return_dict, self.config)
 
 
 AutoConfig.register("diffclip", DiffCLIPConfig, exist_ok=True)

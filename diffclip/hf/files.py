@@ -5,20 +5,20 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE
 from torch import Tensor
 from transformers.image_utils import PILImageResampling
 
 from diffclip.base.backbones import open_clip
-from diffclip.base.files import whole, write_json, write_whole
+from diffclip.base.files import write_json, write_whole
 from diffclip.base.portable import auto_map, write_code
 from diffclip.hf.dual import DiffCLIPConfig, DiffCLIPModel
 from diffclip.hf.images import DiffCLIPImageProcessor
 from diffclip.hf.text import DiffCLIPTextConfig
 from diffclip.hf.vision import DiffCLIPVisionConfig
 from diffclip.warm_start import layer_lambda_inits
+from diffclip.weights import write_safetensors
 
 NAMES = {  # how the dual encoder's parameters begin, and how DiffCLIPModel's do
     "visual.trunk.": "vision_model.trunk.",
@@ -125,9 +125,7 @@ def write(model_config: dict[str, Any], state: dict[str, Tensor], directory: Pat
     config.architectures = [DiffCLIPModel.__name__]
     config.dtype = renamed["logit_scale"].dtype
     config.auto_map = auto_map(DiffCLIPModel.auto_classes)
-    with whole(directory / "model.safetensors") as path:
-        save_file(renamed, path, metadata={"format": "pt"})
-        path.chmod(0o644)  # safetensors leaves files that nobody else may read
+    write_safetensors(renamed, directory / "model.safetensors")
     processor = image_processor(model_config)
     settings = processor.to_dict()
     write_json(directory / "processor_config.json", {"processor_class": "CLIPProcessor", "image_processor": settings})

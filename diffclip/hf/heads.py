@@ -12,7 +12,7 @@ from transformers.modeling_outputs import BackboneOutput, ImageClassifierOutput
 
 from diffclip.base.portable import Portable
 from diffclip.hf.dual import AUTO_CLASSES, DiffCLIPConfig
-from diffclip.hf.vision import DiffCLIPVisionConfig, DiffCLIPVisionModel
+from diffclip.hf.vision import DiffCLIPVisionConfig, DiffCLIPVisionModel, answer
 
 
 class DiffCLIPForImageClassification(Portable, PreTrainedModel):
@@ -54,9 +54,7 @@ class DiffCLIPForImageClassification(Portable, PreTrainedModel):
         logits = self.classifier(output.pooler_output)
         loss = None if labels is None else self.loss_function(labels, logits, self.config)
         result = ImageClassifierOutput(loss, logits, output.hidden_states, output.attentions)
-        if return_dict is None:
-            return_dict = self.config.return_dict
-        return result if return_dict else result.to_tuple()
+        return answer(result, return_dict, self.config)
 
 
 class DiffCLIPVisionForImageClassification(DiffCLIPForImageClassification):
@@ -97,9 +95,7 @@ class DiffCLIPBackbone(BackboneMixin, DiffCLIPVisionModel):
             hidden_states=output.hidden_states if states_wanted else None,
             attentions=output.attentions,
         )
-        if return_dict is None:
-            return_dict = self.config.return_dict
-        return result if return_dict else result.to_tuple()
+        return answer(result, return_dict, self.config)
 
 
 class DiffCLIPBackboneOfDualEncoder(DiffCLIPBackbone):

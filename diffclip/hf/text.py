@@ -19,7 +19,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from diffclip.attention import Differential, kind
 from diffclip.attention.maps import attend, count_maps, mapped
 from diffclip.base.portable import Portable
-from diffclip.hf.vision import draw_weights
+from diffclip.hf.vision import answer, draw_weights
 
 
 @strict
@@ -205,9 +205,7 @@ class DiffCLIPTextModel(Portable, PreTrainedModel):
             hidden_states=tuple(states) if states_wanted else None,
             attentions=tuple(maps) if maps_wanted else None,
         )
-        if return_dict is None:
-            return_dict = self.config.return_dict
-        return output if return_dict else output.to_tuple()
+        return answer(output, return_dict, self.config)
 
 
 AutoConfig.register("diffclip_text", DiffCLIPTextConfig, exist_ok=True)

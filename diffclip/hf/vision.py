@@ -193,9 +193,13 @@ class DiffCLIPVisionModel(Portable, PreTrainedModel):
             hidden_states=tuple(selected) if wanted else None,  # type: ignore[arg-type] # None where not asked for
             attentions=tuple(attentions) if output_attentions else None,
         )
-        if return_dict is None:
-            return_dict = self.config.return_dict
-        return output if return_dict else output.to_tuple()
+        return answer(output, return_dict, self.config)
+
+
+def answer(output: Any, return_dict: bool | None, config: PreTrainedConfig) -> Any:
+    """Return a model's output as it is, or as the tuple that a call, or else the configuration, asks for."""
+    wanted = config.return_dict if return_dict is None else return_dict
+    return output if wanted else output.to_tuple()
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ import warnings
 import open_clip
 import pytest
 import torch
-from clips import siglip_directory, small_siglip
+from clips import OPEN_CLIP, TEXT, VIT, siglip_directory, small_siglip
 from safetensors.torch import save_file
 
 import diffclip
@@ -14,12 +14,10 @@ from diffclip import architectures, checkpoints
 from diffclip.attention import Differential
 from diffclip.base.errors import InputError
 
-TEXT = {"layers": 2, "width": 32, "heads": 4, "context_length": 12, "vocab_size": 49408}
-VIT = {"layers": 2, "width": 32, "head_width": 8, "patch_size": 8, "image_size": 32}
 SIGLIP_TEXT = {"no_causal_mask": True, "proj_bias": True, "pool_type": "last", "norm_kwargs": {"eps": 1e-6}}
 TIMM = {"timm_model_name": "test_vit", "timm_pool": "token", "timm_proj": "linear", "image_size": 160}
 CONFIGS = {
-    "any-ViT": {"embed_dim": 16, "vision_cfg": VIT, "text_cfg": TEXT},
+    "any-ViT": OPEN_CLIP,
     "any-custom": {"embed_dim": 16, "custom_text": True, "vision_cfg": {**VIT, "qk_norm": True}, "text_cfg": TEXT},
     "any-sig": {
         "embed_dim": 64,

@@ -5,7 +5,7 @@ import json
 import open_clip
 import pytest
 import torch
-from clips import siglip_directory, small_siglip, transformers_clip
+from clips import OPEN_CLIP, siglip_directory, small_siglip, transformers_clip
 from launch import call
 from PIL import Image
 from safetensors.torch import save_file
@@ -26,11 +26,6 @@ NAMES = (
     "SiglipModel",
     "differential SigLIP",
 )
-SMALL = {
-    "embed_dim": 16,
-    "vision_cfg": {"layers": 2, "width": 32, "head_width": 8, "patch_size": 8, "image_size": 32},
-    "text_cfg": {"layers": 2, "width": 32, "heads": 4, "context_length": 12, "vocab_size": 49408},
-}
 
 
 @pytest.fixture(scope="module")
@@ -42,12 +37,12 @@ def named(tmp_path_factory):
     (folder / "official").mkdir()
     state = official.to_official(diffclip.build("DiffCLIP-tiny").state_dict())
     torch.save({"state_dict": {f"module.{k}": t for k, t in state.items()}}, folder / "official" / "checkpoint_best.pt")
-    (folder / "every-ViT.json").write_text(json.dumps(SMALL))
+    (folder / "every-ViT.json").write_text(json.dumps(OPEN_CLIP))
     open_clip.add_model_config(folder / "every-ViT.json")
     theirs = open_clip.create_model("every-ViT")
     save_file(theirs.state_dict(), folder / "w.safetensors")
     (folder / "oc").mkdir()
-    (folder / "oc" / "open_clip_config.json").write_text(json.dumps({"model_cfg": SMALL, "preprocess_cfg": {}}))
+    (folder / "oc" / "open_clip_config.json").write_text(json.dumps({"model_cfg": OPEN_CLIP, "preprocess_cfg": {}}))
     save_file(theirs.state_dict(), folder / "oc" / "open_clip_model.safetensors")
     transformers_clip(folder / "clip")
     siglip_directory(folder / "siglip", small_siglip(torch.Generator().manual_seed(3)))
