@@ -61,6 +61,8 @@ def plain(name: str | Path) -> str:
 def locate(path_or_id: str | Path) -> Path:
     """Return an existing local path, or the local copy of a Hub repository."""
     name = plain(path_or_id)
+    if not name:  # which as a path would be the folder that the command runs in
+        raise InputError(f"{str(path_or_id)!r} names no model: give a path, a Hub id or open_clip:NAME@WEIGHTS")
     path = Path(name)
     if path.exists():
         return path

@@ -136,6 +136,9 @@ REFUSED = {
     "open_clip:any-VIT@x": "has no architecture any-VIT; did you mean any-ViT",
     "open_clip:ViT-B-32@laion2b_s34b_b79k": "its weights are not in reach",
     "nobody/nothing": "nor a Hub repository in reach",
+    "": "'' names no model",
+    "hf-hub:": "'hf-hub:' names no model",
+    "open_clip:local-dir:": "names no model",
     "hf-hub:nobody/nothing": "nor a Hub repository in reach",
 }
 
