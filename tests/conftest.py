@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shutil
 import tempfile
 import threading
 import time
@@ -17,6 +18,10 @@ os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="diffclip-tests-")
 import pytest
 
 SHARED = Path(os.environ.get("DIFFCLIP_SHARED", Path(__file__).resolve().parents[2] / "shared"))
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    shutil.rmtree(os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 
 
 def _need(path: Path) -> Path:

@@ -6,12 +6,12 @@ import struct
 from pathlib import Path
 
 import numpy as np
-import open_clip
 import pytest
 import torch
 from PIL import Image
 
 import diffclip
+from diffclip.base.backbones import open_clip
 from diffclip.base.errors import InputError
 from diffclip.base.images import BROKEN, cut_strip, decode, open_image, to_rgb
 from diffclip.hf import image_processor

@@ -3,7 +3,6 @@
 import json
 import warnings
 
-import open_clip
 import pytest
 import torch
 from clips import OPEN_CLIP, TEXT, VIT, siglip_directory, small_siglip
@@ -12,6 +11,7 @@ from safetensors.torch import save_file
 import diffclip
 from diffclip import architectures, checkpoints
 from diffclip.attention import Differential
+from diffclip.base.backbones import open_clip
 from diffclip.base.errors import InputError
 
 SIGLIP_TEXT = {"no_causal_mask": True, "proj_bias": True, "pool_type": "last", "norm_kwargs": {"eps": 1e-6}}

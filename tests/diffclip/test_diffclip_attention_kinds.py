@@ -4,7 +4,6 @@ import copy
 import json
 import pickle
 
-import open_clip
 import pytest
 import torch
 from transformers import AutoModel
@@ -12,6 +11,7 @@ from transformers import AutoModel
 import diffclip
 from diffclip import attention, attention_maps, checkpoints, hf, variants, warm_start
 from diffclip.attention import KINDS, Differential
+from diffclip.base.backbones import open_clip
 from diffclip.base.errors import InputError
 
 IMAGES = torch.randn(2, 3, 48, 48, generator=torch.Generator().manual_seed(1))

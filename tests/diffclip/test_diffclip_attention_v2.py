@@ -1,6 +1,5 @@
 """Differential attention V2 against a loop written from the definition, and as a warm start of pretrained models."""
 
-import open_clip
 import pytest
 import timm
 import torch
@@ -9,6 +8,7 @@ from timm.layers import Attention
 from diffclip import checkpoints, hf, models, warm_start
 from diffclip.attention import DifferentialAttentionV2
 from diffclip.attention_maps import attention_map, both_maps
+from diffclip.base.backbones import open_clip
 from diffclip.base.errors import InputError
 
 FORMS = ("eager", "fused")

@@ -13,7 +13,6 @@ import sys
 import warnings
 
 import numpy as np
-import open_clip
 import pytest
 import torch
 from clips import transformers_clip
@@ -23,6 +22,7 @@ from safetensors.torch import load_file, save_file
 import diffclip
 from diffclip import checkpoints, convert, models, variants, warm_start, weights
 from diffclip import official as official_code
+from diffclip.base.backbones import open_clip
 from diffclip.base.errors import InputError
 from diffclip.base.fingerprint import fingerprint
 

@@ -2,12 +2,12 @@
 
 import os
 
-import open_clip
 import pytest
 import torch
 from PIL import Image
 from torchvision import transforms
 
+from diffclip.base.backbones import open_clip
 from diffclip.base.errors import InputError
 from diffclip.benchmarks import features
 from diffclip.benchmarks.images import Images, read_class_folders

@@ -6,12 +6,12 @@ import json
 import sys
 from pathlib import Path
 
-import open_clip
 import pytest
 from safetensors.torch import save_file
 
 import diffclip
 from diffclip import checkpoints, convert
+from diffclip.base.backbones import open_clip
 from diffclip.base.errors import InputError
 from diffclip.benchmarks.__main__ import main as benchmarks
 

@@ -7,7 +7,6 @@ import sys
 import zlib
 
 import numpy as np
-import open_clip
 import pytest
 import torch
 from PIL import Image
@@ -17,6 +16,7 @@ from torch import nn
 from diffclip import models, official, preprocessing, variants, warm_start, weights
 from diffclip.attention import DifferentialAttention, DifferentialAttentionV2, lambda_init_schedule
 from diffclip.attention_maps import attention_map
+from diffclip.base.backbones import open_clip
 from diffclip.base.errors import InputError
 
 PARAMETERS = {

@@ -5,13 +5,13 @@ import logging
 import sys
 
 import numpy as np
-import open_clip
 import pytest
 import torch
 from PIL import Image
 
 from diffclip import checkpoints, models, open_clip_runs, variants
 from diffclip.base.after_import import after_import
+from diffclip.base.backbones import open_clip
 from diffclip.base.errors import InputError
 
 NATIVE = {  # a model of open_clip's own, made differential

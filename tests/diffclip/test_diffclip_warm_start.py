@@ -7,7 +7,6 @@ import json
 import math
 import re
 
-import open_clip
 import pytest
 import timm
 import torch
@@ -19,7 +18,7 @@ from torch import nn
 from diffclip import warm_start
 from diffclip.attention import KINDS, Differential
 from diffclip.attention_maps import attention_map
-from diffclip.base.backbones import TimmAttention
+from diffclip.base.backbones import TimmAttention, open_clip
 from diffclip.base.errors import InputError
 
 SMALL_TEXT = {"context_length": 12, "vocab_size": 96, "width": 32, "heads": 4, "layers": 2}

@@ -3,10 +3,10 @@
 import json
 
 import numpy as np
-import open_clip
 import pytest
 import torch
 
+from diffclip.base.backbones import open_clip
 from diffclip.base.errors import InputError
 from diffclip.benchmarks import prompts, zero_shot
 

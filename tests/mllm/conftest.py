@@ -1,17 +1,8 @@
 """Tiny parts of a multimodal model with seeded random weights, written once per test session."""
 
-import numpy as np
 import pytest
-import torch
-from PIL import Image
-from transformers import (
-    CLIPImageProcessor,
-    CLIPVisionConfig,
-    CLIPVisionModel,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen2Tokenizer,
-)
+
+# torch and transformers are imported where they are used: pytest reads this file once more than it runs tests
 
 TEXT = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives "
@@ -23,6 +14,9 @@ TEXT = (
 @pytest.fixture(scope="session")
 def tower_dir(tmp_path_factory):
     """A CLIP vision model: 32 px, patch 8 (16 patches and CLS), width 32, 3 layers; and its processor."""
+    import torch
+    from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
+
     path = tmp_path_factory.mktemp("tower")
     torch.manual_seed(1)
     config = CLIPVisionConfig(
@@ -41,6 +35,9 @@ def tower_dir(tmp_path_factory):
 @pytest.fixture(scope="session")
 def language_dir(tmp_path_factory):
     """A Qwen2 of width 32 with tied embeddings, a table with spare rows, and no `<image>` token."""
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+
     path = tmp_path_factory.mktemp("language")
     tokenizer = Qwen2Tokenizer(vocab={}, merges=[]).train_new_from_iterator(
         [TEXT] * 4, 400, show_progress=False, new_special_tokens=[]
@@ -78,6 +75,8 @@ def assembled(tower_dir, language_dir):
 @pytest.fixture(scope="session")
 def picture():
     """image(seed, size) -> a PIL image of noise."""
+    import numpy as np
+    from PIL import Image
 
     def make(seed: int, size: tuple[int, int] = (40, 36)) -> Image.Image:
         pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)

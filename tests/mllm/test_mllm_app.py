@@ -1,6 +1,6 @@
 """The chat page in a real browser: answers equal mllm.chat's, where they look is shown, and nobody else is called."""
 
-import importlib
+import importlib.util
 import os
 import subprocess
 import sys
@@ -21,8 +21,8 @@ from mllm.conversation import question_turn
 from mllm.model import load
 from stages.pipeline import free_port
 
-pytest.importorskip("gradio")
-page = importlib.import_module("mllm.page")  # which imports gradio
+if not importlib.util.find_spec("gradio"):
+    pytest.skip("gradio is not installed: pip install 'diffclip-stack[app]'", allow_module_level=True)
 QUESTIONS = ["Is there a red square in the image?", "a small blue circle left of the green star <b>?</b>"]
 
 
@@ -140,6 +140,8 @@ def test_a_conversation_in_the_browser(saved, wanted, tmp_path):
 
 
 def test_answers_grow_and_questions_that_cannot_be_asked_change_nothing(saved, wanted):
+    from mllm import page  # not at the top: gradio takes seconds in each process that collects the tests
+
     vlm = load(saved / "run")
     asked, options = {"text": QUESTIONS[0], "files": [str(saved / "scene.png")]}, {"max_new_tokens": 12}
     steps = list(page.respond(vlm, options, asked, [], ([], []), True))

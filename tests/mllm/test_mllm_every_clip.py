@@ -2,7 +2,6 @@
 
 import json
 
-import open_clip
 import pytest
 import torch
 from clips import OPEN_CLIP, siglip_directory, small_siglip, transformers_clip
@@ -12,6 +11,7 @@ from safetensors.torch import save_file
 
 import diffclip
 from diffclip import official
+from diffclip.base.backbones import open_clip
 from mllm.assemble import assemble, assembled_config
 from mllm.model import load
 from stages.pretraining import run_title, starting_model

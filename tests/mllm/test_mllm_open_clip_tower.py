@@ -2,10 +2,10 @@
 
 import json
 
-import open_clip
 import pytest
 import torch
 
+from diffclip.base.backbones import open_clip
 from diffclip.base.errors import InputError
 from diffclip.base.fingerprint import fingerprint
 from mllm.assemble import assemble, assembled_config

@@ -2,7 +2,6 @@
 
 import json
 
-import open_clip
 import pytest
 import torch
 from launch import ROOT, call
@@ -10,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 import diffclip
 from diffclip import adaptation
+from diffclip.base.backbones import open_clip
 from diffclip.base.errors import InputError
 from stages import pretrain
 
