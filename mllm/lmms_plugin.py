@@ -25,6 +25,7 @@ from diffclip.base.devices import pick_device
 from diffclip.base.errors import InputError
 from diffclip.base.files import append_jsonl, read_jsonl
 from diffclip.base.images import to_rgb
+from diffclip.base.orphans import end_with_parents
 from mllm.conversation import IGNORE, IMAGE, check_image_count, question_turn
 from mllm.data.examples import collate
 from mllm.model import SAMPLING, generation_options, load
@@ -36,6 +37,7 @@ OPTIONS = {
     *("max_new_tokens", "max_gen_toks", "min_new_tokens", "do_sample", *SAMPLING, "num_beams", "early_stopping"),
     *("length_penalty", "repetition_penalty", "no_repeat_ngram_size"),
 }
+end_with_parents()  # an evaluation that is killed leaves no lmms-eval behind
 EpsImagePlugin.gs_binary = False  # `datasets` decodes the tasks' images: none of them is a program for Ghostscript
 
 

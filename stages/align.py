@@ -26,11 +26,11 @@ def main(argv: list[str] | None = None) -> None:
     for part in ("vision_tower", "language_model"):
         if Path(getattr(config, part)).exists():  # otherwise a Hub id, or open_clip's name
             inputs[part] = getattr(config, part)
-    run = Run("align", config, inputs)
-    if not run.finished:
-        from stages.conversations import train_assembled
+    with Run("align", config, inputs) as run:
+        if not run.finished:
+            from stages.conversations import train_assembled
 
-        train_assembled(config, run)
+            train_assembled(config, run)
 
 
 if __name__ == "__main__":

@@ -14,8 +14,8 @@ from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from diffclip.base.errors import InputError
-from diffclip.base.schema import COMPLETE
 from stages.run import Run
+from stages.signals import Told
 
 
 class Watch(TrainerCallback):
@@ -31,6 +31,7 @@ class Watch(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         self.first_step, self.started = state.global_step, time.time()
+        self.told = Told()
         state.compute_steps(args, state.max_steps)  # a checkpoint brings the logging_steps and save_steps of its time
         if state.global_step:
             self.run.log(f"{self.run.stage}: resumes at step {state.global_step} of {state.max_steps}")
@@ -45,6 +46,8 @@ class Watch(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.bar.update(state.global_step - self.bar.n)
+        if self.told() and state.global_step < state.max_steps:
+            control.should_training_stop = True
         self.on_epoch_end(args, state, control, **kwargs)
 
     def on_epoch_end(
@@ -89,7 +92,7 @@ class Watch(TrainerCallback):
         if dist.is_available() and dist.is_initialized():
             dist.barrier()  # other ranks write their part of it too
         if self.run.is_main:
-            (self.run.path / f"checkpoint-{state.global_step}" / COMPLETE).touch()
+            self.run.seal_checkpoint(state.global_step)
 
     def on_train_end(self, *args: object, **kwargs: object) -> None:
         self.bar.close()

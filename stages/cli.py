@@ -4,17 +4,13 @@ Also `python -m diffclip VERB …`, `torchrun -m diffclip pretrain …` and `dee
 """
 
 import importlib
-import os
 import sys
-import threading
-import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from diffclip.base.commands import closest
 from diffclip.base.errors import InputError, exit_on_input_error
-
-PID = "DIFFCLIP_PIPELINE_PID"  # environment variable: the process that a stage ends with
+from diffclip.base.orphans import end_with_parents
 
 
 class Verb(NamedTuple):
@@ -47,6 +43,7 @@ VERBS = {
     "chat": Verb("multimodal", "ask a trained model about images", "mllm.chat"),
     "app": Verb("multimodal", "a page in the browser to chat about images", "mllm.app"),
     "pope": Verb("multimodal", "check, score, compare and diagnose POPE answers", "mllm.pope.__main__"),
+    "verify": Verb("tools", "say whether run directories hold what was written into them", "stages.verify"),
     "data": Verb("tools", "fetch the paper's data sets, or pairs from a list of addresses", "stages.fetch"),
     "scenes": Verb("tools", "draw the built-in scenes in the formats of real data", "diffclip.scenes.__main__"),
     "publish": Verb("tools", "write a model card and send a run to the Hub", "stages.publish"),
@@ -87,26 +84,9 @@ def call(argv: Sequence[str]) -> int | None:
     return importlib.import_module(module).main([*words, *rest])
 
 
-def end_with_pipeline() -> None:
-    """If a pipeline started this process (environment variable `PID`), exit within a second of its death.
-
-    The deepspeed launcher does not pass signals on, so without this a killed quickstart would train on unseen.
-    """
-    pid = os.environ.get(PID)
-    if pid is None:
-        return
-
-    def watch() -> None:
-        while os.path.exists(f"/proc/{pid}"):
-            time.sleep(0.5)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
 def main(argv: list[str] | None = None) -> int | None:
     """Entry point of the console command, which bad input ends with one sentence and exit code 2."""
-    end_with_pipeline()
+    end_with_parents()
     with exit_on_input_error():
         return call(sys.argv[1:] if argv is None else argv)
 

@@ -26,11 +26,11 @@ def main(argv: list[str] | None = None) -> None:
         from diffclip.sources import weights_of
 
         inputs["clip"] = str(weights_of(config.clip))  # of a Hub id or a name of open_clip's: where its copy lies
-    run = Run("evaluate", config, inputs)
-    if not run.finished:
-        from stages.evaluation import evaluate_models
+    with Run("evaluate", config, inputs) as run:
+        if not run.finished:
+            from stages.evaluation import evaluate_models
 
-        evaluate_models(config, run)
+            evaluate_models(config, run)
 
 
 if __name__ == "__main__":

@@ -20,11 +20,11 @@ def main(argv: list[str] | None = None) -> None:
 
         return estimate_instruction(config)
     require(config, "output_dir", "model", "data", "image_root")
-    run = Run("instruct", config, {"model": config.model, "data": config.data, "image_root": config.image_root})
-    if not run.finished:
-        from stages.conversations import train_aligned
+    with Run("instruct", config, {"model": config.model, "data": config.data, "image_root": config.image_root}) as run:
+        if not run.finished:
+            from stages.conversations import train_aligned
 
-        train_aligned(config, run)
+            train_aligned(config, run)
 
 
 if __name__ == "__main__":

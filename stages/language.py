@@ -24,11 +24,11 @@ def main(argv: list[str] | None = None) -> None:
     if not (config.text or config.conversations):
         raise InputError("nothing to read: give --text FILE.jsonl, --conversations FILE.json, or both")
     names = ("conversations", "vocabulary_from", "text")
-    run = Run("language", config, {name: getattr(config, name) for name in names})
-    if not run.finished:
-        from stages.language_modeling import train_language_model
+    with Run("language", config, {name: getattr(config, name) for name in names}) as run:
+        if not run.finished:
+            from stages.language_modeling import train_language_model
 
-        train_language_model(config, run)
+            train_language_model(config, run)
 
 
 if __name__ == "__main__":

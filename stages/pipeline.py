@@ -16,8 +16,8 @@ from pathlib import Path
 
 from diffclip.base.errors import InputError, exit_on_input_error
 from diffclip.base.files import read_json
+from diffclip.base.orphans import as_parent
 from diffclip.base.schema import LOG, RECORD
-from stages.cli import PID
 from stages.config import parse, require
 from stages.settings import PipelineConfig
 
@@ -25,7 +25,7 @@ from stages.settings import PipelineConfig
 def main(argv: list[str] | None = None) -> None:
     config = parse(PipelineConfig, __doc__, argv)
     require(config, "output_dir", "variants", "pretrain", "language", "align", "instruct", "evaluate")
-    os.environ[PID] = str(os.getpid())
+    os.environ |= as_parent()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // config.ranks)))

@@ -31,11 +31,11 @@ def main(argv: list[str] | None = None) -> None:
         from diffclip.sources import weights_of
 
         inputs["init_from"] = weights_of(config.init_from)
-    run = Run("pretrain", config, inputs)
-    if not run.finished:
-        from stages.pretraining import train_dual_encoder
+    with Run("pretrain", config, inputs) as run:
+        if not run.finished:
+            from stages.pretraining import train_dual_encoder
 
-        train_dual_encoder(config, run)
+            train_dual_encoder(config, run)
 
 
 if __name__ == "__main__":

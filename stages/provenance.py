@@ -13,8 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from diffclip.base.commands import Parser
-from diffclip.base.download import file_sha256
-from diffclip.base.files import read_json
+from diffclip.base.files import file_sha256, read_json
 from diffclip.base.schema import RECORD
 
 PACKAGES = "diffclip-stack torch transformers accelerate deepspeed open_clip_torch timm datasets peft lmms-eval numpy"

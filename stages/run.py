@@ -1,39 +1,46 @@
 """The directory that every stage writes: what was asked, what was read, how it ended, and the result.
 
 Its files are listed in diffclip.base.schema. The state is "running" until a run is "finished", also if it was killed;
-"stopped" if it was told to stop early.
+"stopped" if it was told to stop early. One process writes in it at a time (diffclip.base.lock), a checkpoint counts
+once it is sealed, and what a finished run has written is sealed in run.json (diffclip.base.sealed).
 """
 
 import dataclasses
-import json
 import os
 import platform
 import shutil
+import socket
 import sys
 import time
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
-from diffclip.base import schema
+from diffclip.base import lock, schema
 from diffclip.base.errors import InputError
 from diffclip.base.files import append_jsonl, read_json, write_json
-from diffclip.base.schema import Input, RunRecord
-from stages.config import read_yaml, write_yaml
+from diffclip.base.orphans import end_with_parents
+from diffclip.base.ranks import from_main, gather, rank, where, world
+from diffclip.base.schema import RunRecord
+from diffclip.base.sealed import damage, files_of, seal
+from stages import ledger
+from stages.config import write_yaml
+from stages.manifest import Manifest, folder_manifest, write_manifest
 from stages.provenance import digest, git_state, hardware, installed_versions
 
-# What a start writes before its first step, beside run.json and config.yaml.
-START_FILES = {schema.RECORD, schema.CONFIG, schema.LOG, schema.BAD_SAMPLES, schema.NON_FINITE, "runs"}
 NOT_FINISHED = 3  # exit code of a stage that was told to stop before its end
+SEEN_WITHIN = 20  # seconds, in which a file of rank 0 is to show on the other hosts
+UNSEALED = {schema.RECORD, schema.LOG, schema.CURVE, schema.BAD_SAMPLES, schema.NON_FINITE, schema.MODEL_CARD}
 
 
 class Run:
-    """One stage's run directory.
+    """One stage's run directory; `with Run(...) as run:` gives its lock back at the end.
 
     `Run(...)` raises InputError if the directory holds a run of other settings or other inputs, unless that run came to
     no step. Inputs are compared by content, wherever they lie now, and settings of a dataclass field whose metadata say
     `decides: False` not at all. Otherwise `run.finished` says whether there is nothing left to do, and
-    `run.resume_from` names the last whole checkpoint.
+    `run.checkpoint()` names what to go on from. Rank 0 decides all of it, for all ranks.
     """
 
     def __init__(self, stage: str, config: Any, inputs: Mapping[str, str | Path | list[str]]) -> None:
@@ -43,10 +50,12 @@ class Run:
             config: the stage's dataclass; must have `output_dir` and `seed`.
             inputs: files and directories the result depends on, by setting; "" for none.
         """
+        end_with_parents()
         self.stage, self.config = stage, config
         self.path = Path(config.output_dir)
-        self.is_main = int(os.environ.get("RANK", 0)) == 0
+        self.is_main = rank() == 0
         self.start = time.time()
+        self.seconds_before = 0.0
         paths: dict[str, str] = {}
         for role, named in inputs.items():
             each = {f"{role}[{i}]": path for i, path in enumerate(named)} if isinstance(named, list) else {role: named}
@@ -61,41 +70,149 @@ class Run:
             "command": " ".join(sys.argv),
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "wall_seconds": 0.0,
-            "inputs": {role: {"path": path, "digest": digest(path)} for role, path in paths.items()},
+            "settings": dataclasses.asdict(config),
         }
-        if getattr(config, "deepspeed", ""):  # settings, not data, but in a file
-            self.record["deepspeed"] = {"path": config.deepspeed, "digest": digest(config.deepspeed)}
-        previous, other = self._previous()
-        self.finished = previous is not None and previous["state"] == "finished"
-        if previous and not self.finished:
-            self.record["wall_seconds"] = previous["wall_seconds"]
-        self._seconds_before = self.record["wall_seconds"]
-        if self.finished:
-            self.log(f"{stage}: {self.path} is finished, nothing to do")
-            return
+        told = from_main(lambda: self._claim(paths))
+        self.finished = told["finished"]
+        if world() > 1 and not self.finished:
+            self._see(told["id"])
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.is_main:
+            lock.release(self.path)
+
+    def _claim(self, paths: Mapping[str, str]) -> dict[str, Any]:
+        """Rank 0: compare with what is there, take the directory, and write down what this run is."""
+        before = ledger.read_record(self.path)
+        finished = before is not None and before["state"] == "finished"
+        if not finished:
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+                lock.hold(self.path)
+            except OSError as error:
+                raise InputError(f"{self.path}: cannot be written into ({error.strerror}); choose another") from None
+            before = ledger.read_record(self.path)  # now that nobody else writes it
+        for path in paths.values():
+            ledger.check_run(path)
+        self.record["inputs"] = {role: {"path": path, "digest": digest(path)} for role, path in paths.items()}
+        if getattr(self.config, "deepspeed", ""):  # settings, not data, but in a file
+            self.record["deepspeed"] = {"path": self.config.deepspeed, "digest": digest(self.config.deepspeed)}
+        manifest = self._manifest(paths)
+        found = ledger.Changes([], [], [])
+        if before and (finished or ledger.came_to_a_step(self.path)):
+            found = ledger.changes(self.path, before, self.record, manifest, self.config)
+            if found.deciding:
+                raise ledger.refuse(self.path, before, found.deciding)
+        else:
+            before = None
+        if finished and before:
+            ledger.check_run(self.path)
+            self.log(f"{self.stage}: {self.path} is finished, nothing to do")
+            return {"finished": True, "id": before.get("id", "")}
+        if before:
+            self.seconds_before = float(before.get("wall_seconds", 0))
+            kept = ("id", "taken_over")
+            self.record |= cast(RunRecord, {name: before[name] for name in kept if name in before})
+        else:
+            for left in (schema.BAD_SAMPLES, schema.NON_FINITE, schema.CURVE):  # by a start that came to no step
+                (self.path / left).unlink(missing_ok=True)
+        if found.taken:
+            self.record["taken_over"] = [*self.record.get("taken_over", []), *found.taken]
+        self.record.setdefault("id", uuid.uuid4().hex)
         self.record |= {  # takes a second or two, which a finished run should not
             "versions": {"python": platform.python_version(), **installed_versions()},
             "git": git_state(),
             "hardware": hardware(),
+            "ranks": world(),
         }
-        self.path.mkdir(parents=True, exist_ok=True)
+        if job := os.environ.get("SLURM_JOB_ID"):
+            self.record["job"] = job
+        write_yaml(self.config, self.path / schema.CONFIG)
+        write_manifest(self.path / schema.MANIFEST, manifest)
+        self._write_record()
+        if found.taken:
+            self.log(f"{self.stage}: goes on with {', '.join(found.taken)}, as it was told to")
+        if found.other:
+            self.log(f"{self.stage}: goes on with {', '.join(found.other)}, which decides nothing about the result")
+        return {"finished": False, "id": self.record["id"]}
+
+    def _manifest(self, paths: Mapping[str, str]) -> Manifest:
+        """What the folders of data hold, file by file; models are compared by their weights."""
+        if not hasattr(self.config, "data_changed"):
+            return {}
+        folders = {role: path for role, path in paths.items() if Path(path).is_dir()}
+        data = {role: path for role, path in folders.items() if not any(Path(path).glob("*.safetensors"))}
+        return {role: folder_manifest(path) for role, path in data.items()}
+
+    def _see(self, identity: str) -> None:
+        """InputError on every rank if one of them sees another directory than rank 0, as on a disk of its own."""
+        hosts = gather(socket.gethostname())
+        patience = time.time() + (SEEN_WITHIN if len({*hosts}) > 1 else 0)  # network disks show new files late
+        while not (seen := self._holds(identity)) and time.time() < patience:
+            time.sleep(0.5)
+        blind = [host for host in gather("" if seen else where()) if host]
+        if blind:
+            raise InputError(
+                f"{self.path}: {blind[0]} does not see what rank 0 on {hosts[0]} writes there: every host must see the "
+                "same --output_dir, so choose one on a shared file system"
+            )
         if self.is_main:
-            if previous is None:
-                for left in (schema.BAD_SAMPLES, schema.NON_FINITE):  # by a start that came to no step
-                    (self.path / left).unlink(missing_ok=True)
-            write_yaml(config, self.path / schema.CONFIG)
-            self._write_record()
-        if other:
-            self.log(f"{stage}: goes on with {', '.join(other)}, which decides nothing about the result")
+            self.note(hosts=list(dict.fromkeys(hosts)))
+
+    def _holds(self, identity: str) -> bool:
+        file = self.path / schema.RECORD
+        return file.is_file() and read_json(file).get("id") == identity
 
     @property
     def resume_from(self) -> str | None:
-        """The newest checkpoint that was written to its end, or None. Half-written ones are removed."""
-        if self.is_main:
-            for path in self.half_written():
-                shutil.rmtree(path, ignore_errors=True)
+        """The newest checkpoint that was written to its end, or None."""
         whole = [str(path.parent) for path in self.path.glob(f"{schema.CHECKPOINTS}/{schema.COMPLETE}")]
-        return max(whole, key=lambda path: int(path.rpartition("-")[2]), default=None)
+        return max(whole, key=step_of, default=None)
+
+    def checkpoint(self) -> str | None:
+        """The newest whole checkpoint, for all ranks: each of its files is what was written.
+
+        Half-written ones are removed; a damaged one is renamed to broken-checkpoint-N, and the one before it taken.
+        """
+        return from_main(self._whole_checkpoint)
+
+    def _whole_checkpoint(self) -> str | None:
+        for path in self.half_written():
+            shutil.rmtree(path, ignore_errors=True)
+        while newest := self.resume_from:
+            if not (fault := self._fault(Path(newest))):
+                return newest
+            broken = self.path / f"broken-{Path(newest).name}"
+            shutil.rmtree(broken, ignore_errors=True)
+            Path(newest).rename(broken)
+            self.log(
+                f"{self.stage}: {newest} is not what was written ({fault}): it is {broken.name} now; "
+                f"the one before it is taken: {self.resume_from or 'none, so training begins anew'}"
+            )
+        return None
+
+    def _fault(self, checkpoint: Path) -> str:
+        """Why a checkpoint cannot be gone on from, or ""."""
+        marker = checkpoint / schema.COMPLETE
+        if not marker.stat().st_size:  # of an older version, which sealed nothing
+            return ""
+        try:
+            sealed = read_json(marker)
+            files, owner = sealed["files"], sealed["run"]
+        except (InputError, KeyError, TypeError):
+            return f"{schema.COMPLETE} is damaged"
+        if owner != self.record.get("id"):
+            return "it is another run's"
+        return damage(checkpoint, files)
+
+    def seal_checkpoint(self, step: int) -> None:
+        """Say that a checkpoint is written to its end, and what its files hold."""
+        folder = self.path / f"checkpoint-{step}"
+        files = seal(folder, (file for file in files_of(folder) if file.name != schema.COMPLETE))
+        write_json(folder / schema.COMPLETE, {"run": self.record.get("id"), "files": files})
 
     def half_written(self) -> list[Path]:
         """Checkpoints whose writing did not come to its end."""
@@ -107,7 +224,7 @@ class Run:
             for encoding in ("utf-8", sys.stdout.encoding or "utf-8"):
                 line = line.encode(encoding, errors="backslashreplace").decode(encoding)
             print(line, flush=True)
-            if self.path.is_dir():
+            if self.path.is_dir() and os.access(self.path, os.W_OK):
                 with open(self.path / schema.LOG, "a", encoding="utf-8") as f:
                     f.write(f"{time.strftime('%H:%M:%S')} {line}\n")
 
@@ -122,12 +239,15 @@ class Run:
             append_jsonl(self.path / schema.CURVE, [record])
 
     def finish(self, metrics: Mapping[str, Any]) -> None:
-        """Write the final numbers, mark the run as finished, drop the resume state and leave the process group."""
+        """Write the final numbers, seal the result, mark the run as finished, drop the resume state and leave the
+        process group.
+        """
         if self.is_main:
             write_json(self.path / schema.METRICS, dict(metrics))
+            self.record["files"] = seal(self.path, results(self.path))
             self.record["state"] = "finished"
             self._write_record()
-            for path in self.path.glob(schema.CHECKPOINTS):
+            for path in (*self.path.glob(schema.CHECKPOINTS), *self.path.glob(f"broken-{schema.CHECKPOINTS}")):
                 shutil.rmtree(path, ignore_errors=True)
             self.log(f"{self.stage}: finished in {self.record['wall_seconds']:.0f} s, wrote {self.path}")
         leave_process_group()
@@ -146,72 +266,27 @@ class Run:
 
     def _write_record(self) -> None:
         if self.is_main:
-            self.record["wall_seconds"] = round(self._seconds_before + time.time() - self.start, 1)
+            self.record["wall_seconds"] = round(self.seconds_before + time.time() - self.start, 1)
             write_json(self.path / schema.RECORD, self.record)
 
-    def _previous(self) -> tuple[dict[str, Any] | None, list[str]]:
-        """run.json of an earlier start that this one goes on from, and what differs without deciding anything.
 
-        Raises:
-            InputError: an earlier start came to a step and had other settings or inputs.
-        """
-        if not (self.path / schema.RECORD).is_file() or not (self.path / schema.CONFIG).is_file():
-            return None, []
-        names = {path.name for path in self.path.iterdir() if not path.name.startswith(".")}  # those are being written
-        if names <= START_FILES:
-            return None, []
-        before = read_json(self.path / schema.RECORD)
-        settings, now = read_yaml(self.path / schema.CONFIG, type(self.config)), dataclasses.asdict(self.config)
-        inputs_now, inputs_before = by_setting(self.record), by_setting(before)
-        deciding, other = [], []
-        for setting in dataclasses.fields(self.config):
-            name = setting.name
-            value, old = now[name], settings.get(name, now[name])
-            if name in inputs_now and name in inputs_before:
-                if contents(inputs_now[name]) != contents(inputs_before[name]):
-                    deciding.append(f"{name} ({other_files(inputs_before[name], inputs_now[name])})")
-                elif value != old:
-                    other.append(f"{name} at {as_text(value)}")
-            elif value != old:
-                decides = setting.metadata.get("decides", True) and name != "output_dir"
-                (deciding if decides else other).append(f"{name} {as_text(old)} -> {as_text(value)}")
-        if deciding:
-            raise InputError(
-                f"{self.path} holds a {before.get('state')} run made with other settings or inputs: "
-                f"{', '.join(deciding)}; give the old ones again, choose another --output_dir, or delete this one"
-            )
-        return before, other
+def results(path: Path) -> list[Path]:
+    """The files of a run directory that are its result: no logs, no resume state, nothing that a person may edit."""
+    found = (file for file in files_of(path) if file.name not in UNSEALED or file.parent != path)
+    passing = ("runs", "checkpoint-", "broken-checkpoint-")
+    return [file for file in found if not file.relative_to(path).parts[0].startswith(passing)]
 
 
-def by_setting(record: RunRecord) -> dict[str, list[Input]]:
-    """Files of run.json by the setting that names them: `data[0]` and `data[1]` are those of `data`."""
-    result: dict[str, list[Input]] = {"deepspeed": [record["deepspeed"]]} if "deepspeed" in record else {}
-    for role, entry in record["inputs"].items():
-        result.setdefault(role.partition("[")[0], []).append(entry)
-    return result
-
-
-def contents(entries: list[Input]) -> list[str]:
-    """What entries of `inputs` hold, wherever they lie; of what is no local file (`hf:...`) its address counts."""
-    return [entry["path"] if entry["path"].startswith("hf:") else entry["digest"] for entry in entries]
-
-
-def other_files(before: list[Input], now: list[Input]) -> str:
-    """In a few words, the first file in which the inputs of a setting differ, with digests."""
-    least = min(len(before), len(now))
-    number = next((i for i in range(least) if contents(before[i : i + 1]) != contents(now[i : i + 1])), least)
-    files = [f"{e[number]['path']} {e[number]['digest']}" if number < len(e) else "none" for e in (before, now)]
-    place = f"file {number + 1} of {len(before)}: " if max(len(before), len(now)) > 1 else ""
-    return place + " -> ".join(files)
-
-
-def as_text(value: object) -> str:
-    """A setting's value as a message shows it."""
-    return json.dumps(value, ensure_ascii=False) if value == "" or isinstance(value, (list, dict)) else str(value)
+def step_of(checkpoint: str) -> int:
+    """The step in the name of a checkpoint; -1 where there is none."""
+    number = checkpoint.rpartition("-")[2]
+    return int(number) if number.isdecimal() else -1
 
 
 def leave_process_group() -> None:
     """Let the ranks end together, if there are several."""
+    if world() == 1 and "torch" not in sys.modules:
+        return
     import torch.distributed as dist  # not at the top: a finished run answers without torch
 
     if dist.is_available() and dist.is_initialized():

@@ -52,6 +52,14 @@ DECIDED = {
     "warmup_ratio": ("warmup_steps",),
     "weight_decay": ("weight_decay",),
 }
+# Settings that decide the result, and that a paused run can take over: they shape no weights and no order of samples.
+MAY_CHANGE = (
+    *("learning_rate", "vision_tower_learning_rate", "projector_learning_rate"),
+    *("language_model_learning_rate", "start_learning_rate", "end_learning_rate"),
+    *("warmup_epochs", "warmup_ratio", "epochs", "weight_decay"),
+    *("max_grad_norm", "gather_with_grad", "min_crop", "max_length"),
+    *("cudnn_attention", "val_data", "val_pairs", "trainer"),
+)
 INEXACT = ("ignore_data_skip", "save_only_model", "resume_from_checkpoint")  # a resumed run would be another one
 
 
@@ -95,6 +103,12 @@ class TrainingConfig:
     hardware: str = option("a100-80gb:8", "dry run", "device and how many of them", decides=False)
     samples: int = option(0, "dry run", "size of the data, where it is not at hand", NOT_NEGATIVE, decides=False)
     trainer: dict = option({}, "optimisation", "any other TrainingArguments, as JSON")
+    resume_with: list[str] = option(
+        [], "run", "settings that a paused run takes over from here on, though they decide its result", decides=False
+    )
+    data_changed: Literal["refuse", "accept"] = option(
+        "refuse", "run", "what a paused run does where its input files have changed", decides=False
+    )
 
 
 @dataclass
@@ -349,7 +363,15 @@ def check_value(setting: Field, value: Any) -> None:
 
 
 def _check_trainer(config: TrainingConfig) -> None:
-    """Refuse what `trainer` may not say; the types of the rest are compared by `stages.training.check_trainer`."""
+    """Refuse what `resume_with` and `trainer` may not say; `stages.training.check_trainer` compares types."""
+    may = [name for name in MAY_CHANGE if hasattr(config, name)]
+    for name in config.resume_with:
+        if name not in may:
+            known = {setting.name for setting in fields(config)}
+            reason = (
+                "decides which weights or samples there are, from the first step on" if name in known else "is none"
+            )
+            raise InputError(f"setting `resume_with`: {name} {reason}; a paused run can take over {', '.join(may)}")
     trainer = config.trainer
     if not isinstance(trainer, dict):
         raise InputError(f"setting `trainer`: expected a mapping such as {{adam_beta2: 0.98}}, found {trainer!r}")

@@ -16,13 +16,15 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import PrinterCallback, Trainer, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import safe_globals  # what Trainer keeps of numpy's random state
 from transformers.utils import logging
 
 from diffclip.base.commands import near
 from diffclip.base.errors import InputError, first_line
 from diffclip.base.files import read_text
+from diffclip.base.ranks import from_main
+from stages import signals
 from stages.run import Run
 from stages.settings import TrainingConfig
 
@@ -165,11 +167,14 @@ def train(trainer: Trainer, run: Run) -> dict[str, float]:
     """
     logging.disable_progress_bar()  # of writing shards
     trainer.remove_callback(PrinterCallback)  # Watch says the same for people
-    checkpoint = run.resume_from
+    if run.config.resume_with:
+        trainer.add_callback(TakeOver(trainer))
+    checkpoint = run.checkpoint()
     if checkpoint is not None:
-        check_checkpoint(checkpoint)
+        from_main(lambda: check_checkpoint(checkpoint))
     try:
-        result = trainer.train(resume_from_checkpoint=checkpoint)
+        with signals.noticed():
+            result = trainer.train(resume_from_checkpoint=checkpoint)
     except (OSError, RuntimeError, SafetensorError) as error:
         half = run.half_written()
         if not half:
@@ -182,6 +187,33 @@ def train(trainer: Trainer, run: Run) -> dict[str, float]:
     if step < steps:
         run.stop(step, steps)
     return {k: v for k, v in result.metrics.items() if k != "total_flos"}
+
+
+class TakeOver(TrainerCallback):
+    """Gives the optimiser of a resumed run the rates of today's settings, where its checkpoint has brought old ones."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.groups: list[dict[str, Any]] = []
+        create = trainer.create_optimizer
+
+        def noted(*args: Any) -> torch.optim.Optimizer:
+            optimizer = create(*args)
+            self.groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+            return optimizer
+
+        trainer.create_optimizer = noted  # type: ignore[assignment,method-assign] # before a checkpoint is loaded
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: object, **kwargs: Any) -> None:
+        schedule = kwargs["lr_scheduler"]
+        if not state.global_step or not self.groups:
+            return
+        for group, now in zip(kwargs["optimizer"].param_groups, self.groups, strict=True):
+            group.update(now, initial_lr=now["lr"])
+        schedule.base_lrs = [group["lr"] for group in self.groups]
+        rates = [base * rate(state.global_step) for base, rate in zip(schedule.base_lrs, schedule.lr_lambdas)]
+        for group, rate in zip(kwargs["optimizer"].param_groups, rates):
+            group["lr"] = rate
+        schedule._last_lr = rates
 
 
 def check_checkpoint(folder: str | Path) -> None:

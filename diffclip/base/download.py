@@ -1,6 +1,5 @@
 """One file from the web, whole or not at all; a download that broke off goes on where it was."""
 
-import hashlib
 import http.client
 import os
 import re
@@ -17,6 +16,7 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from diffclip.base.errors import InputError
+from diffclip.base.files import file_sha256
 
 TRIES = 5  # without a byte of progress in between
 TIMEOUT = 60  # seconds without a byte
@@ -186,12 +186,3 @@ def _tag(part: Path) -> Path:
 def _drop(part: Path) -> None:
     part.unlink(missing_ok=True)
     _tag(part).unlink(missing_ok=True)
-
-
-def file_sha256(path: Path) -> str:
-    """Hex digest of a file's content."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as f:
-        while block := f.read(BLOCK):
-            digest.update(block)
-    return digest.hexdigest()

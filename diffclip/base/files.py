@@ -4,6 +4,7 @@ Lines end at `\\n` alone, never at U+2028 or U+0085, which captions and file nam
 what is not UTF-8, not JSON or nested too deep is an `InputError` that names the file and the line.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -153,6 +154,15 @@ def read_yaml(path: str | Path) -> Any:
         raise InputError(f"{path}: nested too deep for YAML that a person would write; write it again") from None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none
         raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def file_sha256(path: str | Path) -> str:
+    """Hex digest of a file's content."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while block := f.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _encoded(text: str) -> bytes:

@@ -12,7 +12,8 @@ LOG = "log.txt"  # what the console showed
 METRICS = "metrics.json"  # {score: number}, percent where it is a share
 CURVE = "metrics.jsonl"  # a line per logged step: "step", "samples_per_second", "loss", …
 CHECKPOINTS = "checkpoint-*"  # folders of resume state
-COMPLETE = "complete"  # marker in a checkpoint that is written to its end
+COMPLETE = "complete"  # marker in a checkpoint that is written to its end: {"run": id, "files": Digests}
+MANIFEST = "inputs.json.gz"  # what the folders of data held: {setting: {file: digest}}
 MODEL_CARD = "README.md"
 
 # --- pretrain ---
@@ -54,6 +55,13 @@ class RunRecord(TypedDict, total=False):
     command: str
     started: str
     wall_seconds: float
+    id: str  # drawn at the first start; checkpoints carry it
+    settings: dict[str, Any]  # as in config.yaml
+    taken_over: list[str]  # what decides the result and was changed in mid-run, since the user said so
+    files: dict[str, list]  # of a finished run: diffclip.base.sealed.Digests of its result
+    ranks: int
+    hosts: list[str]  # where there are several ranks
+    job: str  # Slurm's
     inputs: dict[str, Input]  # by setting, "data[1]" for the second file of `data`
     deepspeed: Input
     versions: dict[str, str]

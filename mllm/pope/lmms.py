@@ -19,6 +19,7 @@ import pyarrow.parquet
 
 from diffclip.base.errors import InputError
 from diffclip.base.files import json_line, read_json, read_jsonl, write_whole
+from diffclip.base.orphans import as_parent
 from diffclip.base.schema import ANSWERS
 from mllm.data.images import ImagePlace
 from mllm.pope.parsers import parse
@@ -170,7 +171,7 @@ def run_lmms_eval(
     command += ["--include_path", str(out_dir / "tasks"), "--batch_size", str(batch_size)]
     command += ["--output_path", str(output), "--log_samples"]
     command += ["--device", device] if device else []
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    environment = {**os.environ, **as_parent(), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     environment["LMMS_EVAL_DATASETS_CACHE"] = str(out_dir / "datasets_cache")
     environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
     code = _run_with_progress(command, environment, log)

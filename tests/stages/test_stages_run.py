@@ -130,7 +130,7 @@ def test_resume_takes_the_newest_whole_checkpoint_and_drops_half_written_ones(tm
         if whole:
             (run.path / f"checkpoint-{step}" / COMPLETE).touch()
     again = Run("pretrain", Settings(str(tmp_path / "run")), {"data": data})
-    assert not again.finished and again.resume_from.endswith("checkpoint-10")
+    assert not again.finished and again.checkpoint().endswith("checkpoint-10")
     assert not (run.path / "checkpoint-11").exists()
 
 

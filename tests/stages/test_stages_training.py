@@ -169,6 +169,7 @@ def test_trainer_takes_what_no_setting_of_the_stage_decides(tmp_path):
 def test_settings_that_decide_nothing(config, own):
     common = (
         "output_dir num_workers logging_steps save_steps save_total_limit report_to use_cpu dry_run hardware samples"
+        " resume_with data_changed"
     )
     assert {f.name for f in fields(config) if not f.metadata.get("decides", True)} == {*common.split(), *own}
 
@@ -302,8 +303,9 @@ def stopped(tmp_path_factory):
 def test_a_planted_object_in_a_checkpoint_does_not_run(stopped, tmp_path, name):
     out, marker = tmp_path / "run", tmp_path / "marker"
     shutil.copytree(stopped, out)
-    torch.save({"state": Planted(marker)}, out / "checkpoint-6" / name)
     trainer, run = start(out)
+    torch.save({"state": Planted(marker)}, out / "checkpoint-6" / name)
+    run.seal_checkpoint(6)  # as a stranger would
     with pytest.raises(InputError, match=rf"checkpoint-6/{name}: is not safe to read \(it would call posix.mkdir\)"):
         train(trainer, run)
     assert not marker.exists()
@@ -315,8 +317,10 @@ def test_a_planted_object_in_a_checkpoint_does_not_run(stopped, tmp_path, name):
 
 def test_arguments_of_a_stranger_are_not_read(stopped, tmp_path):
     shutil.copytree(stopped, tmp_path / "run")
+    trainer, run = start(tmp_path / "run")
     torch.save(Planted(tmp_path / "marker"), tmp_path / "run" / "checkpoint-6" / "training_args.bin")
-    train(*start(tmp_path / "run"))
+    run.seal_checkpoint(6)
+    train(trainer, run)
     assert not (tmp_path / "marker").exists()
 
 

@@ -1,0 +1,129 @@
+"""What the files of a run's input folders hold, file by file, so that a resumed run can say what has changed.
+
+Files of up to 1 MB, which is nearly every picture, count with all of their content, longer ones with their size and
+blocks of it. What was read is remembered by path, size and times, so that a large folder is read once a machine.
+"""
+
+import gzip
+import hashlib
+import json
+import os
+import zlib
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from tqdm import tqdm
+
+from diffclip.base.errors import InputError
+from diffclip.base.files import parse_json, whole, write_whole
+from diffclip.data.shards import cache_dir
+
+WHOLE = 1 << 20  # bytes, to which a file is read in full
+BLOCKS, BLOCK = 16, 1 << 16
+ADDED_DECIDES_NOTHING = ("image_root",)  # the rows name its files: others beside them are not read
+
+Manifest = dict[str, dict[str, str]]  # setting -> file, relative to its folder -> digest
+
+
+def folder_manifest(folder: str | Path) -> dict[str, str]:
+    """Digests of all files at any depth, hidden ones left out; a file that cannot be read is "unreadable"."""
+    folder = os.path.abspath(folder)
+    names = list(_files(folder))
+    cache = cache_dir() / "manifests" / f"{hashlib.sha256(os.fsencode(folder)).hexdigest()[:32]}.json.gz"
+    known = _read_cache(cache)
+
+    def entry(name: str) -> tuple[str, str]:
+        path = os.path.join(folder, name)
+        try:
+            stat = os.stat(path)
+            times = f"{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ctime_ns}:{stat.st_ino}:{stat.st_dev}"
+            before = known.get(name)
+            return times, before[1] if before and before[0] == times else _content(path, stat.st_size)
+        except OSError:
+            return "", "unreadable"
+
+    with ThreadPoolExecutor(8) as pool:
+        bar = tqdm(pool.map(entry, names), "reading input files", len(names), unit="file", delay=2, leave=False)
+        found = dict(zip(names, bar))
+    if found != known and found:
+        try:
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(cache, gzip.compress(json.dumps(found).encode(), 1))
+        except OSError:
+            pass  # no room, or no home: it is read again the next time
+    return {name: digest for name, (_, digest) in found.items()}
+
+
+def write_manifest(path: Path, manifest: Manifest) -> None:
+    """Write digests by setting and file, or remove those of an earlier start where there are none."""
+    if not manifest:
+        path.unlink(missing_ok=True)
+        return
+    with whole(path) as temporary, gzip.open(temporary, "wt", compresslevel=1, encoding="utf-8") as f:
+        json.dump(manifest, f, ensure_ascii=True)
+
+
+def read_manifest(path: Path) -> Manifest:
+    """What `write_manifest` wrote; {} if there is none, as in runs of older versions. InputError if it is damaged."""
+    if not path.is_file():
+        return {}
+    try:
+        content = parse_json(gzip.decompress(path.read_bytes()).decode(), str(path))
+        return {name: dict(files) for name, files in content.items()}
+    except (InputError, OSError, EOFError, zlib.error, ValueError, AttributeError, TypeError):
+        raise InputError(f"{path}: damaged: delete it to go on without comparing the input files one by one") from None
+
+
+def differences(setting: str, before: Manifest, now: Manifest) -> tuple[str, str]:
+    """How the files of a setting's folders have changed: what decides the result, and what does not, "" for nothing."""
+    roles = sorted({role for role in (*before, *now) if role.partition("[")[0] == setting})
+    if not all(role in before and role in now for role in roles):
+        return "", ""  # a manifest of one of both is missing: their digests are compared
+    changed, gone, added = list[str](), list[str](), list[str]()
+    for role in roles:
+        old, new = before[role], now[role]
+        changed += [name for name in old if name in new and new[name] != old[name]]
+        gone += [name for name in old if name not in new]
+        added += [name for name in new if name not in old]
+    harmless = added if setting in ADDED_DECIDES_NOTHING else []
+    parts = {"changed": changed, "gone": gone, "added": [] if harmless else added}
+    return ", ".join(_said(what, names) for what, names in parts.items() if names), _said("added", harmless)
+
+
+def _said(what: str, names: list[str]) -> str:
+    if not names:
+        return ""
+    return f"{names[0]} {what}" if len(names) == 1 else f"{len(names):,} files {what}, e.g. {names[0]}"
+
+
+def _files(folder: str) -> Iterable[str]:
+    seen = set[str]()
+    for where, folders, names in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(where)) in seen:  # a link to a folder above, or a second one to the same
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(names):
+            if not name.startswith("."):
+                yield os.path.relpath(os.path.join(where, name), folder)
+
+
+def _content(path: str, size: int) -> str:
+    result = hashlib.sha256(str(size).encode())
+    with open(path, "rb") as f:
+        if size <= WHOLE:
+            result.update(f.read())
+        else:
+            for i in range(BLOCKS):
+                f.seek((size - BLOCK) * i // (BLOCKS - 1))
+                result.update(f.read(BLOCK))
+    return result.hexdigest()[:16]
+
+
+def _read_cache(path: Path) -> dict[str, list[str]]:
+    try:
+        return json.loads(gzip.decompress(path.read_bytes()))
+    except (OSError, EOFError, ValueError, zlib.error):
+        return {}
