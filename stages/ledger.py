@@ -21,6 +21,7 @@ from stages.settings import MAY_CHANGE
 # What a start writes before its first step, beside run.json and config.yaml.
 START_FILES = {schema.RECORD, schema.CONFIG, schema.LOG, schema.BAD_SAMPLES, schema.NON_FINITE, schema.MANIFEST}
 START_FILES |= {"runs", schema.CURVE, schema.BEST}  # tensorboard's; of a validation before the first step
+ASKS = ("resume_with", "data_changed")  # settings that say what a start does with what has changed
 RESULTS = ("checkpoint-*", "*.safetensors", schema.METRICS, schema.CURVE)  # by which a run is known
 
 
@@ -76,6 +77,8 @@ def changes(path: Path, before: dict[str, Any], record: RunRecord, manifest: Man
     found = Changes([], [], [])
     for field in dataclasses.fields(config):
         name = field.name
+        if name in ASKS:
+            continue
         value, old = now[name], settings.get(name, now[name])
         if name in inputs_now and name in inputs_before:
             harmful, harmless = differences(name, manifest_before, manifest)

@@ -5,6 +5,7 @@ import socket
 import sys
 import threading
 import time
+from contextlib import suppress
 
 PARENT = "DIFFCLIP_PARENT"  # environment variable: host, process and its start, which a command of ours ends with
 LAUNCHERS = {  # what Python runs, by the name of the file or module
@@ -39,7 +40,8 @@ def end_with_parents() -> None:
         while all(_start(process) == start for process, start in watched.items()):
             time.sleep(0.5)
         gone = next(process for process, start in watched.items() if _start(process) != start)
-        print(f"ended, since process {gone}, which had started this one, is gone", file=sys.stderr, flush=True)
+        with suppress(OSError, ValueError):  # who read it may be gone as well
+            print(f"ended, since process {gone}, which had started this one, is gone", file=sys.stderr, flush=True)
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
