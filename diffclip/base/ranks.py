@@ -8,6 +8,7 @@ import json
 import os
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from functools import cache
 from itertools import count
@@ -17,6 +18,7 @@ from diffclip.base.errors import InputError
 
 T = TypeVar("T")
 LONGEST = timedelta(hours=12)  # that the others wait for rank 0; where it ends, the launcher ends them all
+PATIENCE = timedelta(seconds=30)  # that rank 0 waits for the others to hear of an error
 
 _calls = count()  # every rank makes the same calls in the same order
 
@@ -49,10 +51,13 @@ def from_main(decide: Callable[[], T]) -> T:
             value: Any = decide()
         except InputError as error:
             _store().set(key, json.dumps({"error": str(error)}))
-            raise
+            with suppress(RuntimeError):  # a rank that never comes
+                _store().wait([f"{key}/{other}" for other in range(1, world())], PATIENCE)
+            raise  # not before all know it: the store ends with this process
         _store().set(key, json.dumps({"value": value}))
         return value
     told = json.loads(_store().get(key))
+    _store().set(f"{key}/{rank()}", "known")
     if "error" in told:
         raise InputError(told["error"])
     return told["value"]
