@@ -19,7 +19,7 @@ from typing import Any, NoReturn, cast
 
 from diffclip.base import lock, schema
 from diffclip.base.errors import InputError
-from diffclip.base.files import append_jsonl, read_json, write_json
+from diffclip.base.files import append_jsonl, read_json, share, write_json
 from diffclip.base.orphans import end_with_parents
 from diffclip.base.ranks import from_main, gather, rank, where, world
 from diffclip.base.schema import RunRecord
@@ -244,7 +244,9 @@ class Run:
         """
         if self.is_main:
             write_json(self.path / schema.METRICS, dict(metrics))
-            self.record["files"] = seal(self.path, results(self.path))
+            for file in (files := results(self.path)):
+                share(file)  # safetensors writes for its owner alone
+            self.record["files"] = seal(self.path, files)
             self.record["state"] = "finished"
             self._write_record()
             for path in (*self.path.glob(schema.CHECKPOINTS), *self.path.glob(f"broken-{schema.CHECKPOINTS}")):

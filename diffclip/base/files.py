@@ -156,6 +156,14 @@ def read_yaml(path: str | Path) -> Any:
         raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
 
 
+def share(path: str | Path) -> None:
+    """Let others read a file as far as the umask lets them, where a library wrote it for its owner alone."""
+    umask = os.umask(0o077)
+    os.umask(umask)
+    if os.stat(path).st_mode & 0o777 == 0o600:
+        os.chmod(path, 0o666 & ~umask)
+
+
 def file_sha256(path: str | Path) -> str:
     """Hex digest of a file's content."""
     digest = hashlib.sha256()

@@ -1,10 +1,12 @@
 """The report from end to end: read the runs, draw, write every file, print the comparison."""
 
+import tempfile
 from pathlib import Path
 
 from diffclip.base.console import print_table
 from diffclip.base.errors import InputError
 from diffclip.base.files import write_whole
+from diffclip.base.sealed import files_of
 from stages.report.data import Arms, gather
 from stages.report.export import as_csv, as_latex, csv_table, html_page, markdown_report
 from stages.report.figures import figures
@@ -16,6 +18,8 @@ from stages.report.tables import comparison, evidence
 def build_report(runs: list[Path], out: Path) -> Path:
     """Write the report of all run directories at or below `runs` into `out`, and print the comparison.
 
+    An earlier report stays as it is until the new one is complete.
+
     Returns:
         The path of index.html.
 
@@ -25,8 +29,23 @@ def build_report(runs: list[Path], out: Path) -> Path:
     arms = gather(runs)
     if out.exists() and not out.is_dir():
         raise InputError(f"{out}: is a file; give --output_dir a directory")
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".new-", dir=out) as name:
+        new = Path(name)
+        write_all(arms, new)
+        for file in files_of(new):
+            place = out / file.relative_to(new)
+            place.parent.mkdir(exist_ok=True)
+            file.replace(place)
+    print_scores(arms)
+    print(f"Report: {out / 'index.html'}")
+    return out / "index.html"
+
+
+def write_all(arms: Arms, out: Path) -> None:
+    """Write every file of a report into an empty folder."""
     for folder in ("figures", "tables"):
-        (out / folder).mkdir(parents=True, exist_ok=True)
+        (out / folder).mkdir()
     parts = sections(arms, figures(arms, out / "figures"))
     for table in (table for part in parts for table in part.tables):
         write_whole(out / "tables" / f"{table.name}.csv", as_csv(table))
@@ -36,9 +55,6 @@ def build_report(runs: list[Path], out: Path) -> Path:
     write_whole(out / "table.csv", csv_table(arms))
     write_whole(out / "report.md", markdown_report(arms, title, subtitle(arms), parts))
     write_whole(out / "index.html", html_page(arms, title, subtitle(arms), parts))
-    print_scores(arms)
-    print(f"Report: {out / 'index.html'}")
-    return out / "index.html"
 
 
 def subtitle(arms: Arms) -> str:

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -276,6 +277,19 @@ def test_same_runs_give_the_same_files(quickstart, tmp_path):
     for file in [p for p in out.rglob("*") if p.suffix in (".html", ".md", ".csv", ".svg")]:
         assert file.read_bytes() == (tmp_path / file.relative_to(out)).read_bytes(), file.name
     assert not list(tmp_path.rglob("*.tmp"))
+
+
+@pytest.mark.slow
+def test_a_report_that_cannot_be_written_leaves_the_one_that_is_there(quickstart, tmp_path, monkeypatch):
+    out = tmp_path / "report"
+    shutil.copytree(quickstart[1], out)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    write_arm(tmp_path / "more", "CLIP-tiny", lift=5)
+    monkeypatch.setattr("stages.report.build.html_page", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        build_report([tmp_path / "more"], out)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    assert {path.name for path in out.iterdir()} == {path.relative_to(out).parts[0] for path in before}
 
 
 def test_several_seeds_give_mean_and_sd_and_paired_differences(tmp_path):

@@ -5,6 +5,8 @@ import os
 from dataclasses import dataclass, field, replace
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from diffclip.base.errors import InputError
 from diffclip.base.schema import COMPLETE
@@ -48,6 +50,19 @@ def test_finished_run_is_skipped_and_records_what_it_was(tmp_path, data):
     assert not list(run.path.glob("checkpoint-*"))
     assert Run("pretrain", settings, {"data": data}).finished
     assert upstream_model(run.path) == "CLIP-tiny" and upstream_model(tmp_path) == tmp_path.name
+
+
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_a_model_is_read_by_whom_the_umask_lets_read_it(tmp_path, umask, mode):
+    run = Run("pretrain", Settings(str(tmp_path / "run")), {})
+    save_file({"x": torch.ones(1)}, run.path / "model.safetensors")
+    before = os.umask(umask)
+    try:
+        run.finish({})
+        assert os.umask(umask) == umask
+    finally:
+        os.umask(before)
+    assert (run.path / "model.safetensors").stat().st_mode & 0o777 == mode
 
 
 def test_other_settings_or_other_input_are_refused_by_name(tmp_path, data):
