@@ -41,6 +41,10 @@ KIND = {  # library, pipeline tag and tags for the Hub
     "align": ("transformers", "image-text-to-text", ["differential-attention", "clip", "llava"]),
 }
 KIND["instruct"] = KIND["align"]
+INSTALL = """First `pip install diffclip-stack`. (Without it transformers loads the model with `trust_remote_code=True`,
+which runs the copies of that package's modules in this repository.)
+
+"""
 
 
 def model_card(run: Path, evaluations: list[Path], repo: str) -> str:
@@ -65,7 +69,7 @@ def model_card(run: Path, evaluations: list[Path], repo: str) -> str:
         f"---\n# {repo.split('/')[-1] or run.name}\n",
         f"Made by the stage `{stage}` of DiffCLIP Stack, an implementation of *DiffCLIP: Differential Attention Meets "
         f"CLIP* (Hammoud and Ghanem, 2025). {about}",
-        f"\n## Use\n\n```python\n{USE[stage].format(repo=repo or run)}\n```",
+        f"\n## Use\n\n{'' if stage == 'language' else INSTALL}```python\n{USE[stage].format(repo=repo or run)}\n```",
         "\n## Data\n\n| role | path | digest |\n| --- | --- | --- |",
         *(f"| {role} | `{_name(what['path'])}` | `{what['digest']}` |" for role, what in record["inputs"].items()),
         f"\n## Recipe\n\n```yaml\n{_recipe(run / CONFIG)}\n```\n",

@@ -1,7 +1,8 @@
 """Copies of our modules beside a saved model, with which it loads where this package is not installed.
 
 transformers runs them on `trust_remote_code=True`: `auto_map` in a configuration says which file holds which class. A
-module `diffclip.hf.vision` becomes the file `diffclip_hf_vision.py`, and its imports of ours become relative ones.
+module `diffclip.hf.vision` becomes the file `diffclip_hf_vision.py`, and its imports of ours become relative ones. A
+README.md names the package, since transformers' refusal to run the code cannot: it only sends to the directory.
 """
 
 import importlib.util
@@ -15,6 +16,13 @@ from typing import Any, ClassVar
 INSTALLED = __name__ == "diffclip.base.portable"  # False in a copy, beside which lie those that it was saved with
 OURS = re.compile(r"^(\s*from )((?:diffclip|mllm)\.[\w.]+)(?= import )", re.MULTILINE)
 BESIDE = re.compile(r"^\s*from \.(\w+) import ", re.MULTILINE)
+# Whom transformers refuses, for want of `trust_remote_code`, it sends to this directory: what is seen there first
+README = """# A model of DiffCLIP Stack
+
+transformers alone does not have this model's code. Either `pip install diffclip-stack`, and `import diffclip` before
+transformers' Auto classes load this directory; or load it with `trust_remote_code=True`, which runs the `.py` files
+beside this one: copies of the package's own.
+"""
 
 
 class Portable:
@@ -45,14 +53,16 @@ def auto_map(classes: Mapping[str, str]) -> dict[str, str]:
 
 
 def write_code(classes: Iterable[str], directory: str | Path) -> None:
-    """Write the modules of our classes, and what these need, into a directory."""
+    """Write the modules of our classes, and what these need, into a directory, and a README.md where it has none."""
+    files: dict[str, str] = {} if (Path(directory) / "README.md").exists() else {"README.md": README}
     for module in sorted({name.rpartition(".")[0] for name in classes}):
-        for name, text in copies(module).items():
-            path = Path(directory) / name
-            if not path.is_file() or path.read_text(encoding="utf-8") != text:
-                temporary = path.with_name(f".{name}.{os.getpid()}.tmp")
-                temporary.write_text(text, encoding="utf-8")
-                os.replace(temporary, path)  # not `write_whole`, which waits for the disk: for twenty files, it shows
+        files |= copies(module)
+    for name, text in files.items():
+        path = Path(directory) / name
+        if not path.is_file() or path.read_text(encoding="utf-8") != text:
+            temporary = path.with_name(f".{name}.{os.getpid()}.tmp")
+            temporary.write_text(text, encoding="utf-8")
+            os.replace(temporary, path)  # not `write_whole`, which waits for the disk: for twenty files, it shows
 
 
 @lru_cache

@@ -18,7 +18,7 @@ from mllm.assemble import assemble
 # What a process finds without our packages, and without others: None in sys.modules says that there is no such module.
 # The refusals come first: loading with trust registers the classes.
 ALONE = """
-import sys
+import os, sys
 for name in ("diffclip", "mllm", "stages", "open_clip", "ftfy", "peft", "datasets", "lmms_eval", "matplotlib"):
     sys.modules[name] = None
 import torch, transformers as t
@@ -33,6 +33,7 @@ for kind, name in ((t.AutoModel, "tower"), (t.AutoModel, "clip"), (t.AutoModelFo
         kind.from_pretrained(name, trust_remote_code=False)
     except ValueError as error:
         assert "trust_remote_code=True" in str(error) and "upgrade" not in str(error).lower(), error
+        assert os.path.abspath(name) in str(error), error  # where a README.md names the package
     else:
         raise SystemExit(f"{kind} took {name}")
 
@@ -139,6 +140,20 @@ def test_what_is_copied_imports_nothing_else_of_ours(runs):
         for reference in (each for auto_map in maps for each in auto_map.values()):
             module, class_name = reference.split(".")
             assert f"\nclass {class_name}(" in files[f"{module}.py"]
+
+
+def test_what_a_refusal_sends_to_names_the_package(runs):
+    for name in ("clip", "tower", "llava"):
+        assert "pip install diffclip-stack" in (runs / name / "README.md").read_text()
+        files = list((runs / name).glob("*.py"))
+        assert files and all("diffclip-stack" in file.read_text().splitlines()[0] for file in files)
+
+
+def test_a_readme_that_is_there_stays(tmp_path):
+    (tmp_path / "README.md").write_text("mine")
+    hf.image_processor(diffclip.MODELS["DiffCLIP-tiny"]).save_pretrained(tmp_path)
+    portable.write_code(["diffclip.hf.vision.DiffCLIPVisionModel"], tmp_path)
+    assert (tmp_path / "README.md").read_text() == "mine" and (tmp_path / "diffclip_hf_vision.py").is_file()
 
 
 def test_a_tower_of_open_clip_brings_its_own_module():

@@ -50,6 +50,7 @@ NO_EMBEDDINGS = "open_clip gives no embeddings, so that hidden_states begin with
 @accept(
     {
         "test_gradient_checkpointing_enable_disable": "open_clip's blocks are checkpointed by open_clip itself",
+        "test_can_init_all_missing_weights": "open_clip draws all of a tower's weights at once, not a module's",
         "test_model_get_set_embeddings": "asks for a table of words, as a tower of images has none",
         "test_hidden_states_output": NO_EMBEDDINGS,
         "test_retain_grad_hidden_states_attentions": NO_EMBEDDINGS,
@@ -57,6 +58,7 @@ NO_EMBEDDINGS = "open_clip gives no embeddings, so that hidden_states begin with
 )
 class TestOpenClip(common.ModelTesterMixin, unittest.TestCase):
     all_model_classes = (OpenClipVisionModel,)
+    test_can_init_all_missing_weights_before_2023 = True
     test_resize_embeddings = False
     has_attentions = False
 
@@ -109,6 +111,7 @@ class LlavaTester:
 @accept({"test_generation_tester_mixin_inheritance": "the suite of generation is not among the sources on PyPI"})
 class TestLlava(common.ModelTesterMixin, unittest.TestCase):
     all_model_classes = (DiffCLIPLlavaModel, DiffCLIPLlavaForConditionalGeneration)
+    test_can_init_all_missing_weights_before_2023 = True
     test_all_params_have_gradient = False  # the tower's behind the layer that is read have none
     _is_composite = True
 

@@ -41,6 +41,7 @@ def test_card_states_data_recipe_and_scores(finished, tmp_path):
     for fact in ("llava/rows.json", "abc123", "learning_rate: 2.0e-05", "projector: 56 parameters, learnt", "beef"):
         assert fact in text
     assert "vision_tower: 1,234 parameters, frozen" in text and "| pope/mean/accuracy | 91.6 |" in text
+    assert "pip install diffclip-stack" in text
     assert "# my-model" in text and 'load("me/my-model")' in text and "/home/secret" not in text
     assert "has not been evaluated" in publish.model_card(finished, [], "me/my-model")
 
@@ -110,4 +111,4 @@ def test_pretraining_and_language_runs_get_their_cards(tmp_path):
     publish.main([str(tmp_path / "language")])
     text = (tmp_path / "language/README.md").read_text()
     assert ModelCard(text).data.pipeline_tag == "text-generation" and "AutoModelForCausalLM" in text
-    assert "Vision model" not in text and "text.jsonl" in text
+    assert "Vision model" not in text and "text.jsonl" in text and "trust_remote_code" not in text
