@@ -18,6 +18,7 @@ from typing import Any, NoReturn, cast
 from diffclip.base import schema
 from diffclip.base.errors import InputError
 from diffclip.base.files import append_jsonl, read_json, write_json
+from diffclip.base.images import DECODING
 from diffclip.base.schema import Input, RunRecord
 from stages.config import read_yaml, write_yaml
 from stages.provenance import digest, git_state, hardware, installed_versions
@@ -58,6 +59,7 @@ class Run:
             "stage": stage,
             "state": "running",
             "seed": config.seed,
+            "decoding": DECODING,
             "command": " ".join(sys.argv),
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "wall_seconds": 0.0,
@@ -85,6 +87,11 @@ class Run:
                     (self.path / left).unlink(missing_ok=True)
             write_yaml(config, self.path / schema.CONFIG)
             self._write_record()
+        if previous and (began := previous.get("decoding", 1)) != DECODING:
+            self.log(
+                f"{stage}: began with images decoded by rules {began}, goes on by {DECODING}: from here on they are turned "
+                "as EXIF says, transparency is white and 16 bits are scaled; start anew if the data has such images"
+            )
         if other:
             self.log(f"{stage}: goes on with {', '.join(other)}, which decides nothing about the result")
 
