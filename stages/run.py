@@ -89,8 +89,8 @@ class Run:
             self._write_record()
         if previous and (began := previous.get("decoding", 1)) != DECODING:
             self.log(
-                f"{stage}: began with images decoded by rules {began}, goes on by {DECODING}: from here on they are turned "
-                "as EXIF says, transparency is white and 16 bits are scaled; start anew if the data has such images"
+                f"{stage}: began with images decoded by rules {began}, goes on by {DECODING}: from here on they are "
+                "turned as EXIF says, transparency is white, 16 bits are scaled; start anew if the data has such images"
             )
         if other:
             self.log(f"{stage}: goes on with {', '.join(other)}, which decides nothing about the result")

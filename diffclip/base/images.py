@@ -1,12 +1,14 @@
 """The one way in which image files become RGB, for training, chat, benchmarks and lmms-eval alike."""
 
+import contextlib
 import functools
 import io
 import struct
 import warnings
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 from PIL import ExifTags, Image, ImageFile, TiffImagePlugin, UnidentifiedImageError
@@ -63,8 +65,8 @@ def tell_decoding(directory: str | Path, version: int) -> None:
     if version != DECODING:
         warnings.warn(
             f"{directory}: was trained before images were turned as their EXIF says, laid over white where they are "
-            f"transparent and scaled where they have 16 bits (decoding {version}, now {DECODING}). Such images now look "
-            "other to it than in training, all others the same; its scores on them may differ from those of then",
+            f"transparent and scaled where they have 16 bits (decoding {version}, now {DECODING}). Such images look "
+            "other to it now than in training, all others the same; its scores on them may differ from those of then",
             stacklevel=4,
         )
 
@@ -104,7 +106,7 @@ def cut_strip(image: Image.Image) -> Image.Image:
 
 
 def widened(image: Image.Image, side: int) -> Image.Image:
-    """A strip of which nothing were left once its longer side is `side`, made 1 pixel wide there; others as they are."""
+    """A strip of which nothing is left once its longer side is `side`, made 1 pixel wide there; others as they are."""
     width, height = image.size
     if side * min(width, height) >= max(width, height):
         return image
@@ -138,6 +140,21 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
         return TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     except BROKEN:
         return None
+
+
+@contextlib.contextmanager
+def as_decoder() -> Iterator[None]:
+    """While it lasts `PIL.Image.open` gives what `decode` does: for code of others that opens images by itself."""
+    opened = Image.open
+
+    def in_rgb(file: Any, mode: Literal["r"] = "r", formats: Any = None) -> Image.Image:
+        return to_rgb(opened(file, mode, formats or _formats()))
+
+    Image.open = in_rgb  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        Image.open = opened
 
 
 @functools.cache
