@@ -136,6 +136,13 @@ def split_of(file: Path) -> str | None:
     return split_named(re.split(r"[-_.]", file.name)[0])
 
 
+def split_within(file: Path) -> str | None:
+    """The one split that a file's name speaks of: captions_val2017.json, Flickr_8k.testImages.txt; None for several."""
+    words = re.findall(r"[A-Z]?[a-z]+|[A-Z]+", file.stem)
+    found = {split for split in map(split_named, words) if split}
+    return found.pop() if len(found) == 1 else None
+
+
 def shard_samples(path: Path, text: str) -> list[tuple[str, TarSlice | None, bytes | None]]:
     """(key, image, what has the suffix `text`) of a shard's samples, as training reads them; or InputError."""
     walked, problems = walk(path)
@@ -173,23 +180,31 @@ def row_splits(path: Path) -> list[str | None]:
 
 
 def parquet_rows(
-    path: Path, columns: Sequence[str], wanted: Sequence[bool]
+    path: Path, columns: Sequence[str], wanted: Sequence[bool], several: Sequence[str] = ()
 ) -> Iterator[tuple[str, bytes | Path, Any, int]]:
-    """(name for messages, encoded image, value of the first of `columns` that is there, number) of wanted rows."""
-    image, value = two_columns(path, parquet_schema(path).names, columns, IMAGE_COLUMNS)
+    """(name for messages, encoded image, value of the first of `columns` that is there, number) of wanted rows.
+
+    Where columns of `several` are there, the value is the list of theirs.
+    """
+    named = parquet_schema(path).names
+    image, value = two_columns(path, named, [*several, *columns], IMAGE_COLUMNS)
     try:
-        table = pyarrow.parquet.read_table(path, columns=[image, value]).filter(pyarrow.array(wanted, pyarrow.bool_()))
+        table = pyarrow.parquet.read_table(path, columns=[image, *(several or [value])])
+        table = table.filter(pyarrow.array(wanted, pyarrow.bool_()))
     except (pyarrow.ArrowException, OSError) as error:
         raise InputError(f"{path} cannot be read as parquet ({error})") from error
     rows = (row for batch in table.to_batches() for row in batch.to_pylist())
     for number, row in zip(itertools.compress(itertools.count(), wanted), rows):
         name, encoded = f"{path} row {number}", row[image]
         if isinstance(encoded, dict):  # the Hub's {bytes, path}; the path is relative to the file
-            file = encoded.get("path")
-            encoded = encoded.get("bytes") or (path.parent / file if file else None)
+            encoded = encoded.get("bytes") or encoded.get("path")
+        if isinstance(encoded, str) and encoded:
+            if not (file := path.parent / encoded).is_file():
+                raise InputError(f"{name}: its image {encoded[:200]} is not beside the file: put it there")
+            encoded = file
         if not isinstance(encoded, bytes | Path):
             raise InputError(f"{name} holds no image: remove the row")
-        yield name, encoded, row[value], number
+        yield name, encoded, [row[column] for column in several] if several else row[value], number
 
 
 def two_columns(path: Path, found: Sequence[str], second: Sequence[str], image: Sequence[str]) -> tuple[str, str]:

@@ -231,8 +231,118 @@ def test_caption_files_of_coco_flickr30k_and_blip(tmp_path):
         found = captioned.read_captioned(tmp_path / name)
         assert (found.captions, found.owner) == (["one", "two", "three"], [0, 0, 1]), name
     (tmp_path / "z.csv").write_text("image,caption\na.png,one, and two\n")
-    with pytest.raises(InputError, match="row 2 has 3 columns and not 2"):
+    with pytest.raises(InputError, match="line 2: more cells than columns, 3 and not 2"):
         captioned.read_captioned(tmp_path / "z.csv")
+
+
+FLICKR = {  # four images, of which c and d are for the test; each file as its authors publish it
+    "results_20130124.token": "".join(f"{n}.png#{i}\t{n} {i}, so\n" for n in "cd" for i in range(2)),
+    "captions.txt": "image,caption\n" + "".join(f'{n}.png,"{n} {i}, so"\n' for n in "cd" for i in range(2)),
+    "annotations.csv": "raw,sentids,split,filename,img_id\n"
+    + "".join(
+        f'"[""{n} 0, so"", ""{n} 1, so""]","[0, 1]",{split},{n}.png,0\n'
+        for n, split in zip("abcd", ["train", "val", "test", "test"])
+    ),
+    "python.csv": "filename;raw;split\nc.png;['c 0, so', 'c 1, so'];test\nd.png;['d 0, so', 'd 1, so'];test\n",
+    "columns.csv": 'image,caption_0,caption_1\nc.png,"c 0, so","c 1, so"\nd.png,"d 0, so","d 1, so"\n',
+    "dataset_flickr30k.json": json.dumps(
+        {
+            "images": [
+                {"filename": f"{n}.png", "split": split, "sentences": [{"raw": f"{n} {i}, so"} for i in range(2)]}
+                for n, split in zip("abcd", ["train", "val", "test", "test"])
+            ],
+            "dataset": "flickr30k",
+        }
+    ),
+    "metadata.jsonl": "".join(
+        json.dumps({"file_name": f"{n}.png", "text": f"{n} {i}, so"}) + "\n" for n in "cd" for i in range(2)
+    ),
+    "coco_karpathy_test.json": json.dumps(
+        [{"image": f"/export/share/flickr30k-images/{n}.png", "caption": [f"{n} 0, so", f"{n} 1, so"]} for n in "cd"]
+    ),
+    "one_a_row.json": json.dumps([{"image": f"{n}.png", "caption": f"{n} {i}, so"} for n in "cd" for i in range(2)]),
+}
+
+
+@pytest.mark.parametrize("place", ["", "flickr30k-images"])
+@pytest.mark.parametrize("name", FLICKR)
+def test_captions_as_their_authors_publish_them(tmp_path, name, place):
+    for number, letter in enumerate("abcd"):
+        paint(tmp_path / place / f"{letter}.png", (number, 0, 0))
+    (tmp_path / name).write_text(FLICKR[name])
+    (tmp_path / "readme.txt").write_text("who took them\n")
+    for path in (tmp_path, tmp_path / name):
+        found = captioned.read_captioned(path)
+        assert found.captions == ["c 0, so", "c 1, so", "d 0, so", "d 1, so"] and found.owner == [0, 0, 1, 1]
+        assert [colour_of(found.images, row)[0] for row in range(2)] == [2, 3]
+
+
+def test_lists_of_images_beside_flickr8ks_captions_are_its_splits(tmp_path):
+    for number, letter in enumerate("abc"):
+        paint(tmp_path / "Flicker8k_Dataset" / f"{letter}.png", (number, 0, 0))
+    (tmp_path / "Flickr8k.token.txt").write_text("".join(f"{n}.png#{i}\t{n} {i}\n" for n in "abc" for i in range(2)))
+    for split, name in (("train", "a"), ("dev", "b"), ("test", "c")):
+        (tmp_path / f"Flickr_8k.{split}Images.txt").write_text(f"{name}.png\n")
+    found = captioned.read_captioned(tmp_path)
+    assert found.captions == ["c 0", "c 1"] and colour_of(found.images, 0) == (2, 0, 0)
+    (tmp_path / "Flickr8k.token.txt").write_text("a.png#0\tone\na.png: two\n")
+    with pytest.raises(InputError, match=r"Flickr8k\.token\.txt line 2: is not image#number"):
+        captioned.read_captioned(tmp_path)
+
+
+def test_coco_is_read_as_it_is_unpacked(tmp_path):
+    paint(tmp_path / "val2017" / "000000000139.jpg")
+    paint(tmp_path / "train2017" / "000000000009.jpg", "blue")
+    coco = {
+        "images": [{"id": 139, "file_name": "000000000139.jpg"}],
+        "annotations": [{"image_id": 139, "caption": "a"}],
+    }
+    boxes = {"images": [], "annotations": [{"bbox": []}]}
+    (tmp_path / "annotations").mkdir()
+    for name, content in (
+        ("captions_val2017", coco),
+        ("instances_val2017", boxes),
+        ("person_keypoints_val2017", boxes),
+    ):
+        (tmp_path / "annotations" / f"{name}.json").write_text(json.dumps(content))
+    assert captioned.read_captioned(tmp_path).captions == ["a"]
+    images[0]["file_name"] = "000000000009.jpg"
+    (tmp_path / "annotations" / "captions_train2017.json").write_text(json.dumps(coco))
+    with pytest.raises(InputError, match="has the splits train, val and no test: keep the one to score"):
+        captioned.read_captioned(tmp_path)
+    only = captioned.read_captioned(tmp_path / "annotations" / "captions_val2017.json")
+    assert colour_of(only.images, 0)[0] > 250
+
+
+def test_an_image_that_could_be_two_files_is_refused(tmp_path):
+    for folder in ("one", "two"):
+        paint(tmp_path / folder / "a.png")
+    (tmp_path / "x.json").write_text(json.dumps({"a.png": ["red"]}))
+    with pytest.raises(InputError, match=r"image a\.png could be .*one/a\.png and .*two/a\.png: remove one"):
+        captioned.read_captioned(tmp_path)
+    (tmp_path / "x.json").write_text(json.dumps({"two/a.png": ["red"]}))
+    assert captioned.read_captioned(tmp_path).images.names[0].endswith("two/a.png")
+    (tmp_path / "x.json").write_text(json.dumps({"b.png": ["red"]}))
+    with pytest.raises(InputError, match=r"image b\.png is neither beside the file nor in a folder beside it"):
+        captioned.read_captioned(tmp_path)
+
+
+def test_one_image_in_several_rows_of_parquet_is_one_image(tmp_path):
+    """As the Hub's copies of COCO with a row a caption: each caption of an image is a right answer to it."""
+    table = {"image": [png("red"), png("red"), png("blue")], "caption": ["one", "two", "three"]}
+    pyarrow.parquet.write_table(pyarrow.table(table), tmp_path / "test.parquet")
+    found = captioned.read_captioned(tmp_path)
+    assert (found.captions, found.owner, len(found.images)) == (["one", "two", "three"], [0, 0, 1], 2)
+    table = {"image": [png("red")], "caption_0": ["one"], "caption_1": ["two"], "caption_2": [None]}
+    pyarrow.parquet.write_table(pyarrow.table(table), tmp_path / "test.parquet")
+    assert captioned.read_captioned(tmp_path).captions == ["one", "two"]
+    paint(tmp_path / "images" / "a.png", "lime")
+    table = {"image": ["images/a.png"], "caption": ["one"]}
+    pyarrow.parquet.write_table(pyarrow.table(table), tmp_path / "test.parquet")
+    assert colour_of(captioned.read_captioned(tmp_path).images, 0) == (0, 255, 0)
+    pyarrow.parquet.write_table(pyarrow.table({**table, "image": ["b.png"]}), tmp_path / "test.parquet")
+    with pytest.raises(InputError, match=r"row 0: its image b\.png is not beside the file"):
+        captioned.read_captioned(tmp_path)
 
 
 def test_mmvp_as_windows_wrote_it(tmp_path):
@@ -324,6 +434,7 @@ def test_one_class_in_two_of_unicodes_forms(folder, tmp_path):
 
 def test_retrieval_without_a_file_that_can_be_read_is_no_empty_suite(tmp_path):
     paint(tmp_path / "retrieval" / "a.png")
-    (tmp_path / "retrieval" / "captions.jsonl").write_text('{"image": "a.png", "caption": "red"}\n')
+    (tmp_path / "retrieval" / "captions.md").write_text("a.png is red\n")
+    (tmp_path / "retrieval" / "readme.txt").write_text("an image, a caption\n")
     with pytest.raises(InputError, match=r"retrieval holds no \.tar, \.parquet or \.json"):
         datasets.read(tmp_path, datasets.suite_from_folder(tmp_path))
