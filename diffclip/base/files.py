@@ -144,15 +144,19 @@ def cut_to_whole_lines(path: str | Path) -> int:
 
 def read_yaml(path: str | Path) -> Any:
     """The value of a YAML file, plain types only; InputError as `read_json`."""
+    return parse_yaml(read_text(path), str(path))
+
+
+def parse_yaml(text: str, name: str) -> Any:
+    """The value of YAML, plain types only, whose failures are an `InputError` that calls the text `name`."""
     import yaml  # not at the top: `0_data.sh --dry-run` runs before anything is installed
 
-    text = read_text(path)
     try:
         return yaml.safe_load(text)
     except RecursionError:
-        raise InputError(f"{path}: nested too deep for YAML that a person would write; write it again") from None
+        raise InputError(f"{name}: nested too deep for YAML that a person would write; write it again") from None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none
-        raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+        raise InputError(f"{name}: not valid YAML: {' '.join(str(error).split())}") from None
 
 
 def _encoded(text: str) -> bytes:

@@ -119,7 +119,9 @@ def _grey(image: Image.Image) -> Image.Image:
     For 32-bit integers and floats no format does: 0 to 1, 8 or 16 bits are told from the largest value, and what fits
     none of these ranges (negative or larger values) is stretched from its smallest to its largest value.
     """
-    values = np.nan_to_num(np.asarray(image).astype(np.float32), copy=False, nan=0.0, posinf=0.0, neginf=0.0)
+    values: np.ndarray = np.nan_to_num(
+        np.asarray(image).astype(np.float32), copy=False, nan=0.0, posinf=0.0, neginf=0.0
+    )
     low, high = float(values.min()), float(values.max())
     if image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PPM"):
         clear = values == image.info.get("transparency", -1)  # a grey that stands for nothing at all

@@ -13,12 +13,12 @@ from diffclip.base.files import read_json, read_jsonl, read_text
 from diffclip.benchmarks.images import (
     Images,
     TarSlice,
-    parquet_rows,
-    parquet_schema,
     row_splits,
     shard_samples,
     split_named,
     split_within,
+    table_rows,
+    table_schema,
     two_columns,
     visible,
 )
@@ -136,9 +136,9 @@ def _tar(path: Path) -> Rows:
 def _parquet(path: Path) -> Rows:
     splits = row_splits(path)
     wanted = [split == "test" or "test" not in splits for split in splits]
-    names = parquet_schema(path).names
+    names = table_schema(path).names
     several = [name for name in names if ONE_OF_SEVERAL.fullmatch(name)] if not {*CAPTION_COLUMNS} & {*names} else []
-    for name, image, texts, number in parquet_rows(path, CAPTION_COLUMNS, wanted, several):
+    for name, image, texts, number in table_rows(path, CAPTION_COLUMNS, wanted, several):
         yield name, image, _texts(texts, name), splits[number]
 
 
@@ -266,6 +266,7 @@ def _split_lists(path: Path) -> dict[str, str]:
 READERS: dict[str, Callable[[Path], Rows]] = {
     ".tar": _tar,
     ".parquet": _parquet,
+    ".arrow": _parquet,
     ".json": _json,
     ".jsonl": _json_lines,
     ".csv": _table,

@@ -7,11 +7,12 @@ import hashlib
 import itertools
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow
+import pyarrow.ipc
 import pyarrow.parquet
 from PIL import Image
 from torch.utils.data import Dataset
@@ -159,19 +160,35 @@ def shard_samples(path: Path, text: str) -> list[tuple[str, TarSlice | None, byt
     return found
 
 
-def parquet_schema(path: Path) -> pyarrow.Schema:
-    """Return the columns and metadata of a parquet file; InputError if it is none."""
+ROWS = (".parquet", ".arrow")  # tables; arrow is what `datasets` saves to disk
+
+
+def table_schema(path: Path) -> pyarrow.Schema:
+    """The columns and metadata of a table; InputError if it is none."""
+    return read_table(path, []).schema if path.suffix.lower() == ".arrow" else _read(path, pyarrow.parquet.read_schema)
+
+
+def read_table(path: Path, columns: Sequence[str]) -> pyarrow.Table:
+    """These columns of a parquet file, or of a file that `datasets` saved; InputError if it cannot be read."""
+    if path.suffix.lower() != ".arrow":
+        return _read(path, lambda path: pyarrow.parquet.read_table(path, columns=list(columns)))
+    whole = _read(path, lambda path: pyarrow.ipc.open_stream(pyarrow.memory_map(str(path))).read_all())
+    return whole.select(list(columns)) if columns else whole
+
+
+def _read(path: Path, reader: Callable[[Path], Any]) -> Any:
     try:
-        return pyarrow.parquet.read_schema(path)
+        return reader(path)
     except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"{path} cannot be read as parquet ({error})") from error
+        raise InputError(f"{path} cannot be read as {path.suffix[1:].lower()} ({error})") from error
 
 
 def row_splits(path: Path) -> list[str | None]:
-    """Return what the column `split` gives each row of a parquet file: all None where it names no split, or is not."""
-    if "split" not in parquet_schema(path).names:
-        return [None] * pyarrow.parquet.read_metadata(path).num_rows
-    values = pyarrow.parquet.read_table(path, columns=["split"])["split"].to_pylist()
+    """Return what the column `split` gives each row of a table: all None where it names no split, or is not."""
+    names = table_schema(path).names
+    if "split" not in names:
+        return [None] * len(read_table(path, names[:1]))
+    values = read_table(path, ["split"])["split"].to_pylist()
     named = [split_named(value) for value in values]
     if None in named and any(named):
         unknown = values[named.index(None)]
@@ -179,20 +196,15 @@ def row_splits(path: Path) -> list[str | None]:
     return named
 
 
-def parquet_rows(
+def table_rows(
     path: Path, columns: Sequence[str], wanted: Sequence[bool], several: Sequence[str] = ()
 ) -> Iterator[tuple[str, bytes | Path, Any, int]]:
     """(name for messages, encoded image, value of the first of `columns` that is there, number) of wanted rows.
 
     Where columns of `several` are there, the value is the list of theirs.
     """
-    named = parquet_schema(path).names
-    image, value = two_columns(path, named, [*several, *columns], IMAGE_COLUMNS)
-    try:
-        table = pyarrow.parquet.read_table(path, columns=[image, *(several or [value])])
-        table = table.filter(pyarrow.array(wanted, pyarrow.bool_()))
-    except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"{path} cannot be read as parquet ({error})") from error
+    image, value = two_columns(path, table_schema(path).names, [*several, *columns], IMAGE_COLUMNS)
+    table = read_table(path, [image, *(several or [value])]).filter(pyarrow.array(wanted, pyarrow.bool_()))
     rows = (row for batch in table.to_batches() for row in batch.to_pylist())
     for number, row in zip(itertools.compress(itertools.count(), wanted), rows):
         name, encoded = f"{path} row {number}", row[image]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from diffclip.base.backbones import ImageNetInfo, open_clip
 from diffclip.base.errors import InputError
 from diffclip.base.files import read_json, read_text
-from diffclip.benchmarks.labelled import schema_classnames
+from diffclip.benchmarks.labelled import declared_classnames
 
 WNID = re.compile(r"n\d{8}")  # WordNet's number of an ImageNet class
 
@@ -103,7 +103,7 @@ def numbered_classnames(root: Path, folder: Path, entry: Mapping[str, str], file
     """Prompt names in the order of the labels, for sets whose labels are numbers."""
     own = (folder / "classnames.txt", folder / "classnames.json")  # the first is clip-benchmark's
     path = root / entry["classnames"] if "classnames" in entry else next(filter(Path.is_file, own), None)
-    names = _listed(path)[1] if path else schema_classnames(files)
+    names = _listed(path)[1] if path else declared_classnames(folder, files)
     if not names:
         raise InputError(f"{folder} has numbers as labels: put their names, in order, into classnames.json or .txt")
     return names

@@ -3,6 +3,7 @@
 import base64
 import contextlib
 import os
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -45,7 +46,7 @@ class DiffCLIPImageProcessor(Portable, PilBackend):
         source = image_url_or_urls
         if isinstance(source, list | tuple):
             return [self.fetch_images(each) for each in source]
-        if isinstance(source, bytes | os.PathLike) or (isinstance(source, str) and os.path.isfile(source)):
+        if isinstance(source, bytes | Path) or (isinstance(source, str) and os.path.isfile(source)):
             return decode(source)
         if isinstance(source, str) and not source.startswith(("http://", "https://")):
             with contextlib.suppress(ValueError):  # neither a file nor base64: transformers says so

@@ -81,6 +81,164 @@ def test_the_hubs_folder_columns_and_class_names(folder, tmp_path, columns):
     assert found.notes == ["3 classes compete, 2 of them have images to score"]
 
 
+README = """---
+license: mit
+dataset_info:
+{indent}features:
+  - name: image
+    dtype: image
+  - name: label
+    dtype:
+      class_label:
+        names:
+          '0': red
+          '10': ten
+          '2': blue
+          '1': lime
+---
+# A set
+"""
+
+
+@pytest.mark.parametrize("name", ["README.md", "dataset_info.json", "dataset_infos.json", "test/dataset_info.json"])
+def test_class_names_that_are_declared_beside_the_files(folder, tmp_path, name):
+    """As `datasets` wrote them before they stood in the schema, and as the Hub's pages have them."""
+    features = {"image": {"_type": "Image"}, "label": {"names": [*NAMES, "ten"], "_type": "ClassLabel"}}
+    content = {"dataset_infos.json": {"default": {"features": features}}}.get(name, {"features": features})
+    parquet(folder / "test" / "0.parquet", [0, 2])
+    text = README.format(indent="  ") if name == "README.md" else json.dumps(content)
+    (folder / name).write_text(text)
+    assert read_set(tmp_path).classnames == [*NAMES, "ten"]
+    if name == "dataset_infos.json":
+        other = {"label": {"names": ["x", "y", "z"]}}
+        (folder / name).write_text(json.dumps(content | {"other": {"features": other}}))
+        with pytest.raises(InputError, match="declares class names for several configurations"):
+            read_set(tmp_path)
+    (folder / "classnames.txt").write_text("a\nb\nc\n")
+    assert read_set(tmp_path).classnames == ["a", "b", "c"]  # the user's own go first
+
+
+def test_names_are_those_of_the_column_that_is_read(folder, tmp_path):
+    (folder / "dataset_info.json").write_text(json.dumps({"features": {"fine_label": {"names": ["x", "y", "z"]}}}))
+    parquet(folder / "test.parquet", [0, 2], fine_label=[1, 1])
+    with pytest.raises(InputError, match="has numbers as labels: put their names"):
+        read_set(tmp_path)
+
+
+def test_what_datasets_saves_to_disk_is_read(folder, tmp_path):
+    import datasets as hub
+
+    labels = {"train": [0, 1, 2], "test": [2, 1]}
+    features = hub.Features({"image": hub.Image(), "label": hub.ClassLabel(names=NAMES)})
+    rows = {
+        split: hub.Dataset.from_dict({"image": [{"bytes": png(NAMES[n])} for n in of], "label": of}, features=features)
+        for split, of in labels.items()
+    }
+    hub.DatasetDict(rows).save_to_disk(folder)
+    found = read_set(tmp_path)
+    assert found.classnames == NAMES and {split: images.labels for split, images in found.splits.items()} == labels
+    assert colour_of(found.splits["test"], 0) == (0, 0, 255)
+
+
+def test_the_hubs_converted_files_lie_in_the_folder_of_a_configuration(folder, tmp_path):
+    (folder / "classnames.json").write_text(json.dumps(NAMES))
+    parquet(folder / "default" / "test" / "0000.parquet", [0, 2])
+    parquet(folder / "default" / "train" / "0000.parquet", [0, 1, 2])
+    found = read_set(tmp_path)
+    assert found.splits["test"].labels == [0, 2] and found.splits["train"].labels == [0, 1, 2]
+    parquet(folder / "other" / "test" / "0000.parquet", [1])
+    with pytest.raises(InputError, match="has the configurations default, other: keep one"):
+        read_set(tmp_path)
+
+
+WNIDS = {1: "n01491361", 2: "n01440764", 3: "n01440764"}  # tiger shark, tench, tench
+ORDERED = [f"n{number:08d}" for number in (1440764, 1443537, 1484850, 1491361)]  # labels 0 to 3 of ImageNet
+TRUTHS = {
+    "LOC_val_solution.csv": "ImageId,PredictionString\n"
+    + "".join(f"ILSVRC2012_val_{n:08d},{w} 85 1 499 272 {w} 1 1 2 2 \n" for n, w in reversed(WNIDS.items())),
+    "val.txt": "".join(f"ILSVRC2012_val_{n:08d}.JPEG {ORDERED.index(w)}\n" for n, w in WNIDS.items()),
+    "imagenet_2012_validation_synset_labels.txt": "".join(f"{w}\n" for w in WNIDS.values()),
+    "ILSVRC2012_validation_ground_truth.txt": "490\n7\n7\n",  # no order of names
+}
+
+
+@pytest.mark.parametrize("place", ["", "val", "ILSVRC2012_img_val"])
+@pytest.mark.parametrize("name", TRUTHS)
+def test_imagenets_validation_images_in_one_folder(folder, tmp_path, name, place):
+    for number in (3, 1):
+        paint(folder / place / f"ILSVRC2012_val_{number:08d}.JPEG", (number, 0, 0))
+    with pytest.raises(InputError, match=r"holds ImageNet's images without their classes: put one of LOC_val_solution"):
+        read_set(tmp_path)
+    (folder / name).write_text(TRUTHS[name])
+    if "ground_truth" in name:
+        with pytest.raises(InputError, match=r"put meta\.mat or map_clsloc\.txt beside it"):
+            read_set(tmp_path)
+        (folder / "map_clsloc.txt").write_text("n01491361 490 tiger_shark\nn01440764 7 tench\n")
+    found = read_set(tmp_path)
+    assert found.classnames == ["tench", "tiger shark"]
+    assert [(colour_of(found.splits["test"], row)[0], found.splits["test"].labels[row]) for row in (0, 1)] == [
+        (1, 1),
+        (3, 0),
+    ]
+    assert found.notes == ["2 of ImageNet's 1,000 classes are there, and only these compete"]
+    paint(folder / place / "ILSVRC2012_val_00000009.JPEG")
+    with pytest.raises(InputError, match=r"ILSVRC2012_val_00000009\.JPEG: .* has no class for it"):
+        read_set(tmp_path)
+
+
+def test_the_devkits_matlab_file_says_what_the_authors_numbers_mean(folder, tmp_path):
+    import numpy as np
+    import scipy.io
+
+    paint(folder / "val" / "ILSVRC2012_val_00000001.JPEG")
+    (folder / "ILSVRC2012_validation_ground_truth.txt").write_text("490\n")
+    kinds = [("ILSVRC2012_ID", "f8"), ("WNID", "O"), ("words", "O"), ("gloss", "O"), ("num_children", "f8")]
+    rows = [(490, "n01491361", "tiger shark", "", 0), (7, "n01440764", "tench", "", 0), (1001, "n00001740", "", "", 9)]
+    synsets = np.array(rows, dtype=kinds)
+    scipy.io.savemat(folder / "meta.mat", {"synsets": synsets})
+    assert read_set(tmp_path).classnames == ["tiger shark"]
+    (folder / "meta.mat").write_bytes(b"no matlab")
+    with pytest.raises(InputError, match=r"meta\.mat: is not the devkit's"):
+        read_set(tmp_path)
+
+
+def test_tiny_imagenet_as_it_is_unpacked(folder, tmp_path):
+    for number, wnid in enumerate(("n01440764", "n01491361")):
+        paint(folder / "train" / wnid / "images" / f"{wnid}_0.JPEG", (10, 0, 0))
+        paint(folder / "val" / "images" / f"val_{number}.JPEG", (number, 0, 0))
+    paint(folder / "test" / "images" / "test_0.JPEG")  # without labels
+    (folder / "val" / "val_annotations.txt").write_text("val_0.JPEG\tn01491361\t0\t32\nval_1.JPEG\tn01440764\t1\t2\n")
+    found = read_set(tmp_path)
+    assert found.classnames == ["tench", "tiger shark"] and set(found.splits) == {"train", "test"}
+    assert found.splits["test"].labels == [1, 0] and found.splits["train"].labels == [0, 1]
+
+
+def test_class_folders_in_a_folder_of_their_own(folder, tmp_path):
+    """images/CLASS/*.jpg: today's one class `images` would be right in all of its images."""
+    for name in ("bus", "dog"):
+        paint(folder / "images" / "all" / name / "1.png")
+    assert read_set(tmp_path).classnames == ["bus", "dog"]
+    paint(folder / "images" / "0.png")
+    assert read_set(tmp_path).classnames == ["images"]
+
+
+def test_pickles_of_cifar_are_not_read(folder, tmp_path):
+    """torchvision unpickles these files once it knows them by their digest; others never."""
+    import pickle
+
+    class Plant:
+        def __reduce__(self):
+            return (tmp_path / "planted").touch, ()
+
+    for name in ("data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4", "data_batch_5", "test_batch"):
+        (folder / "cifar-10-batches-py").mkdir(exist_ok=True)
+        (folder / "cifar-10-batches-py" / name).write_bytes(pickle.dumps(Plant()))
+    (folder / "cifar-10-batches-py" / "batches.meta").write_bytes(pickle.dumps(Plant()))
+    with pytest.raises(InputError, match="cannot be read as torchvision's cifar10"):
+        read_set(tmp_path)
+    assert not (tmp_path / "planted").exists()
+
+
 def test_other_columns_are_named(folder, tmp_path):
     (folder / "classnames.json").write_text(json.dumps(NAMES))
     parquet(folder / "test.parquet", [0, 1], "photo", "target")
@@ -306,7 +464,7 @@ def test_coco_is_read_as_it_is_unpacked(tmp_path):
     ):
         (tmp_path / "annotations" / f"{name}.json").write_text(json.dumps(content))
     assert captioned.read_captioned(tmp_path).captions == ["a"]
-    images[0]["file_name"] = "000000000009.jpg"
+    coco["images"][0]["file_name"] = "000000000009.jpg"
     (tmp_path / "annotations" / "captions_train2017.json").write_text(json.dumps(coco))
     with pytest.raises(InputError, match="has the splits train, val and no test: keep the one to score"):
         captioned.read_captioned(tmp_path)
@@ -438,3 +596,22 @@ def test_retrieval_without_a_file_that_can_be_read_is_no_empty_suite(tmp_path):
     (tmp_path / "retrieval" / "readme.txt").write_text("an image, a caption\n")
     with pytest.raises(InputError, match=r"retrieval holds no \.tar, \.parquet or \.json"):
         datasets.read(tmp_path, datasets.suite_from_folder(tmp_path))
+
+
+def test_an_unfinished_table_says_of_how_many_classes_and_images(tmp_path):
+    from diffclip.benchmarks.evaluate import notes
+
+    for name, label in (("red", 0), ("lime", 1), ("blue", 2)):
+        paint(tmp_path / "classification" / "set" / "test" / name / f"{label}.png", name)
+        paint(tmp_path / "classification" / "dtd" / "test" / name / f"{label}.png", name)
+    for name in ("red", "blue"):
+        paint(tmp_path / "shifts" / "other" / name / "0.png", name)
+    paint(tmp_path / "retrieval" / "flickr8k" / "a.png")
+    (tmp_path / "retrieval" / "flickr8k" / "captions.txt").write_text("image,caption\na.png,red\n")
+    suite = datasets.suite_from_folder(tmp_path)
+    suite["shifts"]["other"]["of"] = "set"
+    assert notes(datasets.read(tmp_path, suite)) == {
+        "other": "2 of the 3 classes of set have images; only these compete",
+        "dtd": "scored on 3 images; the published test set has 1,880",
+        "flickr8k": "scored on 1 images; the published test set has 1,000",
+    }
