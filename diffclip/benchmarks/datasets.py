@@ -30,6 +30,7 @@ from diffclip.benchmarks.images import (
     visible,
 )
 from diffclip.benchmarks.labelled import labelled_files, read_labelled
+from diffclip.benchmarks.objectnet import read_objectnet
 from diffclip.benchmarks.paper import MEAN_PER_CLASS
 from diffclip.benchmarks.protocol import Classification, Data, Shift, load
 from diffclip.benchmarks.torchvision_sets import read_torchvision
@@ -120,6 +121,8 @@ def _classification(root: Path, name: str, entry: Mapping[str, str]) -> Classifi
         labels = prompts.numbered(classnames)
         if (beyond := max(label for split in images.values() for label in split.labels)) >= len(classnames):
             raise InputError(f"{folder}: label {beyond} has no prompt name, there are {len(classnames)}")
+    elif mapped := read_objectnet(folder, notes):
+        classnames, labels, images = mapped[0], prompts.numbered(mapped[0]), {"test": mapped[1]}
     else:
         flat = read_flat(folder)
         splits = _split_folders(folder)

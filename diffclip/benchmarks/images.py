@@ -47,16 +47,24 @@ class TarSlice(NamedTuple):
 class Images(Dataset):
     """Images by name, each a file, a slice of a tar file, or encoded bytes; items are (RGB image, label).
 
+    `border` pixels are cut off each side.
+
     `digest` changes whenever an image, its label or the order may have changed: it covers names, labels, and
     size and modification time of the files (the content itself where it is held as bytes).
     """
 
     def __init__(
-        self, names: Sequence[str], sources: Sequence[Path | TarSlice | bytes], labels: Sequence[int] | None = None
+        self,
+        names: Sequence[str],
+        sources: Sequence[Path | TarSlice | bytes],
+        labels: Sequence[int] | None = None,
+        *,
+        border: int = 0,
     ) -> None:
         self.names = list(names)
         self.sources = list(sources)
         self.labels = list(labels) if labels is not None else [-1] * len(self.names)
+        self.border = border
 
     def __len__(self) -> int:
         return len(self.names)
@@ -64,12 +72,15 @@ class Images(Dataset):
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         source = self.sources[index]
         encoded = source.read if isinstance(source, TarSlice) else source
-        return open_image(encoded, self.names[index]), self.labels[index]
+        image = open_image(encoded, self.names[index])
+        if cut := self.border:
+            image = image.crop((cut, cut, max(cut + 1, image.width - cut), max(cut + 1, image.height - cut)))
+        return image, self.labels[index]
 
     @property
     def digest(self) -> str:
         state: dict[Path, tuple[int, int]] = {}
-        digest = hashlib.sha256()
+        digest = hashlib.sha256(str(self.border or "").encode())
         for name, source, label in zip(self.names, self.sources, self.labels):
             if isinstance(source, bytes):
                 content: object = hashlib.sha256(source).hexdigest()
@@ -185,9 +196,9 @@ def _read(path: Path, reader: Callable[[Path], Any]) -> Any:
 
 def row_splits(path: Path) -> list[str | None]:
     """Return what the column `split` gives each row of a table: all None where it names no split, or is not."""
-    names = table_schema(path).names
-    if "split" not in names:
-        return [None] * len(read_table(path, names[:1]))
+    if "split" not in table_schema(path).names:
+        arrow = path.suffix.lower() == ".arrow"  # mapped, not read
+        return [None] * (len(read_table(path, [])) if arrow else pyarrow.parquet.read_metadata(path).num_rows)
     values = read_table(path, ["split"])["split"].to_pylist()
     named = [split_named(value) for value in values]
     if None in named and any(named):

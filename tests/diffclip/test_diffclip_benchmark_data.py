@@ -213,6 +213,30 @@ def test_tiny_imagenet_as_it_is_unpacked(folder, tmp_path):
     assert found.splits["test"].labels == [1, 0] and found.splits["train"].labels == [0, 1]
 
 
+def test_objectnet_as_it_is_unpacked(folder, tmp_path):
+    folders = {"alarm_clock": "Alarm clock", "basket": "Basket", "air_freshener": "Air freshener"}
+    mappings = {
+        "folder_to_objectnet_label": folders,
+        "objectnet_to_imagenet_1k": {"Alarm clock": "analog clock; digital clock", "Basket": "shopping basket"},
+    }
+    (folder / "mappings").mkdir()
+    for name, content in mappings.items():
+        (folder / "mappings" / f"{name}.json").write_text(json.dumps(content))
+    for number, name in enumerate(folders):
+        framed = Image.new("RGB", (12, 10), "red")
+        framed.paste((number, 200, 0), (2, 2, 10, 8))
+        (folder / "images" / name).mkdir(parents=True)
+        framed.save(folder / "images" / name / "0.png")
+    found = read_set(tmp_path)
+    assert found.classnames == ["alarm clock", "basket"] and found.splits["test"].labels == [0, 1]
+    image = found.splits["test"][1][0]
+    assert image.size == (8, 6) and image.getextrema() == ((1, 1), (200, 200), (0, 0))  # the border is gone
+    assert found.notes == ["2 of ObjectNet's 3 classes are ImageNet's, and only these compete"]
+    (folder / "images" / "basket" / "0.png").unlink()
+    with pytest.raises(InputError, match=r"images/basket holds no images"):
+        read_set(tmp_path)
+
+
 def test_class_folders_in_a_folder_of_their_own(folder, tmp_path):
     """images/CLASS/*.jpg: today's one class `images` would be right in all of its images."""
     for name in ("bus", "dog"):
