@@ -71,15 +71,26 @@ def read_text(path: str | Path) -> str:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
 
 
-def read_json(path: str | Path) -> Any:
-    """The value of a JSON file; InputError if it cannot be read, is not UTF-8, not JSON, or nested too deep."""
-    return parse_json(read_text(path), str(path))
+def read_json(path: str | Path, *, unique: bool = False) -> Any:
+    """The value of a JSON file; InputError if it cannot be read, is not UTF-8, not JSON, or nested too deep.
+
+    With `unique` also if a key stands twice in an object, of which the last would count.
+    """
+    return parse_json(read_text(path), str(path), unique=unique)
 
 
-def parse_json(text: str | bytes, name: str) -> Any:
-    """`json.loads` whose failures are an `InputError` that calls the text `name`."""
+def parse_json(text: str | bytes, name: str, *, unique: bool = False) -> Any:
+    """`json.loads` whose failures are an `InputError` that calls the text `name`; `unique` as in `read_json`."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(found := dict(pairs)) != len(pairs):
+            keys = [key for key, _ in pairs]
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise InputError(f"{name}: {twice[:200]!r} stands twice in one object: keep one of them")
+        return found
+
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=once if unique else None)
     except RecursionError:
         raise InputError(f"{name}: nested too deep for JSON that a person would write; write it again") from None
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError

@@ -23,7 +23,7 @@ from diffclip.benchmarks.images import (
     visible,
 )
 from diffclip.benchmarks.sheets import read_sheet
-from diffclip.data.captions import caption_lines
+from diffclip.data.captions import caption_lines, texts
 
 CAPTION_COLUMNS = ("caption", "captions", "text", "raw", "sentences", "comment", "title")
 IMAGE_NAMES = ("image", "image_name", "filename", "file_name", "filepath", "file", "image_path")
@@ -74,16 +74,16 @@ def read_captioned(path: Path) -> Captioned:
     rows = [row for file in files if of_file[file] == wanted for row in READERS[file.suffix.lower()](file)]
     wanted = _test_split([split for *_, split in rows], path)
     images: dict[Path | TarSlice | bytes, tuple[str, list[str]]] = {}
-    for name, source, texts, split in rows:
+    for name, source, said, split in rows:
         if split == wanted:  # an empty caption is no query
-            images.setdefault(source, (name, []))[1].extend(text.strip() for text in texts if text.strip())
+            images.setdefault(source, (name, []))[1].extend(text.strip() for text in said if text.strip())
     if not images:
         raise InputError(f"{path} holds no images with captions")
-    for name, texts in images.values():
-        if not texts:
+    for name, said in images.values():
+        if not said:
             raise InputError(f"{name} has no caption: each image of a retrieval set needs at least one")
-    captions = [text for _, texts in images.values() for text in texts]
-    owner = [row for row, (_, texts) in enumerate(images.values()) for _ in texts]
+    captions = [text for _, said in images.values() for text in said]
+    owner = [row for row, (_, said) in enumerate(images.values()) for _ in said]
     return Captioned(Images([name for name, _ in images.values()], list(images)), captions, owner)
 
 
@@ -115,12 +115,21 @@ def _test_split(splits: Iterable[str | None], path: Path) -> str | None:
     return "test" if "test" in names else next(iter(names), None)
 
 
+def _split(value: Any, where: str) -> str | None:
+    """The split that a row names; InputError for a word that is none."""
+    if value is None or not str(value).strip():
+        return None
+    if not (split := split_named(value)):
+        raise InputError(f"{where}: its split {str(value)[:40]!r} is none: write train, val or test")
+    return split
+
+
 def _texts(value: Any, name: str) -> list[str]:
     """Captions as they are stored: one, or a list; null is none."""
-    values = value if isinstance(value, list) else [value]
-    if any(isinstance(text, dict | list) for text in values):
-        raise InputError(f"{name}: a caption must be text, not {str(values)[:60]}")
-    return [str(text) for text in values if text is not None]
+    try:
+        return texts(value)
+    except UnicodeDecodeError:
+        raise InputError(f"{name}: a caption is not UTF-8: write it again") from None
 
 
 def _tar(path: Path) -> Rows:
@@ -138,8 +147,8 @@ def _parquet(path: Path) -> Rows:
     wanted = [split == "test" or "test" not in splits for split in splits]
     names = table_schema(path).names
     several = [name for name in names if ONE_OF_SEVERAL.fullmatch(name)] if not {*CAPTION_COLUMNS} & {*names} else []
-    for name, image, texts, number in table_rows(path, CAPTION_COLUMNS, wanted, several):
-        yield name, image, _texts(texts, name), splits[number]
+    for name, image, said, number in table_rows(path, CAPTION_COLUMNS, wanted, several):
+        yield name, image, _texts(said, name), splits[number]
 
 
 def _table(path: Path) -> Rows:
@@ -150,10 +159,10 @@ def _table(path: Path) -> Rows:
     columns = [column.lower() for column in header]
     several = [place for place, name in enumerate(columns) if ONE_OF_SEVERAL.fullmatch(name)]
     if several and not {*CAPTION_COLUMNS} & {*columns}:
-        image, texts = columns.index(two_columns(path, columns, [columns[several[0]]], IMAGE_NAMES)[0]), several
+        image, places = columns.index(two_columns(path, columns, [columns[several[0]]], IMAGE_NAMES)[0]), several
     else:
         image, text = map(columns.index, two_columns(path, columns, CAPTION_COLUMNS, IMAGE_NAMES))
-        texts = [text]
+        places = [text]
     split = columns.index("split") if "split" in columns else None
     entries: list[Entry] = []
     for line, row in rows:
@@ -161,8 +170,9 @@ def _table(path: Path) -> Rows:
             row = [row[0], *both.groups()]  # the published results.csv lacks a separator in one row
         if len(row) < len(columns) or not row[image]:
             raise InputError(f"{path} line {line}: lacks its image or its caption: write it, or remove the line")
-        captions = [caption for place in texts for caption in _cell(row[place])]
-        entries.append((row[image], captions, split_named(row[split]) if split is not None else None))
+        captions = [caption for place in places for caption in _cell(row[place])]
+        own = _split(row[split], f"{path} line {line}") if split is not None else None
+        entries.append((row[image], captions, own))
     return _beside(path, entries)
 
 
@@ -186,22 +196,26 @@ def _tokens(path: Path) -> Iterator[Entry]:
 
 
 def _json(path: Path) -> Rows:
-    data = read_json(path)
+    data = read_json(path, unique=True)
     entries: list[Entry] = []
     try:
         if isinstance(data, dict) and isinstance(data.get("annotations"), list):  # COCO
-            texts: dict[Any, list] = {image["id"]: [] for image in data["images"]}
+            said: dict[Any, list] = {image["id"]: [] for image in data["images"]}
+            if len(said) < len(data["images"]):
+                raise InputError(f"{path}: two images have one id: give each its own")
             for annotation in data["annotations"]:
-                texts[annotation["image_id"]].append(annotation["caption"])
-            entries = [(image["file_name"], texts[image["id"]], None) for image in data["images"]]
+                if annotation["image_id"] not in said:
+                    raise InputError(f"{path}: has a caption of image {annotation['image_id']}, which it does not list")
+                said[annotation["image_id"]].append(annotation["caption"])
+            entries = [(image["file_name"], said[image["id"]], None) for image in data["images"]]
         elif isinstance(data, dict) and isinstance(data.get("images"), list):  # Karpathy: all splits together
             for row in data["images"]:
-                file, captions = os.path.join(row.get("filepath", ""), row["filename"]), row["sentences"]
-                entries.append((file, [caption["raw"] for caption in captions], split_named(row.get("split"))))
+                file = os.path.join(row.get("filepath") or "", row["filename"])
+                entries.append((file, row["sentences"], _split(row.get("split"), f"{path}: {file}")))
         elif isinstance(data, list):
             entries = [_entry(row, f"{path}: entry {number}") for number, row in enumerate(data)]
-        elif isinstance(data, dict) and all(isinstance(texts, list | str) for texts in data.values()):
-            entries = [(name, texts, None) for name, texts in data.items()]
+        elif isinstance(data, dict) and all(isinstance(said, list | str) for said in data.values()):
+            entries = [(name, said, None) for name, said in data.items()]
         else:
             raise InputError(f"{path} needs the form {{images: [...]}}, [{{image, caption}}] or {{file: [captions]}}")
     except (KeyError, TypeError, AttributeError) as error:
@@ -220,7 +234,7 @@ def _entry(row: Any, where: str) -> Entry:
     captions = next((names[name] for name in ("captions", *CAPTION_COLUMNS) if name in names), None)
     if not isinstance(image, str) or captions is None:
         raise InputError(f"{where}: lacks its image or its captions: write {{image, caption}}")
-    return image, captions, split_named(names.get("split"))
+    return image, captions, _split(names.get("split"), where)
 
 
 def _beside(path: Path, entries: Sequence[Entry]) -> Rows:
@@ -229,13 +243,13 @@ def _beside(path: Path, entries: Sequence[Entry]) -> Rows:
     Images that the file gives no split get that of the lists beside it, if there are any.
     """
     if lists := _split_lists(path) if not any(split for *_, split in entries) else {}:
-        entries = [(name, texts, lists.get(os.path.basename(name))) for name, texts, _ in entries]
+        entries = [(name, said, lists.get(os.path.basename(name))) for name, said, _ in entries]
     wanted = _test_split([split for *_, split in entries], path)
     home = path.parent
     usual = (home, home / "images", home / path.stem.rsplit("_", 1)[-1])
     around = (home, home.parent) if home.name in ("annotations", "data") else (home,)
     others = [folder for place in around for folder in (place, *visible(place.iterdir())) if folder.is_dir()]
-    for name, texts, split in entries:
+    for name, said, split in entries:
         if split != wanted:
             continue  # the others' images need not be there
         parts = Path(str(name)).parts
@@ -250,7 +264,7 @@ def _beside(path: Path, entries: Sequence[Entry]) -> Rows:
                 break
         if file is None:
             raise InputError(f"{path}: image {name} is neither beside the file nor in a folder beside it")
-        yield str(file), file, _texts(texts, f"{path}: {name}"), split
+        yield str(file), file, _texts(said, f"{path}: {name}"), split
 
 
 def _split_lists(path: Path) -> dict[str, str]:

@@ -158,7 +158,21 @@ def _folder_classes(
     own = root / entry["classnames"] if "classnames" in entry else prompts.first_file(folder, "classnames")
     if own:
         return prompts.folder_classnames(own, names)
-    if all(prompts.WNID.fullmatch(name) for name in names):
+    if names and all(split_named(name) for name in names):
+        raise InputError(
+            f"{folder}: the images in {' and '.join(names)} have no classes: sort them into a folder for each class, or "
+            "give them with their labels as parquet"
+        )
+    by_number = [name for name in names if prompts.WNID.fullmatch(name)]
+    if 0 < len(by_number) < len(names):
+        other = next(name for name in names if name not in by_number)
+        raise InputError(
+            f"{folder}: {other}/ is no WordNet number as {by_number[0]}/ is: remove it, or name all in classnames.json"
+        )
+    if {*names} == {str(label) for label in range(1000)}:  # ImageNet-V2 numbers its folders
+        order = prompts.imagenet_subset(folder, list(prompts.imagenet_labels()))[0]
+        return order, {name: int(name) for name in names}
+    if by_number:
         if len(names) < 1000:
             notes.append(f"{len(names)} of ImageNet's 1,000 classes are there, and only these compete")
         return prompts.imagenet_subset(folder, names)

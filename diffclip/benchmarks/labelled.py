@@ -163,7 +163,7 @@ def _class_labels(declared: Any, columns: Sequence[str]) -> list[list[str]]:
         return [names for each in declared.values() for names in _class_labels(each, columns)]
     for column in columns:
         names = features[column].get("names") if isinstance(features.get(column), dict) else None
-        if isinstance(names, dict):
+        if isinstance(names, dict) and all(str(number).isdecimal() for number in names):
             names = [names[number] for number in sorted(names, key=int)]
         if isinstance(names, list) and names:
             return [[str(name) for name in names]]

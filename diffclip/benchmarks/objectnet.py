@@ -1,7 +1,7 @@
 """ObjectNet (Barbu et al. 2019) as it is unpacked: images/CLASS/*.png with a red border, and mappings/ of the classes.
 
-As usual (wise-ft, clip-benchmark), the 113 of its 313 classes are scored that are ImageNet's too, by their names in small
-letters; the border is cut off.
+As usual (wise-ft, clip-benchmark), the 113 of its 313 classes are scored that are ImageNet's too, by their names in
+small letters; the border is cut off.
 """
 
 from pathlib import Path

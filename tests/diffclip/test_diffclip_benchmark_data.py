@@ -237,6 +237,44 @@ def test_objectnet_as_it_is_unpacked(folder, tmp_path):
         read_set(tmp_path)
 
 
+def test_folders_of_splits_without_classes_are_no_classes(folder, tmp_path):
+    paint(folder / "test" / "1.png")
+    paint(folder / "train" / "1.png")
+    (folder / "test" / "metadata.csv").write_text("file_name,label\n1.png,0\n")
+    with pytest.raises(InputError, match="the images in test and train have no classes: sort them into a folder"):
+        read_set(tmp_path)
+
+
+def test_a_folder_among_wordnet_numbers_that_is_none_is_named(folder, tmp_path):
+    """Else all prompts would be numbers: a photo of a n01440764."""
+    for name in ("n01440764", "n01491361", "images"):
+        paint(folder / "test" / name / "1.png")
+    with pytest.raises(InputError, match="images/ is no WordNet number as n01440764/ is"):
+        read_set(tmp_path)
+
+
+def test_imagenet_v2s_numbered_folders_are_imagenets_classes(folder, tmp_path):
+    for number in range(1000):
+        (folder / str(number)).mkdir()
+        (folder / str(number) / "1.png").write_bytes(b"never opened")
+    found = read_set(tmp_path)
+    assert [found.classnames[label] for label in (0, 2, 999)] == ["tench", "great white shark", "toilet paper"]
+    rows = found.splits["test"]
+    assert all(f"/{label}/" in name for name, label in zip(rows.names, rows.labels)) and len(rows) == 1000
+
+
+def test_numbers_and_doubled_keys_of_class_names(folder, tmp_path):
+    parquet(folder / "test.parquet", [0, 2])
+    (folder / "classnames.json").write_text('{"2": "blue", "0": "red", "1": "lime"}')
+    assert read_set(tmp_path).classnames == NAMES
+    (folder / "classnames.json").write_text('{"1": "red", "2": "lime", "3": "blue"}')
+    with pytest.raises(InputError, match="its numbers need to be 0 to 2"):
+        read_set(tmp_path)
+    (folder / "classnames.json").write_text('{"0": "red", "1": "lime", "1": "blue"}')
+    with pytest.raises(InputError, match=r"classnames\.json: '1' stands twice in one object: keep one"):
+        read_set(tmp_path)
+
+
 def test_class_folders_in_a_folder_of_their_own(folder, tmp_path):
     """images/CLASS/*.jpg: today's one class `images` would be right in all of its images."""
     for name in ("bus", "dog"):
@@ -494,6 +532,34 @@ def test_coco_is_read_as_it_is_unpacked(tmp_path):
         captioned.read_captioned(tmp_path)
     only = captioned.read_captioned(tmp_path / "annotations" / "captions_val2017.json")
     assert colour_of(only.images, 0)[0] > 250
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ('{"a.png": ["x"], "a.png": ["y"]}', r"x\.json: 'a\.png' stands twice in one object"),
+        ('[{"image": "a.png", "caption": "x", "split": "holdout"}]', "entry 0: its split 'holdout' is none"),
+        ('[{"image_id": 1, "caption": "x"}]', r"entry 0: lacks its image or its captions: write \{image, caption\}"),
+        ('{"images": [{"id": 1, "file_name": "a.png"}, {"id": 1, "file_name": "a.png"}], "annotations": []}', "one id"),
+        (
+            '{"images": [{"id": 1, "file_name": "a.png"}], "annotations": [{"image_id": 2, "caption": "x"}]}',
+            "has a caption of image 2, which it does not list",
+        ),
+    ],
+)
+def test_captions_that_could_be_read_as_something_else_are_refused(tmp_path, content, message):
+    paint(tmp_path / "a.png")
+    (tmp_path / "x.json").write_text(content)
+    with pytest.raises(InputError, match=message):
+        captioned.read_captioned(tmp_path)
+
+
+def test_captions_as_text_or_objects_are_the_same(tmp_path):
+    paint(tmp_path / "a.png")
+    for sentences in (["x", "y"], [{"raw": "x"}, {"raw": "y"}], [{"caption": "x"}, "y"]):
+        rows = {"images": [{"filename": "a.png", "filepath": None, "split": None, "sentences": sentences}]}
+        (tmp_path / "x.json").write_text(json.dumps(rows))
+        assert captioned.read_captioned(tmp_path).captions == ["x", "y"]
 
 
 def test_an_image_that_could_be_two_files_is_refused(tmp_path):
