@@ -160,7 +160,7 @@ def _folder_classes(
         return prompts.folder_classnames(own, names)
     if names and all(split_named(name) for name in names):
         raise InputError(
-            f"{folder}: the images in {' and '.join(names)} have no classes: sort them into a folder for each class, or "
+            f"{folder}: the images in {' and '.join(names)} have no classes: sort them into folders of classes, or "
             "give them with their labels as parquet"
         )
     by_number = [name for name in names if prompts.WNID.fullmatch(name)]

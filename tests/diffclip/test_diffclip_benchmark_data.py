@@ -241,7 +241,7 @@ def test_folders_of_splits_without_classes_are_no_classes(folder, tmp_path):
     paint(folder / "test" / "1.png")
     paint(folder / "train" / "1.png")
     (folder / "test" / "metadata.csv").write_text("file_name,label\n1.png,0\n")
-    with pytest.raises(InputError, match="the images in test and train have no classes: sort them into a folder"):
+    with pytest.raises(InputError, match="the images in test and train have no classes: sort them into folders"):
         read_set(tmp_path)
 
 
