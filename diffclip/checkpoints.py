@@ -36,6 +36,8 @@ from diffclip.base.backbones import (
 )
 from diffclip.base.errors import InputError, in_one_line
 from diffclip.base.files import read_json, whole, write_whole
+from diffclip.base.images import tell_decoding
+from diffclip.base.schema import RECORD
 from diffclip.models import DualEncoder
 from diffclip.official import from_official, official_config, read_official, to_official
 from diffclip.sources import CONFIG, OFFICIAL, WEIGHTS
@@ -128,6 +130,8 @@ def load(
     model = models.build(config)
     load_strictly(model, read_safetensors(path / WEIGHTS), str(path / WEIGHTS))
     model.model_config = current(config)
+    if (path / RECORD).is_file():  # trained here, not converted
+        tell_decoding(path, config["diffclip"].get("decoding", 1))
     return _with_inputs(model, path)
 
 

@@ -1,6 +1,7 @@
 """From captions to token ids and from images to pixels, as a model config says: the two ends before the encoders."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torchvision.transforms.functional import InterpolationMode
 
 from diffclip.base.backbones import HFTokenizer, PreprocessCfg, image_transform_v2, open_clip
 from diffclip.base.errors import InputError, in_one_line
-from diffclip.base.images import cut_strip, to_rgb
+from diffclip.base.images import cut_strip, to_rgb, widened
 from diffclip.weights import refuse_auto_map
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "tokenizer.model")
@@ -100,8 +101,11 @@ def transforms(
 
 def decoding(transform: T.Compose) -> T.Compose:
     """open_clip's transform with the rules of `diffclip.base.images` in front, for any PIL image and for strips."""
-    crops = any(isinstance(step, T.CenterCrop) for step in transform.transforms)
-    return T.Compose([to_rgb, *([cut_strip] if crops else []), *transform.transforms])
+    first, steps = transform.transforms[0], transform.transforms
+    bounds: list[Callable] = [cut_strip] if any(isinstance(step, T.CenterCrop) for step in steps) else []
+    if getattr(first, "longest", 0) == 1:  # all of the image between bars
+        bounds = [partial(widened, side=min(first.size))]
+    return T.Compose([to_rgb, *bounds, *steps])
 
 
 def normalize(model_config: dict[str, Any], pixels: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """A vision tower and a language model become one multimodal model; only the projector between them is new."""
 
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from PIL import Image
@@ -22,6 +22,7 @@ from transformers import (
 from diffclip import sources
 from diffclip.base.errors import InputError, in_one_line
 from diffclip.base.fingerprint import fingerprint
+from diffclip.base.images import DECODING
 from diffclip.hf_inputs import image_transform
 from mllm.conversation import IMAGE, chat_template
 from mllm.llava import DiffCLIPLlavaConfig, DiffCLIPLlavaForConditionalGeneration, own_head
@@ -63,9 +64,10 @@ def assemble(
             cannot write.
         WeightsError: a part's weights changed while assembling.
     """
-    tower, image_processor = _load_tower(vision_tower, dtype)
+    tower, tower_processor = _load_tower(vision_tower, dtype)
     tower.to(dtype)  # type: ignore[arg-type] # as transformers declares it, it cannot be called on an instance
-    image_processor = with_mode(image_processor, image_mode)
+    image_processor: Any = with_mode(tower_processor, image_mode)
+    image_processor.decoding = DECODING  # saved with it: by which rules the training's images became pixels
     tokenizer = from_pretrained(AutoTokenizer, language_model)
     lm = load_strictly(AutoModelForCausalLM, language_model, dtype=dtype)
     prepare_tokenizer(tokenizer, template, language_model)

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from diffclip.base.devices import pick_device
 from diffclip.base.errors import InputError
 from diffclip.base.files import append_jsonl, read_jsonl
-from diffclip.base.images import to_rgb
+from diffclip.base.images import as_decoder, to_rgb
 from diffclip.base.orphans import end_with_parents
 from mllm.conversation import IGNORE, IMAGE, check_image_count, question_turn
 from mllm.data.examples import collate
@@ -159,7 +159,8 @@ class DiffCLIPLlavaForEvaluation(lmms):
         self, doc_to_visual: Callable[[dict], list | None], doc_id: int, task: str, split: str
     ) -> list[Image.Image]:
         # before the task's own convert("RGB"), which would lay transparency over black and cut 16 bits at 255
-        images = list(doc_to_visual(_in_rgb(self.task_dict[task][split][doc_id])) or [])
+        with as_decoder():  # for tasks that open files
+            images = list(doc_to_visual(_in_rgb(self.task_dict[task][split][doc_id])) or [])
         if not all(isinstance(image, Image.Image) for image in images):
             raise ValueError(f"task {task} shows something that is no image; diffclip_llava sees images only")
         return [to_rgb(image) for image in images]

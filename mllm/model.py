@@ -29,6 +29,7 @@ from diffclip.base.devices import pick_device
 from diffclip.base.errors import InputError
 from diffclip.base.files import read_json, write_json
 from diffclip.base.fingerprint import json_digest
+from diffclip.base.images import tell_decoding
 from diffclip.base.portable import Portable, write_code
 from mllm import conversation
 from mllm.conversation import IMAGE, Conversation, check_image_count, control_tokens, question_turn, render
@@ -273,6 +274,7 @@ def _compare_with_training(
     model: DiffCLIPLlavaForConditionalGeneration, processor: LlavaProcessor, directory: Path
 ) -> None:
     """Raise InputError or WeightsError unless all is as `FINGERPRINTS` of the directory says."""
+    tell_decoding(directory, getattr(processor.image_processor, "decoding", 1))
     prints = read_json(directory / FINGERPRINTS)
     transform, settings = prints.pop("transform", None), prints.pop("settings", {})
     if "own_logits" not in settings and model.scales_logits():
@@ -302,6 +304,8 @@ def transform_fingerprint(processor: LlavaProcessor) -> str:
     settings |= {key: dict(settings[key] or {}) for key in ("size", "crop_size")}
     settings |= {key: list(settings[key] or []) for key in ("image_mean", "image_std")}
     settings["resample"] = int(settings["resample"] or 0)
+    if decoding := getattr(images, "decoding", None):  # runs made before have none
+        settings["decoding"] = decoding
     counts = [processor.patch_size, processor.vision_feature_select_strategy, processor.num_additional_image_tokens]
     return json_digest({**settings, "tokens": counts})
 

@@ -10,11 +10,12 @@ from tokenizers.processors import TemplateProcessing
 from transformers import BaseImageProcessor, LlavaImageProcessor, PreTrainedTokenizerBase
 
 from diffclip.base.errors import InputError
-from diffclip.base.images import cut_strip, to_rgb
+from diffclip.base.images import STRIP, cut_strip, to_rgb
 from mllm.conversation import IMAGE, TEMPLATES
 
 MODES = ("crop", "squash", "pad")
 LONGEST = 9459  # pixels; a square of it has as many as PIL lets an image have
+LONGEST_STRIP = 2048  # of an image that is little more than a line in the square
 
 
 def with_mode(image_processor: Any, mode: str) -> BaseImageProcessor:
@@ -61,7 +62,8 @@ def bounded(images: Iterable[Image.Image], image_processor: BaseImageProcessor) 
 
 
 def _smaller(image: Image.Image) -> Image.Image:
-    scale = LONGEST / max(image.size)
+    strip = max(image.size) > STRIP * min(image.size)
+    scale = (LONGEST_STRIP if strip else LONGEST) / max(image.size)
     size = [max(1, round(scale * side)) for side in image.size]
     return image.resize(size, Image.Resampling.BICUBIC) if scale < 1 else image
 

@@ -23,6 +23,7 @@ from diffclip.architectures import with_image_size
 from diffclip.attention import Differential, set_annealing
 from diffclip.base.errors import InputError
 from diffclip.base.files import append_jsonl, read_json, read_jsonl, write_json
+from diffclip.base.images import DECODING
 from diffclip.base.schema import BAD_SAMPLES, BEST, METRICS, NON_FINITE, NonFinite
 from diffclip.benchmarks import datasets, prompts, retrieval, zero_shot
 from diffclip.benchmarks.features import Encoder
@@ -107,9 +108,11 @@ def starting_model(config: PretrainConfig) -> Loaded:
     """The model that a run starts from, its transform for evaluation and its tokenizer."""
     if not config.init_from:
         model = diffclip.build(run_title(config), init=config.init)
+        model.model_config["diffclip"]["decoding"] = DECODING
         return model, diffclip.transforms(model.model_config, train=False), diffclip.tokenizer(model.model_config)
     loaded, transform, tokenizer = diffclip.load(config.init_from)
     model = adapted(loaded, config)
+    model.model_config["diffclip"]["decoding"] = DECODING
     if config.image_size:
         transform = diffclip.transforms(model.model_config, train=False)
     return model, transform, tokenizer

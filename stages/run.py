@@ -20,6 +20,7 @@ from typing import Any, NoReturn, cast
 from diffclip.base import lock, schema
 from diffclip.base.errors import InputError
 from diffclip.base.files import append_jsonl, read_json, share, write_json
+from diffclip.base.images import DECODING
 from diffclip.base.orphans import end_with_parents
 from diffclip.base.ranks import from_main, gather, rank, where, world
 from diffclip.base.schema import RunRecord
@@ -67,6 +68,7 @@ class Run:
             "stage": stage,
             "state": "running",
             "seed": config.seed,
+            "decoding": DECODING,
             "command": " ".join(sys.argv),
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "wall_seconds": 0.0,
@@ -133,6 +135,11 @@ class Run:
         write_yaml(self.config, self.path / schema.CONFIG)
         write_manifest(self.path / schema.MANIFEST, manifest)
         self._write_record()
+        if before and (began := before.get("decoding", 1)) != DECODING:
+            self.log(
+                f"{self.stage}: began with images decoded by rules {began}, goes on by {DECODING}: from here on they are "
+                "turned as EXIF says, transparency is white, 16 bits are scaled; start anew if the data has such images"
+            )
         if found.taken:
             self.log(f"{self.stage}: goes on with {', '.join(found.taken)}, as it was told to")
         if found.other:

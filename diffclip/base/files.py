@@ -72,15 +72,26 @@ def read_text(path: str | Path) -> str:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
 
 
-def read_json(path: str | Path) -> Any:
-    """The value of a JSON file; InputError if it cannot be read, is not UTF-8, not JSON, or nested too deep."""
-    return parse_json(read_text(path), str(path))
+def read_json(path: str | Path, *, unique: bool = False) -> Any:
+    """The value of a JSON file; InputError if it cannot be read, is not UTF-8, not JSON, or nested too deep.
+
+    With `unique` also if a key stands twice in an object, of which the last would count.
+    """
+    return parse_json(read_text(path), str(path), unique=unique)
 
 
-def parse_json(text: str | bytes, name: str) -> Any:
-    """`json.loads` whose failures are an `InputError` that calls the text `name`."""
+def parse_json(text: str | bytes, name: str, *, unique: bool = False) -> Any:
+    """`json.loads` whose failures are an `InputError` that calls the text `name`; `unique` as in `read_json`."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(found := dict(pairs)) != len(pairs):
+            keys = [key for key, _ in pairs]
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise InputError(f"{name}: {twice[:200]!r} stands twice in one object: keep one of them")
+        return found
+
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=once if unique else None)
     except RecursionError:
         raise InputError(f"{name}: nested too deep for JSON that a person would write; write it again") from None
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
@@ -145,15 +156,19 @@ def cut_to_whole_lines(path: str | Path) -> int:
 
 def read_yaml(path: str | Path) -> Any:
     """The value of a YAML file, plain types only; InputError as `read_json`."""
+    return parse_yaml(read_text(path), str(path))
+
+
+def parse_yaml(text: str, name: str) -> Any:
+    """The value of YAML, plain types only, whose failures are an `InputError` that calls the text `name`."""
     import yaml  # not at the top: `0_data.sh --dry-run` runs before anything is installed
 
-    text = read_text(path)
     try:
         return yaml.safe_load(text)
     except RecursionError:
-        raise InputError(f"{path}: nested too deep for YAML that a person would write; write it again") from None
+        raise InputError(f"{name}: nested too deep for YAML that a person would write; write it again") from None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none
-        raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+        raise InputError(f"{name}: not valid YAML: {' '.join(str(error).split())}") from None
 
 
 def share(path: str | Path) -> None:

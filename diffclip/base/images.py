@@ -1,15 +1,17 @@
 """The one way in which image files become RGB, for training, chat, benchmarks and lmms-eval alike."""
 
+import contextlib
 import functools
 import io
 import struct
 import warnings
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
-from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, TiffImagePlugin, UnidentifiedImageError
 
 from diffclip.base.errors import InputError
 
@@ -28,6 +30,7 @@ TURNS = {  # EXIF orientation -> what turns the stored pixels as the camera was 
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+DECODING = 2  # the version of these rules, which runs record; 1 was PIL's convert("RGB") of the image as it is stored
 STRIP = 16  # an image that is longer than so many times its width
 
 # of odd tags in a file that can be read; what cannot, raises (once for all: catch_warnings is not made for threads)
@@ -57,17 +60,29 @@ def decode(source: bytes | str | Path) -> Image.Image:
         return to_rgb(image)
 
 
+def tell_decoding(directory: str | Path, version: int) -> None:
+    """A warning that a run was trained on images decoded by rules of an earlier `DECODING`; by today's it is used."""
+    if version != DECODING:
+        warnings.warn(
+            f"{directory}: was trained before images were turned as their EXIF says, laid over white where they are "
+            f"transparent and scaled where they have 16 bits (decoding {version}, now {DECODING}). Such images look "
+            "other to it now than in training, all others the same; its scores on them may differ from those of then",
+            stacklevel=4,
+        )
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
     """An RGB image of what a viewer shows of any PIL image; an upright RGB image is returned as it is.
 
     Turned as EXIF says, once: the result carries no orientation. Transparency lies over white. Greys of more than
     8 bits are scaled as `_grey` says. One of BROKEN if the rest of a lazily opened file cannot be decoded.
+    Raise `DECODING` with any change of this.
     """
     ImageFile.LOAD_TRUNCATED_IMAGES = False  # lmms_eval sets it: half an image would pass for a whole
     image.load()
     turn = _turn(image)
     if image.mode[0] in "IF":  # PIL would cut these at 255 instead of scaling
-        rgb = _grey(np.asarray(image)).convert("RGB")
+        rgb = _grey(image).convert("RGB")
     elif image.has_transparency_data:
         rgba = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
         rgb = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
@@ -90,14 +105,29 @@ def cut_strip(image: Image.Image) -> Image.Image:
     return image.crop((left, top, width - left, height - top)) if left or top else image
 
 
-def _grey(values: np.ndarray) -> Image.Image:
-    """8-bit greys of (height, width) integers or floats: 0 to 1, 8 or 16 bits are told from the largest value.
+def widened(image: Image.Image, side: int) -> Image.Image:
+    """A strip of which nothing is left once its longer side is `side`, made 1 pixel wide there; others as they are."""
+    width, height = image.size
+    if side * min(width, height) >= max(width, height):
+        return image
+    return image.resize((side, 1) if width > height else (1, side), Image.Resampling.BOX)
 
-    What fits none of these ranges (negative or larger values) is stretched from its smallest to its largest value.
+
+def _grey(image: Image.Image) -> Image.Image:
+    """8-bit greys of an image of more bits: 16-bit ones as their formats define them, from 0 to 65535.
+
+    For 32-bit integers and floats no format does: 0 to 1, 8 or 16 bits are told from the largest value, and what fits
+    none of these ranges (negative or larger values) is stretched from its smallest to its largest value.
     """
-    values = np.nan_to_num(values.astype(np.float32), copy=False, nan=0.0, posinf=0.0, neginf=0.0)
+    values: np.ndarray = np.nan_to_num(
+        np.asarray(image).astype(np.float32), copy=False, nan=0.0, posinf=0.0, neginf=0.0
+    )
     low, high = float(values.min()), float(values.max())
-    if low < 0 or high > 65535:
+    if image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PPM"):
+        clear = values == image.info.get("transparency", -1)  # a grey that stands for nothing at all
+        white_is_zero = getattr(image, "tag_v2", {}).get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0
+        values = np.where(clear, 255, (65535 - values if white_is_zero else values) / 257)
+    elif low < 0 or high > 65535:
         values = (values - low) / (high - low or 1) * 255
     elif high <= 1:
         values = values * 255
@@ -112,6 +142,21 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
         return TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     except BROKEN:
         return None
+
+
+@contextlib.contextmanager
+def as_decoder() -> Iterator[None]:
+    """While it lasts `PIL.Image.open` gives what `decode` does: for code of others that opens images by itself."""
+    opened = Image.open
+
+    def in_rgb(file: Any, mode: Literal["r"] = "r", formats: Any = None) -> Image.Image:
+        return to_rgb(opened(file, mode, formats or _formats()))
+
+    Image.open = in_rgb  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        Image.open = opened
 
 
 @functools.cache

@@ -52,6 +52,7 @@ class RunRecord(TypedDict, total=False):
     stage: str
     state: State
     seed: int
+    decoding: int  # version of the rules by which images become pixels, see diffclip.base.images
     command: str
     started: str
     wall_seconds: float

@@ -10,17 +10,27 @@ torchvision's root for that set. Folders called n01440764 and the like are Image
 """
 
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from diffclip.base.errors import InputError
 from diffclip.base.files import read_yaml
-from diffclip.benchmarks import PROTOCOLS, prompts
+from diffclip.benchmarks import PROTOCOLS, TORCHVISION, prompts
 from diffclip.benchmarks.captioned import READERS, read_captioned
-from diffclip.benchmarks.images import SPLITS, Images, class_folders, read_class_folders, split_named, visible
+from diffclip.benchmarks.flat_val import read_flat
+from diffclip.benchmarks.images import (
+    IMAGE_SUFFIXES,
+    SPLITS,
+    Images,
+    class_folders,
+    read_class_folders,
+    split_named,
+    visible,
+)
 from diffclip.benchmarks.labelled import labelled_files, read_labelled
+from diffclip.benchmarks.objectnet import read_objectnet
 from diffclip.benchmarks.paper import MEAN_PER_CLASS
 from diffclip.benchmarks.protocol import Classification, Data, Shift, load
 from diffclip.benchmarks.torchvision_sets import read_torchvision
@@ -44,6 +54,11 @@ def suite_from_folder(root: Path) -> Suite:
     for part in ("classification", "shifts"):
         if (root / part).is_dir():
             suite[part] = {name: {"folder": f"{part}/{name}"} for name in class_folders(root / part)}
+    for name, entry in suite.get("classification", {}).items():
+        if unpacked := next(
+            (kind for kind, path in TORCHVISION.items() if (root / entry["folder"] / path).is_dir()), ""
+        ):
+            suite["classification"][name] = {**entry, "torchvision": unpacked}
     if (root / "retrieval").is_dir():
         inside = visible((root / "retrieval").iterdir())
         single = any(path.suffix.lower() in READERS for path in inside)
@@ -106,10 +121,20 @@ def _classification(root: Path, name: str, entry: Mapping[str, str]) -> Classifi
         labels = prompts.numbered(classnames)
         if (beyond := max(label for split in images.values() for label in split.labels)) >= len(classnames):
             raise InputError(f"{folder}: label {beyond} has no prompt name, there are {len(classnames)}")
+    elif mapped := read_objectnet(folder, notes):
+        classnames, labels, images = mapped[0], prompts.numbered(mapped[0]), {"test": mapped[1]}
     else:
-        splits = _split_folders(folder) or {"test": folder}
-        classnames, labels = _folder_classes(root, folder, entry, splits, notes)
+        flat = read_flat(folder)
+        splits = _split_folders(folder)
+        if flat:  # whose test set has no labels
+            splits = {split: path for split, path in splits.items() if split == "train"}
+        splits = splits or ({} if flat else {"test": _of_classes(folder)})
+        classnames, labels = _folder_classes(root, folder, entry, splits, {wnid for _, wnid in flat}, notes)
         images = {split: read_class_folders(path, labels) for split, path in splits.items()}
+        if flat:
+            images["val"] = Images(
+                [str(file) for file, _ in flat], [file for file, _ in flat], [labels[wnid] for _, wnid in flat]
+            )
     _choose_test(folder, images, notes)
     if "train" in images and (unseen := set(images["test"].labels) - set(images["train"].labels)):
         raise InputError(f"{folder}: train has no images of {classnames[min(unseen)]!r}, but the test set has")
@@ -119,14 +144,35 @@ def _classification(root: Path, name: str, entry: Mapping[str, str]) -> Classifi
 
 
 def _folder_classes(
-    root: Path, folder: Path, entry: Mapping[str, str], splits: Mapping[str, Path], notes: list[str]
+    root: Path,
+    folder: Path,
+    entry: Mapping[str, str],
+    splits: Mapping[str, Path],
+    more: Set[str],
+    notes: list[str],
 ) -> tuple[list[str], dict[str, int]]:
-    """Prompt names and the label of each class folder, by a file, ImageNet's numbers, or the folders' own names."""
-    names = sorted({name for path in splits.values() for name in class_folders(path)})
+    """Prompt names and the label of each class folder, and of `more` that have none, by a file, ImageNet's numbers, or
+    the folders' own names.
+    """
+    names = sorted({name for path in splits.values() for name in class_folders(path)} | more)
     own = root / entry["classnames"] if "classnames" in entry else prompts.first_file(folder, "classnames")
     if own:
         return prompts.folder_classnames(own, names)
-    if all(prompts.WNID.fullmatch(name) for name in names):
+    if names and all(split_named(name) for name in names):
+        raise InputError(
+            f"{folder}: the images in {' and '.join(names)} have no classes: sort them into folders of classes, or "
+            "give them with their labels as parquet"
+        )
+    by_number = [name for name in names if prompts.WNID.fullmatch(name)]
+    if 0 < len(by_number) < len(names):
+        other = next(name for name in names if name not in by_number)
+        raise InputError(
+            f"{folder}: {other}/ is no WordNet number as {by_number[0]}/ is: remove it, or name all in classnames.json"
+        )
+    if {*names} == {str(label) for label in range(1000)}:  # ImageNet-V2 numbers its folders
+        order = prompts.imagenet_subset(folder, list(prompts.imagenet_labels()))[0]
+        return order, {name: int(name) for name in names}
+    if by_number:
         if len(names) < 1000:
             notes.append(f"{len(names)} of ImageNet's 1,000 classes are there, and only these compete")
         return prompts.imagenet_subset(folder, names)
@@ -134,6 +180,17 @@ def _folder_classes(
     composed = {name: unicodedata.normalize("NFC", name) for name in names}
     numbers = prompts.numbered(sorted(set(composed.values())))
     return [prompts.spaced(form) for form in numbers], {name: numbers[form] for name, form in composed.items()}
+
+
+def _of_classes(folder: Path) -> Path:
+    """Where the class folders are: deeper, where a folder holds nothing but one with folders of images (images/)."""
+    inner = visible(folder.iterdir())
+    folders = [path for path in inner if path.is_dir()]
+    if len(folders) != 1 or any(path.suffix.lower() in IMAGE_SUFFIXES for path in inner):
+        return folder
+    deeper = visible(folders[0].iterdir())
+    has_images = any(path.suffix.lower() in IMAGE_SUFFIXES for path in deeper)
+    return folder if has_images or not any(path.is_dir() for path in deeper) else _of_classes(folders[0])
 
 
 def _choose_test(folder: Path, images: dict[str, Images], notes: list[str]) -> None:

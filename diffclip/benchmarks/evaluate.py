@@ -27,7 +27,7 @@ from diffclip.benchmarks import PROTOCOLS, datasets, paper, prompts
 from diffclip.benchmarks.comparison import compare, markdown, model_groups
 from diffclip.benchmarks.features import Encoder, save_tensors
 from diffclip.benchmarks.images import Images
-from diffclip.benchmarks.protocol import Evaluation, Settings, load
+from diffclip.benchmarks.protocol import Data, Evaluation, Settings, load
 
 
 def evaluate_clip(
@@ -83,7 +83,7 @@ def evaluate_clip(
         "probe_features": settings.probe_features,
         "few_shot": few_shot | {"seed": settings.seed},
         "data": str(data_root),
-        "notes": {name: "; ".join(labelled.notes) for name, labelled in data.classification.items() if labelled.notes},
+        "notes": notes(data),
     }
     result: dict[str, Any] = {"metrics": evaluation.metrics, "skipped": evaluation.skipped, "about": about}
     try:
@@ -102,6 +102,23 @@ def evaluate_clip(
         save_tensors(evaluation.outcomes, out_dir / CLIP_OUTCOMES)
         write_json(out_dir / CLIP_BENCHMARKS, result)
     return evaluation.metrics
+
+
+def notes(data: Data) -> dict[str, str]:
+    """What a reader of the scores should know of a set: of how many classes and images they are, where some lack."""
+    found = {name: list(labelled.notes) for name, labelled in data.classification.items()}
+    images = {name: len(labelled.splits["test"]) for name, labelled in data.classification.items()}
+    for name, shift in data.shifts.items():
+        classes, present = len(data.classification[shift.of].classnames), len(set(shift.images.labels))
+        few = present < classes
+        found[name] = [f"{present:,} of the {classes:,} classes of {shift.of} have images; only these compete"] * few
+        images[name] = len(shift.images)
+    for name, captioned in data.retrieval.items():
+        found[name], images[name] = [], len(captioned.images)
+    for name in images.keys() & paper.SETS.keys():
+        if images[name] != (published := paper.SETS[name].test):
+            found[name].append(f"scored on {images[name]:,} images; the published test set has {published:,}")
+    return {name or "retrieval": "; ".join(sentences) for name, sentences in found.items() if sentences}
 
 
 def run(options: argparse.Namespace) -> None:

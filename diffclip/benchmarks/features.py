@@ -25,6 +25,7 @@ from tqdm import tqdm
 from diffclip.base.errors import InputError
 from diffclip.base.files import whole
 from diffclip.base.fingerprint import fingerprint
+from diffclip.base.images import DECODING
 from diffclip.benchmarks.images import Images
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -111,7 +112,8 @@ class Encoder:
                 save_tensors(_joined(rows), path, {"key": key})
 
     def _images_key(self, images: Images) -> dict:
-        return {"pictures": images.digest, "transform": _printed(self.preprocess), "kind": "image"}
+        transform = _printed(self.preprocess)
+        return {"pictures": images.digest, "transform": transform, "decoding": DECODING, "kind": "image"}
 
     def _place(self, folder: str | Path, key: dict) -> tuple[Path, str]:
         """The file of an entry, and the whole key, of which its name is a hash."""

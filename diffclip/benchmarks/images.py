@@ -7,11 +7,12 @@ import hashlib
 import itertools
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow
+import pyarrow.ipc
 import pyarrow.parquet
 from PIL import Image
 from torch.utils.data import Dataset
@@ -46,16 +47,24 @@ class TarSlice(NamedTuple):
 class Images(Dataset):
     """Images by name, each a file, a slice of a tar file, or encoded bytes; items are (RGB image, label).
 
+    `border` pixels are cut off each side.
+
     `digest` changes whenever an image, its label or the order may have changed: it covers names, labels, and
     size and modification time of the files (the content itself where it is held as bytes).
     """
 
     def __init__(
-        self, names: Sequence[str], sources: Sequence[Path | TarSlice | bytes], labels: Sequence[int] | None = None
+        self,
+        names: Sequence[str],
+        sources: Sequence[Path | TarSlice | bytes],
+        labels: Sequence[int] | None = None,
+        *,
+        border: int = 0,
     ) -> None:
         self.names = list(names)
         self.sources = list(sources)
         self.labels = list(labels) if labels is not None else [-1] * len(self.names)
+        self.border = border
 
     def __len__(self) -> int:
         return len(self.names)
@@ -63,12 +72,15 @@ class Images(Dataset):
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         source = self.sources[index]
         encoded = source.read if isinstance(source, TarSlice) else source
-        return open_image(encoded, self.names[index]), self.labels[index]
+        image = open_image(encoded, self.names[index])
+        if cut := self.border:
+            image = image.crop((cut, cut, max(cut + 1, image.width - cut), max(cut + 1, image.height - cut)))
+        return image, self.labels[index]
 
     @property
     def digest(self) -> str:
         state: dict[Path, tuple[int, int]] = {}
-        digest = hashlib.sha256()
+        digest = hashlib.sha256(str(self.border or "").encode())
         for name, source, label in zip(self.names, self.sources, self.labels):
             if isinstance(source, bytes):
                 content: object = hashlib.sha256(source).hexdigest()
@@ -136,6 +148,13 @@ def split_of(file: Path) -> str | None:
     return split_named(re.split(r"[-_.]", file.name)[0])
 
 
+def split_within(file: Path) -> str | None:
+    """The one split that a file's name speaks of: captions_val2017.json, Flickr_8k.testImages.txt; None for several."""
+    words = re.findall(r"[A-Z]?[a-z]+|[A-Z]+", file.stem)
+    found = {split for split in map(split_named, words) if split}
+    return found.pop() if len(found) == 1 else None
+
+
 def shard_samples(path: Path, text: str) -> list[tuple[str, TarSlice | None, bytes | None]]:
     """(key, image, what has the suffix `text`) of a shard's samples, as training reads them; or InputError."""
     walked, problems = walk(path)
@@ -152,19 +171,35 @@ def shard_samples(path: Path, text: str) -> list[tuple[str, TarSlice | None, byt
     return found
 
 
-def parquet_schema(path: Path) -> pyarrow.Schema:
-    """Return the columns and metadata of a parquet file; InputError if it is none."""
+ROWS = (".parquet", ".arrow")  # tables; arrow is what `datasets` saves to disk
+
+
+def table_schema(path: Path) -> pyarrow.Schema:
+    """The columns and metadata of a table; InputError if it is none."""
+    return read_table(path, []).schema if path.suffix.lower() == ".arrow" else _read(path, pyarrow.parquet.read_schema)
+
+
+def read_table(path: Path, columns: Sequence[str]) -> pyarrow.Table:
+    """These columns of a parquet file, or of a file that `datasets` saved; InputError if it cannot be read."""
+    if path.suffix.lower() != ".arrow":
+        return _read(path, lambda path: pyarrow.parquet.read_table(path, columns=list(columns)))
+    whole = _read(path, lambda path: pyarrow.ipc.open_stream(pyarrow.memory_map(str(path))).read_all())
+    return whole.select(list(columns)) if columns else whole
+
+
+def _read(path: Path, reader: Callable[[Path], Any]) -> Any:
     try:
-        return pyarrow.parquet.read_schema(path)
+        return reader(path)
     except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"{path} cannot be read as parquet ({error})") from error
+        raise InputError(f"{path} cannot be read as {path.suffix[1:].lower()} ({error})") from error
 
 
 def row_splits(path: Path) -> list[str | None]:
-    """Return what the column `split` gives each row of a parquet file: all None where it names no split, or is not."""
-    if "split" not in parquet_schema(path).names:
-        return [None] * pyarrow.parquet.read_metadata(path).num_rows
-    values = pyarrow.parquet.read_table(path, columns=["split"])["split"].to_pylist()
+    """Return what the column `split` gives each row of a table: all None where it names no split, or is not."""
+    if "split" not in table_schema(path).names:
+        arrow = path.suffix.lower() == ".arrow"  # mapped, not read
+        return [None] * (len(read_table(path, [])) if arrow else pyarrow.parquet.read_metadata(path).num_rows)
+    values = read_table(path, ["split"])["split"].to_pylist()
     named = [split_named(value) for value in values]
     if None in named and any(named):
         unknown = values[named.index(None)]
@@ -172,24 +207,27 @@ def row_splits(path: Path) -> list[str | None]:
     return named
 
 
-def parquet_rows(
-    path: Path, columns: Sequence[str], wanted: Sequence[bool]
+def table_rows(
+    path: Path, columns: Sequence[str], wanted: Sequence[bool], several: Sequence[str] = ()
 ) -> Iterator[tuple[str, bytes | Path, Any, int]]:
-    """(name for messages, encoded image, value of the first of `columns` that is there, number) of wanted rows."""
-    image, value = two_columns(path, parquet_schema(path).names, columns, IMAGE_COLUMNS)
-    try:
-        table = pyarrow.parquet.read_table(path, columns=[image, value]).filter(pyarrow.array(wanted, pyarrow.bool_()))
-    except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"{path} cannot be read as parquet ({error})") from error
+    """(name for messages, encoded image, value of the first of `columns` that is there, number) of wanted rows.
+
+    Where columns of `several` are there, the value is the list of theirs.
+    """
+    image, value = two_columns(path, table_schema(path).names, [*several, *columns], IMAGE_COLUMNS)
+    table = read_table(path, [image, *(several or [value])]).filter(pyarrow.array(wanted, pyarrow.bool_()))
     rows = (row for batch in table.to_batches() for row in batch.to_pylist())
     for number, row in zip(itertools.compress(itertools.count(), wanted), rows):
         name, encoded = f"{path} row {number}", row[image]
         if isinstance(encoded, dict):  # the Hub's {bytes, path}; the path is relative to the file
-            file = encoded.get("path")
-            encoded = encoded.get("bytes") or (path.parent / file if file else None)
+            encoded = encoded.get("bytes") or encoded.get("path")
+        if isinstance(encoded, str) and encoded:
+            if not (file := path.parent / encoded).is_file():
+                raise InputError(f"{name}: its image {encoded[:200]} is not beside the file: put it there")
+            encoded = file
         if not isinstance(encoded, bytes | Path):
             raise InputError(f"{name} holds no image: remove the row")
-        yield name, encoded, row[value], number
+        yield name, encoded, [row[column] for column in several] if several else row[value], number
 
 
 def two_columns(path: Path, found: Sequence[str], second: Sequence[str], image: Sequence[str]) -> tuple[str, str]:

@@ -1,22 +1,23 @@
 """Sets whose labels are numbers: clip-benchmark's shards (KEY.webp + KEY.cls), or parquet (image, label)."""
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from diffclip.base.errors import InputError
-from diffclip.base.files import parse_json
+from diffclip.base.files import parse_json, parse_yaml, read_json, read_text
 from diffclip.benchmarks.images import (
+    ROWS,
     Images,
     TarSlice,
-    parquet_rows,
-    parquet_schema,
     row_splits,
     shard_samples,
     split_named,
     split_of,
+    table_rows,
+    table_schema,
     visible,
 )
 
@@ -25,34 +26,48 @@ LABEL_COLUMNS = ("label", "fine_label", "labels", "cls")
 
 
 def labelled_files(folder: Path, split: str) -> list[Path]:
-    """The shards or parquet files of train, val or test, in `folder` or in its data/, as the Hub has it.
+    """The shards or tables of train, val or test, in `folder`, in its data/, or in the folder of its one configuration,
+    as the Hub has it.
 
     Their names: `SPLIT/*.tar`, `SPLIT/*.parquet`, `SPLIT.parquet`, `SPLIT-*.tar`, `SPLIT_0.parquet`, with the split by
-    any of its names, in any case; or any name for parquet whose column `split` has rows of it. InputError: files by
-    two of the split's names.
+    any of its names, in any case; or any name for a table whose column `split` has rows of it. InputError: files by
+    two of the split's names, or in the folders of two configurations.
     """
-    places = [place for place in (folder, folder / "data") if place.is_dir()]
-    for place in places:
-        entries = visible(place.iterdir())
-        for suffix in (".tar", ".parquet"):
-            folders = [path for path in entries if split_named(path.name) == split and path.is_dir()]
-            files = {file: path.name for path in folders for file in _with_suffix(path.iterdir(), suffix)}
-            if not files:
-                numbered = ((path, NUMBERED.fullmatch(path.stem)) for path in _with_suffix(entries, suffix))
-                files = {path: found[1] for path, found in numbered if found and split_named(found[1]) == split}
-            if len(words := sorted(set(files.values()))) > 1:
-                raise InputError(f"{place} has {split} files as {' and as '.join(words)}: keep those of one name")
-            if files:
-                return list(files)
-    for place in places:
-        unnamed = [path for path in _with_suffix(place.iterdir(), ".parquet") if split_of(path) is None]
+    for place in (folder, folder / "data"):
+        if files := _named_files(place, split):
+            return files
+    for place in (folder, folder / "data"):
+        unnamed = [path for suffix in ROWS for path in _with_suffix(place, suffix) if split_of(path) is None]
         if with_split := [path for path in unnamed if split in row_splits(path)]:
             return with_split
+    configurations = {place.name: files for place in _folders(folder) if (files := _named_files(place, split))}
+    if len(configurations) > 1:
+        raise InputError(f"{folder} has the configurations {', '.join(configurations)}: keep one, or name its folder")
+    return next(iter(configurations.values()), [])
+
+
+def _named_files(place: Path, split: str) -> list[Path]:
+    """Files that lie in a folder called like the split, or are called like it themselves."""
+    for suffix in (".tar", *ROWS):
+        folders = [path for path in _folders(place) if split_named(path.name) == split]
+        files = {file: path.name for path in folders for file in _with_suffix(path, suffix)}
+        if not files:
+            numbered = ((path, NUMBERED.fullmatch(path.stem)) for path in _with_suffix(place, suffix))
+            files = {path: found[1] for path, found in numbered if found and split_named(found[1]) == split}
+        if len(words := sorted(set(files.values()))) > 1:
+            raise InputError(f"{place} has {split} files as {' and as '.join(words)}: keep those of one name")
+        if files:
+            return list(files)
     return []
 
 
-def _with_suffix(entries: Iterable[Path], suffix: str) -> list[Path]:
-    return [path for path in visible(entries) if path.suffix.lower() == suffix and path.is_file()]
+def _folders(place: Path) -> list[Path]:
+    return [path for path in visible(place.iterdir()) if path.is_dir()] if place.is_dir() else []
+
+
+def _with_suffix(place: Path, suffix: str) -> list[Path]:
+    entries = visible(place.iterdir()) if place.is_dir() else []
+    return [path for path in entries if path.suffix.lower() == suffix and path.is_file()]
 
 
 def read_labelled(files: Sequence[Path], split: str) -> Images:
@@ -94,17 +109,62 @@ def _labelled_tar(path: Path) -> Iterator[tuple[str, TarSlice, int]]:
 
 def _labelled_parquet(path: Path, split: str) -> Iterator[tuple[str, bytes | Path, int]]:
     wanted = [named in (split, None) for named in row_splits(path)]
-    for name, image, label, _ in parquet_rows(path, LABEL_COLUMNS, wanted):
+    for name, image, label, _ in table_rows(path, LABEL_COLUMNS, wanted):
         yield name, image, _label(label, name)
 
 
-def schema_classnames(files: Sequence[Path]) -> list[str] | None:
-    """The class names that the Hub's parquet files carry in their schema, None without any."""
+def declared_classnames(folder: Path, files: Sequence[Path]) -> list[str] | None:
+    """The class names that the Hub's files declare for the column of labels, None without any: those in the schema of
+    tables, else those of dataset_info.json, dataset_infos.json or the head of README.md.
+
+    InputError: several configurations of one of these files have other names.
+    """
+    columns: Sequence[str] = LABEL_COLUMNS
     for path in files:
-        if path.suffix.lower() == ".parquet" and b"huggingface" in (parquet_schema(path).metadata or {}):
-            stored = parse_json(parquet_schema(path).metadata[b"huggingface"], f"{path}: its schema")
-            features = stored.get("info", {}).get("features", {}) if isinstance(stored, dict) else {}
-            for column in LABEL_COLUMNS:
-                if isinstance(features.get(column), dict) and isinstance(features[column].get("names"), list):
-                    return [str(name) for name in features[column]["names"]]
+        if path.suffix.lower() in ROWS:
+            schema = table_schema(path)
+            columns = [name for name in LABEL_COLUMNS if name in schema.names][:1]
+            stored = parse_json((schema.metadata or {}).get(b"huggingface", b"{}"), f"{path}: its schema")
+            if names := _class_labels(stored, columns):
+                return names[0]
+    homes = dict.fromkeys((*(path.parent for path in files), folder, folder / "data"))
+    for file in (home / name for home in homes for name in ("dataset_info.json", "dataset_infos.json", "README.md")):
+        names = _class_labels(_declared(file), columns) if file.is_file() else []
+        if any(other != names[0] for other in names):
+            raise InputError(f"{file} declares class names for several configurations: write them into classnames.json")
+        if names:
+            return names[0]
     return None
+
+
+def _declared(file: Path) -> Any:
+    """What a file says of its data set: all of a JSON file, or `dataset_info` of a README's front matter."""
+    if file.suffix == ".json":
+        return read_json(file)
+    found = re.match(r"---\r?\n(.*?)\r?\n---\s*(\n|$)", read_text(file), re.DOTALL)
+    head = parse_yaml(found[1], str(file)) if found else None
+    return head.get("dataset_info") if isinstance(head, dict) else None
+
+
+def _class_labels(declared: Any, columns: Sequence[str]) -> list[list[str]]:
+    """The names of the labels of each configuration that is declared, at any depth: of the first of `columns`.
+
+    `features` is {column: {"names": [...]}}; in a README [{name: column, dtype: {class_label: {names: {"0": ...}}}}].
+    """
+    if isinstance(declared, list):
+        return [names for each in declared for names in _class_labels(each, columns)]
+    if not isinstance(declared, dict):
+        return []
+    features = declared.get("features")
+    if isinstance(features, list):
+        kinds = {f.get("name"): f.get("dtype") for f in features if isinstance(f, dict)}
+        features = {name: kind.get("class_label") for name, kind in kinds.items() if isinstance(kind, dict)}
+    if not isinstance(features, dict):
+        return [names for each in declared.values() for names in _class_labels(each, columns)]
+    for column in columns:
+        names = features[column].get("names") if isinstance(features.get(column), dict) else None
+        if isinstance(names, dict) and all(str(number).isdecimal() for number in names):
+            names = [names[number] for number in sorted(names, key=int)]
+        if isinstance(names, list) and names:
+            return [[str(name) for name in names]]
+    return []

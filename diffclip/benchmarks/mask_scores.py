@@ -95,13 +95,22 @@ def localise(
         model, transform, tokenizer: from `diffclip.load`.
         items: from `read_masks`. Masks get the model's own resizing and centre crop; an object that the crop
             leaves out, or leaves nothing beside, has NaN in its row.
+
+    InputError: an image that is not of its masks' size.
     """
     crop = seen_part(transform, nearest=True)
     device = next(model.parameters()).device
     rows = []
     for start in range(0, len(items), batch_size):
         batch = items[start : start + batch_size]
-        pixels = torch.stack([transform(open_image(path)) for path, _, _ in batch]).to(device)
+        images = [open_image(path) for path, _, _ in batch]
+        for image, (path, _, mask) in zip(images, batch):
+            if image.size != mask.shape[::-1]:
+                raise InputError(
+                    f"{path}: is {image.width} x {image.height} pixels as a viewer shows it, its masks are "
+                    f"{mask.shape[1]} x {mask.shape[0]}: annotate it as it is shown, or take out its EXIF orientation"
+                )
+        pixels = torch.stack([transform(image) for image in images]).to(device)
         texts = tokenizer([PROMPT.format(name) for _, name, _ in batch]).to(device)
         height, width = pixels.shape[-2:]
         heats = upsample(relevance(model, pixels, texts), (height, width)).cpu().numpy()

@@ -4,11 +4,8 @@ A statement goes to the first image when its softmax over the two exceeds one ha
 a pair counts when both statements find their image.
 """
 
-import csv
-import io
 import re
 from collections import defaultdict
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffclip.base.errors import InputError
-from diffclip.base.files import read_text
 from diffclip.benchmarks.images import Images, images_in
 from diffclip.benchmarks.protocol import Evaluation, Protocol
+from diffclip.benchmarks.sheets import read_sheet
 from diffclip.benchmarks.zero_shot import balanced
 
 PROMPT = "a photo of {c}"
@@ -47,20 +44,13 @@ def read_mmvp(folder: Path) -> Pairs:
     path = folder / "Questions.csv"
     if not path.is_file():
         raise InputError(f"{path} does not exist: MMVP-VLM is a folder with Questions.csv and the images")
-    try:
-        text = read_text(path)
-    except InputError:  # the release was written on Windows; a byte that cp1252 lacks ends here
-        if path.read_bytes()[:2] in (b"\xff\xfe", b"\xfe\xff"):  # UTF-16, in which cp1252 would find letters
-            raise
-        try:
-            text = path.read_bytes().decode("cp1252")
-        except UnicodeDecodeError as error:
-            raise InputError(f"{path}: neither UTF-8 nor cp1252 (byte {error.start}): save it as UTF-8") from None
-    rows = list(_rows(csv.DictReader(io.StringIO(text, newline="")), path))
-    if not rows or not {"questionid", "type", "statement"} <= rows[0][1].keys():
+    (_, header), *rows = [*read_sheet(path, windows=True, quoted=",;\t")] or [(1, [])]
+    columns = [_plain(name) for name in header]
+    if not rows or not {"questionid", "type", "statement"} <= set(columns):
         raise InputError(f"{path} needs the columns Question ID, Type and Statement, and at least one question")
     questions: dict[int, tuple[str, str]] = {}  # category, statement
-    for line, row in rows:
+    for line, cells in rows:
+        row = dict(zip(columns, cells))
         number, category, statement = (row.get(column, "") for column in ("questionid", "type", "statement"))
         if not number.isdecimal() or not statement:
             raise InputError(f"{path} line {line}: needs a whole number as Question ID and a Statement")
@@ -86,17 +76,6 @@ def read_mmvp(folder: Path) -> Pairs:
         files += found
     statements = [statement for _, (_, statement) in ordered]
     return Pairs(Images([str(file) for file in files], files), statements, [kind for _, (kind, _) in ordered[::2]])
-
-
-def _rows(reader: csv.DictReader, path: Path) -> Iterator[tuple[int, dict[str, str]]]:
-    """(line, cells by plain column names) of rows that hold something."""
-    for row in reader:
-        beyond = row.pop(None, None) or []  # where csv puts further cells, as a comma in a statement makes
-        if any(cell.strip() for cell in beyond):
-            raise InputError(f"{path} line {reader.line_num}: more cells than columns; put the statement into quotes")
-        cells = {_plain(column): value.strip() for column, value in row.items() if value is not None}
-        if any(cells.values()):
-            yield reader.line_num, cells
 
 
 def similarities(image_features: Tensor, text_features: Tensor) -> Tensor:

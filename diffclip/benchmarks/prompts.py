@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from diffclip.base.backbones import ImageNetInfo, open_clip
 from diffclip.base.errors import InputError
 from diffclip.base.files import read_json, read_text
-from diffclip.benchmarks.labelled import schema_classnames
+from diffclip.benchmarks.labelled import declared_classnames
 
 WNID = re.compile(r"n\d{8}")  # WordNet's number of an ImageNet class
 
@@ -87,7 +87,7 @@ def first_file(folder: Path, name: str) -> Path | None:
 def _listed(path: Path) -> tuple[list[str], list[str]]:
     """Class folders and names of a file: a JSON object, or a list or lines of text, where both are the same."""
     lines = path.suffix != ".json"
-    content = [line.strip() for line in read_text(path).rstrip().split("\n")] if lines else read_json(path)
+    content = [line.strip() for line in read_text(path).rstrip().split("\n")] if lines else read_json(path, unique=True)
     if not isinstance(content, list | dict) or not content:
         raise InputError(f"{path} needs a list of class names or an object from class folder to name")
     folders = list(content)
@@ -103,7 +103,15 @@ def numbered_classnames(root: Path, folder: Path, entry: Mapping[str, str], file
     """Prompt names in the order of the labels, for sets whose labels are numbers."""
     own = (folder / "classnames.txt", folder / "classnames.json")  # the first is clip-benchmark's
     path = root / entry["classnames"] if "classnames" in entry else next(filter(Path.is_file, own), None)
-    names = _listed(path)[1] if path else schema_classnames(files)
+    names = None
+    if path:
+        keys, names = _listed(path)
+        if names is not keys and all(key.isdecimal() for key in keys):  # {"0": ..., "1": ...} in any order
+            by_number = dict(zip(map(int, keys), names))
+            if sorted(by_number) != list(range(len(keys))):
+                raise InputError(f"{path}: its numbers need to be 0 to {len(keys) - 1}, as the labels are")
+            names = [by_number[number] for number in range(len(keys))]
+    names = names or declared_classnames(folder, files)
     if not names:
         raise InputError(f"{folder} has numbers as labels: put their names, in order, into classnames.json or .txt")
     return names

@@ -16,6 +16,7 @@ from PIL import EpsImagePlugin
 
 import diffclip
 from diffclip.base.errors import exit_on_input_error
+from diffclip.base.images import as_decoder
 
 
 def load_diffclip(model_name: str, pretrained: str, cache_dir: str | None = None, device: str = "cpu") -> tuple:
@@ -45,7 +46,8 @@ def main(argv: list[str] | None = None) -> None:
     models.TYPE2FUNC["diffclip"] = load_diffclip
     models.MODEL_TYPES.append("diffclip")  # which the command line shares
     sys.argv = [sys.argv[0], *arguments, *defaults(arguments)]  # which clip-benchmark reads
-    cli.main()
+    with as_decoder():  # its data sets, torchvision's and webdataset open images by themselves
+        cli.main()
 
 
 def defaults(arguments: list[str]) -> list[str]:

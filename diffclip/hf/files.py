@@ -146,6 +146,7 @@ def image_processor(model_config: dict[str, Any]) -> DiffCLIPImageProcessor:
         resample=getattr(PILImageResampling, cfg["interpolation"].upper()),
         image_mean=cfg["mean"],
         image_std=cfg["std"],
+        **({"decoding": trained_by} if (trained_by := model_config["diffclip"].get("decoding")) else {}),
     )
 
 

@@ -1,5 +1,9 @@
 """The transform of a dual encoder as a transformers image processor: the same pixels."""
 
+import base64
+import contextlib
+import os
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -10,7 +14,7 @@ from transformers import AutoImageProcessor
 from transformers.image_processing_backends import PilBackend
 from transformers.image_utils import PILImageResampling
 
-from diffclip.base.images import cut_strip, to_rgb
+from diffclip.base.images import cut_strip, decode, to_rgb
 from diffclip.base.portable import Portable, auto_map
 from diffclip.hf.vision import DiffCLIPVisionConfig
 
@@ -34,6 +38,20 @@ class DiffCLIPImageProcessor(Portable, PilBackend):
     def to_dict(self) -> dict[str, Any]:
         """As transformers' class does it, with `auto_map`, also within a processor."""
         return {**super().to_dict(), "auto_map": auto_map(self.auto_classes)}
+
+    def fetch_images(self, image_url_or_urls: Any) -> Any:
+        """Open paths, bytes and base64 as all else here does; transformers itself would let any of PIL's formats in and
+        lay transparency over black. Addresses are left to it.
+        """
+        source = image_url_or_urls
+        if isinstance(source, list | tuple):
+            return [self.fetch_images(each) for each in source]
+        if isinstance(source, bytes | Path) or (isinstance(source, str) and os.path.isfile(source)):
+            return decode(source)
+        if isinstance(source, str) and not source.startswith(("http://", "https://")):
+            with contextlib.suppress(ValueError):  # neither a file nor base64: transformers says so
+                return decode(base64.b64decode(source.partition("base64,")[2] or source, validate=True))
+        return super().fetch_images(source)
 
     def process_image(self, image: Any, *args: Any, **kwargs: Any) -> np.ndarray:
         """Turn a PIL image into (3, height, width) by the rules of `diffclip.base.images`; a strip loses its ends."""

@@ -10,12 +10,12 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import pyarrow.parquet
 
 from diffclip.base.errors import InputError
-from diffclip.base.files import read_jsonl
+from diffclip.base.files import read_json, read_jsonl
 
 SPLITS = ("random", "popular", "adversarial")
 POST_PROMPT = "\nAnswer the question using a single word or phrase."  # lmms-eval's own, and LLaVA's in training
@@ -27,6 +27,7 @@ RELEASES = {
     ("popular", 3000): ("f68dfab6ff76", "POPE's, of both releases"),
     ("adversarial", 3000): ("533116115aa2", "POPE's, of both releases"),
 }
+ANSWER_KEYS = ("answer", "prediction", "pred", "response", "output", "outputs")
 Key = tuple[str, str, str]
 
 
@@ -66,7 +67,8 @@ def read(path: str | Path, labels: str | Path | None = None) -> list[Question]:
     Args:
         path: the official three files' folder (one JSON object `{question_id, image, text, label}` a line, the split
             in the file's name), LLaVA's single JSONL file (lines with a `category` and no label), or the Hub's
-            lmms-lab/POPE as parquet, a file or a folder of them.
+            lmms-lab/POPE as parquet, a file or a folder of them. JSON may have the Hub's names for keys (`question`,
+            `answer`, `image_source`), and be one list.
         labels: for LLaVA's file, any of the others, which knows the labels.
 
     Raises:
@@ -85,7 +87,14 @@ def read(path: str | Path, labels: str | Path | None = None) -> list[Question]:
     if not questions:
         raise InputError(f"{path}: holds no questions")
     questions.sort(key=lambda q: SPLITS.index(q.split))  # stable: the order inside a split stays
-    index(questions, str(path))
+    try:
+        index(questions, str(path))
+    except InputError as error:
+        if (
+            len(folders := sorted({str(table.parent) for table in tables})) > 1
+        ):  # the Hub's copy has all questions twice
+            raise InputError(f"{error}; or name one of the folders {', '.join(folders)}") from None
+        raise
     return with_labels(questions, read(labels), str(labels)) if labels else questions
 
 
@@ -192,14 +201,29 @@ def _file_of(folder: Path, split: str) -> Path:
 
 def _lines(path: Path, split: str | None) -> Iterator[Question]:
     """Questions of one file; `split` None means that each line has a `category` and may lack a label."""
-    for number, row in read_jsonl(path):
-        yield _question(row, split, f"{path}:{number}", labelled=split is not None)
+    for where, row in _rows(path):
+        yield _question(row, split, where, labelled=split is not None)
+
+
+def _rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """(place for messages, row) of a file of JSON lines, or of one JSON list of objects."""
+    try:
+        with open(path, "rb") as file:
+            is_list = re.match(rb"(\xef\xbb\xbf)?\s*\[\s*\{", file.read(4096))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
+    if is_list:
+        yield from ((f"{path}: row {number}", row) for number, row in enumerate(read_json(path)))
+    else:
+        yield from ((f"{path}:{number}", row) for number, row in read_jsonl(path))
 
 
 def _question(row: Mapping, split: str | None, where: str, labelled: bool) -> Question:
     try:
-        label, image = row["label"] if labelled else row.get("label", ""), row["image"]
-        text, question_id = plain(row["text"]), str(row["question_id"])
+        image = row["image_source"] if "image_source" in row else row["image"]
+        text, question_id = plain(row["text"] if "text" in row else row["question"]), str(row["question_id"])
+        label = row.get("label", row.get("answer", None if labelled else ""))
+        label = label.strip().lower() if isinstance(label, str) else label
         question = Question(split or row["category"], image, text, label, question_id, shown=image)
         if not all(isinstance(value, str) for value in question):
             raise TypeError("image, text, label and category must be text")
@@ -217,10 +241,13 @@ def read_answers(path: str | Path, questions: Sequence[Question] = (), passed: s
     """A model's answers in the order of their file; `join` brings them into that of questions.
 
     Args:
-        path: JSONL of rows that name their question by `image` and `text` or `question` (and `category` or `split`
-            where a question is in several), the answer in `answer`, perhaps the `label`; or, as LLaVA writes them, by
-            `question_id` and `prompt`, the answer in `text`. An answer of null (or NaN, as pandas writes it) is None.
-        questions: what was asked, for rows of LLaVA's form or without a split.
+        path: rows, as JSON lines or one list, that name their question by `image` (or `image_source`) and `text` or
+            `question` (and `category` or `split` where a question is in several), the answer in one of `ANSWER_KEYS`,
+            perhaps the `label`; or, as LLaVA writes them, by `question_id` and `prompt`, the answer in `text`; or
+            lmms-eval's samples; or, as the authors' repository has them, `{question, answer}` without an image: these
+            must be the answers to all questions of a split, or of all of them, word by word in the order of
+            `questions`. An answer of null (or NaN, as pandas writes it) is None.
+        questions: what was asked, for rows of LLaVA's or the authors' form, or without a split.
         passed: of rows with `pass`, as `stages.evaluate` writes them, those of this one.
 
     Raises:
@@ -231,8 +258,11 @@ def read_answers(path: str | Path, questions: Sequence[Question] = (), passed: s
     for q in questions:
         by_text[q.key[1:]].append(q)
     answers: list[Answer] = []
-    for number, row in read_jsonl(path):
-        where = f"{path}:{number}"
+    rows = list(_rows(Path(path)))
+    if ordered := _in_order(rows, questions):
+        named = ({"image": q.image, "question": q.text, "category": q.split} for q in ordered)
+        rows = [(where, {**row, **of}) for (where, row), of in zip(rows, named)]
+    for where, row in rows:
         try:
             if row.get("pass", "model") != passed:
                 continue
@@ -245,13 +275,18 @@ def read_answers(path: str | Path, questions: Sequence[Question] = (), passed: s
                     )
                 answers.append(Answer(question, _text(row["text"], where)))
                 continue
+            if isinstance(row.get("doc"), dict) and "filtered_resps" in row:  # lmms-eval's samples
+                said = row["filtered_resps"]
+                said = said[0] if isinstance(said, list) and len(said) == 1 else said
+                row = {**row["doc"], "label": row["doc"].get("answer"), "answer": said}
             split = row.get("category") or row.get("split") or ""
-            text, image = plain(row["question"] if "question" in row else row["text"]), row["image"]
+            image = row["image_source"] if "image_source" in row else row["image"]
+            text = plain(row["question"] if "question" in row else row["text"])
             label = (row.get("label") or "").strip().lower()
             question = Question(split, image, text, label, str(row.get("question_id", "")), row.get("shown", image))
             if not all(isinstance(value, str) for value in question):
                 raise TypeError("image, question, split and label must be text")
-            answer = _text(row["answer"], where)
+            answer = _text(row[next((key for key in ANSWER_KEYS if key in row), "answer")], where)
             # one that fits nothing keeps its empty split, and whoever joins it tells of it
             splits = [split] if split else [q.split for q in by_text[question.key[1:]]] or [""]
         except (KeyError, TypeError, AttributeError) as error:
@@ -260,6 +295,17 @@ def read_answers(path: str | Path, questions: Sequence[Question] = (), passed: s
         answers += (Answer(question._replace(split=each), answer) for each in splits)
     index(answers, str(path))
     return answers
+
+
+def _in_order(rows: Sequence[tuple[str, Any]], questions: Sequence[Question]) -> Sequence[Question]:
+    """The questions of rows that name no image: of one split or of all, if the texts are theirs one by one."""
+    texts = [row.get("question") if isinstance(row, dict) and "image" not in row else None for _, row in rows]
+    if not all(isinstance(text, str) for text in texts):
+        return ()
+    said = [mended(plain(text)).casefold() for text in texts if text]
+    parts = [list(questions), *([q for q in questions if q.split == split] for split in SPLITS)]
+    fitting = [part for part in parts if part and [q.key[2].casefold() for q in part] == said]
+    return fitting[0] if fitting and all(part == fitting[0] for part in fitting) else ()
 
 
 def _text(value: object, where: str) -> str | None:

@@ -41,6 +41,7 @@ def score_file(options: Namespace) -> None:
     print_nulls(answers, options.answers)
     for name in PARSERS:
         predictions = parse((answer.text for answer in answers), name)
+        print_invalid(answers, predictions, name)
         print_scores(f"{options.answers.name}, parser {name} (%)", score_splits(questions, predictions), SCORES)
         if name == options.parser:
             for split, ends in intervals(questions, predictions).items():
@@ -89,6 +90,14 @@ def print_nulls(answers: Sequence[Answer], name: Path) -> None:
     """How many answers are none at all."""
     if nulls := sum(answer.text is None for answer in answers):
         print(f"{name}: {nulls:,} of {len(answers):,} answers are null; they count as invalid, which is wrong")
+
+
+def print_invalid(answers: Sequence[Answer], predictions: Sequence[str], parser: str) -> None:
+    """How many answers are neither yes nor no by a parser, and the first of them."""
+    invalid = [answer for answer, said in zip(answers, predictions) if said == "invalid" and answer.text is not None]
+    if invalid:
+        named = "; ".join(f"{q.split} {q.image}, {q.text}: {str(text)[:40]!r}" for q, text in invalid[:3])
+        print(f"parser {parser}: {len(invalid):,} of {len(answers):,} answers are neither yes nor no, e.g. {named}")
 
 
 def print_scores(title: str, scores: Mapping[str, Mapping[str, float]], columns: Sequence[str]) -> None:

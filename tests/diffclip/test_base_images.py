@@ -1,8 +1,10 @@
 """The one decoder: what a viewer shows, the same on every path, of raster formats alone, in bounded memory."""
 
+import base64
 import io
 import os
 import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -142,6 +144,80 @@ def test_greys_of_many_bits_are_scaled_to_eight(values, kind):
     assert image.mode == "RGB" and np.array_equal(np.asarray(image), np.dstack([RAMP] * 3))
 
 
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM"])
+def test_greys_of_16_bits_are_scaled_by_their_type_however_dark(kind):
+    """White is 65535 in these formats, whatever the largest value: the next frame is not another scale."""
+    for most in (1, 200, 255, 256, 4095):
+        values = np.linspace(0, most, 64).round().astype(np.uint16).reshape(8, 8)
+        seen = np.asarray(decode(encoded(Image.fromarray(values), kind)))[..., 0]
+        assert np.array_equal(seen, np.round(values / 257)), most
+
+
+def test_a_grey_of_16_bits_that_stands_for_nothing_is_white():
+    values = np.array([[1000, 30_000]], np.uint16)
+    content = encoded(Image.fromarray(values), "PNG")
+    key = b"tRNS" + struct.pack(">H", 1000)
+    chunk = struct.pack(">I", 2) + key + struct.pack(">I", zlib.crc32(key))
+    start = content.index(b"IDAT") - 4
+    seen = decode(content[:start] + chunk + content[start:])
+    assert [seen.getpixel((x, 0))[0] for x in (0, 1)] == [255, round(30_000 / 257)]
+
+
+def test_white_is_zero_in_a_tiff_that_says_so():
+    for bits, image in ((16, Image.fromarray(np.array([[0, 257, 65535]], np.uint16))), (8, Image.new("L", (3, 1)))):
+        if bits == 8:
+            image.putdata([0, 1, 255])
+        content = encoded(image, "TIFF")
+        entry = struct.pack("<HHIH", 262, 3, 1, 1)  # PhotometricInterpretation 1: black is zero
+        assert content.count(entry) == 1
+        seen = decode(content.replace(entry, struct.pack("<HHIH", 262, 3, 1, 0)))
+        assert [pixel[0] for pixel in seen.getdata()] == [255, 254, 0], bits
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGBX", "CMYK", "YCbCr", "HSV", "LAB", "LA", "PA", "RGBa", "I;16B"])
+def test_images_in_memory_of_every_mode_are_what_they_show(mode):
+    colour = Image.new("RGB", (4, 4), (255, 255, 255))
+    if mode == "LAB":
+        from PIL import ImageCms
+
+        profiles = [ImageCms.createProfile(name) for name in ("sRGB", "LAB")]
+        image = ImageCms.profileToProfile(colour, *profiles, outputMode="LAB")
+    elif mode == "I;16B":
+        image = Image.frombytes(mode, (4, 4), b"\xff\xff" * 16)
+    elif mode in ("PA", "RGBa"):  # black that is not there
+        image = Image.new("RGBA", (4, 4), (0, 0, 0, 0)).convert(mode)
+    else:
+        image = colour.convert(mode)
+    assert np.asarray(to_rgb(image)).min() >= 254
+
+
+@pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP", "TIFF", "MPO", "AVIF"])
+def test_of_many_frames_the_first_is_seen(kind):
+    red, blue = (Image.new("RGB", (16, 16), colour) for colour in ("red", "blue"))
+    seen = np.asarray(decode(encoded(red, kind, save_all=True, append_images=[blue]))).astype(int)
+    assert np.abs(seen - (255, 0, 0)).max() <= 2
+
+
+def test_what_is_cut_short_or_holds_nothing_is_refused():
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    for kind in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000"):
+        content = encoded(noise, kind)
+        for part in (content[: len(content) * 2 // 3], content[:20], b""):
+            with pytest.raises(BROKEN):
+                decode(part)
+    for content in (b"P6 0 0 255\n", b"GIF89a" + bytes(7) + b";", b"<svg/>", b"<html>", b"version https://git-lfs"):
+        with pytest.raises(BROKEN):
+            decode(content)
+
+
+def test_a_bomb_is_refused_before_it_is_unpacked():
+    header = struct.pack(">IIBBBBB", 20_000, 20_000, 1, 0, 0, 0, 0)
+    chunks = [b"IHDR" + header, b"IDAT" + zlib.compress(b""), b"IEND"]
+    content = b"".join(struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in chunks)
+    with pytest.raises(InputError, match=r"400,?000,?000 pixels"):
+        open_image(b"\x89PNG\r\n\x1a\n" + content)
+
+
 def test_floats_that_are_no_numbers_do_not_spoil_the_rest():
     values = (RAMP / 255).astype(np.float32)
     values[0, :2] = np.nan, np.inf
@@ -193,7 +269,28 @@ def test_transform_and_processor_decode_alike():
             assert torch.equal(path(Image.open(io.BytesIO(content))), path(decode(content)))
 
 
-@pytest.mark.parametrize("size", [(4000, 1), (1, 4000), (30_000, 100), (4001, 3)])
+def test_the_processor_opens_files_as_it_opens_images(tmp_path):
+    """transformers itself takes any of PIL's formats, and lays transparency over black."""
+    exif = Image.Exif()
+    exif[274] = 6
+    content = encoded(
+        Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 90, 4), dtype=np.uint8)), "PNG", exif=exif
+    )
+    (path := tmp_path / "a.png").write_bytes(content)
+    text = base64.b64encode(content).decode()
+    processor = image_processor(CONFIG)
+    wanted = diffclip.transforms(CONFIG, train=False)(decode(content))
+    for source in (path, str(path), content, text, f"data:image/png;base64,{text}", decode(content)):
+        for given in (source, [source], [source, source]):
+            assert torch.equal(torch.as_tensor(processor(given, return_tensors="pt")["pixel_values"][0]), wanted)
+    for eps in (EPS, base64.b64encode(EPS).decode()):
+        with pytest.raises(OSError):
+            processor(eps)
+    with pytest.raises(ValueError, match="valid path"):
+        processor("there is none.png")
+
+
+@pytest.mark.parametrize("size", [(4000, 1), (1, 4000), (30_000, 100), (4001, 3), (100_000, 1)])
 def test_a_strip_takes_little_memory(size):
     strip = Image.new("RGB", size, (200, 30, 30))
     short = cut_strip(strip)
@@ -202,6 +299,20 @@ def test_a_strip_takes_little_memory(size):
         seen = path(strip)
         assert seen.shape == (3, 224, 224)
         assert torch.allclose(seen, path(Image.new("RGB", (8, 8), (200, 30, 30))), atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [(100_000, 1), (1, 100_000)])
+@pytest.mark.parametrize("mode", ["shortest", "squash", "longest"])
+def test_a_strip_is_seen_in_every_resize_mode_of_open_clip(mode, size):
+    config = {**CONFIG, "preprocess_cfg": {**CONFIG["preprocess_cfg"], "resize_mode": mode, "fill_color": 0}}
+    seen = diffclip.transforms(config, train=False, normalized=False)(Image.new("RGB", size, (200, 30, 30)))
+    if seen.dtype != torch.uint8:  # open_clip's own always normalises
+        mean, std = (torch.tensor(config["preprocess_cfg"][key])[:, None, None] for key in ("mean", "std"))
+        seen = (seen * std + mean) * 255
+    assert seen.shape == (3, 224, 224)
+    middle = seen[:, 108:116, 108:116].flatten(1).float().amax(1)  # in "longest" a line between bars
+    assert (middle - torch.tensor([200, 30, 30])).abs().max() <= 1
+    assert diffclip.transforms(config, train=True)(Image.new("RGB", size)).shape == (3, 224, 224)
 
 
 def test_a_strip_shows_its_middle_as_if_it_were_whole():

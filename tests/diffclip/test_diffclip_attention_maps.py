@@ -156,6 +156,22 @@ def test_masks_are_those_of_the_scenes(tmp_path):
         list(mask_scores.read_masks(folder / "instances.json", folder / "images"))
 
 
+def test_masks_of_another_size_than_the_turned_image_are_refused(tmp_path):
+    """A viewer turns the image by its EXIF; masks drawn without that would lie elsewhere."""
+    exif = Image.Exif()
+    exif[274] = 6
+    Image.new("RGB", (60, 40)).save(tmp_path / "a.jpg", exif=exif)
+    model = diffclip.build("CLIP-tiny")
+    transform, tokenizer = diffclip.transforms(model.model_config, train=False), diffclip.tokenizer(model.model_config)
+    masks = {shape: np.zeros(shape, bool) for shape in ((60, 40), (40, 60))}
+    for mask in masks.values():
+        mask[20:30, 20:30] = True
+    upright = [(tmp_path / "a.jpg", "cat", masks[60, 40])]
+    assert mask_scores.localise(model, transform, tokenizer, upright).shape == (1, 4)
+    with pytest.raises(InputError, match=r"a\.jpg: is 40 x 60 pixels as a viewer shows it, its masks are 60 x 40"):
+        mask_scores.localise(model, transform, tokenizer, [(tmp_path / "a.jpg", "cat", masks[40, 60])])
+
+
 def test_command_compares_models_with_intervals(tmp_path):
     export_scenes(["export", str(tmp_path / "s"), "--only", "segmentation", "--segmentation", "12"])
     for name in NAMES[:2]:

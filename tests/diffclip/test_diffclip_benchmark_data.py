@@ -81,6 +81,226 @@ def test_the_hubs_folder_columns_and_class_names(folder, tmp_path, columns):
     assert found.notes == ["3 classes compete, 2 of them have images to score"]
 
 
+README = """---
+license: mit
+dataset_info:
+{indent}features:
+  - name: image
+    dtype: image
+  - name: label
+    dtype:
+      class_label:
+        names:
+          '0': red
+          '10': ten
+          '2': blue
+          '1': lime
+---
+# A set
+"""
+
+
+@pytest.mark.parametrize("name", ["README.md", "dataset_info.json", "dataset_infos.json", "test/dataset_info.json"])
+def test_class_names_that_are_declared_beside_the_files(folder, tmp_path, name):
+    """As `datasets` wrote them before they stood in the schema, and as the Hub's pages have them."""
+    features = {"image": {"_type": "Image"}, "label": {"names": [*NAMES, "ten"], "_type": "ClassLabel"}}
+    content = {"dataset_infos.json": {"default": {"features": features}}}.get(name, {"features": features})
+    parquet(folder / "test" / "0.parquet", [0, 2])
+    text = README.format(indent="  ") if name == "README.md" else json.dumps(content)
+    (folder / name).write_text(text)
+    assert read_set(tmp_path).classnames == [*NAMES, "ten"]
+    if name == "dataset_infos.json":
+        other = {"label": {"names": ["x", "y", "z"]}}
+        (folder / name).write_text(json.dumps(content | {"other": {"features": other}}))
+        with pytest.raises(InputError, match="declares class names for several configurations"):
+            read_set(tmp_path)
+    (folder / "classnames.txt").write_text("a\nb\nc\n")
+    assert read_set(tmp_path).classnames == ["a", "b", "c"]  # the user's own go first
+
+
+def test_names_are_those_of_the_column_that_is_read(folder, tmp_path):
+    (folder / "dataset_info.json").write_text(json.dumps({"features": {"fine_label": {"names": ["x", "y", "z"]}}}))
+    parquet(folder / "test.parquet", [0, 2], fine_label=[1, 1])
+    with pytest.raises(InputError, match="has numbers as labels: put their names"):
+        read_set(tmp_path)
+
+
+def test_what_datasets_saves_to_disk_is_read(folder, tmp_path):
+    import datasets as hub
+
+    labels = {"train": [0, 1, 2], "test": [2, 1]}
+    features = hub.Features({"image": hub.Image(), "label": hub.ClassLabel(names=NAMES)})
+    rows = {
+        split: hub.Dataset.from_dict({"image": [{"bytes": png(NAMES[n])} for n in of], "label": of}, features=features)
+        for split, of in labels.items()
+    }
+    hub.DatasetDict(rows).save_to_disk(folder)
+    found = read_set(tmp_path)
+    assert found.classnames == NAMES and {split: images.labels for split, images in found.splits.items()} == labels
+    assert colour_of(found.splits["test"], 0) == (0, 0, 255)
+
+
+def test_the_hubs_converted_files_lie_in_the_folder_of_a_configuration(folder, tmp_path):
+    (folder / "classnames.json").write_text(json.dumps(NAMES))
+    parquet(folder / "default" / "test" / "0000.parquet", [0, 2])
+    parquet(folder / "default" / "train" / "0000.parquet", [0, 1, 2])
+    found = read_set(tmp_path)
+    assert found.splits["test"].labels == [0, 2] and found.splits["train"].labels == [0, 1, 2]
+    parquet(folder / "other" / "test" / "0000.parquet", [1])
+    with pytest.raises(InputError, match="has the configurations default, other: keep one"):
+        read_set(tmp_path)
+
+
+WNIDS = {1: "n01491361", 2: "n01440764", 3: "n01440764"}  # tiger shark, tench, tench
+ORDERED = [f"n{number:08d}" for number in (1440764, 1443537, 1484850, 1491361)]  # labels 0 to 3 of ImageNet
+TRUTHS = {
+    "LOC_val_solution.csv": "ImageId,PredictionString\n"
+    + "".join(f"ILSVRC2012_val_{n:08d},{w} 85 1 499 272 {w} 1 1 2 2 \n" for n, w in reversed(WNIDS.items())),
+    "val.txt": "".join(f"ILSVRC2012_val_{n:08d}.JPEG {ORDERED.index(w)}\n" for n, w in WNIDS.items()),
+    "imagenet_2012_validation_synset_labels.txt": "".join(f"{w}\n" for w in WNIDS.values()),
+    "ILSVRC2012_validation_ground_truth.txt": "490\n7\n7\n",  # no order of names
+}
+
+
+@pytest.mark.parametrize("place", ["", "val", "ILSVRC2012_img_val"])
+@pytest.mark.parametrize("name", TRUTHS)
+def test_imagenets_validation_images_in_one_folder(folder, tmp_path, name, place):
+    for number in (3, 1):
+        paint(folder / place / f"ILSVRC2012_val_{number:08d}.JPEG", (number, 0, 0))
+    with pytest.raises(InputError, match=r"holds ImageNet's images without their classes: put one of LOC_val_solution"):
+        read_set(tmp_path)
+    (folder / name).write_text(TRUTHS[name])
+    if "ground_truth" in name:
+        with pytest.raises(InputError, match=r"put meta\.mat or map_clsloc\.txt beside it"):
+            read_set(tmp_path)
+        (folder / "map_clsloc.txt").write_text("n01491361 490 tiger_shark\nn01440764 7 tench\n")
+    found = read_set(tmp_path)
+    assert found.classnames == ["tench", "tiger shark"]
+    assert [(colour_of(found.splits["test"], row)[0], found.splits["test"].labels[row]) for row in (0, 1)] == [
+        (1, 1),
+        (3, 0),
+    ]
+    assert found.notes == ["2 of ImageNet's 1,000 classes are there, and only these compete"]
+    paint(folder / place / "ILSVRC2012_val_00000009.JPEG")
+    with pytest.raises(InputError, match=r"ILSVRC2012_val_00000009\.JPEG: .* has no class for it"):
+        read_set(tmp_path)
+
+
+def test_the_devkits_matlab_file_says_what_the_authors_numbers_mean(folder, tmp_path):
+    import numpy as np
+    import scipy.io
+
+    paint(folder / "val" / "ILSVRC2012_val_00000001.JPEG")
+    (folder / "ILSVRC2012_validation_ground_truth.txt").write_text("490\n")
+    kinds = [("ILSVRC2012_ID", "f8"), ("WNID", "O"), ("words", "O"), ("gloss", "O"), ("num_children", "f8")]
+    rows = [(490, "n01491361", "tiger shark", "", 0), (7, "n01440764", "tench", "", 0), (1001, "n00001740", "", "", 9)]
+    synsets = np.array(rows, dtype=kinds)
+    scipy.io.savemat(folder / "meta.mat", {"synsets": synsets})
+    assert read_set(tmp_path).classnames == ["tiger shark"]
+    (folder / "meta.mat").write_bytes(b"no matlab")
+    with pytest.raises(InputError, match=r"meta\.mat: is not the devkit's"):
+        read_set(tmp_path)
+
+
+def test_tiny_imagenet_as_it_is_unpacked(folder, tmp_path):
+    for number, wnid in enumerate(("n01440764", "n01491361")):
+        paint(folder / "train" / wnid / "images" / f"{wnid}_0.JPEG", (10, 0, 0))
+        paint(folder / "val" / "images" / f"val_{number}.JPEG", (number, 0, 0))
+    paint(folder / "test" / "images" / "test_0.JPEG")  # without labels
+    (folder / "val" / "val_annotations.txt").write_text("val_0.JPEG\tn01491361\t0\t32\nval_1.JPEG\tn01440764\t1\t2\n")
+    found = read_set(tmp_path)
+    assert found.classnames == ["tench", "tiger shark"] and set(found.splits) == {"train", "test"}
+    assert found.splits["test"].labels == [1, 0] and found.splits["train"].labels == [0, 1]
+
+
+def test_objectnet_as_it_is_unpacked(folder, tmp_path):
+    folders = {"alarm_clock": "Alarm clock", "basket": "Basket", "air_freshener": "Air freshener"}
+    mappings = {
+        "folder_to_objectnet_label": folders,
+        "objectnet_to_imagenet_1k": {"Alarm clock": "analog clock; digital clock", "Basket": "shopping basket"},
+    }
+    (folder / "mappings").mkdir()
+    for name, content in mappings.items():
+        (folder / "mappings" / f"{name}.json").write_text(json.dumps(content))
+    for number, name in enumerate(folders):
+        framed = Image.new("RGB", (12, 10), "red")
+        framed.paste((number, 200, 0), (2, 2, 10, 8))
+        (folder / "images" / name).mkdir(parents=True)
+        framed.save(folder / "images" / name / "0.png")
+    found = read_set(tmp_path)
+    assert found.classnames == ["alarm clock", "basket"] and found.splits["test"].labels == [0, 1]
+    image = found.splits["test"][1][0]
+    assert image.size == (8, 6) and image.getextrema() == ((1, 1), (200, 200), (0, 0))  # the border is gone
+    assert found.notes == ["2 of ObjectNet's 3 classes are ImageNet's, and only these compete"]
+    (folder / "images" / "basket" / "0.png").unlink()
+    with pytest.raises(InputError, match=r"images/basket holds no images"):
+        read_set(tmp_path)
+
+
+def test_folders_of_splits_without_classes_are_no_classes(folder, tmp_path):
+    paint(folder / "test" / "1.png")
+    paint(folder / "train" / "1.png")
+    (folder / "test" / "metadata.csv").write_text("file_name,label\n1.png,0\n")
+    with pytest.raises(InputError, match="the images in test and train have no classes: sort them into folders"):
+        read_set(tmp_path)
+
+
+def test_a_folder_among_wordnet_numbers_that_is_none_is_named(folder, tmp_path):
+    """Else all prompts would be numbers: a photo of a n01440764."""
+    for name in ("n01440764", "n01491361", "images"):
+        paint(folder / "test" / name / "1.png")
+    with pytest.raises(InputError, match="images/ is no WordNet number as n01440764/ is"):
+        read_set(tmp_path)
+
+
+def test_imagenet_v2s_numbered_folders_are_imagenets_classes(folder, tmp_path):
+    for number in range(1000):
+        (folder / str(number)).mkdir()
+        (folder / str(number) / "1.png").write_bytes(b"never opened")
+    found = read_set(tmp_path)
+    assert [found.classnames[label] for label in (0, 2, 999)] == ["tench", "great white shark", "toilet paper"]
+    rows = found.splits["test"]
+    assert all(f"/{label}/" in name for name, label in zip(rows.names, rows.labels)) and len(rows) == 1000
+
+
+def test_numbers_and_doubled_keys_of_class_names(folder, tmp_path):
+    parquet(folder / "test.parquet", [0, 2])
+    (folder / "classnames.json").write_text('{"2": "blue", "0": "red", "1": "lime"}')
+    assert read_set(tmp_path).classnames == NAMES
+    (folder / "classnames.json").write_text('{"1": "red", "2": "lime", "3": "blue"}')
+    with pytest.raises(InputError, match="its numbers need to be 0 to 2"):
+        read_set(tmp_path)
+    (folder / "classnames.json").write_text('{"0": "red", "1": "lime", "1": "blue"}')
+    with pytest.raises(InputError, match=r"classnames\.json: '1' stands twice in one object: keep one"):
+        read_set(tmp_path)
+
+
+def test_class_folders_in_a_folder_of_their_own(folder, tmp_path):
+    """images/CLASS/*.jpg: today's one class `images` would be right in all of its images."""
+    for name in ("bus", "dog"):
+        paint(folder / "images" / "all" / name / "1.png")
+    assert read_set(tmp_path).classnames == ["bus", "dog"]
+    paint(folder / "images" / "0.png")
+    assert read_set(tmp_path).classnames == ["images"]
+
+
+def test_pickles_of_cifar_are_not_read(folder, tmp_path):
+    """torchvision unpickles these files once it knows them by their digest; others never."""
+    import pickle
+
+    class Plant:
+        def __reduce__(self):
+            return (tmp_path / "planted").touch, ()
+
+    for name in ("data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4", "data_batch_5", "test_batch"):
+        (folder / "cifar-10-batches-py").mkdir(exist_ok=True)
+        (folder / "cifar-10-batches-py" / name).write_bytes(pickle.dumps(Plant()))
+    (folder / "cifar-10-batches-py" / "batches.meta").write_bytes(pickle.dumps(Plant()))
+    with pytest.raises(InputError, match="cannot be read as torchvision's cifar10"):
+        read_set(tmp_path)
+    assert not (tmp_path / "planted").exists()
+
+
 def test_other_columns_are_named(folder, tmp_path):
     (folder / "classnames.json").write_text(json.dumps(NAMES))
     parquet(folder / "test.parquet", [0, 1], "photo", "target")
@@ -231,8 +451,146 @@ def test_caption_files_of_coco_flickr30k_and_blip(tmp_path):
         found = captioned.read_captioned(tmp_path / name)
         assert (found.captions, found.owner) == (["one", "two", "three"], [0, 0, 1]), name
     (tmp_path / "z.csv").write_text("image,caption\na.png,one, and two\n")
-    with pytest.raises(InputError, match="row 2 has 3 columns and not 2"):
+    with pytest.raises(InputError, match="line 2: more cells than columns, 3 and not 2"):
         captioned.read_captioned(tmp_path / "z.csv")
+
+
+FLICKR = {  # four images, of which c and d are for the test; each file as its authors publish it
+    "results_20130124.token": "".join(f"{n}.png#{i}\t{n} {i}, so\n" for n in "cd" for i in range(2)),
+    "captions.txt": "image,caption\n" + "".join(f'{n}.png,"{n} {i}, so"\n' for n in "cd" for i in range(2)),
+    "annotations.csv": "raw,sentids,split,filename,img_id\n"
+    + "".join(
+        f'"[""{n} 0, so"", ""{n} 1, so""]","[0, 1]",{split},{n}.png,0\n'
+        for n, split in zip("abcd", ["train", "val", "test", "test"])
+    ),
+    "python.csv": "filename;raw;split\nc.png;['c 0, so', 'c 1, so'];test\nd.png;['d 0, so', 'd 1, so'];test\n",
+    "columns.csv": 'image,caption_0,caption_1\nc.png,"c 0, so","c 1, so"\nd.png,"d 0, so","d 1, so"\n',
+    "dataset_flickr30k.json": json.dumps(
+        {
+            "images": [
+                {"filename": f"{n}.png", "split": split, "sentences": [{"raw": f"{n} {i}, so"} for i in range(2)]}
+                for n, split in zip("abcd", ["train", "val", "test", "test"])
+            ],
+            "dataset": "flickr30k",
+        }
+    ),
+    "metadata.jsonl": "".join(
+        json.dumps({"file_name": f"{n}.png", "text": f"{n} {i}, so"}) + "\n" for n in "cd" for i in range(2)
+    ),
+    "coco_karpathy_test.json": json.dumps(
+        [{"image": f"/export/share/flickr30k-images/{n}.png", "caption": [f"{n} 0, so", f"{n} 1, so"]} for n in "cd"]
+    ),
+    "one_a_row.json": json.dumps([{"image": f"{n}.png", "caption": f"{n} {i}, so"} for n in "cd" for i in range(2)]),
+}
+
+
+@pytest.mark.parametrize("place", ["", "flickr30k-images"])
+@pytest.mark.parametrize("name", FLICKR)
+def test_captions_as_their_authors_publish_them(tmp_path, name, place):
+    for number, letter in enumerate("abcd"):
+        paint(tmp_path / place / f"{letter}.png", (number, 0, 0))
+    (tmp_path / name).write_text(FLICKR[name])
+    (tmp_path / "readme.txt").write_text("who took them\n")
+    for path in (tmp_path, tmp_path / name):
+        found = captioned.read_captioned(path)
+        assert found.captions == ["c 0, so", "c 1, so", "d 0, so", "d 1, so"] and found.owner == [0, 0, 1, 1]
+        assert [colour_of(found.images, row)[0] for row in range(2)] == [2, 3]
+
+
+def test_lists_of_images_beside_flickr8ks_captions_are_its_splits(tmp_path):
+    for number, letter in enumerate("abc"):
+        paint(tmp_path / "Flicker8k_Dataset" / f"{letter}.png", (number, 0, 0))
+    (tmp_path / "Flickr8k.token.txt").write_text("".join(f"{n}.png#{i}\t{n} {i}\n" for n in "abc" for i in range(2)))
+    for split, name in (("train", "a"), ("dev", "b"), ("test", "c")):
+        (tmp_path / f"Flickr_8k.{split}Images.txt").write_text(f"{name}.png\n")
+    found = captioned.read_captioned(tmp_path)
+    assert found.captions == ["c 0", "c 1"] and colour_of(found.images, 0) == (2, 0, 0)
+    (tmp_path / "Flickr8k.token.txt").write_text("a.png#0\tone\na.png: two\n")
+    with pytest.raises(InputError, match=r"Flickr8k\.token\.txt line 2: is not image#number"):
+        captioned.read_captioned(tmp_path)
+
+
+def test_coco_is_read_as_it_is_unpacked(tmp_path):
+    paint(tmp_path / "val2017" / "000000000139.jpg")
+    paint(tmp_path / "train2017" / "000000000009.jpg", "blue")
+    coco = {
+        "images": [{"id": 139, "file_name": "000000000139.jpg"}],
+        "annotations": [{"image_id": 139, "caption": "a"}],
+    }
+    boxes = {"images": [], "annotations": [{"bbox": []}]}
+    (tmp_path / "annotations").mkdir()
+    for name, content in (
+        ("captions_val2017", coco),
+        ("instances_val2017", boxes),
+        ("person_keypoints_val2017", boxes),
+    ):
+        (tmp_path / "annotations" / f"{name}.json").write_text(json.dumps(content))
+    assert captioned.read_captioned(tmp_path).captions == ["a"]
+    coco["images"][0]["file_name"] = "000000000009.jpg"
+    (tmp_path / "annotations" / "captions_train2017.json").write_text(json.dumps(coco))
+    with pytest.raises(InputError, match="has the splits train, val and no test: keep the one to score"):
+        captioned.read_captioned(tmp_path)
+    only = captioned.read_captioned(tmp_path / "annotations" / "captions_val2017.json")
+    assert colour_of(only.images, 0)[0] > 250
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ('{"a.png": ["x"], "a.png": ["y"]}', r"x\.json: 'a\.png' stands twice in one object"),
+        ('[{"image": "a.png", "caption": "x", "split": "holdout"}]', "entry 0: its split 'holdout' is none"),
+        ('[{"image_id": 1, "caption": "x"}]', r"entry 0: lacks its image or its captions: write \{image, caption\}"),
+        ('{"images": [{"id": 1, "file_name": "a.png"}, {"id": 1, "file_name": "a.png"}], "annotations": []}', "one id"),
+        (
+            '{"images": [{"id": 1, "file_name": "a.png"}], "annotations": [{"image_id": 2, "caption": "x"}]}',
+            "has a caption of image 2, which it does not list",
+        ),
+    ],
+)
+def test_captions_that_could_be_read_as_something_else_are_refused(tmp_path, content, message):
+    paint(tmp_path / "a.png")
+    (tmp_path / "x.json").write_text(content)
+    with pytest.raises(InputError, match=message):
+        captioned.read_captioned(tmp_path)
+
+
+def test_captions_as_text_or_objects_are_the_same(tmp_path):
+    paint(tmp_path / "a.png")
+    for sentences in (["x", "y"], [{"raw": "x"}, {"raw": "y"}], [{"caption": "x"}, "y"]):
+        rows = {"images": [{"filename": "a.png", "filepath": None, "split": None, "sentences": sentences}]}
+        (tmp_path / "x.json").write_text(json.dumps(rows))
+        assert captioned.read_captioned(tmp_path).captions == ["x", "y"]
+
+
+def test_an_image_that_could_be_two_files_is_refused(tmp_path):
+    for folder in ("one", "two"):
+        paint(tmp_path / folder / "a.png")
+    (tmp_path / "x.json").write_text(json.dumps({"a.png": ["red"]}))
+    with pytest.raises(InputError, match=r"image a\.png could be .*one/a\.png and .*two/a\.png: remove one"):
+        captioned.read_captioned(tmp_path)
+    (tmp_path / "x.json").write_text(json.dumps({"two/a.png": ["red"]}))
+    assert captioned.read_captioned(tmp_path).images.names[0].endswith("two/a.png")
+    (tmp_path / "x.json").write_text(json.dumps({"b.png": ["red"]}))
+    with pytest.raises(InputError, match=r"image b\.png is neither beside the file nor in a folder beside it"):
+        captioned.read_captioned(tmp_path)
+
+
+def test_one_image_in_several_rows_of_parquet_is_one_image(tmp_path):
+    """As the Hub's copies of COCO with a row a caption: each caption of an image is a right answer to it."""
+    table = {"image": [png("red"), png("red"), png("blue")], "caption": ["one", "two", "three"]}
+    pyarrow.parquet.write_table(pyarrow.table(table), tmp_path / "test.parquet")
+    found = captioned.read_captioned(tmp_path)
+    assert (found.captions, found.owner, len(found.images)) == (["one", "two", "three"], [0, 0, 1], 2)
+    table = {"image": [png("red")], "caption_0": ["one"], "caption_1": ["two"], "caption_2": [None]}
+    pyarrow.parquet.write_table(pyarrow.table(table), tmp_path / "test.parquet")
+    assert captioned.read_captioned(tmp_path).captions == ["one", "two"]
+    paint(tmp_path / "images" / "a.png", "lime")
+    table = {"image": ["images/a.png"], "caption": ["one"]}
+    pyarrow.parquet.write_table(pyarrow.table(table), tmp_path / "test.parquet")
+    assert colour_of(captioned.read_captioned(tmp_path).images, 0) == (0, 255, 0)
+    pyarrow.parquet.write_table(pyarrow.table({**table, "image": ["b.png"]}), tmp_path / "test.parquet")
+    with pytest.raises(InputError, match=r"row 0: its image b\.png is not beside the file"):
+        captioned.read_captioned(tmp_path)
 
 
 def test_mmvp_as_windows_wrote_it(tmp_path):
@@ -324,6 +682,26 @@ def test_one_class_in_two_of_unicodes_forms(folder, tmp_path):
 
 def test_retrieval_without_a_file_that_can_be_read_is_no_empty_suite(tmp_path):
     paint(tmp_path / "retrieval" / "a.png")
-    (tmp_path / "retrieval" / "captions.jsonl").write_text('{"image": "a.png", "caption": "red"}\n')
+    (tmp_path / "retrieval" / "captions.md").write_text("a.png is red\n")
+    (tmp_path / "retrieval" / "readme.txt").write_text("an image, a caption\n")
     with pytest.raises(InputError, match=r"retrieval holds no \.tar, \.parquet or \.json"):
         datasets.read(tmp_path, datasets.suite_from_folder(tmp_path))
+
+
+def test_an_unfinished_table_says_of_how_many_classes_and_images(tmp_path):
+    from diffclip.benchmarks.evaluate import notes
+
+    for name, label in (("red", 0), ("lime", 1), ("blue", 2)):
+        paint(tmp_path / "classification" / "set" / "test" / name / f"{label}.png", name)
+        paint(tmp_path / "classification" / "dtd" / "test" / name / f"{label}.png", name)
+    for name in ("red", "blue"):
+        paint(tmp_path / "shifts" / "other" / name / "0.png", name)
+    paint(tmp_path / "retrieval" / "flickr8k" / "a.png")
+    (tmp_path / "retrieval" / "flickr8k" / "captions.txt").write_text("image,caption\na.png,red\n")
+    suite = datasets.suite_from_folder(tmp_path)
+    suite["shifts"]["other"]["of"] = "set"
+    assert notes(datasets.read(tmp_path, suite)) == {
+        "other": "2 of the 3 classes of set have images; only these compete",
+        "dtd": "scored on 3 images; the published test set has 1,880",
+        "flickr8k": "scored on 1 images; the published test set has 1,000",
+    }

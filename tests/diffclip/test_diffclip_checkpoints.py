@@ -486,3 +486,24 @@ def test_broken_directories_of_transformers_clip_list_every_key(tmp_path):
         checkpoints.load(tmp_path)
     assert "missing visual.transformer.resblocks.1.attn.in_proj_weight" in str(caught.value)
     assert "unexpected text_model.surprise" in str(caught.value)
+
+
+def test_a_run_trained_by_other_rules_of_decoding_is_told_of(tmp_path):
+    from diffclip.base.images import DECODING
+
+    model = diffclip.build("CLIP-tiny")
+    diffclip.save(model, tmp_path)  # converted or exported: nobody knows
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        diffclip.load(tmp_path)
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.warns(UserWarning, match=rf"was trained before images were turned .*decoding 1, now {DECODING}"):
+        diffclip.load(tmp_path)
+    model.model_config["diffclip"]["decoding"] = DECODING  # as pretraining does
+    diffclip.save(model, tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loaded = diffclip.load(tmp_path)[0]
+    assert loaded.model_config["diffclip"]["decoding"] == DECODING
+    settings = json.loads((tmp_path / "preprocessor_config.json").read_text())
+    assert settings["decoding"] == DECODING

@@ -1,5 +1,6 @@
 """MMVP-VLM scores against the official ones, its files read by question id."""
 
+import csv
 import json
 
 import numpy as np
@@ -92,11 +93,28 @@ def test_incomplete_sets_are_named(tmp_path, change, message):
         mmvp.read_mmvp(tmp_path)
 
 
-def test_utf16_is_not_read_as_cp1252(tmp_path):
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "cp1252", "utf-16-be"])
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_a_table_is_read_as_excel_saves_it(tmp_path, encoding, separator):
+    rows = [[1, "Color", 'a "red" ball – here'], [2, "Color", "a blue ball"], [3, "Count", "one; a ball"]]
+    rows += [[4, "Count", "two balls,\tbig"], ["", "", ""]]
     write(tmp_path)
-    path = tmp_path / "Questions.csv"
-    path.write_text(path.read_text(), encoding="utf-16")
-    with pytest.raises(InputError, match="iconv -f utf-16"):
+    with open(tmp_path / "Questions.csv", "w", encoding=encoding, newline="") as file:
+        if encoding == "utf-16-be":
+            file.write("\ufeff")
+        if separator == ";":
+            file.write("sep=;\r\n")
+        writer = csv.writer(file, delimiter=separator, lineterminator="\r\n")
+        writer.writerows([["Question ID", "Type", "Statement"], [], *rows, []])
+    pairs = mmvp.read_mmvp(tmp_path)
+    assert pairs.statements == ['a "red" ball – here', "a blue ball", "one; a ball", "two balls,\tbig"]
+    assert pairs.categories == ["Color", "Count"]
+
+
+def test_a_table_of_no_known_encoding_is_named(tmp_path):
+    write(tmp_path)
+    (tmp_path / "Questions.csv").write_bytes(b"Question ID,Type,Statement\n1,Color,\x81 ball\n")
+    with pytest.raises(InputError, match="is not cp1252"):
         mmvp.read_mmvp(tmp_path)
 
 

@@ -101,6 +101,43 @@ def test_a_shard_cannot_run_its_authors_code(shards, tmp_path):
     assert planted.exists()  # the marker is a real one: webdataset's own table runs it
 
 
+def test_its_data_sets_show_what_ours_do(tmp_path):
+    """webdataset's shards and torchvision's folders: turned, over white, 16 bits scaled, and no other formats."""
+    from clip_benchmark.datasets.builder import build_wds_dataset
+    from torchvision.datasets import ImageFolder
+
+    from diffclip.base.images import as_decoder, decode
+
+    exif = Image.Exif()
+    exif[274] = 6
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 4), dtype=np.uint8)
+    images = [Image.fromarray(pixels), Image.fromarray(pixels[..., 0].astype(np.uint16) * 257)]
+    contents = []
+    for image in images:
+        image.save(buffer := io.BytesIO(), "PNG", exif=exif)
+        contents.append(buffer.getvalue())
+    (tmp_path / "test").mkdir()
+    (tmp_path / "folder" / "class").mkdir(parents=True)
+    (tmp_path / "test" / "nshards.txt").write_text("1")
+    with tarfile.open(tmp_path / "test" / "0.tar", "w") as tar:
+        for number, content in enumerate(contents):
+            (tmp_path / "folder" / "class" / f"{number}.png").write_bytes(content)
+            for suffix, data in (("png", content), ("cls", b"0")):
+                info = tarfile.TarInfo(f"s{number}.{suffix}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    wanted = [decode(content).tobytes() for content in contents]
+    opened = Image.open
+    with as_decoder():
+        shards = build_wds_dataset("mine", lambda image: (image.size, image.tobytes()), "test", str(tmp_path))
+        assert [image for image, _ in shards] == [((20, 30), pixels) for pixels in wanted]
+        assert [image.tobytes() for image, _ in ImageFolder(tmp_path / "folder")] == wanted
+        assert [decode(content).tobytes() for content in contents] == wanted  # ours is the same within
+        with pytest.raises(OSError):
+            Image.open(io.BytesIO(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 20 20\n%%EndComments\n"))
+    assert Image.open is opened
+
+
 def test_ghostscript_is_out_of_reach(monkeypatch):
     from PIL import EpsImagePlugin
     from webdataset import autodecode

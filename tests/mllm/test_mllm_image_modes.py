@@ -1,5 +1,7 @@
 """Ways to make an image square: what is seen, what is not, and that the choice is saved with the model."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -8,9 +10,10 @@ from transformers import AutoProcessor
 
 import diffclip
 from diffclip.base.errors import InputError
+from diffclip.base.images import DECODING
 from diffclip.hf import image_processor
 from mllm.assemble import assemble
-from mllm.model import VisionLanguageModel, load
+from mllm.model import VisionLanguageModel, load, transform_fingerprint
 from mllm.processing import bounded, with_mode
 
 
@@ -57,7 +60,29 @@ def test_the_mode_is_saved_with_the_model(mode, tower_dir, language_dir, tmp_pat
     assert torch.isfinite(model(**inputs).logits).all()
 
 
-@pytest.mark.parametrize("size", [(4000, 1), (1, 4000), (60_000, 60)])
+@pytest.mark.parametrize("mode", ["crop", "squash", "pad"])
+def test_a_run_records_how_its_images_were_decoded_and_one_of_before_is_told_of(
+    mode, tower_dir, language_dir, tmp_path, recwarn
+):
+    model, processor = assemble(tower_dir, language_dir, image_mode=mode)
+    VisionLanguageModel(model, processor).save(tmp_path)
+    assert load(tmp_path).processor.image_processor.decoding == DECODING
+    assert not [w for w in recwarn if "decoding" in str(w.message)]
+    settings = json.loads((tmp_path / "processor_config.json").read_text())
+    del settings["image_processor"]["decoding"]
+    (tmp_path / "processor_config.json").write_text(json.dumps(settings))
+    with pytest.raises(InputError, match="prepares images in another way"), pytest.warns(UserWarning):
+        load(tmp_path)  # it was there when the run was saved
+    prints = json.loads((tmp_path / "fingerprints.json").read_text())
+    del processor.image_processor.decoding  # as runs before this version were saved
+    prints["transform"] = transform_fingerprint(processor)
+    (tmp_path / "fingerprints.json").write_text(json.dumps(prints))
+    with pytest.warns(UserWarning, match=r"was trained before images were turned .*decoding 1, now 2") as told:
+        load(tmp_path)
+    assert len([w for w in told if "decoding" in str(w.message)]) == 1
+
+
+@pytest.mark.parametrize("size", [(4000, 1), (1, 4000), (60_000, 60), (100_000, 1)])
 @pytest.mark.parametrize("mode", ["crop", "squash", "pad"])
 @pytest.mark.parametrize("kind", ["ours", "clip"])
 def test_a_strip_takes_little_memory_in_every_mode(kind, mode, size, tower_dir):
@@ -66,7 +91,7 @@ def test_a_strip_takes_little_memory_in_every_mode(kind, mode, size, tower_dir):
     (image,) = bounded([Image.new("RGB", size, (200, 30, 30))], processor)
     width, height = image.size
     if mode == "pad":
-        assert max(width, height) ** 2 <= Image.MAX_IMAGE_PIXELS
+        assert max(width, height) <= 2048  # and so is the square between whose bars it lies
     elif mode == "crop":
         assert max(width, height) <= 17 * min(width, height)
     pixels = processor([image], return_tensors="pt")["pixel_values"][0]

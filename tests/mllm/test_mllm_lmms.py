@@ -160,7 +160,7 @@ def test_an_lmms_eval_that_fails_is_an_error(installed, tmp_path, pope_dir, monk
         evaluate_with_lmms(tmp_path / "run", *asked_about(pope_dir), tmp_path / "out", controls=())
 
 
-def test_a_tasks_own_conversion_to_rgb_shows_what_our_decoder_shows():
+def test_a_tasks_own_conversion_to_rgb_shows_what_our_decoder_shows(tmp_path):
     """lmms-eval's tasks say `doc["image"].convert("RGB")`, on what `datasets` has decoded."""
     import io
 
@@ -193,7 +193,9 @@ def test_a_tasks_own_conversion_to_rgb_shows_what_our_decoder_shows():
         wanted = decode(content)
         first = plugin._images(lambda doc: [doc["image"].convert("RGB")], i, "t", "test")
         rest = plugin._images(lambda doc: [one.convert("RGB") for one in doc["more"]], i, "t", "test")
-        for seen in (*first, *rest):
+        (file := tmp_path / str(i)).write_bytes(content)
+        opened = plugin._images(lambda doc, file=file: [Image.open(file).convert("RGB")], i, "t", "test")
+        for seen in (*first, *rest, *opened):
             assert seen.size == wanted.size and seen.tobytes() == wanted.tobytes()
     assert not EpsImagePlugin.has_ghostscript()
 

@@ -301,6 +301,71 @@ def test_answers_of_other_programs_are_matched_by_question(folder, tmp_path, for
         answers_to(asked, tmp_path / "answers.jsonl")
 
 
+HUB = {"text": "question", "label": "answer", "image": "image_source"}
+
+
+def test_questions_may_be_one_list_with_the_hubs_keys_in_any_case(folder, tmp_path):
+    asked = read(folder)
+    for split in SPLITS:
+        lines = [{HUB.get(k, k): v.upper() if k == "label" else v for k, v in row.items()} for row in rows(split)]
+        (folder / f"coco_pope_{split}.json").write_text(json.dumps(lines, indent=1))
+    assert read(folder) == asked and version(read(folder)) == version(asked)
+    (folder / "coco_pope_random.json").write_text(json.dumps([*lines[:1], {**lines[1], "answer": "maybe"}]))
+    with pytest.raises(InputError, match=r"coco_pope_random\.json: row 1: label is `maybe`"):
+        read(folder)
+
+
+def test_the_hubs_two_copies_of_all_questions_are_told_apart(folder, tmp_path):
+    (tmp_path / "hub").mkdir()
+    parquet(tmp_path / "hub" / "data", False)
+    parquet(tmp_path / "hub" / "Full", True)
+    with pytest.raises(InputError, match=r"asked twice.* or name one of the folders .*hub/Full, .*hub/data"):
+        read(tmp_path / "hub")
+    assert version(read(tmp_path / "hub" / "Full")) == version(read(folder))
+
+
+@pytest.mark.parametrize("key", ["answer", "prediction", "pred", "response", "output"])
+@pytest.mark.parametrize("layout", ["lines", "list"])
+def test_answers_under_other_keys_and_as_one_list(folder, tmp_path, key, layout):
+    asked = read(folder)
+    lines = [{"category": q.split, "image_source": q.image, "question": q.text, key: f" {q.label} "} for q in asked]
+    lines = [{**line, key: line[key].upper()} for line in lines]
+    random.Random(3).shuffle(lines)
+    path = tmp_path / "answers.json"
+    path.write_text(json.dumps(lines, indent=1) if layout == "list" else "".join(f"{json.dumps(x)}\n" for x in lines))
+    assert [parse_lmms_eval(answer) for answer in answers_to(asked, path)] == [q.label for q in asked]
+
+
+def test_lmms_evals_samples_are_answers(folder, tmp_path):
+    asked = read(folder)
+    names = ("question_id", "question", "answer", "image_source", "category")
+    docs = [dict(zip(names, (q.question_id, q.text, q.label, q.image, q.split))) for q in asked]
+    lines = [
+        {"doc_id": n, "doc": doc, "target": "yes", "filtered_resps": [doc["answer"]] if n % 2 else doc["answer"]}
+        for n, doc in enumerate(docs)
+    ]
+    write(tmp_path / "samples.jsonl", lines[::-1])
+    assert answers_to(asked, tmp_path / "samples.jsonl") == [q.label for q in asked]
+
+
+@pytest.mark.parametrize("part", ["all", "popular"])
+def test_the_authors_answers_have_no_image_but_the_order_of_the_questions(folder, tmp_path, part):
+    """{"question": "is there a bird in the image?", "answer": "yes"} a line, as their repository says."""
+    for number, split in enumerate(SPLITS):  # in each file another order
+        lines = rows(split)
+        write(folder / f"coco_pope_{split}.json", lines[4 * number :] + lines[: 4 * number])
+    asked = [q for q in read(folder) if part in ("all", q.split)]
+    lines = [{"question": q.text.replace("Is", "is"), "answer": f"{q.label}."} for q in asked]
+    path = tmp_path / "answers.json"
+    write(path, lines)
+    given = join(asked, read_answers(path, asked))
+    assert [parse_strict(answer.text) for answer in given] == [q.label for q in asked]
+    for changed in (lines[1:], lines[::-1], [*lines, lines[0]]):  # never matched by place alone
+        write(path, changed)
+        with pytest.raises(InputError, match="not an answer"):
+            read_answers(path, asked)
+
+
 def release(random_lines, name="COCO_val2014_{:012}.jpg", end="image?"):
     counts = {"random": random_lines, "popular": 3000, "adversarial": 3000}
     return [
@@ -405,7 +470,7 @@ def test_odd_lines_of_answers(folder, tmp_path):
     path.write_bytes(text.encode() + b'\n{"answer": "caf\xe9"}')
     with pytest.raises(InputError, match=rf"answers\.jsonl:{2 * len(asked)}: not UTF-8"):
         answers_to(asked, path)
-    no_answer = json.dumps({"image": asked[0].image, "question": asked[0].text, "prediction": "Yes"})
+    no_answer = json.dumps({"image": asked[0].image, "question": asked[0].text, "said": "Yes"})
     for line in ("[1, 2]", no_answer, '{"question_id": 1, "text": "Yes"}', '{"question": "Is?", "answer": "Yes"}'):
         path.write_text(line + "\n")
         with pytest.raises(InputError, match=r"answers\.jsonl:1: not an answer.*rows are \{image, question, answer\}"):

@@ -52,6 +52,8 @@ def test_score_says_whether_the_image_is_used(pope, capsys):
     out = capsys.readouterr().out
     assert "the model does not use the image: accuracy 25.0" in out
     assert "parser lmms_eval" in out and "100.0" in out  # all invalid by lmms-eval's rule
+    assert "parser lmms_eval: 72 of 72 answers are neither yes nor no, e.g. random 0.png, Is there a cat" in out
+    assert "parser strict: 72" not in out
 
 
 def test_compare_has_the_papers_columns_and_mcnemars_p(pope, capsys, tmp_path):

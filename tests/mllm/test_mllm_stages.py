@@ -12,6 +12,8 @@ from launch import ROOT, call, run_ranks, start
 from safetensors.torch import load_file
 
 from diffclip.base.errors import InputError
+from diffclip.base.schema import COMPLETE
+from diffclip.base.sealed import seal
 from mllm.assemble import assemble
 from mllm.model import load
 from stages import align, instruct
@@ -150,12 +152,15 @@ def test_a_killed_rank_ends_the_launcher_and_the_command_goes_on_to_the_same_wei
     assert json.loads((out / "run.json").read_text())["state"] != "finished"
     newest = max(path.parent for path in out.glob("checkpoint-*/complete"))
     share = next(newest.glob("global_step*/*optim_states.pt"))
-    honest = share.read_bytes()
+    honest = {file: file.read_bytes() for file in (share, newest / COMPLETE)}
     torch.save({"optimizer_state_dict": Planted(tmp_path / "marker")}, share)
+    sealed = json.loads(honest[newest / COMPLETE])
+    (newest / COMPLETE).write_text(json.dumps(sealed | {"files": seal(newest, sealed["files"])}))  # as a stranger would
     refused = run_ranks(2, *arguments, check=False)
     assert refused.returncode == 2 and f"{share}: is not safe to read" in refused.stderr
     assert not (tmp_path / "marker").exists()
-    share.write_bytes(honest)
+    for file, content in honest.items():
+        file.write_bytes(content)
     assert "resumes at step" in run_ranks(2, *arguments).stdout
     found, wanted = weights(out), weights(calm / "two")
     assert all(torch.equal(found[key], wanted[key]) for key in wanted)

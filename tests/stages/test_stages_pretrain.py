@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 import diffclip
 from diffclip.base.errors import InputError
+from diffclip.base.images import DECODING
 from diffclip.data.pairs import PairTable
 from stages import pretrain, pretraining
 from stages.run import Run
@@ -303,6 +304,9 @@ def test_the_model_is_saved_before_what_can_fail(shards, tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match="validation failed"):
         in_process(*command(shards, tmp_path / "run", "--epochs=1", "--global_batch_size=64"))
     assert weights(tmp_path / "run")
+    for file, keys in (("open_clip_config.json", ["diffclip"]), ("preprocessor_config.json", []), ("run.json", [])):
+        record = json.loads((tmp_path / "run" / file).read_text())
+        assert (record[keys[0]] if keys else record)["decoding"] == DECODING, file  # by which rules images were seen
 
 
 def test_a_loss_that_is_not_finite_stops_with_step_and_samples(shards, tmp_path):
