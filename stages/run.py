@@ -137,8 +137,9 @@ class Run:
         self._write_record()
         if before and (began := before.get("decoding", 1)) != DECODING:
             self.log(
-                f"{self.stage}: began with images decoded by rules {began}, goes on by {DECODING}: from here on they are "
-                "turned as EXIF says, transparency is white, 16 bits are scaled; start anew if the data has such images"
+                f"{self.stage}: began with images decoded by rules {began}, goes on by {DECODING}: from here on they "
+                "are turned as EXIF says, transparency is white, 16 bits are scaled; start anew if the data has such "
+                "images"
             )
         if found.taken:
             self.log(f"{self.stage}: goes on with {', '.join(found.taken)}, as it was told to")
