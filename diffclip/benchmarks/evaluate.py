@@ -27,7 +27,7 @@ from diffclip.benchmarks import PROTOCOLS, datasets, paper, prompts
 from diffclip.benchmarks.comparison import compare, markdown, model_groups
 from diffclip.benchmarks.features import Encoder, save_tensors
 from diffclip.benchmarks.images import Images
-from diffclip.benchmarks.protocol import Data, Evaluation, Settings, load
+from diffclip.benchmarks.protocol import Data, Evaluation, Protocol, Settings, load
 
 
 def evaluate_clip(
@@ -46,7 +46,7 @@ def evaluate_clip(
 
     Writes `clip_benchmarks.json` (the scores, what they were made with, what was skipped and why) and
     `clip_outcomes.safetensors` (one number per sample under the name of a score, which is 100 times their mean). Where
-    a part fails, both hold what was scored until then, and the former has `failed` with the reason.
+    a set cannot be scored, both hold the scores of all others, and the former has `failed` with the reasons.
 
     In an initialised process group all ranks encode; rank 0 alone scores and writes, and the others return {} before.
 
@@ -87,21 +87,41 @@ def evaluate_clip(
     }
     result: dict[str, Any] = {"metrics": evaluation.metrics, "skipped": evaluation.skipped, "about": about}
     try:
-        for part, names in groupby(PROTOCOLS, lambda name: PROTOCOLS[name].part):
-            protocols = [chosen[name] for name in names if name in chosen]
-            for set_name, dataset in data.sets(part).items():
-                for protocol in protocols:
-                    protocol.score(evaluation, set_name, dataset)
-            for protocol in protocols:
-                if protocol.finish and data.sets(part):
-                    protocol.finish(evaluation)
+        if failed := _score(evaluation, chosen):
+            result["failed"] = "; ".join(failed)
+            more = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
+            kept = f"{len(evaluation.metrics)} other scores are in {out_dir / CLIP_BENCHMARKS}"
+            raise InputError(f"{failed[0]}{more}; {kept}, and the same command takes up what it has")
     except BaseException as error:
-        result["failed"] = str(error) or type(error).__name__
+        result.setdefault("failed", str(error) or type(error).__name__)
         raise
     finally:
         save_tensors(evaluation.outcomes, out_dir / CLIP_OUTCOMES)
         write_json(out_dir / CLIP_BENCHMARKS, result)
     return evaluation.metrics
+
+
+def _score(evaluation: Evaluation, chosen: Mapping[str, Protocol]) -> list[str]:
+    """Score every set by every protocol; where one cannot be scored, the others are all the same, and this says why.
+
+    A protocol averages over its sets only where all of them have scores.
+    """
+    failed: list[str] = []
+    for part, names in groupby(PROTOCOLS, lambda name: PROTOCOLS[name].part):
+        here = [name for name in names if name in chosen]
+        incomplete = set()
+        for set_name, dataset in evaluation.data.sets(part).items():
+            for name in here:
+                try:
+                    chosen[name].score(evaluation, set_name, dataset)
+                except InputError as error:
+                    incomplete.add(name)
+                    failed.append(f"{name} {set_name}".strip() + f": {error}")
+        for name in here:
+            finish = chosen[name].finish
+            if finish and evaluation.data.sets(part) and name not in incomplete:
+                finish(evaluation)
+    return failed
 
 
 def notes(data: Data) -> dict[str, str]:

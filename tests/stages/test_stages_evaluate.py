@@ -1,6 +1,7 @@
 """The evaluation stage with CLIPs that are not ours, and what it leaves where a later part fails."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -121,3 +122,21 @@ def test_a_set_that_fails_leaves_the_scores_before_it(tmp_path, data):
         evaluate_clip(*diffclip.load(tmp_path / "model"), tmp_path / "data", tmp_path / "scores", Settings(quiet=True))
     stored = json.loads((tmp_path / "scores/clip_benchmarks.json").read_text())
     assert "zero_shot/colours/top1" in stored["metrics"] and "a.png cannot be read" in stored["failed"]
+
+
+def test_a_set_that_fails_first_keeps_no_other_from_its_scores(tmp_path, data):
+    import diffclip
+    from diffclip.benchmarks.evaluate import evaluate_clip
+    from diffclip.benchmarks.protocol import Settings
+
+    write_model("ViT", tmp_path / "model")
+    sets = tmp_path / "data" / "classification"
+    shutil.copytree(data / "classification", sets)
+    for label in ("one", "two"):
+        (sets / "a" / "test" / label).mkdir(parents=True)
+        (sets / "a" / "test" / label / "x.png").write_bytes(b"no image")
+    with pytest.raises(InputError, match=r"zero_shot a: .*x\.png cannot be read.*other scores are in .*json") as error:
+        evaluate_clip(*diffclip.load(tmp_path / "model"), tmp_path / "data", tmp_path / "scores", Settings(quiet=True))
+    stored = json.loads((tmp_path / "scores/clip_benchmarks.json").read_text())
+    assert "zero_shot/colours/top1" in stored["metrics"] and not any("/a/" in name for name in stored["metrics"])
+    assert str(len(stored["metrics"])) in str(error.value)
