@@ -2,17 +2,31 @@
 
 import json
 import re
+from collections.abc import Sequence
 
 
-def parse_captions(raw: bytes, member: str) -> list[str]:
-    """Captions of one sample: the lines of a .txt, or a .json's `captions` (else `caption`), or a list in it."""
-    if member != "json":
-        return not_empty(caption_lines(raw.decode("utf-8-sig")))
+def parse_captions(raw: bytes, member: str, keys: Sequence[str] = (), encoding: str = "utf-8") -> list[str]:
+    """Captions of one sample: the lines of a text, or of a .json `captions` (else `caption`), or a list in it.
+
+    Args:
+        member: the suffix; what ends in json is JSON.
+        keys: of a JSON object, that hold captions; all that are there count.
+        encoding: of texts.
+
+    Raises:
+        ValueError: there is none, or they cannot be read.
+    """
+    if not member.endswith("json"):
+        return not_empty(caption_lines(raw.decode("utf-8-sig" if encoding == "utf-8" else encoding)))
     values = json.loads(raw)
     if isinstance(values, dict):
-        if "captions" not in values and "caption" not in values:
-            raise ValueError(f"the .json has neither `captions` nor `caption`, but {', '.join(values) or 'nothing'}")
-        values = values.get("captions") or values.get("caption")
+        if not any(key in values for key in keys or ("captions", "caption")):
+            wanted = " nor ".join(f"`{key}`" for key in keys or ("captions", "caption"))
+            raise ValueError(
+                f"the .json has {'no' if len(keys) == 1 else 'neither'} {wanted}, but {', '.join(values) or 'nothing'}; "
+                "set caption_column to the key"
+            )
+        values = [values.get(key) for key in keys] if keys else values.get("captions") or values.get("caption")
     elif not isinstance(values, list):
         raise ValueError("the .json is neither an object with `captions` nor a list of them")
     return not_empty(texts(values))
