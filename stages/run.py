@@ -167,6 +167,8 @@ class Run:
         for setting in dataclasses.fields(self.config):
             name = setting.name
             value, old = now[name], settings.get(name, now[name])
+            if isinstance(value, list) and isinstance(old, str):  # settings that took one value once
+                old = [old]
             if name in inputs_now and name in inputs_before:
                 if contents(inputs_now[name]) != contents(inputs_before[name]):
                     deciding.append(f"{name} ({other_files(inputs_before[name], inputs_now[name])})")

@@ -22,10 +22,9 @@ def parse_captions(raw: bytes, member: str, keys: Sequence[str] = (), encoding: 
     if isinstance(values, dict):
         if not any(key in values for key in keys or ("captions", "caption")):
             wanted = " nor ".join(f"`{key}`" for key in keys or ("captions", "caption"))
-            raise ValueError(
-                f"the .json has {'no' if len(keys) == 1 else 'neither'} {wanted}, but {', '.join(values) or 'nothing'}; "
-                "set caption_column to the key"
-            )
+            none = "no" if len(keys) == 1 else "neither"
+            held = ", ".join(values) or "nothing"
+            raise ValueError(f"the .json has {none} {wanted}, but {held}; set caption_column to the key")
         values = [values.get(key) for key in keys] if keys else values.get("captions") or values.get("caption")
     elif not isinstance(values, list):
         raise ValueError("the .json is neither an object with `captions` nor a list of them")
@@ -50,7 +49,9 @@ def texts(value: object) -> list[str]:
 
 
 def not_empty(captions: list[str]) -> list[str]:
-    """The captions; ValueError where there is none."""
+    """The captions; ValueError where there is none, or one holds half of a surrogate pair, which no tokenizer takes."""
     if not captions:
         raise ValueError("empty caption")
+    for caption in captions:
+        caption.encode()
     return captions

@@ -16,9 +16,31 @@ from diffclip.data.captions import not_empty, texts
 from diffclip.data.layout import Layout, chosen_split, split_named
 
 # names in any case, the first that is there counts
-IMAGE_COLUMNS = ("image", "jpg", "png", "filepath", "image_path", "file_name", "jpeg", "webp", "img", "filename")
+IMAGE_COLUMNS: tuple[str, ...] = (
+    "image",
+    "jpg",
+    "png",
+    "filepath",
+    "image_path",
+    "file_name",
+    "jpeg",
+    "webp",
+    "img",
+    "filename",
+)
 IMAGE_COLUMNS += ("image_name", "image_file", "img_path", "file", "path", "picture", "photo", "image_bytes")
-CAPTION_COLUMNS = ("caption", "text", "txt", "title", "captions", "alt_text", "alt", "comment", "sentences", "sentence")
+CAPTION_COLUMNS: tuple[str, ...] = (
+    "caption",
+    "text",
+    "txt",
+    "title",
+    "captions",
+    "alt_text",
+    "alt",
+    "comment",
+    "sentences",
+    "sentence",
+)
 CAPTION_COLUMNS += ("description", "raw")
 NUMBERED = re.compile(r"(caption|text|comment|sentence)s?_?\d+$", re.IGNORECASE)  # caption_0 ... caption_4
 ENCODED = re.compile(r"data:image/[\w.+-]+;base64,|(?=/9j/|iVBOR|UklGR|R0lGOD)")  # how base64 of images begins
@@ -74,9 +96,8 @@ class Columns:
 
     def find(self, name: str) -> bytes | Path:
         """The image that a path names, or that base64 holds; OSError if there is no such file."""
-        if match := ENCODED.match(name):
-            if len(name) > 256:  # /9j/ could be a folder
-                return base64.b64decode(name[match.end() :], validate=False)
+        if (match := ENCODED.match(name)) and len(name) > 256:  # /9j/ could be a folder
+            return base64.b64decode(name[match.end() :])
         for folder in self.folders:
             for each in (name, name.replace("\\", "/")) if "\\" in name else (name,):
                 if (file := folder / each).is_file():
@@ -86,10 +107,10 @@ class Columns:
         places = ", ".join(map(str, self.folders))
         raise OSError(f"there is no {name[:200]} in {places}; set image_root to the folder that paths start from")
 
-    def same_images(self) -> list[str] | None:
-        """The path of each row's image, by which rows of one image are known; None where tables hold images."""
+    def same_images(self) -> Sequence[object]:
+        """What is equal for rows of one image: its path, or a number of its own where the table holds images."""
         if not isinstance(self.rows.features[self.image], datasets.Value):
-            return None
+            return range(len(self))
         return self.rows.select_columns([self.image])[:][self.image]
 
     def _named(self, name: str, value: object) -> list[str]:

@@ -74,9 +74,9 @@ def sources_in(folder: str, layout: Layout) -> list[str]:
     wanted = ", ".join(f".{member}" for member in layout.caption_member)
     held = sorted({os.path.splitext(path)[1] or os.path.basename(path) for path in files})
     raise InputError(
-        f"{folder}: holds neither shards, nor a saved dataset, nor a table, nor images with a {wanted} of the same name "
-        f"beside them, but {', '.join(held[:8]) or 'nothing'}; set image_member and caption_member to their suffixes, "
-        "or name the files in it"
+        f"{folder}: holds neither shards, nor a saved dataset, nor a table, nor images with a {wanted} of the same "
+        f"name beside them, but {', '.join(held[:8]) or 'nothing'}; set image_member and caption_member to their "
+        "suffixes, or name the files in it"
     )
 
 

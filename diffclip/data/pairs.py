@@ -6,7 +6,7 @@ be read raises `BadSample`; `diffclip.data.training_pairs` decides what then.
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,14 +51,7 @@ class PairTable:
             settings: the other fields of `diffclip.data.layout.Layout`.
         """
         layout = Layout(caption_member=caption_member, **settings)
-        groups = [
-            [
-                file
-                for path in expand_one(pattern)
-                for file in (sources_in(path, layout) if _is_folder(path) else [path])
-            ]
-            for pattern in sources
-        ]
+        groups = [[file for path in expand_one(pattern) for file in _files(path, layout)] for pattern in sources]
         paths = [path for group in groups for path in group]
         if not paths:
             raise InputError("no training data given: set train_data to shards, a CSV or a parquet file")
@@ -97,9 +90,9 @@ class PairTable:
     def images(self) -> Iterator[tuple[Part, list[int]]]:
         """(part, rows of it) of each image: those rows of a table that name one file are captions of one image."""
         for part in self.parts:
-            names = part.same_images() if isinstance(part, Columns) else None
-            rows: dict[str | int, list[int]] = {}
-            for row, name in enumerate(names or range(len(part))):
+            names: Iterable[object] = part.same_images() if isinstance(part, Columns) else range(len(part))
+            rows: dict[object, list[int]] = {}
+            for row, name in enumerate(names):
                 rows.setdefault(name, []).append(row)
             for same in rows.values():
                 yield part, same
@@ -109,8 +102,8 @@ class PairTable:
         return self.parts[part], int(index - (self.ends[part - 1] if part else 0))
 
 
-def _is_folder(path: str) -> bool:
-    return os.path.isdir(path) and not path.startswith("hf:")
+def _files(path: str, layout: Layout) -> list[str]:
+    return sources_in(path, layout) if os.path.isdir(path) and not path.startswith("hf:") else [path]
 
 
 def _read(path: str, layout: Layout) -> Columns | Files:

@@ -179,17 +179,17 @@ def _index(path: str, layout: Layout) -> Shard:
         suffixes = sorted({f".{printable(suffix)}" for _, places in samples for suffix in places})
         contents = f"{len(samples)} keys in it, with {', '.join(suffixes[:8])}"
         problems.insert(0, (path, f"no sample has both an image and a {captions} caption ({contents})"))
-    if several := [(number, names) for number, _, names, _, _ in found if len(names) > 1]:
-        (first, names), order = several[0], ", ".join(images)
-        reason = f"hold several images (this one {', '.join(names)}): the first of {order} counts"
+    if several := [(number, own) for number, _, own, _, _ in found if len(own) > 1]:
+        (first, own), order = several[0], ", ".join(images)
+        reason = f"hold several images (this one {', '.join(own)}): the first of {order} counts"
         notices.append((f"{path}/{printable(samples[first][0])}", f"{len(several)} keys of the shard {reason}"))
     if doubled := len(samples) - len({key for key, _ in samples}):
         notices.append((path, f"{doubled} keys of the shard occur again with members of the same names: own samples"))
-    keys = [os.fsencode(samples[number][0]) for number, *_ in found]
-    width = max(map(len, keys), default=1)
+    names = [os.fsencode(samples[number][0]) for number, *_ in found]
+    width = max(map(len, names), default=1)
     records = np.empty(len(found), dtype=record_type(width))
-    for row, (key, (_, (at, size), _, (text_at, text_size), member)) in enumerate(zip(keys, found)):
-        records[row] = (at // BLOCK, size, text_at // BLOCK, text_size, member, key)
+    for row, (name, (_, (at, size), _, (text_at, text_size), member)) in enumerate(zip(names, found)):
+        records[row] = (at // BLOCK, size, text_at // BLOCK, text_size, member, name)
     return Shard(path, layout, len(found), width, problems, notices, records)
 
 

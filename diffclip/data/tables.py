@@ -13,6 +13,7 @@ from typing import Any
 import datasets
 import pyarrow
 import pyarrow.csv
+import pyarrow.parquet
 from pyarrow import compute
 
 from diffclip.base.errors import InputError, first_line, in_one_line
@@ -35,6 +36,22 @@ def kind_of(path: str) -> str:
 def is_saved(path: str) -> bool:
     """Whether `datasets` saved this folder."""
     return any(os.path.isfile(os.path.join(path, name)) for name in SAVED)
+
+
+def column_names(path: str) -> list[str]:
+    """The columns of a table, of JSON those of its first row; [] of all else. InputError as `read_table`."""
+    kind = kind_of(path)
+    if is_saved(path):
+        rows = _saved(path)
+        return next(iter(rows.values())).column_names if isinstance(rows, datasets.DatasetDict) else rows.column_names
+    if os.path.isdir(path):
+        return []
+    if kind == ".parquet":
+        try:
+            return pyarrow.parquet.read_schema(path).names
+        except (pyarrow.ArrowException, OSError) as error:
+            raise InputError(f"{path}: cannot be read as parquet ({in_one_line(error)}); write it again") from None
+    return list(next(iter(_records(path)), {})) if kind in (".json", ".jsonl") else []
 
 
 def read_table(path: str, layout: Layout) -> Columns:
@@ -75,16 +92,20 @@ def _of_datasets(path: str, layout: Layout) -> datasets.Dataset:
         except (OSError, ValueError, pyarrow.ArrowException, datasets.exceptions.DatasetsError):
             splits = [wanted.split or "train"]  # loading says what is wrong
         return _loaded(path, name, split=chosen_split(splits, wanted, path))
-    try:
-        rows = datasets.load_from_disk(path)
-    except (OSError, ValueError, pyarrow.ArrowException, datasets.exceptions.DatasetsError) as error:
-        raise InputError(f"{path}: `datasets` cannot read it ({first_line(error)})") from None
+    rows = _saved(path)
     if not isinstance(rows, datasets.DatasetDict):
         return rows
     if not layout.split and len(rows) > 1 and "train" in layout.prefer:
         listed = ", ".join(rows)
         raise InputError(f"{path}: holds the splits {listed}: name one, e.g. {path}/{next(iter(rows))}, or set `split`")
     return rows[str(chosen_split(rows, layout, path))]
+
+
+def _saved(path: str) -> datasets.Dataset | datasets.DatasetDict:
+    try:
+        return datasets.load_from_disk(path)
+    except (OSError, ValueError, pyarrow.ArrowException, datasets.exceptions.DatasetsError) as error:
+        raise InputError(f"{path}: `datasets` cannot read it ({first_line(error)})") from None
 
 
 # ---------------------------------------------------------------- CSV

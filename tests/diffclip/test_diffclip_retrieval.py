@@ -157,7 +157,7 @@ def test_parquet_with_image_structs(tmp_path):
     assert (found.captions, found.owner) == (["x", "y", "z"], [0, 0, 1])
     assert found.images[0][0].getpixel((0, 0)) == (255, 0, 0)
     pyarrow.parquet.write_table(pyarrow.table(rows), tmp_path / "a.parquet")
-    with pytest.raises(InputError, match="needs an image column .* and a caption column .*found image"):
+    with pytest.raises(InputError, match=r"needs an image column .* and a caption column .*found image"):
         read_captioned(tmp_path)
 
 
