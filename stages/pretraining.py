@@ -29,6 +29,7 @@ from diffclip.benchmarks import datasets, prompts, retrieval, zero_shot
 from diffclip.benchmarks.features import Encoder
 from diffclip.checkpoints import Loaded, unloaded
 from diffclip.data.check import unreadable
+from diffclip.data.columns import ROWLESS
 from diffclip.data.pairs import PairTable
 from diffclip.data.shards import EMPTY
 from diffclip.data.training_pairs import TrainingPairs, name_bad_samples
@@ -162,7 +163,7 @@ def report_problems(table: PairTable, config: PretrainConfig, run: Run) -> None:
         return
     if run.is_main and run.resume_from is None:
         name_bad_samples(run.path / BAD_SAMPLES, table.problems)
-    lost = [(key, reason) for key, reason in table.problems if reason != EMPTY]
+    lost = [(key, reason) for key, reason in table.problems if reason not in (EMPTY, ROWLESS)]
     if len(lost) > config.max_bad_share * (len(table) + len(lost)):
         key, reason = lost[0]
         raise InputError(

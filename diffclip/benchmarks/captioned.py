@@ -7,6 +7,7 @@ from diffclip.base.archives import TAR_SUFFIXES
 from diffclip.base.errors import InputError
 from diffclip.base.images import BROKEN
 from diffclip.benchmarks.images import Images, TarSlice
+from diffclip.data.columns import ROWLESS
 from diffclip.data.layout import FILE_IMAGES
 from diffclip.data.pairs import PairTable, Part
 from diffclip.data.shards import EMPTY, Shard
@@ -38,7 +39,7 @@ def read_captioned(path: Path, **settings: Any) -> Captioned:
         raise InputError(f"{path} is not a .tar, .parquet or .json (or .csv, .tsv) file with captions")
     table = PairTable([str(path)], **{"image_member": FILE_IMAGES, "prefer": ("test",), **settings})
     for key, reason in table.problems:
-        if reason != EMPTY:
+        if reason not in (EMPTY, ROWLESS):
             raise InputError(f"{key} cannot be scored ({reason}): each image of a retrieval set needs a caption")
     images: list[tuple[str, Path | TarSlice | bytes]] = []
     captions: list[str] = []
@@ -51,6 +52,8 @@ def read_captioned(path: Path, **settings: Any) -> Captioned:
         captions += found
         owner += [len(images)] * len(found)
         images.append((part.key(rows[0]), _image(part, rows[0])))
+    if not images:
+        raise InputError(f"{path} holds no images with captions; write it again")
     return Captioned(Images(*zip(*images)), captions, owner)
 
 

@@ -42,7 +42,7 @@ def texts(value: object) -> list[str]:
         return [text for item in value for text in texts(item)]
     if isinstance(value, dict):
         return texts(next((value[key] for key in ("raw", "caption", "text") if key in value), None))
-    if value is None:
+    if value is None or value != value:  # NaN, of pandas
         return []
     text = value.decode("utf-8") if isinstance(value, bytes) else str(value)
     return [text] if text.strip() else []

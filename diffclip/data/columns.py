@@ -11,7 +11,8 @@ import numpy as np
 import pyarrow
 from pyarrow import compute
 
-from diffclip.base.errors import InputError, first_line
+from diffclip.base.errors import InputError
+from diffclip.base.paths import LONGEST
 from diffclip.data.captions import not_empty, texts
 from diffclip.data.layout import Layout, chosen_split, split_named
 
@@ -45,6 +46,7 @@ CAPTION_COLUMNS += ("description", "raw")
 NUMBERED = re.compile(r"(caption|text|comment|sentence)s?_?\d+$", re.IGNORECASE)  # caption_0 ... caption_4
 ENCODED = re.compile(r"data:image/[\w.+-]+;base64,|(?=/9j/|iVBOR|UklGR|R0lGOD)")  # how base64 of images begins
 WEB = re.compile(r"https?://", re.IGNORECASE)
+ROWLESS = "the table holds no rows"
 LOOKED_AT = 64  # rows whose images are looked for before anything starts
 
 
@@ -59,7 +61,7 @@ class Columns:
     image_root: str = ""
     numbers: np.ndarray | None = None  # (rows,) their places in the file, where some are left out
     notices: list[tuple[str, str]] = field(default_factory=list)
-    problems: tuple = ()
+    problems: list[tuple[str, str]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._texts = self.rows.select_columns([*self.caption])
@@ -98,6 +100,8 @@ class Columns:
         """The image that a path names, or that base64 holds; OSError if there is no such file."""
         if (match := ENCODED.match(name)) and len(name) > 256:  # /9j/ could be a folder
             return base64.b64decode(name[match.end() :])
+        if any(len(part.encode()) > LONGEST for part in name.split("/")):
+            raise OSError(f"{name[:40]}... is neither a path nor the base64 of a JPEG, PNG, WebP or GIF")
         for folder in self.folders:
             for each in (name, name.replace("\\", "/")) if "\\" in name else (name,):
                 if (file := folder / each).is_file():
@@ -132,9 +136,9 @@ def table_of(path: str, rows: datasets.Dataset, layout: Layout) -> Columns:
     if not text:
         try:
             rows = rows.cast_column(image, datasets.Image(decode=False))
-        except (pyarrow.ArrowException, TypeError, ValueError, AttributeError) as error:
+        except (pyarrow.ArrowException, TypeError, ValueError, AttributeError):
             raise InputError(
-                f"{path}: column {image} holds neither encoded images nor paths ({first_line(error)}); set "
+                f"{path}: column {image} holds {kind}, which is neither one encoded image a row nor a path; set "
                 "image_column to the one that does"
             ) from None
     keep = ~_failed_downloads(rows, image)
@@ -148,7 +152,9 @@ def table_of(path: str, rows: datasets.Dataset, layout: Layout) -> Columns:
         numbers = np.flatnonzero(keep)
         rows = rows.select(numbers, keep_in_memory=True)
     table = Columns(path, rows, image, captions, layout.image_root, numbers, notices)
-    if text and len(rows):
+    if not len(rows):
+        table.problems.append((path, ROWLESS))
+    elif text:
         _look_for_images(table)
     return table
 
@@ -160,6 +166,8 @@ def chosen_columns(path: str, names: Sequence[str], layout: Layout) -> tuple[str
     lower = {name.strip().lower(): name for name in reversed(names)}
     found = [lower[name] for name in CAPTION_COLUMNS if name in lower]
     numbered = [name for name in names if NUMBERED.match(name.strip())]
+    if not any(names):
+        raise InputError(f"{path}: is empty; leave it out, or write it again")
     image = layout.image_column or next((lower[name] for name in IMAGE_COLUMNS if name in lower), "")
     captions = list(layout.caption_column) or found[:1] or numbered
     if image not in names or not captions or not {*captions} <= {*names}:

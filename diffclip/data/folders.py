@@ -46,8 +46,10 @@ class Files:
         return Path(self.pairs[row][0]), self.captions(row)
 
 
-def sources_in(folder: str, layout: Layout) -> list[str]:
-    """The files or folders that hold the pairs of a folder, sorted; the folder itself where images lie in it.
+def sources_in(folder: str, layout: Layout) -> tuple[list[str], list[tuple[str, str]]]:
+    """The files or folders that hold the pairs of a folder, sorted, and notices of what was left out.
+
+    It is the folder itself where images lie in it.
 
     The first of these that is there: what `datasets` saved; shards, at any depth; metadata.csv, .jsonl or .parquet
     beside images; parquet with images inside; images with captions beside them; a table of captions. Of several
@@ -57,7 +59,7 @@ def sources_in(folder: str, layout: Layout) -> list[str]:
         InputError: none of them, or several splits.
     """
     if is_saved(folder):
-        return [folder]
+        return [folder], []
     files = [path for where, names in _walked(folder) for path in (os.path.join(where, name) for name in names)]
     shards = [path for path in files if path.lower().endswith(TAR_SUFFIXES)]
     tables = [path for path in files if kind_of(path)]
@@ -65,12 +67,12 @@ def sources_in(folder: str, layout: Layout) -> list[str]:
     parquet = [path for path in tables if kind_of(path) == ".parquet" and _holds_images(path, layout)]
     for found in (shards, metadata, parquet):
         if found:
-            return _of_split(found, folder, layout)
+            return _of_split(found, [split_of(os.path.relpath(path, folder)) for path in found], folder, layout)
     if _images_and_captions(files, layout)[2]:
-        return [folder]
+        return [folder], []
     for kind in KINDS:  # beside images, as captions.json; not below them
         if found := [path for path in tables if kind_of(path) == kind and os.path.dirname(path) == folder.rstrip("/")]:
-            return _of_split(found, folder, layout)
+            return _of_split(found, [split_of(os.path.relpath(path, folder)) for path in found], folder, layout)
     wanted = ", ".join(f".{member}" for member in layout.caption_member)
     held = sorted({os.path.splitext(path)[1] or os.path.basename(path) for path in files})
     raise InputError(
@@ -85,10 +87,8 @@ def read_folder(folder: str, layout: Layout) -> Files:
     files = [os.path.join(where, name) for where, names in _walked(folder) for name in names]
     images, captions, both = _images_and_captions(files, layout)
     pairs = [(images[stem][0], captions[stem]) for stem in both]
-    kept = {*_of_split([image for image, _ in pairs], folder, layout)} if pairs else set()
-    notices = []
-    if len(kept) < len(pairs):
-        notices.append((folder, f"the {len(kept):,} pairs of one split are read, of {len(pairs):,}"))
+    splits = [split_of(os.path.relpath(os.path.dirname(image), folder) + "/_") for image, _ in pairs]
+    kept, notices = _of_split([image for image, _ in pairs], splits, folder, layout) if pairs else ([], [])
     if several := [stem for stem in both if len(images[stem]) > 1]:
         names = ", ".join(map(os.path.basename, images[several[0]]))
         order = ", ".join(layout.image_member or FILE_IMAGES)
@@ -97,7 +97,8 @@ def read_folder(folder: str, layout: Layout) -> Files:
     wanted = " or ".join(f".{member}" for member in layout.caption_member)
     problems = [(found[0], f"no {wanted} caption") for stem, found in images.items() if stem not in captions]
     problems += [(captions[stem], "no image") for stem in sorted(captions.keys() - images.keys())]
-    return Files(folder, [pair for pair in pairs if pair[0] in kept], layout, problems, notices)
+    of_split = {*kept}
+    return Files(folder, [pair for pair in pairs if pair[0] in of_split], layout, problems, notices)
 
 
 def _images_and_captions(
@@ -121,11 +122,14 @@ def _images_and_captions(
     return images, captions, [stem for stem in images if stem in captions]
 
 
-def _of_split(paths: list[str], folder: str, layout: Layout) -> list[str]:
-    """The paths of one split, which names of folders and the beginnings of files' names tell."""
-    splits = [split_of(os.path.relpath(path, folder)) for path in paths]
+def _of_split(
+    paths: list[str], splits: list[str | None], folder: str, layout: Layout
+) -> tuple[list[str], list[tuple[str, str]]]:
+    """The paths of one split, and a notice if there are others."""
     wanted = chosen_split(dict.fromkeys(splits), layout, folder)
-    return [path for path, split in zip(paths, splits) if split == wanted]
+    kept = [path for path, split in zip(paths, splits) if split == wanted]
+    reason = f"the {len(kept):,} files of its split {wanted} are read, of {len(paths):,}"
+    return kept, [(folder, reason)] if len(kept) < len(paths) else []
 
 
 def split_of(path: str | Path) -> str | None:
@@ -152,4 +156,4 @@ def _walked(folder: str) -> Iterable[tuple[str, list[str]]]:
             continue
         seen.add(real)
         folders[:] = [] if is_saved(where) else sorted(f for f in folders if f not in LITTER and f[0] != ".")
-        yield where, sorted(name for name in names if not name.startswith("."))
+        yield where, sorted(name for name in names if not name.startswith(".") and not name.endswith("_stats.json"))

@@ -51,7 +51,10 @@ class PairTable:
             settings: the other fields of `diffclip.data.layout.Layout`.
         """
         layout = Layout(caption_member=caption_member, **settings)
-        groups = [[file for path in expand_one(pattern) for file in _files(path, layout)] for pattern in sources]
+        notices: list[tuple[str, str]] = []
+        groups = [
+            [file for path in expand_one(pattern) for file in _files(path, layout, notices)] for pattern in sources
+        ]
         paths = [path for group in groups for path in group]
         if not paths:
             raise InputError("no training data given: set train_data to shards, a CSV or a parquet file")
@@ -62,7 +65,7 @@ class PairTable:
         ends = self.ends[np.cumsum([len(group) for group in groups]) - 1].tolist()
         self.ranges = list(zip([0, *ends[:-1]], ends))
         self.problems = [problem for part in self.parts for problem in part.problems]
-        self.notices = [notice for part in self.parts for notice in part.notices]
+        self.notices = [*notices, *(notice for part in self.parts for notice in part.notices)]
 
     def __len__(self) -> int:
         return int(self.ends[-1])
@@ -102,8 +105,12 @@ class PairTable:
         return self.parts[part], int(index - (self.ends[part - 1] if part else 0))
 
 
-def _files(path: str, layout: Layout) -> list[str]:
-    return sources_in(path, layout) if os.path.isdir(path) and not path.startswith("hf:") else [path]
+def _files(path: str, layout: Layout, notices: list[tuple[str, str]]) -> list[str]:
+    if path.startswith("hf:") or not os.path.isdir(path):
+        return [path]
+    files, left_out = sources_in(path, layout)
+    notices += left_out
+    return files
 
 
 def _read(path: str, layout: Layout) -> Columns | Files:

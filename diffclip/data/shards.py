@@ -136,11 +136,9 @@ def index_shard(path: str, layout: Layout) -> Shard:
     belongs to. A second member of the same name starts a new sample, as where two shards were joined. InputError if
     the file is not a tar, is compressed, or has a member with a path that leads outside.
     """
-    stat = os.stat(path)
-    if stat.st_size < CACHE_FROM:
+    if os.path.getsize(path) < CACHE_FROM:
         return _index(path, layout)
-    what = (os.path.abspath(path), stat.st_size, stat.st_mtime_ns, layout.image_member, layout.caption_member, FORMAT)
-    cached = cache_dir() / "index" / f"{hashlib.sha256(os.fsencode(repr(what))).hexdigest()[:32]}.places"
+    cached = index_file(path, layout)
     if not cached.is_file():
         shard = _index(path, layout)
         assert shard.records is not None
@@ -154,6 +152,13 @@ def index_shard(path: str, layout: Layout) -> Shard:
         values = json.loads(f.readline())
         values |= {name: [*map(tuple, values[name])] for name in ("problems", "notices")}
         return Shard(path, layout, **values, file=cached, start=f.tell())
+
+
+def index_file(path: str, layout: Layout) -> Path:
+    """Where the index of a tar is kept: another file for each state of the tar and each way to read it."""
+    stat = os.stat(path)
+    what = (os.path.abspath(path), stat.st_size, stat.st_mtime_ns, layout.image_member, layout.caption_member, FORMAT)
+    return cache_dir() / "index" / f"{hashlib.sha256(os.fsencode(repr(what))).hexdigest()[:32]}.places"
 
 
 def _index(path: str, layout: Layout) -> Shard:

@@ -40,11 +40,18 @@ def expand_one(pattern: str) -> list[str]:
         if "://" in part or part.startswith("pipe:"):
             raise InputError(f"{part}: only files, http(s) addresses and hf:owner/name are read; copy it to a disk")
         matches = sorted(glob.glob(part, recursive=True)) if glob.has_magic(part) else [part]
-        matches = [match for match in matches if os.path.exists(match)]
+        matches = _without_records([match for match in matches if os.path.exists(match)])
         if not matches:
             raise InputError(f"{part}: no such file (from the data setting `{pattern}`)")
         paths += matches
     return paths
+
+
+def _without_records(matches: list[str]) -> list[str]:
+    """What a glob matches, without what img2dataset writes about shards or folders beside them."""
+    stems = {match.removesuffix(".tar") for match in matches if match.endswith(".tar") or os.path.isdir(match)}
+    records = {f"{stem}{ending}" for stem in stems for ending in (".parquet", "_stats.json")}
+    return [m for m in matches if m not in records and os.path.basename(m) != "_tmp"] if stems else matches
 
 
 def downloaded(url: str) -> str:

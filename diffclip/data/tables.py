@@ -67,7 +67,7 @@ def read_table(path: str, layout: Layout) -> Columns:
     if kind in (".json", ".jsonl"):
         return table_of(path, _dataset(path, _records(path), layout), layout)
     if kind == ".parquet":
-        return table_of(path, _loaded(path, "parquet", data_files=path, split="train"), layout)
+        return table_of(path, _parquet(path), layout)
     raise InputError(
         f"{path}: unknown kind of data; use .tar shards, {', '.join(KINDS)}, a dataset folder or one of images"
     )
@@ -79,6 +79,15 @@ def _loaded(path: str, *arguments: Any, **options: Any) -> Any:
         return datasets.load_dataset(*arguments, **options)
     except (OSError, ValueError, pyarrow.ArrowException, datasets.exceptions.DatasetsError) as error:
         raise InputError(f"{path}: `datasets` cannot read it ({first_line(error)})") from None
+
+
+def _parquet(path: str) -> datasets.Dataset:
+    try:
+        if pyarrow.parquet.read_metadata(path).num_rows == 0:  # `datasets` takes no such file
+            return datasets.Dataset(datasets.table.InMemoryTable(pyarrow.parquet.read_table(path)))
+    except (pyarrow.ArrowException, OSError) as error:
+        raise InputError(f"{path}: cannot be read as parquet ({in_one_line(error)}); write it again") from None
+    return _loaded(path, "parquet", data_files=path, split="train")
 
 
 def _of_datasets(path: str, layout: Layout) -> datasets.Dataset:
@@ -199,7 +208,8 @@ def _refuse_encoding(path: str, layout: Layout) -> None:
         try:
             line.decode("utf-8")
         except UnicodeDecodeError:
-            remedy = f"{utf8_remedy(path)}, or set `encoding` to what it is, e.g. cp1252"
+            remedy = utf8_remedy(path)
+            remedy += f", or set `encoding` to {'utf-16' if 'utf-16' in remedy else 'what it is, e.g. latin1'}"
             raise InputError(f"{path}:{number}: not UTF-8; {remedy}") from None
 
 
