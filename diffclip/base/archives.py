@@ -105,6 +105,9 @@ def members(path: str | Path) -> tuple[list[tarfile.TarInfo], str]:
                     return whole, f"ends early ({error})"
                 if size < tar.offset + tarfile.BLOCKSIZE:  # tarfile takes a cut header for the end
                     return whole, NO_END
+                f.seek(tar.offset)
+                if any(f.read(tarfile.BLOCKSIZE)):  # nor does it say that a header is none
+                    return whole, "ends early (what follows is no member of a tar)"
                 if not _at_next(f, tar.offset):
                     return whole, ""
     except (tarfile.TarError, OSError) as error:

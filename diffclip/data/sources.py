@@ -49,9 +49,10 @@ def expand_one(pattern: str) -> list[str]:
 
 def _without_records(matches: list[str]) -> list[str]:
     """What a glob matches, without what img2dataset writes about shards or folders beside them."""
-    stems = {match.removesuffix(".tar") for match in matches if match.endswith(".tar") or os.path.isdir(match)}
-    records = {f"{stem}{ending}" for stem in stems for ending in (".parquet", "_stats.json")}
-    return [m for m in matches if m not in records and os.path.basename(m) != "_tmp"] if stems else matches
+    data = {match.removesuffix(".tar") for match in matches if match.endswith(".tar") or os.path.isdir(match)}
+    records = {f"{stem}.parquet" for stem in data}
+    records |= {f"{match.removesuffix('.parquet')}_stats.json" for match in (*data, *matches)}
+    return [match for match in matches if match not in records and os.path.basename(match) != "_tmp"]
 
 
 def downloaded(url: str) -> str:
