@@ -5,19 +5,18 @@ import os
 import sys
 
 from diffclip.base.errors import InputError
-from diffclip.data.tables import column_names, kind_of
 
 TURNS = ("conversations", "conversation", "messages", "texts", "question", "answer", "prompt", "completion")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Check the sources that a command line begins with; --pairs says that they are pairs.
+    """Check sources, which are told from the words before the first flag, or else from the paths that are there.
 
     `diffclip check --help` is about conversations, `diffclip check --pairs --help` about pairs.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    sources = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))
-    if "--pairs" in argv or (sources and not holds_turns(sources[0])):
+    sources = [*itertools.takewhile(lambda word: not word.startswith("-"), argv)] or [*filter(os.path.exists, argv)]
+    if "--pairs" in argv or (sources and not any(map(holds_turns, sources))):
         from diffclip.data import check
 
         return check.main(argv)
@@ -28,6 +27,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def holds_turns(source: str) -> bool:
     """Whether a file holds conversations: by its columns, or else, what cannot be read, by its kind."""
+    from diffclip.data.tables import column_names, kind_of  # not at the top: --help needs no `datasets`
+
     if not os.path.exists(source):
         return kind_of(source) in (".json", ".jsonl") and "*" not in source
     try:

@@ -91,7 +91,7 @@ class Columns:
         """The image of a row, encoded or its path, and its captions; OSError or ValueError where it lacks one."""
         image = self.rows[row][self.image]
         if isinstance(image, dict):  # an undecoded image of `datasets`: its bytes, or where they lie
-            image = image["bytes"] or image["path"]
+            image = image.get("bytes") or image.get("path")
         if image is None or image == "":
             raise ValueError("no image")
         return self.find(image) if isinstance(image, str) else image, self.captions(row)
@@ -132,21 +132,17 @@ def table_of(path: str, rows: datasets.Dataset, layout: Layout) -> Columns:
     """
     image, captions, notices = chosen_columns(path, rows.column_names, layout)
     kind = rows.features[image]
-    text = isinstance(kind, datasets.Value) and kind.dtype in ("string", "large_string")
-    if not text:
-        try:
-            rows = rows.cast_column(image, datasets.Image(decode=False))
-        except (pyarrow.ArrowException, TypeError, ValueError, AttributeError):
-            raise InputError(
-                f"{path}: column {image} holds {kind}, which is neither one encoded image a row nor a path; set "
-                "image_column to the one that does"
-            ) from None
+    if isinstance(kind, datasets.Image):
+        rows = rows.cast_column(image, datasets.Image(decode=False))
+    elif not _holds_images(kind):
+        raise InputError(
+            f"{path}: column {image} holds {kind}, which is neither one encoded image a row nor a path; set "
+            "image_column to the one that does"
+        )
     keep = ~_failed_downloads(rows, image)
-    if keep.all():
-        keep &= _of_split(path, rows, layout, notices)
-    else:
+    if not keep.all():
         notices.append((path, f"{int((~keep).sum())} rows whose download failed (their status says so) are no pairs"))
-        keep &= _of_split(path, rows, layout, notices)
+    keep &= _of_split(path, rows, layout, notices)
     numbers = None
     if not keep.all():
         numbers = np.flatnonzero(keep)
@@ -154,9 +150,16 @@ def table_of(path: str, rows: datasets.Dataset, layout: Layout) -> Columns:
     table = Columns(path, rows, image, captions, layout.image_root, numbers, notices)
     if not len(rows):
         table.problems.append((path, ROWLESS))
-    elif text:
+    elif isinstance(kind, datasets.Value) and "string" in kind.dtype:
         _look_for_images(table)
     return table
+
+
+def _holds_images(kind: object) -> bool:
+    """Whether values of this feature are paths, encoded images, or {"bytes", "path"}."""
+    if isinstance(kind, dict):
+        return "bytes" in kind or "path" in kind
+    return isinstance(kind, datasets.Value) and kind.dtype in ("string", "large_string", "binary", "large_binary")
 
 
 def chosen_columns(path: str, names: Sequence[str], layout: Layout) -> tuple[str, list[str], list[tuple[str, str]]]:
@@ -190,6 +193,13 @@ def chosen_columns(path: str, names: Sequence[str], layout: Layout) -> tuple[str
         reason = f"captions are read from the column {captions[0]}, not from {', '.join(others)}"
         notices.append((path, f"{reason}; the setting caption_column names others, or several"))
     return image, captions, notices
+
+
+def may_be_needed(name: str, layout: Layout) -> bool:
+    """Whether `chosen_columns` could choose a column, or its rows tell splits."""
+    lower = name.strip().lower()
+    known = lower in (*IMAGE_COLUMNS, *CAPTION_COLUMNS, "split") or NUMBERED.match(lower)
+    return bool(known) or name in (layout.image_column, *layout.caption_column)
 
 
 def _of_split(path: str, rows: datasets.Dataset, layout: Layout, notices: list[tuple[str, str]]) -> np.ndarray:

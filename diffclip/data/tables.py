@@ -19,7 +19,7 @@ from pyarrow import compute
 from diffclip.base.errors import InputError, first_line, in_one_line
 from diffclip.base.files import parse_json, utf8_remedy
 from diffclip.data.captions import texts
-from diffclip.data.columns import Columns, chosen_columns, table_of
+from diffclip.data.columns import Columns, chosen_columns, may_be_needed, table_of
 from diffclip.data.layout import Layout, chosen_split
 
 SEPARATORS = (",", "\t", ";", "|")
@@ -302,20 +302,26 @@ def _dataset(path: str, records: Iterable[dict[str, Any]], layout: Layout) -> da
 
     InputError as `chosen_columns`, or for an image that is no text.
     """
-    rows = list(records)
-    names = [*dict.fromkeys(name for row in rows for name in row)]
-    image, captions, _ = chosen_columns(path, names, layout)
+    names: dict[str, list] = {}  # of columns that may be needed their values, of others that they are there
+    count = 0
+    for count, row in enumerate(records, 1):
+        for name, value in row.items():
+            values = names.setdefault(name, [])
+            if may_be_needed(name, layout):
+                values += [None] * (count - 1 - len(values))
+                values.append(value)
+    image, captions, _ = chosen_columns(path, [*names], layout)
     columns: dict[str, pyarrow.Array] = {}
-    for name in names:
-        values = [row.get(name) for row in rows]
+    for name, values in names.items():
+        values += [None] * (count - len(values))
         if name == image or name.strip().lower() == "split":
             if odd := next((value for value in values if value is not None and not isinstance(value, str)), None):
                 raise InputError(f"{path}: {name} must be text, not {str(odd)[:60]}; write one path a row")
             columns[name] = pyarrow.array(values, pyarrow.string())
         elif name in captions and all(value is None or isinstance(value, str) for value in values):
             columns[name] = pyarrow.array(values, pyarrow.string())
-        else:  # of others the name is enough
-            kept = map(texts, values) if name in captions else [None] * len(values)
+        else:
+            kept = map(texts, values) if name in captions else [None] * count
             columns[name] = pyarrow.array(kept, pyarrow.list_(pyarrow.string()))
     return datasets.Dataset(datasets.table.InMemoryTable(pyarrow.table(columns)), fingerprint="json")
 

@@ -5,8 +5,10 @@ import gzip
 import io
 import json
 import tarfile
+from pathlib import Path
 
 import datasets
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -15,8 +17,12 @@ from PIL import Image
 from diffclip.base.errors import InputError
 from diffclip.benchmarks.captioned import read_captioned
 from diffclip.data import shards as shards_module
+from diffclip.data import training_pairs
 from diffclip.data.layout import Layout
 from diffclip.data.pairs import BadSample, PairTable
+from diffclip.data.training_pairs import TrainingPairs
+from stages import pretraining
+from stages.settings import PretrainConfig
 
 datasets.disable_progress_bars()
 
@@ -97,7 +103,7 @@ def test_links_in_a_tar_are_what_they_point_to(tmp_path):
 
 
 def test_tars_joined_by_cat_are_read_to_the_last(tmp_path):
-    parts = [open(tar_of(tmp_path / f"{v}.tar", pair(v)), "rb").read() for v in (1, 2, 3)]
+    parts = [Path(tar_of(tmp_path / f"{v}.tar", pair(v))).read_bytes() for v in (1, 2, 3)]
     (tmp_path / "all.tar").write_bytes(b"".join(parts))
     assert contents(tmp_path / "all.tar") == [(v, [f"a {v}"]) for v in (1, 2, 3)]
     (tmp_path / "cut.tar").write_bytes(b"".join(parts[:2])[:-10000])
@@ -211,7 +217,7 @@ def test_lists_of_addresses_are_sent_to_the_command_that_fetches_them(tmp_path):
         ("captions.json", '{"1.png": ["a"], "2.png": "b"}'),
         ("captions.json", '{"image": ["1.png", "2.png"], "caption": ["a", "b"]}'),
         ("rows.json", '[{"image": "1.png", "caption": "a"}, {"image": "2.png", "captions": null, "caption": "b"}]'),
-        ("rows.jsonl.gz", gzip.compress(b'\xef\xbb\xbf{"image": "1.png", "caption": "a"}\n\n{"image":"2.png","caption":"b"}')),
+        ("rows.jsonl.gz", gzip.compress(b'\xef\xbb\xbf{"image":"1.png","text":"a"}\n\n{"image":"2.png","text":"b"}')),
         ("table.csv.gz", gzip.compress(b"image;caption\n1.png;a\n2.png;b\n")),
         ("results.csv", 'image_name| comment_number| comment\n1.png| 0| a\n2.png| 1   b\n'),
         ("r.tsv", '"image_path"\t"caption"\n"1.png"\t"a"\n"2.png"\t"b"\n'),
@@ -228,7 +234,12 @@ def test_a_table_beside_its_images_is_read_by_its_name_or_its_folder(tmp_path, n
 
 
 def test_a_folder_takes_every_kind_of_image_and_names_what_has_no_partner(tmp_path):
-    kinds = {"1.bmp": image(1, "BMP"), "2.jfif": image(2, "JPEG"), "3.gif": image(3, "GIF"), "mute.tif": image(4, "TIFF")}
+    kinds = {
+        "1.bmp": image(1, "BMP"),
+        "2.jfif": image(2, "JPEG"),
+        "3.gif": image(3, "GIF"),
+        "mute.tif": image(4, "TIFF"),
+    }
     write(tmp_path, {**kinds, "1.txt": "a", "2.txt": "b", "3.TXT": "c"})
     assert [captions for _, captions in contents(tmp_path)] == [["a"], ["b"], ["c"]]
     assert [reason for _, reason in PairTable([str(tmp_path)]).problems] == ["no .txt caption"]
@@ -277,7 +288,12 @@ def test_files_of_no_split_beside_those_of_one_are_not_dropped_in_silence(tmp_pa
 def test_patterns_and_names_that_look_like_them(tmp_path):
     for name, value in (("x[1].tar", 1), ("y{1}.tar", 2), ("deep/er/z.tar", 3)):
         tar_of(tmp_path / name, pair(value))
-    assert [contents(tmp_path / name)[0][0] for name in ("x[1].tar", "y{1}.tar", "deep/**/*.tar", "deep")] == [1, 2, 3, 3]
+    assert [contents(tmp_path / name)[0][0] for name in ("x[1].tar", "y{1}.tar", "deep/**/*.tar", "deep")] == [
+        1,
+        2,
+        3,
+        3,
+    ]
     with pytest.raises(InputError, match="copy it to a disk"):
         PairTable(["s3://bucket/0.tar"])
 
@@ -376,7 +392,9 @@ def test_a_saved_dataset_and_the_splits_of_several(tmp_path):
     rows = datasets.Dataset.from_dict({"image": [image(1), image(2)], "caption": ["a", "b"]})
     datasets.DatasetDict(train=rows, test=rows.select([1])).save_to_disk(str(tmp_path / "both"))
     datasets.DatasetDict(anything=rows).save_to_disk(str(tmp_path / "one"))
-    with pytest.raises(InputError, match=r"holds the splits train, test: name one, e\.g\. .*both/train, or set `split`"):
+    with pytest.raises(
+        InputError, match=r"holds the splits train, test: name one, e\.g\. .*both/train, or set `split`"
+    ):
         contents(tmp_path / "both")
     assert contents(tmp_path / "both", split="test") == contents(tmp_path / "both" / "test") == [(2, ["b"])]
     assert read_captioned(tmp_path / "both").captions == ["b"]
@@ -394,3 +412,42 @@ def test_rows_of_one_image_are_its_captions_in_a_retrieval(tmp_path):
     assert len(table) == 3 and [rows for _, rows in table.images()] == [[0, 2], [1]]
     found = read_captioned(tmp_path / "x.csv")
     assert found.captions == ["a", "c", "b"] and found.owner == [0, 0, 1] and len(found.images) == 2
+
+
+@pytest.mark.parametrize("weights", [(), (1, 0.5)])
+def test_a_large_order_is_drawn_once_for_all_processes_and_is_the_same(tmp_path, monkeypatch, weights):
+    monkeypatch.setenv("DIFFCLIP_CACHE", str(tmp_path / "cache"))
+    write(
+        tmp_path,
+        {**A_TO_C, "x.csv": "image,caption\n" + "1.png,a\n" * 20, "y.csv": "image,caption\n" + "2.png,b\n" * 9},
+    )
+    table = PairTable([str(tmp_path / name) for name in ("x.csv", "y.csv")])
+
+    def stream():
+        return TrainingPairs(table, None, None, global_batch_size=4, epochs=3, seed=5, weights=weights)
+
+    drawn = [stream().order(epoch).tolist() for epoch in range(3)]
+    monkeypatch.setattr(training_pairs, "SHARED_FROM", 1)
+    shared = stream()
+    assert [shared.order(epoch).tolist() for epoch in range(3)] == drawn
+    files = list((tmp_path / "cache" / "order").glob("*.npy"))
+    assert len(files) == 1 and isinstance(shared.order(2), np.memmap)  # those of epochs that are over are gone
+    monkeypatch.setattr(TrainingPairs, "_drawn_order", None)  # would fail if called
+    monkeypatch.setattr(TrainingPairs, "__init__", lambda *args, **more: None)
+    other = TrainingPairs()
+    other.__dict__ |= {**shared.__dict__, "_order": (-1, None)}
+    assert other.order(2).tolist() == drawn[2]
+
+
+def test_the_settings_of_pretraining_reach_both_tables(tmp_path):
+    rows = {"pic": [image(v) for v in (1, 2, 3)], "words": ["a", "b", "c"], "split": ["train", "val", "test"]}
+    path = str(parquet(tmp_path / "x.parquet", **rows))
+    config = PretrainConfig(train_data=[path], val_pairs=[path], image_column="pic", caption_column=["words"])
+    train, val = pretraining.train_table(config), pretraining.val_table(config)
+    assert [train[0][1], val[0][1], len(train), len(val)] == [["a"], ["b"], 1, 1]
+    config.val_split = "test"
+    assert pretraining.val_table(config)[0][1] == ["c"]
+    parquet(tmp_path / "x.parquet", **{**rows, "pic": [image(1), b"broken", image(3)]})
+    config.val_split = ""
+    with pytest.raises(InputError, match=r"val_pairs: 1 of 1 pairs cannot be read, e\.g\. .*x\.parquet:1 "):
+        pretraining.refuse_unreadable("val_pairs", pretraining.val_table(config))

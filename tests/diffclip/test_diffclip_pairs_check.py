@@ -22,10 +22,22 @@ def image(width: int, height: int, seed: int = 0) -> bytes:
 
 @pytest.fixture
 def folder(tmp_path):
-    whole = {"a": image(10, 20), "b": image(30, 40, 1), "c": image(10, 20), "cut": image(50, 50)[:2000], "mute": image(9, 9)}
+    whole = {
+        "a": image(10, 20),
+        "b": image(30, 40, 1),
+        "c": image(10, 20),
+        "cut": image(50, 50)[:2000],
+        "mute": image(9, 9),
+    }
     for name, content in whole.items():
         (tmp_path / f"{name}.png").write_bytes(content)
-    captions = {"a": "a cat", "b": "a cat\nsee https://example.org", "c": "www.example.org/cat", "cut": "x", "lost": "y"}
+    captions = {
+        "a": "a cat",
+        "b": "a cat\nsee https://example.org",
+        "c": "www.example.org/cat",
+        "cut": "x",
+        "lost": "y",
+    }
     for name, text in captions.items():
         (tmp_path / f"{name}.txt").write_text(text)
     return tmp_path
@@ -108,10 +120,16 @@ def test_the_door_tells_pairs_from_conversations(folder, capsys):
     rows = folder / "rows.json"
     rows.write_text(json.dumps([{"id": 1, "image": "a.png", "conversations": [{"from": "human", "value": "x"}]}]))
     assert door.holds_turns(str(rows))
-    for name, text in {"p.json": '{"a.png": "x"}', "p.jsonl": '{"image": "a.png", "caption": "x"}\n', "p.csv": ""}.items():
+    for name, text in {
+        "p.json": '{"a.png": "x"}',
+        "p.jsonl": '{"image": "a.png", "caption": "x"}\n',
+        "p.csv": "",
+    }.items():
         (folder / name).write_text(text)
         assert not door.holds_turns(str(folder / name))
     assert not door.holds_turns(str(folder)) and not door.holds_turns("hf:owner/name") and not door.holds_turns("*.tar")
     assert door.main([str(folder / "p.jsonl")]) == 0 and "no fault found" in capsys.readouterr().out
-    assert door.main([str(rows), "--image_root", str(folder)]) == 2
+    assert door.main(["--json", str(folder / "p.jsonl")]) == 0 and json.loads(capsys.readouterr().out)["pairs"] == 1
+    for words in ([str(rows), "--image_root", str(folder)], ["--image_root", str(folder), str(rows)]):
+        assert door.main(words) == 2
     assert "rows.json: row 0" in capsys.readouterr().out
