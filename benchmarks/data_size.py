@@ -142,6 +142,7 @@ def in_a_process(*arguments: str, cache: Path) -> "subprocess.Popen[str]":
 def main() -> None:
     parser = Parser("python -m benchmarks.data_size", description=__doc__)
     parser.add_argument("--rows", type=number(int, 1), nargs="+", default=[10_000, 100_000, 1_000_000])
+    parser.add_argument("--formats", nargs="+", default=[*FORMATS], choices=[*FORMATS])
     parser.add_argument("--ranks", type=number(int, 0), default=8)
     parser.add_argument("--workers", type=number(int, 0), default=2)
     parser.add_argument("--open", default="", help="open this source in this process (used by the benchmark itself)")
@@ -152,7 +153,7 @@ def main() -> None:
         return
     rows = []
     with tempfile.TemporaryDirectory() as place:
-        for name, write in FORMATS.items():
+        for name, write in ((name, FORMATS[name]) for name in options.formats):
             for count in options.rows:
                 folder, cache = Path(place) / f"{name}{count}", Path(place) / f"cache{name}{count}"
                 folder.mkdir()

@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -65,6 +66,7 @@ class Columns:
 
     def __post_init__(self) -> None:
         self._texts = self.rows.select_columns([*self.caption])
+        self._pairs = self.rows.select_columns([*{self.image, *self.caption}])
         self._names = {  # class names of columns that hold their numbers
             name: feature.int2str
             for name in self.caption
@@ -84,17 +86,20 @@ class Columns:
 
     def captions(self, row: int) -> list[str]:
         """The captions of a row; ValueError where there is none."""
-        values = self._texts[row]
-        return not_empty([text for name in self.caption for text in self._named(name, values[name])])
+        return self._captions(self._texts[row])
 
     def read(self, row: int) -> tuple[bytes | Path, list[str]]:
         """The image of a row, encoded or its path, and its captions; OSError or ValueError where it lacks one."""
-        image = self.rows[row][self.image]
+        values = self._pairs[row]
+        image = values[self.image]
         if isinstance(image, dict):  # an undecoded image of `datasets`: its bytes, or where they lie
             image = image.get("bytes") or image.get("path")
         if image is None or image == "":
             raise ValueError("no image")
-        return self.find(image) if isinstance(image, str) else image, self.captions(row)
+        return self.find(image) if isinstance(image, str) else image, self._captions(values)
+
+    def _captions(self, values: dict[str, Any]) -> list[str]:
+        return not_empty([text for name in self.caption for text in self._named(name, values[name])])
 
     def find(self, name: str) -> bytes | Path:
         """The image that a path names, or that base64 holds; OSError if there is no such file."""
@@ -113,7 +118,7 @@ class Columns:
 
     def same_images(self) -> Sequence[object]:
         """What is equal for rows of one image: its path, or a number of its own where the table holds images."""
-        if not isinstance(self.rows.features[self.image], datasets.Value):
+        if not holds_paths(self.rows.features[self.image]):
             return range(len(self))
         return self.rows.select_columns([self.image])[:][self.image]
 
@@ -150,16 +155,21 @@ def table_of(path: str, rows: datasets.Dataset, layout: Layout) -> Columns:
     table = Columns(path, rows, image, captions, layout.image_root, numbers, notices)
     if not len(rows):
         table.problems.append((path, ROWLESS))
-    elif isinstance(kind, datasets.Value) and "string" in kind.dtype:
+    elif holds_paths(kind):
         _look_for_images(table)
     return table
+
+
+def holds_paths(kind: object) -> bool:
+    """Whether values of this feature are text."""
+    return isinstance(kind, datasets.Value) and kind.dtype in ("string", "large_string")
 
 
 def _holds_images(kind: object) -> bool:
     """Whether values of this feature are paths, encoded images, or {"bytes", "path"}."""
     if isinstance(kind, dict):
         return "bytes" in kind or "path" in kind
-    return isinstance(kind, datasets.Value) and kind.dtype in ("string", "large_string", "binary", "large_binary")
+    return holds_paths(kind) or (isinstance(kind, datasets.Value) and kind.dtype in ("binary", "large_binary"))
 
 
 def chosen_columns(path: str, names: Sequence[str], layout: Layout) -> tuple[str, list[str], list[tuple[str, str]]]:
@@ -182,6 +192,8 @@ def chosen_columns(path: str, names: Sequence[str], layout: Layout) -> tuple[str
             raise InputError(f"{path}: holds addresses, no images: fetch them by `diffclip data pairs`")
         gone = next((name for name in [layout.image_column, *layout.caption_column] if name and name not in names), "")
         reason = f"there is no column {gone}" if gone else "their names do not tell which is which"
+        if len(names) == 1:
+            reason += " (if this is more than one column, set separator)"
         raise InputError(
             f"{path}: needs an image column ({', '.join(IMAGE_COLUMNS[:6])}, ...) and a caption column "
             f"({', '.join(CAPTION_COLUMNS[:6])}, ...), found {', '.join(names)[:300]}: {reason}; set image_column and "

@@ -17,7 +17,7 @@ from diffclip.base.archives import TAR_SUFFIXES
 from diffclip.base.errors import InputError
 from diffclip.base.images import BROKEN, decode
 from diffclip.data.columns import Columns
-from diffclip.data.folders import Files, read_folder, sources_in
+from diffclip.data.folders import Files, read_folder, sources_in, split_of
 from diffclip.data.layout import Layout
 from diffclip.data.shards import Shard, index_shards
 from diffclip.data.sources import expand_one
@@ -61,6 +61,9 @@ class PairTable:
         tars = list(dict.fromkeys(path for path in paths if path.lower().endswith(TAR_SUFFIXES)))
         shards = dict(zip(tars, index_shards(tars, layout)))
         self.parts: list[Part] = [shards[path] if path in shards else _read(path, layout) for path in paths]
+        if layout.split and not any(map(_has_splits, self.parts)):
+            listed = ", ".join(map(str, sources))
+            raise InputError(f"setting `split` {layout.split}: {listed[:200]} holds no splits; leave it out")
         self.ends = np.cumsum([len(part) for part in self.parts])
         ends = self.ends[np.cumsum([len(group) for group in groups]) - 1].tolist()
         self.ranges = list(zip([0, *ends[:-1]], ends))
@@ -111,6 +114,16 @@ def _files(path: str, layout: Layout, notices: list[tuple[str, str]]) -> list[st
     files, left_out = sources_in(path, layout)
     notices += left_out
     return files
+
+
+def _has_splits(part: Part) -> bool:
+    """Whether a column, the names of its files, or `datasets` told the split of a part."""
+    if isinstance(part, Columns) and (part.path.startswith("hf:") or is_saved(part.path)):
+        return True
+    if isinstance(part, Columns) and any(name.strip().lower() == "split" for name in part.rows.column_names):
+        return True
+    file = part.pairs[0][0] if isinstance(part, Files) and part.pairs else part.path
+    return split_of(os.path.dirname(file) + "/_") is not None or split_of(os.path.basename(part.path)) is not None
 
 
 def _read(path: str, layout: Layout) -> Columns | Files:

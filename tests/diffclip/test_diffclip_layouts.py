@@ -285,6 +285,14 @@ def test_files_of_no_split_beside_those_of_one_are_not_dropped_in_silence(tmp_pa
     assert len(PairTable([str(tmp_path / "stations")])) == 2  # names of images are no splits
 
 
+def test_a_split_of_data_without_splits_is_refused(tmp_path):
+    path = tar_of(tmp_path / "x.tar", pair(1))
+    write(tmp_path, {**A_TO_C, "x.csv": "image,caption\n1.png,a\n"})
+    for source in (path, str(tmp_path / "x.csv")):
+        with pytest.raises(InputError, match=r"setting `split` test: .* holds no splits; leave it out"):
+            PairTable([source], split="test")
+
+
 def test_patterns_and_names_that_look_like_them(tmp_path):
     for name, value in (("x[1].tar", 1), ("y{1}.tar", 2), ("deep/er/z.tar", 3)):
         tar_of(tmp_path / name, pair(value))
