@@ -16,7 +16,8 @@ def main(argv: list[str] | None = None) -> int:
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     sources = [*itertools.takewhile(lambda word: not word.startswith("-"), argv)] or [*filter(os.path.exists, argv)]
-    if "--pairs" in argv or (sources and not any(map(holds_turns, sources))):
+    kinds = {holds_turns(source) for source in sources}
+    if "--pairs" in argv or (False in kinds and True not in kinds):
         from diffclip.data import check
 
         return check.main(argv)
@@ -25,14 +26,15 @@ def main(argv: list[str] | None = None) -> int:
     return conversations.main(["check", *argv])
 
 
-def holds_turns(source: str) -> bool:
-    """Whether a file holds conversations: by its columns, or else, what cannot be read, by its kind."""
+def holds_turns(source: str) -> bool | None:
+    """Whether a source holds conversations, by its columns; None of JSON that cannot be read."""
     from diffclip.data.tables import column_names, kind_of  # not at the top: --help needs no `datasets`
 
+    unknown = None if kind_of(source) in (".json", ".jsonl") and "*" not in source else False
     if not os.path.exists(source):
-        return kind_of(source) in (".json", ".jsonl") and "*" not in source
+        return unknown
     try:
         names = {name.lower() for name in column_names(source)}
     except InputError:  # the one that reads it says what is wrong with it
-        return kind_of(source) in (".json", ".jsonl")
+        return unknown
     return not names.isdisjoint(TURNS)

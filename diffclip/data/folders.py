@@ -62,12 +62,16 @@ def sources_in(folder: str, layout: Layout) -> tuple[list[str], list[tuple[str, 
         return [folder], []
     files = [path for where, names in _walked(folder) for path in (os.path.join(where, name) for name in names)]
     shards = [path for path in files if path.lower().endswith(TAR_SUFFIXES)]
-    tables = [path for path in files if kind_of(path)]
+    stems = {os.path.splitext(path)[0] for path in shards}
+    tables = [path for path in files if kind_of(path) and os.path.splitext(path)[0] not in stems]  # not img2dataset's
     metadata = [path for path in tables if os.path.basename(path).lower().startswith("metadata.")]
     parquet = [path for path in tables if kind_of(path) == ".parquet" and _holds_images(path, layout)]
-    for found in (shards, metadata, parquet):
-        if found:
-            return _of_split(found, [split_of(os.path.relpath(path, folder)) for path in found], folder, layout)
+    kinds = {"shards": shards, "metadata files": metadata, "parquet files with images": parquet}
+    if several := {name: found for name, found in kinds.items() if found}:
+        (name, found), *others = several.items()
+        notices = [(folder, f"its {name} are read, its {other} are not") for other, _ in others]
+        kept, left_out = _of_split(found, [split_of(os.path.relpath(path, folder)) for path in found], folder, layout)
+        return kept, notices + left_out
     if _images_and_captions(files, layout)[2]:
         return [folder], []
     for kind in KINDS:  # beside images, as captions.json; not below them

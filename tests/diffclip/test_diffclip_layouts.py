@@ -293,6 +293,17 @@ def test_a_split_of_data_without_splits_is_refused(tmp_path):
             PairTable([source], split="test")
 
 
+def test_what_else_a_folder_holds_is_said(tmp_path):
+    tar_of(tmp_path / "a" / "0.tar", pair(1))
+    parquet(tmp_path / "a" / "0.parquet", url=["u"], caption=["a 1"], status=["success"])  # of img2dataset
+    (tmp_path / "b").mkdir()
+    parquet(tmp_path / "b" / "0.parquet", image=[image(2)], caption=["b"])
+    assert contents(tmp_path) == [(1, ["a 1"])]
+    (notice,) = PairTable([str(tmp_path)]).notices
+    assert notice[1] == "its shards are read, its parquet files with images are not"
+    assert PairTable([str(tmp_path / "a")]).notices == []
+
+
 def test_patterns_and_names_that_look_like_them(tmp_path):
     for name, value in (("x[1].tar", 1), ("y{1}.tar", 2), ("deep/er/z.tar", 3)):
         tar_of(tmp_path / name, pair(value))
