@@ -51,7 +51,8 @@ def read_captioned(path: Path, **settings: Any) -> Captioned:
             raise InputError(f"{part.key(rows[0])} has no caption that can be read ({error}): write it again") from None
         captions += found
         owner += [len(images)] * len(found)
-        images.append((part.key(rows[0]), _image(part, rows[0])))
+        source = _image(part, rows[0])
+        images.append((str(source) if isinstance(source, Path) else part.key(rows[0]), source))
     if not images:
         raise InputError(f"{path} holds no images with captions; write it again")
     return Captioned(Images(*zip(*images)), captions, owner)
