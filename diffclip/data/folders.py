@@ -1,6 +1,7 @@
 """Folders as people have them: which files of one hold its pairs, and images with captions in files beside them."""
 
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,10 +138,9 @@ def _of_split(
 
 
 def split_of(path: str | Path) -> str | None:
-    """The split that a relative path names by a folder, or by the beginning of its file's name, as train-00000."""
+    """The split that a relative path names by a folder, or by a word of its file's name, as cc3m-train-0000.tar."""
     *folders, name = Path(path).parts
-    start = name.replace("_", "-").replace(".", "-").split("-")[0]
-    return next(filter(None, map(split_named, (*reversed(folders), start))), None)
+    return next(filter(None, map(split_named, (*reversed(folders), *re.split(r"[-_.]", name)))), None)
 
 
 def _holds_images(path: str, layout: Layout) -> bool:

@@ -250,7 +250,7 @@ def test_a_folder_takes_every_kind_of_image_and_names_what_has_no_partner(tmp_pa
     assert contents(tmp_path / "of_caption", caption_member="caption") == [(1, ["a"])]
 
 
-@pytest.mark.parametrize("kind", ["shards", "files", "metadata", "parquet", "names of files"])
+@pytest.mark.parametrize("kind", ["shards", "files", "metadata", "parquet", "names of files", "names of shards"])
 def test_of_a_folder_with_splits_one_is_read_and_the_rest_is_said(tmp_path, kind):
     for split, value in (("train", 1), ("validation", 2), ("test", 3)):
         folder = tmp_path / split
@@ -260,6 +260,8 @@ def test_of_a_folder_with_splits_one_is_read_and_the_rest_is_said(tmp_path, kind
             write(folder, dict(pair(value)))
         elif kind == "metadata":
             write(folder, {f"{value}.png": image(value), "metadata.csv": f"file_name,text\n{value}.png,a {value}\n"})
+        elif kind == "names of shards":
+            tar_of(tmp_path / f"cc3m-{split}-0000.tar", pair(value))
         elif kind == "parquet":
             folder.mkdir()
             parquet(folder / "0.parquet", image=[image(value)], caption=[f"a {value}"])
