@@ -179,6 +179,8 @@ def chosen_columns(path: str, names: Sequence[str], layout: Layout) -> tuple[str
     lower = {name.strip().lower(): name for name in reversed(names)}
     found = [lower[name] for name in CAPTION_COLUMNS if name in lower]
     numbered = [name for name in names if NUMBERED.match(name.strip())]
+    if odd := next((name for name in names if "\0" in name), None):
+        raise InputError(f"{path}: {odd[:60]!r} is no name of a column; mend its first line")
     if not any(names):
         raise InputError(f"{path}: is empty; leave it out, or write it again")
     image = layout.image_column or next((lower[name] for name in IMAGE_COLUMNS if name in lower), "")
@@ -221,7 +223,10 @@ def _of_split(path: str, rows: datasets.Dataset, layout: Layout, notices: list[t
         return everything
     feature = rows.features[name]
     values = compute.cast(rows.select_columns([name]).with_format("arrow")[:][name], pyarrow.string())
-    labels = np.array(values.fill_null("").to_pylist(), dtype=object)
+    try:
+        labels = np.array(values.fill_null("").to_pylist(), dtype=object)
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: its column {name} is not UTF-8; write it again") from None
     if isinstance(feature, datasets.ClassLabel):
         labels = np.array([feature.int2str(int(label)) if label else "" for label in labels], dtype=object)
     names = dict.fromkeys(labels)

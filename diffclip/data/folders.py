@@ -146,7 +146,7 @@ def split_of(path: str | Path) -> str | None:
 def _holds_images(path: str, layout: Layout) -> bool:
     try:
         chosen_columns(path, pyarrow.parquet.read_schema(path).names, layout)
-    except (InputError, pyarrow.ArrowException, OSError):
+    except (InputError, pyarrow.ArrowException, OSError, ValueError):
         return False
     return True
 

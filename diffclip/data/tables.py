@@ -49,7 +49,7 @@ def column_names(path: str) -> list[str]:
     if kind == ".parquet":
         try:
             return pyarrow.parquet.read_schema(path).names
-        except (pyarrow.ArrowException, OSError) as error:
+        except (pyarrow.ArrowException, OSError, ValueError) as error:
             raise InputError(f"{path}: cannot be read as parquet ({in_one_line(error)}); write it again") from None
     return list(next(iter(_records(path)), {})) if kind in (".json", ".jsonl") else []
 
@@ -85,7 +85,7 @@ def _parquet(path: str) -> datasets.Dataset:
     try:
         if pyarrow.parquet.read_metadata(path).num_rows == 0:  # `datasets` takes no such file
             return datasets.Dataset(datasets.table.InMemoryTable(pyarrow.parquet.read_table(path)))
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read as parquet ({in_one_line(error)}); write it again") from None
     return _loaded(path, "parquet", data_files=path, split="train")
 
@@ -156,7 +156,7 @@ def _read_csv(path: str, layout: Layout) -> Columns:
                 strings_can_be_null=False,
             ),
         )
-    except (pyarrow.ArrowException, OSError, UnicodeError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
         _refuse_encoding(path, layout)
         raise InputError(f"{path}: cannot be read as a table ({first_line(error)}); mend that row") from None
     _refuse_swallowed(path, table, image, captions, separator)
