@@ -5,12 +5,11 @@ what of it is assumed, not counted.
 from diffclip.adaptation import let_learn
 from diffclip.base.console import print_table
 from diffclip.base.errors import InputError
-from diffclip.data.pairs import PairTable
 from mllm.assemble import assembled_config, run_config
 from mllm.llava import DiffCLIPLlavaConfig
 from stages import costs
 from stages.config import zero_stage
-from stages.pretraining import planned_model, run_title
+from stages.pretraining import planned_model, run_title, train_table
 from stages.settings import AlignConfig, ConversationConfig, InstructConfig, PretrainConfig
 
 
@@ -19,7 +18,7 @@ def estimate_pretraining(config: PretrainConfig) -> None:
     hardware = costs.parse_hardware(config.hardware)
     if not (config.samples or config.train_data):
         raise InputError("a dry run needs --train_data, or the number of pairs as --samples (CC3M 2900000)")
-    pairs = config.samples or len(PairTable(config.train_data, config.caption_member))
+    pairs = config.samples or len(train_table(config))
     steps = pairs // config.global_batch_size * config.epochs
     model = planned_model(config)
     let_learn(model, config.learns)

@@ -80,6 +80,8 @@ def changes(path: Path, before: dict[str, Any], record: RunRecord, manifest: Man
         if name in ASKS:
             continue
         value, old = now[name], settings.get(name, now[name])
+        if isinstance(value, list) and isinstance(old, str):  # settings that took one value once
+            old = [old]
         if name in inputs_now and name in inputs_before:
             harmful, harmless = differences(name, manifest_before, manifest)
             if not harmful and contents(inputs_now[name]) != contents(inputs_before[name]) and not harmless:

@@ -23,11 +23,13 @@ from diffclip.architectures import with_image_size
 from diffclip.attention import Differential, set_annealing
 from diffclip.base.errors import InputError
 from diffclip.base.files import append_jsonl, read_json, read_jsonl, write_json
-from diffclip.base.images import DECODING
+from diffclip.base.images import DECODING, decode
 from diffclip.base.schema import BAD_SAMPLES, BEST, METRICS, NON_FINITE, NonFinite
 from diffclip.benchmarks import datasets, prompts, retrieval, zero_shot
 from diffclip.benchmarks.features import Encoder
 from diffclip.checkpoints import Loaded, unloaded
+from diffclip.data.check import unreadable
+from diffclip.data.columns import ROWLESS
 from diffclip.data.pairs import PairTable
 from diffclip.data.shards import EMPTY
 from diffclip.data.training_pairs import TrainingPairs, name_bad_samples
@@ -45,8 +47,7 @@ from stages.training import check_trainer, per_device_batch, set_learning_rate, 
 def train_dual_encoder(config: PretrainConfig, run: Run) -> None:
     """Train the model that the settings name and write it to `config.output_dir`."""
     check_trainer(config)
-    table = PairTable(config.train_data, config.caption_member)
-    val_pairs = PairTable(config.val_pairs, config.caption_member) if config.val_pairs else None
+    table, val_pairs = train_table(config), val_table(config)
 
     set_seed(config.seed)
     title, (model, transform, tokenizer) = run_title(config), starting_model(config)
@@ -67,6 +68,8 @@ def train_dual_encoder(config: PretrainConfig, run: Run) -> None:
         if val_pairs.problems:
             key, reason = val_pairs.problems[0]
             run.log(f"pretrain: val_pairs: {len(val_pairs.problems):,} samples lack a part, e.g. {key} ({reason})")
+        if run.is_main and run.resume_from is None:
+            refuse_unreadable("val_pairs", val_pairs)
     batch = per_device_batch(config)
     steps = len(pairs) // config.global_batch_size
     parameters = sum(p.numel() for p in model.parameters())
@@ -97,6 +100,24 @@ def train_dual_encoder(config: PretrainConfig, run: Run) -> None:
     metrics |= trainer.validate()
     log_bad_samples(run)
     run.finish(metrics)
+
+
+def train_table(config: PretrainConfig) -> PairTable:
+    """The pairs to train on, read as the settings say."""
+    return PairTable(config.train_data, **layout_of(config), split=config.split)
+
+
+def val_table(config: PretrainConfig) -> PairTable | None:
+    """The held-out pairs, if there are any."""
+    if not config.val_pairs:
+        return None
+    return PairTable(config.val_pairs, **layout_of(config), split=config.val_split, prefer=("val", "test"))
+
+
+def layout_of(config: PretrainConfig) -> dict[str, Any]:
+    """The fields of `diffclip.data.layout.Layout` that both have from settings of the same name."""
+    fields = ("image_member", "caption_member", "image_column", "caption_column", "separator", "encoding", "image_root")
+    return {name: getattr(config, name) for name in fields}
 
 
 def run_title(config: PretrainConfig) -> str:
@@ -144,12 +165,22 @@ def report_problems(table: PairTable, config: PretrainConfig, run: Run) -> None:
         return
     if run.is_main and run.resume_from is None:
         name_bad_samples(run.path / BAD_SAMPLES, table.problems)
-    lost = [(key, reason) for key, reason in table.problems if reason != EMPTY]
+    lost = [(key, reason) for key, reason in table.problems if reason not in (EMPTY, ROWLESS)]
     if len(lost) > config.max_bad_share * (len(table) + len(lost)):
         key, reason = lost[0]
         raise InputError(
             f"{len(lost)} of {len(table) + len(lost)} samples lack a part, e.g. {key} ({reason}), "
             f"more than max_bad_share {config.max_bad_share:g}: mend the data or raise it"
+        )
+
+
+def refuse_unreadable(setting: str, table: PairTable) -> None:
+    """InputError, before the first step, if a pair of held-out data cannot be read: each epoch would end at it."""
+    if bad := list(unreadable(table)):
+        key, reason = bad[0]
+        raise InputError(
+            f"{setting}: {len(bad):,} of {len(table):,} pairs cannot be read, e.g. {key} ({reason}): leave them out; "
+            "`diffclip check` names them all"
         )
 
 
@@ -346,14 +377,16 @@ def retrieval_of_pairs(encoder: Encoder, pairs: PairTable) -> dict[str, float]:
     """R@1/5/10 in percent over held-out pairs, each caption of an image a query of its own."""
     encode_image = cast(Callable[[torch.Tensor], torch.Tensor], encoder.model.encode_image)
     images, texts, owners = [], [], []
+    each = list(pairs.images())  # rows of one image file are its captions
     with torch.inference_mode():
-        for start in range(0, len(pairs), encoder.batch_size):
-            batch = [pairs[i] for i in range(start, min(start + encoder.batch_size, len(pairs)))]
-            pixels = torch.stack([encoder.preprocess(image) for image, _ in batch]).to(encoder.device)
-            images.append(encode_image(pixels).float().cpu())
-            for i, (_, captions) in enumerate(batch, start):
+        for start in range(0, len(each), encoder.batch_size):
+            pixels = []
+            for i, (part, rows) in enumerate(each[start : start + encoder.batch_size], start):
+                captions = [caption for row in rows for caption in part.captions(row)]
+                pixels.append(encoder.preprocess(decode(part.read(rows[0])[0])))
                 texts += captions
                 owners += [i] * len(captions)
+            images.append(encode_image(torch.stack(pixels).to(encoder.device)).float().cpu())
     return retrieval.recall_at_k(torch.cat(images), encoder.texts(texts), torch.tensor(owners))
 
 

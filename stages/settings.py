@@ -146,7 +146,9 @@ class PretrainConfig(TrainingConfig):
         "matched", "model", "initialise both arms alike, or each as its official code does"
     )
     train_data: list[str] = option(
-        [], "data", "webdataset shards (globs, braces, URLs), .csv, .tsv, .parquet, hf:owner/name"
+        [],
+        "data",
+        "webdataset shards (globs, braces, URLs), .csv, .tsv, .json, .jsonl, .parquet, folders, hf:owner/name",
     )
     train_weights: list[float] = option(
         [], "data", "times an epoch sees each source of train_data; empty = once", NOT_NEGATIVE
@@ -154,9 +156,19 @@ class PretrainConfig(TrainingConfig):
     max_bad_share: float = option(
         0.01, "data", "stop when more of the samples than this cannot be read", SHARE, decides=False
     )
-    caption_member: Literal["txt", "json"] = option(
-        "txt", "data", "where shards keep captions; json draws one of `captions` each time"
+    caption_member: list[str] = option(
+        ["txt"], "data", "where shards and folders keep captions; json draws one of `captions` each time"
     )
+    image_member: list[str] = option([], "data", "what their images end in; empty: jpg, jpeg, png, webp")
+    image_column: str = option("", "data", "of tables; empty: told from the names")
+    caption_column: list[str] = option(
+        [], "data", "of tables, and key of a json; one caption of all is drawn each time"
+    )
+    separator: str = option("", "data", "of .csv and .tsv: , ; | or tab; empty: told from the header")
+    encoding: str = option("utf-8", "data", "of .csv, .tsv and .txt")
+    image_root: str = option("", "data", "folder that paths in tables start from; empty: beside the table")
+    split: str = option("", "data", "of train_data, where a source holds several; empty: train")
+    val_split: str = option("", "data", "the same of val_pairs; empty: val, or else test")
     val_data: str = option(
         "", "data", "folder with val/ or test/ of class folders, classified zero-shot after each epoch"
     )

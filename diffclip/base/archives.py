@@ -11,7 +11,7 @@ import zipfile
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from diffclip.base.errors import InputError
 from diffclip.base.paths import inside
@@ -85,26 +85,46 @@ def _check_members(archive: Path, folder: Path, members: Iterable[tuple[str, int
 def members(path: str | Path) -> tuple[list[tarfile.TarInfo], str]:
     """All whole members of an uncompressed tar, with `offset_data` and `size`, and why it ends early, or "".
 
-    InputError if the file is not a tar, or is compressed, which leaves its members without places.
+    Tars that were joined by `cat` are read to the last one. InputError if the file is not a tar, or is compressed,
+    which leaves its members without places.
     """
     whole: list[tarfile.TarInfo] = []
     size = os.path.getsize(path)
     try:
-        with tarfile.open(path, "r:") as tar:
+        with open(path, "rb") as f:
             while True:
                 try:
-                    member = tar.next()
+                    with tarfile.open(fileobj=f, mode="r:") as tar:
+                        while (member := tar.next()) is not None:
+                            if member.isfile() and member.offset_data + member.size > size:
+                                return whole, f"ends early, within {printable(member.name)}"
+                            whole.append(member)
                 except tarfile.ReadError as error:
+                    if not whole:
+                        raise
                     return whole, f"ends early ({error})"
-                if member is None:  # tarfile takes a cut header for the end
-                    return whole, NO_END if size < tar.offset + tarfile.BLOCKSIZE else ""
-                if member.isfile() and member.offset_data + member.size > size:
-                    return whole, f"ends early, within {printable(member.name)}"
-                whole.append(member)
+                if size < tar.offset + tarfile.BLOCKSIZE:  # tarfile takes a cut header for the end
+                    return whole, NO_END
+                f.seek(tar.offset)
+                if any(f.read(tarfile.BLOCKSIZE)):  # nor does it say that a header is none
+                    return whole, "ends early (what follows is no member of a tar)"
+                if not _at_next(f, tar.offset):
+                    return whole, ""
     except (tarfile.TarError, OSError) as error:
         if isinstance(error, tarfile.TarError):
             _refuse_compressed(str(path))
         raise InputError(f"{path}: not a readable tar file ({error}); download or write it again") from None
+
+
+def _at_next(f: BinaryIO, offset: int) -> bool:
+    """Seek to the first block behind `offset` that is not zero, the start of another tar; False if there is none."""
+    f.seek(offset)
+    while chunk := f.read(1 << 20):
+        if rest := chunk.lstrip(b"\0"):
+            f.seek(offset + (len(chunk) - len(rest)) // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE)
+            return True
+        offset += len(chunk)
+    return False
 
 
 def read_at(path: str | Path, *places: tuple[int, int]) -> list[bytes]:

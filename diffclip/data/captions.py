@@ -2,17 +2,30 @@
 
 import json
 import re
+from collections.abc import Sequence
 
 
-def parse_captions(raw: bytes, member: str) -> list[str]:
-    """Captions of one sample: the lines of a .txt, or a .json's `captions` (else `caption`), or a list in it."""
-    if member != "json":
-        return not_empty(caption_lines(raw.decode("utf-8-sig")))
+def parse_captions(raw: bytes, member: str, keys: Sequence[str] = (), encoding: str = "utf-8") -> list[str]:
+    """Captions of one sample: the lines of a text, or of a .json `captions` (else `caption`), or a list in it.
+
+    Args:
+        member: the suffix; what ends in json is JSON.
+        keys: of a JSON object, that hold captions; all that are there count.
+        encoding: of texts.
+
+    Raises:
+        ValueError: there is none, or they cannot be read.
+    """
+    if not member.endswith("json"):
+        return not_empty(caption_lines(raw.decode("utf-8-sig" if encoding == "utf-8" else encoding)))
     values = json.loads(raw)
     if isinstance(values, dict):
-        if "captions" not in values and "caption" not in values:
-            raise ValueError(f"the .json has neither `captions` nor `caption`, but {', '.join(values) or 'nothing'}")
-        values = values.get("captions") or values.get("caption")
+        if not any(key in values for key in keys or ("captions", "caption")):
+            wanted = " nor ".join(f"`{key}`" for key in keys or ("captions", "caption"))
+            none = "no" if len(keys) == 1 else "neither"
+            held = ", ".join(values) or "nothing"
+            raise ValueError(f"the .json has {none} {wanted}, but {held}; set caption_column to the key")
+        values = [values.get(key) for key in keys] if keys else values.get("captions") or values.get("caption")
     elif not isinstance(values, list):
         raise ValueError("the .json is neither an object with `captions` nor a list of them")
     return not_empty(texts(values))
@@ -29,14 +42,16 @@ def texts(value: object) -> list[str]:
         return [text for item in value for text in texts(item)]
     if isinstance(value, dict):
         return texts(next((value[key] for key in ("raw", "caption", "text") if key in value), None))
-    if value is None:
+    if value is None or value != value:  # NaN, of pandas
         return []
     text = value.decode("utf-8") if isinstance(value, bytes) else str(value)
     return [text] if text.strip() else []
 
 
 def not_empty(captions: list[str]) -> list[str]:
-    """The captions; ValueError where there is none."""
+    """The captions; ValueError where there is none, or one holds half of a surrogate pair, which no tokenizer takes."""
     if not captions:
         raise ValueError("empty caption")
+    for caption in captions:
+        caption.encode()
     return captions

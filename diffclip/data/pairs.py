@@ -1,12 +1,14 @@
 """Image-text pairs for contrastive training, as one random-access table over any of the usual sources.
 
-webdataset tars are read by offset (`diffclip.data.shards`); CSV/TSV, parquet and `datasets` go through `datasets`
-(`diffclip.data.tables`), which gives the same random access. What cannot be read raises `BadSample`;
-`diffclip.data.training_pairs` decides what then.
+webdataset tars are read by offset (`diffclip.data.shards`); rows of files and of `datasets` through
+`diffclip.data.tables`, folders of images through `diffclip.data.folders`, all with the same random access. What cannot
+be read raises `BadSample`; `diffclip.data.training_pairs` decides what then.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -14,10 +16,14 @@ from PIL import Image
 from diffclip.base.archives import TAR_SUFFIXES
 from diffclip.base.errors import InputError
 from diffclip.base.images import BROKEN, decode
-from diffclip.data.captions import parse_captions
+from diffclip.data.columns import Columns
+from diffclip.data.folders import Files, read_folder, sources_in, split_of
+from diffclip.data.layout import Layout
 from diffclip.data.shards import Shard, index_shards
 from diffclip.data.sources import expand_one
-from diffclip.data.tables import Columns, Files, read_folder, read_table
+from diffclip.data.tables import is_saved, read_table
+
+Part = Shard | Columns | Files
 
 
 class BadSample(InputError):
@@ -36,39 +42,49 @@ class PairTable:
     what is no fault, but was read in one way of several.
     """
 
-    def __init__(self, sources: Sequence[str], caption_member: str = "txt") -> None:
+    def __init__(self, sources: Sequence[str], caption_member: str | Sequence[str] = "txt", **settings: Any) -> None:
         """
         Args:
-            sources: patterns as in `diffclip.data.sources.expand`, of tar shards, .csv/.tsv/.parquet files, `datasets`
-                directories, or folders of images with a file of captions beside each.
-            caption_member: member of a webdataset sample that holds the text, "txt" or "json".
+            sources: patterns as in `diffclip.data.sources.expand`, of tar shards, tables (`diffclip.data.tables`),
+                `datasets` directories, or folders of any of these, or of images with a file of captions beside each.
+            caption_member: members of a webdataset sample that hold the text, "txt" or "json".
+            settings: the other fields of `diffclip.data.layout.Layout`.
         """
-        groups = [expand_one(pattern) for pattern in sources]
+        layout = Layout(caption_member=caption_member, **settings)
+        notices: list[tuple[str, str]] = []
+        groups = [
+            [file for path in expand_one(pattern) for file in _files(path, layout, notices)] for pattern in sources
+        ]
         paths = [path for group in groups for path in group]
         if not paths:
             raise InputError("no training data given: set train_data to shards, a CSV or a parquet file")
-        self.caption_member = caption_member
-        tars = [path for path in paths if path.endswith(TAR_SUFFIXES)]
-        shards = dict(zip(tars, index_shards(tars, caption_member)))
-        self.parts: list[Shard | Columns | Files] = [
-            shards[path] if path in shards else _read(path, caption_member) for path in paths
-        ]
+        tars = list(dict.fromkeys(path for path in paths if path.lower().endswith(TAR_SUFFIXES)))
+        shards = dict(zip(tars, index_shards(tars, layout)))
+        self.parts: list[Part] = [shards[path] if path in shards else _read(path, layout) for path in paths]
+        if layout.split and not any(map(_has_splits, self.parts)):
+            listed = ", ".join(map(str, sources))
+            raise InputError(f"setting `split` {layout.split}: {listed[:200]} holds no splits; leave it out")
         self.ends = np.cumsum([len(part) for part in self.parts])
         ends = self.ends[np.cumsum([len(group) for group in groups]) - 1].tolist()
         self.ranges = list(zip([0, *ends[:-1]], ends))
         self.problems = [problem for part in self.parts for problem in part.problems]
-        self.notices = [notice for part in self.parts for notice in part.notices]
+        self.notices = [*notices, *(notice for part in self.parts for notice in part.notices)]
 
     def __len__(self) -> int:
         return int(self.ends[-1])
 
     def __getitem__(self, index: int) -> tuple[Image.Image, list[str]]:
+        image, captions = self.encoded(index)
+        try:
+            return decode(image), captions
+        except BROKEN as error:
+            raise BadSample(self.key(index), str(error) or type(error).__name__) from None
+
+    def encoded(self, index: int) -> tuple[bytes | Path, list[str]]:
+        """The image of a pair as its file's bytes or path, and its captions; BadSample where it lacks one."""
         part, row = self._find(index)
         try:
-            if isinstance(part, Shard):
-                image, text = part.read(row)
-                return decode(image), parse_captions(text, self.caption_member)
-            return part[row]
+            return part.read(row)
         except BROKEN as error:
             raise BadSample(part.key(row), str(error) or type(error).__name__) from None
 
@@ -77,11 +93,38 @@ class PairTable:
         part, row = self._find(index)
         return part.key(row)
 
-    def _find(self, index: int) -> tuple[Shard | Columns | Files, int]:
+    def images(self) -> Iterator[tuple[Part, list[int]]]:
+        """(part, rows of it) of each image: those rows of a table that name one file are captions of one image."""
+        for part in self.parts:
+            names: Iterable[object] = part.same_images() if isinstance(part, Columns) else range(len(part))
+            rows: dict[object, list[int]] = {}
+            for row, name in enumerate(names):
+                rows.setdefault(name, []).append(row)
+            for same in rows.values():
+                yield part, same
+
+    def _find(self, index: int) -> tuple[Part, int]:
         part = int(np.searchsorted(self.ends, index, side="right"))
         return self.parts[part], int(index - (self.ends[part - 1] if part else 0))
 
 
-def _read(path: str, member: str) -> Columns | Files:
-    saved = any(os.path.isfile(os.path.join(path, name)) for name in ("dataset_info.json", "dataset_dict.json"))
-    return read_folder(path, member) if os.path.isdir(path) and not saved else read_table(path)
+def _files(path: str, layout: Layout, notices: list[tuple[str, str]]) -> list[str]:
+    if path.startswith("hf:") or not os.path.isdir(path):
+        return [path]
+    files, left_out = sources_in(path, layout)
+    notices += left_out
+    return files
+
+
+def _has_splits(part: Part) -> bool:
+    """Whether a column, the names of its files, or `datasets` told the split of a part."""
+    if isinstance(part, Columns) and (part.path.startswith("hf:") or is_saved(part.path)):
+        return True
+    if isinstance(part, Columns) and any(name.strip().lower() == "split" for name in part.rows.column_names):
+        return True
+    file = part.pairs[0][0] if isinstance(part, Files) and part.pairs else part.path
+    return split_of(os.path.dirname(file) + "/_") is not None or split_of(os.path.basename(part.path)) is not None
+
+
+def _read(path: str, layout: Layout) -> Columns | Files:
+    return read_folder(path, layout) if os.path.isdir(path) and not is_saved(path) else read_table(path, layout)

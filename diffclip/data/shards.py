@@ -1,16 +1,18 @@
 """webdataset tars as random-access tables: each is walked once for the places of its members, then read by offset.
 
-So shuffling, splitting over ranks and resuming at a step are arithmetic on indices. The walk of a large tar is kept
-in a cache folder, since CC12M has more than a thousand of them and every process needs the places.
+So shuffling, splitting over ranks and resuming at a step are arithmetic on indices. The places in a large tar are kept
+in a file of a cache folder and read from there, one pair at a time: CC12M has more than a thousand shards, and so no
+process holds 12 million places in its memory.
 """
 
 import hashlib
-import io
+import json
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -18,13 +20,25 @@ from tqdm import tqdm
 from diffclip.base.archives import members, printable, read_at
 from diffclip.base.errors import InputError
 from diffclip.base.files import write_whole
+from diffclip.data.captions import parse_captions
+from diffclip.data.layout import TAR_IMAGES, Layout
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")  # of several images under one key the first of these is taken
+IMAGE_SUFFIXES = tuple(f".{suffix}" for suffix in TAR_IMAGES)
 EMPTY = "the shard is empty"
 LITTER = ("thumbs.db", "desktop.ini")  # of a file manager, as are names with a dot in front
 CACHE_FROM = 16 << 20  # bytes; a smaller tar is walked in less time than its index is read
+FORMAT = 3  # of the index files; raise it when their meaning changes
+BLOCK = 512  # bytes; all members of a tar start at a multiple
 
 Places = dict[str, tuple[int, int]]  # a sample's members by suffix: (offset, bytes)
+
+
+class Place(NamedTuple):
+    """Where a pair lies in its tar: image and caption as (offset, bytes), and the suffix of the latter."""
+
+    image: tuple[int, int]
+    caption: tuple[int, int]
+    member: str
 
 
 def cache_dir() -> Path:
@@ -32,110 +46,180 @@ def cache_dir() -> Path:
     return Path(os.environ.get("DIFFCLIP_CACHE", "~/.cache/diffclip")).expanduser()
 
 
+def record_type(width: int) -> np.dtype:
+    """One pair of an index: starts in blocks of 512 bytes, sizes in bytes, the caption's member, the key."""
+    numbers = [(name, "<u4") for name in ("image", "image_bytes", "caption", "caption_bytes")]
+    return np.dtype([*numbers, ("member", "u1"), ("key", f"S{max(1, width)}")])
+
+
 @dataclass
 class Shard:
     """One tar: where each sample's image and caption lie in it, and what is wrong with the rest of it."""
 
     path: str
-    keys: np.ndarray  # (samples,) bytes; names without suffix
-    spans: np.ndarray  # (samples, 4) int64: image offset, image bytes, caption offset, caption bytes
+    layout: Layout
+    count: int
+    width: int  # bytes of the longest key
     problems: list[tuple[str, str]] = field(default_factory=list)  # (key, what it lacks)
     notices: list[tuple[str, str]] = field(default_factory=list)  # (key, what was read in one way of several)
+    records: np.ndarray | None = None  # (samples,) of `record_type`; None: they are read from the file
+    file: Path | None = None
+    start: int = 0  # of the records in the file
 
     def __len__(self) -> int:
-        return len(self.keys)
+        return self.count
 
-    def key(self, index: int) -> str:
+    def key(self, row: int) -> str:
         """The name of a sample, `shard.tar/key`."""
-        return f"{self.path}/{printable(bytes(self.keys[index]))}"
+        return f"{self.path}/{printable(bytes(self._record(row)['key']))}"
 
-    def read(self, index: int) -> tuple[bytes, bytes]:
-        """Image bytes and caption bytes of one sample; OSError when the file is gone or shorter than it was."""
-        image_at, image_size, text_at, text_size = self.spans[index].tolist()
-        image, text = read_at(self.path, (image_at, image_size), (text_at, text_size))
-        return image, text
+    def place(self, row: int) -> Place:
+        """Where one sample lies in the tar."""
+        record = self._record(row)
+        image, image_bytes, caption, caption_bytes, member = (int(record[i]) for i in range(5))
+        return Place((image * BLOCK, image_bytes), (caption * BLOCK, caption_bytes), self.layout.caption_member[member])
+
+    def read(self, row: int) -> tuple[bytes, list[str]]:
+        """Image bytes and captions of one sample; OSError or ValueError where it cannot be read."""
+        place = self.place(row)
+        image, caption = read_at(self.path, place.image, place.caption)
+        return image, self._captions(caption, place)
+
+    def captions(self, row: int) -> list[str]:
+        """The captions alone."""
+        place = self.place(row)
+        return self._captions(read_at(self.path, place.caption)[0], place)
+
+    def _captions(self, raw: bytes, place: Place) -> list[str]:
+        return parse_captions(raw, place.member, self.layout.caption_column, self.layout.encoding)
+
+    def _record(self, row: int) -> np.void:
+        if self.records is None:
+            kind = record_type(self.width)
+            try:
+                raw = read_at(self.file or "", (self.start + row * kind.itemsize, kind.itemsize))[0]
+            except FileNotFoundError:  # somebody has emptied the cache
+                self.records = _index(self.path, self.layout).records
+            else:
+                return np.frombuffer(raw, kind)[0]
+        assert self.records is not None
+        return self.records[row]
 
 
-def index_shards(paths: Sequence[str], caption: str = "txt") -> list[Shard]:
+def index_shards(paths: Sequence[str], layout: Layout | None = None) -> list[Shard]:
     """Index many tars, a few at a time, with a progress bar when it takes long; order kept.
 
     Ranks of one run start at different shards and find in the cache what the others have done. InputError as
     `index_shard`, or if none of the tars holds a pair.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    layout = layout or Layout()
     first = len(paths) * rank // world
     order = [*range(first, len(paths)), *range(first)]
     with ThreadPoolExecutor(4) as pool:  # threads: the walk mostly waits for the disk
-        done = pool.map(lambda i: index_shard(paths[i], caption), order)
+        done = pool.map(lambda i: index_shard(paths[i], layout), order)
         bar = tqdm(done, "indexing shards", len(order), unit="shard", delay=2, leave=False, disable=rank > 0)
         shards = dict(zip(order, bar))
     if paths and not any(len(shard) for shard in shards.values()):
         key, reason = shards[0].problems[0]
-        names = "name its images .jpg, .jpeg, .png or .webp, or set caption_member"
+        wanted = ", ".join(f".{suffix}" for suffix in layout.image_member or TAR_IMAGES)
+        names = f"set image_member and caption_member to what its images (now {wanted}) and captions are called"
         remedy = "download or write it again" if reason == EMPTY else names
         raise InputError(f"{key}: {reason}; {remedy}")
     return [shards[i] for i in range(len(paths))]
 
 
-def index_shard(path: str, caption: str = "txt") -> Shard:
+def index_shard(path: str, layout: Layout) -> Shard:
     """List the pairs of an img2dataset/webdataset tar, in the order in which their keys first appear.
 
     A tar that ends early keeps what lies before its end, and one without pairs is a problem of the table that it
-    belongs to. A second member of the same name starts a new sample, as where two shards were joined. `caption` is
-    the member with the text: "txt", or "json" for its `captions` / `caption` entry. InputError if the file is not a
-    tar, is compressed, or has a member with a path that leads outside.
+    belongs to. A second member of the same name starts a new sample, as where two shards were joined. InputError if
+    the file is not a tar, is compressed, or has a member with a path that leads outside.
     """
+    if os.path.getsize(path) < CACHE_FROM:
+        return _index(path, layout)
+    cached = index_file(path, layout)
+    if not cached.is_file():
+        shard = _index(path, layout)
+        assert shard.records is not None
+        head = {name: getattr(shard, name) for name in ("count", "width", "problems", "notices")}
+        try:
+            cached.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(cached, json.dumps(head).encode() + b"\n" + shard.records.tobytes())
+        except OSError:  # no room, or not ours to write: then it stays in memory
+            return shard
+    with open(cached, "rb") as f:
+        values = json.loads(f.readline())
+        values |= {name: [*map(tuple, values[name])] for name in ("problems", "notices")}
+        return Shard(path, layout, **values, file=cached, start=f.tell())
+
+
+def index_file(path: str, layout: Layout) -> Path:
+    """Where the index of a tar is kept: another file for each state of the tar and each way to read it."""
     stat = os.stat(path)
-    if stat.st_size < CACHE_FROM:
-        return _index(path, caption)
-    identity = f"{os.path.abspath(path)}:{stat.st_size}:{stat.st_mtime_ns}:{caption}:2"  # 2: the meaning of an index
-    cached = cache_dir() / "index" / f"{hashlib.sha256(os.fsencode(identity)).hexdigest()[:32]}.npz"
-    if cached.is_file():
-        with np.load(cached, allow_pickle=False) as stored:
-            problems, notices = ([*map(tuple, stored[name].tolist())] for name in ("problems", "notices"))
-            return Shard(path, stored["keys"], stored["spans"], problems, notices)
-    shard = _index(path, caption)
-    buffer = io.BytesIO()
-    left_out, noted = (np.array(pairs, dtype=str).reshape(-1, 2) for pairs in (shard.problems, shard.notices))
-    np.savez(buffer, keys=shard.keys, spans=shard.spans, problems=left_out, notices=noted)
-    cached.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(cached, buffer.getvalue())
-    return shard
+    what = (os.path.abspath(path), stat.st_size, stat.st_mtime_ns, layout.image_member, layout.caption_member, FORMAT)
+    return cache_dir() / "index" / f"{hashlib.sha256(os.fsencode(repr(what))).hexdigest()[:32]}.places"
 
 
-def _index(path: str, caption: str) -> Shard:
+def _index(path: str, layout: Layout) -> Shard:
     samples, problems = walk(path)
-    keys, spans, several = [], [], []
-    for key, places in samples:
-        images = sorted((s for s in places if f".{s.lower()}" in IMAGE_SUFFIXES), key=lambda s: image_rank(f".{s}"))
-        text = next((s for s in places if s.lower() == caption), None)
-        if not images or text is None:
-            problems.append((f"{path}/{printable(key)}", f"no .{caption} caption" if images else "no image"))
-            continue
-        if len(images) > 1:
-            several.append((f"{path}/{printable(key)}", ", ".join(images)))
-        keys.append(os.fsencode(key))
-        spans.append((*places[images[0]], *places[text]))
+    found = _pairs(samples, layout)
+    notices = []
+    if samples and not found:  # names with dots in them: a.b.jpg and a.b.txt are the pair a.b
+        by_last_dot, _ = walk(path, last_dot=True)
+        if found := _pairs(by_last_dot, layout):
+            samples = by_last_dot
+            notices.append((path, "the names of its members hold dots: they are parted at the last one"))
+    paired = {number for number, *_ in found}
+    captions = " or ".join(f".{suffix}" for suffix in layout.caption_member)
+    images = layout.image_member or TAR_IMAGES
+    for number, (key, places) in enumerate(samples):
+        if number not in paired:
+            sized = all(size < 1 << 32 for _, size in places.values())
+            lacks = f"no {captions} caption" if any(s.lower() in images for s in places) else "no image"
+            problems.append((f"{path}/{printable(key)}", lacks if sized else "a member of more than 4 GB"))
     if not samples:
         problems.insert(0, (path, EMPTY))
-    elif not keys:
+    elif not found:
         suffixes = sorted({f".{printable(suffix)}" for _, places in samples for suffix in places})
         contents = f"{len(samples)} keys in it, with {', '.join(suffixes[:8])}"
-        problems.insert(0, (path, f"no sample has both an image and a .{caption} caption ({contents})"))
-    notices = []
-    if several:
-        (first, names), order = several[0], ", ".join(suffix[1:] for suffix in IMAGE_SUFFIXES)
-        reason = f"hold several images (this one {names}): the first of {order} counts"
-        notices.append((first, f"{len(several)} keys of the shard {reason}"))
+        problems.insert(0, (path, f"no sample has both an image and a {captions} caption ({contents})"))
+    if several := [(number, own) for number, _, own, _, _ in found if len(own) > 1]:
+        (first, own), order = several[0], ", ".join(images)
+        reason = f"hold several images (this one {', '.join(own)}): the first of {order} counts"
+        notices.append((f"{path}/{printable(samples[first][0])}", f"{len(several)} keys of the shard {reason}"))
     if doubled := len(samples) - len({key for key, _ in samples}):
         notices.append((path, f"{doubled} keys of the shard occur again with members of the same names: own samples"))
-    return Shard(
-        path, np.array(keys, dtype=np.bytes_), np.array(spans, dtype=np.int64).reshape(-1, 4), problems, notices
-    )
+    names = [os.fsencode(samples[number][0]) for number, *_ in found]
+    width = max(map(len, names), default=1)
+    records = np.empty(len(found), dtype=record_type(width))
+    for row, (name, (_, (at, size), _, (text_at, text_size), member)) in enumerate(zip(names, found)):
+        records[row] = (at // BLOCK, size, text_at // BLOCK, text_size, member, name)
+    return Shard(path, layout, len(found), width, problems, notices, records)
 
 
-def walk(path: str | Path) -> tuple[list[tuple[str, Places]], list[tuple[str, str]]]:
-    """(key, {suffix: (offset, bytes)}) of all samples of a tar, and where it ends early as (path, reason)."""
+def _pairs(
+    samples: list[tuple[str, Places]], layout: Layout
+) -> list[tuple[int, tuple[int, int], list[str], tuple[int, int], int]]:
+    """(number of the sample, image's place, suffixes of all its images, caption's place, number of its member)."""
+    wanted = layout.image_member or TAR_IMAGES
+    found = []
+    for number, (_, places) in enumerate(samples):
+        names = sorted((s for s in places if s.lower() in wanted), key=lambda s: wanted.index(s.lower()))
+        lower = {suffix.lower(): suffix for suffix in reversed(places)}
+        member = next((i for i, name in enumerate(layout.caption_member) if name in lower), None)
+        if names and member is not None:
+            image, caption = places[names[0]], places[lower[layout.caption_member[member]]]
+            if max(image[1], caption[1]) < 1 << 32:
+                found.append((number, image, names, caption, member))
+    return found
+
+
+def walk(path: str | Path, last_dot: bool = False) -> tuple[list[tuple[str, Places]], list[tuple[str, str]]]:
+    """(key, {suffix: (offset, bytes)}) of all samples of a tar, and where it ends early as (path, reason).
+
+    A name is parted at its first dot, as webdataset does, or at the last one. Links to members stand for those.
+    """
     path = str(path)
     samples: list[tuple[str, Places]] = []
     latest: dict[str, Places] = {}  # the sample of each key that members are put to
@@ -143,12 +227,18 @@ def walk(path: str | Path) -> tuple[list[tuple[str, Places]], list[tuple[str, st
     if os.path.getsize(path) == 0:
         return samples, []
     entries, ends_early = members(path)
+    targets = {m.name: m for m in entries if m.isfile()} if any(m.islnk() or m.issym() for m in entries) else {}
     for member in entries:
         if member.name.startswith("/") or ".." in member.name.split("/"):
             raise InputError(f"{path}: member {member.name!r} has a path that leads outside; do not use it")
         folder, name = os.path.split(member.name)
-        stem, dot, suffix = name.partition(".")
-        if not member.isfile() or not dot or not stem or name.lower() in LITTER or "__MACOSX" in folder:
+        stem, dot, suffix = name.rpartition(".") if last_dot else name.partition(".")
+        if not dot or not stem or name.startswith(".") or name.lower() in LITTER or "__MACOSX" in folder:
+            continue
+        if member.islnk() or member.issym():
+            base = folder if member.issym() else ""
+            member = targets.get(os.path.normpath(os.path.join(base, member.linkname)), member)
+        if not member.isfile() or member.issparse():  # the bytes of a sparse one are not those of the file
             continue
         key = os.path.join(folder, stem)
         if key != before:
@@ -161,8 +251,3 @@ def walk(path: str | Path) -> tuple[list[tuple[str, Places]], list[tuple[str, st
         latest[key][suffix] = (member.offset_data, member.size)
         together.append(suffix)
     return samples, [(path, f"the shard {ends_early}")] if ends_early else []
-
-
-def image_rank(suffix: str) -> int:
-    """The place of a suffix among `IMAGE_SUFFIXES`, which is their number for what is no image."""
-    return IMAGE_SUFFIXES.index(suffix.lower()) if suffix.lower() in IMAGE_SUFFIXES else len(IMAGE_SUFFIXES)

@@ -15,27 +15,44 @@ from diffclip.data.shards import cache_dir
 def expand(patterns: Sequence[str]) -> list[str]:
     """Local paths of all sources that the patterns name, sorted per pattern.
 
-    A pattern is a path with globs and `{00000..00012}` braces (a folder stands for the shards in it), an http(s)
-    address with braces (downloaded once into `diffclip.data.shards.cache_dir`), or `hf:owner/name`, a dataset of the
-    Hub, which stays as it is. InputError if a pattern matches nothing, or a download fails.
+    A pattern is a path with globs (`**` for any depth), `{00000..00012}` braces and ~, an http(s) address with braces
+    (downloaded once into `diffclip.data.shards.cache_dir`), or `hf:owner/name`, a dataset of the Hub, which stays as
+    it is; a folder stands for the shards in it, or for itself. InputError if a pattern matches nothing, or a download
+    fails.
     """
-    return [path for pattern in patterns for path in expand_one(pattern)]
+    return [file for pattern in patterns for path in expand_one(pattern) for file in _shards_in(path) or [path]]
+
+
+def _shards_in(path: str) -> list[str]:
+    return sorted(glob.glob(os.path.join(glob.escape(path), "*.tar"))) if os.path.isdir(path) else []
 
 
 def expand_one(pattern: str) -> list[str]:
-    """`expand` of a single pattern."""
+    """`expand` of a single pattern, folders as they are."""
+    pattern = os.path.expanduser(str(pattern))
+    if os.path.exists(pattern):  # its name may hold braces or brackets
+        return [pattern]
     paths: list[str] = []
-    for part in braceexpand.braceexpand(str(pattern)):
+    for part in braceexpand.braceexpand(pattern):
         if part.startswith(("hf:", "http://", "https://")):
             paths.append(part if part.startswith("hf:") else downloaded(part))
             continue
-        matches = sorted(glob.glob(part)) if glob.has_magic(part) else [part] if os.path.exists(part) else []
+        if "://" in part or part.startswith("pipe:"):
+            raise InputError(f"{part}: only files, http(s) addresses and hf:owner/name are read; copy it to a disk")
+        matches = sorted(glob.glob(part, recursive=True)) if glob.has_magic(part) else [part]
+        matches = _without_records([match for match in matches if os.path.exists(match)])
         if not matches:
             raise InputError(f"{part}: no such file (from the data setting `{pattern}`)")
-        for path in matches:
-            shards = sorted(glob.glob(os.path.join(glob.escape(path), "*.tar"))) if os.path.isdir(path) else []
-            paths += shards or [path]
+        paths += matches
     return paths
+
+
+def _without_records(matches: list[str]) -> list[str]:
+    """What a glob matches, without what img2dataset writes about shards or folders beside them."""
+    data = {match.removesuffix(".tar") for match in matches if match.endswith(".tar") or os.path.isdir(match)}
+    records = {f"{stem}.parquet" for stem in data}
+    records |= {f"{match.removesuffix('.parquet')}_stats.json" for match in (*data, *matches)}
+    return [match for match in matches if match not in records and os.path.basename(match) != "_tmp"]
 
 
 def downloaded(url: str) -> str:

@@ -1,236 +1,335 @@
-"""Pairs that are in no shards, with one way to a row of each source: CSV and TSV, parquet, folders and Hub data sets of
-`datasets`, and folders of images, each with its captions in a file of the same stem beside it (img2dataset's `files`).
-"""
+"""Files of rows as tables: CSV and TSV, parquet, JSON in its usual forms, and what `datasets` saves or fetches."""
 
+import codecs
 import csv
+import gzip
 import os
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
 
 import datasets
-import numpy as np
 import pyarrow
 import pyarrow.csv
-from PIL import Image
+import pyarrow.parquet
 from pyarrow import compute
 
-from diffclip.base.errors import InputError, first_line
-from diffclip.base.files import utf8_remedy
-from diffclip.base.images import decode
-from diffclip.data.captions import not_empty, parse_captions, texts
-from diffclip.data.shards import IMAGE_SUFFIXES, image_rank
+from diffclip.base.errors import InputError, first_line, in_one_line
+from diffclip.base.files import parse_json, utf8_remedy
+from diffclip.data.captions import texts
+from diffclip.data.columns import Columns, chosen_columns, may_be_needed, table_of
+from diffclip.data.layout import Layout, chosen_split
 
-IMAGE_COLUMNS = ("image", "jpg", "png", "filepath", "image_path", "file_name", "jpeg", "webp", "img")
-CAPTION_COLUMNS = ("caption", "text", "txt", "title", "captions", "alt_text", "alt", "TEXT")
 SEPARATORS = (",", "\t", ";", "|")
+KINDS = (".parquet", ".csv", ".tsv", ".json", ".jsonl")  # each but parquet also with .gz behind it
+SAVED = ("dataset_info.json", "dataset_dict.json")  # of which a folder that `datasets` saved holds one
 
 
-@dataclass
-class Columns:
-    """A table file: one image column (encoded, or a path beside the file) and one caption column."""
-
-    path: str
-    rows: datasets.Dataset
-    image: str
-    caption: str
-    numbers: np.ndarray | None = None  # (rows,) their places in the file, where some are left out
-    notices: list[tuple[str, str]] = field(default_factory=list)
-    problems: tuple = ()
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def key(self, row: int) -> str:
-        """The name of a row, `file:row`."""
-        return f"{self.path}:{row if self.numbers is None else self.numbers[row]}"
-
-    def __getitem__(self, row: int) -> tuple[Image.Image, list[str]]:
-        values = self.rows[row]
-        image = values[self.image]
-        if isinstance(image, dict):  # an undecoded image of `datasets`: its bytes, or where they lie
-            image = image["bytes"] or image["path"]
-        if image is None:
-            raise ValueError("no image")
-        if isinstance(image, str):
-            image = Path(self.path).parent / image
-        return decode(image), not_empty(texts(values[self.caption]))
+def kind_of(path: str) -> str:
+    """The suffix that says what a file is, without .gz; "" for what is no table."""
+    name = path.lower().removesuffix(".gz")
+    return next((kind for kind in KINDS if name.endswith(kind)), "")
 
 
-def read_table(path: str) -> Columns:
-    """A .csv, .tsv or .parquet file, a folder that `datasets` saved, or `hf:owner/name`.
+def is_saved(path: str) -> bool:
+    """Whether `datasets` saved this folder."""
+    return any(os.path.isfile(os.path.join(path, name)) for name in SAVED)
+
+
+def column_names(path: str) -> list[str]:
+    """The columns of a table, of JSON those of its first row; [] of all else. InputError as `read_table`."""
+    kind = kind_of(path)
+    if is_saved(path):
+        rows = _saved(path)
+        return next(iter(rows.values())).column_names if isinstance(rows, datasets.DatasetDict) else rows.column_names
+    if os.path.isdir(path):
+        return []
+    if kind == ".parquet":
+        try:
+            return pyarrow.parquet.read_schema(path).names
+        except (pyarrow.ArrowException, OSError, ValueError) as error:
+            raise InputError(f"{path}: cannot be read as parquet ({in_one_line(error)}); write it again") from None
+    return list(next(iter(_records(path)), {})) if kind in (".json", ".jsonl") else []
+
+
+def read_table(path: str, layout: Layout) -> Columns:
+    """A table file of `KINDS`, a folder that `datasets` saved, or `hf:owner/name`, of which /SPLIT may name a split.
 
     InputError for another kind of file, one that cannot be read, or no column of images or of captions.
     """
-    suffix = Path(path).suffix
-    if suffix not in (".csv", ".tsv", ".parquet") and not path.startswith("hf:") and not os.path.isdir(path):
-        raise InputError(f"{path}: unknown kind of data; use .tar shards, .csv, .tsv, .parquet or a dataset folder")
-    if suffix in (".csv", ".tsv"):
-        return _read_csv(path)
+    kind = kind_of(path)
+    if path.startswith("hf:") or is_saved(path):
+        return table_of(path, _of_datasets(path, layout), layout)
+    if kind in (".csv", ".tsv"):
+        return _read_csv(path, layout)
+    if kind in (".json", ".jsonl"):
+        return table_of(path, _dataset(path, _records(path), layout), layout)
+    if kind == ".parquet":
+        return table_of(path, _parquet(path), layout)
+    raise InputError(
+        f"{path}: unknown kind of data; use .tar shards, {', '.join(KINDS)}, a dataset folder or one of images"
+    )
+
+
+def _loaded(path: str, *arguments: Any, **options: Any) -> Any:
+    """`datasets.load_dataset`, whose failures are an InputError."""
     try:
-        if suffix == ".parquet":
-            rows = datasets.load_dataset("parquet", data_files=path, split="train")
-        elif path.startswith("hf:"):
-            rows = datasets.load_dataset(path.removeprefix("hf:"), split="train")
-        else:
-            rows = datasets.load_from_disk(path)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        return datasets.load_dataset(*arguments, **options)
+    except (OSError, ValueError, pyarrow.ArrowException, datasets.exceptions.DatasetsError) as error:
         raise InputError(f"{path}: `datasets` cannot read it ({first_line(error)})") from None
-    if isinstance(rows, datasets.DatasetDict):
-        raise InputError(f"{path}: holds the splits {', '.join(rows)}: name one, e.g. {path}/{next(iter(rows))}")
-    image, caption = _chosen(path, rows.column_names)
-    if not isinstance(rows.features[image], datasets.Value):
-        rows = rows.cast_column(image, datasets.Image(decode=False))
-    failed = _failed_downloads(rows, image)
-    if not failed.any():
-        return Columns(path, rows, image, caption)
-    rest = np.flatnonzero(~failed)
-    notice = (path, f"{int(failed.sum())} rows whose download failed (their status says so) are no pairs")
-    return Columns(path, rows.select(rest, keep_in_memory=True), image, caption, rest, [notice])
 
 
-def _chosen(path: str, names: Sequence[str]) -> tuple[str, str]:
-    image = next((c for c in IMAGE_COLUMNS if c in names), None)
-    caption = next((c for c in CAPTION_COLUMNS if c in names), None)
-    if image is None or caption is None:
-        raise InputError(
-            f"{path}: needs an image column ({', '.join(IMAGE_COLUMNS)}) and a caption column "
-            f"({', '.join(CAPTION_COLUMNS)}), found {', '.join(names)}; rename them"
-        )
-    return image, caption
+def _parquet(path: str) -> datasets.Dataset:
+    try:
+        if pyarrow.parquet.read_metadata(path).num_rows == 0:  # `datasets` takes no such file
+            return datasets.Dataset(datasets.table.InMemoryTable(pyarrow.parquet.read_table(path)))
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read as parquet ({in_one_line(error)}); write it again") from None
+    return _loaded(path, "parquet", data_files=path, split="train")
 
 
-def _failed_downloads(rows: datasets.Dataset, image: str) -> np.ndarray:
-    """(rows,) bool: img2dataset says in `status` that there is no image because it could not be had."""
-    status = rows.data.column("status") if "status" in rows.column_names else None
-    if status is None or len(status) != len(rows) or status.type not in (pyarrow.string(), pyarrow.large_string()):
-        return np.zeros(len(rows), dtype=bool)
-    images = rows.data.column(image)
-    if pyarrow.types.is_struct(images.type):
-        images = compute.struct_field(images, "bytes")
-    failed = compute.fill_null(compute.starts_with(status, "failed"), False)
-    return compute.and_(failed, compute.is_null(images)).to_numpy()
+def _of_datasets(path: str, layout: Layout) -> datasets.Dataset:
+    if path.startswith("hf:"):
+        name, _, split = path.removeprefix("hf:"), "", ""
+        if name.count("/") == 2 and not os.path.isdir(name):
+            name, _, split = name.rpartition("/")
+        wanted = replace(layout, split=split or layout.split)
+        try:
+            splits = datasets.get_dataset_split_names(name)
+        except (OSError, ValueError, pyarrow.ArrowException, datasets.exceptions.DatasetsError):
+            splits = [wanted.split or "train"]  # loading says what is wrong
+        return _loaded(path, name, split=chosen_split(splits, wanted, path))
+    rows = _saved(path)
+    if not isinstance(rows, datasets.DatasetDict):
+        return rows
+    if not layout.split and len(rows) > 1 and "train" in layout.prefer:
+        listed = ", ".join(rows)
+        raise InputError(f"{path}: holds the splits {listed}: name one, e.g. {path}/{next(iter(rows))}, or set `split`")
+    return rows[str(chosen_split(rows, layout, path))]
 
 
-def _read_csv(path: str) -> Columns:
+def _saved(path: str) -> datasets.Dataset | datasets.DatasetDict:
+    try:
+        return datasets.load_from_disk(path)
+    except (OSError, ValueError, pyarrow.ArrowException, datasets.exceptions.DatasetsError) as error:
+        raise InputError(f"{path}: `datasets` cannot read it ({first_line(error)})") from None
+
+
+# ---------------------------------------------------------------- CSV
+
+
+def _read_csv(path: str, layout: Layout) -> Columns:
     """Every cell as the text that it is; the separator is told from the header line.
 
     InputError if it is not UTF-8, a row has more or fewer cells than the header, or a quote swallows rows.
     """
-    with open(path, "rb") as f:
-        head = f.readline()
+    line = _header(path, layout)
+    usual = "\t" if kind_of(path) == ".tsv" else ","
     try:
-        line = head.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        _refuse_encoding(path)
-        raise
-    usual = "\t" if path.endswith(".tsv") else ","
-    try:
-        headers = {s: next(csv.reader([line], delimiter=s), []) for s in (usual, *SEPARATORS)}
+        headers = {
+            s: next(csv.reader([line], delimiter=s), [])
+            for s in ([layout.separator] if layout.separator else (usual, *SEPARATORS))
+        }
     except csv.Error as error:  # lines that end as on old Macs are one
         raise InputError(f"{path}: its first line cannot be read ({error}); end its lines with \\n") from None
-    separator = next(
-        (s for s, names in headers.items() if {*names} & {*IMAGE_COLUMNS} and {*names} & {*CAPTION_COLUMNS}), usual
-    )
-    image, caption = _chosen(path, headers[separator])
-    quotes = usual == ","
+    separator = next((s for s, names in headers.items() if _fits(path, names, layout)), layout.separator or usual)
+    names = headers[separator]
+    if separator == "|":  # Flickr30k's results.csv: quotes are text, spaces lie around the bars
+        names = [name.strip() for name in names]
+        return table_of(path, _dataset(path, _barred(path, names, layout), layout), layout)
+    image, captions, _ = chosen_columns(path, names, layout)
+    split = [name for name in names if name.strip().lower() == "split"]
+    # in TSV quotes are text, unless the header itself stands in quotes
+    quotes = usual == "," or line.startswith('"')
     try:
         table = pyarrow.csv.read_csv(
             path,
-            read_options=pyarrow.csv.ReadOptions(use_threads=False),  # so that messages have the row
+            read_options=pyarrow.csv.ReadOptions(use_threads=False, encoding=layout.encoding),  # messages have the row
             parse_options=pyarrow.csv.ParseOptions(
                 delimiter=separator, quote_char='"' if quotes else False, newlines_in_values=quotes
             ),
             convert_options=pyarrow.csv.ConvertOptions(
-                include_columns=[image, caption],
-                column_types=dict.fromkeys((image, caption), pyarrow.string()),
+                include_columns=[image, *captions, *split],
+                column_types=dict.fromkeys((image, *captions, *split), pyarrow.string()),
                 strings_can_be_null=False,
             ),
         )
-    except (pyarrow.ArrowException, OSError) as error:
-        _refuse_encoding(path)
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        _refuse_encoding(path, layout)
         raise InputError(f"{path}: cannot be read as a table ({first_line(error)}); mend that row") from None
+    _refuse_swallowed(path, table, image, captions, separator)
+    rows = datasets.Dataset(datasets.table.InMemoryTable(table), fingerprint="csv")
+    found = table_of(path, rows, replace(layout, image_column=image, caption_column=captions))
+    found.notices[:0] = chosen_columns(path, names, layout)[2]
+    return found
+
+
+def _header(path: str, layout: Layout) -> str:
+    """The first line that is not empty."""
+    if codecs.lookup(layout.encoding).name.startswith(("utf-16", "utf-32")):  # whose lines do not end at a byte
+        text = b"".join(_lines(path)).decode(layout.encoding, "replace")
+        return next((line for line in text.split("\n") if line.strip()), "")
+    raw = next((line for line in _lines(path) if line.strip()), b"")
+    try:
+        return raw.decode("utf-8-sig" if layout.encoding == "utf-8" else layout.encoding)
+    except UnicodeDecodeError:
+        _refuse_encoding(path, layout)
+        raise InputError(f"{path}: its first line is not {layout.encoding}; set `encoding` to what it is") from None
+
+
+def _fits(path: str, names: Sequence[str], layout: Layout) -> bool:
+    try:
+        chosen_columns(path, names, layout)
+    except InputError:
+        return False
+    return True
+
+
+def _refuse_swallowed(path: str, table: pyarrow.Table, image: str, captions: Sequence[str], separator: str) -> None:
     rows = rf'\.(?i:jpe?g|png|webp|gif|bmp|tiff?)"?({re.escape(separator)}|\r?\n)'
-    text = table[caption]
-    swallowed = compute.and_(compute.match_substring(text, "\n"), compute.match_substring_regex(text, rows))
-    if compute.any(swallowed).as_py():
-        first = table[image].filter(swallowed)[0].as_py()
-        raise InputError(
-            f"{path}: the caption of {first} begins with a quote that is not closed, and swallows the lines behind it: "
-            "double the quotes inside captions, or write a .tsv, in which quotes are text"
-        )
-    return Columns(path, datasets.Dataset(datasets.table.InMemoryTable(table), fingerprint="csv"), image, caption)
+    for caption in captions:
+        text = table[caption]
+        swallowed = compute.and_(compute.match_substring(text, "\n"), compute.match_substring_regex(text, rows))
+        if compute.any(swallowed).as_py():
+            first = table[image].filter(swallowed)[0].as_py()
+            raise InputError(
+                f"{path}: the caption of {first} begins with a quote that is not closed, and swallows the lines behind "
+                "it: double the quotes inside captions, or write a .tsv, in which quotes are text"
+            )
 
 
-def _refuse_encoding(path: str) -> None:
+def _refuse_encoding(path: str, layout: Layout) -> None:
     """InputError with the first line that is not UTF-8, if there is one."""
-    with open(path, "rb") as f:
-        for number, line in enumerate(f, 1):
-            try:
-                line.decode("utf-8")
-            except UnicodeDecodeError:
-                raise InputError(f"{path}:{number}: not UTF-8; {utf8_remedy(path)}") from None
+    if layout.encoding != "utf-8":
+        return
+    for number, line in enumerate(_lines(path), 1):
+        try:
+            line.decode("utf-8")
+        except UnicodeDecodeError:
+            remedy = utf8_remedy(path)
+            remedy += f", or set `encoding` to {'utf-16' if 'utf-16' in remedy else 'what it is, e.g. latin1'}"
+            raise InputError(f"{path}:{number}: not UTF-8; {remedy}") from None
 
 
-# ---------------------------------------------------------------- folders
-
-LITTER = ("__MACOSX", "@eaDir")  # folders of file managers, as are those with a dot in front
-
-
-@dataclass
-class Files:
-    """The pairs of a folder: `files[i]` -> (image, captions)."""
-
-    path: str
-    pairs: list[tuple[str, str]]  # image and captions
-    member: str
-    problems: list[tuple[str, str]]
-    notices: tuple = ()
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def key(self, row: int) -> str:
-        """The name of a pair: its image's path."""
-        return self.pairs[row][0]
-
-    def __getitem__(self, row: int) -> tuple[Image.Image, list[str]]:
-        image, captions = self.pairs[row]
-        return decode(image), parse_captions(Path(captions).read_bytes(), self.member)
-
-
-def read_folder(folder: str, member: str) -> Files:
-    """All pairs at any depth; of several images of one stem the first of `IMAGE_SUFFIXES` is taken.
-
-    `member` is the suffix of the files of captions, "txt" or "json". InputError if there is no pair.
-    """
-    images, captions, seen = dict[str, str](), dict[str, str](), set[str]()
-    for where, folders, names in os.walk(folder, followlinks=True):
-        if (real := os.path.realpath(where)) in seen:  # a link to a folder above, or a second one to the same
-            folders.clear()
+def _barred(path: str, names: list[str], layout: Layout) -> Iterable[dict[str, Any]]:
+    for number, raw in enumerate(_lines(path), 1):
+        try:
+            line = raw.decode("utf-8-sig" if layout.encoding == "utf-8" else layout.encoding).strip("\r\n")
+        except UnicodeDecodeError:
+            _refuse_encoding(path, layout)
+            raise InputError(f"{path}:{number}: not {layout.encoding}; set `encoding` to what it is") from None
+        cells = [cell.strip() for cell in line.split("|")]
+        if not line.strip() or cells == names:
             continue
-        seen.add(real)
-        folders[:] = sorted(name for name in folders if name not in LITTER and not name.startswith("."))
-        for name in sorted(names, key=_stem_and_rank):
-            stem, suffix = os.path.splitext(os.path.join(where, name))
-            if name.startswith("."):
-                continue
-            if suffix.lower() == f".{member}":
-                captions[stem] = stem + suffix
-            elif suffix.lower() in IMAGE_SUFFIXES:
-                images.setdefault(stem, stem + suffix)
-    pairs = [(image, captions[stem]) for stem, image in images.items() if stem in captions]
-    if not pairs:
-        raise InputError(
-            f"{folder}: holds neither shards, nor a saved dataset, nor images ({', '.join(IMAGE_SUFFIXES)}) with a "
-            f".{member} of the same name beside them; set caption_member, or name the files in it"
-        )
-    problems = [(image, f"no .{member} caption") for stem, image in images.items() if stem not in captions]
-    problems += [(captions[stem], "no image") for stem in sorted(captions.keys() - images.keys())]
-    return Files(folder, pairs, member, problems)
+        if len(names) == 3 and len(cells) == 2 and (both := re.fullmatch(r"(\d+)\s+(.+)", cells[1])):
+            cells = [cells[0], *both.groups()]  # the published results.csv lacks a separator in one row
+        if len(cells) != len(names):
+            raise InputError(f"{path}: row {number} has {len(cells)} columns and not {len(names)}: {line[:80]}")
+        yield dict(zip(names, cells))
 
 
-def _stem_and_rank(name: str) -> tuple[str, int]:
-    stem, suffix = os.path.splitext(name)
-    return stem, image_rank(suffix)
+# ---------------------------------------------------------------- JSON
+
+
+def _records(path: str) -> Iterable[dict[str, Any]]:
+    """{column: value} of the rows of a JSON file in any of the usual forms.
+
+    JSON lines or a list of {"image", "caption"}; {"file": ["caption", ...]}; Karpathy's
+    {"images": [{"filename", "sentences": [{"raw"}]}]}; COCO's {"images", "annotations"}; or columns of lists.
+    """
+    if kind_of(path) == ".jsonl":
+        for number, raw in enumerate(_lines(path), 1):
+            if raw.strip(b"\xef\xbb\xbf \t\r\n"):
+                yield _mapping(_parsed(raw, f"{path}:{number}", path), f"{path}:{number}")
+        return
+    data = _parsed(b"".join(_lines(path)), path, path)
+    try:
+        if isinstance(data, dict) and isinstance(data.get("annotations"), list):  # COCO
+            found: dict[Any, list] = {image["id"]: [] for image in data["images"]}
+            for annotation in data["annotations"]:
+                found[annotation["image_id"]].append(annotation["caption"])
+            for image in data["images"]:
+                yield {"image": image["file_name"], "caption": found[image["id"]]}
+        elif isinstance(data, dict) and isinstance(data.get("images"), list) and _dicts(data["images"]):  # Karpathy
+            for row in data["images"]:
+                file = os.path.join(row.get("filepath", ""), row["filename"])
+                captions = [caption["raw"] for caption in row["sentences"]]
+                yield {"image": file, "caption": captions, "split": row.get("split")}
+        elif isinstance(data, list):
+            for number, row in enumerate(data):
+                yield _mapping(row, f"{path}: row {number}")
+        elif isinstance(data, dict) and data and _columns(data):
+            for values in zip(*data.values()):
+                yield dict(zip(data, values))
+        elif isinstance(data, dict) and data and all(isinstance(value, list | str) for value in data.values()):
+            for name, captions in data.items():
+                yield {"image": name, "caption": captions}
+        else:
+            raise InputError(
+                f"{path}: needs the form [{{image, caption}}], {{file: [captions]}} or COCO's {{images, annotations}}"
+            )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: an entry lacks its image or its captions ({in_one_line(error)})") from None
+
+
+def _dicts(values: list) -> bool:
+    return all(isinstance(value, dict) for value in values)
+
+
+def _columns(data: dict) -> bool:
+    """Whether {"image": [...], "caption": [...]} holds columns: lists of one length, of names that no files have."""
+    lengths = {len(value) if isinstance(value, list) else -1 for value in data.values()}
+    return len(lengths) == 1 and -1 not in lengths and not any("." in name for name in data)
+
+
+def _mapping(row: Any, where: str) -> dict[str, Any]:
+    if not isinstance(row, dict):
+        raise InputError(f"{where}: must be an object with an image and a caption, not {str(row)[:60]}")
+    return row
+
+
+def _parsed(raw: bytes, where: str, path: str) -> Any:
+    try:
+        return parse_json(raw.decode("utf-8-sig"), where)
+    except UnicodeDecodeError:
+        raise InputError(f"{where}: not UTF-8; {utf8_remedy(path)}") from None
+
+
+def _dataset(path: str, records: Iterable[dict[str, Any]], layout: Layout) -> datasets.Dataset:
+    """A table of rows whose values may differ in type: images and splits as text, captions as texts or lists of them.
+
+    InputError as `chosen_columns`, or for an image that is no text.
+    """
+    names: dict[str, list] = {}  # of columns that may be needed their values, of others that they are there
+    count = 0
+    for count, row in enumerate(records, 1):
+        for name, value in row.items():
+            values = names.setdefault(name, [])
+            if may_be_needed(name, layout):
+                values += [None] * (count - 1 - len(values))
+                values.append(value)
+    image, captions, _ = chosen_columns(path, [*names], layout)
+    columns: dict[str, pyarrow.Array] = {}
+    for name, values in names.items():
+        values += [None] * (count - len(values))
+        if name == image or name.strip().lower() == "split":
+            if odd := next((value for value in values if value is not None and not isinstance(value, str)), None):
+                raise InputError(f"{path}: {name} must be text, not {str(odd)[:60]}; write one path a row")
+            columns[name] = pyarrow.array(values, pyarrow.string())
+        elif name in captions and all(value is None or isinstance(value, str) for value in values):
+            columns[name] = pyarrow.array(values, pyarrow.string())
+        else:
+            kept = map(texts, values) if name in captions else [None] * count
+            columns[name] = pyarrow.array(kept, pyarrow.list_(pyarrow.string()))
+    return datasets.Dataset(datasets.table.InMemoryTable(pyarrow.table(columns)), fingerprint="json")
+
+
+def _lines(path: str) -> Iterator[bytes]:
+    """The lines of a file, unpacked where its name ends in .gz; InputError if it cannot be read."""
+    try:
+        with gzip.open(path) if path.lower().endswith(".gz") else open(path, "rb") as f:
+            yield from f
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"{path}: cannot be read ({in_one_line(error)}); write it again") from None

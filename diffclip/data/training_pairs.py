@@ -1,19 +1,23 @@
 """The whole training run as one sequence of samples, decided by the seed alone."""
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock
 from PIL import Image
 from torch.utils.data import Dataset
 
 from diffclip.base.errors import InputError
-from diffclip.base.files import append_jsonl
+from diffclip.base.files import append_jsonl, whole
 from diffclip.data.pairs import BadSample, PairTable
+from diffclip.data.shards import cache_dir
 
 MOST_TRIES = 100
+SHARED_FROM = 1_000_000  # pairs; their order is 4 MB, and a node may have a hundred processes
 
 
 class TrainingPairs(Dataset):
@@ -66,13 +70,35 @@ class TrainingPairs(Dataset):
     def order(self, epoch: int) -> np.ndarray:
         """Rows of the table in the order in which an epoch visits them; int32, before the cut to whole batches."""
         if self._order[0] != epoch:
-            rng = np.random.default_rng((self.seed, epoch))
-            rows = np.arange(len(self.table), dtype=np.int32)
-            if self.weights:
-                shares = zip(self.table.ranges, self.weights)
-                rows = np.concatenate([_share(rows[a:b], weight, rng) for (a, b), weight in shares])
-            self._order = (epoch, rng.permutation(rows))
+            large = len(self.table) >= SHARED_FROM
+            self._order = (epoch, self._shared_order(epoch) if large else self._drawn_order(epoch))
         return self._order[1]
+
+    def _drawn_order(self, epoch: int) -> np.ndarray:
+        rng = np.random.default_rng((self.seed, epoch))
+        rows = np.arange(len(self.table), dtype=np.int32)
+        if self.weights:
+            shares = zip(self.table.ranges, self.weights)
+            rows = np.concatenate([_share(rows[a:b], weight, rng) for (a, b), weight in shares])
+        return rng.permutation(rows)
+
+    def _shared_order(self, epoch: int) -> np.ndarray:
+        """`_drawn_order` from a file that all processes of a node map into memory: the first one there writes it."""
+        what = repr((self.seed, len(self.table), self.table.ranges, self.weights))
+        name = hashlib.sha256(what.encode()).hexdigest()[:32]
+        path, before = (cache_dir() / "order" / f"{name}-{e}.npy" for e in (epoch, epoch - 1))
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(path.with_suffix(".lock")):
+                if not path.is_file():
+                    with whole(path) as temporary:
+                        np.save(temporary, self._drawn_order(epoch))
+            order = np.load(path, mmap_mode="r")
+            before.unlink(missing_ok=True)  # who has it open keeps it
+            before.with_suffix(".lock").unlink(missing_ok=True)
+            return order
+        except OSError:  # no room, or not ours to write
+            return self._drawn_order(epoch)
 
     def row(self, k: int) -> int:
         """The table's row that stands at place k."""

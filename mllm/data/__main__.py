@@ -1,5 +1,7 @@
 """Find the faults of LLaVA rows, or describe what a model would learn from them.
 
+`check` takes image-text pairs, too: see `diffclip check --pairs --help`.
+
 diffclip check rows.json --image_root images     # every fault, by row
 diffclip stats rows.json --image_root images --model runs/align   # answers, lengths, what is supervised
 """

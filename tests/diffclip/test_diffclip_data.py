@@ -342,7 +342,7 @@ def test_an_index_from_the_cache_is_the_index(tmp_path, monkeypatch):
     tar_of(tmp_path / "y.tar", {"1.png": png(1), "1.txt": b"a", "lost.txt": b"b"})
     sources = [str(tmp_path / "x.tar"), str(tmp_path / "y.tar")]
     walked = PairTable(sources)
-    assert len(list((tmp_path / "cache" / "index").glob("*.npz"))) == 2
+    assert len(list((tmp_path / "cache" / "index").glob("*.places"))) == 2
     monkeypatch.setattr(shards_module, "_index", None)  # would fail if called
     cached = PairTable(sources)
     assert contents(cached) == contents(walked) and cached.problems == walked.problems != []

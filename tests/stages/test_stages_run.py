@@ -38,6 +38,21 @@ def data(tmp_path):
     return file
 
 
+def test_a_setting_that_took_one_value_once_is_the_list_of_it(tmp_path, data):
+    @dataclass
+    class Listed(Settings):
+        members: list = field(default_factory=lambda: ["txt"])
+
+    settings = Listed(str(tmp_path / "run"))
+    run = paused(settings, {"data": data})
+    file = run.path / "run.json"
+    record = json.loads(file.read_text())
+    file.write_text(json.dumps(record | {"settings": record["settings"] | {"members": "txt"}}))
+    Run("pretrain", settings, {"data": data})
+    with pytest.raises(InputError, match="members"):
+        Run("pretrain", replace(settings, members=["json"]), {"data": data})
+
+
 def test_finished_run_is_skipped_and_records_what_it_was(tmp_path, data):
     settings = Settings(str(tmp_path / "run"))
     run = Run("pretrain", settings, {"data": data})

@@ -1,0 +1,272 @@
+"""Rows of any table as pairs: one column of images, one or more of captions, as the layout or their names say."""
+
+import base64
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow
+from pyarrow import compute
+
+from diffclip.base.errors import InputError
+from diffclip.base.paths import LONGEST
+from diffclip.data.captions import not_empty, texts
+from diffclip.data.layout import Layout, chosen_split, split_named
+
+# names in any case, the first that is there counts
+IMAGE_COLUMNS: tuple[str, ...] = (
+    "image",
+    "jpg",
+    "png",
+    "filepath",
+    "image_path",
+    "file_name",
+    "jpeg",
+    "webp",
+    "img",
+    "filename",
+)
+IMAGE_COLUMNS += ("image_name", "image_file", "img_path", "file", "path", "picture", "photo", "image_bytes")
+CAPTION_COLUMNS: tuple[str, ...] = (
+    "caption",
+    "text",
+    "txt",
+    "title",
+    "captions",
+    "alt_text",
+    "alt",
+    "comment",
+    "sentences",
+    "sentence",
+)
+CAPTION_COLUMNS += ("description", "raw")
+NUMBERED = re.compile(r"(caption|text|comment|sentence)s?_?\d+$", re.IGNORECASE)  # caption_0 ... caption_4
+ENCODED = re.compile(r"data:image/[\w.+-]+;base64,|(?=/9j/|iVBOR|UklGR|R0lGOD)")  # how base64 of images begins
+WEB = re.compile(r"https?://", re.IGNORECASE)
+ROWLESS = "the table holds no rows"
+LOOKED_AT = 64  # rows whose images are looked for before anything starts
+
+
+@dataclass
+class Columns:
+    """A table: images (encoded, or paths) and captions; `rows` has these columns and all others."""
+
+    path: str
+    rows: datasets.Dataset
+    image: str
+    caption: Sequence[str]
+    image_root: str = ""
+    numbers: np.ndarray | None = None  # (rows,) their places in the file, where some are left out
+    notices: list[tuple[str, str]] = field(default_factory=list)
+    problems: list[tuple[str, str]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._texts = self.rows.select_columns([*self.caption])
+        self._pairs = self.rows.select_columns([*{self.image, *self.caption}])
+        self._names = {  # class names of columns that hold their numbers
+            name: feature.int2str
+            for name in self.caption
+            if isinstance(feature := self.rows.features[name], datasets.ClassLabel)
+        }
+        table, name = Path(self.path), Path(self.path).name.split(".")[0]
+        inside = [table] if table.is_dir() else []
+        beside = [*inside, table.parent, table.parent / "images", table.parent / name.rsplit("_", 1)[-1]]
+        self.folders = [Path(self.image_root)] if self.image_root else beside
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def key(self, row: int) -> str:
+        """The name of a row, `file:row`."""
+        return f"{self.path}:{row if self.numbers is None else self.numbers[row]}"
+
+    def captions(self, row: int) -> list[str]:
+        """The captions of a row; ValueError where there is none."""
+        return self._captions(self._texts[row])
+
+    def read(self, row: int) -> tuple[bytes | Path, list[str]]:
+        """The image of a row, encoded or its path, and its captions; OSError or ValueError where it lacks one."""
+        values = self._pairs[row]
+        image = values[self.image]
+        if isinstance(image, dict):  # an undecoded image of `datasets`: its bytes, or where they lie
+            image = image.get("bytes") or image.get("path")
+        if image is None or image == "":
+            raise ValueError("no image")
+        return self.find(image) if isinstance(image, str) else image, self._captions(values)
+
+    def _captions(self, values: dict[str, Any]) -> list[str]:
+        return not_empty([text for name in self.caption for text in self._named(name, values[name])])
+
+    def find(self, name: str) -> bytes | Path:
+        """The image that a path names, or that base64 holds; OSError if there is no such file."""
+        if (match := ENCODED.match(name)) and len(name) > 256:  # /9j/ could be a folder
+            return base64.b64decode(name[match.end() :])
+        if any(len(part.encode()) > LONGEST for part in name.split("/")):
+            raise OSError(f"{name[:40]}... is neither a path nor the base64 of a JPEG, PNG, WebP or GIF")
+        for folder in self.folders:
+            for each in (name, name.replace("\\", "/")) if "\\" in name else (name,):
+                if (file := folder / each).is_file():
+                    return file
+        if WEB.match(name):
+            raise OSError(f"{name} is a web address: `diffclip data pairs` fetches lists of them")
+        places = ", ".join(map(str, self.folders))
+        raise OSError(f"there is no {name[:200]} in {places}; set image_root to the folder that paths start from")
+
+    def same_images(self) -> Sequence[object]:
+        """What is equal for rows of one image: its path, or a number of its own where the table holds images."""
+        if not holds_paths(self.rows.features[self.image]):
+            return range(len(self))
+        return self.rows.select_columns([self.image])[:][self.image]
+
+    def _named(self, name: str, value: object) -> list[str]:
+        if name in self._names and isinstance(value, int):
+            return [self._names[name](value)]
+        return texts(value)
+
+
+def table_of(path: str, rows: datasets.Dataset, layout: Layout) -> Columns:
+    """The pairs of a table: columns chosen, rows of other splits and failed downloads left out.
+
+    Raises:
+        InputError: no column of images or of captions, one that holds something else, several splits of which none
+            was named, or none of the images that are looked for is there.
+    """
+    image, captions, notices = chosen_columns(path, rows.column_names, layout)
+    kind = rows.features[image]
+    if isinstance(kind, datasets.Image):
+        rows = rows.cast_column(image, datasets.Image(decode=False))
+    elif not _holds_images(kind):
+        raise InputError(
+            f"{path}: column {image} holds {kind}, which is neither one encoded image a row nor a path; set "
+            "image_column to the one that does"
+        )
+    keep = ~_failed_downloads(rows, image)
+    if not keep.all():
+        notices.append((path, f"{int((~keep).sum())} rows whose download failed (their status says so) are no pairs"))
+    keep &= _of_split(path, rows, layout, notices)
+    numbers = None
+    if not keep.all():
+        numbers = np.flatnonzero(keep)
+        rows = rows.select(numbers, keep_in_memory=True)
+    table = Columns(path, rows, image, captions, layout.image_root, numbers, notices)
+    if not len(rows):
+        table.problems.append((path, ROWLESS))
+    elif holds_paths(kind):
+        _look_for_images(table)
+    return table
+
+
+def holds_paths(kind: object) -> bool:
+    """Whether values of this feature are text."""
+    return isinstance(kind, datasets.Value) and kind.dtype in ("string", "large_string")
+
+
+def _holds_images(kind: object) -> bool:
+    """Whether values of this feature are paths, encoded images, or {"bytes", "path"}."""
+    if isinstance(kind, dict):
+        return "bytes" in kind or "path" in kind
+    return holds_paths(kind) or (isinstance(kind, datasets.Value) and kind.dtype in ("binary", "large_binary"))
+
+
+def chosen_columns(path: str, names: Sequence[str], layout: Layout) -> tuple[str, list[str], list[tuple[str, str]]]:
+    """(column of images, columns of captions, notices); InputError if there is none, or one name is there twice."""
+    if doubled := next((name for name in names if list(names).count(name) > 1), None):
+        raise InputError(f"{path}: has two columns called {doubled}; rename one")
+    lower = {name.strip().lower(): name for name in reversed(names)}
+    found = [lower[name] for name in CAPTION_COLUMNS if name in lower]
+    numbered = [name for name in names if NUMBERED.match(name.strip())]
+    if odd := next((name for name in names if "\0" in name), None):
+        raise InputError(f"{path}: {odd[:60]!r} is no name of a column; mend its first line")
+    if not any(names):
+        raise InputError(f"{path}: is empty; leave it out, or write it again")
+    image = layout.image_column or next((lower[name] for name in IMAGE_COLUMNS if name in lower), "")
+    captions = list(layout.caption_column) or found[:1] or numbered
+    if image not in names or not captions or not {*captions} <= {*names}:
+        if not image and {"url", "status"} <= {*lower}:
+            raise InputError(
+                f"{path}: is img2dataset's record of a download and holds no images: name the shards alone"
+            )
+        if not image and "url" in lower:
+            raise InputError(f"{path}: holds addresses, no images: fetch them by `diffclip data pairs`")
+        gone = next((name for name in [layout.image_column, *layout.caption_column] if name and name not in names), "")
+        reason = f"there is no column {gone}" if gone else "their names do not tell which is which"
+        if len(names) == 1:
+            reason += " (if this is more than one column, set separator)"
+        raise InputError(
+            f"{path}: needs an image column ({', '.join(IMAGE_COLUMNS[:6])}, ...) and a caption column "
+            f"({', '.join(CAPTION_COLUMNS[:6])}, ...), found {', '.join(names)[:300]}: {reason}; set image_column and "
+            "caption_column, or rename them"
+        )
+    notices = []
+    others = [] if layout.caption_column else [name for name in (*found, *numbered) if name not in captions]
+    if others:
+        reason = f"captions are read from the column {captions[0]}, not from {', '.join(others)}"
+        notices.append((path, f"{reason}; the setting caption_column names others, or several"))
+    return image, captions, notices
+
+
+def may_be_needed(name: str, layout: Layout) -> bool:
+    """Whether `chosen_columns` could choose a column, or its rows tell splits."""
+    lower = name.strip().lower()
+    known = lower in (*IMAGE_COLUMNS, *CAPTION_COLUMNS, "split") or NUMBERED.match(lower)
+    return bool(known) or name in (layout.image_column, *layout.caption_column)
+
+
+def _of_split(path: str, rows: datasets.Dataset, layout: Layout, notices: list[tuple[str, str]]) -> np.ndarray:
+    """(rows,) bool: rows of the split that is read, where a column `split` names some."""
+    everything = np.ones(len(rows), dtype=bool)
+    if (name := next((name for name in rows.column_names if name.strip().lower() == "split"), None)) is None:
+        return everything
+    feature = rows.features[name]
+    values = compute.cast(rows.select_columns([name]).with_format("arrow")[:][name], pyarrow.string())
+    try:
+        labels = np.array(values.fill_null("").to_pylist(), dtype=object)
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: its column {name} is not UTF-8; write it again") from None
+    if isinstance(feature, datasets.ClassLabel):
+        labels = np.array([feature.int2str(int(label)) if label else "" for label in labels], dtype=object)
+    names = dict.fromkeys(labels)
+    if not layout.split and not any(map(split_named, names)):
+        return everything  # names of something else
+    unknown = next((name for name in names if not split_named(name)), None)
+    if not layout.split and unknown is not None:
+        raise InputError(
+            f"{path}: the column split holds {unknown!r}; write train, val or test in every row, or set `split`"
+        )
+    same = {name: split_named(name) or name for name in names}
+    split = chosen_split(same.values(), layout, path, "set `split` to one of them")
+    keep = np.array([same[label] == split for label in labels], dtype=bool)
+    if not keep.all():
+        notices.append((path, f"the {int(keep.sum()):,} rows of its split {split} are read, of {len(rows):,}"))
+    return keep
+
+
+def _failed_downloads(rows: datasets.Dataset, image: str) -> np.ndarray:
+    """(rows,) bool: img2dataset says in `status` that there is no image because it could not be had."""
+    status = rows.data.column("status") if "status" in rows.column_names else None
+    if status is None or len(status) != len(rows) or status.type not in (pyarrow.string(), pyarrow.large_string()):
+        return np.zeros(len(rows), dtype=bool)
+    images = rows.data.column(image)
+    if pyarrow.types.is_struct(images.type):
+        images = compute.struct_field(images, "bytes")
+    failed = compute.fill_null(compute.starts_with(status, "failed"), False)
+    return compute.and_(failed, compute.is_null(images)).to_numpy()
+
+
+def _look_for_images(table: Columns) -> None:
+    """InputError if none of some rows spread over the table names a file that is there."""
+    rows = range(0, len(table), max(1, len(table) // LOOKED_AT))
+    names: Iterable[str | None] = table.rows.select_columns([table.image])[list(rows)][table.image]
+    error: Exception = OSError("no row names an image")
+    for name in names:
+        if name:
+            try:
+                table.find(name)
+                return
+            except (OSError, ValueError) as caught:
+                error = caught
+    raise InputError(f"{table.path}: column {table.image}: {error}")
