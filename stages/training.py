@@ -6,6 +6,7 @@ import importlib.util
 import math
 import os
 import re
+import shutil
 import types
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -167,6 +168,7 @@ def train(trainer: Trainer, run: Run) -> dict[str, float]:
     """
     logging.disable_progress_bar()  # of writing shards
     trainer.remove_callback(PrinterCallback)  # Watch says the same for people
+    check_shared_memory(trainer)
     if run.config.resume_with:
         trainer.add_callback(TakeOver(trainer))
     checkpoint = run.checkpoint()
@@ -187,6 +189,28 @@ def train(trainer: Trainer, run: Run) -> dict[str, float]:
     if step < steps:
         run.stop(step, steps)
     return {k: v for k, v in result.metrics.items() if k != "total_flos"}
+
+
+def check_shared_memory(trainer: Trainer, folder: str = "/dev/shm") -> None:
+    """Raise InputError where the batches that workers hold ready do not fit into the memory that processes share.
+
+    A container has 64 MB of it unless it was started with more. A worker whose batch finds no room tells nobody, and
+    the training would wait for it for ever.
+    """
+    workers = trainer.args.dataloader_num_workers * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if not workers or not os.path.isdir(folder) or trainer.train_dataset is None:
+        return
+    ahead = trainer.args.dataloader_prefetch_factor or 2
+    example = trainer.train_dataset[0]
+    values = example.values() if isinstance(example, dict) else ()
+    batch = sum(v.nbytes for v in values if isinstance(v, torch.Tensor)) * trainer.args.per_device_train_batch_size
+    need, free = workers * ahead * batch, shutil.disk_usage(folder).free
+    if need > free:
+        raise InputError(
+            f"{folder} has {free >> 20:,} MB free, and the batches that {workers} loading processes hold ready take "
+            f"{need >> 20:,} MB: start the container with --shm-size={max(1, need * 2 >> 30)}g or --ipc=host, or lower "
+            f"`num_workers` to {int(free / max(1, ahead * batch)) // int(os.environ.get('LOCAL_WORLD_SIZE', 1))}"
+        )
 
 
 class TakeOver(TrainerCallback):
