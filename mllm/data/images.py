@@ -8,6 +8,7 @@ import binascii
 import os
 import re
 import time
+import urllib.parse
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -52,7 +53,11 @@ def row_images(row: dict) -> list[tuple[str, bytes | None]]:
         raise InputError(f"has images in `{given[0]}` and in `{given[1]}`; keep one of them")
     if not given:
         return []
-    key, value = given[0], row[given[0]]
+    return value_images(row[given[0]], given[0])
+
+
+def value_images(value: object, key: str) -> list[tuple[str, bytes | None]]:
+    """`row_images` of what stands under `key`: a path, file:// or data: URI, encoded image, or a list of these."""
     return [_row_image(image, key) for image in (value if isinstance(value, list) else [value])]
 
 
@@ -85,17 +90,28 @@ def find_place(root: str | Path, name: str, content: bytes | None = None) -> Ima
     return members.get(path) or next(iter(members.values()), None)
 
 
+def present(root: str | Path, name: str, content: bytes | None = None) -> ImagePlace:
+    """`find_place` of an image that was there before; InputError if it is no longer."""
+    if (place := find_place(root, name, content)) is None:
+        raise InputError(f"image {name} is no longer under {root}; put it back")
+    return place
+
+
 def _row_image(value: object, key: str) -> tuple[str, bytes | None]:
     name = f"image in `{key}`"
     if isinstance(value, dict):  # as `datasets` keeps images
-        name = value.get("path") or name
-        value = value.get("bytes") or value.get("path")
+        given = value
+        value = given.get("bytes") or given.get("path")
+        if isinstance(given.get("path"), str) and given["path"]:
+            name = given["path"].encode(errors="backslashreplace").decode()
     if isinstance(value, bytes):
         return name, value
     if not isinstance(value, str) or not value:
         raise InputError(
             f"`{key}` holds {str(value)[:40]}, which is no path of an image; give a path, or a list of them"
         )
+    if value.startswith("file://"):
+        value = urllib.parse.unquote(value.removeprefix("file://localhost").removeprefix("file://"), errors="strict")
     if not value.startswith("data:"):
         if len(value) > 1000 or value != value.encode(errors="ignore").decode():
             raise InputError(
