@@ -6,6 +6,7 @@
 """
 
 from diffclip.base.errors import exit_on_input_error
+from diffclip.base.paths import matching
 from stages.config import parse, require
 from stages.run import Run
 from stages.settings import InstructConfig
@@ -20,7 +21,9 @@ def main(argv: list[str] | None = None) -> None:
 
         return estimate_instruction(config)
     require(config, "output_dir", "model", "data", "image_root")
-    run = Run("instruct", config, {"model": config.model, "data": config.data, "image_root": config.image_root})
+    run = Run(
+        "instruct", config, {"model": config.model, "data": matching(config.data), "image_root": config.image_root}
+    )
     if not run.finished:
         from stages.conversations import train_aligned
 

@@ -24,6 +24,7 @@ from stages.provenance import digest, git_state, hardware, installed_versions
 
 # What a start writes before its first step, beside run.json and config.yaml.
 START_FILES = {schema.RECORD, schema.CONFIG, schema.LOG, schema.BAD_SAMPLES, schema.NON_FINITE, "runs"}
+KEPT = ("conversations", "rows")  # what run.json says about the data, to compare at a resume
 NOT_FINISHED = 3  # exit code of a stage that was told to stop before its end
 
 
@@ -69,6 +70,8 @@ class Run:
         self.finished = previous is not None and previous["state"] == "finished"
         if previous and not self.finished:
             self.record["wall_seconds"] = previous["wall_seconds"]
+            kept = {name: previous[name] for name in KEPT if name in previous}  # until this start has found its own
+            self.record |= cast(RunRecord, kept)
         self._seconds_before = self.record["wall_seconds"]
         if self.finished:
             self.log(f"{stage}: {self.path} is finished, nothing to do")

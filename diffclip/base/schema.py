@@ -15,8 +15,9 @@ CHECKPOINTS = "checkpoint-*"  # folders of resume state
 COMPLETE = "complete"  # marker in a checkpoint that is written to its end
 MODEL_CARD = "README.md"
 
-# --- pretrain ---
 BAD_SAMPLES = "bad_samples.jsonl"  # {"key", "reason"} of each sample left out
+
+# --- pretrain ---
 NON_FINITE = "non_finite.jsonl"  # NonFinite
 BEST = "best"  # folder: the model of the best epoch, with a metrics.json of its own
 
@@ -68,9 +69,10 @@ class RunRecord(TypedDict, total=False):
     tokens: int
     # pretrain
     pairs: int
-    bad_samples: int
+    bad_samples: int  # also of align and instruct
     # align, instruct
     conversations: int
+    rows: str  # changes with which rows are learnt, and their order
     learns: list[str]
     before: dict[str, str]  # fingerprints by part
     after: dict[str, str]

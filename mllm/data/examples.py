@@ -60,7 +60,7 @@ class TrainingConversations(Dataset):
     """Item k is the k-th conversation that the optimiser will see: `dataset[order[k]]`.
 
     Should its row have become unreadable since it was judged (an image has gone), it is named in `bad_samples`, as in
-    pretraining, and a random other row of the order takes the place, drawn from (seed, k): a resumed run draws the same.
+    pretraining, and a random other row of the order takes the place, drawn from (seed, k), also in a resumed run.
     """
 
     def __init__(

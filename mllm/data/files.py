@@ -2,14 +2,11 @@
 Hub have made. What the rows mean is told in `mllm.data.layouts`.
 """
 
-import glob
 import json
-import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import braceexpand
 from datasets import load_from_disk
 from pyarrow.parquet import ParquetFile
 
@@ -23,37 +20,16 @@ SPLITS |= dict.fromkeys(("val", "valid", "validation", "dev"), "val")
 OTHER_KINDS = (".csv", ".tsv", ".tar", ".zip", ".arrow", ".pkl", ".xlsx", ".txt")
 
 
-def expand(patterns: Sequence[str]) -> list[str]:
-    """Paths of the files and folders that patterns with globs and `{00000..00012}` braces name, sorted per pattern.
-
-    InputError if a pattern matches nothing.
-    """
-    paths: list[str] = []
-    for pattern in map(str, patterns):
-        for part in [pattern] if os.path.exists(pattern) else braceexpand.braceexpand(pattern):
-            matches = sorted(glob.glob(part)) if glob.has_magic(part) and not os.path.exists(part) else [part]
-            if not matches:
-                raise InputError(f"{pattern}: no such file (setting `data`)")
-            paths += matches
-    return paths
-
-
 def read_rows(path: str | Path, split: str = "") -> Iterator[dict]:
     """The rows of a file or folder, images in them still encoded; InputError for what holds none.
 
     A folder is one that `datasets.save_to_disk` wrote, or that holds parquet shards at any depth, as on the Hub.
 
     Args:
-        split: which of several splits of a folder, or of those that rows name in `split`, is read; "" is train of
-            shards and rows, while a saved DatasetDict of several has to be named, by this or as `PATH/train`.
+        split: which of several splits of a folder is read; "" is train of shards, while a saved DatasetDict of several
+            has to be named, by this or as `PATH/train`. Splits that rows themselves name: see `of_split`.
     """
-    wanted = SPLITS.get(split.lower(), split)
-    for row in _all_rows(Path(path), wanted):
-        if SPLITS.get(str(row.get("split")).lower(), wanted or "train") == (wanted or "train"):
-            yield row
-
-
-def _all_rows(path: Path, split: str) -> Iterator[dict]:
+    path, split = Path(path), SPLITS.get(split.lower(), split)
     if path.is_dir():
         yield from _folder_rows(path, split)
         return
@@ -73,6 +49,12 @@ def _all_rows(path: Path, split: str) -> Iterator[dict]:
         if not isinstance(row, dict):
             raise InputError(f"{path}: row {number} is no JSON object; expected id, image and conversations")
         yield row
+
+
+def of_split(row: dict, split: str = "") -> bool:
+    """Whether a row is read where `split` is asked for, "" for train: it names that one in its `split`, or none."""
+    named = SPLITS.get(str(row.get("split")).lower())
+    return named is None or named == SPLITS.get(split.lower() or "train", split)
 
 
 def _lines(path: Path) -> Iterator[object]:
@@ -122,7 +104,9 @@ def _chosen(folder: Path, names: Sequence[str], split: str, preferred: str) -> s
     if (wanted := split or preferred) in known:
         return known[wanted]
     listed = ", ".join(name or "of no split" for name in names)
-    raise InputError(f"{folder}: has no split {wanted}, but {listed}; set `split` to one that is there, or name its files")
+    raise InputError(
+        f"{folder}: has no split {wanted}, but {listed}; set `split` to one that is there, or name its files"
+    )
 
 
 def hidden(path: Path) -> bool:

@@ -61,11 +61,6 @@ def value_images(value: object, key: str) -> list[tuple[str, bytes | None]]:
     return [_row_image(image, key) for image in (value if isinstance(value, list) else [value])]
 
 
-def row_places(row: dict, image_root: str | Path) -> list[tuple[str, ImagePlace | None]]:
-    """`row_images` with their places, see `find_place`."""
-    return [(name, find_place(image_root, name, content)) for name, content in row_images(row)]
-
-
 def find_place(root: str | Path, name: str, content: bytes | None = None) -> ImagePlace | None:
     """Where an image lies: in the row itself (`content`), or under `root` as a file or a member of a tar in its folder.
 

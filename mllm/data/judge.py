@@ -197,7 +197,7 @@ def length_problems(
                 found.append([int(rows.positions[index]), str(error)])
         return found
 
-    return {position: reason for position, reason in _kept(path, judge)}
+    return dict(_kept(path, judge))
 
 
 def cut(encoded: dict[str, list[int]], image_token: int, max_length: int) -> dict[str, list[int]]:

@@ -4,7 +4,7 @@ in the order in which the questions show them, an `<image>` for each.
 | layout | turns | images |
 | --- | --- | --- |
 | LLaVA, ShareGPT | `conversations`: from/value or role/content, `system` beside them | as `<image>` in the text says |
-| OpenAI, TRL | `messages`, or `prompt` and `completion`: role/content, text or a list of parts | where the parts stand |
+| OpenAI, TRL | `messages`, or `prompt` and `completion`: role/content, text or parts | where the parts stand |
 | the Cauldron | `texts`: user/assistant | before the first question |
 
 Images are under `image`, `images` or `image_path`, or in the parts. Rows of messages that say nowhere where their
@@ -62,7 +62,7 @@ def read_conversation(row: dict) -> tuple[list[Turn], list[Image]]:
             conversation.append({"from": role, "value": text})
     images = _shown(parts, given)
     if images and not parts and layout != "conversations" and not any(IMAGE in turn["value"] for turn in conversation):
-        if first := next((turn for turn in conversation if turn["from"] == "human"), None):
+        for first in [turn for turn in conversation if turn["from"] == "human"][:1]:
             first |= question_turn(first["value"], len(images))
     problem = media_problem(row, bool(images))
     if problem := problem or next(filter(None, (media_problem(turn, False, "a turn ") for turn in turns)), ""):
@@ -133,7 +133,7 @@ def _role_and_content(turn: dict, number: int) -> tuple[str, str | list]:
 
 
 def _joined(content: Sequence, parts: list[dict]) -> Iterator[str]:
-    """The texts of a turn's parts, an `<image>` on a line of its own for each part that is an image; it goes to `parts`."""
+    """The texts of a turn's parts, and on a line of its own an `<image>` for each image, which goes to `parts`."""
     before = ""
     for part in [{"type": "text", "text": part} if isinstance(part, str) else part for part in content]:
         if not isinstance(part, dict):
@@ -145,7 +145,9 @@ def _joined(content: Sequence, parts: list[dict]) -> Iterator[str]:
             if not isinstance(text, str):
                 raise InputError("a part of a message has no text in `text`; mend it")
             if other := next((key for key in held if MEDIA_KEY.fullmatch(key) or OTHER_MEDIA.fullmatch(key)), None):
-                raise InputError(f"a text part of a message has `{other}`, which is not read; make it a part of its own")
+                raise InputError(
+                    f"a text part of a message has `{other}`, which is not read; make it a part of its own"
+                )
         elif kind in ("image", "image_url", "input_image"):
             if "text" in held:
                 raise InputError("an image part of a message has a text, too; make it a part of its own")
@@ -169,7 +171,9 @@ def _shown(parts: Sequence[dict], given: list[Image]) -> list[Image]:
         if all(place is None for place in places):
             return given
         if sorted(str(place) for place in places) != sorted(str(n) for n in range(len(given))):
-            raise InputError(f"its parts show images {places}, but it has {len(given)}; each must be shown once, from 0")
+            raise InputError(
+                f"its parts show images {places}, but it has {len(given)}; each must be shown once, from 0"
+            )
         return [given[int(place)] for place in places if place is not None]
     if given:
         raise InputError("has images beside its messages and in them; keep one of the two")

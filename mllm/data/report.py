@@ -74,7 +74,9 @@ def spread(values: np.ndarray) -> dict[str, int]:
     """Smallest, median, 95 % and largest value."""
     if not len(values):
         return {}
-    return dict(zip(("smallest", "median", "95 %", "largest"), np.quantile(values, (0, 0.5, 0.95, 1), method="lower").tolist()))
+    return dict(
+        zip(("smallest", "median", "95 %", "largest"), np.quantile(values, (0, 0.5, 0.95, 1), method="lower").tolist())
+    )
 
 
 def row_settings(options: argparse.Namespace) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,9 +22,10 @@ from filelock import FileLock
 from diffclip.base.errors import InputError
 from diffclip.base.files import whole
 from diffclip.base.fingerprint import json_digest
+from diffclip.base.paths import matching
 from diffclip.data.shards import cache_dir
 from mllm.conversation import IMAGE, QWEN_CONTROL, pair_turns, render, system_text, text_problem
-from mllm.data.files import KINDS, expand, read_rows
+from mllm.data.files import KINDS, of_split, read_rows
 from mllm.data.images import ImagePlace, find_place, present, row_images
 from mllm.data.layouts import read_conversation
 
@@ -141,8 +143,13 @@ def load_rows(
             sound, turns out of order, an empty answer, control tokens in a text, more or fewer images than the
             conversation shows, or the like: names the first.
     """
-    sources = [(str(Path(path).resolve()), _state(Path(path))) for path in expand([str(path) for path in files])]
-    settings = {"image_prefix": image_prefix, "split": split, "template": template, "control": list(control)}
+    sources = [(str(Path(path).resolve()), _state(Path(path))) for path in matching([str(path) for path in files])]
+    settings: dict[str, Any] = {
+        "image_prefix": image_prefix,
+        "split": split,
+        "template": template,
+        "control": list(control),
+    }
     root = str(Path(image_root).resolve())
     digest = json_digest([FORMAT, sources, root, settings], 32)
     path = cache_dir() / "rows" / f"{digest}.arrow"
@@ -226,18 +233,16 @@ def _found(root: str, name: str) -> bool:
 def _keep(path: Path, examined: Iterator["Examined"]) -> None:
     """Write a table in the form of KEPT, whole or not at all."""
     try:
-        with whole(path) as temporary, pyarrow.OSFile(str(temporary), "wb") as file:
-            with pyarrow.ipc.new_stream(file, KEPT) as writer:
-                batch: list[dict[str, Any]] = []
-                size = 0
-                for row in examined:
-                    batch.append(_record(row))
-                    size += sum(len(content) for content in batch[-1]["contents"] if content)
-                    if len(batch) == BATCH_ROWS or size > BATCH_BYTES:
-                        writer.write_batch(pyarrow.RecordBatch.from_pylist(batch, KEPT))
-                        batch, size = [], 0
-                if batch:
+        with whole(path) as temporary, pyarrow.ipc.new_stream(str(temporary), KEPT) as writer:
+            batch: list[dict[str, Any]] = []
+            size = 0
+            for row in examined:
+                batch.append(_record(row))
+                size += sum(len(content) for content in batch[-1]["contents"] if content)
+                if len(batch) == BATCH_ROWS or size > BATCH_BYTES:
                     writer.write_batch(pyarrow.RecordBatch.from_pylist(batch, KEPT))
+                    batch, size = [], 0
+            writer.write_batch(pyarrow.RecordBatch.from_pylist(batch, KEPT))
     except OSError as error:
         reason = error.strerror or error
         raise InputError(f"{path}: cannot be written ({reason}); make room, or set DIFFCLIP_CACHE") from None
@@ -276,7 +281,11 @@ def examine(
 ) -> Iterator[Examined]:
     """Every row of files with what is wrong with it or ""; arguments as in `load_rows`."""
     for path in files:
+        others = 0
         for number, row in enumerate(read_rows(path, split)):
+            if not of_split(row, split):
+                others += 1
+                continue
             name = " ".join(str(row.get("id", row.get("question_id", "?")))[:100].split())
             key = f"{path}: row {number} (id {name})".encode(errors="backslashreplace").decode()
             turns: list[dict[str, str]] = []
@@ -296,6 +305,8 @@ def examine(
                 problem = "is nested too deep; drop the row"
             problem = " ".join(problem.encode(errors="backslashreplace").decode().split())
             yield Examined(key, turns, places, problem)
+        if others:
+            print(f"{path}: {others:,} rows of other splits than {split or 'train'} are left out", file=sys.stderr)
 
 
 def _outside(row: dict, image_prefix: str) -> bool:
