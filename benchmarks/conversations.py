@@ -34,7 +34,7 @@ def write_rows(path: Path, count: int) -> None:
     with open(path, "w", encoding="utf-8") as file:
         for n in range(count):
             turns = [{"from": "human", "value": f"<image>\n{texts[n % 500][:60]}?"}]
-            for k in range(2):
+            for k in range(4):
                 turns.append({"from": "gpt", "value": texts[(n * 7 + k) % 500]})
                 turns.append({"from": "human", "value": f"{texts[(n * 3 + k) % 500][:60]}?"})
             row = {"id": f"{n:012d}", "image": f"coco/{n % IMAGES:012d}.png", "conversations": [*turns[:-1]]}
@@ -42,7 +42,7 @@ def write_rows(path: Path, count: int) -> None:
         file.write("]")
 
 
-def measure(what: str, folder: str, tokenizer: str) -> None:
+def measure(what: str, folder: str, tokenizer: str, lengths_too: bool) -> None:
     """In a process of its own: print seconds, and megabytes at most and kept, of one way to open the rows."""
     import torch  # noqa: F401 - its memory is not the rows'
     from transformers import AutoTokenizer
@@ -54,7 +54,7 @@ def measure(what: str, folder: str, tokenizer: str) -> None:
     process = psutil.Process()
     before, peak_before, start = process.memory_full_info().uss, peak(), time.perf_counter()
     rows = load_rows([f"{folder}/rows.json"], folder)
-    if what != "first":
+    if what == "lengths" or (what == "after" and lengths_too):
         lengths = token_lengths(rows, words, 196, "vicuna")
         assert int(lengths.min()) > 196
     seconds = time.perf_counter() - start
@@ -82,11 +82,13 @@ def a_tokenizer(folder: Path) -> str:
 def main() -> None:
     parser = Parser("python -m benchmarks.conversations", description=__doc__)
     parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 100_000, 665_000, 1_000_000])
+    parser.add_argument("--lengths", type=int, default=100_000, help="count tokens of up to so many rows (100,000)")
     parser.add_argument("--tokenizer", default="", help="a directory or Hub id (a small one, learnt from the rows)")
-    parser.add_argument("--measure", nargs=3, help="what, folder, tokenizer: of the processes that are measured")
+    parser.add_argument("--measure", nargs=4, help="of the processes that are measured")
     options = parser.parse_args()
     if options.measure:
-        return measure(*options.measure)
+        what, folder, tokenizer, counted = options.measure
+        return measure(what, folder, tokenizer, counted == "counted")
     table = []
     for count in options.rows:
         with tempfile.TemporaryDirectory() as name:
@@ -100,7 +102,11 @@ def main() -> None:
             size = (folder / "rows.json").stat().st_size / 1e6
             cells = [f"{count:,}", f"{size:,.0f}"]
             for what in ("first", "lengths", "after"):
+                if what == "lengths" and count > options.lengths:
+                    cells += ["", ""]
+                    continue
                 command = [sys.executable, "-m", "benchmarks.conversations", "--measure", what, name, tokenizer]
+                command.append("counted" if count <= options.lengths else "")
                 environment = {**os.environ, "DIFFCLIP_CACHE": f"{name}/cache", "TOKENIZERS_PARALLELISM": "true"}
                 told = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
                 seconds, most, kept = json.loads(told.stdout.splitlines()[-1])

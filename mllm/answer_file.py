@@ -91,7 +91,7 @@ def _question(row: dict) -> tuple[list[Turn], list[Image]]:
     if not isinstance(question, str) or not question.strip():
         raise InputError("has no question; rows are {image, question}")
     images = row_images(row)
-    if problem := media_problem(row, bool(images)):
+    if problem := media_problem(row, images):
         raise InputError(problem)
     return [question_turn(question, len(images))], images
 

@@ -165,7 +165,8 @@ def text_problem(questions: Sequence[str], answers: Sequence[str], control: Iter
     kinds = (("the system text", [system]), ("a question", questions), ("an answer", answers))
     for kind, text in ((kind, text) for kind, texts in kinds for text in texts):
         # a template may take <image> out of a question, and what stood around it comes together
-        written = [token for token in control if token in text or token in text.replace(IMAGE, "")]
+        without = text.replace(IMAGE, "") if IMAGE in text else text
+        written = [token for token in control if token in text or token in without]
         if written:
             return f"{kind} contains {written[0]}, which would become the model's control token; write it otherwise"
         if kind != "a question" and IMAGE in text:

@@ -20,6 +20,7 @@ from diffclip.base.errors import InputError
 from diffclip.base.images import open_image
 from diffclip.base.paths import inside
 
+PLAIN = re.compile(r"(?:[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}/)*[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}")  # leads nowhere else
 IMAGE_KEYS = ("image", "images", "image_path")
 
 
@@ -70,9 +71,12 @@ def find_place(root: str | Path, name: str, content: bytes | None = None) -> Ima
     """
     if content is not None:
         return ImagePlace(name, content=content)
-    if re.match(r"\w{2,}://", name):
+    if PLAIN.fullmatch(name):  # as nearly all are, and hundreds of thousands
+        path = os.path.join(os.path.abspath(root), name)
+    elif re.match(r"\w{2,}://", name):
         raise InputError(f"image {name[:200]} is an address, which is not fetched; give the path of a copy")
-    path = os.path.abspath(inside(root, name, "image"))
+    else:
+        path = os.path.abspath(inside(root, name, "image"))
     if os.path.isfile(path):
         return ImagePlace(path)
     folder, base = os.path.split(path)

@@ -22,6 +22,7 @@ from mllm.data.images import IMAGE_KEYS, filled, row_images, value_images
 
 TURNS = ("conversations", "conversation", "messages", "texts")
 SYSTEM = ("system", "system_prompt")
+COMMON = ({"from", "value"}, {"role", "content"})  # keys of nearly all turns, whose values say all
 ROLES = {"system": "system", "developer": "system", "human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"}
 LAYOUTS = "LLaVA's `conversations`, `messages`, `prompt` and `completion`, or the Cauldron's `texts`"
 
@@ -46,7 +47,8 @@ Image = tuple[str, bytes | None]  # what to call it, and its encoded bytes where
 def read_conversation(row: dict) -> tuple[list[Turn], list[Image]]:
     """The turns of a row of any layout and its images; InputError, without the row's name, for what is none."""
     layout, turns = _turns(row)
-    for owner in (row, *turns):
+    uncommon = [turn for turn in turns if turn.keys() not in COMMON]
+    for owner in (row, *uncommon):
         if called := next((key for key in UNREAD if filled(owner.get(key)) and owner[key] not in ("[]", {})), None):
             raise InputError(f"has `{called}`, which this model does not know; drop the row")
     given = row_images(row)
@@ -64,8 +66,8 @@ def read_conversation(row: dict) -> tuple[list[Turn], list[Image]]:
     if images and not parts and layout != "conversations" and not any(IMAGE in turn["value"] for turn in conversation):
         for first in [turn for turn in conversation if turn["from"] == "human"][:1]:
             first |= question_turn(first["value"], len(images))
-    problem = media_problem(row, bool(images))
-    if problem := problem or next(filter(None, (media_problem(turn, False, "a turn ") for turn in turns)), ""):
+    problem = media_problem(row, images)
+    if problem := problem or next(filter(None, (media_problem(turn, owner="a turn ") for turn in uncommon)), ""):
         raise InputError(problem)
     return conversation, images
 
@@ -113,6 +115,9 @@ def _system(row: dict) -> list[Turn]:
 
 
 def _role_and_content(turn: dict, number: int) -> tuple[str, str | list]:
+    """Whose a turn is, by our names, and its text or parts."""
+    if turn.keys() == COMMON[0] and isinstance(turn["value"], str) and turn["from"] in ("human", "gpt"):
+        return turn["from"], turn["value"]  # nearly all of hundreds of thousands
     names = {turn[key] for key in ("from", "role") if isinstance(turn.get(key), str) and turn[key]}
     if len(names) != 1:
         raise InputError(f"turn {number} says in neither `from` nor `role`, or in both, whose it is; mend it")
@@ -199,14 +204,14 @@ def _part_image(part: dict) -> Image | None:
     return images[0]
 
 
-def media_problem(row: dict, shows: bool, owner: str = "") -> str:
+def media_problem(row: dict, images: Sequence[Image] = (), owner: str = "") -> str:
     """Why a row, or a turn, would be read without what its other keys show, or "".
 
-    `shows`: it has images. Then a path under any key that is not named like one says where they come from, and so do
-    web addresses, and names of the same files.
+    Where it has `images`, a path under any key that is not named like one says where they come from, and so do web
+    addresses, and names of the same files.
     """
     read = ("from", "role", "value", "content") if owner else ROW_KEYS
-    names = [name for name, _ in row_images(row)] if shows else []
+    names, shows = [name for name, _ in images], bool(images)
     for key, value in row.items():
         if key in read or not filled(value):
             continue
