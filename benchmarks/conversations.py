@@ -3,7 +3,7 @@
     python -m benchmarks.conversations [--rows 10000 100000 665000 1000000] [--tokenizer Qwen/Qwen2.5-0.5B-Instruct]
 
 Rows are synthetic, of the length of LLaVA-665K's (1.5 kB of JSON, one image each, a few turns). Each number is of a
-process of its own: seconds without imports, and megabytes beyond what the imports take, at most (first) or kept (after).
+process of its own: seconds without imports, and megabytes beyond what the imports take, at most or (after) kept.
 """
 
 import json

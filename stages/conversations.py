@@ -171,14 +171,14 @@ def judged_rows(vlm: VisionLanguageModel, config: ConversationConfig, run: Run) 
         (run.path / BAD_SAMPLES).unlink(missing_ok=True)  # of a start that came to no step
         name_bad_samples(run.path / BAD_SAMPLES, rows.problems)
     refuse_too_bad(rows, config.max_bad_share, run.path / BAD_SAMPLES)
-    before = run.record.get("conversations", len(rows)), run.record.get("rows", rows.identity)
-    if run.resume_from and before != (len(rows), rows.identity):
+    before = run.record.get("conversations", len(rows)), run.record.get("rows", rows.chosen)
+    if run.resume_from and before != (len(rows), rows.chosen):
         raise InputError(
             f"{run.path} began with {before[0]:,} rows that can be learnt from, and now there are {len(rows):,}, or "
             "others: the order would be another one; put images and data back as they were, or choose another "
             "--output_dir"
         )
-    run.note(conversations=len(rows), rows=rows.identity)
+    run.note(conversations=len(rows), rows=rows.chosen)
     if rows.problems:
         key, reason = rows.problems[0]
         run.log(f"{run.stage}: {len(rows.problems):,} rows cannot be learnt from, e.g. {key}: {reason}")

@@ -72,7 +72,7 @@ class RunRecord(TypedDict, total=False):
     bad_samples: int  # also of align and instruct
     # align, instruct
     conversations: int
-    rows: str  # changes with which rows are learnt, and their order
+    rows: str  # a hash of which rows of the data are learnt
     learns: list[str]
     before: dict[str, str]  # fingerprints by part
     after: dict[str, str]

@@ -95,6 +95,11 @@ class Rows(Sequence[Row]):
             raise InputError(f"{row['key']}: {error}") from None
         return Row(row["key"], json.loads(row["conversation"]), images)
 
+    @property
+    def chosen(self) -> str:
+        """A hash that changes with which rows of the files are these, wherever the files lie."""
+        return hashlib.sha256(f"{len(self.table)} ".encode() + self.positions.tobytes()).hexdigest()[:16]
+
     def key(self, index: int) -> str:
         """Where a row came from, as `Row.key`."""
         return self.table[int(self.positions[index])]["key"]
