@@ -3,7 +3,8 @@
     python -m benchmarks.conversations [--rows 10000 100000 665000 1000000] [--tokenizer Qwen/Qwen2.5-0.5B-Instruct]
 
 Rows are synthetic, of the length of LLaVA-665K's (1.5 kB of JSON, one image each, a few turns). Each number is of a
-process of its own: seconds without imports, and megabytes beyond what the imports take, at most or (after) kept.
+process of its own: seconds without imports (and those of CPU time), and megabytes beyond what the imports take, at most
+or (after) kept.
 """
 
 import json
@@ -52,15 +53,15 @@ def measure(what: str, folder: str, tokenizer: str, lengths_too: bool) -> None:
 
     words = AutoTokenizer.from_pretrained(tokenizer)
     process = psutil.Process()
-    before, peak_before, start = process.memory_full_info().uss, peak(), time.perf_counter()
+    before, peak_before, start, cpu = process.memory_full_info().uss, peak(), time.perf_counter(), time.process_time()
     rows = load_rows([f"{folder}/rows.json"], folder)
     if what == "lengths" or (what == "after" and lengths_too):
         lengths = token_lengths(rows, words, 196, "vicuna")
         assert int(lengths.min()) > 196
-    seconds = time.perf_counter() - start
+    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
     kept = process.memory_full_info().uss - before
     assert rows[len(rows) - 1].images
-    print(json.dumps([seconds, (peak() - peak_before) / 1e6, kept / 1e6]))
+    print(json.dumps([seconds, cpu, (peak() - peak_before) / 1e6, kept / 1e6]))
 
 
 def peak() -> int:
@@ -109,8 +110,8 @@ def main() -> None:
                 command.append("counted" if count <= options.lengths else "")
                 environment = {**os.environ, "DIFFCLIP_CACHE": f"{name}/cache", "TOKENIZERS_PARALLELISM": "true"}
                 told = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
-                seconds, most, kept = json.loads(told.stdout.splitlines()[-1])
-                cells += [f"{seconds:.2f} s", f"{kept if what == 'after' else most:,.0f} MB"]
+                seconds, cpu, most, kept = json.loads(told.stdout.splitlines()[-1])
+                cells += [f"{seconds:.2f} s ({cpu:.2f})", f"{kept if what == 'after' else most:,.0f} MB"]
             table.append(cells)
             print(cells, flush=True)
     print_table(("rows", "MB of JSON", "first", "at most", "+ lengths", "at most", "after that", "kept"), table)

@@ -155,34 +155,43 @@ def judged_rows(vlm: VisionLanguageModel, config: ConversationConfig, run: Run) 
     Raises:
         InputError: more than `max_bad_share` of them cannot, or a paused run began with others.
     """
-    processor = vlm.processor
+    began = run.record.get("conversations"), run.record.get("rows")
+    for fresh in (False, True):
+        rows = read_and_judge(vlm, config, fresh)
+        if not run.resume_from or began in ((len(rows), rows.chosen), (len(rows), None), (None, None)):
+            break
+    else:
+        raise InputError(
+            f"{run.path} began with {began[0]:,} rows that can be learnt from, and now there are {len(rows):,}, or "
+            "others, so their order would be another one: put images and data back as they were, or choose another "
+            "--output_dir"
+        )
+    if rows.problems and run.is_main and run.resume_from is None:
+        (run.path / BAD_SAMPLES).unlink(missing_ok=True)  # of a start that came to no step
+        name_bad_samples(run.path / BAD_SAMPLES, rows.problems)
+    refuse_too_bad(rows, config.max_bad_share, run.path / BAD_SAMPLES)
+    run.note(conversations=len(rows), rows=rows.chosen)
+    if rows.problems:
+        key, reason = rows.problems[0]
+        run.log(f"{run.stage}: {len(rows.problems):,} rows cannot be learnt from, e.g. {key}: {reason}")
+    return rows
+
+
+def read_and_judge(vlm: VisionLanguageModel, config: ConversationConfig, fresh: bool = False) -> Rows:
+    """The rows that the settings name, with the `problems` of those that cannot be learnt from; `fresh`: all anew."""
     rows = load_rows(
         config.data,
         config.image_root,
         image_prefix=config.image_prefix,
         split=config.split,
         template=config.template,
-        control=control_tokens(processor.tokenizer),
+        control=control_tokens(vlm.tokenizer),
         max_bad_share=math.inf,
+        fresh=fresh,
     )
     positions = getattr(vlm.model.config.text_config, "max_position_embeddings", None)
-    rows = judged(rows, processor, template=config.template, max_length=config.max_length, positions=positions)
-    if rows.problems and run.is_main and run.resume_from is None:
-        (run.path / BAD_SAMPLES).unlink(missing_ok=True)  # of a start that came to no step
-        name_bad_samples(run.path / BAD_SAMPLES, rows.problems)
-    refuse_too_bad(rows, config.max_bad_share, run.path / BAD_SAMPLES)
-    before = run.record.get("conversations", len(rows)), run.record.get("rows", rows.chosen)
-    if run.resume_from and before != (len(rows), rows.chosen):
-        raise InputError(
-            f"{run.path} began with {before[0]:,} rows that can be learnt from, and now there are {len(rows):,}, or "
-            "others: the order would be another one; put images and data back as they were, or choose another "
-            "--output_dir"
-        )
-    run.note(conversations=len(rows), rows=rows.chosen)
-    if rows.problems:
-        key, reason = rows.problems[0]
-        run.log(f"{run.stage}: {len(rows.problems):,} rows cannot be learnt from, e.g. {key}: {reason}")
-    return rows
+    settings: dict[str, Any] = {"template": config.template, "max_length": config.max_length, "positions": positions}
+    return judged(rows, vlm.processor, **settings, fresh=fresh)
 
 
 def whiten(model: DiffCLIPLlavaForConditionalGeneration, dataset: ConversationDataset, config: AlignConfig) -> None:

@@ -34,14 +34,21 @@ Problems = dict[int, str]  # position in the table -> what is wrong
 
 
 def judged(
-    rows: Rows, processor: LlavaProcessor, *, template: str, max_length: int = 2048, positions: int | None = None
+    rows: Rows,
+    processor: LlavaProcessor,
+    *,
+    template: str,
+    max_length: int = 2048,
+    positions: int | None = None,
+    fresh: bool = False,
 ) -> Rows:
     """`rows` without those that could not be learnt from, which join its `problems`.
 
     Those are rows with an image that cannot be decoded, with more tokens than the language model has positions, and
-    those of which `max_length` would leave no supervised token, or only a part of an image.
+    those of which `max_length` would leave no supervised token, or only a part of an image. `fresh`: look at all images
+    again, whatever is kept.
     """
-    problems = image_problems(rows)
+    problems = image_problems(rows, fresh)
     problems |= length_problems(rows, processor, template=template, max_length=max_length, positions=positions)
     return rows.without(problems)
 
