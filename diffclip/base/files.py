@@ -94,10 +94,10 @@ def read_json(path: str | Path) -> Any:
     return parse_json(read_text(path), str(path))
 
 
-def parse_json(text: str | bytes, name: str) -> Any:
+def parse_json(text: str | bytes, name: str, **options: Any) -> Any:
     """`json.loads` whose failures are an `InputError` that calls the text `name`."""
     try:
-        return json.loads(text)
+        return json.loads(text, **options)
     except RecursionError:
         raise InputError(f"{name}: nested too deep for JSON that a person would write; write it again") from None
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
@@ -107,7 +107,8 @@ def parse_json(text: str | bytes, name: str) -> Any:
 def read_jsonl(path: str | Path, *, damaged: str = "raise") -> Iterator[tuple[int, Any]]:
     """(line number from 1, value) of every line that is not blank, one at a time.
 
-    InputError, which names the line, if the file cannot be read, or a line is not UTF-8, not JSON, or nested too deep;
+    InputError, which names the line, if the file cannot be read, or a line is not UTF-8, not JSON, nested too deep, or
+    has a key twice in an object;
     with `damaged` "skip", for logs of ours in which a kill may have left half a line, the rest is read nevertheless.
     """
     with opened(path) as f:
@@ -116,7 +117,7 @@ def read_jsonl(path: str | Path, *, damaged: str = "raise") -> Iterator[tuple[in
             if not line.strip():
                 continue
             try:
-                value = parse_json(line.decode("utf-8"), f"{path}:{number}")
+                value = parse_json(line.decode("utf-8"), f"{path}:{number}", object_pairs_hook=_each_key_once)
             except UnicodeDecodeError as error:
                 if damaged == "raise":
                     reason = f"not UTF-8 (byte {error.start} of the line); {utf8_remedy(path)}"
@@ -129,6 +130,15 @@ def read_jsonl(path: str | Path, *, damaged: str = "raise") -> Iterator[tuple[in
             yield number, value
 
 
+def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A row's object; ValueError where a key comes again, of which JSON would keep the last without a word."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)[:80]!r} stands twice in an object")
+    return values
+
+
 PIECE = 1 << 20  # characters of an array that are read at a time
 SPACE = re.compile(r"[ \t\r\n]*")
 
@@ -138,7 +148,7 @@ def read_array(path: str | Path) -> Iterator[Any]:
 
     InputError, which names the item by its number from 0, as `read_jsonl`; also where something follows the array.
     """
-    decoder = json.JSONDecoder()
+    decoder = json.JSONDecoder(object_pairs_hook=_each_key_once)
     with opened(path) as f:
         text = io.TextIOWrapper(f, "utf-8-sig")
         buffer, place, number = "", 0, 0
@@ -183,7 +193,7 @@ def read_array(path: str | Path) -> Iterator[Any]:
                         size *= 2  # so that an item of any length is parsed a few times only
                         continue
                     raise InputError(f"{name}: not valid JSON ({error.msg}); mend or remove it") from None
-                except ValueError as error:  # a number of thousands of digits
+                except ValueError as error:  # a number of thousands of digits, a key that comes again
                     raise InputError(f"{name}: not valid JSON ({error}); mend or remove it") from None
 
         if mark() != "[":

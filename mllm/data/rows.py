@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -31,6 +32,7 @@ from mllm.data.layouts import read_conversation
 
 FORMAT = 3  # raise it when what `load_rows` keeps changes its meaning
 BATCH_ROWS, BATCH_BYTES = 1000, 64 << 20  # rows are kept in batches of so many, or of so many bytes of images
+OTHER_TAG = re.compile(r"^<(?:video|audio|speech|sound)>$", re.MULTILINE)  # where the row's key is another, or lost
 KEPT = pyarrow.schema(
     {
         "key": pyarrow.string(),
@@ -334,6 +336,8 @@ def conversation_problem(
     if missing := [name for name, place in places if place is None]:
         return f"image {missing[0][:200]} is not under {image_root}, nor in a tar there; check image_root"
     questions, answers = pair_turns(turns)
+    if tag := next(filter(None, map(OTHER_TAG.search, questions)), None):
+        return f"a question shows {tag[0].strip()}, which this model cannot see or hear; drop the row"
     if any(not answer.strip() for answer in answers):
         return "an answer is empty; drop the turn"
     return text_problem(questions, answers, control, system_text(turns)) or _count_problem(turns, len(places), template)

@@ -281,6 +281,7 @@ HOSTILE = [
     {"conversations": [TEXT[0], TEXT[0], TEXT[1]]},
     {"messages": [{"role": "assistant", "content": [{"type": "image", "image": "a.png"}]}]},
     {"image": ["a.png"] * 3, "conversations": ASKED},
+    {"clip": "7", "conversations": [{"from": "human", "value": "<video>\nWhat happens?"}, TEXT[1]]},
 ]
 
 
@@ -420,6 +421,8 @@ def test_images_of_the_hubs_tables(tmp_path, picture):
         ("a.json", b'[{"id": 1}, 5]', "row 1 is no JSON object"),
         ("a.json", b'[{"id": ' + b"9" * 5000 + b"}]", "item 0: not valid JSON"),
         ("a.json", b'[{"a": "\xff"}]', "not UTF-8.*iconv"),
+        ("a.json", b'[{"image": "a.png", "image": "b.png"}]', "item 0: .*the key 'image' stands twice"),
+        ("a.jsonl", b'{"image": "a.png", "image": "b.png"}', ":1: .*the key 'image' stands twice"),
         ("a.json.gz", gzip.compress(b'[{"id": 1}]' * 99)[:-9], "no whole gzip file"),
         ("a.json.gz", b"\x1f\x8bbroken", "a.json.gz"),
         ("a.json.zst", b"\x28\xb5\x2f\xfd123", "unpack it with unzstd"),
