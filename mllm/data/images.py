@@ -86,7 +86,13 @@ def find_place(root: str | Path, name: str, content: bytes | None = None) -> Ima
     if len(members) > 1 and path not in members:
         known = " and ".join(os.path.relpath(member, os.path.abspath(root)) for member in sorted(members)[:2])
         raise InputError(f"image {name} is in {len(members)} places, {known}; write in the row which of them it is")
-    return members.get(path) or next(iter(members.values()), None)
+    found = members.get(path) or next(iter(members.values()), [])
+    if len(found) > 1 and len({place.read() for place in found}) > 1:
+        raise InputError(
+            f"image {name} is {len(found)} times in {found[0].file}, each another one; write the tar anew with one of "
+            "them, or unpack it and rename the others"
+        )
+    return found[0] if found else None
 
 
 def present(root: str | Path, name: str, content: bytes | None = None) -> ImagePlace:
@@ -140,9 +146,9 @@ def _tars(folder: str, moment: int) -> tuple[tuple[str, int, int], ...]:
 
 
 @lru_cache(maxsize=64)
-def _tar_members(folder: str, state: tuple[tuple[str, int, int], ...]) -> dict[str, dict[str, ImagePlace]]:
+def _tar_members(folder: str, state: tuple[tuple[str, int, int], ...]) -> dict[str, dict[str, list[ImagePlace]]]:
     """Members of the tars of `_tars` by file name, each with all its places by tar and name in it."""
-    by_name: dict[str, dict[str, ImagePlace]] = {}
+    by_name: dict[str, dict[str, list[ImagePlace]]] = {}
     for path, *_ in state:
         members, ends_early = archives.members(path)
         if ends_early and ends_early != archives.NO_END:
@@ -151,5 +157,5 @@ def _tar_members(folder: str, state: tuple[tuple[str, int, int], ...]) -> dict[s
             if member.isfile():
                 place = ImagePlace(path, member.offset_data, member.size)
                 name = os.path.normpath(member.name)
-                by_name.setdefault(os.path.basename(name), {})[f"{path}/{name}"] = place
+                by_name.setdefault(os.path.basename(name), {}).setdefault(f"{path}/{name}", []).append(place)
     return by_name

@@ -28,7 +28,7 @@ from mllm.processing import image_tokens
 
 FORMAT = 1  # raise it when a verdict or a length changes its meaning
 AT_ONCE = 256  # rows whose images are decoded side by side
-TEXTS = 4096  # rows that are tokenised at a time
+TEXTS = 1024  # rows that are tokenised at a time
 
 Problems = dict[int, str]  # position in the table -> what is wrong
 
@@ -264,7 +264,8 @@ def _count_tokens(rows: Rows, tokenizer: PreTrainedTokenizerBase, images: int, t
 def _about(tokenizer: PreTrainedTokenizerBase, images: int, template: str) -> str:
     """A short hash of all that decides how many tokens a row has."""
     backend = tokenizer.backend_tokenizer
-    backend.no_truncation(), backend.no_padding()  # an earlier call's; none is wanted
+    backend.no_truncation()  # an earlier call's; none is wanted
+    backend.no_padding()
     content = hashlib.sha256(backend.to_str().encode()).hexdigest()
     return json_digest([FORMAT, content, tokenizer.eos_token, images, template])
 

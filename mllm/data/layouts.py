@@ -92,9 +92,14 @@ def _turns(row: dict) -> tuple[str, list[dict]]:
     if key == "texts":
         if not all({"user", "assistant"} <= turn.keys() for turn in turns):
             raise InputError("`texts` holds more than {user, assistant}, the Cauldron's turns; rows hold " + LAYOUTS)
-        asked = ("user", "assistant")
-        turns = [{"role": role, "content": turn[role]} for turn in turns for role in asked]
+        turns = [turn for pair in turns for turn in _asked(pair)]
     return "conversations" if key.startswith("conversation") else key, turns
+
+
+def _asked(pair: dict) -> list[dict]:
+    """A question and its answer of the Cauldron; what else stands beside them stays with the question."""
+    rest = {key: value for key, value in pair.items() if key not in ("user", "assistant")}
+    return [{**rest, "role": "user", "content": pair["user"]}, {"role": "assistant", "content": pair["assistant"]}]
 
 
 def _messages(value: object, role: str, key: str) -> list[dict]:

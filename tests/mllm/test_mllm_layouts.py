@@ -195,6 +195,7 @@ REFUSED = [
     ({"prompt": "a", "chosen": "b", "rejected": "c"}, "has no conversation, but prompt, chosen, rejected"),
     ({"texts": ["a", "b"]}, "`texts` is no list of turns"),
     ({"texts": [{"question": "a", "answer": "b"}]}, "`texts` holds more than"),
+    ({"texts": [{"user": "a", "assistant": "b", "image": "a.png"}]}, "a turn names an image or film in `image`"),
     ({"conversations": [{"from": "tool", "value": "a"}, *TEXT]}, "turn 0 is by `tool`"),
     ({"conversations": [{"value": "a"}, *TEXT]}, "neither `from` nor `role`"),
     ({"conversations": [{"from": 5, "value": "a"}, *TEXT]}, "neither `from` nor `role`"),

@@ -272,6 +272,17 @@ def test_a_name_in_two_tars_is_refused_unless_the_row_names_the_tar(folder, caps
     assert load_rows([write(folder / "r.json", row(image=names[1]))], folder)[0].images[0].read() == blue
 
 
+def test_a_name_twice_in_one_tar_is_refused_unless_both_are_the_same_image(folder, capsys, picture):
+    (folder / "sub").mkdir()
+    with tarfile.open(folder / "sub/0.tar", "w") as tar:
+        for name, seed in (("same", 1), ("other", 1), ("same", 1), ("other", 2)):
+            member = tarfile.TarInfo(f"{name}.png")
+            member.size = len(content := encoded(picture(seed)))
+            tar.addfile(member, io.BytesIO(content))
+    assert find_place(folder, "sub/same.png").read() == encoded(picture(1))
+    refused(write(folder / "r.json", row(image="sub/other.png")), folder, capsys, "is 2 times in", "sub/0.tar")
+
+
 def test_a_compressed_tar_is_named(folder, picture):
     (folder / "sub").mkdir()
     with tarfile.open(folder / "sub/0.tar", "w:gz") as tar:
