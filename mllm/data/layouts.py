@@ -194,7 +194,10 @@ def _shown(parts: Sequence[dict], given: list[Image]) -> list[Image]:
 
 def _part_image(part: dict) -> Image | None:
     """The image that a part holds; None where it only says that one of the row's stands there."""
-    value = next((part[key] for key in ("image", "image_url", "path", "url", "base64", "source") if key in part), None)
+    held = [key for key in ("image", "image_url", "path", "url", "base64", "source") if key in part]
+    if len(held) > 1:
+        raise InputError(f"a part of a message has `{held[0]}` and `{held[1]}`; give each image a part of its own")
+    value = part[held[0]] if held else None
     if "base64" in part:
         value = f"data:image/png;base64,{part['base64']}"
     if isinstance(value, dict) and value.get("type") == "base64":  # Anthropic's

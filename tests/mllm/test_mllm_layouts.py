@@ -223,6 +223,7 @@ REFUSED = [
     ({"images": ["a.png"], "messages": user({"type": "image", "index": 1})}, "show images [1], but it has 1"),
     ({"images": ["a.png", "b.png"], "messages": user({"type": "image", "index": 0})}, "each must be shown once"),
     ({"messages": user({"type": "image", "image": ["a.png", "b.png"]})}, "several images"),
+    ({"messages": user({"type": "image", "image": "a.png", "url": "b.png"})}, "has `image` and `url`"),
     ({"messages": user({"type": "image", "image": 5})}, "`messages` holds 5"),
     ({"messages": user({"type": "image_url", "image_url": {"url": 5}})}, "`messages` holds 5"),
     ({"conversations": TEXT, "video": "v"}, "`video`"),
