@@ -15,8 +15,9 @@ from transformers import AutoProcessor, AutoTokenizer
 from diffclip.base.errors import InputError
 from mllm.conversation import IGNORE, Segment, control_tokens, encode, render
 from mllm.data.__main__ import main
+from mllm.data.files import read_rows
 from mllm.data.images import find_place
-from mllm.data.rows import load_rows, read_rows
+from mllm.data.rows import load_rows
 from mllm.model import VisionLanguageModel, load
 
 
