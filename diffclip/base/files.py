@@ -159,7 +159,8 @@ def read_array(path: str | Path) -> Iterator[Any]:
                 piece = text.read(size)
             except UnicodeDecodeError:
                 raise InputError(f"{path}: not UTF-8 (behind item {number}); {utf8_remedy(path)}") from None
-            buffer, place = buffer[place:] + piece, 0
+            if piece:
+                buffer, place = buffer[place:] + piece, 0
             return bool(piece)
 
         def peek() -> str:
@@ -183,7 +184,10 @@ def read_array(path: str | Path) -> Iterator[Any]:
             name, size = f"{path}: item {number}", PIECE
             while True:
                 try:
-                    value, place = decoder.raw_decode(buffer, place)
+                    value, end = decoder.raw_decode(buffer, place)
+                    if isinstance(value, int | float) and end > len(buffer) - 3 and more(size):
+                        continue  # a number may go on behind the end
+                    place = end
                     return value
                 except RecursionError:
                     raise InputError(f"{name}: nested too deep for JSON that a person would write") from None
