@@ -23,8 +23,9 @@ from transformers.utils import logging
 
 from diffclip.base.commands import near
 from diffclip.base.errors import InputError, first_line
-from diffclip.base.files import read_text
+from diffclip.base.files import read_jsonl, read_text
 from diffclip.base.ranks import from_main
+from diffclip.base.schema import BAD_SAMPLES
 from stages import signals
 from stages.run import Run
 from stages.settings import TrainingConfig
@@ -238,6 +239,16 @@ class TakeOver(TrainerCallback):
         for group, rate in zip(kwargs["optimizer"].param_groups, rates):
             group["lr"] = rate
         schedule._last_lr = rates
+
+
+def log_bad_samples(run: Run) -> None:
+    """One line, and a note in run.json, on what was skipped and why, if anything."""
+    path = run.path / BAD_SAMPLES
+    if run.is_main and path.is_file():
+        lines = (line for _, line in read_jsonl(path, damaged="skip"))
+        bad = {str(line.get("key")) for line in lines if isinstance(line, dict)}
+        run.log(f"{run.stage}: {len(bad):,} bad samples skipped, named in {path}")
+        run.note(bad_samples=len(bad))
 
 
 def check_checkpoint(folder: str | Path) -> None:

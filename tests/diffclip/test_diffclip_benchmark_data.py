@@ -271,7 +271,7 @@ def test_numbers_and_doubled_keys_of_class_names(folder, tmp_path):
     with pytest.raises(InputError, match="its numbers need to be 0 to 2"):
         read_set(tmp_path)
     (folder / "classnames.json").write_text('{"0": "red", "1": "lime", "1": "blue"}')
-    with pytest.raises(InputError, match=r"classnames\.json: '1' stands twice in one object: keep one"):
+    with pytest.raises(InputError, match=r"classnames\.json: .*'1' stands twice in one object: keep one"):
         read_set(tmp_path)
 
 
@@ -537,7 +537,7 @@ def test_coco_is_read_as_it_is_unpacked(tmp_path):
 @pytest.mark.parametrize(
     "content, message",
     [
-        ('{"a.png": ["x"], "a.png": ["y"]}', r"x\.json: 'a\.png' stands twice in one object"),
+        ('{"a.png": ["x"], "a.png": ["y"]}', r"x\.json: .*'a\.png' stands twice in one object"),
         ('[{"image": "a.png", "caption": "x", "split": "holdout"}]', "entry 0: its split 'holdout' is none"),
         ('[{"image_id": 1, "caption": "x"}]', r"entry 0: lacks its image or its captions: write \{image, caption\}"),
         ('{"images": [{"id": 1, "file_name": "a.png"}, {"id": 1, "file_name": "a.png"}], "annotations": []}', "one id"),

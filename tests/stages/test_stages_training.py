@@ -180,8 +180,8 @@ def test_trainer_takes_what_no_setting_of_the_stage_decides(tmp_path):
     [
         (LanguageConfig, set()),
         (PretrainConfig, {"micro_batch_size", "max_bad_share"}),
-        (AlignConfig, {"micro_batch_size", "tokens"}),
-        (InstructConfig, {"micro_batch_size", "tokens"}),
+        (AlignConfig, {"micro_batch_size", "max_bad_share", "tokens"}),
+        (InstructConfig, {"micro_batch_size", "max_bad_share", "tokens"}),
     ],
 )
 def test_settings_that_decide_nothing(config, own):
