@@ -51,7 +51,7 @@ def measure(what: str, folder: str, tokenizer: str, lengths_too: bool) -> None:
     from mllm.data.judge import token_lengths
     from mllm.data.rows import load_rows
 
-    words = AutoTokenizer.from_pretrained(tokenizer)
+    words = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
     process = psutil.Process()
     before, peak_before, start, cpu = process.memory_full_info().uss, peak(), time.perf_counter(), time.process_time()
     rows = load_rows([f"{folder}/rows.json"], folder)
