@@ -22,7 +22,7 @@ from transformers.trainer_pt_utils import safe_globals  # what Trainer keeps of 
 from transformers.utils import logging
 
 from diffclip.base.commands import near
-from diffclip.base.errors import InputError, first_line
+from diffclip.base.errors import InputError, first_line, in_one_line
 from diffclip.base.files import read_jsonl, read_text
 from diffclip.base.ranks import from_main
 from diffclip.base.schema import BAD_SAMPLES
@@ -179,6 +179,11 @@ def train(trainer: Trainer, run: Run) -> dict[str, float]:
         with signals.noticed():
             result = trainer.train(resume_from_checkpoint=checkpoint)
     except (OSError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
+            raise InputError(
+                f"{in_one_line(error)} The system ends processes where memory runs out: lower `num_workers` and start "
+                f"the same command again, it goes on from {run.resume_from or 'the start'}"
+            ) from error
         half = run.half_written()
         if not half:
             raise

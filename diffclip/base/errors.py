@@ -1,10 +1,22 @@
 """One exception for what a user can mend, and the way command lines report it: one sentence, exit code 2."""
 
+import errno
 import os
 import select
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+# States of a machine in which any write or opening fails, with what to do; a traceback would say nothing more.
+SURROUNDINGS = {
+    errno.ENOSPC: "make room on the disk",
+    errno.EDQUOT: "make room within the quota",
+    errno.EFBIG: "raise the limit on the size of files (ulimit -f)",
+    errno.EROFS: "choose a folder that can be written into",
+    errno.EMFILE: "raise the limit on open files (ulimit -n 4096)",
+    errno.ENFILE: "end other programs: the system has no more open files to give",
+    errno.ENOMEM: "free memory, or ask for less of it",
+}
 
 
 class InputError(Exception):
@@ -23,7 +35,8 @@ def in_one_line(error: Exception, most: int | None = 300) -> str:
 
 @contextmanager
 def exit_on_input_error() -> Iterator[None]:
-    """Print an `InputError` as one line on stderr and exit with code 2; anything else keeps its traceback.
+    """Print an `InputError`, or that the disk is full and the like, as one line on stderr and exit with code 2;
+    anything else keeps its traceback.
 
     Where the reader of our output has gone, as `head` does, end quietly with code 1.
     """
@@ -32,6 +45,13 @@ def exit_on_input_error() -> Iterator[None]:
             yield
         except InputError as error:
             print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
+        except OSError as error:
+            if error.errno not in SURROUNDINGS:
+                raise
+            where = f"{error.filename}: " if error.filename else ""
+            remedy = f"{SURROUNDINGS[error.errno]} and start the same command again"
+            print(f"error: {where}{error.strerror}: {remedy}", file=sys.stderr)
             sys.exit(2)
         finally:
             if not isinstance(sys.exc_info()[1], Exception):

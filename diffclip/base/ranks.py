@@ -14,7 +14,7 @@ from functools import cache
 from itertools import count
 from typing import Any, TypeVar
 
-from diffclip.base.errors import InputError
+from diffclip.base.errors import InputError, first_line
 
 T = TypeVar("T")
 LONGEST = timedelta(hours=12)  # that the others wait for rank 0; where it ends, the launcher ends them all
@@ -84,5 +84,12 @@ def _store() -> Any:
     from torch.distributed import PrefixStore  # not at the top: one process alone needs no torch
     from torch.distributed.rendezvous import rendezvous
 
-    store, _, _ = next(rendezvous("env://", timeout=LONGEST))
+    try:
+        store, _, _ = next(rendezvous("env://", timeout=LONGEST))
+    except (RuntimeError, ValueError) as error:  # ValueError: a variable of the launcher's is missing
+        place = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
+        raise InputError(
+            f"{where()}: the ranks cannot meet at {place} ({first_line(error)}): give the launcher a free port "
+            "(--master_port), and an address of rank 0's host that the others reach"
+        ) from None
     return PrefixStore("diffclip", store)

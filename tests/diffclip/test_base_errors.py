@@ -40,6 +40,25 @@ def test_what_went_wrong_before_is_still_told():
     assert (refused.returncode, refused.stderr) == (2, "error: no such thing\n")
 
 
+def limited(limit: str, body: str) -> subprocess.CompletedProcess:
+    program = f"import resource, errno; resource.setrlimit(resource.{limit})\nfrom diffclip.base.errors import *\n"
+    program += f"with exit_on_input_error():\n    {body}"
+    return subprocess.run([sys.executable, "-c", program], env=BUFFERED, cwd=ROOT, text=True, capture_output=True)
+
+
+def test_what_the_machine_lacks_is_one_sentence(tmp_path):
+    written = limited("RLIMIT_FSIZE, (1, 1)", f"open({str(tmp_path / 'x')!r}, 'wb', buffering=0).write(b'12'), 1 / 0")
+    assert written.returncode == 1  # the first byte was written: no error yet
+    open_files = limited("RLIMIT_NOFILE, (16, 16)", "files = [open('/dev/null') for _ in range(32)]")
+    assert open_files.returncode == 2
+    assert open_files.stderr.startswith("error: /dev/null: Too many open files: raise the limit on open files (ulimit")
+    full = limited("RLIMIT_CORE, (0, 0)", "raise OSError(errno.ENOSPC, 'No space left on device', '/data/x')")
+    told = "error: /data/x: No space left on device: make room on the disk and start the same command again\n"
+    assert (full.returncode, full.stderr) == (2, told)
+    other = limited("RLIMIT_CORE, (0, 0)", "raise OSError(errno.EIO, 'Input/output error')")
+    assert other.returncode == 1 and "Traceback" in other.stderr
+
+
 def test_another_broken_pipe_keeps_its_traceback():
     ended = run_without_reader("raise BrokenPipeError('a worker has died')", streams=())
     assert "a worker has died" in ended.stderr

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -297,6 +298,21 @@ def test_a_directory_that_not_all_ranks_see_is_refused_at_once(tmp_path):
     run_ranks(2, starts_where_it_is, str(tmp_path / "b"), str(tmp_path / "b"))
     record = json.loads((tmp_path / "b" / "run" / "run.json").read_text())
     assert record["ranks"] == 2 and len(record["hosts"]) == 1
+
+
+def test_ranks_that_cannot_meet_say_where(monkeypatch):
+    from diffclip.base import ranks
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+            monkeypatch.setenv(name, value)
+        ranks._store.cache_clear()
+        with pytest.raises(InputError, match=rf"rank 0 on .*cannot meet at 127\.0\.0\.1:{port} .*--master_port"):
+            ranks.from_main(dict)
+    ranks._store.cache_clear()
 
 
 # ---- told to end

@@ -4,9 +4,11 @@ import json
 import os
 import pickle
 import shutil
+import time
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from launch import QUICKSTART
@@ -140,6 +142,22 @@ def test_batches_that_do_not_fit_into_shared_memory_are_refused_with_what_fits(t
         with pytest.raises(InputError, match=f"--shm-size=1g .*lower `num_workers` to {fits}$"):
             check_shared_memory(trainer)
     check_shared_memory(trainer, folder=str(tmp_path / "nowhere"))
+
+
+@pytest.mark.slow
+def test_a_loading_process_that_the_system_ends_is_named(tmp_path):
+    class Kill(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                for child in {*psutil.Process().children()} - others:
+                    child.kill()
+                time.sleep(0.5)
+
+    others = {*psutil.Process().children()}
+    trainer, run = start(tmp_path / "run", Kill(), num_workers=1, save_steps=100)
+    with pytest.raises(InputError, match=r"killed by signal.*lower `num_workers`.*goes on from the start") as error:
+        train(trainer, run)
+    assert "could not be written" not in str(error.value)
 
 
 # ---- what `trainer` may say
