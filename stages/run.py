@@ -14,6 +14,7 @@ import sys
 import time
 import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
@@ -58,6 +59,7 @@ class Run:
         self.is_main = rank() == 0
         self.start = time.time()
         self.seconds_before = 0.0
+        self.fresh = False  # whether nothing of an earlier start is in the directory
         paths: dict[str, str] = {}
         for role, named in inputs.items():
             each = {f"{role}[{i}]": path for i, path in enumerate(named)} if isinstance(named, list) else {role: named}
@@ -83,9 +85,19 @@ class Run:
     def __enter__(self) -> "Run":
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         if self.is_main:
+            if kind and self.fresh and not ledger.came_to_a_step(self.path):
+                self._leave_nothing()
             lock.release(self.path)
+            with suppress(OSError):  # it holds something, or has gone
+                self.path.rmdir()
+
+    def _leave_nothing(self) -> None:
+        """Remove what a start that came to no step has written, but for the names of bad samples."""
+        shutil.rmtree(self.path / "runs", ignore_errors=True)
+        for name in (schema.RECORD, schema.CONFIG, schema.LOG, schema.MANIFEST):
+            (self.path / name).unlink(missing_ok=True)
 
     def _claim(self, paths: Mapping[str, str]) -> dict[str, Any]:
         """Rank 0: compare with what is there, take the directory, and write down what this run is."""
@@ -119,6 +131,7 @@ class Run:
             self.seconds_before = float(before.get("wall_seconds", 0))
             self.record |= cast(RunRecord, {name: before[name] for name in KEPT if name in before})
         else:
+            self.fresh = True
             for left in (schema.BAD_SAMPLES, schema.NON_FINITE, schema.CURVE):  # by a start that came to no step
                 (self.path / left).unlink(missing_ok=True)
         if found.taken:

@@ -159,6 +159,23 @@ def test_a_start_that_came_to_no_step_leaves_its_directory_free(tmp_path, data):
         Run("pretrain", settings, {"data": data})
 
 
+def test_a_start_that_fails_leaves_nothing_but_the_names_of_bad_samples(tmp_path, data):
+    settings = Settings(str(tmp_path / "runs" / "run"))
+    for bad in (False, True):
+        with pytest.raises(InputError), Run("pretrain", settings, {"data": data}) as run:
+            run.log("a line")
+            (run.path / "runs" / "today").mkdir(parents=True)
+            if bad:
+                (run.path / "bad_samples.jsonl").write_text("{}\n")
+            raise InputError("no such model")
+        left = [path.name for path in run.path.iterdir()] if run.path.exists() else []
+        assert left == ["bad_samples.jsonl"] * bad
+    with pytest.raises(KeyboardInterrupt), Run("pretrain", replace(settings, rate=3), {}) as run:
+        run.append_metrics({"step": 1, "loss": 1.0})
+        raise KeyboardInterrupt
+    assert {"run.json", "config.yaml", "metrics.jsonl"} <= {path.name for path in run.path.iterdir()}
+
+
 def test_lines_that_an_encoding_lacks_are_said_all_the_same(tmp_path, data, capsys):
     run = Run("pretrain", Settings(str(tmp_path / "run")), {"data": data})
     run.log("bad: \udce9t\u00e9.jpg\u2028")
