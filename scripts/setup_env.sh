@@ -1,5 +1,6 @@
 # Sourced by the other scripts: finds or makes the Python environment they run in.
 #   use_environment                   for the stages: whatever has the package's dependencies, else as below
+#   start_stage STAGE …               a training on the GPUs of this machine, or of several
 #   install_into_venv EXTRA[,EXTRA]   installs this package with the named extras
 # An active virtual or conda environment is used as it is; otherwise .venv beside this repository
 # (or where DIFFCLIP_VENV says), made if need be. Installed again only when pyproject.toml changed.
@@ -83,4 +84,35 @@ use_environment() {
         return
     fi
     install_into_venv eval
+}
+
+# Replaces this shell by a training on every GPU (DEVICES says how many processes), and with NNODES on several machines:
+# the same command on each, with MASTER_ADDR, and NODE_RANK or none. A Slurm step of several nodes says these itself.
+start_stage() {
+    local stage=$1 devices nodes
+    shift
+    devices=${DEVICES:-$(python -c 'import torch; print(max(1, torch.cuda.device_count()))')}
+    if [ -n "${SLURM_STEP_ID:-}" ] && [ "${SLURM_STEP_NUM_NODES:-1}" -gt 1 ] && [ -z "${NNODES:-}" ]; then
+        NNODES=$SLURM_STEP_NUM_NODES NODE_RANK=$SLURM_NODEID
+        MASTER_ADDR=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_STEP_NODELIST" | head -n 1)}
+        MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}
+    fi
+    if [ "${NNODES:-1}" -gt 1 ]; then
+        if [ -z "${MASTER_ADDR:-}" ]; then
+            echo "error: NNODES=$NNODES needs MASTER_ADDR, a name or address of one machine that all others reach" >&2
+            return 2
+        fi
+        if [ -n "${NODE_RANK:-}" ]; then
+            nodes=(--node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR" --master_port "${MASTER_PORT:-29500}")
+        else
+            nodes=(--rdzv_backend c10d --rdzv_endpoint "$MASTER_ADDR:${MASTER_PORT:-29500}" --rdzv_id "${RUN_ID:-diffclip}")
+        fi
+        exec torchrun --nnodes "$NNODES" "${nodes[@]}" --nproc_per_node "$devices" -m diffclip "$stage" "$@"
+    fi
+    if [ "$stage" != pretrain ]; then
+        exec deepspeed --num_gpus "$devices" --module diffclip "$stage" "$@"
+    elif [ "$devices" = 1 ]; then
+        exec python -m diffclip "$stage" "$@"
+    fi
+    exec torchrun --standalone --nproc_per_node "$devices" -m diffclip "$stage" "$@"
 }

@@ -23,7 +23,7 @@ from diffclip.base.errors import InputError
 from diffclip.base.files import append_jsonl, read_json, share, write_json
 from diffclip.base.images import DECODING
 from diffclip.base.orphans import end_with_parents
-from diffclip.base.ranks import from_main, gather, rank, where, world
+from diffclip.base.ranks import from_main, gather, join_slurm, rank, where, world
 from diffclip.base.schema import RunRecord
 from diffclip.base.sealed import damage, files_of, seal
 from stages import ledger
@@ -53,6 +53,7 @@ class Run:
             config: the stage's dataclass; must have `output_dir` and `seed`.
             inputs: files and directories the result depends on, by setting; "" for none.
         """
+        join_slurm()
         end_with_parents()
         self.stage, self.config = stage, config
         self.path = Path(config.output_dir)

@@ -6,7 +6,9 @@ can agree before there is one.
 
 import json
 import os
+import re
 import socket
+import subprocess
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
@@ -21,6 +23,42 @@ LONGEST = timedelta(hours=12)  # that the others wait for rank 0; where it ends,
 PATIENCE = timedelta(seconds=30)  # that rank 0 waits for the others to hear of an error
 
 _calls = count()  # every rank makes the same calls in the same order
+
+
+def join_slurm() -> None:
+    """Let the tasks of a Slurm step, as `srun diffclip pretrain` starts them, be the ranks of one training.
+
+    Nothing is done where a launcher has said which rank this is, and in a batch script, which is one process. Without
+    MASTER_ADDR the ranks meet on the first host of the step.
+    """
+    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))
+    if "WORLD_SIZE" in os.environ or "SLURM_STEP_ID" not in os.environ or tasks < 2:
+        return
+    here = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "1")  # like 4(x2),3
+    if "MASTER_ADDR" not in os.environ:
+        command = ["scontrol", "show", "hostnames", os.environ["SLURM_STEP_NODELIST"]]
+        try:
+            os.environ["MASTER_ADDR"] = subprocess.run(
+                command, capture_output=True, text=True, check=True
+            ).stdout.split()[0]
+        except (OSError, subprocess.CalledProcessError, IndexError):
+            raise InputError(
+                f"this is task {os.environ['SLURM_PROCID']} of a Slurm step of {tasks}, and scontrol does not say on "
+                "which hosts: export MASTER_ADDR, an address of the first that the others reach, and MASTER_PORT"
+            ) from None
+    os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ.get("SLURM_JOB_ID", 0)) % 20000))
+    os.environ |= {
+        "RANK": os.environ["SLURM_PROCID"],
+        "WORLD_SIZE": str(tasks),
+        "LOCAL_RANK": os.environ["SLURM_LOCALID"],
+        "LOCAL_WORLD_SIZE": str(_tasks_by_node(here)[int(os.environ.get("SLURM_NODEID", 0))]),
+    }
+
+
+def _tasks_by_node(text: str) -> list[int]:
+    """Tasks of each node as Slurm writes them: `4(x2),3` is 4, 4, 3."""
+    counts = re.findall(r"(\d+)(?:\(x(\d+)\))?", text)
+    return [int(tasks) for tasks, times in counts for _ in range(int(times or 1))]
 
 
 def rank() -> int:

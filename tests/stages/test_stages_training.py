@@ -13,7 +13,7 @@ import pytest
 import torch
 from launch import QUICKSTART
 from safetensors.torch import load_file
-from test_stages_pretrain import write_shard
+from shards import write_shard
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
