@@ -25,13 +25,14 @@ def main() -> None:
     parser.add_argument("--each", type=int, default=20, help="trials for each stage and number of ranks")
     parser.add_argument("--stages", nargs="+", default=STAGES, choices=STAGES)
     parser.add_argument("--ranks", nargs="+", type=int, default=[0, 2], help="0: no launcher")
+    parser.add_argument("--faults", nargs="+", help="only these, e.g. 'full disk'")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", help="every trial, written here")
     options = parser.parse_args()
     done = []
     with tempfile.TemporaryDirectory() as folder:
         world = harness.World(Path(folder))
-        for trial in harness.trials(world, options.stages, options.ranks, options.each, options.seed):
+        for trial in harness.trials(world, options.stages, options.ranks, options.each, options.seed, options.faults):
             done.append(trial)
             print(f"{trial.stage} {trial.ranks} {trial.fault} at {trial.at:.1f} s: {trial.wrong or 'held'}", flush=True)
             if options.json:

@@ -237,10 +237,12 @@ def holds(cmdline: list[str] | None, name: str) -> bool:
     return any(name in part for part in cmdline or [])
 
 
-def trials(world: World, stages: list[str], ranks: list[int], each: int, seed: int) -> Iterator[Trial]:
-    """`each` trials of every stage and number of ranks, faults in turn."""
+def trials(
+    world: World, stages: list[str], ranks: list[int], each: int, seed: int, faults: list[str] | None = None
+) -> Iterator[Trial]:
+    """`each` trials of every stage and number of ranks; all faults in turn, or those named."""
     for stage in stages:
         for number in ranks if stage in TRAININGS else [0]:
-            kinds = faults_of(stage)
+            kinds = faults or faults_of(stage)
             for i in range(each):
                 yield trial(world, stage, number, kinds[(i + seed) % len(kinds)], seed * 1000 + i)
