@@ -79,6 +79,9 @@ def slurm(tmp_path_factory):
     try:
         wait_for(lambda: run("sinfo", "-h", "-o", "%T").split() == ["idle"], 60)
         yield run
+        run("scancel", "--full", "--signal=KILL", "--user=root")
+        run("scancel", "--user=root")
+        wait_for(lambda: not run("squeue", "-h").strip(), 60)
     finally:
         for server in reversed(servers):
             server.terminate()
@@ -109,7 +112,7 @@ def test_a_job_that_is_told_to_end_queues_again_and_comes_to_the_undisturbed_dig
     arguments += [
         "--caption_member=txt",
         "--global_batch_size=16",
-        "--epochs=20",
+        "--epochs=8",
         "--logging_steps=1",
         "--save_steps=500",
     ]
@@ -117,11 +120,13 @@ def test_a_job_that_is_told_to_end_queues_again_and_comes_to_the_undisturbed_dig
     out, log = tmp_path / "run", tmp_path / "job.log"
     flags = ["--parsable", "--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1"]
     own = {"DIFFCLIP_ROOT": str(ROOT), "VIRTUAL_ENV": sys.prefix, "MASTER_ADDR": "127.0.0.1"}
+    own["MASTER_PORT"] = str(free_ports(1)[0])
     script = str(ROOT / "scripts" / "slurm" / "pretrain.sbatch")
     job = slurm("sbatch", *flags, f"--output={log}", script, *arguments, f"--output_dir={out}", **own).strip()
     wait_for(lambda: (out / "metrics.jsonl").is_file() and len(losses(out)) >= 3, 120)
     slurm("scancel", "--batch", "--signal=USR1", job)  # as Slurm does two minutes before the end
-    wait_for(lambda: "queue" in log.read_text() or "PENDING" in slurm("squeue", "-j", job, "-o", "%T"), 60)
+    wait_for(lambda: slurm("squeue", "-h", "-j", job, "-o", "%T").strip() == "PENDING", 60)
+    slurm("scontrol", "update", f"JobId={job}", "StartTime=now")  # it would wait two minutes
     first = json.loads((out / "run.json").read_text())
     assert first["ranks"] == 2 and first["job"] == job and first["state"] in ("stopped", "running", "finished")
     wait_for(lambda: json.loads((out / "run.json").read_text())["state"] == "finished", 180)
