@@ -15,9 +15,8 @@ from pyarrow import compute
 
 from diffclip.base.errors import InputError
 from diffclip.data.captions import cell_texts, not_empty
-from diffclip.data.layout import Layout, chosen_split, split_named
+from diffclip.data.layout import Layout
 from diffclip.data.named_images import NamedImages
-from diffclip.data.records import listed_splits, split_lists
 
 # names in any case, the first that is there counts
 IMAGE_COLUMNS: tuple[str, ...] = (
@@ -48,7 +47,6 @@ CAPTION_COLUMNS: tuple[str, ...] = (
 CAPTION_COLUMNS += ("description", "raw")
 NUMBERED = re.compile(r"(caption|text|comment|sentence)s?_?\d+$", re.IGNORECASE)  # caption_0 ... caption_4
 ROWLESS = "the table holds no rows"
-LOOKED_AT = 64  # rows whose images are looked for before anything starts
 
 
 @dataclass
@@ -121,11 +119,9 @@ class Columns:
 
 
 def table_of(path: str, rows: datasets.Dataset, layout: Layout) -> Columns:
-    """The pairs of a table: columns chosen, rows of other splits and failed downloads left out.
+    """The pairs of a table, of all its splits: columns chosen, failed downloads left out.
 
-    Raises:
-        InputError: no column of images or of captions, one that holds something else, several splits of which none
-            was named, or none of the images that are looked for is there.
+    InputError: no column of images or of captions, or one that holds something else.
     """
     image, captions, notices = chosen_columns(path, rows.column_names, layout)
     kind = rows.features[image]
@@ -139,19 +135,10 @@ def table_of(path: str, rows: datasets.Dataset, layout: Layout) -> Columns:
     keep = ~_failed_downloads(rows, image)
     if not keep.all():
         notices.append((path, f"{int((~keep).sum())} rows whose download failed (their status says so) are no pairs"))
-    splits = _splits(path, rows, image, layout, notices)
-    if splits is not None:
-        keep &= _of_split(path, splits, layout, notices)
-    numbers = None
-    if not keep.all():
-        numbers = np.flatnonzero(keep)
-        rows = rows.select(numbers, keep_in_memory=True)
-    table = Columns(path, rows, image, captions, layout.image_root, numbers, notices, has_splits=splits is not None)
-    if not len(rows):
-        table.problems.append((path, ROWLESS))
-    elif holds_paths(kind):
-        _look_for_images(table)
-    return table
+    numbers = np.flatnonzero(keep) if not keep.all() else None
+    rows = rows if numbers is None else rows.select(numbers, keep_in_memory=True)
+    problems = [] if len(rows) else [(path, ROWLESS)]
+    return Columns(path, rows, image, captions, layout.image_root, numbers, notices, problems)
 
 
 def _encoded(image: Any) -> Any:
@@ -216,48 +203,6 @@ def may_be_needed(name: str, layout: Layout) -> bool:
     return bool(known) or name in (layout.image_column, *layout.caption_column)
 
 
-def _splits(
-    path: str, rows: datasets.Dataset, image: str, layout: Layout, notices: list[tuple[str, str]]
-) -> list[str | None] | None:
-    """The split of each row, by a column `split` or lists of images beside the table; None where nothing tells it."""
-    if (name := next((name for name in rows.column_names if name.strip().lower() == "split"), None)) is None:
-        lists = split_lists(path) if holds_paths(rows.features[image]) and os.path.isfile(path) else []
-        files = [os.path.basename(value or "") for value in rows.select_columns([image])[:][image]] if lists else []
-        found = listed_splits(lists, files)
-        return [found.get(file, "") for file in files] if found else None
-    feature = rows.features[name]
-    values = compute.cast(rows.select_columns([name]).with_format("arrow")[:][name], pyarrow.string())
-    try:
-        labels = [value if value and value.strip() else None for value in values.to_pylist()]
-    except UnicodeDecodeError:
-        raise InputError(f"{path}: its column {name} is not UTF-8; write it again") from None
-    if isinstance(feature, datasets.ClassLabel):
-        labels = [None if label is None else feature.int2str(int(label)) for label in labels]
-    names = dict.fromkeys(label for label in labels if label is not None)
-    if not layout.split and not any(map(split_named, names)):  # names of something else
-        if names:
-            notices.append((path, f"its column {name} names no train, val or test ({next(iter(names))}, ...): all "
-                            "rows are read"))  # fmt: skip
-        return None
-    unknown = next((name for name in names if not split_named(name)), None)
-    if not layout.split and unknown is not None:
-        raise InputError(
-            f"{path}: the column split holds {unknown!r}; write train, val or test in every row, or set `split`"
-        )
-    same = {None: None} | {name: split_named(name) or name for name in names}
-    return [same[label] for label in labels]
-
-
-def _of_split(path: str, splits: Sequence[str | None], layout: Layout, notices: list[tuple[str, str]]) -> np.ndarray:
-    """(rows,) bool: rows of the split that is read; those with "" are in none of the lists, and so in no split."""
-    names = dict.fromkeys(each for each in splits if each != "")
-    split = chosen_split(names, layout, path, "set `split` to one of them")
-    keep = np.array([each == split for each in splits], dtype=bool)
-    if not keep.all():
-        notices.append((path, f"the {int(keep.sum()):,} rows of its split {split} are read, of {len(splits):,}"))
-    return keep
-
-
 def _failed_downloads(rows: datasets.Dataset, image: str) -> np.ndarray:
     """(rows,) bool: img2dataset says in `status` that there is no image because it could not be had."""
     status = rows.data.column("status") if "status" in rows.column_names else None
@@ -268,28 +213,3 @@ def _failed_downloads(rows: datasets.Dataset, image: str) -> np.ndarray:
         images = compute.struct_field(images, "bytes")
     failed = compute.fill_null(compute.starts_with(status, "failed"), False)
     return compute.and_(failed, compute.is_null(images)).to_numpy()
-
-
-def _look_for_images(table: Columns) -> None:
-    """InputError if none of some rows spread over the table names a file that is there."""
-    column = table.rows.select_columns([table.image])
-    rows = range(0, len(table), max(1, len(table) // LOOKED_AT))
-    names = [name for name in column[list(rows)][table.image] if name]
-    error = _missing(table, names)
-    if isinstance(error, OSError) and not table.image_root:
-        table.named.cut_to_fit((name for name in column[:][table.image] if name), names)
-        error = _missing(table, names)
-    if error:
-        raise InputError(f"{table.path}: column {table.image}: {error}")
-
-
-def _missing(table: Columns, names: Iterable[str]) -> Exception | None:
-    """Why none of these images is found, None if one is."""
-    error: Exception = OSError("no row names an image")
-    for name in names:
-        try:
-            table.named.find(name)
-            return None
-        except (OSError, ValueError) as caught:
-            error = caught
-    return error

@@ -77,9 +77,9 @@ def sources_in(folder: str, layout: Layout) -> tuple[list[str], list[tuple[str, 
         return [folder], []
     if found := _beside_images(folder, tables):
         kept, notices = _of_split(found, [split_of(os.path.relpath(path, folder)) for path in found], folder, layout)
-        held = {kind_of(path) for path in tables if os.path.dirname(path) == os.path.dirname(found[0])}
-        left_out = sorted(held - {kind_of(found[0]), ".txt"})
-        notices += [(folder, f"its {kind_of(found[0])} files are read, its {kind} are not") for kind in left_out]
+        beside = {kind_of(path) for path in tables if os.path.dirname(path) == os.path.dirname(found[0])}
+        unread = sorted(beside - {kind_of(found[0]), ".txt"})
+        notices += [(folder, f"its {kind_of(found[0])} files are read, its {kind} are not") for kind in unread]
         return kept, notices
     wanted = ", ".join(f".{member}" for member in layout.caption_member)
     held = sorted({os.path.splitext(path)[1] or os.path.basename(path) for path in files})

@@ -19,6 +19,7 @@ from diffclip.base.images import BROKEN, decode
 from diffclip.data.columns import Columns
 from diffclip.data.folders import Files, read_folder, sources_in
 from diffclip.data.layout import Layout, split_named, split_of
+from diffclip.data.row_splits import of_one_split
 from diffclip.data.shards import Shard, index_shards
 from diffclip.data.sources import expand_one
 from diffclip.data.tables import is_saved, read_table
@@ -60,7 +61,10 @@ class PairTable:
             raise InputError("no training data given: set train_data to shards, a CSV or a parquet file")
         tars = list(dict.fromkeys(path for path in paths if path.lower().endswith(TAR_SUFFIXES)))
         shards = dict(zip(tars, index_shards(tars, layout)))
-        self.parts: list[Part] = [shards[path] if path in shards else _read(path, layout) for path in paths]
+        parts = [[shards[path] if path in shards else _read(path, layout) for path in group] for group in groups]
+        self.parts: list[Part] = [
+            part for each, source in zip(parts, sources) for part in _of_split(each, layout, str(source))
+        ]
         for part in self.parts if layout.split else ():
             _refuse_other_split(part, layout)
         if layout.split and not any(map(_has_splits, self.parts)):
@@ -126,6 +130,13 @@ def _files(path: str, layout: Layout, notices: list[tuple[str, str]]) -> list[st
     return files
 
 
+def _of_split(parts: list[Part], layout: Layout, source: str) -> list[Part]:
+    """The parts of a source, their tables with the rows of one split."""
+    tables = [part for part in parts if isinstance(part, Columns)]
+    kept = iter(of_one_split(tables, layout, source))
+    return [next(kept) if isinstance(part, Columns) else part for part in parts]
+
+
 def _told_inside(part: Part) -> bool:
     """Whether a column, lists of images, or `datasets` told the split of a part."""
     told = isinstance(part, Columns) and (part.has_splits or part.path.startswith("hf:") or is_saved(part.path))
@@ -149,5 +160,5 @@ def _refuse_other_split(part: Part, layout: Layout) -> None:
         )
 
 
-def _read(path: str, layout: Layout) -> Columns | Files:
+def _read(path: str, layout: Layout) -> Part:
     return read_folder(path, layout) if os.path.isdir(path) and not is_saved(path) else read_table(path, layout)
