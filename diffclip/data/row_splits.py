@@ -1,4 +1,4 @@
-"""Which rows of tables are read, where a column or lists tell their splits; and whether the images of these are there."""
+"""Which rows of tables are read, where a column or lists tell their splits, and whether their images are there."""
 
 import os
 from collections.abc import Iterable, Sequence

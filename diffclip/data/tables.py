@@ -83,21 +83,18 @@ def read_table(path: str, layout: Layout) -> Columns:
     )
 
 
-def _loaded(path: str, *arguments: Any, **options: Any) -> Any:
-    """`datasets.load_dataset`, whose failures are an InputError."""
-    try:
-        return datasets.load_dataset(*arguments, **options)
-    except (OSError, ValueError, pyarrow.ArrowException, datasets.exceptions.DatasetsError) as error:
-        raise InputError(f"{path}: `datasets` cannot read it ({first_line(error)})") from None
-
-
 def _parquet(path: str) -> datasets.Dataset:
     try:
-        if pyarrow.parquet.read_metadata(path).num_rows == 0:  # `datasets` takes no such file
-            return datasets.Dataset(datasets.table.InMemoryTable(pyarrow.parquet.read_table(path)))
-    except (pyarrow.ArrowException, OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read as parquet ({in_one_line(error)}); write it again") from None
-    return _loaded(path, "parquet", data_files=path, split="train")
+        if pyarrow.parquet.read_metadata(path).num_rows:  # `datasets` takes no file without any
+            try:
+                return datasets.load_dataset("parquet", data_files=path, split="train")
+            except (OSError, datasets.exceptions.DatasetGenerationError) as error:
+                if not isinstance(error.__cause__ or error, OSError):
+                    raise
+        # nor is there room for its cache, or it is not ours to write: the rows stay in memory then
+        return datasets.Dataset(datasets.table.InMemoryTable(pyarrow.parquet.read_table(path)))
+    except (pyarrow.ArrowException, OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise InputError(f"{path}: cannot be read as parquet ({first_line(error)}); write it again") from None
 
 
 def _arrow(path: str) -> datasets.Dataset:
@@ -118,7 +115,11 @@ def _of_datasets(path: str, layout: Layout) -> datasets.Dataset:
             splits = datasets.get_dataset_split_names(name)
         except (OSError, ValueError, pyarrow.ArrowException, datasets.exceptions.DatasetsError):
             splits = [wanted.split or "train"]  # loading says what is wrong
-        return _loaded(path, name, split=chosen_split(splits, wanted, path))
+        chosen = chosen_split(splits, wanted, path)
+        try:
+            return datasets.load_dataset(name, split=chosen)
+        except (OSError, ValueError, pyarrow.ArrowException, datasets.exceptions.DatasetsError) as error:
+            raise InputError(f"{path}: `datasets` cannot read it ({first_line(error)})") from None
     rows = _saved(path)
     if not isinstance(rows, datasets.DatasetDict):
         return rows
