@@ -108,7 +108,7 @@ class Columns:
         for batch in self.rows.select_columns([self.image]).iter(1000):
             for image in map(_encoded, batch[self.image]):
                 if isinstance(image, str):
-                    yield os.path.join(home, image)
+                    yield os.path.normpath(os.path.join(home, image))
                 else:
                     yield hashlib.blake2b(image, digest_size=16).digest() if image else object()
 
