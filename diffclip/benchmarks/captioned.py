@@ -9,12 +9,10 @@ from diffclip.base.images import BROKEN
 from diffclip.benchmarks.images import Images, TarSlice
 from diffclip.data.captions import EMPTY as NO_CAPTION
 from diffclip.data.columns import ROWLESS, Columns
-from diffclip.data.layout import FILE_IMAGES
+from diffclip.data.layout import FILE_IMAGES, Layout
 from diffclip.data.pairs import BadSample, PairTable
 from diffclip.data.shards import EMPTY, Shard
-from diffclip.data.tables import KINDS, kind_of
-
-READERS = (".tar", *KINDS)  # suffixes of what a folder of a retrieval set may hold
+from diffclip.data.tables import holds_captions, kind_of
 
 
 class Captioned(NamedTuple):
@@ -64,6 +62,16 @@ def read_captioned(path: Path, **settings: Any) -> Captioned:
     if not images:
         raise InputError(f"{path} holds no images with captions; write it again")
     return Captioned(Images(*zip(*images)), captions, owner)
+
+
+def is_captioned(path: Path) -> bool:
+    """Whether a file is one that holds captions, rather than a readme beside folders of such."""
+    if not path.is_file():
+        return False
+    kind = kind_of(str(path))
+    return path.name.lower().endswith(TAR_SUFFIXES) or (
+        holds_captions(str(path), Layout()) if kind == ".txt" else bool(kind)
+    )
 
 
 def _captions(table: PairTable, row: int) -> list[str]:

@@ -19,7 +19,7 @@ from typing import Any
 from diffclip.base.errors import InputError
 from diffclip.base.files import read_yaml
 from diffclip.benchmarks import PROTOCOLS, TORCHVISION, prompts
-from diffclip.benchmarks.captioned import READERS, Captioned, read_captioned
+from diffclip.benchmarks.captioned import Captioned, is_captioned, read_captioned
 from diffclip.benchmarks.flat_val import read_flat
 from diffclip.benchmarks.images import IMAGE_SUFFIXES, Images, class_folders, read_class_folders, visible
 from diffclip.benchmarks.labelled import labelled_files, read_labelled
@@ -55,8 +55,8 @@ def suite_from_folder(root: Path) -> Suite:
             suite["classification"][name] = {**entry, "torchvision": unpacked}
     if (root / "retrieval").is_dir():
         inside = visible((root / "retrieval").iterdir())
-        single = any(path.suffix.lower() in READERS for path in inside)
         sets = [path.name for path in inside if path.is_dir()]
+        single = any(map(is_captioned, inside)) or any(split_named(name) or name == "annotations" for name in sets)
         names = {"": "retrieval"} if single or not sets else {name: f"retrieval/{name}" for name in sets}
         suite["retrieval"] = {name: {"path": path} for name, path in names.items()}
     suite |= {part: {"folder": part} for part in OWN if (root / part).is_dir()}

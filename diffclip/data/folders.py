@@ -75,7 +75,7 @@ def sources_in(folder: str, layout: Layout) -> tuple[list[str], list[tuple[str, 
         return kept, notices + left_out
     if _images_and_captions(files, layout)[2]:
         return [folder], []
-    if found := _beside_images(folder, tables):
+    if found := _beside_images(folder, tables, layout):
         kept, notices = _of_split(found, [split_of(os.path.relpath(path, folder)) for path in found], folder, layout)
         beside = {kind_of(path) for path in tables if os.path.dirname(path) == os.path.dirname(found[0])}
         unread = sorted(beside - {kind_of(found[0]), ".txt"})
@@ -90,7 +90,7 @@ def sources_in(folder: str, layout: Layout) -> tuple[list[str], list[tuple[str, 
     )
 
 
-def _beside_images(folder: str, tables: Iterable[str]) -> list[str]:
+def _beside_images(folder: str, tables: Iterable[str], layout: Layout) -> list[str]:
     """The tables of captions of a folder, all of one kind: of text files those that begin like one, of JSON COCO's
     captions without the boxes beside them.
     """
@@ -100,7 +100,7 @@ def _beside_images(folder: str, tables: Iterable[str]) -> list[str]:
         for path in tables:
             place = os.path.relpath(os.path.dirname(path), folder).lower()
             place = "" if place == "." else "splits" if split_named(place) else place
-            if kind_of(path) == kind and place in places and (kind != ".txt" or holds_captions(path)):
+            if kind_of(path) == kind and place in places and (kind != ".txt" or holds_captions(path, layout)):
                 places[place].append(path)
         for found in places.values():
             captions = [path for path in found if os.path.basename(path).lower().startswith("captions_")]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from diffclip.base.errors import InputError, in_one_line
-from diffclip.base.files import parse_json, read_text, utf8_remedy
+from diffclip.base.files import parse_json, utf8_remedy
 from diffclip.data.layout import split_of
 
 TOKEN = re.compile(r"(\S.*)#\d+\t(.*)")  # Flickr's 1000092795.jpg#0<tab>Two young guys ...
@@ -96,9 +96,14 @@ def is_token(line: str) -> bool:
     return bool(TOKEN.fullmatch(line))
 
 
-def token_rows(path: str) -> Iterator[dict[str, Any]]:
-    """{column: value} of Flickr's lines; InputError with the line that is none."""
-    for number, line in enumerate(read_text(path).split("\n"), 1):
+def token_rows(path: str, encoding: str) -> Iterator[dict[str, Any]]:
+    """{column: value} of Flickr's lines; InputError with the line that is none, or for another encoding."""
+    try:
+        text = Path(path).read_bytes().decode("utf-8-sig" if encoding == "utf-8" else encoding)
+    except UnicodeDecodeError as error:
+        remedy = f"{utf8_remedy(path)}, or set `encoding` to what it is"
+        raise InputError(f"{path}: not {encoding} (byte {error.start}); {remedy}") from None
+    for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             if not (found := TOKEN.fullmatch(line.rstrip("\r"))):
                 raise InputError(f"{path}:{number}: is not image#number, a tab and a caption: {line[:80]!r}")

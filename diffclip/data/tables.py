@@ -23,6 +23,7 @@ from diffclip.data.layout import Layout, chosen_split
 from diffclip.data.records import is_token, json_rows, lines_of, token_rows
 
 SEPARATORS = (",", "\t", ";", "|")
+LONGEST_HEADER = 10_000  # characters
 SEP = re.compile('"?sep=(.)"?')  # with which Excel says what separates
 KINDS = (".parquet", ".arrow", ".json", ".jsonl", ".csv", ".tsv", ".token", ".txt")
 PACKED = (".json", ".jsonl", ".csv", ".tsv")  # also with .gz behind it
@@ -56,11 +57,14 @@ def column_names(path: str) -> list[str]:
     return list(next(iter(json_rows(path, kind == ".jsonl")), {})) if kind in (".json", ".jsonl") else []
 
 
-def holds_captions(path: str) -> bool:
+def holds_captions(path: str, layout: Layout) -> bool:
     """Whether the first line of a .txt is one of Flickr's, or names columns of images and captions."""
-    line = _header(path, Layout(encoding="latin1"))[0].lstrip("\u00ef\u00bb\u00bf").strip()
-    separated = (next(csv.reader([line], delimiter=separator), []) for separator in SEPARATORS)
-    return is_token(line) or any(_fits(path, names, Layout()) for names in separated)
+    try:
+        line = _header(path, _by_mark(path, layout))[0].strip()[:LONGEST_HEADER]
+        separated = [next(csv.reader([line], delimiter=separator), []) for separator in SEPARATORS]
+    except (InputError, csv.Error):  # another text
+        return False
+    return is_token(line) or any(_fits(path, names, layout) for names in separated)
 
 
 def read_table(path: str, layout: Layout) -> Columns:
@@ -72,8 +76,10 @@ def read_table(path: str, layout: Layout) -> Columns:
     if path.startswith("hf:") or is_saved(path):
         return table_of(path, _of_datasets(path, layout), layout)
     if kind in (".token", ".txt", ".csv", ".tsv"):
-        tokens = kind in (".token", ".txt") and is_token(_header(path, layout)[0].strip("\r\n"))
-        return table_of(path, _dataset(path, token_rows(path), layout), layout) if tokens else _read_csv(path, layout)
+        layout = _by_mark(path, layout)
+        if kind in (".csv", ".tsv") or not is_token(_header(path, layout)[0].strip("\r\n")):
+            return _read_csv(path, layout)
+        return table_of(path, _dataset(path, token_rows(path, layout.encoding), layout), layout)
     if kind in (".json", ".jsonl"):
         return table_of(path, _dataset(path, json_rows(path, kind == ".jsonl"), layout), layout)
     if kind in (".parquet", ".arrow"):
@@ -144,8 +150,6 @@ def _read_csv(path: str, layout: Layout) -> Columns:
 
     InputError if it is not UTF-8, a row has more or fewer cells than the header, or a quote swallows rows.
     """
-    if layout.encoding == "utf-8" and next(iter(lines_of(path)), b"")[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        layout = replace(layout, encoding="utf-16")  # its mark says so, as Excel writes it
     line, skipped, declared = _header(path, layout)
     layout = replace(layout, separator=layout.separator or declared)
     usual = "\t" if kind_of(path) == ".tsv" else ","
@@ -191,6 +195,12 @@ def _read_csv(path: str, layout: Layout) -> Columns:
     found = table_of(path, rows, replace(layout, image_column=image, caption_column=captions))
     found.notices[:0] = chosen_columns(path, names, layout)[2]
     return found
+
+
+def _by_mark(path: str, layout: Layout) -> Layout:
+    """The layout, with utf-16 where the mark at the beginning says so, as Excel writes it."""
+    marked = next(iter(lines_of(path)), b"")[:2] in (b"\xff\xfe", b"\xfe\xff")
+    return replace(layout, encoding="utf-16") if marked and layout.encoding == "utf-8" else layout
 
 
 def _header(path: str, layout: Layout) -> tuple[str, int, str]:

@@ -693,6 +693,27 @@ def test_retrieval_without_a_file_that_can_be_read_is_no_empty_suite(tmp_path):
         datasets.read(tmp_path, datasets.suite_from_folder(tmp_path))
 
 
+def test_what_lies_in_retrieval_is_one_set_or_several(tmp_path):
+    (tmp_path / "retrieval" / "coco").mkdir(parents=True)
+    for name, text in {"readme.txt": "image sets,\r" * 20_000, "long.txt": "x" * 300_000, "nul.txt": "a\0b"}.items():
+        (tmp_path / "retrieval" / name).write_text(text)
+    assert datasets.suite_from_folder(tmp_path) == {"retrieval": {"coco": {"path": "retrieval/coco"}}}
+    one = {"retrieval": {"": {"path": "retrieval"}}}
+    for name, text in (
+        ("c.txt", "image,caption\n"),
+        ("c.jsonl.gz", ""),
+        ("test/0.tar", ""),
+        ("annotations/c.json", ""),
+    ):
+        path = tmp_path / "retrieval" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("image,caption\n")
+        assert datasets.suite_from_folder(tmp_path) == one
+        path.unlink()
+        if path.parent.name != "retrieval":
+            path.parent.rmdir()
+
+
 def test_an_unfinished_table_says_of_how_many_classes_and_images(tmp_path):
     from diffclip.benchmarks.evaluate import notes
 

@@ -396,6 +396,13 @@ def test_encodings_of_tables_by_setting(tmp_path):
         assert contents(tmp_path / "x.csv", encoding=encoding) == [(1, ["ä"])]
 
 
+def test_flickrs_lines_of_another_encoding_are_read_by_the_setting(tmp_path):
+    write(tmp_path, {**A_TO_C, "x.token": "1.png#0\tcafé\r\n1.png#1\tb\r\n".encode("latin1")})
+    with pytest.raises(InputError, match=r"x\.token:1: not UTF-8; .*or set `encoding`"):
+        contents(tmp_path)
+    assert contents(tmp_path, encoding="latin1") == [(1, ["café"]), (1, ["b"])]
+
+
 def test_tables_as_excel_saves_them(tmp_path):
     text = 'sep=;\r\nimage;caption;note\r\n1.png;"a; b";\r\n2.png ; ä;x\r\n;;\r\n;;\r\n'
     for encoding in ("utf-8", "utf-8-sig", "utf-16"):
