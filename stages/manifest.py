@@ -15,9 +15,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from diffclip.base.cache import cache_dir, keep
 from diffclip.base.errors import InputError
-from diffclip.base.files import parse_json, whole, write_whole
-from diffclip.data.shards import cache_dir
+from diffclip.base.files import parse_json, whole
 
 WHOLE = 1 << 20  # bytes, to which a file is read in full
 BLOCKS, BLOCK = 16, 1 << 16
@@ -47,11 +47,7 @@ def folder_manifest(folder: str | Path) -> dict[str, str]:
         bar = tqdm(pool.map(entry, names), "reading input files", len(names), unit="file", delay=2, leave=False)
         found = dict(zip(names, bar))
     if found != known and found:
-        try:
-            cache.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(cache, gzip.compress(json.dumps(found).encode(), 1))
-        except OSError:
-            pass  # no room, or no home: it is read again the next time
+        keep(cache, gzip.compress(json.dumps(found).encode(), 1))
     return {name: digest for name, (_, digest) in found.items()}
 
 
@@ -122,8 +118,9 @@ def _content(path: str, size: int) -> str:
     return result.hexdigest()[:16]
 
 
-def _read_cache(path: Path) -> dict[str, list[str]]:
+def _read_cache(path: Path) -> dict[str, tuple[str, str]]:
     try:
-        return json.loads(gzip.decompress(path.read_bytes()))
-    except (OSError, EOFError, ValueError, zlib.error):
+        known = json.loads(gzip.decompress(path.read_bytes()))
+        return {name: (times, digest) for name, (times, digest) in known.items()}
+    except (OSError, EOFError, ValueError, zlib.error, AttributeError, TypeError):
         return {}

@@ -23,7 +23,7 @@ from diffclip.architectures import with_image_size
 from diffclip.attention import Differential, set_annealing
 from diffclip.base.errors import InputError
 from diffclip.base.files import append_jsonl, read_json, write_json
-from diffclip.base.images import DECODING, decode
+from diffclip.base.images import DECODING
 from diffclip.base.schema import BAD_SAMPLES, BEST, METRICS, NON_FINITE, NonFinite
 from diffclip.benchmarks import datasets, prompts, retrieval, zero_shot
 from diffclip.benchmarks.features import Encoder
@@ -374,13 +374,13 @@ def retrieval_of_pairs(encoder: Encoder, pairs: PairTable) -> dict[str, float]:
     """R@1/5/10 in percent over held-out pairs, each caption of an image a query of its own."""
     encode_image = cast(Callable[[torch.Tensor], torch.Tensor], encoder.model.encode_image)
     images, texts, owners = [], [], []
-    each = list(pairs.images())  # rows of one image file are its captions
+    each = pairs.images()
     with torch.inference_mode():
         for start in range(0, len(each), encoder.batch_size):
             pixels = []
-            for i, (part, rows) in enumerate(each[start : start + encoder.batch_size], start):
-                captions = [caption for row in rows for caption in part.captions(row)]
-                pixels.append(encoder.preprocess(decode(part.read(rows[0])[0])))
+            for i, rows in enumerate(each[start : start + encoder.batch_size], start):
+                captions = [caption for row in rows for caption in pairs.captions(row)]
+                pixels.append(encoder.preprocess(pairs[rows[0]][0]))
                 texts += captions
                 owners += [i] * len(captions)
             images.append(encode_image(torch.stack(pixels).to(encoder.device)).float().cpu())

@@ -2,7 +2,7 @@
 
     classification: {NAME: {folder: PATH, metric: accuracy, classnames: FILE, templates: FILE, torchvision: SET}}
     shifts:         {NAME: {folder: PATH, of: CLASSIFICATION NAME}}
-    retrieval:      {NAME: {path: PATH}}
+    retrieval:      {NAME: {path: PATH, image_column: NAME, caption_column: NAME, split: NAME, ...}}, as in pretraining
     mmvp:           {folder: PATH}, as every other part that a protocol reads itself
 
 Paths are relative to the data root; all but folder and path may be left out. `torchvision` says that the folder is
@@ -11,6 +11,7 @@ torchvision's root for that set. Folders called n01440764 and the like are Image
 
 import unicodedata
 from collections.abc import Mapping, Set
+from dataclasses import fields
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -18,27 +19,20 @@ from typing import Any
 from diffclip.base.errors import InputError
 from diffclip.base.files import read_yaml
 from diffclip.benchmarks import PROTOCOLS, TORCHVISION, prompts
-from diffclip.benchmarks.captioned import READERS, read_captioned
+from diffclip.benchmarks.captioned import Captioned, is_captioned, read_captioned
 from diffclip.benchmarks.flat_val import read_flat
-from diffclip.benchmarks.images import (
-    IMAGE_SUFFIXES,
-    SPLITS,
-    Images,
-    class_folders,
-    read_class_folders,
-    split_named,
-    visible,
-)
+from diffclip.benchmarks.images import IMAGE_SUFFIXES, Images, class_folders, read_class_folders, visible
 from diffclip.benchmarks.labelled import labelled_files, read_labelled
 from diffclip.benchmarks.objectnet import read_objectnet
 from diffclip.benchmarks.paper import MEAN_PER_CLASS
 from diffclip.benchmarks.protocol import Classification, Data, Shift, load
 from diffclip.benchmarks.torchvision_sets import read_torchvision
+from diffclip.data.layout import SPLITS, Layout, split_named
 
 KEYS = {
     "classification": {"folder", "metric", "classnames", "templates", "torchvision"},
     "shifts": {"folder", "of"},
-    "retrieval": {"path"},
+    "retrieval": {"path", *(field.name for field in fields(Layout))} - {"prefer"},
 }
 OWN = {entry.part: name for name, entry in PROTOCOLS.items() if entry.part not in KEYS}  # part -> who reads it
 PARTS = (*KEYS, *OWN)
@@ -61,8 +55,8 @@ def suite_from_folder(root: Path) -> Suite:
             suite["classification"][name] = {**entry, "torchvision": unpacked}
     if (root / "retrieval").is_dir():
         inside = visible((root / "retrieval").iterdir())
-        single = any(path.suffix.lower() in READERS for path in inside)
         sets = [path.name for path in inside if path.is_dir()]
+        single = any(map(is_captioned, inside)) or any(split_named(name) or name == "annotations" for name in sets)
         names = {"": "retrieval"} if single or not sets else {name: f"retrieval/{name}" for name in sets}
         suite["retrieval"] = {name: {"path": path} for name, path in names.items()}
     suite |= {part: {"folder": part} for part in OWN if (root / part).is_dir()}
@@ -96,10 +90,14 @@ def read(root: Path, suite: Suite) -> Data:
 
     labelled = {name: _classification(root, name, entry) for name, entry in suite.get("classification", {}).items()}
     shifts = {name: _shift(root, entry, labelled) for name, entry in suite.get("shifts", {}).items()}
-    captioned = {name: read_captioned(root / entry["path"]) for name, entry in suite.get("retrieval", {}).items()}
+    captioned = {name: _captioned(root, entry) for name, entry in suite.get("retrieval", {}).items()}
     readers = {part: load(name).read for part, name in OWN.items() if part in suite}
     own = {part: reader(root / suite[part]["folder"]) for part, reader in readers.items() if reader}
     return Data(labelled, shifts, captioned, own)
+
+
+def _captioned(root: Path, entry: Mapping[str, Any]) -> Captioned:
+    return read_captioned(root / entry["path"], **{key: value for key, value in entry.items() if key != "path"})
 
 
 def _classification(root: Path, name: str, entry: Mapping[str, str]) -> Classification:

@@ -12,8 +12,9 @@ from pathlib import Path
 
 from diffclip.base.errors import InputError
 from diffclip.base.files import read_text
-from diffclip.benchmarks.images import IMAGE_SUFFIXES, SPLITS, visible
+from diffclip.benchmarks.images import IMAGE_SUFFIXES, visible
 from diffclip.benchmarks.prompts import WNID, imagenet_labels
+from diffclip.data.layout import SPLITS
 
 NUMBER = re.compile(r"ILSVRC2012_val_(\d{8})")
 SOLUTIONS = ("LOC_val_solution.csv", "val_annotations.txt", "val.txt", "imagenet_2012_validation_synset_labels.txt")

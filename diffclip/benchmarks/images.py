@@ -6,7 +6,6 @@ Nothing is decoded before it is asked for.
 import hashlib
 import itertools
 import os
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,15 +19,11 @@ from torch.utils.data import Dataset
 from diffclip.base.archives import read_at
 from diffclip.base.errors import InputError
 from diffclip.base.images import open_image
+from diffclip.data.layout import FILE_IMAGES, split_named
 from diffclip.data.shards import walk
 
 # of two images under one key of a shard the first in this order counts: the photo, not its mask
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".bmp", ".ppm", ".gif", ".tif", ".tiff")
-SPLITS = {  # and what folders, files and the column `split` call them, in any case
-    "train": ("train", "training", "restval"),
-    "val": ("val", "valid", "validation", "dev"),
-    "test": ("test", "testing"),
-}
+IMAGE_SUFFIXES = tuple(f".{suffix}" for suffix in FILE_IMAGES)
 IMAGE_COLUMNS = ("image", "img", "jpg", "webp", "png")
 
 
@@ -138,23 +133,6 @@ def read_class_folders(folder: Path, labels: Mapping[str, int]) -> Images:
     return Images([str(path) for path in files], files, targets)
 
 
-def split_named(name: object) -> str | None:
-    """Return train, val or test for any of its names, None for another word."""
-    return next((split for split, names in SPLITS.items() if str(name).strip().lower() in names), None)
-
-
-def split_of(file: Path) -> str | None:
-    """The split that a file's name begins with: train-00000-of-00002.parquet."""
-    return split_named(re.split(r"[-_.]", file.name)[0])
-
-
-def split_within(file: Path) -> str | None:
-    """The one split that a file's name speaks of: captions_val2017.json, Flickr_8k.testImages.txt; None for several."""
-    words = re.findall(r"[A-Z]?[a-z]+|[A-Z]+", file.stem)
-    found = {split for split in map(split_named, words) if split}
-    return found.pop() if len(found) == 1 else None
-
-
 def shard_samples(path: Path, text: str) -> list[tuple[str, TarSlice | None, bytes | None]]:
     """(key, image, what has the suffix `text`) of a shard's samples, as training reads them; or InputError."""
     walked, problems = walk(path)
@@ -207,15 +185,10 @@ def row_splits(path: Path) -> list[str | None]:
     return named
 
 
-def table_rows(
-    path: Path, columns: Sequence[str], wanted: Sequence[bool], several: Sequence[str] = ()
-) -> Iterator[tuple[str, bytes | Path, Any, int]]:
-    """(name for messages, encoded image, value of the first of `columns` that is there, number) of wanted rows.
-
-    Where columns of `several` are there, the value is the list of theirs.
-    """
-    image, value = two_columns(path, table_schema(path).names, [*several, *columns], IMAGE_COLUMNS)
-    table = read_table(path, [image, *(several or [value])]).filter(pyarrow.array(wanted, pyarrow.bool_()))
+def table_rows(path: Path, columns: Sequence[str], wanted: Sequence[bool]) -> Iterator[tuple[str, bytes | Path, Any]]:
+    """(name for messages, encoded image, value of the first of `columns` that is there) of wanted rows."""
+    image, value = _two_columns(path, table_schema(path).names, columns)
+    table = read_table(path, [image, value]).filter(pyarrow.array(wanted, pyarrow.bool_()))
     rows = (row for batch in table.to_batches() for row in batch.to_pylist())
     for number, row in zip(itertools.compress(itertools.count(), wanted), rows):
         name, encoded = f"{path} row {number}", row[image]
@@ -227,14 +200,13 @@ def table_rows(
             encoded = file
         if not isinstance(encoded, bytes | Path):
             raise InputError(f"{name} holds no image: remove the row")
-        yield name, encoded, [row[column] for column in several] if several else row[value], number
+        yield name, encoded, row[value]
 
 
-def two_columns(path: Path, found: Sequence[str], second: Sequence[str], image: Sequence[str]) -> tuple[str, str]:
-    """Return the column of images, and that of labels or captions: the first of these names that is there."""
-    first, other = (next((name for name in wanted if name in found), None) for wanted in (image, second))
-    if first is None or other is None:
-        others = ", ".join((*image[1:], *second[1:]))
-        names = ", ".join(found)
-        raise InputError(f"{path} needs the columns {image[0]} and {second[0]} (or {others}), has {names}: rename them")
-    return first, other
+def _two_columns(path: Path, found: Sequence[str], labels: Sequence[str]) -> tuple[str, str]:
+    """The column of images, and that of labels: the first of these names that is there."""
+    image, label = (next((name for name in wanted if name in found), None) for wanted in (IMAGE_COLUMNS, labels))
+    if image is None or label is None:
+        others, names = ", ".join((*IMAGE_COLUMNS[1:], *labels[1:])), ", ".join(found)
+        raise InputError(f"{path} needs the columns image and {labels[0]} (or {others}), has {names}: rename them")
+    return image, label

@@ -14,12 +14,11 @@ from diffclip.benchmarks.images import (
     TarSlice,
     row_splits,
     shard_samples,
-    split_named,
-    split_of,
     table_rows,
     table_schema,
     visible,
 )
+from diffclip.data.layout import split_named
 
 NUMBERED = re.compile(r"([A-Za-z]+)(?:-.*|[_.]\d.*)?")  # a split's files: test, test-00000-of-00002, test_0, test.0
 LABEL_COLUMNS = ("label", "fine_label", "labels", "cls")
@@ -37,7 +36,7 @@ def labelled_files(folder: Path, split: str) -> list[Path]:
         if files := _named_files(place, split):
             return files
     for place in (folder, folder / "data"):
-        unnamed = [path for suffix in ROWS for path in _with_suffix(place, suffix) if split_of(path) is None]
+        unnamed = [path for suffix in ROWS for path in _with_suffix(place, suffix) if _split_first(path) is None]
         if with_split := [path for path in unnamed if split in row_splits(path)]:
             return with_split
     configurations = {place.name: files for place in _folders(folder) if (files := _named_files(place, split))}
@@ -59,6 +58,11 @@ def _named_files(place: Path, split: str) -> list[Path]:
         if files:
             return list(files)
     return []
+
+
+def _split_first(file: Path) -> str | None:
+    """The split that a file's name begins with: train-00000-of-00002.parquet."""
+    return split_named(re.split(r"[-_.]", file.name)[0])
 
 
 def _folders(place: Path) -> list[Path]:
@@ -109,7 +113,7 @@ def _labelled_tar(path: Path) -> Iterator[tuple[str, TarSlice, int]]:
 
 def _labelled_parquet(path: Path, split: str) -> Iterator[tuple[str, bytes | Path, int]]:
     wanted = [named in (split, None) for named in row_splits(path)]
-    for name, image, label, _ in table_rows(path, LABEL_COLUMNS, wanted):
+    for name, image, label in table_rows(path, LABEL_COLUMNS, wanted):
         yield name, image, _label(label, name)
 
 

@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 from diffclip.base.console import print_table
 from diffclip.benchmarks import TORCHVISION
 from diffclip.benchmarks.captioned import read_captioned
-from diffclip.benchmarks.images import SPLITS, images_in
+from diffclip.benchmarks.images import images_in
 from diffclip.benchmarks.labelled import labelled_files, read_labelled
 from diffclip.benchmarks.torchvision_sets import read_torchvision
+from diffclip.data.layout import SPLITS
 
 # The probe's metric in the paper's protocol; all other sets use accuracy.
 MEAN_PER_CLASS = {"aircraft", "caltech101", "flowers", "pets"}

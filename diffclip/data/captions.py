@@ -1,8 +1,13 @@
 """The captions of a pair, in every form in which .txt, .json and table cells hold them."""
 
+import ast
 import json
 import re
 from collections.abc import Sequence
+from contextlib import suppress
+
+EMPTY = "empty caption"
+WRITTEN_LIST = re.compile(r"""\s*\[\s*["'].*["']\s*\]\s*""", re.DOTALL)
 
 
 def parse_captions(raw: bytes, member: str, keys: Sequence[str] = (), encoding: str = "utf-8") -> list[str]:
@@ -48,10 +53,21 @@ def texts(value: object) -> list[str]:
     return [text] if text.strip() else []
 
 
+def cell_texts(value: object) -> list[str]:
+    """`texts` of a table's cell, in which a list of texts may stand as JSON or Python writes it."""
+    if isinstance(value, str) and WRITTEN_LIST.fullmatch(value):
+        for read in (json.loads, ast.literal_eval):
+            with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+                values = read(value.strip())
+                if all(isinstance(each, str) for each in values):
+                    return texts(values)
+    return texts(value)
+
+
 def not_empty(captions: list[str]) -> list[str]:
     """The captions; ValueError where there is none, or one holds half of a surrogate pair, which no tokenizer takes."""
     if not captions:
-        raise ValueError("empty caption")
+        raise ValueError(EMPTY)
     for caption in captions:
         caption.encode()
     return captions

@@ -1,6 +1,7 @@
 """Rows of any table as pairs: one column of images, one or more of captions, as the layout or their names say."""
 
-import base64
+import hashlib
+import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -13,9 +14,9 @@ import pyarrow
 from pyarrow import compute
 
 from diffclip.base.errors import InputError
-from diffclip.base.paths import LONGEST
-from diffclip.data.captions import not_empty, texts
-from diffclip.data.layout import Layout, chosen_split, split_named
+from diffclip.data.captions import cell_texts, not_empty
+from diffclip.data.layout import Layout
+from diffclip.data.named_images import NamedImages
 
 # names in any case, the first that is there counts
 IMAGE_COLUMNS: tuple[str, ...] = (
@@ -45,10 +46,7 @@ CAPTION_COLUMNS: tuple[str, ...] = (
 )
 CAPTION_COLUMNS += ("description", "raw")
 NUMBERED = re.compile(r"(caption|text|comment|sentence)s?_?\d+$", re.IGNORECASE)  # caption_0 ... caption_4
-ENCODED = re.compile(r"data:image/[\w.+-]+;base64,|(?=/9j/|iVBOR|UklGR|R0lGOD)")  # how base64 of images begins
-WEB = re.compile(r"https?://", re.IGNORECASE)
 ROWLESS = "the table holds no rows"
-LOOKED_AT = 64  # rows whose images are looked for before anything starts
 
 
 @dataclass
@@ -63,6 +61,7 @@ class Columns:
     numbers: np.ndarray | None = None  # (rows,) their places in the file, where some are left out
     notices: list[tuple[str, str]] = field(default_factory=list)
     problems: list[tuple[str, str]] = field(default_factory=list)
+    has_splits: bool = False  # of which one was chosen
 
     def __post_init__(self) -> None:
         self._texts = self.rows.select_columns([*self.caption])
@@ -72,10 +71,7 @@ class Columns:
             for name in self.caption
             if isinstance(feature := self.rows.features[name], datasets.ClassLabel)
         }
-        table, name = Path(self.path), Path(self.path).name.split(".")[0]
-        inside = [table] if table.is_dir() else []
-        beside = [*inside, table.parent, table.parent / "images", table.parent / name.rsplit("_", 1)[-1]]
-        self.folders = [Path(self.image_root)] if self.image_root else beside
+        self.named = NamedImages(self.path, self.image_root)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -88,52 +84,44 @@ class Columns:
         """The captions of a row; ValueError where there is none."""
         return self._captions(self._texts[row])
 
+    def image_of(self, row: int) -> bytes | Path:
+        """The image of a row, encoded or its path; OSError or ValueError where it has none."""
+        return self._image(self._pairs[row])
+
     def read(self, row: int) -> tuple[bytes | Path, list[str]]:
-        """The image of a row, encoded or its path, and its captions; OSError or ValueError where it lacks one."""
+        """The image of a row and its captions; OSError or ValueError where it lacks one."""
         values = self._pairs[row]
-        image = values[self.image]
-        if isinstance(image, dict):  # an undecoded image of `datasets`: its bytes, or where they lie
-            image = image.get("bytes") or image.get("path")
+        return self._image(values), self._captions(values)
+
+    def _image(self, values: dict[str, Any]) -> bytes | Path:
+        image = _encoded(values[self.image])
         if image is None or image == "":
             raise ValueError("no image")
-        return self.find(image) if isinstance(image, str) else image, self._captions(values)
+        return self.named.find(image) if isinstance(image, str) else image
 
     def _captions(self, values: dict[str, Any]) -> list[str]:
         return not_empty([text for name in self.caption for text in self._named(name, values[name])])
 
-    def find(self, name: str) -> bytes | Path:
-        """The image that a path names, or that base64 holds; OSError if there is no such file."""
-        if (match := ENCODED.match(name)) and len(name) > 256:  # /9j/ could be a folder
-            return base64.b64decode(name[match.end() :])
-        if any(len(part.encode()) > LONGEST for part in name.split("/")):
-            raise OSError(f"{name[:40]}... is neither a path nor the base64 of a JPEG, PNG, WebP or GIF")
-        for folder in self.folders:
-            for each in (name, name.replace("\\", "/")) if "\\" in name else (name,):
-                if (file := folder / each).is_file():
-                    return file
-        if WEB.match(name):
-            raise OSError(f"{name} is a web address: `diffclip data pairs` fetches lists of them")
-        places = ", ".join(map(str, self.folders))
-        raise OSError(f"there is no {name[:200]} in {places}; set image_root to the folder that paths start from")
-
-    def same_images(self) -> Sequence[object]:
-        """What is equal for rows of one image: its path, or a number of its own where the table holds images."""
-        if not holds_paths(self.rows.features[self.image]):
-            return range(len(self))
-        return self.rows.select_columns([self.image])[:][self.image]
+    def same_images(self) -> Iterable[object]:
+        """What is equal for rows of one image: its path, or a digest of its bytes."""
+        home = os.path.dirname(self.path)
+        for batch in self.rows.select_columns([self.image]).iter(1000):
+            for image in map(_encoded, batch[self.image]):
+                if isinstance(image, str):
+                    yield os.path.normpath(os.path.join(home, image))
+                else:
+                    yield hashlib.blake2b(image, digest_size=16).digest() if image else object()
 
     def _named(self, name: str, value: object) -> list[str]:
         if name in self._names and isinstance(value, int):
             return [self._names[name](value)]
-        return texts(value)
+        return cell_texts(value)
 
 
 def table_of(path: str, rows: datasets.Dataset, layout: Layout) -> Columns:
-    """The pairs of a table: columns chosen, rows of other splits and failed downloads left out.
+    """The pairs of a table, of all its splits: columns chosen, failed downloads left out.
 
-    Raises:
-        InputError: no column of images or of captions, one that holds something else, several splits of which none
-            was named, or none of the images that are looked for is there.
+    InputError: no column of images or of captions, or one that holds something else.
     """
     image, captions, notices = chosen_columns(path, rows.column_names, layout)
     kind = rows.features[image]
@@ -147,17 +135,15 @@ def table_of(path: str, rows: datasets.Dataset, layout: Layout) -> Columns:
     keep = ~_failed_downloads(rows, image)
     if not keep.all():
         notices.append((path, f"{int((~keep).sum())} rows whose download failed (their status says so) are no pairs"))
-    keep &= _of_split(path, rows, layout, notices)
-    numbers = None
-    if not keep.all():
-        numbers = np.flatnonzero(keep)
-        rows = rows.select(numbers, keep_in_memory=True)
-    table = Columns(path, rows, image, captions, layout.image_root, numbers, notices)
-    if not len(rows):
-        table.problems.append((path, ROWLESS))
-    elif holds_paths(kind):
-        _look_for_images(table)
-    return table
+    numbers = np.flatnonzero(keep) if not keep.all() else None
+    rows = rows if numbers is None else rows.select(numbers, keep_in_memory=True)
+    problems = [] if len(rows) else [(path, ROWLESS)]
+    return Columns(path, rows, image, captions, layout.image_root, numbers, notices, problems)
+
+
+def _encoded(image: Any) -> Any:
+    """The bytes or the path of a cell; an undecoded image of `datasets` has both in a dict."""
+    return image.get("bytes") or image.get("path") if isinstance(image, dict) else image
 
 
 def holds_paths(kind: object) -> bool:
@@ -180,7 +166,8 @@ def chosen_columns(path: str, names: Sequence[str], layout: Layout) -> tuple[str
     found = [lower[name] for name in CAPTION_COLUMNS if name in lower]
     numbered = [name for name in names if NUMBERED.match(name.strip())]
     if odd := next((name for name in names if "\0" in name), None):
-        raise InputError(f"{path}: {odd[:60]!r} is no name of a column; mend its first line")
+        remedy = "mend its first line, or set `encoding` to what it is, e.g. utf-16-le"
+        raise InputError(f"{path}: {odd[:60]!r} is no name of a column; {remedy}")
     if not any(names):
         raise InputError(f"{path}: is empty; leave it out, or write it again")
     image = layout.image_column or next((lower[name] for name in IMAGE_COLUMNS if name in lower), "")
@@ -216,35 +203,6 @@ def may_be_needed(name: str, layout: Layout) -> bool:
     return bool(known) or name in (layout.image_column, *layout.caption_column)
 
 
-def _of_split(path: str, rows: datasets.Dataset, layout: Layout, notices: list[tuple[str, str]]) -> np.ndarray:
-    """(rows,) bool: rows of the split that is read, where a column `split` names some."""
-    everything = np.ones(len(rows), dtype=bool)
-    if (name := next((name for name in rows.column_names if name.strip().lower() == "split"), None)) is None:
-        return everything
-    feature = rows.features[name]
-    values = compute.cast(rows.select_columns([name]).with_format("arrow")[:][name], pyarrow.string())
-    try:
-        labels = np.array(values.fill_null("").to_pylist(), dtype=object)
-    except UnicodeDecodeError:
-        raise InputError(f"{path}: its column {name} is not UTF-8; write it again") from None
-    if isinstance(feature, datasets.ClassLabel):
-        labels = np.array([feature.int2str(int(label)) if label else "" for label in labels], dtype=object)
-    names = dict.fromkeys(labels)
-    if not layout.split and not any(map(split_named, names)):
-        return everything  # names of something else
-    unknown = next((name for name in names if not split_named(name)), None)
-    if not layout.split and unknown is not None:
-        raise InputError(
-            f"{path}: the column split holds {unknown!r}; write train, val or test in every row, or set `split`"
-        )
-    same = {name: split_named(name) or name for name in names}
-    split = chosen_split(same.values(), layout, path, "set `split` to one of them")
-    keep = np.array([same[label] == split for label in labels], dtype=bool)
-    if not keep.all():
-        notices.append((path, f"the {int(keep.sum()):,} rows of its split {split} are read, of {len(rows):,}"))
-    return keep
-
-
 def _failed_downloads(rows: datasets.Dataset, image: str) -> np.ndarray:
     """(rows,) bool: img2dataset says in `status` that there is no image because it could not be had."""
     status = rows.data.column("status") if "status" in rows.column_names else None
@@ -255,18 +213,3 @@ def _failed_downloads(rows: datasets.Dataset, image: str) -> np.ndarray:
         images = compute.struct_field(images, "bytes")
     failed = compute.fill_null(compute.starts_with(status, "failed"), False)
     return compute.and_(failed, compute.is_null(images)).to_numpy()
-
-
-def _look_for_images(table: Columns) -> None:
-    """InputError if none of some rows spread over the table names a file that is there."""
-    rows = range(0, len(table), max(1, len(table) // LOOKED_AT))
-    names: Iterable[str | None] = table.rows.select_columns([table.image])[list(rows)][table.image]
-    error: Exception = OSError("no row names an image")
-    for name in names:
-        if name:
-            try:
-                table.find(name)
-                return
-            except (OSError, ValueError) as caught:
-                error = caught
-    raise InputError(f"{table.path}: column {table.image}: {error}")

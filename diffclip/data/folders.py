@@ -1,7 +1,6 @@
 """Folders as people have them: which files of one hold its pairs, and images with captions in files beside them."""
 
 import os
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +12,8 @@ from diffclip.base.archives import TAR_SUFFIXES
 from diffclip.base.errors import InputError
 from diffclip.data.captions import parse_captions
 from diffclip.data.columns import chosen_columns
-from diffclip.data.layout import FILE_IMAGES, Layout, chosen_split, split_named
-from diffclip.data.tables import KINDS, is_saved, kind_of
+from diffclip.data.layout import FILE_IMAGES, Layout, chosen_split, split_named, split_of
+from diffclip.data.tables import KINDS, holds_captions, is_saved, kind_of
 
 LITTER = ("__MACOSX", "@eaDir", "_tmp")  # folders of file managers and of img2dataset, as are those with a dot in front
 
@@ -53,8 +52,9 @@ def sources_in(folder: str, layout: Layout) -> tuple[list[str], list[tuple[str, 
     It is the folder itself where images lie in it.
 
     The first of these that is there: what `datasets` saved; shards, at any depth; metadata.csv, .jsonl or .parquet
-    beside images; parquet with images inside; images with captions beside them; a table of captions. Of several
-    splits, by the names of files and folders, one is taken as `chosen_split` says.
+    beside images; parquet with images inside; images with captions beside them; tables of captions, in the folder,
+    in its data/ or annotations/, or in folders called like splits. Of several splits, by the names of files and
+    folders, one is taken as `chosen_split` says.
 
     Raises:
         InputError: none of them, or several splits.
@@ -75,9 +75,12 @@ def sources_in(folder: str, layout: Layout) -> tuple[list[str], list[tuple[str, 
         return kept, notices + left_out
     if _images_and_captions(files, layout)[2]:
         return [folder], []
-    for kind in KINDS:  # beside images, as captions.json; not below them
-        if found := [path for path in tables if kind_of(path) == kind and os.path.dirname(path) == folder.rstrip("/")]:
-            return _of_split(found, [split_of(os.path.relpath(path, folder)) for path in found], folder, layout)
+    if found := _beside_images(folder, tables, layout):
+        kept, notices = _of_split(found, [split_of(os.path.relpath(path, folder)) for path in found], folder, layout)
+        beside = {kind_of(path) for path in tables if os.path.dirname(path) == os.path.dirname(found[0])}
+        unread = sorted(beside - {kind_of(found[0]), ".txt"})
+        notices += [(folder, f"its {kind_of(found[0])} files are read, its {kind} are not") for kind in unread]
+        return kept, notices
     wanted = ", ".join(f".{member}" for member in layout.caption_member)
     held = sorted({os.path.splitext(path)[1] or os.path.basename(path) for path in files})
     raise InputError(
@@ -85,6 +88,25 @@ def sources_in(folder: str, layout: Layout) -> tuple[list[str], list[tuple[str, 
         f"name beside them, but {', '.join(held[:8]) or 'nothing'}; set image_member and caption_member to their "
         "suffixes, or name the files in it"
     )
+
+
+def _beside_images(folder: str, tables: Iterable[str], layout: Layout) -> list[str]:
+    """The tables of captions of a folder, all of one kind: of text files those that begin like one, of JSON COCO's
+    captions without the boxes beside them.
+    """
+    folder = folder.rstrip("/") or folder
+    for kind in KINDS:
+        places: dict[str, list[str]] = {"": [], "data": [], "annotations": [], "splits": []}
+        for path in tables:
+            place = os.path.relpath(os.path.dirname(path), folder).lower()
+            place = "" if place == "." else "splits" if split_named(place) else place
+            if kind_of(path) == kind and place in places and (kind != ".txt" or holds_captions(path, layout)):
+                places[place].append(path)
+        for found in places.values():
+            captions = [path for path in found if os.path.basename(path).lower().startswith("captions_")]
+            if found:
+                return captions if captions and kind == ".json" else found
+    return []
 
 
 def read_folder(folder: str, layout: Layout) -> Files:
@@ -131,16 +153,12 @@ def _of_split(
     paths: list[str], splits: list[str | None], folder: str, layout: Layout
 ) -> tuple[list[str], list[tuple[str, str]]]:
     """The paths of one split, and a notice if there are others."""
-    wanted = chosen_split(dict.fromkeys(splits), layout, folder)
+    example = next((path for path, split in zip(paths, splits) if split), "")
+    example = os.path.dirname(example) if example.lower().endswith(tuple(FILE_IMAGES)) else example
+    wanted = chosen_split(splits, layout, folder, f"set `split` to one of them, or name its files, e.g. {example}")
     kept = [path for path, split in zip(paths, splits) if split == wanted]
     reason = f"the {len(kept):,} files of its split {wanted} are read, of {len(paths):,}"
     return kept, [(folder, reason)] if len(kept) < len(paths) else []
-
-
-def split_of(path: str | Path) -> str | None:
-    """The split that a relative path names by a folder, or by a word of its file's name, as cc3m-train-0000.tar."""
-    *folders, name = Path(path).parts
-    return next(filter(None, map(split_named, (*reversed(folders), *re.split(r"[-_.]", name)))), None)
 
 
 def _holds_images(path: str, layout: Layout) -> bool:

@@ -1,8 +1,10 @@
 """How pairs lie in their files, as far as that is not told from the files: the settings that all readers share."""
 
 import codecs
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from diffclip.base.errors import InputError
 
@@ -37,6 +39,8 @@ class Layout:
         for name in ("image_member", "caption_member", "caption_column"):
             value = getattr(self, name)
             values = [value] if isinstance(value, str) else value
+            if not isinstance(values, Sequence) or not all(isinstance(each, str) for each in values):
+                raise InputError(f"setting `{name}`: {str(value)[:80]} is neither a text nor a list of texts")
             if name != "caption_column":  # ".JPG" and "jpg;png", as webdataset writes it
                 values = [part.strip().lstrip(".").lower() for each in values for part in each.split(";")]
             object.__setattr__(self, name, tuple(each for each in values if each))
@@ -56,6 +60,18 @@ class Layout:
 def split_named(name: object) -> str | None:
     """train, val or test for any of its names, None for another word."""
     return next((split for split, names in SPLITS.items() if str(name).strip().lower() in names), None)
+
+
+def split_of(path: str | Path) -> str | None:
+    """The split that a relative path names by a folder, or by a word of its file's name.
+
+    As cc3m-train-0000.tar, captions_val2017.json and Flickr_8k.testImages.txt; None for words of several.
+    """
+    *folders, name = Path(path).parts
+    if named := next(filter(None, map(split_named, reversed(folders))), None):
+        return named
+    found = {split for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", name) if (split := split_named(word))}
+    return found.pop() if len(found) == 1 else None
 
 
 def chosen_split(names: Iterable[str | None], layout: Layout, where: str, remedy: str = "") -> str | None:

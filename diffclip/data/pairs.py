@@ -6,7 +6,7 @@ be read raises `BadSample`; `diffclip.data.training_pairs` decides what then.
 """
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,9 @@ from diffclip.base.archives import TAR_SUFFIXES
 from diffclip.base.errors import InputError
 from diffclip.base.images import BROKEN, decode
 from diffclip.data.columns import Columns
-from diffclip.data.folders import Files, read_folder, sources_in, split_of
-from diffclip.data.layout import Layout
+from diffclip.data.folders import Files, read_folder, sources_in
+from diffclip.data.layout import Layout, split_named, split_of
+from diffclip.data.row_splits import of_one_split
 from diffclip.data.shards import Shard, index_shards
 from diffclip.data.sources import expand_one
 from diffclip.data.tables import is_saved, read_table
@@ -60,7 +61,12 @@ class PairTable:
             raise InputError("no training data given: set train_data to shards, a CSV or a parquet file")
         tars = list(dict.fromkeys(path for path in paths if path.lower().endswith(TAR_SUFFIXES)))
         shards = dict(zip(tars, index_shards(tars, layout)))
-        self.parts: list[Part] = [shards[path] if path in shards else _read(path, layout) for path in paths]
+        parts = [[shards[path] if path in shards else _read(path, layout) for path in group] for group in groups]
+        self.parts: list[Part] = [
+            part for each, source in zip(parts, sources) for part in _of_split(each, layout, str(source))
+        ]
+        for part in self.parts if layout.split else ():
+            _refuse_other_split(part, layout)
         if layout.split and not any(map(_has_splits, self.parts)):
             listed = ", ".join(map(str, sources))
             raise InputError(f"setting `split` {layout.split}: {listed[:200]} holds no splits; leave it out")
@@ -82,7 +88,7 @@ class PairTable:
 
     def encoded(self, index: int) -> tuple[bytes | Path, list[str]]:
         """The image of a pair as its file's bytes or path, and its captions; BadSample where it lacks one."""
-        part, row = self._find(index)
+        part, row = self.locate(index)
         try:
             return part.read(row)
         except BROKEN as error:
@@ -90,20 +96,28 @@ class PairTable:
 
     def key(self, index: int) -> str:
         """Where a pair comes from: `shard.tar/key`, or `file:row`."""
-        part, row = self._find(index)
+        part, row = self.locate(index)
         return part.key(row)
 
-    def images(self) -> Iterator[tuple[Part, list[int]]]:
-        """(part, rows of it) of each image: those rows of a table that name one file are captions of one image."""
-        for part in self.parts:
-            names: Iterable[object] = part.same_images() if isinstance(part, Columns) else range(len(part))
-            rows: dict[object, list[int]] = {}
-            for row, name in enumerate(names):
-                rows.setdefault(name, []).append(row)
-            for same in rows.values():
-                yield part, same
+    def captions(self, index: int) -> list[str]:
+        """The captions of a pair; BadSample where there is none."""
+        part, row = self.locate(index)
+        try:
+            return part.captions(row)
+        except BROKEN as error:
+            raise BadSample(part.key(row), str(error) or type(error).__name__) from None
 
-    def _find(self, index: int) -> tuple[Part, int]:
+    def images(self) -> list[list[int]]:
+        """The pairs of each image: those rows of tables that name one file, or hold the same one, are its captions."""
+        same: dict[object, list[int]] = {}
+        for part, end in zip(self.parts, self.ends.tolist()):
+            rows = range(end - len(part), end)
+            for row, image in zip(rows, part.same_images() if isinstance(part, Columns) else rows):
+                same.setdefault(image, []).append(row)
+        return list(same.values())
+
+    def locate(self, index: int) -> tuple[Part, int]:
+        """The part of the table that holds a pair, and its row there."""
         part = int(np.searchsorted(self.ends, index, side="right"))
         return self.parts[part], int(index - (self.ends[part - 1] if part else 0))
 
@@ -116,15 +130,35 @@ def _files(path: str, layout: Layout, notices: list[tuple[str, str]]) -> list[st
     return files
 
 
+def _of_split(parts: list[Part], layout: Layout, source: str) -> list[Part]:
+    """The parts of a source, their tables with the rows of one split."""
+    tables = [part for part in parts if isinstance(part, Columns)]
+    kept = iter(of_one_split(tables, layout, source))
+    return [next(kept) if isinstance(part, Columns) else part for part in parts]
+
+
+def _told_inside(part: Part) -> bool:
+    """Whether a column, lists of images, or `datasets` told the split of a part."""
+    told = isinstance(part, Columns) and (part.has_splits or part.path.startswith("hf:") or is_saved(part.path))
+    return bool(told)
+
+
 def _has_splits(part: Part) -> bool:
-    """Whether a column, the names of its files, or `datasets` told the split of a part."""
-    if isinstance(part, Columns) and (part.path.startswith("hf:") or is_saved(part.path)):
-        return True
-    if isinstance(part, Columns) and any(name.strip().lower() == "split" for name in part.rows.column_names):
+    """Whether anything told the split of a part: the names of its files, or what they hold."""
+    if _told_inside(part):
         return True
     file = part.pairs[0][0] if isinstance(part, Files) and part.pairs else part.path
     return split_of(os.path.dirname(file) + "/_") is not None or split_of(os.path.basename(part.path)) is not None
 
 
-def _read(path: str, layout: Layout) -> Columns | Files:
+def _refuse_other_split(part: Part, layout: Layout) -> None:
+    """InputError if a file's name says that it is of another split than the one that is asked for."""
+    split = None if isinstance(part, Files) or _told_inside(part) else split_of(os.path.basename(part.path))
+    if split and split != (split_named(layout.split) or layout.split):
+        raise InputError(
+            f"{part.path}: is of the split {split} by its name, and `split` says {layout.split}; leave one of them out"
+        )
+
+
+def _read(path: str, layout: Layout) -> Part:
     return read_folder(path, layout) if os.path.isdir(path) and not is_saved(path) else read_table(path, layout)

@@ -18,8 +18,8 @@ import numpy as np
 from tqdm import tqdm
 
 from diffclip.base.archives import members, printable, read_at
+from diffclip.base.cache import cache_dir, keep
 from diffclip.base.errors import InputError
-from diffclip.base.files import write_whole
 from diffclip.data.captions import parse_captions
 from diffclip.data.layout import TAR_IMAGES, Layout
 
@@ -39,11 +39,6 @@ class Place(NamedTuple):
     image: tuple[int, int]
     caption: tuple[int, int]
     member: str
-
-
-def cache_dir() -> Path:
-    """Folder for indices and downloaded shards: $DIFFCLIP_CACHE, or ~/.cache/diffclip."""
-    return Path(os.environ.get("DIFFCLIP_CACHE", "~/.cache/diffclip")).expanduser()
 
 
 def record_type(width: int) -> np.dtype:
@@ -98,7 +93,7 @@ class Shard:
             kind = record_type(self.width)
             try:
                 raw = read_at(self.file or "", (self.start + row * kind.itemsize, kind.itemsize))[0]
-            except FileNotFoundError:  # somebody has emptied the cache
+            except OSError:  # somebody has emptied the cache
                 self.records = _index(self.path, self.layout).records
             else:
                 return np.frombuffer(raw, kind)[0]
@@ -139,19 +134,26 @@ def index_shard(path: str, layout: Layout) -> Shard:
     if os.path.getsize(path) < CACHE_FROM:
         return _index(path, layout)
     cached = index_file(path, layout)
-    if not cached.is_file():
+    if (found := _kept(path, layout, cached)) is None:
         shard = _index(path, layout)
         assert shard.records is not None
         head = {name: getattr(shard, name) for name in ("count", "width", "problems", "notices")}
-        try:
-            cached.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(cached, json.dumps(head).encode() + b"\n" + shard.records.tobytes())
-        except OSError:  # no room, or not ours to write: then it stays in memory
-            return shard
-    with open(cached, "rb") as f:
-        values = json.loads(f.readline())
-        values |= {name: [*map(tuple, values[name])] for name in ("problems", "notices")}
-        return Shard(path, layout, **values, file=cached, start=f.tell())
+        keep(cached, json.dumps(head).encode() + b"\n" + shard.records.tobytes())
+        found = _kept(path, layout, cached) or shard  # which then stays in memory
+    return found
+
+
+def _kept(path: str, layout: Layout, cached: Path) -> Shard | None:
+    """What the cache holds of a tar; None if it is not there whole."""
+    try:
+        with open(cached, "rb") as f:
+            values = json.loads(f.readline())
+            values |= {name: [*map(tuple, values[name])] for name in ("problems", "notices")}
+            shard = Shard(path, layout, **values, file=cached, start=f.tell())
+            size = f.seek(0, os.SEEK_END) - shard.start
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+    return shard if size == len(shard) * record_type(shard.width).itemsize else None
 
 
 def index_file(path: str, layout: Layout) -> Path:

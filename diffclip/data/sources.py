@@ -7,16 +7,16 @@ from collections.abc import Sequence
 
 import braceexpand
 
+from diffclip.base.cache import cache_dir
 from diffclip.base.download import download
 from diffclip.base.errors import InputError
-from diffclip.data.shards import cache_dir
 
 
 def expand(patterns: Sequence[str]) -> list[str]:
     """Local paths of all sources that the patterns name, sorted per pattern.
 
     A pattern is a path with globs (`**` for any depth), `{00000..00012}` braces and ~, an http(s) address with braces
-    (downloaded once into `diffclip.data.shards.cache_dir`), or `hf:owner/name`, a dataset of the Hub, which stays as
+    (downloaded once into `diffclip.base.cache.cache_dir`), or `hf:owner/name`, a dataset of the Hub, which stays as
     it is; a folder stands for the shards in it, or for itself. InputError if a pattern matches nothing, or a download
     fails.
     """

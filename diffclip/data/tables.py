@@ -1,13 +1,12 @@
-"""Files of rows as tables: CSV and TSV, parquet, JSON in its usual forms, and what `datasets` saves or fetches."""
+"""Files of rows as tables: CSV and its kin, parquet, the rows of `diffclip.data.records`, what `datasets` saves."""
 
 import codecs
 import csv
-import gzip
 import os
 import re
-import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import datasets
@@ -17,20 +16,24 @@ import pyarrow.parquet
 from pyarrow import compute
 
 from diffclip.base.errors import InputError, first_line, in_one_line
-from diffclip.base.files import parse_json, utf8_remedy
+from diffclip.base.files import utf8_remedy
 from diffclip.data.captions import texts
 from diffclip.data.columns import Columns, chosen_columns, may_be_needed, table_of
 from diffclip.data.layout import Layout, chosen_split
+from diffclip.data.records import is_token, json_rows, lines_of, token_rows
 
 SEPARATORS = (",", "\t", ";", "|")
-KINDS = (".parquet", ".csv", ".tsv", ".json", ".jsonl")  # each but parquet also with .gz behind it
+LONGEST_HEADER = 10_000  # characters
+SEP = re.compile('"?sep=(.)"?')  # with which Excel says what separates
+KINDS = (".parquet", ".arrow", ".json", ".jsonl", ".csv", ".tsv", ".token", ".txt")
+PACKED = (".json", ".jsonl", ".csv", ".tsv")  # also with .gz behind it
 SAVED = ("dataset_info.json", "dataset_dict.json")  # of which a folder that `datasets` saved holds one
 
 
 def kind_of(path: str) -> str:
     """The suffix that says what a file is, without .gz; "" for what is no table."""
-    name = path.lower().removesuffix(".gz")
-    return next((kind for kind in KINDS if name.endswith(kind)), "")
+    kinds = {f"{kind}.gz": kind for kind in PACKED} | {kind: kind for kind in KINDS}
+    return next((kind for suffix, kind in kinds.items() if path.lower().endswith(suffix)), "")
 
 
 def is_saved(path: str) -> bool:
@@ -51,7 +54,17 @@ def column_names(path: str) -> list[str]:
             return pyarrow.parquet.read_schema(path).names
         except (pyarrow.ArrowException, OSError, ValueError) as error:
             raise InputError(f"{path}: cannot be read as parquet ({in_one_line(error)}); write it again") from None
-    return list(next(iter(_records(path)), {})) if kind in (".json", ".jsonl") else []
+    return list(next(iter(json_rows(path, kind == ".jsonl")), {})) if kind in (".json", ".jsonl") else []
+
+
+def holds_captions(path: str, layout: Layout) -> bool:
+    """Whether the first line of a .txt is one of Flickr's, or names columns of images and captions."""
+    try:
+        line = _header(path, _by_mark(path, layout))[0].strip()[:LONGEST_HEADER]
+        separated = [next(csv.reader([line], delimiter=separator), []) for separator in SEPARATORS]
+    except (InputError, csv.Error):  # another text
+        return False
+    return is_token(line) or any(_fits(path, names, layout) for names in separated)
 
 
 def read_table(path: str, layout: Layout) -> Columns:
@@ -62,32 +75,40 @@ def read_table(path: str, layout: Layout) -> Columns:
     kind = kind_of(path)
     if path.startswith("hf:") or is_saved(path):
         return table_of(path, _of_datasets(path, layout), layout)
-    if kind in (".csv", ".tsv"):
-        return _read_csv(path, layout)
+    if kind in (".token", ".txt", ".csv", ".tsv"):
+        layout = _by_mark(path, layout)
+        if kind in (".csv", ".tsv") or not is_token(_header(path, layout)[0].strip("\r\n")):
+            return _read_csv(path, layout)
+        return table_of(path, _dataset(path, token_rows(path, layout.encoding), layout), layout)
     if kind in (".json", ".jsonl"):
-        return table_of(path, _dataset(path, _records(path), layout), layout)
-    if kind == ".parquet":
-        return table_of(path, _parquet(path), layout)
+        return table_of(path, _dataset(path, json_rows(path, kind == ".jsonl"), layout), layout)
+    if kind in (".parquet", ".arrow"):
+        return table_of(path, _parquet(path) if kind == ".parquet" else _arrow(path), layout)
     raise InputError(
         f"{path}: unknown kind of data; use .tar shards, {', '.join(KINDS)}, a dataset folder or one of images"
     )
 
 
-def _loaded(path: str, *arguments: Any, **options: Any) -> Any:
-    """`datasets.load_dataset`, whose failures are an InputError."""
-    try:
-        return datasets.load_dataset(*arguments, **options)
-    except (OSError, ValueError, pyarrow.ArrowException, datasets.exceptions.DatasetsError) as error:
-        raise InputError(f"{path}: `datasets` cannot read it ({first_line(error)})") from None
-
-
 def _parquet(path: str) -> datasets.Dataset:
     try:
-        if pyarrow.parquet.read_metadata(path).num_rows == 0:  # `datasets` takes no such file
-            return datasets.Dataset(datasets.table.InMemoryTable(pyarrow.parquet.read_table(path)))
+        if pyarrow.parquet.read_metadata(path).num_rows:  # `datasets` takes no file without any
+            try:
+                return datasets.load_dataset("parquet", data_files=path, split="train")
+            except (OSError, datasets.exceptions.DatasetGenerationError) as error:
+                if not isinstance(error.__cause__ or error, OSError):
+                    raise
+        # nor is there room for its cache, or it is not ours to write: the rows stay in memory then
+        return datasets.Dataset(datasets.table.InMemoryTable(pyarrow.parquet.read_table(path)))
+    except (pyarrow.ArrowException, OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise InputError(f"{path}: cannot be read as parquet ({first_line(error)}); write it again") from None
+
+
+def _arrow(path: str) -> datasets.Dataset:
+    """A single file of those that `datasets` saves or keeps in its cache."""
+    try:
+        return datasets.Dataset.from_file(path)
     except (pyarrow.ArrowException, OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read as parquet ({in_one_line(error)}); write it again") from None
-    return _loaded(path, "parquet", data_files=path, split="train")
+        raise InputError(f"{path}: cannot be read as arrow ({in_one_line(error)}); write it again") from None
 
 
 def _of_datasets(path: str, layout: Layout) -> datasets.Dataset:
@@ -100,7 +121,11 @@ def _of_datasets(path: str, layout: Layout) -> datasets.Dataset:
             splits = datasets.get_dataset_split_names(name)
         except (OSError, ValueError, pyarrow.ArrowException, datasets.exceptions.DatasetsError):
             splits = [wanted.split or "train"]  # loading says what is wrong
-        return _loaded(path, name, split=chosen_split(splits, wanted, path))
+        chosen = chosen_split(splits, wanted, path)
+        try:
+            return datasets.load_dataset(name, split=chosen)
+        except (OSError, ValueError, pyarrow.ArrowException, datasets.exceptions.DatasetsError) as error:
+            raise InputError(f"{path}: `datasets` cannot read it ({first_line(error)})") from None
     rows = _saved(path)
     if not isinstance(rows, datasets.DatasetDict):
         return rows
@@ -125,7 +150,8 @@ def _read_csv(path: str, layout: Layout) -> Columns:
 
     InputError if it is not UTF-8, a row has more or fewer cells than the header, or a quote swallows rows.
     """
-    line = _header(path, layout)
+    line, skipped, declared = _header(path, layout)
+    layout = replace(layout, separator=layout.separator or declared)
     usual = "\t" if kind_of(path) == ".tsv" else ","
     try:
         headers = {
@@ -146,7 +172,9 @@ def _read_csv(path: str, layout: Layout) -> Columns:
     try:
         table = pyarrow.csv.read_csv(
             path,
-            read_options=pyarrow.csv.ReadOptions(use_threads=False, encoding=layout.encoding),  # messages have the row
+            read_options=pyarrow.csv.ReadOptions(  # one thread: messages have the row
+                use_threads=False, encoding=layout.encoding, skip_rows=skipped
+            ),
             parse_options=pyarrow.csv.ParseOptions(
                 delimiter=separator, quote_char='"' if quotes else False, newlines_in_values=quotes
             ),
@@ -158,7 +186,10 @@ def _read_csv(path: str, layout: Layout) -> Columns:
         )
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         _refuse_encoding(path, layout)
-        raise InputError(f"{path}: cannot be read as a table ({first_line(error)}); mend that row") from None
+        remedy = f"; mend that row{f' (text that holds {separator!r} needs quotes)' if quotes else ''}"
+        raise InputError(f"{path}: cannot be read as a table ({first_line(error)}){remedy}") from None
+    while len(table) and not any(table[name][-1].as_py().strip() for name in (image, *captions)):
+        table = table.slice(0, len(table) - 1)  # empty rows at the end, as Excel leaves them
     _refuse_swallowed(path, table, image, captions, separator)
     rows = datasets.Dataset(datasets.table.InMemoryTable(table), fingerprint="csv")
     found = table_of(path, rows, replace(layout, image_column=image, caption_column=captions))
@@ -166,12 +197,28 @@ def _read_csv(path: str, layout: Layout) -> Columns:
     return found
 
 
-def _header(path: str, layout: Layout) -> str:
-    """The first line that is not empty."""
+def _by_mark(path: str, layout: Layout) -> Layout:
+    """The layout, with utf-16 where the mark at the beginning says so, as Excel writes it."""
+    marked = next(iter(lines_of(path)), b"")[:2] in (b"\xff\xfe", b"\xfe\xff")
+    return replace(layout, encoding="utf-16") if marked and layout.encoding == "utf-8" else layout
+
+
+def _header(path: str, layout: Layout) -> tuple[str, int, str]:
+    """The first line that is not empty; or, below Excel's `sep=;`, the next, lines to skip, and that separator."""
     if codecs.lookup(layout.encoding).name.startswith(("utf-16", "utf-32")):  # whose lines do not end at a byte
-        text = b"".join(_lines(path)).decode(layout.encoding, "replace")
-        return next((line for line in text.split("\n") if line.strip()), "")
-    raw = next((line for line in _lines(path) if line.strip()), b"")
+        lines = iter(b"".join(lines_of(path)).decode(layout.encoding, "replace").split("\n"))
+    else:
+        lines = map(partial(_decoded, path, layout), lines_of(path))
+    skipped, separator = 0, ""
+    for number, line in enumerate(lines, 1):
+        if declared := SEP.fullmatch(line.strip("\ufeff\r\n")):
+            skipped, separator = number, declared[1]
+        elif line.strip():
+            return line, skipped, separator
+    return "", 0, ""
+
+
+def _decoded(path: str, layout: Layout, raw: bytes) -> str:
     try:
         return raw.decode("utf-8-sig" if layout.encoding == "utf-8" else layout.encoding)
     except UnicodeDecodeError:
@@ -204,7 +251,7 @@ def _refuse_encoding(path: str, layout: Layout) -> None:
     """InputError with the first line that is not UTF-8, if there is one."""
     if layout.encoding != "utf-8":
         return
-    for number, line in enumerate(_lines(path), 1):
+    for number, line in enumerate(lines_of(path), 1):
         try:
             line.decode("utf-8")
         except UnicodeDecodeError:
@@ -214,7 +261,7 @@ def _refuse_encoding(path: str, layout: Layout) -> None:
 
 
 def _barred(path: str, names: list[str], layout: Layout) -> Iterable[dict[str, Any]]:
-    for number, raw in enumerate(_lines(path), 1):
+    for number, raw in enumerate(lines_of(path), 1):
         try:
             line = raw.decode("utf-8-sig" if layout.encoding == "utf-8" else layout.encoding).strip("\r\n")
         except UnicodeDecodeError:
@@ -230,71 +277,7 @@ def _barred(path: str, names: list[str], layout: Layout) -> Iterable[dict[str, A
         yield dict(zip(names, cells))
 
 
-# ---------------------------------------------------------------- JSON
-
-
-def _records(path: str) -> Iterable[dict[str, Any]]:
-    """{column: value} of the rows of a JSON file in any of the usual forms.
-
-    JSON lines or a list of {"image", "caption"}; {"file": ["caption", ...]}; Karpathy's
-    {"images": [{"filename", "sentences": [{"raw"}]}]}; COCO's {"images", "annotations"}; or columns of lists.
-    """
-    if kind_of(path) == ".jsonl":
-        for number, raw in enumerate(_lines(path), 1):
-            if raw.strip(b"\xef\xbb\xbf \t\r\n"):
-                yield _mapping(_parsed(raw, f"{path}:{number}", path), f"{path}:{number}")
-        return
-    data = _parsed(b"".join(_lines(path)), path, path)
-    try:
-        if isinstance(data, dict) and isinstance(data.get("annotations"), list):  # COCO
-            found: dict[Any, list] = {image["id"]: [] for image in data["images"]}
-            for annotation in data["annotations"]:
-                found[annotation["image_id"]].append(annotation["caption"])
-            for image in data["images"]:
-                yield {"image": image["file_name"], "caption": found[image["id"]]}
-        elif isinstance(data, dict) and isinstance(data.get("images"), list) and _dicts(data["images"]):  # Karpathy
-            for row in data["images"]:
-                file = os.path.join(row.get("filepath", ""), row["filename"])
-                captions = [caption["raw"] for caption in row["sentences"]]
-                yield {"image": file, "caption": captions, "split": row.get("split")}
-        elif isinstance(data, list):
-            for number, row in enumerate(data):
-                yield _mapping(row, f"{path}: row {number}")
-        elif isinstance(data, dict) and data and _columns(data):
-            for values in zip(*data.values()):
-                yield dict(zip(data, values))
-        elif isinstance(data, dict) and data and all(isinstance(value, list | str) for value in data.values()):
-            for name, captions in data.items():
-                yield {"image": name, "caption": captions}
-        else:
-            raise InputError(
-                f"{path}: needs the form [{{image, caption}}], {{file: [captions]}} or COCO's {{images, annotations}}"
-            )
-    except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: an entry lacks its image or its captions ({in_one_line(error)})") from None
-
-
-def _dicts(values: list) -> bool:
-    return all(isinstance(value, dict) for value in values)
-
-
-def _columns(data: dict) -> bool:
-    """Whether {"image": [...], "caption": [...]} holds columns: lists of one length, of names that no files have."""
-    lengths = {len(value) if isinstance(value, list) else -1 for value in data.values()}
-    return len(lengths) == 1 and -1 not in lengths and not any("." in name for name in data)
-
-
-def _mapping(row: Any, where: str) -> dict[str, Any]:
-    if not isinstance(row, dict):
-        raise InputError(f"{where}: must be an object with an image and a caption, not {str(row)[:60]}")
-    return row
-
-
-def _parsed(raw: bytes, where: str, path: str) -> Any:
-    try:
-        return parse_json(raw.decode("utf-8-sig"), where)
-    except UnicodeDecodeError:
-        raise InputError(f"{where}: not UTF-8; {utf8_remedy(path)}") from None
+# ---------------------------------------------------------------- rows of values of any type
 
 
 def _dataset(path: str, records: Iterable[dict[str, Any]], layout: Layout) -> datasets.Dataset:
@@ -324,12 +307,3 @@ def _dataset(path: str, records: Iterable[dict[str, Any]], layout: Layout) -> da
             kept = map(texts, values) if name in captions else [None] * count
             columns[name] = pyarrow.array(kept, pyarrow.list_(pyarrow.string()))
     return datasets.Dataset(datasets.table.InMemoryTable(pyarrow.table(columns)), fingerprint="json")
-
-
-def _lines(path: str) -> Iterator[bytes]:
-    """The lines of a file, unpacked where its name ends in .gz; InputError if it cannot be read."""
-    try:
-        with gzip.open(path) if path.lower().endswith(".gz") else open(path, "rb") as f:
-            yield from f
-    except (OSError, EOFError, zlib.error) as error:
-        raise InputError(f"{path}: cannot be read ({in_one_line(error)}); write it again") from None

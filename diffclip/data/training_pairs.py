@@ -11,10 +11,10 @@ from filelock import FileLock
 from PIL import Image
 from torch.utils.data import Dataset
 
+from diffclip.base.cache import cache_dir
 from diffclip.base.errors import InputError
 from diffclip.base.files import append_jsonl, whole
 from diffclip.data.pairs import BadSample, PairTable
-from diffclip.data.shards import cache_dir
 
 MOST_TRIES = 100
 SHARED_FROM = 1_000_000  # pairs; their order is 4 MB, and a node may have a hundred processes
@@ -97,7 +97,7 @@ class TrainingPairs(Dataset):
             before.unlink(missing_ok=True)  # who has it open keeps it
             before.with_suffix(".lock").unlink(missing_ok=True)
             return order
-        except OSError:  # no room, or not ours to write
+        except (OSError, ValueError, NotImplementedError):  # no room, not ours to write, damaged, or no locks there
             return self._drawn_order(epoch)
 
     def row(self, k: int) -> int:

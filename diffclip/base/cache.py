@@ -1,0 +1,49 @@
+"""Where things are kept that can be made again: indices, orders, digests, downloads."""
+
+import os
+import stat
+import tempfile
+from pathlib import Path
+
+from diffclip.base.files import write_whole
+
+NOWHERE = Path(os.devnull) / "diffclip"  # nothing can be written there
+
+
+def cache_dir() -> Path:
+    """$DIFFCLIP_CACHE, or ~/.cache/diffclip; without a home that can be written, a folder of the user's in the
+    temporary one. It need not exist, and writing in it may fail, which must end no command.
+    """
+    named = os.environ.get("DIFFCLIP_CACHE")
+    try:
+        folder = Path(named or "~/.cache/diffclip").expanduser()
+    except RuntimeError:  # no HOME, and a user without a name
+        return _temporary()
+    return folder if named or _can_be_written(folder) else _temporary()
+
+
+def keep(path: Path, content: bytes) -> bool:
+    """Write a file of the cache, whole; False where there is no room, or it is not ours to write."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, content)
+    except OSError:
+        return False
+    return True
+
+
+def _can_be_written(folder: Path) -> bool:
+    there = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
+    return os.path.isdir(there) and os.access(there, os.W_OK | os.X_OK)
+
+
+def _temporary() -> Path:
+    """A folder that no other user can write into, since what it holds is believed; else `NOWHERE`."""
+    try:
+        folder = Path(tempfile.gettempdir()) / f"diffclip-{os.getuid()}"
+        folder.mkdir(mode=0o700, exist_ok=True)
+        found = os.lstat(folder)
+    except OSError:
+        return NOWHERE
+    ours = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022
+    return folder if ours else NOWHERE
