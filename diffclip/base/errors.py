@@ -33,6 +33,14 @@ def in_one_line(error: Exception, most: int | None = 300) -> str:
     return " ".join(str(error).split())[:most] or type(error).__name__
 
 
+def _lacking(error: Exception) -> int:
+    """Which of `SURROUNDINGS` an error is about, 0 for none; libraries in other languages have it in their words."""
+    if isinstance(error, OSError):
+        return error.errno if error.errno in SURROUNDINGS else 0
+    text = str(error) if isinstance(error, RuntimeError) or "Safetensor" in type(error).__name__ else ""
+    return next((number for number in SURROUNDINGS if os.strerror(number) in text), 0)
+
+
 @contextmanager
 def exit_on_input_error() -> Iterator[None]:
     """Print an `InputError`, or that the disk is full and the like, as one line on stderr and exit with code 2;
@@ -46,12 +54,12 @@ def exit_on_input_error() -> Iterator[None]:
         except InputError as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
-        except OSError as error:
-            if error.errno not in SURROUNDINGS:
+        except Exception as error:
+            if not (lacking := _lacking(error)):
                 raise
-            where = f"{error.filename}: " if error.filename else ""
-            remedy = f"{SURROUNDINGS[error.errno]} and start the same command again"
-            print(f"error: {where}{error.strerror}: {remedy}", file=sys.stderr)
+            named = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
+            remedy = f"{SURROUNDINGS[lacking]} and start the same command again"
+            print(f"error: {named}{os.strerror(lacking)}: {remedy}", file=sys.stderr)
             sys.exit(2)
         finally:
             if not isinstance(sys.exc_info()[1], Exception):

@@ -55,6 +55,8 @@ def test_what_the_machine_lacks_is_one_sentence(tmp_path):
     full = limited("RLIMIT_CORE, (0, 0)", "raise OSError(errno.ENOSPC, 'No space left on device', '/data/x')")
     told = "error: /data/x: No space left on device: make room on the disk and start the same command again\n"
     assert (full.returncode, full.stderr) == (2, told)
+    weights = limited("RLIMIT_CORE, (0, 0)", "raise RuntimeError('unable to open </x>: Too many open files (24)')")
+    assert weights.returncode == 2 and weights.stderr.startswith("error: Too many open files: raise the limit")
     other = limited("RLIMIT_CORE, (0, 0)", "raise OSError(errno.EIO, 'Input/output error')")
     assert other.returncode == 1 and "Traceback" in other.stderr
 

@@ -195,7 +195,8 @@ def disturbed(arguments: list[str], ranks: int, done: Trial, folder: Path, rng: 
     """Exit code and stderr of a run that something happens to."""
     command: list[str | Callable] = [*arguments]
     if done.fault in ("full disk", "few open files"):
-        amount = rng.choice((1, 4_000, 60_000, 1_000_000)) if done.fault == "full disk" else rng.choice((24, 40, 64))
+        # not so few that what is printed into the harness's own files is cut
+        amount = rng.choice((20_000, 60_000, 1_000_000)) if done.fault == "full disk" else rng.choice((24, 40, 64))
         done.fault += f", {amount}"
         command = [restricted, done.fault.partition(",")[0], str(amount), *arguments]
     with start_ranks(ranks, *command, folder=folder) as processes:  # type: ignore[arg-type]
