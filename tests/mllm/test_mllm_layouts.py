@@ -425,7 +425,7 @@ def test_images_of_the_hubs_tables(tmp_path, picture):
         ("a.json", b'[{"a": "\xff"}]', "not UTF-8.*iconv"),
         ("a.json", b'[{"image": "a.png", "image": "b.png"}]', "item 0: .*the key 'image' stands twice"),
         ("a.jsonl", b'{"image": "a.png", "image": "b.png"}', ":1: .*the key 'image' stands twice"),
-        ("a.json.gz", gzip.compress(b'[{"id": 1}]' * 99)[:-9], "no whole gzip file"),
+        ("a.json.gz", gzip.compress(b'[{"id": 1}]' * 99, mtime=0)[:-9], "no whole gzip file"),
         ("a.json.gz", b"\x1f\x8bbroken", "a.json.gz"),
         ("a.json.zst", b"\x28\xb5\x2f\xfd123", "unpack it with unzstd"),
         ("a.parquet", b"PAR1 no parquet", "cannot be read as parquet"),
