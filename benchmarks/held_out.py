@@ -29,7 +29,7 @@ from diffclip.base.commands import Parser
 from diffclip.base.errors import InputError, exit_on_input_error
 from diffclip.base.files import json_line, read_json, write_whole
 from mllm.conversation import IMAGE
-from mllm.data.rows import read_rows
+from mllm.data.files import read_rows
 
 ONE_IN = 10
 

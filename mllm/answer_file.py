@@ -15,8 +15,9 @@ from diffclip.base.errors import InputError
 from diffclip.base.files import append_jsonl, cut_to_whole_lines, json_line, parse_json, write_whole
 from diffclip.base.fingerprint import json_digest
 from mllm.conversation import IMAGE, check_image_count, question_turn
-from mllm.data.images import ImagePlace, row_places
-from mllm.data.rows import media_problem, read_rows
+from mllm.data.files import read_rows
+from mllm.data.images import ImagePlace, filled, find_place, row_images
+from mllm.data.layouts import TURNS, Image, Turn, media_problem, read_conversation
 from mllm.model import VisionLanguageModel, generation_options
 
 
@@ -39,18 +40,19 @@ def answer_file(
         raise InputError(
             f"--out {out} is {'a folder' if out.is_dir() else 'the file of the questions'}; name a new file"
         )
-    rows, places = _read_questions(vlm, source, image_root)
+    rows, turns, places = _read_questions(vlm, source, image_root)
     model_id = json_digest([vlm.identity(), generation_options(options)], 12)
     ids = [f"{model_id}-{row_id}" for row_id in _row_ids(rows, places, source)]
     out.parent.mkdir(parents=True, exist_ok=True)
     answers = _read_answers(out, ids, source)
+    rows = [_plain(row) for row in rows]
     todo = [i for i, answer_id in enumerate(ids) if answer_id not in answers]
     with tqdm(total=len(rows), initial=len(rows) - len(todo), unit="question", disable=None) as bar:
         for first in range(0, len(todo), batch_size):
             batch = todo[first : first + batch_size]
-            turns = [[question_turn(rows[i]["question"], len(places[i]))] for i in batch]
             images = [[place.open(f"{source}: row {i}") for place in places[i]] for i in batch]
-            answers |= {ids[i]: text for i, text in zip(batch, vlm.answer(turns, images, **options))}
+            texts = vlm.answer([turns[i] for i in batch], images, **options)
+            answers |= {ids[i]: text for i, text in zip(batch, texts)}
             append_jsonl(out, [{**rows[i], "answer": answers[ids[i]], "answer_id": ids[i]} for i in batch])
             bar.update(len(batch))
     lines = ({**row, "answer": answers[answer_id], "answer_id": answer_id} for row, answer_id in zip(rows, ids))
@@ -58,27 +60,49 @@ def answer_file(
     print(f"wrote {out}: {len(rows):,} answers")
 
 
-def _read_questions(vlm: VisionLanguageModel, source: Path, root: Path) -> tuple[list[dict], list[list[ImagePlace]]]:
-    """The rows of a file of questions and the places of their images; InputError names the row that is at fault."""
-    rows, places = list(read_rows(source)), []
+def _read_questions(
+    vlm: VisionLanguageModel, source: Path, root: Path
+) -> tuple[list[dict], list[list[Turn]], list[list[ImagePlace]]]:
+    """The rows of a file of questions, their turns and the places of their images; InputError names a row at fault."""
+    rows, asked, places = list(read_rows(source)), [], []
     if not rows:
         raise InputError(f"{source}: holds no row; rows are {{image, question}}")
     for number, row in enumerate(rows):
-        if not isinstance(row.get("question"), str) or not row["question"].strip():
-            raise InputError(f"{source}: row {number} has no question; rows are {{image, question}}")
         try:
-            images = row_places(row, root)
-            if missing := [name for name, place in images if place is None]:
+            turns, images = _question(row)
+            found = [(name, find_place(root, name, content)) for name, content in images]
+            if missing := [name for name, place in found if place is None]:
                 name = missing[0][:200]
                 raise InputError(f"image {name} is not under {root}, nor in a tar there; check --image_root")
-            if problem := media_problem(row, bool(images)):
-                raise InputError(problem)
-            (prompt,) = vlm.prompts([[question_turn(row["question"], len(images))]])
+            (prompt,) = vlm.prompts([turns])
             check_image_count(prompt.count(IMAGE), len(images), vlm.template)
-        except InputError as error:
+        except (InputError, ValueError) as error:
             raise InputError(f"{source}: row {number}: {error}") from None
-        places.append([place for _, place in images if place])
-    return rows, places
+        asked.append(turns)
+        places.append([place for _, place in found if place])
+    return rows, asked, places
+
+
+def _question(row: dict) -> tuple[list[Turn], list[Image]]:
+    """The turns of a row {image, question} (LLaVA's own files say `text`), or of a conversation without its answer."""
+    question = row.get("question") if filled(row.get("question")) else row.get("text")
+    if not filled(question) and any(isinstance(row.get(key), list) for key in TURNS):
+        return read_conversation(row)
+    if not isinstance(question, str) or not question.strip():
+        raise InputError("has no question; rows are {image, question}")
+    images = row_images(row)
+    if problem := media_problem(row, images):
+        raise InputError(problem)
+    return [question_turn(question, len(images))], images
+
+
+def _plain(value: Any) -> Any:
+    """A row as JSON can hold it: without the images that it holds itself."""
+    if isinstance(value, dict):
+        return {str(key): _plain(each) for key, each in value.items() if not isinstance(each, bytes)}
+    if isinstance(value, list):
+        return [_plain(each) for each in value if not isinstance(each, bytes)]
+    return value if value is None or isinstance(value, (str, int, float)) else str(value)
 
 
 def _row_ids(rows: list[dict], places: list[list[ImagePlace]], source: Path) -> list[str]:

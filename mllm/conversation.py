@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from tokenizers import Encoding
     from transformers import PreTrainedTokenizerBase
 
-Conversation = Sequence[dict[str, str]]  # turns {"from": "human" | "gpt", "value": text}
+Conversation = Sequence[dict[str, str]]  # turns {"from": "system" | "human" | "gpt", "value": text}
 IMAGE = "<image>"
 IGNORE = -100  # label of positions that carry no loss
 TEMPLATES = ("plain", "vicuna", "chatml")
@@ -43,9 +43,10 @@ def render(
     """Lay a conversation out as text.
 
     Args:
-        conversation: alternating turns; a leading gpt turn is dropped.
-        template: "plain" (stage 1: the image, then the caption and a newline; questions are dropped),
-            "vicuna" (LLaVA 1.5's form; TinyLLaVA names it qwen2_instruct) or "chatml" (Qwen's own form).
+        conversation: alternating turns; a leading gpt turn is dropped. A system turn before all others takes the
+            place of the template's own system text.
+        template: "plain" (stage 1: the image, then the caption and a newline; questions are dropped, and so is a
+            system text), "vicuna" (LLaVA 1.5's form; TinyLLaVA names it qwen2_instruct) or "chatml" (Qwen's own form).
         add_generation_prompt: the last turn is a question; end where the answer begins.
         end_token: closes each answer of "vicuna"; the language model's end-of-turn token.
 
@@ -59,7 +60,7 @@ def render(
     if template == "plain":
         segments = [part for answer in answers for part in (Segment(IMAGE, False), Segment(answer + "\n", True))]
         return segments + [Segment(IMAGE, False)] * (len(questions) - len(answers))
-    around = _surroundings(template, end_token)
+    around = _surroundings(template, end_token, system_text(conversation))
     segments, lead = [], around.system
     for i, question in enumerate(questions):
         if template == "vicuna" and IMAGE in question:  # the image always stands in front, once
@@ -82,19 +83,29 @@ class _Surroundings(NamedTuple):
     between: str  # after each answer, and not learnt
 
 
-def _surroundings(template: str, end_token: str) -> _Surroundings:
+def _surroundings(template: str, end_token: str, system: str = "") -> _Surroundings:
+    """What `template` writes, with `system` instead of its own system text, if given."""
     if template == "vicuna":
-        return _Surroundings(VICUNA_SYSTEM + " ", "USER: ", " ASSISTANT:", " ", end_token, "")
+        return _Surroundings((system or VICUNA_SYSTEM) + " ", "USER: ", " ASSISTANT:", " ", end_token, "")
     if template == "chatml":
         start, end = "<|im_start|>", "<|im_end|>"
-        system = f"{start}system\n{CHATML_SYSTEM}{end}\n"
-        return _Surroundings(system, f"{start}user\n", f"{end}\n{start}assistant\n", "", end, "\n")
+        lead = f"{start}system\n{system or CHATML_SYSTEM}{end}\n"
+        return _Surroundings(lead, f"{start}user\n", f"{end}\n{start}assistant\n", "", end, "\n")
     raise ValueError(f"unknown conversation template `{template}`: use one of {', '.join(TEMPLATES)}")
+
+
+def system_text(conversation: Conversation) -> str:
+    """What a system turn before all others says, or ""; a blank one says nothing."""
+    first = conversation[0] if conversation else {}
+    text = first.get("value") if first.get("from") == "system" else ""
+    return text if isinstance(text, str) and text.strip() else ""
 
 
 def pair_turns(conversation: Conversation, add_generation_prompt: bool = False) -> tuple[list[str], list[str]]:
     """Questions and answers, one answer fewer for a generation prompt; ValueError unless turns alternate."""
     turns = list(conversation)
+    if turns and turns[0].get("from") == "system" and isinstance(turns[0].get("value"), str):
+        turns = turns[1:]
     if turns and turns[0].get("from") == "gpt":
         turns = turns[1:]
     for turn, role in zip(turns, ("human", "gpt") * len(turns)):
@@ -113,7 +124,7 @@ def prompt(
     conversation: Conversation, template: str, end_token: str = "<|im_end|>", control: Sequence[str] = QWEN_CONTROL
 ) -> str:
     """The text up to where the answer to the last turn begins; InputError if there is a `text_problem`."""
-    if problem := text_problem(*pair_turns(conversation, True), control):
+    if problem := text_problem(*pair_turns(conversation, True), control, system_text(conversation)):
         raise InputError(problem)
     return "".join(s.text for s in render(conversation, template, True, end_token))
 
@@ -148,15 +159,17 @@ def control_tokens(tokenizer: "PreTrainedTokenizerBase") -> tuple[str, ...]:
     return tuple(sorted(content for content in special if content.strip() and content != IMAGE))
 
 
-def text_problem(questions: Sequence[str], answers: Sequence[str], control: Iterable[str]) -> str:
+def text_problem(questions: Sequence[str], answers: Sequence[str], control: Iterable[str], system: str = "") -> str:
     """Why texts cannot be given to a tokenizer as they stand, or ""; `control` as from `control_tokens`."""
     control = list(control)
-    for kind, text in [*(("a question", text) for text in questions), *(("an answer", text) for text in answers)]:
+    kinds = (("the system text", [system]), ("a question", questions), ("an answer", answers))
+    for kind, text in ((kind, text) for kind, texts in kinds for text in texts):
         # a template may take <image> out of a question, and what stood around it comes together
-        written = [token for token in control if token in text or token in text.replace(IMAGE, "")]
+        without = text.replace(IMAGE, "") if IMAGE in text else text
+        written = [token for token in control if token in text or token in without]
         if written:
             return f"{kind} contains {written[0]}, which would become the model's control token; write it otherwise"
-        if kind == "an answer" and IMAGE in text:
+        if kind != "a question" and IMAGE in text:
             return f"{kind} contains {IMAGE}; only questions may show images"
         try:
             text.encode()
@@ -219,12 +232,14 @@ def chat_template(template: str, end_token: str = "<|im_end|>") -> str | None:
         return None
     around = _surroundings(template, end_token)
     system, user, assistant, space, end, between = map(repr, around)
+    before, behind = map(repr, _surroundings(template, end_token, "\0").system.split("\0"))
     return (
         "{%- macro text(content) -%}{%- if content is string -%}{{ content }}{%- else -%}"
         "{%- for part in content if part.type == 'image' -%}{{ '<image>\\n' }}{%- endfor -%}"
         "{%- for part in content if part.type == 'text' -%}{{ part.text }}{%- endfor -%}"
         "{%- endif -%}{%- endmacro -%}"
-        f"{{{{ {system} }}}}"
+        "{%- if messages and messages[0].role == 'system' and text(messages[0].content) | trim -%}"
+        f"{{{{ {before} + text(messages[0].content) + {behind} }}}}{{%- else -%}}{{{{ {system} }}}}{{%- endif -%}}"
         "{%- for message in messages -%}{%- if message.role == 'user' -%}"
         f"{{{{ {user} + text(message.content) + {assistant} }}}}"
         "{%- elif message.role == 'assistant' -%}"

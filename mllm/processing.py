@@ -7,7 +7,7 @@ from typing import Any
 from PIL import Image
 from tokenizers import AddedToken
 from tokenizers.processors import TemplateProcessing
-from transformers import BaseImageProcessor, LlavaImageProcessor, PreTrainedTokenizerBase
+from transformers import BaseImageProcessor, LlavaImageProcessor, LlavaProcessor, PreTrainedTokenizerBase
 
 from diffclip.base.errors import InputError
 from diffclip.base.images import STRIP, cut_strip, to_rgb
@@ -66,6 +66,12 @@ def _smaller(image: Image.Image) -> Image.Image:
     scale = (LONGEST_STRIP if strip else LONGEST) / max(image.size)
     size = [max(1, round(scale * side)) for side in image.size]
     return image.resize(size, Image.Resampling.BICUBIC) if scale < 1 else image
+
+
+def image_tokens(processor: LlavaProcessor) -> int:
+    """How many placeholders the processor writes for one image."""
+    pixels = processor.image_processor([Image.new("RGB", (64, 64))], return_tensors="pt")
+    return processor.replace_image_token(pixels, 0).count(IMAGE)
 
 
 def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, template: str, path: str | Path) -> None:

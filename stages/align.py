@@ -8,6 +8,7 @@ to speak the language model's tokens, on image-caption pairs (the paper: LAION-C
 from pathlib import Path
 
 from diffclip.base.errors import exit_on_input_error
+from diffclip.base.paths import matching
 from stages.config import parse, require
 from stages.run import Run
 from stages.settings import AlignConfig
@@ -22,7 +23,7 @@ def main(argv: list[str] | None = None) -> None:
 
         return estimate_alignment(config)
     require(config, "output_dir", "vision_tower", "language_model", "data", "image_root")
-    inputs: dict[str, str | Path | list[str]] = {"data": config.data, "image_root": config.image_root}
+    inputs: dict[str, str | Path | list[str]] = {"data": matching(config.data), "image_root": config.image_root}
     for part in ("vision_tower", "language_model"):
         if Path(getattr(config, part)).exists():  # otherwise a Hub id, or open_clip's name
             inputs[part] = getattr(config, part)

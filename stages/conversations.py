@@ -2,21 +2,25 @@
 model comes from, which parts learn, and the recipe.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import SequentialSampler, Subset
+from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from diffclip.base.errors import InputError
 from diffclip.base.fingerprint import fingerprint
+from diffclip.base.schema import BAD_SAMPLES
+from diffclip.data.training_pairs import name_bad_samples
 from mllm.assemble import assemble, whiten_projector
 from mllm.conversation import control_tokens
-from mllm.data.examples import ConversationDataset, collate, training_order
-from mllm.data.rows import load_rows
+from mllm.data.examples import ConversationDataset, TrainingConversations, collate, training_order
+from mllm.data.judge import judged
+from mllm.data.rows import Rows, load_rows, refuse_too_bad
 from mllm.llava import DiffCLIPLlavaForConditionalGeneration
 from mllm.lora import add_lora, base_weights, merge, quantise
 from mllm.model import VisionLanguageModel, load
@@ -28,6 +32,7 @@ from stages.run import Run
 from stages.settings import AlignConfig, ConversationConfig, InstructConfig
 from stages.training import (
     check_trainer,
+    log_bad_samples,
     per_device_batch,
     set_learning_rate,
     train,
@@ -74,13 +79,7 @@ def train_on_conversations(vlm: VisionLanguageModel, config: ConversationConfig,
         raise InputError("lora_rank: the language model does not learn; add language_model to `learns`")
     vlm.use_template(config.template)
     model, processor = vlm
-    rows = load_rows(
-        config.data,
-        config.image_root,
-        image_prefix=config.image_prefix,
-        template=config.template,
-        control=control_tokens(processor.tokenizer),
-    )
+    rows = judged_rows(vlm, config, run)
     dataset = ConversationDataset(rows, processor, template=config.template, max_length=config.max_length)
     if isinstance(config, AlignConfig) and config.projector_init == "whitened":
         whiten(model, dataset, config)
@@ -108,7 +107,7 @@ def train_on_conversations(vlm: VisionLanguageModel, config: ConversationConfig,
         f"{run.stage}: {len(dataset):,} conversations from {', '.join(config.data)}, {steps:,} steps of "
         f"{config.global_batch_size}; {summary}"
     )
-    run.note(parameters=counts, learns=sorted(learns), conversations=len(dataset), steps=steps, before=before)
+    run.note(parameters=counts, learns=sorted(learns), steps=steps, before=before)
     trainer = ConversationTrainer(
         learning_rates={name: rate for name in counts if (rate := getattr(config, f"{name}_learning_rate"))},
         model=model,
@@ -120,7 +119,13 @@ def train_on_conversations(vlm: VisionLanguageModel, config: ConversationConfig,
             warmup_steps=config.warmup_ratio,
             max_grad_norm=config.max_grad_norm,
         ),
-        train_dataset=Subset(dataset, order),
+        train_dataset=TrainingConversations(
+            dataset,
+            order,
+            seed=config.seed,
+            bad_samples=run.path / BAD_SAMPLES,
+            max_bad_share=config.max_bad_share,
+        ),
         data_collator=collate(processor, config.packing),
         callbacks=[
             Watch(run, config.global_batch_size),
@@ -140,7 +145,54 @@ def train_on_conversations(vlm: VisionLanguageModel, config: ConversationConfig,
         run.note(after=after)
         if run.is_main:
             vlm.save(config.output_dir)
+    log_bad_samples(run)
     run.finish(metrics)
+
+
+def judged_rows(vlm: VisionLanguageModel, config: ConversationConfig, run: Run) -> Rows:
+    """The rows to learn, as training will see them; those that cannot be learnt from are named in bad_samples.jsonl.
+
+    Raises:
+        InputError: more than `max_bad_share` of them cannot, or a paused run began with others.
+    """
+    began = run.record.get("conversations"), run.record.get("rows")
+    any_rows = not run.resume_from or config.data_changed == "accept"
+    for fresh in (False, True):
+        rows = read_and_judge(vlm, config, fresh)
+        if any_rows or began in ((len(rows), rows.chosen), (len(rows), None), (None, None)):
+            break
+    else:
+        raise InputError(
+            f"{run.path} began with {began[0]:,} rows that can be learnt from, and now there are {len(rows):,}, or "
+            "others, so their order would be another one: put images and data back as they were, go on with what is "
+            "there by --data_changed accept, or choose another --output_dir"
+        )
+    if rows.problems and run.is_main and run.resume_from is None:
+        (run.path / BAD_SAMPLES).unlink(missing_ok=True)  # of a start that came to no step
+        name_bad_samples(run.path / BAD_SAMPLES, rows.problems)
+    refuse_too_bad(rows, config.max_bad_share, run.path / BAD_SAMPLES)
+    run.note(conversations=len(rows), rows=rows.chosen)
+    if rows.problems:
+        key, reason = rows.problems[0]
+        run.log(f"{run.stage}: {len(rows.problems):,} rows cannot be learnt from, e.g. {key}: {reason}")
+    return rows
+
+
+def read_and_judge(vlm: VisionLanguageModel, config: ConversationConfig, fresh: bool = False) -> Rows:
+    """The rows that the settings name, with the `problems` of those that cannot be learnt from; `fresh`: all anew."""
+    rows = load_rows(
+        config.data,
+        config.image_root,
+        image_prefix=config.image_prefix,
+        split=config.split,
+        template=config.template,
+        control=control_tokens(vlm.tokenizer),
+        max_bad_share=math.inf,
+        fresh=fresh,
+    )
+    positions = getattr(vlm.model.config.text_config, "max_position_embeddings", None)
+    settings: dict[str, Any] = {"template": config.template, "max_length": config.max_length, "positions": positions}
+    return judged(rows, vlm.processor, **settings, fresh=fresh)
 
 
 def whiten(model: DiffCLIPLlavaForConditionalGeneration, dataset: ConversationDataset, config: AlignConfig) -> None:

@@ -5,7 +5,10 @@
         --model runs/align --data llava_v1_5_mix665k.json --image_root images --output_dir runs/instruct
 """
 
+from pathlib import Path
+
 from diffclip.base.errors import exit_on_input_error
+from diffclip.base.paths import matching
 from stages.config import parse, require
 from stages.run import Run
 from stages.settings import InstructConfig
@@ -20,7 +23,9 @@ def main(argv: list[str] | None = None) -> None:
 
         return estimate_instruction(config)
     require(config, "output_dir", "model", "data", "image_root")
-    with Run("instruct", config, {"model": config.model, "data": config.data, "image_root": config.image_root}) as run:
+    inputs: dict[str, str | Path | list[str]] = {"model": config.model, "data": matching(config.data)}
+    inputs["image_root"] = config.image_root
+    with Run("instruct", config, inputs) as run:
         if not run.finished:
             from stages.conversations import train_aligned
 

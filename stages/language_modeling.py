@@ -10,7 +10,8 @@ from diffclip.base.errors import InputError
 from diffclip.base.files import read_jsonl
 from mllm.conversation import IMAGE, VICUNA_SYSTEM
 from mllm.data.examples import pad_batch
-from mllm.data.rows import read_rows
+from mllm.data.files import of_split, read_rows
+from mllm.data.layouts import read_conversation
 from stages.callbacks import Watch
 from stages.run import Run
 from stages.settings import LanguageConfig
@@ -91,14 +92,20 @@ def read_texts(path: str) -> Iterator[str]:
 
 
 def read_conversations(path: str) -> Iterator[str]:
-    """The text of each LLaVA row in the form that instruct will use, without system sentence and image."""
-    for row in read_rows(path):
-        turns = row.get("conversations") or []
+    """The text of each conversation in the form that instruct will use, without system sentence and image."""
+    for number, row in enumerate(read_rows(path)):
+        if not of_split(row):
+            continue
+        try:
+            turns, _ = read_conversation(row)
+        except InputError as error:
+            raise InputError(f"{path}: row {number}: {error}") from None
         words = [
             f"USER: {turn['value'].replace(IMAGE, '').strip()} "
             if turn.get("from") == "human"
             else f"ASSISTANT: {turn['value']}<|im_end|>"
             for turn in turns
+            if turn["from"] != "system"
         ]
         if words:
             yield "".join(words)

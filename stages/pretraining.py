@@ -22,7 +22,7 @@ from diffclip.adaptation import layer_rates, let_learn, with_vector_scale
 from diffclip.architectures import with_image_size
 from diffclip.attention import Differential, set_annealing
 from diffclip.base.errors import InputError
-from diffclip.base.files import append_jsonl, read_json, read_jsonl, write_json
+from diffclip.base.files import append_jsonl, read_json, write_json
 from diffclip.base.images import DECODING
 from diffclip.base.schema import BAD_SAMPLES, BEST, METRICS, NON_FINITE, NonFinite
 from diffclip.benchmarks import datasets, prompts, retrieval, zero_shot
@@ -41,7 +41,14 @@ from stages.callbacks import Watch, check_weights
 from stages.provenance import upstream_model
 from stages.run import Run
 from stages.settings import NEW_MODEL, PretrainConfig
-from stages.training import check_trainer, per_device_batch, set_learning_rate, train, training_arguments
+from stages.training import (
+    check_trainer,
+    log_bad_samples,
+    per_device_batch,
+    set_learning_rate,
+    train,
+    training_arguments,
+)
 
 
 def train_dual_encoder(config: PretrainConfig, run: Run) -> None:
@@ -190,16 +197,6 @@ def log_notices(setting: str, table: PairTable, run: Run) -> None:
         key, reason = table.notices[0]
         more = f" (and {len(table.notices) - 1:,} more such notices)" if len(table.notices) > 1 else ""
         run.log(f"pretrain: {setting}: {key}: {reason}{more}")
-
-
-def log_bad_samples(run: Run) -> None:
-    """One line, and a note in run.json, on what was skipped and why, if anything."""
-    path = run.path / BAD_SAMPLES
-    if run.is_main and path.is_file():
-        lines = (line for _, line in read_jsonl(path, damaged="skip"))
-        bad = {str(line.get("key")) for line in lines if isinstance(line, dict)}
-        run.log(f"pretrain: {len(bad):,} bad samples skipped, named in {path}")
-        run.note(bad_samples=len(bad))
 
 
 class ContrastiveTrainer(Trainer):

@@ -30,6 +30,7 @@ from stages.config import write_yaml
 from stages.manifest import Manifest, folder_manifest, write_manifest
 from stages.provenance import digest, git_state, hardware, installed_versions
 
+KEPT = ("id", "taken_over", "conversations", "rows")  # of run.json, over all starts
 NOT_FINISHED = 3  # exit code of a stage that was told to stop before its end
 SEEN_WITHIN = 20  # seconds, in which a file of rank 0 is to show on the other hosts
 UNSEALED = {schema.RECORD, schema.LOG, schema.CURVE, schema.BAD_SAMPLES, schema.NON_FINITE, schema.MODEL_CARD}
@@ -116,8 +117,7 @@ class Run:
             return {"finished": True, "id": before.get("id", "")}
         if before:
             self.seconds_before = float(before.get("wall_seconds", 0))
-            kept = ("id", "taken_over")
-            self.record |= cast(RunRecord, {name: before[name] for name in kept if name in before})
+            self.record |= cast(RunRecord, {name: before[name] for name in KEPT if name in before})
         else:
             for left in (schema.BAD_SAMPLES, schema.NON_FINITE, schema.CURVE):  # by a start that came to no step
                 (self.path / left).unlink(missing_ok=True)

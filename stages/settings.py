@@ -215,7 +215,13 @@ class LanguageConfig(TrainingConfig):
 class ConversationConfig(TrainingConfig):
     """Settings of the two multimodal stages."""
 
-    data: list[str] = option([], "data", "LLaVA JSON or JSONL files")
+    data: list[str] = option(
+        [], "data", "conversations: JSON, JSONL (also .gz), parquet, folders that `datasets` saved; globs of these"
+    )
+    split: str = option("", "data", "of data, where a source holds several; empty: train")
+    max_bad_share: float = option(
+        0.01, "data", "stop when more of the rows than this cannot be learnt from", SHARE, decides=False
+    )
     image_root: str = option("", "data", "folder that the rows' image paths start from")
     image_prefix: str = option("", "data", "keep only rows whose image path starts with this")
     template: Literal["plain", "vicuna", "chatml"] = option("vicuna", *TEMPLATE)

@@ -6,6 +6,7 @@ import importlib.util
 import math
 import os
 import re
+import shutil
 import types
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -22,8 +23,9 @@ from transformers.utils import logging
 
 from diffclip.base.commands import near
 from diffclip.base.errors import InputError, first_line
-from diffclip.base.files import read_text
+from diffclip.base.files import read_jsonl, read_text
 from diffclip.base.ranks import from_main
+from diffclip.base.schema import BAD_SAMPLES
 from stages import signals
 from stages.run import Run
 from stages.settings import TrainingConfig
@@ -167,6 +169,7 @@ def train(trainer: Trainer, run: Run) -> dict[str, float]:
     """
     logging.disable_progress_bar()  # of writing shards
     trainer.remove_callback(PrinterCallback)  # Watch says the same for people
+    check_shared_memory(trainer)
     if run.config.resume_with:
         trainer.add_callback(TakeOver(trainer))
     checkpoint = run.checkpoint()
@@ -187,6 +190,28 @@ def train(trainer: Trainer, run: Run) -> dict[str, float]:
     if step < steps:
         run.stop(step, steps)
     return {k: v for k, v in result.metrics.items() if k != "total_flos"}
+
+
+def check_shared_memory(trainer: Trainer, folder: str = "/dev/shm") -> None:
+    """Raise InputError where the batches that workers hold ready do not fit into the memory that processes share.
+
+    A container has 64 MB of it unless it was started with more. A worker whose batch finds no room tells nobody, and
+    the training would wait for it for ever.
+    """
+    workers = trainer.args.dataloader_num_workers * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if not workers or not os.path.isdir(folder) or trainer.train_dataset is None:
+        return
+    ahead = trainer.args.dataloader_prefetch_factor or 2
+    example = trainer.train_dataset[0]
+    values = example.values() if isinstance(example, dict) else ()
+    batch = sum(v.nbytes for v in values if isinstance(v, torch.Tensor)) * trainer.args.per_device_train_batch_size
+    need, free = workers * ahead * batch, shutil.disk_usage(folder).free
+    if need > free:
+        raise InputError(
+            f"{folder} has {free >> 20:,} MB free, and the batches that {workers} loading processes hold ready take "
+            f"{need >> 20:,} MB: start the container with --shm-size={max(1, need * 2 >> 30)}g or --ipc=host, or lower "
+            f"`num_workers` to {int(free / max(1, ahead * batch)) // int(os.environ.get('LOCAL_WORLD_SIZE', 1))}"
+        )
 
 
 class TakeOver(TrainerCallback):
@@ -214,6 +239,16 @@ class TakeOver(TrainerCallback):
         for group, rate in zip(kwargs["optimizer"].param_groups, rates):
             group["lr"] = rate
         schedule._last_lr = rates
+
+
+def log_bad_samples(run: Run) -> None:
+    """One line, and a note in run.json, on what was skipped and why, if anything."""
+    path = run.path / BAD_SAMPLES
+    if run.is_main and path.is_file():
+        lines = (line for _, line in read_jsonl(path, damaged="skip"))
+        bad = {str(line.get("key")) for line in lines if isinstance(line, dict)}
+        run.log(f"{run.stage}: {len(bad):,} bad samples skipped, named in {path}")
+        run.note(bad_samples=len(bad))
 
 
 def check_checkpoint(folder: str | Path) -> None:

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import ClassVar
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-# rows of the tests' files stay out of the user's cache
-os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="diffclip-tests-")
+# rows of the tests' files stay out of the user's caches
+os.environ["HF_DATASETS_CACHE"] = os.environ["DIFFCLIP_CACHE"] = tempfile.mkdtemp(prefix="diffclip-tests-")
 
 import pytest
 

@@ -1,16 +1,21 @@
 """Text files, read and written in one way: JSON, JSON lines and YAML, whole or not at all.
 
 Lines end at `\\n` alone, never at U+2028 or U+0085, which captions and file names hold; a byte order mark is skipped;
-what is not UTF-8, not JSON or nested too deep is an `InputError` that names the file and the line.
+gzip is unpacked as it is read; what is not UTF-8, not JSON or nested too deep is an `InputError` that names the file
+and the line.
 """
 
+import gzip
 import hashlib
+import io
 import json
 import os
+import re
+import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 from diffclip.base.errors import InputError
 
@@ -64,10 +69,23 @@ def write_json(path: str | Path, value: object) -> None:
 
 def read_text(path: str | Path) -> str:
     """The whole of a UTF-8 file, without a byte order mark; InputError if it cannot be read, or is not UTF-8."""
+    with opened(path) as f:
+        try:
+            return f.read().decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise InputError(f"{path}: not UTF-8 (byte {error.start}); {utf8_remedy(path)}") from None
+
+
+@contextmanager
+def opened(path: str | Path) -> Iterator[IO[bytes]]:
+    """A file's bytes, unpacked if it is gzip; InputError if they cannot be read, then or inside the `with`."""
     try:
-        return Path(path).read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 (byte {error.start}); {utf8_remedy(path)}") from None
+        with open(path, "rb") as file:
+            packed = file.read(2) == b"\x1f\x8b"
+            file.seek(0)
+            yield cast(IO[bytes], gzip.GzipFile(fileobj=file)) if packed else file
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise InputError(f"{path}: is no whole gzip file ({error}); download or write it again") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
 
@@ -82,16 +100,8 @@ def read_json(path: str | Path, *, unique: bool = False) -> Any:
 
 def parse_json(text: str | bytes, name: str, *, unique: bool = False) -> Any:
     """`json.loads` whose failures are an `InputError` that calls the text `name`; `unique` as in `read_json`."""
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len(found := dict(pairs)) != len(pairs):
-            keys = [key for key, _ in pairs]
-            twice = next(key for key in keys if keys.count(key) > 1)
-            raise InputError(f"{name}: {twice[:200]!r} stands twice in one object: keep one of them")
-        return found
-
     try:
-        return json.loads(text, object_pairs_hook=once if unique else None)
+        return json.loads(text, object_pairs_hook=_each_key_once if unique else None)
     except RecursionError:
         raise InputError(f"{name}: nested too deep for JSON that a person would write; write it again") from None
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
@@ -101,26 +111,113 @@ def parse_json(text: str | bytes, name: str, *, unique: bool = False) -> Any:
 def read_jsonl(path: str | Path, *, damaged: str = "raise") -> Iterator[tuple[int, Any]]:
     """(line number from 1, value) of every line that is not blank, one at a time.
 
-    InputError, which names the line, if the file cannot be read, or a line is not UTF-8, not JSON, or nested too deep;
+    InputError, which names the line, if the file cannot be read, or a line is not UTF-8, not JSON, nested too deep, or
+    has a key twice in an object;
     with `damaged` "skip", for logs of ours in which a kill may have left half a line, the rest is read nevertheless.
     """
-    try:
-        with open(path, "rb") as f:
-            for number, raw in enumerate(f, 1):  # bytes: lines end at \n alone
-                line = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
-                if not line.strip():
-                    continue
+    with opened(path) as f:
+        for number, raw in enumerate(f, 1):  # bytes: lines end at \n alone
+            line = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
+            if not line.strip():
+                continue
+            try:
+                value = parse_json(line.decode("utf-8"), f"{path}:{number}", unique=True)
+            except UnicodeDecodeError as error:
+                if damaged == "raise":
+                    reason = f"not UTF-8 (byte {error.start} of the line); {utf8_remedy(path)}"
+                    raise InputError(f"{path}:{number}: {reason}") from None
+                continue
+            except InputError:
+                if damaged == "raise":
+                    raise
+                continue
+            yield number, value
+
+
+def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object; ValueError where a key comes again, of which JSON would keep the last without a word."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twice[:200]!r} stands twice in one object: keep one of them")
+    return values
+
+
+PIECE = 1 << 20  # characters of an array that are read at a time
+SPACE = re.compile(r"[ \t\r\n]*")
+
+
+def read_array(path: str | Path) -> Iterator[Any]:
+    """The items of a file that holds one JSON array, one at a time: memory for one item, whatever the file's size.
+
+    InputError, which names the item by its number from 0, as `read_jsonl`; also where something follows the array.
+    """
+    decoder = json.JSONDecoder(object_pairs_hook=_each_key_once)
+    with opened(path) as f:
+        text = io.TextIOWrapper(f, "utf-8-sig")
+        buffer, place, number = "", 0, 0
+
+        def more(size: int = PIECE) -> bool:
+            nonlocal buffer, place
+            try:
+                piece = text.read(size)
+            except UnicodeDecodeError:
+                raise InputError(f"{path}: not UTF-8 (behind item {number}); {utf8_remedy(path)}") from None
+            if piece:
+                buffer, place = buffer[place:] + piece, 0
+            return bool(piece)
+
+        def peek() -> str:
+            """The next character that is no space, "" at the end of the file; `place` lies before it."""
+            nonlocal place
+            while (at := SPACE.match(buffer, place).end()) == len(buffer):  # type: ignore[union-attr]
+                place = at
+                if not more():
+                    return ""
+            place = at
+            return buffer[at]
+
+        def mark() -> str:
+            nonlocal place
+            found = peek()
+            place += len(found)
+            return found
+
+        def item() -> Any:
+            nonlocal place
+            name, size = f"{path}: item {number}", PIECE
+            while True:
                 try:
-                    yield number, parse_json(line.decode("utf-8"), f"{path}:{number}")
-                except UnicodeDecodeError as error:
-                    if damaged == "raise":
-                        reason = f"not UTF-8 (byte {error.start} of the line); {utf8_remedy(path)}"
-                        raise InputError(f"{path}:{number}: {reason}") from None
-                except InputError:
-                    if damaged == "raise":
-                        raise
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
+                    value, end = decoder.raw_decode(buffer, place)
+                    if isinstance(value, int | float) and end > len(buffer) - 3 and more(size):
+                        continue  # a number may go on behind the end
+                    place = end
+                    return value
+                except RecursionError:
+                    raise InputError(f"{name}: nested too deep for JSON that a person would write") from None
+                except json.JSONDecodeError as error:
+                    cut = error.msg.startswith("Unterminated string") or error.pos >= len(buffer) - 12
+                    if cut and more(size):
+                        size *= 2  # so that an item of any length is parsed a few times only
+                        continue
+                    raise InputError(f"{name}: not valid JSON ({error.msg}); mend or remove it") from None
+                except ValueError as error:  # a number of thousands of digits, a key that comes again
+                    raise InputError(f"{name}: not valid JSON ({error}); mend or remove it") from None
+
+        if mark() != "[":
+            raise InputError(f"{path}: is no JSON array; give a list of rows")
+        after = mark() if peek() == "]" else ","
+        while after == ",":
+            peek()
+            yield item()
+            number += 1
+            after = mark()
+        if after != "]":
+            found = f"`{after}` stands" if after else "the file ends"
+            raise InputError(f"{path}: item {number}: {found} where , or ] must; download or write it again")
+        if mark():
+            raise InputError(f"{path}: something follows the array; give one list of rows, or a row a line (JSONL)")
 
 
 def append_jsonl(path: str | Path, records: Iterable[object]) -> None:

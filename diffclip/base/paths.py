@@ -1,11 +1,32 @@
-"""Names that data files, archives and lists give to files: below the folder that the user named, or refused."""
+"""Names that data files, archives and lists give to files: below the folder that the user named, or refused; and the
+files that a pattern names.
+"""
 
+import glob
 import os
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
+
+import braceexpand
 
 from diffclip.base.errors import InputError
 
 LONGEST = 255  # bytes of a folder's or file's name, on nearly all file systems
+
+
+def matching(patterns: Sequence[str]) -> list[str]:
+    """Paths of the files and folders that patterns with globs and `{00000..00012}` braces name, sorted per pattern.
+
+    A name without either stays as it is. InputError if a pattern matches nothing.
+    """
+    paths: list[str] = []
+    for pattern in patterns:
+        for part in [pattern] if os.path.exists(pattern) else braceexpand.braceexpand(pattern):
+            matches = sorted(glob.glob(part)) if glob.has_magic(part) and not os.path.exists(part) else [part]
+            if not matches:
+                raise InputError(f"{pattern}: no such file; mend the pattern")
+            paths += matches
+    return paths
 
 
 def inside(root: str | Path, name: object, where: str, *, writing: bool = False) -> Path:

@@ -56,7 +56,7 @@ def from_main(decide: Callable[[], T]) -> T:
             raise  # not before all know it: the store ends with this process
         _store().set(key, json.dumps({"value": value}))
         return value
-    told = json.loads(_store().get(key))
+    told = json.loads(_get(key))
     _store().set(f"{key}/{rank()}", "known")
     if "error" in told:
         raise InputError(told["error"])
@@ -69,7 +69,14 @@ def gather(text: str) -> list[str]:
         return [text]
     number = next(_calls)
     _store().set(f"said/{number}/{rank()}", text)
-    return [_store().get(f"said/{number}/{other}").decode() for other in range(world())]
+    return [_get(f"said/{number}/{other}").decode() for other in range(world())]
+
+
+def _get(key: str) -> bytes:
+    try:
+        return _store().get(key)
+    except RuntimeError:  # of several kinds
+        raise InputError(f"{where()}: rank 0 has ended; see what it says") from None
 
 
 @cache

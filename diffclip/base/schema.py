@@ -16,8 +16,9 @@ COMPLETE = "complete"  # marker in a checkpoint that is written to its end: {"ru
 MANIFEST = "inputs.json.gz"  # what the folders of data held: {setting: {file: digest}}
 MODEL_CARD = "README.md"
 
-# --- pretrain ---
 BAD_SAMPLES = "bad_samples.jsonl"  # {"key", "reason"} of each sample left out
+
+# --- pretrain ---
 NON_FINITE = "non_finite.jsonl"  # NonFinite
 BEST = "best"  # folder: the model of the best epoch, with a metrics.json of its own
 
@@ -77,9 +78,10 @@ class RunRecord(TypedDict, total=False):
     tokens: int
     # pretrain
     pairs: int
-    bad_samples: int
+    bad_samples: int  # also of align and instruct
     # align, instruct
     conversations: int
+    rows: str  # a hash of which rows of the data are learnt
     learns: list[str]
     before: dict[str, str]  # fingerprints by part
     after: dict[str, str]

@@ -1,1 +1,3 @@
-"""Conversations about images: `rows` reads and checks them, `images` finds images, `examples` are learnt from."""
+"""Conversations about images: `files` and `layouts` read them, `examine` finds faults, `rows` keeps what was found,
+`images` finds images, `judge` decodes and counts, `examples` are learnt from.
+"""

@@ -1,8 +1,8 @@
-"""Find the faults of LLaVA rows, or describe what a model would learn from them.
+"""Find the faults of conversations, or describe what a model would learn from them.
 
 `check` takes image-text pairs, too: see `diffclip check --pairs --help`.
 
-diffclip check rows.json --image_root images     # every fault, by row
+diffclip check rows.json --image_root images     # every fault, by row; --json for machines
 diffclip stats rows.json --image_root images --model runs/align   # answers, lengths, what is supervised
 """
 
@@ -18,14 +18,16 @@ def main(argv: list[str] | None = None) -> int:
     actions = parser.add_subparsers(dest="action", required=True, metavar="COMMAND")
     for name, what in (("check", "find the faults of the rows"), ("stats", "describe the rows")):
         action = actions.add_parser(name, help=what, description=__doc__)
-        action.add_argument("files", nargs="+", help="LLaVA JSON, JSONL or parquet files")
+        action.add_argument("files", nargs="+", help="JSON, JSONL or parquet files, folders of them, globs")
         action.add_argument("--image_root", required=True, help="folder that the rows' image paths start from")
         action.add_argument("--image_prefix", default="", help="only rows whose image path starts with this")
+        action.add_argument("--split", default="", help="where a folder or the rows name several (train)")
         action.add_argument("--template", default="vicuna", choices=("plain", "vicuna", "chatml"), help="prompt format")
         action.add_argument("--model", default="", help="a run of align or instruct, to count tokens")
         action.add_argument("--max_length", type=number(int, 1), default=2048, help="longer rows are reported")
         action.add_argument("--output_dir", default="", help="stats: folder for lengths.png and stats.json")
         action.also("--output_dir", "--out")
+        action.add_argument("--json", action="store_true", help="print one JSON object instead")
     options = parser.parse_args(argv)
     from mllm.data import report
 

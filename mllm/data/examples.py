@@ -1,19 +1,21 @@
 """Rows of conversations -> examples, the order of a whole run, and batches."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from transformers import LlavaProcessor
 
 from diffclip.base.errors import InputError
-from mllm.conversation import IGNORE, IMAGE, NoSupervisionError, encode, render
+from diffclip.data.training_pairs import MOST_TRIES, name_bad_samples
+from mllm.conversation import IGNORE, encode, render
+from mllm.data.judge import cut, token_lengths
 from mllm.data.rows import Rows
-from mllm.processing import bounded
+from mllm.processing import bounded, image_tokens
 
 
 class ConversationDataset(Dataset):
@@ -36,12 +38,11 @@ class ConversationDataset(Dataset):
         row = self.rows[index]
         segments = render(row.conversation, self.template, end_token=self.end_token)
         encoded = encode(segments, self.processor.tokenizer, self.image_tokens)
-        example = {name: torch.tensor(ids[: self.max_length]) for name, ids in encoded.items()}
-        if (example["labels"] == IGNORE).all():
-            raise NoSupervisionError(f"{row.key}: no supervised token in the first {self.max_length}; raise max_length")
-        placeholders = int((example["input_ids"] == self.processor.image_token_id).sum())
-        if placeholders != self.image_tokens * len(row.images):
-            raise InputError(f"{row.key}: max_length {self.max_length} cuts an image off; raise it")
+        try:
+            encoded = cut(encoded, self.processor.image_token_id, self.max_length)
+        except InputError as error:
+            raise type(error)(f"{row.key}: {error}") from None
+        example = {name: torch.tensor(ids) for name, ids in encoded.items()}
         if row.images:
             images = bounded((image.open(row.key) for image in row.images), self.processor.image_processor)
             pixels = self.processor.image_processor(images, return_tensors="pt")
@@ -51,13 +52,56 @@ class ConversationDataset(Dataset):
     @cached_property
     def lengths(self) -> list[int]:
         """Tokens of every example, image tokens counted, for batches of equal length."""
-        lengths: list[int] = []
-        for conversations, images in self.rows.texts():
-            rendered = (render(turns, self.template, end_token=self.end_token) for turns in conversations)
-            ids = self.processor.tokenizer(["".join(s.text for s in segments) for segments in rendered])["input_ids"]
-            extra = self.image_tokens - 1
-            lengths += [min(len(row) + extra * shown, self.max_length) for row, shown in zip(ids, images)]
-        return lengths
+        lengths = token_lengths(self.rows, self.processor.tokenizer, self.image_tokens, self.template)
+        return np.minimum(lengths, self.max_length).tolist()
+
+
+class TrainingConversations(Dataset):
+    """Item k is the k-th conversation that the optimiser will see: `dataset[order[k]]`.
+
+    Should its row have become unreadable since it was judged (an image has gone), it is named in `bad_samples`, as in
+    pretraining, and a random other row of the order takes the place, drawn from (seed, k), also in a resumed run.
+    """
+
+    def __init__(
+        self,
+        dataset: ConversationDataset,
+        order: Sequence[int],
+        *,
+        seed: int,
+        bad_samples: Path,
+        max_bad_share: float = 0.01,
+    ) -> None:
+        """`max_bad_share`: InputError when more of the rows than this are unreadable, after 1,000 of this process."""
+        self.dataset, self.order, self.seed = dataset, order, seed
+        self.bad_samples, self.max_bad_share = bad_samples, max_bad_share
+        self.seen = self.bad = 0
+        self._named: set[str] = set()
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, k: int) -> dict[str, torch.Tensor]:
+        self.seen += 1
+        rng, index = np.random.default_rng((self.seed, k)), self.order[k]
+        for _ in range(MOST_TRIES):
+            try:
+                return self.dataset[index]
+            except InputError as error:
+                self._count(self.dataset.rows.key(index), error)
+                index = self.order[int(rng.integers(len(self.order)))]
+        return self.dataset[index]
+
+    def _count(self, key: str, error: InputError) -> None:
+        self.bad += 1
+        if key not in self._named:
+            self._named.add(key)
+            name_bad_samples(self.bad_samples, [(key, str(error).removeprefix(f"{key}: "))])
+        if self.seen >= 1000 and self.bad > self.max_bad_share * (self.seen + self.bad):
+            raise InputError(
+                f"{self.bad} of {self.seen + self.bad} rows could not be read, more than max_bad_share "
+                f"{self.max_bad_share:g}: see {self.bad_samples}, mend the data or raise it"
+            ) from None
 
 
 def training_order(dataset: ConversationDataset, kind: str, batch: int, steps: int, seed: int) -> list[int]:
@@ -152,9 +196,3 @@ def collate(
         return {**result, "pixel_values": torch.cat(pixels)} if pixels else result
 
     return batch
-
-
-def image_tokens(processor: LlavaProcessor) -> int:
-    """How many placeholders the processor writes for one image."""
-    pixels = processor.image_processor([Image.new("RGB", (64, 64))], return_tensors="pt")
-    return processor.replace_image_token(pixels, 0).count(IMAGE)

@@ -8,6 +8,7 @@ import binascii
 import os
 import re
 import time
+import urllib.parse
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +20,7 @@ from diffclip.base.errors import InputError
 from diffclip.base.images import open_image
 from diffclip.base.paths import inside
 
+PLAIN = re.compile(r"(?:[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}/)*[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}")  # leads nowhere else
 IMAGE_KEYS = ("image", "images", "image_path")
 
 
@@ -52,13 +54,12 @@ def row_images(row: dict) -> list[tuple[str, bytes | None]]:
         raise InputError(f"has images in `{given[0]}` and in `{given[1]}`; keep one of them")
     if not given:
         return []
-    key, value = given[0], row[given[0]]
+    return value_images(row[given[0]], given[0])
+
+
+def value_images(value: object, key: str) -> list[tuple[str, bytes | None]]:
+    """`row_images` of what stands under `key`: a path, file:// or data: URI, encoded image, or a list of these."""
     return [_row_image(image, key) for image in (value if isinstance(value, list) else [value])]
-
-
-def row_places(row: dict, image_root: str | Path) -> list[tuple[str, ImagePlace | None]]:
-    """`row_images` with their places, see `find_place`."""
-    return [(name, find_place(image_root, name, content)) for name, content in row_images(row)]
 
 
 def find_place(root: str | Path, name: str, content: bytes | None = None) -> ImagePlace | None:
@@ -70,9 +71,12 @@ def find_place(root: str | Path, name: str, content: bytes | None = None) -> Ima
     """
     if content is not None:
         return ImagePlace(name, content=content)
-    if re.match(r"\w{2,}://", name):
+    if PLAIN.fullmatch(name):  # as nearly all are, and hundreds of thousands
+        path = os.path.join(os.path.abspath(root), name)
+    elif re.match(r"\w{2,}://", name):
         raise InputError(f"image {name[:200]} is an address, which is not fetched; give the path of a copy")
-    path = os.path.abspath(inside(root, name, "image"))
+    else:
+        path = os.path.abspath(inside(root, name, "image"))
     if os.path.isfile(path):
         return ImagePlace(path)
     folder, base = os.path.split(path)
@@ -82,20 +86,37 @@ def find_place(root: str | Path, name: str, content: bytes | None = None) -> Ima
     if len(members) > 1 and path not in members:
         known = " and ".join(os.path.relpath(member, os.path.abspath(root)) for member in sorted(members)[:2])
         raise InputError(f"image {name} is in {len(members)} places, {known}; write in the row which of them it is")
-    return members.get(path) or next(iter(members.values()), None)
+    found = members.get(path) or next(iter(members.values()), [])
+    if len(found) > 1 and len({place.read() for place in found}) > 1:
+        raise InputError(
+            f"image {name} is {len(found)} times in {found[0].file}, each another one; write the tar anew with one of "
+            "them, or unpack it and rename the others"
+        )
+    return found[0] if found else None
+
+
+def present(root: str | Path, name: str, content: bytes | None = None) -> ImagePlace:
+    """`find_place` of an image that was there before; InputError if it is no longer."""
+    if (place := find_place(root, name, content)) is None:
+        raise InputError(f"image {name} is no longer under {root}; put it back")
+    return place
 
 
 def _row_image(value: object, key: str) -> tuple[str, bytes | None]:
     name = f"image in `{key}`"
     if isinstance(value, dict):  # as `datasets` keeps images
-        name = value.get("path") or name
-        value = value.get("bytes") or value.get("path")
+        given = value
+        value = given.get("bytes") or given.get("path")
+        if isinstance(given.get("path"), str) and given["path"]:
+            name = given["path"].encode(errors="backslashreplace").decode()
     if isinstance(value, bytes):
         return name, value
     if not isinstance(value, str) or not value:
         raise InputError(
             f"`{key}` holds {str(value)[:40]}, which is no path of an image; give a path, or a list of them"
         )
+    if value.startswith("file://"):
+        value = urllib.parse.unquote(value.removeprefix("file://localhost").removeprefix("file://"), errors="strict")
     if not value.startswith("data:"):
         if len(value) > 1000 or value != value.encode(errors="ignore").decode():
             raise InputError(
@@ -125,9 +146,9 @@ def _tars(folder: str, moment: int) -> tuple[tuple[str, int, int], ...]:
 
 
 @lru_cache(maxsize=64)
-def _tar_members(folder: str, state: tuple[tuple[str, int, int], ...]) -> dict[str, dict[str, ImagePlace]]:
+def _tar_members(folder: str, state: tuple[tuple[str, int, int], ...]) -> dict[str, dict[str, list[ImagePlace]]]:
     """Members of the tars of `_tars` by file name, each with all its places by tar and name in it."""
-    by_name: dict[str, dict[str, ImagePlace]] = {}
+    by_name: dict[str, dict[str, list[ImagePlace]]] = {}
     for path, *_ in state:
         members, ends_early = archives.members(path)
         if ends_early and ends_early != archives.NO_END:
@@ -136,5 +157,5 @@ def _tar_members(folder: str, state: tuple[tuple[str, int, int], ...]) -> dict[s
             if member.isfile():
                 place = ImagePlace(path, member.offset_data, member.size)
                 name = os.path.normpath(member.name)
-                by_name.setdefault(os.path.basename(name), {})[f"{path}/{name}"] = place
+                by_name.setdefault(os.path.basename(name), {}).setdefault(f"{path}/{name}", []).append(place)
     return by_name

@@ -1,71 +1,90 @@
 """What `diffclip check` and `stats` print about rows of conversations."""
 
 import argparse
+import json
+import math
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
-from transformers import AutoProcessor, AutoTokenizer
+from transformers import AutoConfig, AutoProcessor, AutoTokenizer, LlavaProcessor
 
-from diffclip.base.errors import InputError
 from diffclip.base.files import write_json
 from mllm.conversation import IGNORE, control_tokens, encode, render
-from mllm.data.examples import image_tokens
-from mllm.data.images import ImagePlace
-from mllm.data.rows import Rows, examine, load_rows
+from mllm.data.judge import image_problems, length_problems, token_lengths
+from mllm.data.rows import Rows, load_rows
+from mllm.processing import image_tokens
 from mllm.weights import from_pretrained
 
 
 def check(options: argparse.Namespace) -> int:
     """Print every fault of every row, images decoded once each; returns 0 without faults, else 2."""
-    faults: list[str] = []
-    seen: dict[ImagePlace, str] = {}  # image -> the first row that shows it
-    rows, inside = 0, 0  # `inside`: images that rows hold themselves, decoded at once so as not to keep them
-    examined = examine(options.files, options.image_root, **row_settings(options))
-    for key, _, places, problem in tqdm(examined, unit="row", disable=None):
-        rows += 1
-        if problem:
-            faults.append(f"{key}: {problem}")
-        for _, place in places:
-            if place and place.content is not None:
-                inside += 1
-                faults += filter(None, [broken(place, key)])
-            elif place:
-                seen.setdefault(place, key)
-    with ThreadPoolExecutor(8) as pool:
-        problems = pool.map(broken, seen, seen.values())
-        faults += filter(None, tqdm(problems, total=len(seen), unit="image", disable=None))
-    if options.model and not faults:
-        checked = load_rows(options.files, options.image_root, **row_settings(options))
-        lengths, supervised = tokens(options, checked)
-        for number in np.flatnonzero((lengths > options.max_length) | (supervised == 0)):
-            what = f"{lengths[number]} tokens, more than max_length {options.max_length}"
-            faults.append(f"{checked[int(number)].key}: {what if supervised[number] else 'no supervised token'}")
-    for fault in faults:
-        print(fault)
-    print(f"{rows:,} rows, {len(seen) + inside:,} images: {f'{len(faults):,} faults' if faults else 'no fault found'}")
-    return 2 if faults else 0
+    rows = load_rows(options.files, options.image_root, **row_settings(options), max_bad_share=math.inf, fresh=True)
+    total = len(rows) + len(rows.problems)
+    problems = image_problems(rows, fresh=True)
+    result: dict[str, Any] = {"rows": total, "readable": 0, "images": images_of(rows)}
+    if options.model:
+        processor, positions = processor_of(options.model)
+        settings: dict[str, Any] = {"template": options.template, "max_length": options.max_length}
+        problems = length_problems(rows, processor, **settings, positions=positions) | problems
+        lengths = token_lengths(rows, processor.tokenizer, image_tokens(processor), options.template)
+        longer = int((lengths > options.max_length).sum())
+        result |= {"tokens": spread(lengths), "max_length": options.max_length, "longer_than_max_length": longer}
+    rows = rows.without(problems)
+    result |= {"readable": len(rows), "faults": [{"key": key, "reason": reason} for key, reason in rows.problems]}
+    if options.json:
+        print(json.dumps(result, indent=1))
+    else:
+        print_check(result)
+    return 2 if rows.problems else 0
+
+
+def print_check(result: dict[str, Any]) -> None:
+    """Every fault on a line of its own, what `max_length` cuts, and the counts."""
+    for fault in result["faults"]:
+        print(f"{fault['key']}: {fault['reason']}")
+    if longer := result.get("longer_than_max_length"):
+        print(f"{longer:,} rows are longer than max_length {result['max_length']}, which cuts their ends off")
+    faults = len(result["faults"])
+    counts = f"{result['rows']:,} rows, {result['images']:,} images"
+    print(f"{counts}: {f'{faults:,} faults' if faults else 'no fault found'}")
+
+
+def images_of(rows: Rows) -> int:
+    """How many images rows show: files once each, and those that rows hold themselves."""
+    columns = rows.table.select_columns(["images", "contents"])
+    files, inside = set[str](), 0
+    for batch in (columns[rows.positions[first : first + 256]] for first in range(0, len(rows), 256)):
+        for names, contents in zip(batch["images"], batch["contents"]):
+            inside += sum(content is not None for content in contents)
+            files.update(name for name, content in zip(names, contents) if content is None)
+    return len(files) + inside
+
+
+def processor_of(model: str) -> tuple[LlavaProcessor, int | None]:
+    """The processor of a run, and how many positions its language model has, None where there is no limit."""
+    config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+    processor = AutoProcessor.from_pretrained(model, trust_remote_code=False)
+    return processor, getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def spread(values: np.ndarray) -> dict[str, int]:
+    """Smallest, median, 95 % and largest value."""
+    if not len(values):
+        return {}
+    return dict(
+        zip(("smallest", "median", "95 %", "largest"), np.quantile(values, (0, 0.5, 0.95, 1), method="lower").tolist())
+    )
 
 
 def row_settings(options: argparse.Namespace) -> dict[str, Any]:
-    """How rows are examined: the control tokens are those of the model, where one is given."""
-    settings: dict[str, Any] = {"image_prefix": options.image_prefix, "template": options.template}
+    """How rows are judged: the control tokens are those of the model, where one is given."""
+    settings: dict[str, Any] = {name: getattr(options, name) for name in ("image_prefix", "split", "template")}
     if options.model:
         settings["control"] = control_tokens(from_pretrained(AutoTokenizer, options.model))
     return settings
-
-
-def broken(place: ImagePlace, key: str) -> str:
-    """Why the image that row `key` shows cannot be decoded, or ""."""
-    try:
-        place.open(key)
-    except InputError as error:
-        return str(error)
-    return ""
 
 
 def kind(answer: str) -> str:
@@ -104,7 +123,7 @@ def describe(rows: Rows) -> dict:
 
 def tokens(options: argparse.Namespace, rows: Rows) -> tuple[np.ndarray, np.ndarray]:
     """Tokens of each row, and how many of them are supervised, (rows,) int64 each; nothing is cut."""
-    processor = AutoProcessor.from_pretrained(options.model, trust_remote_code=False)
+    processor, _ = processor_of(options.model)
     image_length = image_tokens(processor)
     counts = []
     for conversation in chain.from_iterable(conversations for conversations, _ in rows.texts()):

@@ -1,28 +1,43 @@
-"""Rows of LLaVA's JSON: read in any layout, checked once, and kept memory-mapped.
+"""Rows of conversations: read in any layout, judged once, and kept memory-mapped.
 
-What a user can get wrong is told before any training: missing images, turns, control tokens.
+What a user can get wrong is told before any training: missing images, turns, control tokens. What images and lengths
+are good for is judged in `mllm.data.judge`.
 """
 
+import hashlib
 import json
+import math
 import os
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple, overload
+from typing import Any, NamedTuple, overload
 
-from datasets import Dataset, Features, Value, disable_progress_bars, enable_progress_bars, load_from_disk
-from datasets.exceptions import DatasetGenerationError
-from pyarrow.parquet import ParquetFile
+import numpy as np
+import pyarrow
+from datasets import Dataset
+from filelock import FileLock
 
+from diffclip.base.cache import cache_dir
 from diffclip.base.errors import InputError
-from diffclip.base.files import parse_json, read_jsonl, read_text
-from mllm.conversation import IMAGE, QWEN_CONTROL, pair_turns, render, text_problem
-from mllm.data.images import IMAGE_KEYS, ImagePlace, filled, find_place, row_images, row_places
+from diffclip.base.files import whole
+from diffclip.base.fingerprint import json_digest
+from diffclip.base.paths import matching
+from mllm.conversation import QWEN_CONTROL
+from mllm.data.examine import Examined, examine
+from mllm.data.files import KINDS
+from mllm.data.images import ImagePlace, find_place, present
 
-FORMAT = 2  # raise it when what `load_rows` keeps changes its meaning
-OTHER_MEDIA = ("video", "videos", "video_path", "audio", "audios", "audio_path", "sound", "speech")
-MEDIA_FILE = re.compile(
-    r"\.(jpe?g|jfif|png|webp|gif|bmp|tiff?|avif|heic|mp4|avi|mov|mkv|webm|mpe?g|wav|mp3|flac|ogg|m4a)$", re.IGNORECASE
+FORMAT = 3  # raise it when what `load_rows` keeps changes its meaning
+BATCH_ROWS, BATCH_BYTES = 1000, 64 << 20  # rows are kept in batches of so many, or of so many bytes of images
+KEPT = pyarrow.schema(
+    {
+        "key": pyarrow.string(),
+        "conversation": pyarrow.string(),  # JSON; "" of a row that is left out
+        "images": pyarrow.list_(pyarrow.string()),  # of a row that is left out: those that were not found
+        "contents": pyarrow.list_(pyarrow.large_binary()),  # encoded images that the row itself holds
+        "problem": pyarrow.string(),
+    }
 )
 
 
@@ -35,14 +50,33 @@ class Row(NamedTuple):
 
 
 class Rows(Sequence[Row]):
-    """Checked rows in an Arrow file that is mapped into memory: any number of them opens at once and is shared."""
+    """Judged rows in an Arrow file that is mapped into memory: any number of them opens at once and is shared.
 
-    def __init__(self, table: Dataset, image_root: str | Path) -> None:
-        self.table, self.image_root = table, os.path.abspath(image_root)
-        self._texts = table.select_columns(["conversation", "images"])
+    `problems` has the (key, reason) of those that are left out; `positions` (rows,) int64 where the others lie in
+    `table`; `identity` changes with what a row or its place is.
+    """
+
+    def __init__(self, table: Dataset, image_root: str | Path, digest: str) -> None:
+        self.table, self.image_root, self.digest = table, os.path.abspath(image_root), digest
+        bad = pyarrow.compute.is_valid(table.data.column("problem")).to_numpy(zero_copy_only=False)
+        self.positions = np.flatnonzero(~bad)
+        self.whole = digest + hashlib.sha256(self.positions.tobytes()).hexdigest()[:16]
+        self.identity = self.whole
+        left_out = table.select(np.flatnonzero(bad)) if bad.any() else table.select([])
+        self.problems = list(zip(left_out["key"], left_out["problem"]))
+
+    def without(self, problems: Mapping[int, str]) -> "Rows":
+        """The rows but for those at some positions, which are left out for a reason each."""
+        if not problems:
+            return self
+        rows = Rows(self.table, self.image_root, self.digest)
+        rows.positions = self.positions[~np.isin(self.positions, list(problems))]
+        rows.problems = self.problems + [(self.table[at]["key"], reason) for at, reason in sorted(problems.items())]
+        rows.identity = self.whole + hashlib.sha256(rows.positions.tobytes()).hexdigest()[:16]
+        return rows
 
     def __len__(self) -> int:
-        return len(self.table)
+        return len(self.positions)
 
     @overload
     def __getitem__(self, index: int) -> Row: ...
@@ -51,18 +85,29 @@ class Rows(Sequence[Row]):
     def __getitem__(self, index: int | slice) -> Row | list[Row]:
         if isinstance(index, slice):
             return [self[i] for i in range(len(self))[index]]
-        row = self.table[index]
+        row = self.table[int(self.positions[index])]
         images = []
-        for name, content in zip(row["images"], row["contents"]):
-            place = find_place(self.image_root, name, content)
-            if place is None:
-                raise InputError(f"{row['key']}: image {name} is no longer under {self.image_root}")
-            images.append(place)
+        try:
+            for name, content in zip(row["images"], row["contents"]):
+                images.append(present(self.image_root, name, content))
+        except InputError as error:
+            raise InputError(f"{row['key']}: {error}") from None
         return Row(row["key"], json.loads(row["conversation"]), images)
+
+    @property
+    def chosen(self) -> str:
+        """A hash that changes with which rows of the files are these, wherever the files lie."""
+        return hashlib.sha256(f"{len(self.table)} ".encode() + self.positions.tobytes()).hexdigest()[:16]
+
+    def key(self, index: int) -> str:
+        """Where a row came from, as `Row.key`."""
+        return self.table[int(self.positions[index])]["key"]
 
     def texts(self) -> Iterator[tuple[list[list[dict[str, str]]], list[int]]]:
         """Conversations and numbers of images of all rows, 4096 at a time, without looking for the images."""
-        for rows in self._texts.iter(4096):
+        columns = self.table.select_columns(["conversation", "images"])
+        for first in range(0, len(self), 4096):
+            rows = columns[self.positions[first : first + 4096]]
             yield [json.loads(text) for text in rows["conversation"]], [len(names) for names in rows["images"]]
 
 
@@ -71,184 +116,150 @@ def load_rows(
     image_root: str | Path,
     *,
     image_prefix: str = "",
+    split: str = "",
     template: str = "vicuna",
     control: Sequence[str] = QWEN_CONTROL,
+    max_bad_share: float = 0.0,
+    fresh: bool = False,
 ) -> Rows:
-    """Read rows `{"id", "image", "conversations": [{"from": "human" | "gpt", "value"}]}` and check them all.
+    """Read rows of any of `mllm.data.layouts` and judge them all.
 
-    What was checked is kept in the cache folder of `datasets`, so the same files open in a moment the next time, and
-    in every other process. Images that rows hold themselves are kept there too.
+    What was judged is kept in `diffclip.base.cache.cache_dir`, so the same files open in a moment the next time, and
+    in every other process: of several one judges, and the others wait. Images that rows hold themselves are kept there
+    too. Rows whose images were missing are judged anew when the images have come.
 
     Args:
-        files: JSON arrays, JSONL, parquet, or folders of `datasets.save_to_disk`; several make a mixture, in order.
-        image_root: folder that the rows' `image` paths start from. A path that is no file there is looked for
+        files: JSON arrays, JSONL (both also .gz), parquet, folders of `datasets.save_to_disk` or of parquet shards, or
+            globs of these; several make a mixture, in order.
+        image_root: folder that the rows' image paths start from. A path that is no file there is looked for
             in the tars of its folder: `shots/train/7.jpg` as member `7.jpg` of a tar in `shots/train/`; where several
-            hold one, the row names it: `shots/train/00000.tar/7.jpg`. `images` and `image_path` are read like `image`,
-            and hold paths, `data:` URIs or encoded images (`datasets`' {"bytes", "path"}), one or a list.
+            hold one, the row names it: `shots/train/00000.tar/7.jpg`. Images are paths, file:// or data: URIs, or
+            encoded images (`datasets`' {"bytes", "path"}), one or a list.
         image_prefix: keep only rows whose image path starts with this; "coco/" is LLaVA-665K's COCO subset.
+        split: which of several that a folder or the rows themselves name, see `mllm.data.files.read_rows`.
         template: the conversation format that the rows are to be written in, which decides how many images show.
         control: tokens that no text may contain, from `mllm.conversation.control_tokens`.
+        max_bad_share: the share of rows that may have a fault, and are left out then; see `refuse_too_bad`.
+        fresh: judge anew, whatever is kept.
 
     Raises:
-        InputError: unreadable file, missing image, video or sound, turns out of order, empty answer, control tokens
-            in a text, more or fewer images than the conversation shows; names the row.
+        InputError: unreadable file, no rows; or more than `max_bad_share` of them have a missing image, video or
+            sound, turns out of order, an empty answer, control tokens in a text, more or fewer images than the
+            conversation shows, or the like: names the first.
     """
-    sources = [(str(Path(path).resolve()), _state(Path(path))) for path in files]
-    settings = {"sources": json.dumps(sources), "image_root": str(Path(image_root).resolve()), "version": FORMAT}
-    settings |= {"image_prefix": image_prefix, "template": template, "control": tuple(control)}
-    texts = {"key": Value("string"), "conversation": Value("string")}
-    features = Features({**texts, "images": [Value("string")], "contents": [Value("large_binary")]})
-    disable_progress_bars()
+    sources = [(str(Path(path).resolve()), _state(Path(path))) for path in matching([str(path) for path in files])]
+    settings: dict[str, Any] = {
+        "image_prefix": image_prefix,
+        "split": split,
+        "template": template,
+        "control": list(control),
+    }
+    root = str(Path(image_root).resolve())
+    digest = json_digest([FORMAT, sources, root, settings], 32)
+    path = cache_dir() / "rows" / f"{digest}.arrow"
+    names = [name for name, _ in sources]
+    table = None if fresh else _kept(path, root)
+    if table is None:
+        with locked(path):
+            table = None if fresh else _kept(path, root)  # another process may have judged them in the meantime
+            if table is None:
+                _keep(path, examine(names, root, **settings))
+                table = Dataset.from_file(str(path))
+    rows = Rows(table, image_root, digest)
+    if not len(table):
+        only = f" with an image path that starts with `{image_prefix}`" if image_prefix else ""
+        only += f" of the split {split or 'train'}"
+        raise InputError(f"{', '.join(names)}: no rows{only}; check the file, image_prefix and split")
+    refuse_too_bad(rows, max_bad_share)
+    return rows
+
+
+def refuse_too_bad(rows: Rows, max_bad_share: float, named_in: str | Path = "") -> None:
+    """InputError with the first fault if more than a share of the rows has one, or all of them; infinity: never.
+
+    `named_in`: the file that names them all, where there is one.
+    """
+    bad, total = len(rows.problems), len(rows) + len(rows.problems)
+    if not bad or max_bad_share == math.inf or (bad <= max_bad_share * total and len(rows)):
+        return
+    key, reason = rows.problems[0]
+    where = f"see {named_in}" if named_in else "diffclip check"
+    rest = f"{bad - 1} more rows have problems: {where}" if bad > 1 else ""
+    if max_bad_share:
+        share = f"{bad} of {total} rows have problems, more than max_bad_share {max_bad_share:g}"
+        rest = f"{share}: {where}, mend the data or raise it"
+    raise InputError(f"{key}: {reason}" + f" ({rest})" * bool(rest))
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Let one process at a time work on a file of the cache, whose folder is made; InputError where none can."""
+    lock = FileLock(f"{path}.lock")
     try:
-        table = Dataset.from_generator(_checked_rows, features=features, gen_kwargs=settings, writer_batch_size=100)
-    except DatasetGenerationError as error:
-        cause = error.__cause__ or error
-        raise (InputError(str(cause)) if isinstance(cause, InputError) else cause) from None
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except OSError as error:
+        reason = error.strerror or error
+        raise InputError(f"{path.parent}: cannot be written ({reason}); set DIFFCLIP_CACHE to another folder") from None
+    try:
+        yield
     finally:
-        enable_progress_bars()
-    return Rows(table, image_root)
+        lock.release()
 
 
 def _state(path: Path) -> list[tuple[str, int, int, int, int]]:
     """What changes when a file is written, or any in a folder."""
     if not path.exists():
-        raise InputError(f"{path}: no such file; give a LLaVA JSON or JSONL file")
+        raise InputError(f"{path}: no such file; give {KINDS}")
     files = [path, *sorted(path.rglob("*"))] if path.is_dir() else [path]
     stats = ((str(file.relative_to(path)), file.stat()) for file in files)
     return [(name, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for name, s in stats]
 
 
-def _checked_rows(
-    sources: str, image_root: str, image_prefix: str, template: str, control: tuple[str, ...], version: int
-) -> Iterator[dict]:
-    """What `load_rows` keeps; raises InputError at the end if any row has a fault."""
-    files = [path for path, _ in json.loads(sources)]
-    problems, count = [], 0
-    examined = examine(files, image_root, image_prefix=image_prefix, template=template, control=control)
-    for key, row, places, problem in examined:
-        count += 1
-        if problem:
-            problems.append(f"{key}: {problem}")
-            continue
-        yield {
-            "key": key,
-            "conversation": json.dumps(row["conversations"]),
-            "images": [name for name, _ in places],
-            "contents": [place.content for _, place in places if place],
-        }
-    if not count:
-        only = f" with an image path that starts with `{image_prefix}`" if image_prefix else ""
-        raise InputError(f"{', '.join(files)}: no rows{only}; check the file and image_prefix")
-    if problems:
-        rest = f" ({len(problems) - 1} more rows have problems: diffclip check)" if len(problems) > 1 else ""
-        raise InputError(problems[0] + rest)
-
-
-def examine(
-    files: Sequence[str | Path],
-    image_root: str | Path,
-    *,
-    image_prefix: str = "",
-    template: str = "vicuna",
-    control: Sequence[str] = QWEN_CONTROL,
-) -> Iterator[tuple[str, dict, list[tuple[str, ImagePlace | None]], str]]:
-    """Every row with its name, its images by name, and what is wrong with it or ""; arguments as in `load_rows`."""
-    for path in files:
-        for number, row in enumerate(read_rows(path)):
-            key = f"{path}: row {number} (id {row.get('id', '?')})".encode(errors="backslashreplace").decode()
-            try:
-                if image_prefix and not any(name.startswith(image_prefix) for name, _ in row_images(row)):
-                    continue
-                places = row_places(row, image_root)
-            except InputError as error:
-                yield key, row, [], str(error)
-                continue
-            if missing := [name for name, place in places if place is None]:
-                problem = f"image {missing[0]} is not under {image_root}, nor in a tar there; check image_root"
-            else:
-                problem = media_problem(row, bool(places)) or _turn_problem(row.get("conversations"), control)
-            yield key, row, places, problem or _count_problem(row["conversations"], len(places), template)
-
-
-def media_problem(row: dict, shows: bool) -> str:
-    """Why a row would be read without what its other keys show, or ""."""
-    for key, value in row.items():
-        if key in (*IMAGE_KEYS, "id", "conversations", "question") or not filled(value):
-            continue
-        if key in OTHER_MEDIA:
-            return f"has a `{key}`, which this model cannot see or hear; drop the row"
-        if not shows and _is_media(value):
-            return f"names an image or film in `{key}`, which is not read; call it `image`, or drop the key or the row"
-    return ""
-
-
-def _is_media(value: object) -> bool:
-    first = value[0] if isinstance(value, list) and value else value
-    if isinstance(first, dict):
-        return bool(first.get("bytes") or first.get("path"))
-    return isinstance(first, bytes) or (isinstance(first, str) and bool(MEDIA_FILE.search(first)) and "\n" not in first)
-
-
-def _turn_problem(conversation: object, control: Sequence[str]) -> str:
-    """What is wrong with a conversation, or ""."""
-    if not isinstance(conversation, list) or not all(isinstance(turn, dict) for turn in conversation):
-        return "`conversations` is no list of turns"
+def _kept(path: Path, root: str) -> Dataset | None:
+    """The table that `_keep` wrote, if it is there, whole, and every image that was missing still is."""
     try:
-        questions, answers = pair_turns(conversation)
-    except ValueError as error:
-        return str(error)
-    if any(not answer.strip() for answer in answers):
-        return "an answer is empty; drop the turn"
-    return text_problem(questions, answers, control)
+        table = Dataset.from_file(str(path))
+    except (OSError, pyarrow.ArrowInvalid):
+        return None
+    bad = np.flatnonzero(pyarrow.compute.is_valid(table.data.column("problem")).to_numpy(zero_copy_only=False))
+    missing = {name for names in table.select(bad)["images"] for name in names} if len(bad) else ()
+    return None if any(_found(root, name) for name in missing) else table
 
 
-def _count_problem(conversation: list[dict[str, str]], images: int, template: str) -> str:
-    """Why a template does not show each of a row's images once, or ""."""
-    shown = sum(segment.text.count(IMAGE) for segment in render(conversation, template))
-    if shown == images:
-        return ""
-    tags = sum(turn["value"].count(IMAGE) for turn in conversation)
-    if template == "plain":
-        advice = "it shows one image before each answer: use template vicuna or chatml, or drop the row"
-    elif template == "vicuna" and tags == images:
-        advice = "it shows one image a question: use template chatml, or ask about each in a question of its own"
-    elif not images:
-        advice = f"give its images in `image`, or take {IMAGE} out of the questions"
-    else:
-        advice = f"put one {IMAGE} into a question for each image"
-    return f"has {images} images, but its conversation shows {shown} in template `{template}`; {advice}"
-
-
-def read_rows(path: str | Path) -> Iterator[dict]:
-    """The rows of a file or folder, one at a time; InputError for what holds none."""
-    path = Path(path)
-    if path.is_dir() or path.suffix == ".parquet":
-        yield from _table_rows(path)
-        return
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; give a LLaVA JSON or JSONL file")
-    with open(path, "rb") as f:
-        head = f.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
-    rows = parse_json(read_text(path), str(path)) if head == b"[" else (row for _, row in read_jsonl(path))
-    for number, row in enumerate(rows):
-        if not isinstance(row, dict):
-            raise InputError(f"{path}: row {number} is no JSON object; expected id, image and conversations")
-        yield row
-
-
-def _table_rows(path: Path) -> Iterator[dict]:
-    """Rows of a parquet file or a `datasets` folder, images in them still encoded."""
+def _found(root: str, name: str) -> bool:
     try:
-        if path.is_dir():
-            table = load_from_disk(str(path)).with_format("arrow")
-            names, batches = table.column_names, table.iter(64)
-        else:
-            file = ParquetFile(path)
-            names, batches = file.schema_arrow.names, file.iter_batches(64)
-        for batch in batches if "conversations" in names else ():
-            yield from batch.to_pylist()
-    except Exception as error:
-        # any of a dozen kinds, by what is broken
-        raise InputError(f"{path}: cannot be read as a `datasets` folder or parquet file ({error})") from error
-    if "conversations" not in names:
-        raise InputError(f"{path}: has no column conversations; LLaVA's rows have id, image and conversations")
+        return find_place(root, name) is not None
+    except InputError:
+        return False
+
+
+def _keep(path: Path, examined: Iterator[Examined]) -> None:
+    """Write a table in the form of KEPT, whole or not at all."""
+    try:
+        with whole(path) as temporary, pyarrow.ipc.new_stream(str(temporary), KEPT) as writer:
+            batch: list[dict[str, Any]] = []
+            size = 0
+            for row in examined:
+                batch.append(_record(row))
+                size += sum(len(content) for content in batch[-1]["contents"] if content)
+                if len(batch) == BATCH_ROWS or size > BATCH_BYTES:
+                    writer.write_batch(pyarrow.RecordBatch.from_pylist(batch, KEPT))
+                    batch, size = [], 0
+            writer.write_batch(pyarrow.RecordBatch.from_pylist(batch, KEPT))
+    except OSError as error:
+        reason = error.strerror or error
+        raise InputError(f"{path}: cannot be written ({reason}); make room, or set DIFFCLIP_CACHE") from None
+
+
+def _record(row: Examined) -> dict[str, Any]:
+    if row.problem:
+        missing = [name for name, place in row.images if place is None]
+        return {"key": row.key, "conversation": "", "images": missing, "contents": [], "problem": row.problem}
+    return {
+        "key": row.key,
+        "conversation": json.dumps(row.conversation),
+        "images": [name for name, _ in row.images],
+        "contents": [place.content for _, place in row.images if place],
+        "problem": None,
+    }

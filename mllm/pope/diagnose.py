@@ -17,6 +17,7 @@ from diffclip.base.devices import pick_device
 from diffclip.base.errors import InputError
 from diffclip.base.files import read_json, read_yaml
 from diffclip.base.fingerprint import fingerprint
+from diffclip.base.paths import matching
 from diffclip.base.schema import CONFIG, RECORD
 from mllm.conversation import NoSupervisionError, control_tokens
 from mllm.data.examples import ConversationDataset
@@ -145,13 +146,24 @@ def projector(current: dict, prints: dict, record: dict, upstream: dict) -> Find
 def training_data(model: Any, processor: Any, config: dict) -> Iterator[Finding]:
     """Did the rows of the training have supervised tokens, and questions to be answered with yes or no?"""
     data = config.get("data") or []
-    if not data or not all(Path(path).exists() for path in data):
+    try:
+        found = all(Path(path).exists() for path in matching(data))
+    except InputError:
+        found = False
+    if not data or not found:
         unknown = "the training's data is not there: run it where the paths of config.yaml hold"
         yield from (Finding(cause, None, unknown) for cause in CAUSES[5:7])
         return
     template = config.get("template", model.config.conversation_template)
-    shown = {"image_prefix": config.get("image_prefix", ""), "template": template}
-    rows = load_rows(data, config.get("image_root", ""), **shown, control=control_tokens(processor.tokenizer))
+    rows = load_rows(
+        data,
+        config.get("image_root", ""),
+        image_prefix=config.get("image_prefix", ""),
+        split=config.get("split", ""),
+        template=template,
+        control=control_tokens(processor.tokenizer),
+        max_bad_share=config.get("max_bad_share", 0.0),
+    )
     dataset = ConversationDataset(rows, processor, template=template, max_length=config.get("max_length", 2048))
     chosen = range(0, len(rows), max(1, len(rows) // 400))
     empty, answers = 0, []

@@ -1,7 +1,9 @@
 """Reading and writing of text files: lines, encodings, damage, kills."""
 
+import gzip
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -129,3 +131,46 @@ def test_a_librarys_file_takes_its_place_at_the_end_or_never(tmp_path):
         first.write_bytes(b"a")
         second.write_bytes(b"b")
     assert path.read_bytes() == b"a" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("piece", [1, 3, 50, 1 << 20])
+def test_an_array_read_item_by_item_is_what_json_reads(tmp_path, monkeypatch, piece):
+    """Random values and random damage, in pieces that end anywhere."""
+    monkeypatch.setattr(files, "PIECE", piece)
+    rng = random.Random(piece)
+
+    def value(depth=0):
+        kind = rng.randrange(7 if depth < 3 else 4)
+        if kind < 2:
+            return rng.choice([True, None, -1.5e-7, 12345, rng.random()])
+        if kind < 4:
+            return "".join(rng.choice('ab"\\\n\u2028é😀]},[{ ') for _ in range(rng.randrange(30)))
+        if kind < 6:
+            return {str(n): value(depth + 1) for n in range(rng.randrange(4))}
+        return [value(depth + 1) for _ in range(rng.randrange(4))]
+
+    path = tmp_path / "a.json"
+    for _ in range(60):
+        wanted = [value() for _ in range(rng.randrange(5))]
+        text = json.dumps(wanted, indent=rng.choice([None, 1]), ensure_ascii=rng.random() < 0.5)
+        path.write_text(text, encoding="utf-8")
+        assert list(files.read_array(path)) == wanted
+        place = rng.randrange(1, len(text))
+        damaged = text[:place] + rng.choice(["", ",", "x", '"']) + text[place + 1 :]
+        path.write_text(damaged, encoding="utf-8")
+        try:
+            wanted = json.loads(damaged)
+        except ValueError:
+            with pytest.raises(InputError, match=r"a\.json"):
+                list(files.read_array(path))
+        else:
+            assert list(files.read_array(path)) == wanted
+
+
+def test_gzip_is_read_as_what_it_holds(tmp_path):
+    (tmp_path / "a").write_bytes(gzip.compress(b'{"a": 1}\n{"a": 2}'))
+    assert files.read_text(tmp_path / "a") == '{"a": 1}\n{"a": 2}'
+    assert [row for _, row in files.read_jsonl(tmp_path / "a")] == [{"a": 1}, {"a": 2}]
+    (tmp_path / "a").write_bytes(gzip.compress(b"x" * 999)[:-5])
+    with pytest.raises(InputError, match="no whole gzip file"):
+        files.read_text(tmp_path / "a")

@@ -5,7 +5,7 @@ import os
 import pytest
 
 from diffclip.base.errors import InputError
-from diffclip.base.paths import inside
+from diffclip.base.paths import inside, matching
 
 
 @pytest.mark.parametrize(
@@ -50,3 +50,13 @@ def test_links_are_followed_in_reading_alone(tmp_path):
     assert inside(tmp_path / "root", "linked/1.jpg", "x", writing=True)  # stays inside
     os.symlink(tmp_path / "root", tmp_path / "root link")
     assert inside(tmp_path / "root link", "real/1.jpg", "x", writing=True)  # the user's own way to the folder
+
+
+def test_patterns_name_files_in_order_and_names_that_look_like_patterns_stay(tmp_path):
+    for name in ("b1.json", "b0.json", "c[1].json", "x{0,1}.json"):
+        (tmp_path / name).write_text("")
+    at = lambda *names: [str(tmp_path / name) for name in names]  # noqa: E731
+    assert matching(at("b*.json")) == at("b0.json", "b1.json") == matching(at("b{0..1}.json"))
+    assert matching(at("c[1].json", "x{0,1}.json", "absent")) == at("c[1].json", "x{0,1}.json", "absent")
+    with pytest.raises(InputError, match="no such file"):
+        matching(at("d*.json"))

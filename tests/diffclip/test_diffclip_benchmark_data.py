@@ -271,7 +271,7 @@ def test_numbers_and_doubled_keys_of_class_names(folder, tmp_path):
     with pytest.raises(InputError, match="its numbers need to be 0 to 2"):
         read_set(tmp_path)
     (folder / "classnames.json").write_text('{"0": "red", "1": "lime", "1": "blue"}')
-    with pytest.raises(InputError, match=r"classnames\.json: '1' stands twice in one object: keep one"):
+    with pytest.raises(InputError, match=r"classnames\.json: .*'1' stands twice in one object: keep one"):
         read_set(tmp_path)
 
 
@@ -539,7 +539,7 @@ def test_coco_is_read_as_it_is_unpacked(tmp_path):
 @pytest.mark.parametrize(
     "content, message",
     [
-        ('{"a.png": ["x"], "a.png": ["y"]}', r"x\.json: 'a\.png' stands twice in one object"),
+        ('{"a.png": ["x"], "a.png": ["y"]}', r"x\.json: .*'a\.png' stands twice in one object"),
         (
             '[{"image": "a.png", "caption": "x", "split": "test"}, {"image": "a.png", "caption": "y", "split": "out"}]',
             r"x\.json: the column split holds 'out'; write train, val or test in every row",

@@ -217,7 +217,8 @@ def disturbed(arguments: list[str], ranks: int, done: Trial, folder: Path, rng: 
             os.kill(victim.pid, signal.SIGCONT)
         codes = ends(processes)
         code = next((code for code in codes if code), 0)
-    return code, (folder / "stderr").read_text(errors="replace")
+    told = folder / "stderr"
+    return code, told.read_text(errors="replace") if told.is_file() else ""
 
 
 def ends(processes: list) -> list[int]:

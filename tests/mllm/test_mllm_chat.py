@@ -93,6 +93,28 @@ def ask_file(vlm, questions, out, root, **options):
     return answered(out)
 
 
+def test_questions_in_other_layouts_are_asked_alike_and_keep_no_bytes(loaded, saved, tmp_path):
+    """LLaVA's question files, OpenAI's messages, conversations without their answer, and images inside parquet."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    part = {"type": "image_url", "image_url": {"url": "0.png"}}
+    said = {"type": "text", "text": QUESTIONS[0]}
+    rows = [
+        {"image": "0.png", "question": QUESTIONS[0]},
+        {"question_id": 7, "image": "0.png", "text": QUESTIONS[0], "category": "x"},
+        {"messages": [{"role": "user", "content": [part, said]}]},
+        {"images": ["0.png"], "conversations": [{"from": "human", "value": f"<image>\n{QUESTIONS[0]}"}]},
+    ]
+    given = ask_file(loaded, write_rows(tmp_path / "q.jsonl", rows), tmp_path / "a.jsonl", saved)
+    inside = [{"image": {"bytes": (saved / "0.png").read_bytes(), "path": "0.png"}, "question": QUESTIONS[0]}]
+    parquet.write_table(pa.Table.from_pylist(inside), tmp_path / "q.parquet")
+    given += ask_file(loaded, tmp_path / "q.parquet", tmp_path / "b.jsonl", saved)
+    assert len({row["answer"] for row in given}) == 1 and given[1]["question_id"] == 7
+    assert given[4]["image"] == {"path": "0.png"}
+    assert ask_file(loaded, tmp_path / "q.parquet", tmp_path / "b.jsonl", saved) == given[4:]  # goes on
+
+
 BAD_ROWS = [
     ({"image": ["0.png", "1.png"]}, "shows 1 images, but 2 are given.*one image at a time"),
     ({"image": None, "question": "<image>\nIs there?"}, "shows 1 images, but 0 are given.*remove <image>"),

@@ -94,7 +94,8 @@ def test_chatml_is_qwens_form():
 
 
 @pytest.mark.parametrize(
-    "roles", [[], ["human"], ["human", "human"], ["gpt"], ["human", "gpt", "gpt"], ["system", "human", "gpt"]]
+    "roles",
+    [[], ["human"], ["human", "human"], ["gpt"], ["human", "gpt", "gpt"], ["human", "system", "gpt"], ["system"]],
 )
 def test_turns_out_of_order_are_refused(roles):
     with pytest.raises(ValueError):

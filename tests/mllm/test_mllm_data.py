@@ -137,7 +137,7 @@ def test_files_win_over_tars_and_absent_names_are_none(folder, picture):
     ("row", "words"),
     [
         ({"image": "coco/9.png", "conversations": turns("<image>\na", "b")}, ["coco/9.png", "image_root"]),
-        ({"image": "coco/0.png", "conversations": [{"from": "user", "value": "a"}]}, ["user"]),
+        ({"image": "coco/0.png", "conversations": [{"from": "tool", "value": "a"}]}, ["tool"]),
         ({"image": "coco/0.png", "conversations": turns("<image>\na")}, ["answer"]),
         ({"image": "coco/0.png", "conversations": turns("<image>\na", " ")}, ["empty"]),
         ({"image": "coco/0.png", "conversations": turns("<image>\na", "<image>")}, ["<image>"]),

@@ -53,6 +53,33 @@ def test_check_names_every_fault_and_ends_with_2(folder, capsys):
     assert capsys.readouterr().out.strip().endswith("1 rows, 1 images: no fault found")
 
 
+def test_check_tells_machines_the_same(folder, assembled, capsys):
+    assembled.save(folder / "model")
+    rows = [
+        row(0, "<image>\nIs it?", "Yes", image="a.png"),
+        row(1, "<image>\nIs it?", "Yes", image="absent.png"),
+        row(2, "Is it red? " * 300, "Yes"),
+        row(3, "Is it red? " * 10, "Yes " * 200),
+        row(4, "<image>\nIs it?", "Yes", image="a.png"),
+    ]
+    (folder / "rows.json").write_text(json.dumps(rows))
+    options = [str(folder / "rows.json"), f"--image_root={folder}", f"--model={folder / 'model'}", "--max_length=200"]
+    call("mllm.data", "check", *options, "--json", code=2)
+    found = json.loads(capsys.readouterr().out)
+    assert (found["rows"], found["readable"], found["images"]) == (5, 3, 1)
+    assert [fault["key"].rpartition("id ")[2] for fault in found["faults"]] == ["1)", "2)"]
+    assert "absent.png is not under" in found["faults"][0]["reason"]
+    assert found["faults"][1]["reason"] == "no supervised token in the first 200; raise max_length"
+    assert found["tokens"]["largest"] > found["max_length"] == 200 and found["longer_than_max_length"] == 2
+    call("mllm.data", "check", *options, code=2)
+    told = capsys.readouterr().out.splitlines()
+    assert told[:2] == [f"{fault['key']}: {fault['reason']}" for fault in found["faults"]]
+    assert told[2:] == [
+        "2 rows are longer than max_length 200, which cuts their ends off",
+        "5 rows, 1 images: 2 faults",
+    ]
+
+
 def test_stats_count_answers_and_tokens(folder, assembled, capsys):
     assembled.save(folder / "model")
     rows = [

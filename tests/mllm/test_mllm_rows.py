@@ -15,8 +15,9 @@ from transformers import AutoProcessor, AutoTokenizer
 from diffclip.base.errors import InputError
 from mllm.conversation import IGNORE, Segment, control_tokens, encode, render
 from mllm.data.__main__ import main
+from mllm.data.files import read_rows
 from mllm.data.images import find_place
-from mllm.data.rows import load_rows, read_rows
+from mllm.data.rows import load_rows
 from mllm.model import VisionLanguageModel, load
 
 
@@ -270,6 +271,17 @@ def test_a_name_in_two_tars_is_refused_unless_the_row_names_the_tar(folder, caps
     found = [find_place(folder, name).read() for name in names]
     assert found == [red, blue, red, blue, red]
     assert load_rows([write(folder / "r.json", row(image=names[1]))], folder)[0].images[0].read() == blue
+
+
+def test_a_name_twice_in_one_tar_is_refused_unless_both_are_the_same_image(folder, capsys, picture):
+    (folder / "sub").mkdir()
+    with tarfile.open(folder / "sub/0.tar", "w") as tar:
+        for name, seed in (("same", 1), ("other", 1), ("same", 1), ("other", 2)):
+            member = tarfile.TarInfo(f"{name}.png")
+            member.size = len(content := encoded(picture(seed)))
+            tar.addfile(member, io.BytesIO(content))
+    assert find_place(folder, "sub/same.png").read() == encoded(picture(1))
+    refused(write(folder / "r.json", row(image="sub/other.png")), folder, capsys, "is 2 times in", "sub/0.tar")
 
 
 def test_a_compressed_tar_is_named(folder, picture):

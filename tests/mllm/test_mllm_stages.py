@@ -228,6 +228,57 @@ def test_a_start_that_fails_leaves_its_directory_to_the_mended_command(inputs, t
     assert json.loads((out / "run.json").read_text())["state"] == "finished"
 
 
+@pytest.mark.slow
+def test_rows_that_cannot_be_learnt_from_are_named_and_change_nothing_else(inputs, tmp_path, monkeypatch, capsys):
+    """The weights are those of the good rows alone; a paused run goes on with the same rows, or not at all."""
+    images = tmp_path / "images"
+    shutil.copytree(inputs / "images", images)
+    whole = (images / "1.png").read_bytes()
+    (images / "broken.png").write_bytes(bytes(20) + whole[20:])
+    good = json.loads((inputs / "rows.json").read_text())
+    late, broken = ({**good[1], "id": name, "image": f"{name}.png"} for name in ("late", "broken"))
+    long = {
+        "id": "long",
+        "conversations": [{"from": "human", "value": "Is there a red square? " * 200}, good[0]["conversations"][1]],
+    }
+    rows = [{"id": "tool", "conversations": [{"from": "tool", "value": "x"}]}, *good[:9], late, *good[9:], broken, long]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    mixed = [f"--data={tmp_path / 'rows.json'}", f"--image_root={images}"]
+    instruct.main(in_this_process(inputs, tmp_path / "calm"))
+    out = tmp_path / "run"
+    with pytest.raises(
+        InputError, match=r"row 0 \(id tool\).*4 of 52 rows have problems, more than max_bad_share 0.01"
+    ):
+        instruct.main(in_this_process(inputs, out, *mixed))
+    named = [json.loads(line) for line in (out / "bad_samples.jsonl").read_text().splitlines()]
+    found = {line["key"].rpartition("id ")[2]: line["reason"] for line in named}
+    assert found.keys() == {"tool)", "late)", "broken)", "long)"} and len(named) == 4
+    assert "by `tool`" in found["tool)"] and "late.png is not under" in found["late)"]
+    assert "broken.png cannot be read as an image" in found["broken)"]
+    assert "more than the 512 positions of the language model; set max_length 512" in found["long)"]
+
+    def tell(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == 2
+
+    options = in_this_process(inputs, out, *mixed, "--max_bad_share=0.1")
+    with monkeypatch.context() as patch:
+        patch.setattr(Watch, "on_step_begin", tell)
+        with pytest.raises(SystemExit):
+            instruct.main(options)
+    (images / "broken.png").write_bytes(whole)  # of the same size, so that the folder is the same to the run
+    for _ in range(2):  # being refused once changes nothing
+        with pytest.raises(InputError, match="began with 48 rows that can be learnt from, and now there are 49"):
+            instruct.main(options)
+    (images / "broken.png").write_bytes(bytes(20) + whole[20:])
+    instruct.main(options)
+    assert "resumes at step 2 of 6" in (said := capsys.readouterr().out) and "4 bad samples skipped" in said
+    record = json.loads((out / "run.json").read_text())
+    assert (record["conversations"], record["bad_samples"]) == (48, 4)
+    assert len((out / "bad_samples.jsonl").read_text().splitlines()) == 4
+    got, wanted = weights(out), weights(tmp_path / "calm")
+    assert all(torch.equal(got[key], wanted[key]) for key in wanted)
+
+
 @pytest.mark.parametrize("stage", [align, instruct])
 def test_a_diverged_model_is_not_finished(inputs, tower_dir, language_dir, tmp_path, stage):
     arguments = in_this_process(inputs, tmp_path / "run", "--learning_rate=1e38", "--logging_steps=1000")

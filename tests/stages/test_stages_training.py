@@ -21,7 +21,7 @@ from stages import language, pretrain
 from stages.callbacks import Watch
 from stages.run import NOT_FINISHED, Run
 from stages.settings import AlignConfig, InstructConfig, LanguageConfig, PretrainConfig, TrainingConfig, check
-from stages.training import check_checkpoint, on_one_device, train, training_arguments
+from stages.training import check_checkpoint, check_shared_memory, on_one_device, train, training_arguments
 
 STEPS = 12
 
@@ -124,6 +124,24 @@ def test_cudnn_attention_is_off_in_training_unless_asked_for(tmp_path, wanted):
     assert TrainingConfig().cudnn_attention is False
 
 
+def test_batches_that_do_not_fit_into_shared_memory_are_refused_with_what_fits(tmp_path, monkeypatch):
+    trainer, _ = start(tmp_path / "run", num_workers=3)
+    check_shared_memory(trainer)
+    one = 2 * 8 * 6 * 4  # what a worker holds ready: two batches of eight rows of six floats
+
+    def free(number):
+        monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(0, 0, number))
+
+    for enough, fits in ((3 * one, None), (3 * one - 1, 2), (one, 1), (one - 1, 0)):
+        free(enough)
+        if fits is None:
+            check_shared_memory(trainer)
+            continue
+        with pytest.raises(InputError, match=f"--shm-size=1g .*lower `num_workers` to {fits}$"):
+            check_shared_memory(trainer)
+    check_shared_memory(trainer, folder=str(tmp_path / "nowhere"))
+
+
 # ---- what `trainer` may say
 
 
@@ -162,8 +180,8 @@ def test_trainer_takes_what_no_setting_of_the_stage_decides(tmp_path):
     [
         (LanguageConfig, set()),
         (PretrainConfig, {"micro_batch_size", "max_bad_share"}),
-        (AlignConfig, {"micro_batch_size", "tokens"}),
-        (InstructConfig, {"micro_batch_size", "tokens"}),
+        (AlignConfig, {"micro_batch_size", "max_bad_share", "tokens"}),
+        (InstructConfig, {"micro_batch_size", "max_bad_share", "tokens"}),
     ],
 )
 def test_settings_that_decide_nothing(config, own):

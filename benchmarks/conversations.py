@@ -1,0 +1,122 @@
+"""What conversations cost to open, at the sizes that matter: the first time, their lengths, and every time after that.
+
+    python -m benchmarks.conversations [--rows 10000 100000 665000 1000000] [--tokenizer Qwen/Qwen2.5-0.5B-Instruct]
+
+Rows are synthetic, of the length of LLaVA-665K's (1.5 kB of JSON, one image each, a few turns). Each number is of a
+process of its own: seconds without imports (and those of CPU time), and megabytes beyond what the imports take, at most
+or (after) kept.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+from PIL import Image
+
+from diffclip.base.commands import Parser
+from diffclip.base.console import print_table
+from diffclip.base.errors import exit_on_input_error
+
+IMAGES = 1000  # files; rows show them in turn, and each is looked for anew
+
+
+def write_rows(path: Path, count: int) -> None:
+    """A JSON array of `count` rows like LLaVA-665K's, which show one of IMAGES files each."""
+    rng = np.random.default_rng(0)
+    syllables = ["ka", "lo", "mi", "ren", "tu", "sa", "bel", "or", "in", "ta", "de", "fu"]
+    words = ["".join(rng.choice(syllables, rng.integers(1, 4))) for _ in range(5000)]
+    texts = [" ".join(words[i] for i in rng.zipf(1.3, 60) % len(words)) for _ in range(500)]
+    with open(path, "w", encoding="utf-8") as file:
+        for n in range(count):
+            turns = [{"from": "human", "value": f"<image>\n{texts[n % 500][:60]}?"}]
+            for k in range(4):
+                turns.append({"from": "gpt", "value": texts[(n * 7 + k) % 500]})
+                turns.append({"from": "human", "value": f"{texts[(n * 3 + k) % 500][:60]}?"})
+            row = {"id": f"{n:012d}", "image": f"coco/{n % IMAGES:012d}.png", "conversations": [*turns[:-1]]}
+            file.write(("[" if n == 0 else ",\n") + json.dumps(row))
+        file.write("]")
+
+
+def measure(what: str, folder: str, tokenizer: str, lengths_too: bool) -> None:
+    """In a process of its own: print seconds, and megabytes at most and kept, of one way to open the rows."""
+    import torch  # noqa: F401 - its memory is not the rows'
+    from transformers import AutoTokenizer
+
+    from mllm.data.judge import token_lengths
+    from mllm.data.rows import load_rows
+
+    words = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
+    process = psutil.Process()
+    before, peak_before, start, cpu = process.memory_full_info().uss, peak(), time.perf_counter(), time.process_time()
+    rows = load_rows([f"{folder}/rows.json"], folder)
+    if what == "lengths" or (what == "after" and lengths_too):
+        lengths = token_lengths(rows, words, 196, "vicuna")
+        assert int(lengths.min()) > 196
+    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
+    kept = process.memory_full_info().uss - before
+    assert rows[len(rows) - 1].images
+    print(json.dumps([seconds, cpu, (peak() - peak_before) / 1e6, kept / 1e6]))
+
+
+def peak() -> int:
+    """The largest resident memory of this process so far, in bytes."""
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def a_tokenizer(folder: Path) -> str:
+    """A small byte-level BPE of Qwen2's class, learnt from the rows' own words."""
+    from stages.language_modeling import train_tokenizer
+
+    texts = [turn["value"] for row in json.loads((folder / "some.json").read_text()) for turn in row["conversations"]]
+    train_tokenizer(texts, 4000).save_pretrained(folder / "tokenizer")
+    return str(folder / "tokenizer")
+
+
+def main() -> None:
+    parser = Parser("python -m benchmarks.conversations", description=__doc__)
+    parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 100_000, 665_000, 1_000_000])
+    parser.add_argument("--lengths", type=int, default=100_000, help="count tokens of up to so many rows (100,000)")
+    parser.add_argument("--tokenizer", default="", help="a directory or Hub id (a small one, learnt from the rows)")
+    parser.add_argument("--measure", nargs=4, help="of the processes that are measured")
+    options = parser.parse_args()
+    if options.measure:
+        what, folder, tokenizer, counted = options.measure
+        return measure(what, folder, tokenizer, counted == "counted")
+    table = []
+    for count in options.rows:
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            (folder / "coco").mkdir()
+            for n in range(IMAGES):
+                Image.new("RGB", (8, 8)).save(folder / f"coco/{n:012d}.png")
+            write_rows(folder / "rows.json", count)
+            write_rows(folder / "some.json", 500)
+            tokenizer = options.tokenizer or a_tokenizer(folder)
+            size = (folder / "rows.json").stat().st_size / 1e6
+            cells = [f"{count:,}", f"{size:,.0f}"]
+            for what in ("first", "lengths", "after"):
+                if what == "lengths" and count > options.lengths:
+                    cells += ["", ""]
+                    continue
+                command = [sys.executable, "-m", "benchmarks.conversations", "--measure", what, name, tokenizer]
+                command.append("counted" if count <= options.lengths else "")
+                environment = {**os.environ, "DIFFCLIP_CACHE": f"{name}/cache", "TOKENIZERS_PARALLELISM": "true"}
+                told = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+                seconds, cpu, most, kept = json.loads(told.stdout.splitlines()[-1])
+                cells += [f"{seconds:.2f} s ({cpu:.2f})", f"{kept if what == 'after' else most:,.0f} MB"]
+            table.append(cells)
+            print(cells, flush=True)
+    print_table(("rows", "MB of JSON", "first", "at most", "+ lengths", "at most", "after that", "kept"), table)
+
+
+if __name__ == "__main__":
+    with exit_on_input_error():
+        main()

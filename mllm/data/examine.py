@@ -1,0 +1,107 @@
+"""What is wrong with a row: its images, its turns, and whether a template shows what it holds."""
+
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from diffclip.base.errors import InputError
+from mllm.conversation import IMAGE, pair_turns, render, system_text, text_problem
+from mllm.data.files import of_split, read_rows
+from mllm.data.images import ImagePlace, find_place, row_images
+from mllm.data.layouts import read_conversation
+
+OTHER_TAG = re.compile(r"^<(?:video|audio|speech|sound)>$", re.MULTILINE)  # where the row's key is another, or lost
+
+
+class Examined(NamedTuple):
+    """A row as `examine` found it: its name, turns, images by name, and what is wrong with it or ""."""
+
+    key: str
+    conversation: list[dict[str, str]]
+    images: list[tuple[str, ImagePlace | None]]
+    problem: str
+
+
+def examine(
+    files: Sequence[str | Path],
+    image_root: str | Path,
+    *,
+    image_prefix: str,
+    split: str,
+    template: str,
+    control: Sequence[str],
+) -> Iterator[Examined]:
+    """Every row of files with what is wrong with it or ""; arguments as in `load_rows`."""
+    for path in files:
+        others = 0
+        for number, row in enumerate(read_rows(path, split)):
+            if not of_split(row, split):
+                others += 1
+                continue
+            name = " ".join(str(row.get("id", row.get("question_id", "?")))[:100].split())
+            key = f"{path}: row {number} (id {name})".encode(errors="backslashreplace").decode()
+            turns: list[dict[str, str]] = []
+            places: list[tuple[str, ImagePlace | None]] = []
+            try:
+                turns, images = read_conversation(row)
+                if image_prefix and not any(name.startswith(image_prefix) for name, _ in images):
+                    continue
+                places = [(name, None) for name, _ in images]  # until they are found
+                places = [(name, find_place(image_root, name, content)) for name, content in images]
+                problem = conversation_problem(turns, places, image_root, template, control)
+            except (InputError, ValueError) as error:
+                if image_prefix and not places and _outside(row, image_prefix):
+                    continue
+                problem = str(error)
+            except RecursionError:
+                problem = "is nested too deep; drop the row"
+            problem = " ".join(problem.encode(errors="backslashreplace").decode().split())
+            yield Examined(key, turns, places, problem)
+        if others:
+            print(f"{path}: {others:,} rows of other splits than {split or 'train'} are left out", file=sys.stderr)
+
+
+def _outside(row: dict, image_prefix: str) -> bool:
+    """Whether a row whose turns cannot be read is none of those that `image_prefix` chooses."""
+    try:
+        names = [name for name, _ in row_images(row)]
+    except InputError:
+        return False
+    return "conversations" in row and not any(name.startswith(image_prefix) for name in names)
+
+
+def conversation_problem(
+    turns: list[dict[str, str]],
+    places: list[tuple[str, ImagePlace | None]],
+    image_root: str | Path,
+    template: str,
+    control: Sequence[str],
+) -> str:
+    """What is wrong with turns and the images that they show, or ""; ValueError where the turns are out of order."""
+    if missing := [name for name, place in places if place is None]:
+        return f"image {missing[0][:200]} is not under {image_root}, nor in a tar there; check image_root"
+    questions, answers = pair_turns(turns)
+    if tag := next(filter(None, map(OTHER_TAG.search, questions)), None):
+        return f"a question shows {tag[0].strip()}, which this model cannot see or hear; drop the row"
+    if any(not answer.strip() for answer in answers):
+        return "an answer is empty; drop the turn"
+    return text_problem(questions, answers, control, system_text(turns)) or _count_problem(turns, len(places), template)
+
+
+def _count_problem(conversation: list[dict[str, str]], images: int, template: str) -> str:
+    """Why a template does not show each of a row's images once, or ""."""
+    shown = sum(segment.text.count(IMAGE) for segment in render(conversation, template))
+    if shown == images:
+        return ""
+    tags = sum(turn["value"].count(IMAGE) for turn in conversation)
+    if template == "plain":
+        advice = "it shows one image before each answer: use template vicuna or chatml, or drop the row"
+    elif template == "vicuna" and tags == images:
+        advice = "it shows one image a question: use template chatml, or ask about each in a question of its own"
+    elif not images:
+        advice = f"give its images in `image`, or take {IMAGE} out of the questions"
+    else:
+        advice = f"put one {IMAGE} into a question for each image"
+    return f"has {images} images, but its conversation shows {shown} in template `{template}`; {advice}"
