@@ -73,8 +73,10 @@ def sources_in(folder: str, layout: Layout) -> tuple[list[str], list[tuple[str, 
         notices = [(folder, f"its {name} are read, its {other} are not") for other, _ in others]
         kept, left_out = _of_split(found, [split_of(os.path.relpath(path, folder)) for path in found], folder, layout)
         return kept, notices + left_out
-    if _images_and_captions(files, layout)[2]:
-        return [folder], []
+    images, _, both = _images_and_captions(files, layout)
+    if both:
+        apart = [path for path in tables if kind_of(path) != ".txt" and os.path.splitext(path)[0] not in images]
+        return [folder], [(path, "is not read: the captions beside the images are") for path in apart]
     if found := _beside_images(folder, tables, layout):
         kept, notices = _of_split(found, [split_of(os.path.relpath(path, folder)) for path in found], folder, layout)
         beside = {kind_of(path) for path in tables if os.path.dirname(path) == os.path.dirname(found[0])}
@@ -94,7 +96,7 @@ def _beside_images(folder: str, tables: Iterable[str], layout: Layout) -> list[s
     """The tables of captions of a folder, all of one kind: of text files those that begin like one, of JSON COCO's
     captions without the boxes beside them.
     """
-    folder = folder.rstrip("/") or folder
+    folder, found_first = folder.rstrip("/") or folder, list[str]()
     for kind in KINDS:
         places: dict[str, list[str]] = {"": [], "data": [], "annotations": [], "splits": []}
         for path in tables:
@@ -105,8 +107,11 @@ def _beside_images(folder: str, tables: Iterable[str], layout: Layout) -> list[s
         for found in places.values():
             captions = [path for path in found if os.path.basename(path).lower().startswith("captions_")]
             if found:
-                return captions if captions and kind == ".json" else found
-    return []
+                found = captions if captions and kind == ".json" else found
+                if all(holds_captions(path, layout) for path in found):
+                    return found
+                found_first = found_first or found
+    return found_first  # reading says what is wrong with them
 
 
 def read_folder(folder: str, layout: Layout) -> Files:

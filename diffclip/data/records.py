@@ -32,19 +32,19 @@ def json_rows(path: str, lines: bool) -> Iterable[dict[str, Any]]:
         return
     data = _parsed(b"".join(lines_of(path)), path, path)
     try:
-        if isinstance(data, dict) and isinstance(data.get("annotations"), list):
+        if isinstance(data, dict) and isinstance(data.get("annotations"), list) and "images" in data:
             yield from _coco(path, data)
         elif isinstance(data, dict) and isinstance(data.get("images"), list) and _dicts(data["images"]):  # Karpathy
             for row in data["images"]:
                 file = os.path.join(row.get("filepath") or "", row["filename"])
                 yield {"image": file, "caption": row["sentences"], "split": row.get("split")}
-        elif isinstance(data, list):
-            for number, row in enumerate(data):
+        elif isinstance(rows := data.get("annotations") if isinstance(data, dict) else data, list) and _dicts(rows):
+            for number, row in enumerate(rows):
                 yield _mapping(row, f"{path}: row {number}")
         elif isinstance(data, dict) and data and _columns(data):
             for values in zip(*data.values()):
                 yield dict(zip(data, values))
-        elif isinstance(data, dict) and data and all(isinstance(value, list | str) for value in data.values()):
+        elif isinstance(data, dict) and _captions_of_files(data):
             for name, captions in data.items():
                 yield {"image": name, "caption": captions}
         else:
@@ -76,6 +76,11 @@ def _columns(data: dict) -> bool:
     """Whether {"image": [...], "caption": [...]} holds columns: lists of one length, of names that no files have."""
     lengths = {len(value) if isinstance(value, list) else -1 for value in data.values()}
     return len(lengths) == 1 and -1 not in lengths and not any("." in name for name in data)
+
+
+def _captions_of_files(data: dict) -> bool:
+    """Whether {"1.jpg": "a cat", "2.jpg": [...]} names files, which have a dot."""
+    return any("." in name for name in data) and all(isinstance(value, list | str) for value in data.values())
 
 
 def _mapping(row: Any, where: str) -> dict[str, Any]:

@@ -26,6 +26,7 @@ def of_one_split(tables: Sequence[Columns], layout: Layout, where: str) -> list[
     """
     splits = [_splits(table, layout) for table in tables]
     names = dict.fromkeys(name for each in splits if each for name in each if name != "")
+    where = tables[0].path if len(tables) == 1 else where
     split = chosen_split(names, layout, where, "set `split` to one of them") if names else None
     kept = [table if each is None else _kept(table, each, split) for table, each in zip(tables, splits)]
     for table in kept:

@@ -58,8 +58,11 @@ def column_names(path: str) -> list[str]:
 
 
 def holds_captions(path: str, layout: Layout) -> bool:
-    """Whether the first line of a .txt is one of Flickr's, or names columns of images and captions."""
+    """Whether a table has columns of images and captions, or a text's first line is one of Flickr's."""
+    kind = kind_of(path)
     try:
+        if kind in (".parquet", ".arrow", ".json", ".jsonl"):
+            return kind == ".arrow" or _fits(path, column_names(path), layout)
         line = _header(path, _by_mark(path, layout))[0].strip()[:LONGEST_HEADER]
         separated = [next(csv.reader([line], delimiter=separator), []) for separator in SEPARATORS]
     except (InputError, csv.Error):  # another text

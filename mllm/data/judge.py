@@ -16,11 +16,11 @@ import numpy as np
 from tqdm import tqdm
 from transformers import LlavaProcessor, PreTrainedTokenizerBase
 
+from diffclip.base.cache import cache_dir
 from diffclip.base.errors import InputError
 from diffclip.base.files import read_json, whole, write_whole
 from diffclip.base.fingerprint import json_digest
 from diffclip.base.images import open_image
-from diffclip.data.shards import cache_dir
 from mllm.conversation import IGNORE, NoSupervisionError, encode, render
 from mllm.data.images import find_place, present
 from mllm.data.rows import Rows, locked

@@ -18,11 +18,11 @@ import pyarrow
 from datasets import Dataset
 from filelock import FileLock
 
+from diffclip.base.cache import cache_dir
 from diffclip.base.errors import InputError
 from diffclip.base.files import whole
 from diffclip.base.fingerprint import json_digest
 from diffclip.base.paths import matching
-from diffclip.data.shards import cache_dir
 from mllm.conversation import QWEN_CONTROL
 from mllm.data.examine import Examined, examine
 from mllm.data.files import KINDS
@@ -124,7 +124,7 @@ def load_rows(
 ) -> Rows:
     """Read rows of any of `mllm.data.layouts` and judge them all.
 
-    What was judged is kept in `diffclip.data.shards.cache_dir`, so the same files open in a moment the next time, and
+    What was judged is kept in `diffclip.base.cache.cache_dir`, so the same files open in a moment the next time, and
     in every other process: of several one judges, and the others wait. Images that rows hold themselves are kept there
     too. Rows whose images were missing are judged anew when the images have come.
 

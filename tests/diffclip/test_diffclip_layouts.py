@@ -306,6 +306,20 @@ def test_what_else_a_folder_holds_is_said(tmp_path):
     assert PairTable([str(tmp_path / "a")]).notices == []
 
 
+def test_tables_of_captions_are_told_from_what_lies_beside_them(tmp_path):
+    write(tmp_path, {**A_TO_C, "info.json": '{"licence": "none"}', "x.csv": "image,caption\n1.png,a\n"})
+    assert contents(tmp_path) == [(1, ["a"])]
+    assert PairTable([str(tmp_path)]).notices == [(str(tmp_path), "its .csv files are read, its .json are not")]
+    write(tmp_path, {"info.json": '{"annotations": [{"image": "2.png", "caption": "b"}]}', "x.csv": "a,b\n1,2\n"})
+    assert contents(tmp_path) == [(2, ["b"])]
+    (tmp_path / "info.json").unlink()
+    with pytest.raises(InputError, match=r"x\.csv: needs an image column"):
+        PairTable([str(tmp_path)])
+    write(tmp_path, {"1.txt": "of a file"})
+    assert contents(tmp_path) == [(1, ["of a file"])]
+    assert PairTable([str(tmp_path)]).notices[0][1] == "is not read: the captions beside the images are"
+
+
 def test_patterns_and_names_that_look_like_them(tmp_path):
     for name, value in (("x[1].tar", 1), ("y{1}.tar", 2), ("deep/er/z.tar", 3)):
         tar_of(tmp_path / name, pair(value))
