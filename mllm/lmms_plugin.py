@@ -100,6 +100,7 @@ class DiffCLIPLlavaForEvaluation(lmms):
                 of the task, "grey" grey ones, "no_image" none.
         """
         super().__init__()
+        _keep_likelihoods()
         self.auto = str(batch_size).split(":")[0] == "auto"  # lmms-eval knows auto:N too
         if not self.auto and (not str(batch_size).isdecimal() or int(batch_size) < 1):
             raise InputError(f"batch_size is {batch_size}: give a number of questions, or auto")
@@ -380,6 +381,25 @@ def _task_options(options: dict) -> dict[str, Any]:
     known = {name: value for name, value in options.items() if name in OPTIONS}
     given = {"max_new_tokens", "max_gen_toks"} & {name for name, value in known.items() if value is not None}
     return generation_options(known if given else {**known, "max_new_tokens": 1024})
+
+
+def _keep_likelihoods() -> None:
+    """Have lmms-eval leave pairs of a log-probability as they are.
+
+    Version 0.7.3 writes out as text whatever a model gives and is none, and then cannot score a task of choices.
+    """
+    from lmms_eval import evaluator
+
+    unwrap = evaluator.unwrap_generation_output
+    if unwrap.__module__ == __name__:  # done before
+        return
+
+    def unwrapped(output: Any) -> tuple[Any, Any]:
+        if isinstance(output, tuple | list) and len(output) == 2 and isinstance(output[0], float):
+            return tuple(output), None
+        return unwrap(output)
+
+    evaluator.unwrap_generation_output = unwrapped
 
 
 def _digest(image: Image.Image) -> bytes:

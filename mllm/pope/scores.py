@@ -44,9 +44,15 @@ def score_splits(questions: Sequence[Question], predictions: Sequence[str]) -> d
     groups: dict[str, list[tuple[str, str]]] = defaultdict(list)
     for question, prediction in zip(questions, predictions, strict=True):
         groups[question.split].append((prediction, question.label))
-    table = {split: score(*zip(*groups[split])) for split in SPLITS if split in groups}
+    table = {split: score(*zip(*groups[split])) for split in _splits(questions)}
     mean = {name: sum(row[name] for row in table.values()) / len(table) for name in SCORES}
     return {**table, "mean": {**mean, "n": len(questions)}}
+
+
+def _splits(questions: Sequence[Question]) -> list[str]:
+    """The splits that occur: POPE's in their order, then others, as tasks of lmms-eval have them."""
+    there = dict.fromkeys(q.split for q in questions)
+    return [split for split in dict.fromkeys((*SPLITS, *there)) if split in there]
 
 
 def intervals(
@@ -58,7 +64,7 @@ def intervals(
     bootstrap of Davison and Hinkley 1997, section 3.8).
     """
     rows = {name: i for i, name in enumerate(sorted({q.image for q in questions}))}
-    splits = [split for split in SPLITS if any(q.split == split for q in questions)]
+    splits = _splits(questions)
     # questions, right ones, those predicted yes that are yes, and the sum of predicted and true yes
     counts = np.zeros((len(rows), len(splits), 4))
     for q, prediction in zip(questions, predictions, strict=True):
