@@ -291,7 +291,7 @@ class DiffCLIPLlavaForEvaluation(lmms):
         yield from tqdm(order, desc=PROGRESS, unit="question", disable=self.rank != 0)
 
     def _images(
-        self, doc_to_visual: Callable[[dict], list | None], doc_id: int, task: str, split: str
+        self, doc_to_visual: Callable[[Any], list | None], doc_id: int, task: str, split: str
     ) -> list[Image.Image]:
         """What is shown with a question: its images or, in a control, others in their places."""
         images = self._own_images(doc_to_visual, doc_id, task, split)
@@ -311,7 +311,7 @@ class DiffCLIPLlavaForEvaluation(lmms):
         raise InputError(f"task {task}, question {doc_id} of {split}: no other question shows other images")
 
     def _own_images(
-        self, doc_to_visual: Callable[[dict], list | None], doc_id: int, task: str, split: str
+        self, doc_to_visual: Callable[[Any], list | None], doc_id: int, task: str, split: str
     ) -> list[Image.Image]:
         # before the task's own convert("RGB"), which would lay transparency over black and cut 16 bits at 255
         with as_decoder():  # for tasks that open files

@@ -18,9 +18,7 @@ def main(argv: list[str] | None = None) -> None:
     config = parse(EvaluateConfig, __doc__, argv)
     require(config, "output_dir")
     if not (config.clip or config.mllm):
-        raise InputError(
-            "nothing to evaluate: give --clip RUN and --data_root, or --mllm RUN and --pope or --tasks"
-        )
+        raise InputError("nothing to evaluate: give --clip RUN and --data_root, or --mllm RUN and --pope or --tasks")
     if config.tasks and not config.mllm:
         raise InputError("--tasks are questions to a multimodal model: name it with --mllm RUN")
     require(config, *(["clip_data"] if config.clip else []), *(["pope"] if config.mllm and not config.tasks else []))
