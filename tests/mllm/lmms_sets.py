@@ -69,8 +69,8 @@ def mmbench(folder: Path, picture: Callable[[int], Image.Image]) -> Rows:
 
 def gqa(folder: Path, picture: Callable[[int], Image.Image]) -> Rows:
     rows = [
-        {"id": str(i), "imageId": f"n{i % 2}", "question": ["Is there a star?", "What is red?"][i // 2],
-         "answer": ["yes", "no", "square", "circle"][i], "fullAnswer": "", "isBalanced": True}
+        {"id": str(i), "imageId": f"n{i % 2}", "question": ["Where is the star?", "What is red?"][i // 2],
+         "answer": ["left", "right", "square", "circle"][i], "fullAnswer": "", "isBalanced": True}
         for i in range(4)
     ]  # fmt: skip
     images = [{"id": f"n{i}", "image": picture(i)} for i in range(2)]
