@@ -4,10 +4,13 @@ Prompts are built from the conversation template that the model was trained with
 lmms-eval or the tokenizer might bring along.
 """
 
+import functools
 import glob
 import hashlib
 import json
+import os
 import random
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
@@ -49,6 +52,25 @@ EpsImagePlugin.gs_binary = False  # `datasets` decodes the tasks' images: none o
 def manifest() -> ModelManifest:
     """The entry point through which lmms-eval finds the model."""
     return ModelManifest(model_id="diffclip_llava", simple_class_path="mllm.lmms_plugin.DiffCLIPLlavaForEvaluation")
+
+
+def ends_all(method: Callable) -> Callable:
+    """`method` of a model, whose error ends the process where there are several.
+
+    lmms-eval catches errors, and the other processes would wait for this one for ever; so their launcher ends them.
+    """
+
+    @functools.wraps(method)
+    def checked(self: "DiffCLIPLlavaForEvaluation", requests: list[Instance]) -> list:
+        try:
+            return method(self, requests)
+        except Exception as error:
+            if self._world_size == 1:
+                raise
+            print(f"Error during evaluation: {error}", file=sys.stderr, flush=True)
+            os._exit(1)
+
+    return checked
 
 
 class Question(NamedTuple):
@@ -125,6 +147,7 @@ class DiffCLIPLlavaForEvaluation(lmms):
         self.shown = shown
         self.identity = self.vlm.identity() if answers else ""
 
+    @ends_all
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """Answers in the order of the requests; greedy unless the task asks to sample.
 
@@ -137,6 +160,7 @@ class DiffCLIPLlavaForEvaluation(lmms):
         self._note(requests, questions)
         return self._answers_to(questions)
 
+    @ends_all
     def generate_until_multi_round(self, requests: list[Instance]) -> list[list[str]]:
         """What each request's task makes of the answers to its questions, which it asks one after the other.
 
@@ -168,6 +192,7 @@ class DiffCLIPLlavaForEvaluation(lmms):
             going = still
         raise InputError(f"task {requests[going[0]].args[5]} asks more than {MOST_ROUNDS} times about one document")
 
+    @ends_all
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """Log-probability of each continuation, without the end token, and whether greedy decoding writes it.
 

@@ -4,11 +4,15 @@ answered by yes or no, POPE's scores with POPE's controls.
 Each task is a process of its own, so that one that fails takes no other with it.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+import inspect
+import random
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.stats import t
 
 from diffclip.base.errors import InputError
 from diffclip.base.files import json_line, read_jsonl, write_whole
@@ -20,6 +24,7 @@ from mllm.pope.scores import CONTROLS, blind, intervals, score
 
 ASKED = "asked.jsonl"  # which question shows which images; with the rank behind its name
 TASK, YES_NO = "tasks", "tasks_yes_no"  # the first parts of the names of scores
+GROUPS = 20  # of images, each left out once, for the interval of a score that is no mean
 RIGHT = ("score", "is_correct", "correct", "hit", "acc")  # keys of a record that says whether an answer is right
 
 
@@ -34,8 +39,8 @@ def evaluate_task(run_dir: str | Path, task: str, out_dir: Path, *, seed: int = 
         how: as in `mllm.pope.lmms.run_lmms_eval`.
 
     Returns:
-        tasks/TASK/METRIC as lmms-eval gives it, with METRIC_low and METRIC_high where it is a mean over questions
-        (95 %, images resampled), tasks/TASK/questions and tasks/TASK/images; of yes/no questions
+        tasks/TASK/METRIC as lmms-eval gives it, with METRIC_low and METRIC_high, its interval of 95 % over images,
+        where there is one (see `task_scores`), tasks/TASK/questions and tasks/TASK/images; of yes/no questions
         tasks_yes_no/TASK/PASS/SCORE in percent, PASS being model, blind, always_yes or one of POPE's controls.
 
     Raises:
@@ -45,7 +50,8 @@ def evaluate_task(run_dir: str | Path, task: str, out_dir: Path, *, seed: int = 
     metrics: dict[str, float] = {}
     asked: dict[str, list[Question]] = {}
     for name, samples in outcome.samples.items():
-        metrics |= {f"{TASK}/{name}/{key}": value for key, value in task_scores(outcome, name, images[name]).items()}
+        own = task_scores(outcome, name, images[name], aggregations(name, how.get("include")))
+        metrics |= {f"{TASK}/{name}/{key}": value for key, value in own.items()}
         if questions := yes_no_questions(name, samples, images[name]):
             asked[name] = questions
     if not asked:
@@ -85,22 +91,75 @@ def _passed(
     return outcome, images
 
 
-def task_scores(outcome: Outcome, task: str, images: Mapping[int, str]) -> dict[str, float]:
-    """A task's own numbers; of those that are means over questions the intervals, whole images being resampled."""
+def task_scores(
+    outcome: Outcome, task: str, images: Mapping[int, str], aggregate: Mapping[str, Callable] | None = None
+) -> dict[str, float]:
+    """A task's own numbers, with intervals of 95 % over images.
+
+    Of a mean over questions by the bootstrap, whole images being drawn; of what `aggregate` makes of the questions in
+    another way by leaving out groups of images (the delete-group jackknife, with Student's t). Others have none.
+    """
     samples = outcome.samples[task]
-    clusters = [images.get(sample["doc_id"], str(sample["doc_id"])) for sample in samples]
-    scores: dict[str, float] = {"questions": len(samples), "images": len({c for c in clusters if c})}
+    clusters = [images.get(sample["doc_id"]) or str(sample["doc_id"]) for sample in samples]
+    scores: dict[str, float] = {"questions": len(samples), "images": len(set(clusters))}
     for metric, value in outcome.scores(task).items():
         scores[metric] = value
-        values = _values(samples, metric)
-        if values is None:
-            continue
-        mean, low, high = bootstrap_mean(values, clusters, resamples=1000)
-        for unit in (1, 100):  # tasks give shares, or percentages rounded to some digits
-            if abs(unit * mean - value) < 1e-4 * unit:
-                scores |= {f"{metric}_low": unit * low, f"{metric}_high": unit * high}
-                break
+        ends = _bootstrap(value, _values(samples, metric), clusters)
+        if ends is None and aggregate and metric in aggregate:
+            ends = _jackknife(value, [sample.get(metric) for sample in samples], clusters, aggregate[metric])
+        if ends:
+            scores |= {f"{metric}_low": ends[0], f"{metric}_high": ends[1]}
     return scores
+
+
+def _bootstrap(value: float, values: np.ndarray | None, clusters: Sequence[str]) -> tuple[float, float] | None:
+    """The interval of a mean of values, or of 100 times it, perhaps rounded; None if `value` is neither."""
+    if values is None:
+        return None
+    mean, low, high = bootstrap_mean(values, clusters, resamples=1000)
+    unit = next((unit for unit in (1, 100) if abs(unit * mean - value) < 1e-4 * unit), None)
+    return (unit * low, unit * high) if unit else None
+
+
+def _jackknife(
+    value: float, records: Sequence[Any], clusters: Sequence[str], aggregate: Callable
+) -> tuple[float, float] | None:
+    """The interval of a score; None if it cannot be computed of fewer questions."""
+    names = sorted(set(clusters))
+    random.Random(0).shuffle(names)
+    groups = min(GROUPS, len(names))
+    group_of = {name: i % groups for i, name in enumerate(names)}
+
+    def without(left_out: int) -> float:
+        kept = (record for record, name in zip(records, clusters) if group_of[name] != left_out)
+        return float(aggregate([record for record in kept if record is not None]))
+
+    try:
+        if groups < 2 or abs(without(-1) - value) > 1e-4 * max(1, abs(value)):  # something else is computed than before
+            return None
+        values = np.array([without(group) for group in range(groups)])
+    except Exception:  # of a task's author: it may count on all of its questions
+        return None
+    half = t.ppf(0.975, groups - 1) * np.sqrt((groups - 1) / groups * ((values - values.mean()) ** 2).sum())
+    return value - float(half), value + float(half)
+
+
+def aggregations(task: str, include: Path | None = None) -> dict[str, Callable]:
+    """{metric: what makes a score of all questions' records} of a task file, as far as that takes nothing else.
+
+    What takes more than the records writes files, or asks a judge over the network.
+    """
+    from lmms_eval import tasks
+    from lmms_eval.utils import load_yaml_config
+
+    line = re.compile(rf"^task:\s*[\"']?{re.escape(task)}[\"']?\s*$", re.MULTILINE)
+    for folder in filter(None, (include, Path(tasks.__file__).parent)):
+        for file in sorted(folder.rglob("*.yaml")):
+            if line.search(file.read_text(encoding="utf-8", errors="replace")):
+                rows = load_yaml_config(str(file)).get("metric_list") or []
+                found = {row.get("metric"): row.get("aggregation") for row in rows}
+                return {m: f for m, f in found.items() if callable(f) and len(inspect.signature(f).parameters) == 1}
+    return {}
 
 
 def _values(samples: Sequence[Mapping[str, Any]], metric: str) -> np.ndarray | None:

@@ -227,9 +227,9 @@ def run_lmms_eval(
 def _end_of(log: Path) -> str:
     """What lmms-eval says of the error that ended it, or else the last lines of its log, without colours."""
     text = re.sub("\x1b\\[[0-9;]*m", "", log.read_text(encoding="utf-8", errors="replace"))
-    lines = [line for line in text.split("\n")[-12:] if line.strip()]
-    said = next((line for line in reversed(lines) if "Error during evaluation: " in line), "")
-    return (said.split("Error during evaluation: ")[1] if said else " | ".join(lines))[:1500]
+    if said := re.findall(r"Error during evaluation: (.+)", text):
+        return said[0][:1500]
+    return " | ".join(line for line in text.split("\n")[-12:] if line.strip())[:1500]
 
 
 def _run_with_progress(command: list[str], environment: dict[str, str], log: Path) -> int:

@@ -11,7 +11,7 @@ from launch import call, forked_lmms_eval
 from diffclip.base.errors import InputError
 from diffclip.base.files import read_json, read_jsonl
 from mllm.conversation import prompt
-from mllm.lmms_tasks import first_word, task_scores, yes_no_label, yes_no_questions, yes_no_scores
+from mllm.lmms_tasks import aggregations, first_word, task_scores, yes_no_label, yes_no_questions, yes_no_scores
 from mllm.pope.lmms import Outcome
 from mllm.pope.scores import CONTROLS, grey_image
 
@@ -218,6 +218,7 @@ def test_real_tasks_are_scored_with_controls_and_one_that_fails_takes_none_along
     right = [first_word(answer) == row["answer"].lower() for answer, row in zip(said, rows)]
     assert metrics["tasks_yes_no/mme/model/accuracy"] == pytest.approx(100 * np.mean(right))
     assert metrics["tasks/mme/questions"] == 8 and metrics["tasks/mme/images"] == 4
+    assert metrics["tasks/mme/mme_perception_score_low"] <= metrics["tasks/mme/mme_perception_score"]
     # one question is always yes, the other always no: a rule without eyes is perfect
     assert metrics["tasks_yes_no/mme/blind/accuracy"] == 100
     assert metrics["tasks_yes_no/mme/always_yes/accuracy"] == 50
@@ -254,6 +255,38 @@ def test_a_mean_over_questions_gets_an_interval_over_images_and_other_numbers_no
     assert scores["acc_low"] == pytest.approx(mean - normal, abs=0.02)
     assert scores["acc_high"] == pytest.approx(mean + normal, abs=0.02)
     assert scores["record_low"] == pytest.approx(100 * scores["acc_low"])
+
+
+def test_a_score_that_is_no_mean_gets_its_interval_by_leaving_images_out():
+    """F1 of clusters, against its spread over many draws of the same world; and what cannot be had is left out."""
+
+    def f1(records):
+        both, any_yes = sum(a and b for a, b in records), sum(a + b for a, b in records)
+        return 2 * both / any_yes
+
+    def draw(seed):
+        coin = np.random.default_rng(seed)
+        bias = np.repeat(coin.random(60), 5)
+        return [[bool(coin.random() < 0.5), bool(coin.random() < 0.3 + 0.4 * b)] for b in bias]
+
+    records = draw(0)
+    samples = [{"doc_id": i, "f1": record, "all": record} for i, record in enumerate(records)]
+    outcome = Outcome({"results": {"t": {"f1,none": f1(records), "all,none": 3.0, "other,none": 0.5}}}, {"t": samples})
+    images = {i: f"image {i // 5}" for i in range(300)}
+    counts = {"f1": f1, "all": lambda rows: 3.0 if len(rows) == 300 else 1 / 0, "other": len}
+    scores = task_scores(outcome, "t", images, counts)
+    spread = np.std([f1(draw(seed)) for seed in range(400)])
+    half = (scores["f1_high"] - scores["f1_low"]) / 2
+    assert scores["f1_low"] < scores["f1"] < scores["f1_high"] and half == pytest.approx(2.09 * spread, rel=0.35)
+    assert not {"all_low", "other_low"} & set(scores) and scores["all"] == 3.0
+
+
+def test_a_tasks_own_aggregation_is_found():
+    of_mme = aggregations("mme")
+    records = [{"question_id": "a", "category": "count", "score": s} for s in (1.0, 0.0)]
+    assert of_mme["mme_perception_score"](records) == 50.0
+    assert aggregations("hallusion_bench_image") == {}  # these ask a judge
+    assert aggregations("no such task") == {}
 
 
 def test_yes_no_questions_are_told_from_others():
