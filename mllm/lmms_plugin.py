@@ -224,7 +224,10 @@ class DiffCLIPLlavaForEvaluation(lmms):
         return Question(text, told, images, f"task {task}, question {doc_id} of {split}: ")
 
     def _document(self, doc_id: int, task: str, split: str) -> Any:
-        return _in_rgb(self.task_dict[task][split][doc_id])
+        try:
+            return _in_rgb(self.task_dict[task][split][doc_id])
+        except OSError as error:  # of Pillow, which `datasets` decodes with
+            raise InputError(f"task {task}, question {doc_id} of {split}: its image cannot be read ({error})") from None
 
     def _note(self, requests: list[Instance], questions: list[Question]) -> None:
         """Write to `asked` what was asked about which images."""

@@ -1,6 +1,8 @@
 """Tasks that lmms-eval ships, over small sets of our own in the layouts of theirs; and what they ask of a model."""
 
+import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import lmms_sets
 import numpy as np
@@ -162,6 +164,32 @@ def test_controls_show_other_images_grey_ones_or_none(asked_model, assembled, pi
     for option, words in (("shown", "shown is 7"), ("dtype", "dtype is 7")):
         with pytest.raises(InputError, match=words):
             asked_model(docs, **{option: "7"})
+
+
+def test_an_image_that_cannot_be_read_is_named_with_its_question(asked_model, picture, tmp_path):
+    import datasets
+
+    rows = [{"image": {"bytes": content, "path": None}} for content in (lmms_sets._encoded(picture(0))["bytes"], b"x")]
+    docs = datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
+    asked = [("Is there?", GREEDY, lambda doc: [doc["image"].convert("RGB")], i, "t", "test") for i in range(2)]
+    with pytest.raises(InputError, match="task t, question 1 of test: its image cannot be read"):
+        asked_model(docs).generate_until(requests("generate_until", asked))
+
+
+def test_an_error_in_one_of_several_processes_ends_it_and_is_lmms_evals_else():
+    """The others would wait for it in a gathering of results; their launcher ends them where one has failed."""
+    from mllm.lmms_plugin import ends_all
+
+    def fails(self, requests):
+        raise ValueError("it broke")
+
+    with pytest.raises(ValueError, match="it broke"):
+        ends_all(fails)(SimpleNamespace(_world_size=1), [])
+    child = os.fork()
+    if not child:
+        ends_all(fails)(SimpleNamespace(_world_size=2), [])
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
 
 
 def test_dtype_and_device_map_mean_what_they_say(asked_model):
