@@ -55,7 +55,7 @@ def task_scores(arms: Arms) -> Table:
             table.rows.append([metric, *(cell or DASH for cell in cells)])
     table.caption = (
         "As lmms-eval gives them, in the task's own unit. In brackets the 95 % interval over images, by the "
-        "bootstrap of a mean over questions, by the jackknife else; a score without one cannot be had of fewer questions."
+        "bootstrap of a mean over questions, by the jackknife else; some scores have none."
     )
     return table
 
