@@ -4,13 +4,10 @@ Prompts are built from the conversation template that the model was trained with
 lmms-eval or the tokenizer might bring along.
 """
 
-import functools
 import glob
 import hashlib
 import json
-import os
 import random
-import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
@@ -33,6 +30,7 @@ from diffclip.base.images import as_decoder, to_rgb
 from diffclip.base.orphans import end_with_parents
 from mllm.conversation import IGNORE, IMAGE, check_image_count, question_turn
 from mllm.data.examples import collate
+from mllm.lmms_repairs import ends_all, keep_likelihoods
 from mllm.model import SAMPLING, generation_options, load
 from mllm.pope.scores import CONTROLS, grey_image
 
@@ -52,25 +50,6 @@ EpsImagePlugin.gs_binary = False  # `datasets` decodes the tasks' images: none o
 def manifest() -> ModelManifest:
     """The entry point through which lmms-eval finds the model."""
     return ModelManifest(model_id="diffclip_llava", simple_class_path="mllm.lmms_plugin.DiffCLIPLlavaForEvaluation")
-
-
-def ends_all(method: Callable) -> Callable:
-    """`method` of a model, whose error ends the process where there are several.
-
-    lmms-eval catches errors, and the other processes would wait for this one for ever; so their launcher ends them.
-    """
-
-    @functools.wraps(method)
-    def checked(self: "DiffCLIPLlavaForEvaluation", requests: list[Instance]) -> list:
-        try:
-            return method(self, requests)
-        except Exception as error:
-            if self._world_size == 1:
-                raise
-            print(f"Error during evaluation: {error}", file=sys.stderr, flush=True)
-            os._exit(1)
-
-    return checked
 
 
 class Question(NamedTuple):
@@ -122,7 +101,7 @@ class DiffCLIPLlavaForEvaluation(lmms):
                 of the task, "grey" grey ones, "no_image" none.
         """
         super().__init__()
-        _keep_likelihoods()
+        keep_likelihoods()
         self.auto = str(batch_size).split(":")[0] == "auto"  # lmms-eval knows auto:N too
         if not self.auto and (not str(batch_size).isdecimal() or int(batch_size) < 1):
             raise InputError(f"batch_size is {batch_size}: give a number of questions, or auto")
@@ -409,25 +388,6 @@ def _task_options(options: dict) -> dict[str, Any]:
     known = {name: value for name, value in options.items() if name in OPTIONS}
     given = {"max_new_tokens", "max_gen_toks"} & {name for name, value in known.items() if value is not None}
     return generation_options(known if given else {**known, "max_new_tokens": 1024})
-
-
-def _keep_likelihoods() -> None:
-    """Have lmms-eval leave pairs of a log-probability as they are.
-
-    Version 0.7.3 writes out as text whatever a model gives and is none, and then cannot score a task of choices.
-    """
-    from lmms_eval import evaluator
-
-    unwrap = evaluator.unwrap_generation_output
-    if unwrap.__module__ == __name__:  # done before
-        return
-
-    def unwrapped(output: Any) -> tuple[Any, Any]:
-        if isinstance(output, tuple | list) and len(output) == 2 and isinstance(output[0], float):
-            return tuple(output), None
-        return unwrap(output)
-
-    evaluator.unwrap_generation_output = unwrapped
 
 
 def _digest(image: Image.Image) -> bytes:

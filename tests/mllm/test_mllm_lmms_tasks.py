@@ -178,7 +178,7 @@ def test_an_image_that_cannot_be_read_is_named_with_its_question(asked_model, pi
 
 def test_an_error_in_one_of_several_processes_ends_it_and_is_lmms_evals_else():
     """The others would wait for it in a gathering of results; their launcher ends them where one has failed."""
-    from mllm.lmms_plugin import ends_all
+    from mllm.lmms_repairs import ends_all
 
     def fails(self, requests):
         raise ValueError("it broke")
