@@ -91,7 +91,8 @@ def overlays(
         images: in the order in which the conversation shows them; at least one.
 
     Returns:
-        For each image the overlay, at least 336 pixels high, and the share of the answer's attention it gets.
+        For each image the overlay, at least 336 pixels high, and the share of the answer's attention it gets. The
+        hottest colour stands for `image.info["hottest"]`, the share that the patch with the most of it gets.
     """
     model, processor = vlm
     encoded = vlm.encode(turns, len(images))
@@ -108,7 +109,9 @@ def overlays(
         scale = -(-336 // image.height)
         large = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
         smooth = upsample(heat[None], (large.height, large.width))[0].numpy()
-        result.append((Image.fromarray(overlay(np.asarray(large), smooth)), float(heat.sum())))
+        shown = Image.fromarray(overlay(np.asarray(large), smooth))
+        shown.info["hottest"] = float(smooth.max())
+        result.append((shown, float(heat.sum())))
     return result
 
 

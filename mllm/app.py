@@ -1,6 +1,7 @@
-"""A page to chat with a multimodal run about images, which shows where in them each answer looks.
+"""A page in the browser to talk with a multimodal run about images, which shows where in them each answer looks.
 
 diffclip app RUN                          # http://127.0.0.1:7860, for this machine alone
+diffclip app RUN RUN                      # two runs answer beside each other
 diffclip app RUN --host 0.0.0.0           # for all who reach this machine; there is no password
 """
 
@@ -9,6 +10,7 @@ import os
 import signal
 import sys
 import tempfile
+from pathlib import Path
 
 from diffclip.base.commands import Parser, number
 from diffclip.base.errors import InputError, exit_on_input_error
@@ -18,6 +20,8 @@ from mllm.chat import add_model_options, generation_of
 def main(argv: list[str] | None = None) -> None:
     parser = Parser("diffclip app", description=__doc__)
     add_model_options(parser)
+    parser.add_argument("other", nargs="?", metavar="RUN", help="another run, which answers beside the first")
+    parser.add_argument("--examples", type=Path, help="folder of images to choose from (built-in scenes)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1: this machine alone)")
     parser.add_argument("--port", type=number(int, 1, 65535), default=7860, help="(7860)")
     options = parser.parse_args(argv)
@@ -27,10 +31,19 @@ def main(argv: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory(prefix="diffclip-app-") as folder:
         # read when gradio is imported: it calls nobody, and uploads lie in a folder of this process's own
         os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": folder}
-        from mllm import model, page
+        from mllm import about, model, page
 
-        vlm = model.load(options.run, options.dtype, options.device, quiet=True)
-        page.serve(vlm, options.host, options.port, generation_of(options))
+        examples = page.examples_of(options.examples, Path(folder))
+        runs = [run for run in (options.run, options.other) if run]
+        models = [
+            page.Shown(
+                about.name_of(run),
+                about.trained_on(run),
+                model.load(run, options.dtype, options.device, quiet=True),
+            )
+            for run in runs
+        ]
+        page.serve(models, options.host, options.port, generation_of(options), examples)
 
 
 if __name__ == "__main__":

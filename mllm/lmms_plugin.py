@@ -7,13 +7,15 @@ lmms-eval or the tokenizer might bring along.
 import glob
 import hashlib
 import json
+import random
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, dispatch_model, infer_auto_device_map
 from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
@@ -28,10 +30,14 @@ from diffclip.base.images import as_decoder, to_rgb
 from diffclip.base.orphans import end_with_parents
 from mllm.conversation import IGNORE, IMAGE, check_image_count, question_turn
 from mllm.data.examples import collate
+from mllm.lmms_repairs import ends_all, keep_likelihoods
 from mllm.model import SAMPLING, generation_options, load
+from mllm.pope.scores import CONTROLS, grey_image
 
 PROGRESS = "diffclip_llava"  # what the progress bar begins with
 AUTO = {"cuda": 64, "cpu": 8}  # questions at a time that --batch_size auto begins with
+SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")  # values of device_map that are no device
+MOST_ROUNDS = 100  # of a conversation that a task leads
 # generation options of tasks and of --gen_kwargs that are passed on; until is ours to heed
 OPTIONS = {
     *("max_new_tokens", "max_gen_toks", "min_new_tokens", "do_sample", *SAMPLING, "num_beams", "early_stopping"),
@@ -46,10 +52,25 @@ def manifest() -> ModelManifest:
     return ModelManifest(model_id="diffclip_llava", simple_class_path="mllm.lmms_plugin.DiffCLIPLlavaForEvaluation")
 
 
+class Question(NamedTuple):
+    """What a task asks: a text about images, by the options of generation or with the answer that is to be judged."""
+
+    text: str
+    told: Any  # options of generation, or the answer
+    images: Callable[[], list[Image.Image]]
+    name: str  # begins messages
+
+    @property
+    def options(self) -> str:
+        """By which questions of one batch are alike."""
+        return json.dumps(self.told, sort_keys=True) if isinstance(self.told, dict) else ""
+
+
 class DiffCLIPLlavaForEvaluation(lmms):
     """A run of stages.instruct (or align), answering in batches on one or several processes."""
 
     is_simple = True
+    shown: str | None = None
 
     def __init__(
         self,
@@ -57,8 +78,11 @@ class DiffCLIPLlavaForEvaluation(lmms):
         batch_size: int | str = 1,
         device: str | None = None,
         dtype: str | None = None,
+        device_map: str | None = None,
         max_batch_size: int | str | None = None,
         answers: str | None = None,
+        asked: str | None = None,
+        shown: str | None = None,
     ) -> None:
         """
         Args:
@@ -66,44 +90,150 @@ class DiffCLIPLlavaForEvaluation(lmms):
             batch_size: questions at a time, per process; "auto" begins with many, 8 on a CPU and 64 elsewhere, and
                 halves them where memory runs out.
             device: e.g. "cuda:0"; by default the process's own.
-            dtype: "bfloat16", "float32", ...; by default as stored.
+            dtype: "bfloat16", "float32", ...; by default ("auto") as stored.
+            device_map: a device, or one of `SPREAD`: the layers of a single process over all its GPUs.
             max_batch_size: the most that "auto" begins with.
             answers: a file that generated answers are added to as they come (with the rank behind its name); the same
                 command, started again after a kill, takes them from there.
+            asked: a file (with the rank behind its name) that gets a row {task, doc_id, question, images} for each
+                question, `images` being digests: which questions share one.
+            shown: one of POPE's controls, `mllm.pope.scores.CONTROLS`: "shuffled" shows the images of another question
+                of the task, "grey" grey ones, "no_image" none.
         """
         super().__init__()
+        keep_likelihoods()
         self.auto = str(batch_size).split(":")[0] == "auto"  # lmms-eval knows auto:N too
         if not self.auto and (not str(batch_size).isdecimal() or int(batch_size) < 1):
             raise InputError(f"batch_size is {batch_size}: give a number of questions, or auto")
+        if shown and shown not in CONTROLS:
+            raise InputError(f"shown is {shown}: give one of {', '.join(CONTROLS)}, or leave it out")
+        if dtype not in (None, "auto") and not isinstance(getattr(torch, dtype, None), torch.dtype):
+            raise InputError(f"dtype is {dtype}: give bfloat16, float16, float32, or auto for that of the weights")
         self.accelerator = Accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
-        self.device = pick_device(device) if device and self._world_size == 1 else self.accelerator.device
-        self.vlm = load(pretrained, dtype, self.device)
+        alone = self._world_size == 1
+        device = device_map if device_map and device_map not in SPREAD else device
+        self.device = pick_device(device) if device and alone else self.accelerator.device
+        self.vlm = load(pretrained, None if dtype == "auto" else dtype, self.device)
+        if device_map in SPREAD and alone and torch.cuda.device_count() > 1:
+            whole = self.vlm.model._no_split_modules or []
+            places = infer_auto_device_map(self.vlm.model, no_split_module_classes=list(whole))
+            dispatch_model(self.vlm.model, places)
         most = int(max_batch_size or AUTO.get(self.device.type, AUTO["cuda"]))
         self.batch_size = most if self.auto else int(batch_size)
         self.answers = Path(answers) if answers else None
+        self.asked = Path(f"{asked}.{self._rank}") if asked else None
+        self.shown = shown
         self.identity = self.vlm.identity() if answers else ""
 
+    @ends_all
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """Answers in the order of the requests; greedy unless the task asks to sample.
 
         A question asked twice about the same image, as POPE's three splits do, is answered once.
         """
-        unknown = sorted({name for request in requests for name in request.args[1]} - OPTIONS - {"until"})
+        questions = []
+        for request in requests:
+            context, options, doc_to_visual, *place = request.args
+            questions.append(self._question(context, options, doc_to_visual, *place))
+        self._note(requests, questions)
+        return self._answers_to(questions)
+
+    @ends_all
+    def generate_until_multi_round(self, requests: list[Instance]) -> list[list[str]]:
+        """What each request's task makes of the answers to its questions, which it asks one after the other.
+
+        As lmms-eval has it, `doc_to_text` is told the answers so far and gives (images, question, whether that was
+        all, answers to keep, something to be told again).
+        """
+        asked = []
+        for request in requests:
+            context, options, doc_to_visual, _, *place = request.args
+            asked.append(self._question(context, options, doc_to_visual, *place))
+        self._note(requests, asked)
+        given: list[list[str]] = [[] for _ in requests]
+        kept: list[Any] = [None] * len(requests)
+        going = list(range(len(requests)))
+        for round_index in range(1, MOST_ROUNDS + 1):
+            for i, answer in zip(going, self._answers_to(asked)):
+                given[i].append(answer)
+            asked, still = [], []
+            for i in going:
+                _, options, _, doc_to_text, *place = requests[i].args
+                told = {"previous_output": given[i], "round_idx": round_index, "previous_round_info": kept[i]}
+                images, text, ended, outputs, kept[i] = doc_to_text(self._document(*place), **told)
+                given[i] = list(outputs)
+                if not ended:
+                    still.append(i)
+                    asked.append(self._question(text, options, lambda _, images=images: images, *place))
+            if not still:
+                return given
+            going = still
+        raise InputError(f"task {requests[going[0]].args[5]} asks more than {MOST_ROUNDS} times about one document")
+
+    @ends_all
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        """Log-probability of each continuation, without the end token, and whether greedy decoding writes it.
+
+        lmms-eval takes the smallest value for the choice of a task with output_type multiple_choice, since its own
+        models return losses: the continuations of a document that has several are given with the sign turned.
+        """
+        questions, of_document = [], defaultdict(set)
+        for request in requests:
+            # a bare pair is a choice by itself, of tasks that weigh choices by how likely they are anyway
+            context, target, *rest = request.args
+            doc_to_visual, *place = rest or (lambda doc: [], None, "", "")
+            answer = target if isinstance(target, str) else target(self._document(*place))
+            questions.append(self._question(context, answer, doc_to_visual, *place))
+            if rest:
+                of_document[tuple(place)].add((context, answer))
+        self._note(requests, questions)
+        results: dict[int, tuple[float, bool]] = {}
+        order = self._in_order(questions)
+        while some := list(islice(order, self.batch_size)):
+            results |= zip(some, self._in_memory(self._likelihoods, [questions[i] for i in some]))
+        signs = [-1 if not request.args[2:] or len(of_document[request.args[3:]]) > 1 else 1 for request in requests]
+        return [(sign * results[i][0], results[i][1]) for i, sign in enumerate(signs)]
+
+    def _question(self, text: str, told: Any, doc_to_visual: Callable, doc_id: int, task: str, split: str) -> Question:
+        def images() -> list[Image.Image]:
+            return self._images(doc_to_visual, doc_id, task, split)
+
+        text = text.replace(IMAGE, "").strip() if self.shown == "no_image" else text
+        return Question(text, told, images, f"task {task}, question {doc_id} of {split}: ")
+
+    def _document(self, doc_id: int, task: str, split: str) -> Any:
+        try:
+            return _in_rgb(self.task_dict[task][split][doc_id])
+        except OSError as error:  # of Pillow, which `datasets` decodes with
+            raise InputError(f"task {task}, question {doc_id} of {split}: its image cannot be read ({error})") from None
+
+    def _note(self, requests: list[Instance], questions: list[Question]) -> None:
+        """Write to `asked` what was asked about which images."""
+        if self.asked is None:
+            return
+        rows = []
+        for request, question in zip(requests, questions):
+            if len(request.args) > 2:
+                doc_id, task, _ = request.args[-3:]
+                images = [_digest(image).hex()[:16] for image in question.images()]
+                rows.append({"task": task, "doc_id": doc_id, "question": question.text, "images": images})
+        self.asked.parent.mkdir(parents=True, exist_ok=True)
+        append_jsonl(self.asked, rows)
+
+    def _answers_to(self, questions: Sequence[Question]) -> list[str]:
+        """Answers in the order of the questions, each written down as it comes; those with equal keys are one."""
+        unknown = sorted({name for question in questions for name in question.told} - OPTIONS - {"until"})
         if unknown and self.rank == 0:
             logger.warning(f"diffclip_llava answers without the generation options {', '.join(unknown)}: unknown to it")
         answers = AnswerCache(self.answers, self.identity, self._rank)  # by options, prompt and images
-        keys: list[tuple] = [()] * len(requests)
+        keys: list[tuple] = [()] * len(questions)
         waiting: dict[tuple, list[Image.Image]] = {}
-        for i in self._in_order(requests):
-            context, options, doc_to_visual, doc_id, task, split = requests[i].args
-            images = self._images(doc_to_visual, doc_id, task, split)
-            seen = tuple(hashlib.sha256(image.tobytes()).digest() for image in images)
-            (prompt,) = self.vlm.prompts([[question_turn(context, len(images))]])
-            name = f"task {task}, question {doc_id} of {split}: "
-            check_image_count(prompt.count(IMAGE), len(images), self.vlm.template, name)
-            keys[i] = (json.dumps(options, sort_keys=True), prompt, seen)
-            if _task_options(options)["do_sample"]:
+        for i in self._in_order(questions):
+            question, images = questions[i], questions[i].images()
+            prompt = self._prompt(question, len(images))
+            keys[i] = (question.options, prompt, tuple(map(_digest, images)))
+            if _task_options(question.told)["do_sample"]:
                 keys[i] += (i,)
             if keys[i] in answers or keys[i] in waiting:
                 continue
@@ -114,24 +244,39 @@ class DiffCLIPLlavaForEvaluation(lmms):
         answers.add(dict(zip(waiting, self._in_memory(self._answer, list(waiting.items())))))
         return [answers[key] for key in keys]
 
-    @torch.no_grad()
-    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        """Log-probability of each continuation, without the end token, and whether greedy decoding writes it."""
-        results: dict[int, tuple[float, bool]] = {}
-        order = self._in_order(requests)
-        while some := list(islice(order, self.batch_size)):
-            results |= zip(some, self._in_memory(self._likelihoods, [requests[i] for i in some]))
-        return [results[i] for i in range(len(requests))]
+    def _prompt(self, question: Question, images: int) -> str:
+        """A question as the template writes it, with a placeholder for each of its images."""
+        (prompt,) = self.vlm.prompts([[question_turn(question.text, images)]])
+        if self._all_in_front(question, images):
+            prompt = prompt.replace(IMAGE, "\n".join([IMAGE] * images))
+        check_image_count(prompt.count(IMAGE), images, self.vlm.template, question.name)
+        return prompt
 
-    def _likelihoods(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
+    def _encode(self, question: Question, images: int) -> dict[str, list[int]]:
+        """Token ids of a question and its answer, and labels, as `VisionLanguageModel.encode` gives them."""
+        turns = [question_turn(question.text, images), {"from": "gpt", "value": question.told.strip()}]
+        if not self._all_in_front(question, images):
+            return self.vlm.encode(turns, images, name=question.name)
+        encoded = self.vlm.encode(turns, 1, name=question.name)
+        config = self.vlm.model.config
+        line = self.vlm.tokenizer("\n", add_special_tokens=False)["input_ids"]
+        more = [*[config.image_token_id] * config.image_seq_length, *line] * (images - 1)
+        place = encoded["input_ids"].index(config.image_token_id)
+        encoded["input_ids"][place:place] = more
+        encoded["labels"][place:place] = [IGNORE] * len(more)
+        return encoded
+
+    def _all_in_front(self, question: Question, images: int) -> bool:
+        """Whether several images stand before the question, since vicuna has a place for one, and it is there."""
+        return self.vlm.template == "vicuna" and images > 1 and question.text.count(IMAGE) in (0, images)
+
+    @torch.no_grad()
+    def _likelihoods(self, questions: Sequence[Question]) -> list[tuple[float, bool]]:
         """`loglikelihood` of one batch."""
         examples = []
-        for request in requests:
-            context, target, doc_to_visual, doc_id, task, split = request.args
-            answer = target if isinstance(target, str) else target(self.task_dict[task][split][doc_id])
-            images = self._images(doc_to_visual, doc_id, task, split)
-            turns = [question_turn(context, len(images)), {"from": "gpt", "value": answer.strip()}]
-            encoded = self.vlm.encode(turns, len(images), name=f"task {task}, question {doc_id} of {split}: ")
+        for question in questions:
+            images = question.images()
+            encoded = self._encode(question, len(images))
             example = {name: torch.tensor(ids) for name, ids in encoded.items()}
             last = example["labels"].ne(IGNORE).nonzero()[-1]
             example["labels"][last] = IGNORE  # the end token is no part of the continuation
@@ -147,22 +292,39 @@ class DiffCLIPLlavaForEvaluation(lmms):
         greedy = ((logits.argmax(-1) == labels) | ~supervised).all(1)
         return list(zip((chosen * supervised).sum(1).tolist(), greedy.tolist()))
 
-    def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
-        raise RuntimeError("diffclip_llava answers tasks of one round only")
-
-    def _in_order(self, requests: list[Instance]) -> Iterator[int]:
-        """Indices of the requests, those with equal options together and the longest first, under a bar."""
-        order = sorted(range(len(requests)), key=lambda i: (str(requests[i].args[1]), -len(requests[i].args[0])))
+    def _in_order(self, questions: Sequence[Question]) -> Iterator[int]:
+        """Indices of the questions, those with equal options together and the longest first, under a bar."""
+        order = sorted(range(len(questions)), key=lambda i: (questions[i].options, -len(questions[i].text)))
         yield from tqdm(order, desc=PROGRESS, unit="question", disable=self.rank != 0)
 
     def _images(
-        self, doc_to_visual: Callable[[dict], list | None], doc_id: int, task: str, split: str
+        self, doc_to_visual: Callable[[Any], list | None], doc_id: int, task: str, split: str
+    ) -> list[Image.Image]:
+        """What is shown with a question: its images or, in a control, others in their places."""
+        images = self._own_images(doc_to_visual, doc_id, task, split)
+        if not images or self.shown in (None, "no_image"):
+            return [] if self.shown else images
+        if self.shown == "grey":
+            return [grey_image() for _ in images]
+        count = len(self.task_dict[task][split])
+        others = random.Random(f"{task} {doc_id}").sample(range(count), count)
+        for other in others:
+            try:
+                found = self._own_images(doc_to_visual, other, task, split)
+            except (KeyError, IndexError, TypeError):  # of a round that the other document does not have
+                continue
+            if len(found) == len(images) and not set(map(_digest, found)) & set(map(_digest, images)):
+                return found
+        raise InputError(f"task {task}, question {doc_id} of {split}: no other question shows other images")
+
+    def _own_images(
+        self, doc_to_visual: Callable[[Any], list | None], doc_id: int, task: str, split: str
     ) -> list[Image.Image]:
         # before the task's own convert("RGB"), which would lay transparency over black and cut 16 bits at 255
         with as_decoder():  # for tasks that open files
-            images = list(doc_to_visual(_in_rgb(self.task_dict[task][split][doc_id])) or [])
+            images = list(doc_to_visual(self._document(doc_id, task, split) if task else None) or [])
         if not all(isinstance(image, Image.Image) for image in images):
-            raise ValueError(f"task {task} shows something that is no image; diffclip_llava sees images only")
+            raise InputError(f"task {task} shows something that is no image; diffclip_llava sees images only")
         return [to_rgb(image) for image in images]
 
     def _in_memory(self, compute: Callable[[Sequence], list], batch: Sequence) -> list:
@@ -226,6 +388,10 @@ def _task_options(options: dict) -> dict[str, Any]:
     known = {name: value for name, value in options.items() if name in OPTIONS}
     given = {"max_new_tokens", "max_gen_toks"} & {name for name, value in known.items() if value is not None}
     return generation_options(known if given else {**known, "max_new_tokens": 1024})
+
+
+def _digest(image: Image.Image) -> bytes:
+    return hashlib.sha256(image.tobytes()).digest()
 
 
 def _in_rgb(value: Any) -> Any:

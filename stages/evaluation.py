@@ -1,8 +1,9 @@
 """What an evaluation measures, part by part: the CLIP benchmarks and the attention of a dual encoder, POPE of the
-multimodal model built on it, and examples of its answers for the report.
+multimodal model built on it, examples of its answers for the report, and any other task of lmms-eval.
 """
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -12,11 +13,12 @@ import diffclip
 from diffclip.base.devices import pick_device
 from diffclip.base.errors import InputError
 from diffclip.base.files import json_line, write_json, write_whole
-from diffclip.base.schema import ANSWERS, EXAMPLES, IMAGES, MARGINS, METRICS, POPE, POPE_SPLITS, Example
+from diffclip.base.schema import ANSWERS, EXAMPLES, IMAGES, MARGINS, METRICS, POPE, POPE_SPLITS, TASKS, Example
 from diffclip.benchmarks.evaluate import evaluate_clip
 from diffclip.benchmarks.mask_scores import read_masks
 from diffclip.benchmarks.protocol import Settings
 from mllm.data.images import ImagePlace
+from mllm.lmms_tasks import evaluate_task
 from mllm.model import load
 from mllm.pope.images import images_of
 from mllm.pope.lmms import evaluate_with_lmms
@@ -51,11 +53,13 @@ def evaluate_models(config: EvaluateConfig, run: Run) -> None:
             run.log(f"evaluate: {missing}")
         else:
             add(attention_metrics(config, run, encoder))
-    if config.mllm:
+    if config.mllm and config.pope:
         questions, images = pope_questions(config, run)
         add(margin_metrics(config, run, questions, images))
         add(pope_metrics(config, run, questions, images))
         write_examples(config, run, images, encoder if encoder and not missing else None)
+    if config.tasks:
+        run_tasks(config, run, add)
     run.finish(metrics)
 
 
@@ -124,6 +128,40 @@ def pope_metrics(
         f"blind {metrics['pope_blind/mean/accuracy']:.1f}"
     )
     return metrics
+
+
+def run_tasks(config: EvaluateConfig, run: Run, add: Callable[[Mapping[str, float]], None]) -> None:
+    """Scores of lmms-eval's tasks, each added when it is there; those that failed are named when all have been tried.
+
+    Raises:
+        InputError: tasks failed.
+    """
+    failed: dict[str, str] = {}
+    tasks = list(dict.fromkeys(name.strip() for names in config.tasks for name in names.split(",") if name.strip()))
+    for task in tasks:
+        folder = run.path / TASKS / re.sub(r"[^\w.-]", "_", task)
+        try:
+            scores = evaluate_task(
+                config.mllm,
+                task,
+                folder.resolve(),
+                seed=config.seed,
+                batch_size=config.batch_size,
+                processes=config.processes or max(1, torch.cuda.device_count()),
+                include=Path(config.task_path).resolve() if config.task_path else None,
+                limit=config.task_limit,
+            )
+        except (InputError, OSError, ValueError, KeyError) as error:
+            failed[task] = f"{task}: {error}"
+            run.log(f"evaluate: task {failed[task]}")
+            continue
+        add(scores)
+        run.log(f"evaluate: {len(scores)} scores of task {task}")
+    if failed:
+        raise InputError(
+            f"{len(failed)} of {len(tasks)} tasks failed, all other scores are in {run.path / METRICS}; mend this "
+            f"and start the same command again, which keeps the answers: {'; '.join(failed.values())}"
+        )
 
 
 def margin_metrics(

@@ -17,7 +17,8 @@ Digests = dict[str, list]  # file, relative to the folder -> [bytes, sha256]
 def seal(folder: str | Path, files: Iterable[str | Path]) -> Digests:
     """Sizes and digests of files of a folder, which are given by their paths or relative to it."""
     folder = Path(folder)
-    paths = sorted({(folder / file).relative_to(folder).as_posix() for file in files})
+    given = (Path(file) for file in files)
+    paths = sorted({(f.relative_to(folder) if f.is_relative_to(folder) else f).as_posix() for f in given})
     with ThreadPoolExecutor(4) as pool:  # hashing lets other threads run
         return dict(zip(paths, pool.map(lambda name: _digest(folder / name), paths)))
 

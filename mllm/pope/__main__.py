@@ -3,6 +3,7 @@
 diffclip pope check POPE --image_root IMAGES              # which release, are its images there
 diffclip pope score POPE ANSWERS.jsonl                    # answers of any program, matched by question
 diffclip pope margins RUN --pope POPE --image_root IMAGES --output_dir DIR   # exact scores, without generating
+diffclip pope chair RUN --instances JSON --captions JSON --image_root IMAGES --output_dir DIR   # free captions: CHAIR
 diffclip pope compare EVALUATE_A EVALUATE_B               # the paper's table 3 with McNemar's test
 diffclip pope diagnose RUN --pope POPE --image_root IMAGES  # why is the score at chance?
 diffclip pope audit 50.14 50.07 98.21 --questions 2910 3000   # which counts stand behind published scores
@@ -51,7 +52,19 @@ def arguments() -> Parser:
     diagnose.add_argument(
         "--images", "--pictures", type=number(int, 2), default=64, help="how many images to ask about (64)"
     )
-    for command in (margins, diagnose):
+    chair = verb("chair", "chair.run", "objects named in free captions that are not there (CHAIR), with controls")
+    chair.add_argument("run", nargs="?", metavar="RUN", help="a run of instruct or align, or a Hub id")
+    chair.add_argument("--answers", type=Path, help="captions of any program instead: rows {image, caption}")
+    chair.add_argument("--instances", type=Path, required=True, help="COCO's instances_*.json, or of that form")
+    chair.add_argument("--captions", type=Path, help="COCO's captions_*.json of the same images")
+    chair.add_argument("--synonyms", type=Path, help="lines `object, synonym, ...`, as CHAIR's authors publish")
+    chair.add_argument("--prompt", default="Describe this image in detail.", help="what is asked (%(default)s)")
+    chair.add_argument("--max_new_tokens", type=number(int, 1), default=128, help="longest caption (128)")
+    chair.add_argument("--batch_size", type=number(int, 1), default=16, help="images at a time (16)")
+    chair.add_argument("--limit", type=number(int, 0), default=0, help="the first so many images; 0: all (0)")
+    chair.add_argument("--image_root", type=Path, help="folder of the images")
+    chair.add_argument("--output_dir", type=Path, required=True, help="folder to write")
+    for command in (margins, diagnose, chair):
         command.add_argument("--device", help="cuda, cpu, ... (cuda where there is one)")
     for command in (check, margins, diagnose):
         command.add_argument("--image_root", type=Path, help="folder of the images (not for parquet)")

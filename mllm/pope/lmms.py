@@ -2,9 +2,11 @@
 a process of its own, and its answers are scored here once more, so that a silent failure cannot pass for a result.
 """
 
+import glob
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import entry_points
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import pyarrow.parquet
@@ -113,7 +115,12 @@ def evaluate_with_lmms(
     for task, part in parts.items():
         write_parquet(part, images, tasks / f"{task}.parquet")
     write_tasks(tasks, {task: tasks / f"{task}.parquet" for task in parts})
-    results, answers = run_lmms_eval(run_dir, list(parts), out_dir, batch_size, device, processes)
+    settings = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    settings["LMMS_EVAL_DATASETS_CACHE"] = str(out_dir / "datasets_cache")
+    how: dict[str, Any] = {"batch_size": batch_size, "device": device, "processes": processes, "settings": settings}
+    outcome = run_lmms_eval(run_dir, list(parts), out_dir, include=tasks, **how)
+    shutil.rmtree(out_dir / "datasets_cache", ignore_errors=True)  # lmms-eval's copy of all images
+    answers = {task: [line["filtered_resps"] for line in outcome.samples[task]] for task in parts}
     for task, part in parts.items():
         if len(answers[task]) != len(part):
             raise InputError(
@@ -126,7 +133,7 @@ def evaluate_with_lmms(
     lines = [json_line({"pass": name, **q._asdict(), "answer": answer}) for name, q, answer in pairs]
     write_whole(out_dir / ANSWERS, "".join(lines))
     for task, part in parts.items():
-        _same(score(parse(answers[task]), [q.label for q in part]), results[task], task)
+        _same(score(parse(answers[task]), [q.label for q in part]), outcome.scores(task), task)
     scores: dict[str, Any] = {name: score_answers(asked[name], given[name]) for name in passes}
     for split, ends in intervals(asked["model"], parse(given["model"]), seed=seed).items():
         for name, (low, high) in ends.items():
@@ -148,16 +155,45 @@ def score_answers(questions: Sequence[Question], answers: Sequence[str | None]) 
     return table
 
 
+class Outcome(NamedTuple):
+    """What lmms-eval wrote: its results file, and its samples by task, in the order of the questions."""
+
+    results: dict[str, Any]
+    samples: dict[str, list[dict[str, Any]]]
+
+    def scores(self, task: str) -> dict[str, float]:
+        """The task's own numbers, by metric."""
+        numbers = ((key.split(",")[0], value) for key, value in self.results["results"].get(task, {}).items())
+        kept = {name: value for name, value in numbers if isinstance(value, int | float) and "_stderr" not in name}
+        return {name: float(value) for name, value in kept.items()}
+
+
 def run_lmms_eval(
-    run_dir: str | Path, tasks: Sequence[str], out_dir: Path, batch_size: int, device: str | None, processes: int
-) -> tuple[dict[str, dict[str, float]], dict[str, list[str | None]]]:
-    """Scores and answers in file order, by task, of `python -m lmms_eval` offline, under torchrun if several processes.
+    run_dir: str | Path,
+    tasks: Sequence[str],
+    out_dir: Path,
+    *,
+    batch_size: int,
+    device: str | None = None,
+    processes: int = 1,
+    options: Mapping[str, object] | None = None,
+    include: Path | None = None,
+    settings: Mapping[str, str] | None = None,
+    limit: int = 0,
+) -> Outcome:
+    """What `python -m lmms_eval` makes of a model on tasks, under torchrun if there are several processes.
+
+    Args:
+        options: further ones of our model, see `mllm.lmms_plugin`.
+        include: a folder of task files beside lmms-eval's own.
+        settings: variables of the environment.
+        limit: questions of each task; 0 is all.
 
     Raises:
         InputError: lmms-eval is missing or does not know our model, or wrote no results (it exits 0 on errors);
             the message holds the end of its log.
     """
-    run_dir = Path(run_dir).resolve()
+    run_dir = Path(run_dir).resolve() if Path(run_dir).exists() else Path(run_dir)
     if "diffclip_llava" not in entry_points(group="lmms_eval.models").names:
         raise InputError("lmms-eval cannot find diffclip_llava: install this package with pip install '.[eval]'")
     for path in (run_dir, out_dir):
@@ -167,28 +203,33 @@ def run_lmms_eval(
     before = set(output.rglob("*_results.json"))
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     command = [sys.executable, *(launcher if processes > 1 else []), "-m", "lmms_eval", "--model", "diffclip_llava"]
-    command += ["--model_args", f"pretrained={run_dir},answers={out_dir / ANSWERED}", "--tasks", ",".join(tasks)]
-    command += ["--include_path", str(out_dir / "tasks"), "--batch_size", str(batch_size)]
+    given = {"pretrained": run_dir, "answers": out_dir / ANSWERED, **(options or {})}
+    command += ["--model_args", ",".join(f"{name}={value}" for name, value in given.items())]
+    command += ["--tasks", ",".join(tasks), "--batch_size", str(batch_size)]
+    command += ["--include_path", str(include)] if include else []
     command += ["--output_path", str(output), "--log_samples"]
     command += ["--device", device] if device else []
-    environment = {**os.environ, **as_parent(), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-    environment["LMMS_EVAL_DATASETS_CACHE"] = str(out_dir / "datasets_cache")
+    command += ["--limit", str(limit)] if limit else []
+    environment = {**os.environ, **as_parent(), **(settings or {})}
     environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
     code = _run_with_progress(command, environment, log)
-    shutil.rmtree(out_dir / "datasets_cache", ignore_errors=True)  # lmms-eval's copy of all images
     written = sorted(set(output.rglob("*_results.json")) - before)
     if not written:
-        tail = " | ".join(log.read_text(encoding="utf-8", errors="replace").split("\n")[-12:])
-        raise InputError(f"lmms-eval ended with code {code} and no results; the end of {log}: {tail}")
-    results = read_json(written[-1])["results"]
+        raise InputError(f"lmms-eval ended with code {code} and no results; the end of {log}: {_end_of(log)}")
     stamp = written[-1].name.removesuffix("_results.json")
-    answers = {}
-    for task in tasks:
-        lines = read_jsonl(written[-1].parent / f"{stamp}_samples_{task}.jsonl")
-        samples = sorted((sample for _, sample in lines), key=lambda s: s["doc_id"])
-        answers[task] = [sample["filtered_resps"] for sample in samples]
-    scores = {t: {k.split(",")[0]: v for k, v in results[t].items() if k.endswith(",none")} for t in tasks}
-    return scores, answers
+    samples = {}
+    for file in sorted(written[-1].parent.glob(f"{glob.escape(stamp)}_samples_*.jsonl")):
+        lines = (line for _, line in read_jsonl(file))
+        samples[file.stem.removeprefix(f"{stamp}_samples_")] = sorted(lines, key=lambda line: line["doc_id"])
+    return Outcome(read_json(written[-1]), samples)
+
+
+def _end_of(log: Path) -> str:
+    """What lmms-eval says of the error that ended it, or else the last lines of its log, without colours."""
+    text = re.sub("\x1b\\[[0-9;]*m", "", log.read_text(encoding="utf-8", errors="replace"))
+    if said := re.findall(r"Error during evaluation: (.+)", text):
+        return said[0][:1500]
+    return " | ".join(line for line in text.split("\n")[-12:] if line.strip())[:1500]
 
 
 def _run_with_progress(command: list[str], environment: dict[str, str], log: Path) -> int:

@@ -5,7 +5,7 @@ Beside them stand a rule that sees no image, and the same questions with other i
 
 import random
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 from PIL import Image
@@ -44,9 +44,15 @@ def score_splits(questions: Sequence[Question], predictions: Sequence[str]) -> d
     groups: dict[str, list[tuple[str, str]]] = defaultdict(list)
     for question, prediction in zip(questions, predictions, strict=True):
         groups[question.split].append((prediction, question.label))
-    table = {split: score(*zip(*groups[split])) for split in SPLITS if split in groups}
+    table = {split: score(*zip(*groups[split])) for split in _splits(questions)}
     mean = {name: sum(row[name] for row in table.values()) / len(table) for name in SCORES}
     return {**table, "mean": {**mean, "n": len(questions)}}
+
+
+def _splits(questions: Sequence[Question]) -> list[str]:
+    """The splits that occur: POPE's in their order, then others, as tasks of lmms-eval have them."""
+    there = dict.fromkeys(q.split for q in questions)
+    return [split for split in dict.fromkeys((*SPLITS, *there)) if split in there]
 
 
 def intervals(
@@ -58,7 +64,7 @@ def intervals(
     bootstrap of Davison and Hinkley 1997, section 3.8).
     """
     rows = {name: i for i, name in enumerate(sorted({q.image for q in questions}))}
-    splits = [split for split in SPLITS if any(q.split == split for q in questions)]
+    splits = _splits(questions)
     # questions, right ones, those predicted yes that are yes, and the sum of predicted and true yes
     counts = np.zeros((len(rows), len(splits), 4))
     for q, prediction in zip(questions, predictions, strict=True):
@@ -105,9 +111,14 @@ def blind(questions: Sequence[Question], seed: int = 0) -> list[str]:
 
 def folds_of_images(questions: Sequence[Question], seed: int) -> dict[str, int]:
     """A fold for each image, drawn by the seed."""
-    names = sorted({q.image for q in questions})
-    random.Random(seed).shuffle(names)
-    return {name: i % FOLDS for i, name in enumerate(names)}
+    return folds_of({q.image for q in questions}, seed)
+
+
+def folds_of(names: Iterable[str], seed: int) -> dict[str, int]:
+    """One of `FOLDS` for each name, drawn by the seed."""
+    shuffled = sorted(names)
+    random.Random(seed).shuffle(shuffled)
+    return {name: i % FOLDS for i, name in enumerate(shuffled)}
 
 
 def grey_image() -> Image.Image:
@@ -117,12 +128,17 @@ def grey_image() -> Image.Image:
 
 def shuffle_images(questions: Sequence[Question], seed: int = 0) -> list[Question]:
     """The same questions shown with other images: no image stays in its place, each is used for another."""
-    names = sorted({q.image for q in questions})
-    if len(names) < 2:
-        raise InputError("shuffling needs questions about at least two images")
-    random.Random(seed).shuffle(names)
-    other = dict(zip(names, [*names[1:], names[0]]))  # one cycle, so nothing stays in place
+    other = other_images({q.image for q in questions}, seed)
     return [q._replace(shown=other[q.image]) for q in questions]
+
+
+def other_images(names: Iterable[str], seed: int) -> dict[str, str]:
+    """Another image for each of at least two, in one cycle, so that none stays in its place; drawn by the seed."""
+    shuffled = sorted(names)
+    if len(shuffled) < 2:
+        raise InputError("shuffling needs questions about at least two images")
+    random.Random(seed).shuffle(shuffled)
+    return dict(zip(shuffled, [*shuffled[1:], shuffled[0]]))
 
 
 CONTROLS: dict[str, Callable[[Sequence[Question], int], list[Question]]] = {  # of questions and a seed

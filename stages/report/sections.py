@@ -11,6 +11,7 @@ from stages.report.paper import paper_figure4, paper_table1, paper_table2, paper
 from stages.report.pope import pope, pope_pairs, pope_verdict
 from stages.report.setup import setup
 from stages.report.tables import comparison, others, tally
+from stages.report.tasks import names, task_scores, verdict, yes_no
 
 
 @dataclass
@@ -62,6 +63,7 @@ def sections(arms: Arms, figure: dict[str, Figure]) -> list[Section]:
             tables=[table3(arms), paper_table3(), pope(arms), *filter(None, [pope_pairs(arms)])],
             beside=2,
         ),
+        *other_tasks(arms),
         Section("appendix", "Tab. 4, 5", "The numbers behind Figures 3 and 5", tables=[table4(arms), table5(arms)]),
         Section("more-attention", "Fig. 6", "More attention maps", figures=[figure["figure6"]]),
         Section(
@@ -80,3 +82,13 @@ def sections(arms: Arms, figure: dict[str, Figure]) -> list[Section]:
     parts += [Section("other", "Other", "Other numbers", tables=[rest])] if rest.rows else []
     text = "What learnt, what was frozen, fingerprints of the weights before and after, digests of the inputs."
     return [*parts, Section("details", "Each run", "Every run", text)]
+
+
+def other_tasks(arms: Arms) -> list[Section]:
+    """What lmms-eval's tasks say, if any were run."""
+    if not names(arms, "tasks"):
+        return []
+    asked = list(names(arms, "tasks_yes_no"))
+    verdicts = [found for task in asked for model in arms.models if (found := verdict(arms, model, task))]
+    tables = [task_scores(arms), *([yes_no(arms)] if asked else [])]
+    return [Section("tasks", "Tasks", "Other tasks of lmms-eval", verdicts=verdicts, tables=tables)]

@@ -9,6 +9,7 @@ from stages.report.data import Arms, is_number, mean_sd
 from stages.report.layout import SHIFTS
 from stages.report.pope import POPE_KEYS, SPLITS
 from stages.report.significance import difference, paired_differences
+from stages.report.tasks import KEY as TASK_KEYS
 
 PAPER_ORDER = ("linear_probe", "few_shot", "zero_shot", "retrieval", "shift", "mmvp")  # other protocols stand behind
 # (heading, pattern of the metric's key, whether its absence is worth a line). The pattern's groups make the row's
@@ -121,7 +122,7 @@ def others(arms: Arms) -> Table:
     known |= {f"localisation/{name}" for name in ("pointing", "energy", "precision", "area", "objects")}
     table = Table(["Metric", *arms.models], name="others", title="Other numbers")
     table.caption = "Whatever else the evaluate runs wrote, as it stands there."
-    for key in sorted(k for k in arms.metric_names() if k not in known):
+    for key in sorted(k for k in arms.metric_names() if k not in known and not re.fullmatch(TASK_KEYS, k)):
         cells = []
         for model in arms.models:
             values = list(arms.written(model, key).values())

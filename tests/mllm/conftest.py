@@ -1,5 +1,7 @@
 """Tiny parts of a multimodal model with seeded random weights, written once per test session."""
 
+from importlib.metadata import entry_points
+
 import pytest
 
 # torch and transformers are imported where they are used: pytest reads this file once more than it runs tests
@@ -83,3 +85,15 @@ def picture():
         return Image.fromarray(pixels)
 
     return make
+
+
+@pytest.fixture
+def installed(tmp_path, monkeypatch):
+    """The entry point as an installation of this package would register it."""
+    if not any(e.name == "diffclip_llava" for e in entry_points(group="lmms_eval.models")):
+        info = tmp_path / "site" / "diffclip_stack-0.dist-info"
+        info.mkdir(parents=True)
+        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: diffclip-stack\nVersion: 0\n")
+        (info / "entry_points.txt").write_text("[lmms_eval.models]\ndiffclip_llava = mllm.lmms_plugin:manifest\n")
+        monkeypatch.syspath_prepend(str(info.parent))
+        monkeypatch.setenv("PYTHONPATH", str(info.parent))

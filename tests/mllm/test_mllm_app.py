@@ -1,6 +1,7 @@
 """The chat page in a real browser: answers equal mllm.chat's, where they look is shown, and nobody else is called."""
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from launch import ROOT, environment, run_program
 
 from diffclip.base.errors import InputError
 from diffclip.base.images import decode
-from mllm import app
+from mllm import about, app
 from mllm.answer_attention import overlays
 from mllm.assemble import assemble
 from mllm.conversation import question_turn
@@ -137,6 +138,78 @@ def test_a_conversation_in_the_browser(saved, wanted, tmp_path):
         assert not complaints
         assert [url for url in called if not url.startswith((address, "data:", "blob:"))] == []
     assert "Traceback" not in (tmp_path / "errors").read_text()
+
+
+@pytest.mark.slow
+def test_two_models_answer_beside_each_other(saved, wanted, tower_dir, language_dir, tmp_path):
+    assemble(tower_dir, language_dir, seed=4).save(tmp_path / "other")
+    data = {"data": {"path": "a/rows.json", "digest": "x"}}
+    record = {"stage": "instruct", "model": "Diff*CLIP", "conversations": 1200, "steps": 75, "seed": 0, "inputs": data}
+    (tmp_path / "other" / "run.json").write_text(json.dumps(record))
+    vlm, picture = load(tmp_path / "other"), decode(saved / "scene.png")
+    turns = [question_turn(QUESTIONS[0], 1)]
+    (text,) = vlm.answer([turns], [[picture]], max_new_tokens=12)
+    ((shown, share),) = overlays(vlm, [*turns, {"from": "gpt", "value": text}], [picture])
+    (tmp_path / "examples").mkdir()
+    picture.save(tmp_path / "examples" / "an example.png")
+    port = free_port()
+    arguments = [str(saved / "run"), str(tmp_path / "other"), f"--port={port}", "--max_new_tokens=12"]
+    arguments += ["--examples", str(tmp_path / "examples")]
+    with (
+        open(tmp_path / "errors", "w+") as errors,
+        running(*arguments, errors=errors) as server,
+        open_page(viewport={"width": 1400, "height": 1000}) as (page, complaints),
+    ):
+        address = server.stdout.readline().strip()
+        assert address, (tmp_path / "errors").read_text()
+        page.goto(address)
+        page.get_by_text("Diff*CLIP; instruct: 1,200 conversations of rows.json, 75 steps, seed 0").wait_for()
+        page.get_by_text("no run.json says what it was trained on").wait_for()
+        page.get_by_text("What is in the image?").first.click()  # the example brings its image along
+        page.get_by_label("File thumbnail").first.wait_for()
+        box, said = page.get_by_placeholder("Ask about the image"), page.get_by_test_id("bot")
+        wait_until(page, lambda: box.input_value() == "What is in the image?")
+        box.fill(QUESTIONS[0])
+        page.get_by_label("Submit").click()
+        maps = page.get_by_label("Thumbnail 1 of 1")
+        captions = [wanted[0][0][1], f"{share:.1%} of the attention"]
+        wait_until(page, lambda: maps.count() == 2 and maps.all_inner_texts() == captions)
+        assert [plain(text) for text in said.all_inner_texts()] == [plain(wanted[0][0][0]), plain(text)]
+        scales = page.locator(".scale")
+        assert scales.count() == 2 and f"{shown.info['hottest']:.2%} of" in scales.last.inner_text()
+        picture_of_map = maps.last.locator("img")
+        wait_until(page, lambda: picture_of_map.evaluate("image => image.complete && image.naturalWidth > 0"))
+        page.screenshot(path=tmp_path / "page.png", full_page=True)
+        assert picture_of_map.evaluate("image => Math.min(image.clientWidth, image.clientHeight)") >= 336
+        page.get_by_role("button", name="Clear", exact=True).last.click()
+        wait_until(page, lambda: not said.count() and not maps.count() and not scales.count())
+        assert not complaints
+    assert "Traceback" not in (tmp_path / "errors").read_text()
+
+
+def test_a_run_says_what_it_and_those_before_it_were_trained_on(tmp_path):
+    records = {
+        "pretrain": {"stage": "pretrain", "model": "CLIP-tiny", "pairs": 9000, "steps": 10, "seed": 1,
+                     "inputs": {"train_data": {"path": "x/shards"}}},
+        "align": {"stage": "align", "model": "CLIP-tiny", "conversations": 7, "inputs": {
+            "data": {"path": "x/align.json"}, "vision_tower": {"path": str(tmp_path / "pretrain")}}},
+        "instruct": {"stage": "instruct", "model": "CLIP-tiny", "conversations": 1234, "seed": 2, "inputs": {
+            "data[0]": {"path": "a.json"}, "data[1]": {"path": "b.json"}, "model": {"path": str(tmp_path / "align")}}},
+    }  # fmt: skip
+    for name, record in records.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.json").write_text(json.dumps(record))
+    run = str(tmp_path / "instruct")
+    assert about.trained_on(run) == (
+        "CLIP-tiny; instruct: 1,234 conversations of a.json, b.json, seed 2; align: 7 conversations of align.json; "
+        "pretrain: 9,000 pairs of shards, 10 steps, seed 1"
+    )
+    assert about.name_of(run) == f"{tmp_path.name}/instruct" and about.name_of("org/model") == "org/model"
+    records["align"]["inputs"]["vision_tower"]["path"] = str(tmp_path / "align")  # in a circle, as nobody writes it
+    for broken in ("[]", '{"inputs": 3}', "{"):
+        (tmp_path / "align" / "run.json").write_text(broken)
+        assert about.trained_on(run).startswith("CLIP-tiny; instruct: 1,234")
+    assert "no run.json" in about.trained_on(str(tmp_path))
 
 
 def test_answers_grow_and_questions_that_cannot_be_asked_change_nothing(saved, wanted):

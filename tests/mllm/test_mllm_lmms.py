@@ -5,7 +5,6 @@ import os
 import random
 import subprocess
 import sys
-from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
@@ -23,18 +22,6 @@ from mllm.pope.scores import CONTROLS, GREY, grey_image, intervals, score, shuff
 
 lmms_eval = pytest.importorskip("lmms_eval")
 OBJECTS = ("red square", "small blue circle", "green star")
-
-
-@pytest.fixture
-def installed(tmp_path, monkeypatch):
-    """The entry point as an installation of this package would register it."""
-    if not any(e.name == "diffclip_llava" for e in entry_points(group="lmms_eval.models")):
-        info = tmp_path / "site" / "diffclip_stack-0.dist-info"
-        info.mkdir(parents=True)
-        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: diffclip-stack\nVersion: 0\n")
-        (info / "entry_points.txt").write_text("[lmms_eval.models]\ndiffclip_llava = mllm.lmms_plugin:manifest\n")
-        monkeypatch.syspath_prepend(str(info.parent))
-        monkeypatch.setenv("PYTHONPATH", str(info.parent))
 
 
 @pytest.fixture
