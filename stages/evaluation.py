@@ -12,8 +12,19 @@ import torch
 import diffclip
 from diffclip.base.devices import pick_device
 from diffclip.base.errors import InputError
-from diffclip.base.files import json_line, write_json, write_whole
-from diffclip.base.schema import ANSWERS, EXAMPLES, IMAGES, MARGINS, METRICS, POPE, POPE_SPLITS, TASKS, Example
+from diffclip.base.files import json_line, read_json, write_json, write_whole
+from diffclip.base.schema import (
+    ANSWERS,
+    CLIP_BENCHMARKS,
+    EXAMPLES,
+    IMAGES,
+    MARGINS,
+    METRICS,
+    POPE,
+    POPE_SPLITS,
+    TASKS,
+    Example,
+)
 from diffclip.benchmarks.evaluate import evaluate_clip
 from diffclip.benchmarks.mask_scores import read_masks
 from diffclip.benchmarks.protocol import Settings
@@ -34,33 +45,55 @@ from stages.settings import EvaluateConfig
 def evaluate_models(config: EvaluateConfig, run: Run) -> None:
     """Run every part that the settings name.
 
-    metrics.json grows with each, so that one that fails leaves the scores of those before it; the same command then
-    takes up the stored features and answers, and runs the rest.
+    metrics.json grows with each. One that fails keeps no other from running; the same command then takes up the stored
+    features and answers, and runs what is left.
+
+    Raises:
+        InputError: a part failed, after all others.
     """
     run.note(model=upstream_model(config.clip or config.mllm))
     metrics: dict[str, float] = {}
+    failed: list[str] = []
 
     def add(scores: Mapping[str, float]) -> None:
         metrics.update(scores)
         write_json(run.path / METRICS, metrics)
 
+    def attempt(part: str, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except InputError as error:
+            failed.append(f"{part}: {error}")
+            run.log(f"evaluate: no scores of {failed[-1]}")
+
     encoder = load_encoder(config.clip) if config.clip else None
+    missing = overlays.why_no_maps(encoder) if encoder else "no dual encoder"
     if encoder:
-        add(clip_metrics(config, run, encoder))
-        missing = overlays.why_no_maps(encoder)
+        attempt("the CLIP benchmarks", lambda: clip_metrics(config, run, encoder, add))
         if missing:
             run.note(attention=missing)
             run.log(f"evaluate: {missing}")
         else:
-            add(attention_metrics(config, run, encoder))
+            attempt("attention", lambda: add(attention_metrics(config, run, encoder)))
     if config.mllm and config.pope:
-        questions, images = pope_questions(config, run)
-        add(margin_metrics(config, run, questions, images))
-        add(pope_metrics(config, run, questions, images))
-        write_examples(config, run, images, encoder if encoder and not missing else None)
+        attempt("POPE", lambda: pope(config, run, add, encoder if not missing else None))
     if config.tasks:
-        run_tasks(config, run, add)
+        attempt("lmms-eval", lambda: run_tasks(config, run, add))
+    if failed:
+        more = f" (and {len(failed) - 1} more parts)" if len(failed) > 1 else ""
+        raise InputError(
+            f"{failed[0]}{more}; {len(metrics)} other scores are in {run.path / METRICS}, and the same command takes "
+            "up what is there"
+        )
     run.finish(metrics)
+
+
+def pope(config: EvaluateConfig, run: Run, add: Callable[[Mapping[str, float]], None], encoder: Encoder | None) -> None:
+    """POPE by margins and by answers, and examples of it for the report."""
+    questions, images = pope_questions(config, run)
+    add(margin_metrics(config, run, questions, images))
+    add(pope_metrics(config, run, questions, images))
+    write_examples(config, run, images, encoder)
 
 
 def load_encoder(path: str) -> Encoder:
@@ -69,14 +102,21 @@ def load_encoder(path: str) -> Encoder:
     return Encoder(model.to(pick_device()), transform, tokenizer)
 
 
-def clip_metrics(config: EvaluateConfig, run: Run, encoder: Encoder) -> dict[str, float]:
+def clip_metrics(
+    config: EvaluateConfig, run: Run, encoder: Encoder, add: Callable[[Mapping[str, float]], None]
+) -> None:
     """Zero-shot, shifts, retrieval, linear probe, few-shot and MMVP-VLM on what `clip_data` holds, in percent."""
     settings = Settings(
         seed=config.seed, episodes=config.few_shot_episodes, probe=config.linear_probe, batch_size=config.batch_size
     )
-    metrics = evaluate_clip(*encoder, config.clip_data, run.path, settings)
+    try:
+        metrics = evaluate_clip(*encoder, config.clip_data, run.path, settings)
+    except InputError:
+        if (run.path / CLIP_BENCHMARKS).is_file():
+            add(read_json(run.path / CLIP_BENCHMARKS)["metrics"])  # of the sets that could be scored
+        raise
+    add(metrics)
     run.log(f"evaluate: {len(metrics)} scores of {config.clip} on {config.clip_data}")
-    return metrics
 
 
 def attention_metrics(config: EvaluateConfig, run: Run, encoder: Encoder) -> dict[str, float]:

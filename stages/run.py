@@ -163,7 +163,7 @@ class Run:
 
     def _manifest(self, paths: Mapping[str, str]) -> Manifest:
         """What the folders of data hold, file by file; models are compared by their weights."""
-        if not hasattr(self.config, "data_changed"):
+        if not hasattr(self.config, "resume_with"):  # of an evaluation's data, which may be a million images
             return {}
         folders = {role: path for role, path in paths.items() if Path(path).is_dir()}
         data = {role: path for role, path in folders.items() if not any(Path(path).glob("*.safetensors"))}

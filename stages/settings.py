@@ -75,6 +75,7 @@ def option(default: Any, group: str, text: str, allowed: Range | Iterable[str] |
 LEARNING_RATE = ("optimisation", "peak learning rate", POSITIVE)
 LEARNS = ("model", f"parts that learn: {', '.join(PARTS)}", PARTS)
 TEMPLATE = ("model", "prompt format")
+DATA_CHANGED = ("refuse", "run", "what a paused run does where its input files have changed")
 
 
 @dataclass
@@ -106,9 +107,7 @@ class TrainingConfig:
     resume_with: list[str] = option(
         [], "run", "settings that a paused run takes over from here on, though they decide its result", decides=False
     )
-    data_changed: Literal["refuse", "accept"] = option(
-        "refuse", "run", "what a paused run does where its input files have changed", decides=False
-    )
+    data_changed: Literal["refuse", "accept"] = option(*DATA_CHANGED, decides=False)
 
 
 @dataclass
@@ -313,8 +312,9 @@ class EvaluateConfig:
     tasks: list[str] = option([], "data", "tasks of lmms-eval, e.g. mme,gqa: names as in lmms-eval --tasks")
     task_path: str = option("", "data", "folder of task files of your own, for `tasks`")
     task_limit: int = option(0, "data", "questions of each of `tasks`; 0: all", NOT_NEGATIVE)
-    batch_size: int = option(64, "run", "images, or questions, at a time", AT_LEAST_1)
-    processes: int = option(0, "run", "of lmms-eval, sharing the questions; 0: one a GPU", NOT_NEGATIVE)
+    data_changed: Literal["refuse", "accept"] = option(*DATA_CHANGED, decides=False)
+    batch_size: int = option(64, "run", "images, or questions, at a time", AT_LEAST_1, decides=False)
+    processes: int = option(0, "run", "of lmms-eval, sharing the questions; 0: one a GPU", NOT_NEGATIVE, decides=False)
     examples: int = option(240, "data", "answers kept with their images for the report", NOT_NEGATIVE)
     masked_objects: int = option(
         2000, "data", "objects of segmentation/ (COCO format) that attention is scored on", AT_LEAST_1

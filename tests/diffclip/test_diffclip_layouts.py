@@ -209,6 +209,10 @@ def test_lists_of_addresses_are_sent_to_the_command_that_fetches_them(tmp_path):
 # ---- folders
 
 
+def packed(text: str) -> bytes:
+    return gzip.compress(text.encode(), mtime=0)  # tests are named by it, in every process alike
+
+
 @pytest.mark.parametrize(
     "name, text",
     [
@@ -217,8 +221,8 @@ def test_lists_of_addresses_are_sent_to_the_command_that_fetches_them(tmp_path):
         ("captions.json", '{"1.png": ["a"], "2.png": "b"}'),
         ("captions.json", '{"image": ["1.png", "2.png"], "caption": ["a", "b"]}'),
         ("rows.json", '[{"image": "1.png", "caption": "a"}, {"image": "2.png", "captions": null, "caption": "b"}]'),
-        ("rows.jsonl.gz", gzip.compress(b'\xef\xbb\xbf{"image":"1.png","text":"a"}\n\n{"image":"2.png","text":"b"}', mtime=0)),
-        ("table.csv.gz", gzip.compress(b"image;caption\n1.png;a\n2.png;b\n", mtime=0)),
+        ("rows.jsonl.gz", packed('\ufeff{"image":"1.png","text":"a"}\n\n{"image":"2.png","text":"b"}')),
+        ("table.csv.gz", packed("image;caption\n1.png;a\n2.png;b\n")),
         ("results.csv", 'image_name| comment_number| comment\n1.png| 0| a\n2.png| 1   b\n'),
         ("r.tsv", '"image_path"\t"caption"\n"1.png"\t"a"\n"2.png"\t"b"\n'),
         ("pandas.csv", "\n,image,caption\n0,1.png,a\n1,2.png,b\n"),

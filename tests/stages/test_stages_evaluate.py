@@ -107,6 +107,25 @@ def test_scores_outlive_a_later_failure(tmp_path, data):
     assert json.loads((tmp_path / "out/run.json").read_text())["state"] == "running"
 
 
+def test_a_part_that_fails_first_keeps_no_later_one_from_its_scores(tmp_path, data):
+    write_model("ViT", tmp_path / "model")
+    shutil.copytree(data, tmp_path / "data")
+    for label in ("one", "two"):
+        broken = tmp_path / "data" / "classification" / "a" / "test" / label
+        broken.mkdir(parents=True)
+        (broken / "x.png").write_bytes(b"no image")
+    with pytest.raises(InputError, match=r"^the CLIP benchmarks: zero_shot a: .*other scores are in .*metrics\.json"):
+        evaluate.main(arguments(tmp_path, tmp_path / "data"))
+    metrics = json.loads((tmp_path / "out/metrics.json").read_text())
+    assert "zero_shot/colours/top1" in metrics and "localisation/pointing" in metrics
+    assert json.loads((tmp_path / "out/run.json").read_text())["state"] == "running"
+    shutil.rmtree(tmp_path / "data" / "classification" / "a")
+    with pytest.raises(InputError, match=r"clip_data \(.*--data_changed accept$"):
+        evaluate.main(arguments(tmp_path, tmp_path / "data"))
+    evaluate.main([*arguments(tmp_path, tmp_path / "data"), "--data_changed", "accept"])
+    assert json.loads((tmp_path / "out/run.json").read_text())["state"] == "finished"
+
+
 def test_a_set_that_fails_leaves_the_scores_before_it(tmp_path, data):
     """A broken image of the second protocol: the first one's scores are on disk, with the reason."""
     import diffclip
