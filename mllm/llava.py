@@ -120,9 +120,11 @@ class DiffCLIPLlavaModel(PortableLlava, LlavaModel):
 
 @dataclass
 class _Hidden(BaseModelOutputWithPast):
-    """Hidden states as the layers of any language model return them, with nothing else that its head may ask for."""
+    """Hidden states as the layers of any language model return them; all else that a head may ask for is None."""
 
-    router_logits = cross_attentions = None
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
 
 
 def _pass_through(*args: Any, inputs_embeds: torch.Tensor, **kwargs: Any) -> _Hidden:
@@ -150,7 +152,7 @@ def own_head(config: PreTrainedConfig) -> tuple[PreTrainedModel, str, str]:
     except NotImplementedError:
         words = None
     embeddings = [name for name, module in layers.named_modules() if module is words]
-    plain = heads and embeddings and isinstance(head, nn.Linear) and layers is not lm
+    plain = heads and embeddings and isinstance(head, nn.Linear) and layers is not lm and hasattr(config, "hidden_size")
     if not plain or any(list(module.parameters()) for module in others):
         raise InputError(
             f"language models of class {type(lm).__name__} cannot be used, which are not made of embeddings, layers "

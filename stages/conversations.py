@@ -77,10 +77,10 @@ def train_on_conversations(vlm: VisionLanguageModel, config: ConversationConfig,
     lora = bool(config.lora_rank)
     if lora and "language_model" not in learns:
         raise InputError("lora_rank: the language model does not learn; add language_model to `learns`")
-    vlm.use_template(config.template)
+    template = vlm.use_template(config.template)
     model, processor = vlm
-    rows = judged_rows(vlm, config, run)
-    dataset = ConversationDataset(rows, processor, template=config.template, max_length=config.max_length)
+    rows = judged_rows(vlm, config, run, template)
+    dataset = ConversationDataset(rows, processor, template=template, max_length=config.max_length)
     if isinstance(config, AlignConfig) and config.projector_init == "whitened":
         whiten(model, dataset, config)
     batch = per_device_batch(config, config.micro_batch_size)
@@ -149,7 +149,7 @@ def train_on_conversations(vlm: VisionLanguageModel, config: ConversationConfig,
     run.finish(metrics)
 
 
-def judged_rows(vlm: VisionLanguageModel, config: ConversationConfig, run: Run) -> Rows:
+def judged_rows(vlm: VisionLanguageModel, config: ConversationConfig, run: Run, template: str) -> Rows:
     """The rows to learn, as training will see them; those that cannot be learnt from are named in bad_samples.jsonl.
 
     Raises:
@@ -158,7 +158,7 @@ def judged_rows(vlm: VisionLanguageModel, config: ConversationConfig, run: Run) 
     began = run.record.get("conversations"), run.record.get("rows")
     any_rows = not run.resume_from or config.data_changed == "accept"
     for fresh in (False, True):
-        rows = read_and_judge(vlm, config, fresh)
+        rows = read_and_judge(vlm, config, template, fresh)
         if any_rows or began in ((len(rows), rows.chosen), (len(rows), None), (None, None)):
             break
     else:
@@ -178,20 +178,20 @@ def judged_rows(vlm: VisionLanguageModel, config: ConversationConfig, run: Run) 
     return rows
 
 
-def read_and_judge(vlm: VisionLanguageModel, config: ConversationConfig, fresh: bool = False) -> Rows:
-    """The rows that the settings name, with the `problems` of those that cannot be learnt from; `fresh`: all anew."""
+def read_and_judge(vlm: VisionLanguageModel, config: ConversationConfig, template: str, fresh: bool = False) -> Rows:
+    """The rows that the settings name, in a template of `render`, with the `problems` of those that cannot be learnt from; `fresh`: all anew."""
     rows = load_rows(
         config.data,
         config.image_root,
         image_prefix=config.image_prefix,
         split=config.split,
-        template=config.template,
+        template=template,
         control=control_tokens(vlm.tokenizer),
         max_bad_share=math.inf,
         fresh=fresh,
     )
     positions = getattr(vlm.model.config.text_config, "max_position_embeddings", None)
-    settings: dict[str, Any] = {"template": config.template, "max_length": config.max_length, "positions": positions}
+    settings: dict[str, Any] = {"template": template, "max_length": config.max_length, "positions": positions}
     return judged(rows, vlm.processor, **settings, fresh=fresh)
 
 

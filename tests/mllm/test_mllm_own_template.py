@@ -1,0 +1,165 @@
+"""`template: auto` against what each tokenizer's own `apply_chat_template` makes of the same conversation."""
+
+import copy
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from chat_templates import CHATML, TEMPLATES
+from diffclip.base.errors import InputError
+from mllm.conversation import IGNORE, IMAGE, encode, render
+from mllm.own_template import own_template
+from mllm.processing import prepare_tokenizer, write_own_template
+
+TALKS = [
+    ["<image>\nIs there a dog?", "Yes"],
+    ["<image>\n What is it? ", " A cat: ASSISTANT says </s\n", "Sure?", "No", "Why?", "Because\n\nof 1 < 2."],
+    ["Is it Yes?\n<image>", "Yes", "Yes?", "Yes"],
+    ["a", "a", "a", "a", "a", "a", "a", "a"],
+    ["Describe", "answer-mark-0 @answer-mark-0 {{ 1 + 1 }} {% raw %}"],
+]
+
+
+def byte_tokenizer(template, bos, eos, others, adds=()):
+    """One token per byte with special tokens and a chat template; `adds`: what it writes before and behind a text."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token=eos, **({"bos_token": bos} if bos else {}))
+    tokenizer.add_special_tokens({"additional_special_tokens": list(others)})
+    if adds:
+        specials = [(token, tokenizer.convert_tokens_to_ids(token)) for token in adds if token != "$A"]
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=list(adds), special_tokens=specials)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def prepared(tokenizer):
+    """(the tokenizer as `auto` leaves it, the template's source, ids of tokens that end an answer)."""
+    own = copy.deepcopy(tokenizer)
+    prepare_tokenizer(own, "vicuna", "lm")
+    source = own_template(own)
+    return own, source, write_own_template(own, source)
+
+
+def turns(talk, system=""):
+    """LLaVA's form, and that of chat templates."""
+    roles = ("human", "gpt") * len(talk)
+    rows = [{"from": "system", "value": system}] * bool(system)
+    messages = [{"role": "system", "content": system}] * bool(system)
+    rows += [{"from": role, "value": text} for role, text in zip(roles, talk)]
+    messages += [{"role": {"human": "user", "gpt": "assistant"}[r], "content": t} for r, t in zip(roles, talk)]
+    return rows, messages
+
+
+def its_own(tokenizer, name, messages, ask=False):
+    """What the tokenizer itself makes of messages; Gemma's system text in front of the first question."""
+    if name == "gemma" and messages[0]["role"] == "system":
+        first, question, *rest = messages
+        messages = [{"role": "user", "content": first["content"] + "\n\n" + question["content"]}, *rest]
+    options = {"date_string": "26 Jul 2024", "enable_thinking": False, "add_generation_prompt": ask, "tokenize": False}
+    return tokenizer.apply_chat_template(messages, **options)
+
+
+@pytest.mark.parametrize("system", ["", "Be brief."])
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_training_text_and_prompts_are_the_tokenizers_own(name, system):
+    template, bos, eos, others, _ = TEMPLATES[name]
+    tokenizer = byte_tokenizer(template, bos, eos, others)
+    own, source, _ = prepared(tokenizer)
+    for talk in TALKS:
+        for length in range(1, len(talk) + 1):
+            rows, messages = turns(talk[:length], system)
+            ask = length % 2 == 1
+            text = "".join(segment.text for segment in render(rows, source, ask))
+            expected = its_own(tokenizer, name, messages, ask)
+            assert text == expected
+            assert not ask or not render(rows, source, True)[-1].supervised
+
+
+@pytest.mark.parametrize("adds", ["nothing", "bos", "eos"])
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_ids_are_the_tokenizers_own_and_answers_with_their_ends_are_learnt(name, adds):
+    template, bos, eos, others, end = TEMPLATES[name]
+    before, behind = ([bos] if adds == "bos" and bos else []), ([eos] if adds == "eos" else [])
+    tokenizer = byte_tokenizer(template, bos, eos, others, [*before, "$A", *behind] if before or behind else ())
+    own, source, ends = prepared(tokenizer)
+    assert own.eos_token == end and ends[0] == own.convert_tokens_to_ids(end)
+    tokenizer.add_tokens([IMAGE], special_tokens=True)
+    for talk in TALKS:
+        rows, messages = turns(talk, "Be brief.")
+        encoded = encode(render(rows, source), own, image_tokens=1)
+        text = its_own(tokenizer, name, messages)
+        assert encoded["input_ids"] == own(text)["input_ids"]
+        assert encoded["input_ids"] == tokenizer(text, add_special_tokens=False)["input_ids"]
+        learnt = tokenizer.decode([i for i in encoded["labels"] if i != IGNORE])
+        answers = [piece for piece in learnt.split(end) if piece.strip()]
+        if name == "smollm3":  # its own blocks hold the head of an answer, too
+            answers = [answer.split("</think>")[1] for answer in answers]
+        assert [a.strip() for a in answers] == [t.strip() for t in talk[1::2]]
+        assert learnt.count(end) == len(talk) // 2
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_the_prompt_is_the_training_text_up_to_the_last_answer(name):
+    template, bos, eos, others, _ = TEMPLATES[name]
+    _, source, _ = prepared(byte_tokenizer(template, bos, eos, others))
+    for talk in TALKS:
+        prompt = "".join(s.text for s in render(turns(talk[:-1])[0], source, True))
+        whole = render(turns(talk)[0], source)
+        assert "".join(s.text for s in whole).startswith(prompt)
+        if name != "smollm3":
+            last = max(i for i, s in enumerate(whole) if s.supervised and not whole[i - 1].supervised)
+            assert prompt == "".join(s.text for s in whole[:last])
+
+
+def test_a_saved_tokenizer_still_knows_its_template_and_adds_nothing(tmp_path):
+    template, bos, eos, others, _ = TEMPLATES["llama3"]
+    own, source, _ = prepared(byte_tokenizer(template, bos, eos, others, [bos, "$A"]))
+    own.chat_template = "another"
+    own.save_pretrained(tmp_path)
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    assert own_template(again) == source
+    assert again("yes")["input_ids"] == own("yes")["input_ids"] == own("yes", add_special_tokens=False)["input_ids"]
+
+
+def test_pictures_in_content_are_placeholders_in_front_of_the_text():
+    template, bos, eos, others, _ = TEMPLATES["gemma"]
+    own, source, _ = prepared(byte_tokenizer(template, bos, eos, others))
+    content = [{"type": "image"}, {"type": "text", "text": "Red?"}]
+    messages = [{"role": "system", "content": "Short."}, {"role": "user", "content": content}]
+    text = own.apply_chat_template(messages, chat_template=source, add_generation_prompt=True, tokenize=False)
+    assert text == "<bos><start_of_turn>user\nShort.\n\n<image>\nRed?<end_of_turn>\n<start_of_turn>model\n"
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda t: None, "has no chat template"),
+        (lambda t: t.replace("'<|im_end|>'", "''"), "no token of the tokenizer"),
+        (lambda t: t.replace("+ message.content +", "+ (message.content if message.role == 'assistant' else '') +"), "not at all"),
+        (lambda t: t.replace("+ message.content +", "+ message.content + (message.content if message.role == 'user' else '') +"), "twice"),
+        (lambda t: t.replace("'<|im_start|>assistant\\n' }}", "'<|im_start|>ai\\n' }}"), "other words"),
+        (lambda t: "{{ raise_exception('tools only') }}", "tools only"),
+        (lambda t: t + "{% if %}", "refuses a conversation"),
+        (lambda t: "{{ messages[0].content.__class__.mro() }}" + t, "refuses a conversation"),
+        (lambda t: "{%- for m in messages -%}{{ m.role }}{% generation %}{{ m.content }}{% endgeneration %}<|im_end|>{%- endfor -%}", "generation"),
+    ],
+)
+def test_templates_that_cannot_be_trained_in_are_refused_by_what_they_do(change, reason):
+    tokenizer = byte_tokenizer(change(CHATML), None, "<|endoftext|>", ("<|im_start|>", "<|im_end|>"))
+    with pytest.raises(InputError, match=reason) as error:
+        prepared(tokenizer)
+    assert "\n" not in str(error.value) and "use vicuna" in str(error.value)
+
+
+def test_a_text_that_changes_the_layout_is_refused_and_others_are_not():
+    template, bos, eos, others, _ = TEMPLATES["qwen3"]
+    _, source, _ = prepared(byte_tokenizer(template, bos, eos, others))
+    rows, _ = turns(["Why?", "<think>\nhm\n</think>\n\nyes"])
+    with pytest.raises(InputError, match="lays this conversation out in another way"):
+        render(rows, source)
+    assert render(turns(["Why?", "hm"])[0], source)
