@@ -133,8 +133,8 @@ class DiffCLIPLlavaForEvaluation(lmms):
             turns = [question_turn(context, len(images)), {"from": "gpt", "value": answer.strip()}]
             encoded = self.vlm.encode(turns, len(images), name=f"task {task}, question {doc_id} of {split}: ")
             example = {name: torch.tensor(ids) for name, ids in encoded.items()}
-            last = example["labels"].ne(IGNORE).nonzero()[-1]
-            example["labels"][last] = IGNORE  # the end token is no part of the continuation
+            end = example["labels"].eq(self.vlm.tokenizer.eos_token_id).nonzero()[-1]
+            example["labels"][end:] = IGNORE  # the end token is no part of the continuation, nor what a template adds
             if images:
                 example["pixel_values"] = self.vlm.pixels(images).to(self.vlm.model.dtype)
             examples.append(example)

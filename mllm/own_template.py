@@ -182,7 +182,7 @@ def _layout(source: str, turns: int, system: bool, ask: bool) -> tuple[Piece, ..
         kind = wrong.strip("@").split("-")[0]
         raise InputError(f"writes a {kind} {'twice' if wrong in written else 'not at all'}")
     end = re.compile(rf"\s*({'|'.join(map(re.escape, ends(source)))})")
-    supervised = []
+    learnt: list[tuple[int, int]] = []
     for i, answer in enumerate(answers):
         start = written.index(answer)
         closed = end.match(written, start + len(answer))
@@ -192,14 +192,17 @@ def _layout(source: str, turns: int, system: bool, ask: bool) -> tuple[Piece, ..
         asked = written.startswith(prompt) and len(prompt) <= start
         if not asked and i == turns - 1:
             raise InputError("asks for an answer with other words than stand before it in training")
-        supervised.append((len(prompt) if asked and not written[len(prompt) : start].strip() else start, closed.end()))
-        if blocks and not any(first <= start and closed.end() <= last for first, last in spans):
-            raise InputError("has {% generation %} blocks that leave out answers or the tokens that end them")
-    borders = {0, len(written), *(border for span in (spans if blocks else supervised) for border in span)}
+        first, last = len(prompt) if asked and not written[len(prompt) : start].strip() else start, closed.end()
+        if blocks:  # without what a prompt holds already: SmolLM3's blocks begin with the head of the turn
+            block = next((span for span in spans if span[0] <= start and last <= span[1]), None)
+            if block is None:
+                raise InputError("has {% generation %} blocks that leave out answers or the tokens that end them")
+            first, last = max(block[0], first), block[1]
+        learnt.append((first, last))
+    borders = {0, len(written), *(border for span in learnt for border in span)}
     for mark in marks:
         borders |= {written.index(mark), written.index(mark) + len(mark)}
     cuts = sorted(borders)
-    learnt = spans if blocks else supervised
     return tuple(
         Piece(written[a:b], any(first <= a and b <= last for first, last in learnt), written[a:b] in marks)
         for a, b in zip(cuts, cuts[1:])

@@ -22,7 +22,7 @@ from mllm.data.examples import ConversationDataset, TrainingConversations, colla
 from mllm.data.judge import judged
 from mllm.data.rows import Rows, load_rows, refuse_too_bad
 from mllm.llava import DiffCLIPLlavaForConditionalGeneration
-from mllm.lora import add_lora, base_weights, merge, quantise
+from mllm.lora import add_lora, base_weights, merge, quantise, save_adapter
 from mllm.model import VisionLanguageModel, load
 from mllm.weights import fingerprints, freeze, parts
 from stages.callbacks import Watch
@@ -137,7 +137,9 @@ def train_on_conversations(vlm: VisionLanguageModel, config: ConversationConfig,
         if adapter is not None:
             if not originals and fingerprint(base_weights(model)) != before["language_model"]:
                 raise RuntimeError("weights of the language model beside LoRA's changed: the run is not valid")
-            merge(adapter, config.output_dir if run.is_main else None, originals)
+            if run.is_main:
+                save_adapter(model, adapter, run.path / "adapter", learns)
+            merge(adapter, originals)
         after = fingerprints(model)
         for name in after:
             if (after[name] == before[name]) == (name in learns):

@@ -97,8 +97,6 @@ def test_ids_are_the_tokenizers_own_and_answers_with_their_ends_are_learnt(name,
         assert encoded["input_ids"] == tokenizer(text, add_special_tokens=False)["input_ids"]
         learnt = tokenizer.decode([i for i in encoded["labels"] if i != IGNORE])
         answers = [piece for piece in learnt.split(end) if piece.strip()]
-        if name == "smollm3":  # its own blocks hold the head of an answer, too
-            answers = [answer.split("</think>")[1] for answer in answers]
         assert [a.strip() for a in answers] == [t.strip() for t in talk[1::2]]
         assert learnt.count(end) == len(talk) // 2
 
@@ -111,9 +109,8 @@ def test_the_prompt_is_the_training_text_up_to_the_last_answer(name):
         prompt = "".join(s.text for s in render(turns(talk[:-1])[0], source, True))
         whole = render(turns(talk)[0], source)
         assert "".join(s.text for s in whole).startswith(prompt)
-        if name != "smollm3":
-            last = max(i for i, s in enumerate(whole) if s.supervised and not whole[i - 1].supervised)
-            assert prompt == "".join(s.text for s in whole[:last])
+        last = max(i for i, s in enumerate(whole) if s.supervised and not whole[i - 1].supervised)
+        assert prompt == "".join(s.text for s in whole[:last])
 
 
 def test_a_saved_tokenizer_still_knows_its_template_and_adds_nothing(tmp_path):
