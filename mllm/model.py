@@ -5,6 +5,7 @@ All that asks a model goes through it, so that prompts, placeholders and images 
 
 import json
 import math
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from threading import Event, Thread
@@ -144,10 +145,13 @@ class VisionLanguageModel(NamedTuple):
         return conversation.encode(segments, self.tokenizer, self.model.config.image_seq_length)
 
     def generate(self, prompts: Sequence[str], images: Sequence[Sequence[Image]], **options: Any) -> list[str]:
-        """What the model writes behind each prompt, unstripped; options as in `generation_options`."""
+        """What the model writes behind each prompt, unstripped; options as in `generation_options`.
+
+        An answer that would go on where the language model has no more positions is cut there, with a warning.
+        """
         inputs = self.inputs(prompts, images)
-        tokens = self.model.generate(**inputs, **generation_options(options))
-        return self.tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        tokens = generate_within_positions(self.model, inputs, generation_options(options))
+        return self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
 
     def answer(
         self, conversations: Sequence[Conversation], images: Sequence[Sequence[Image]], **options: Any
@@ -218,6 +222,34 @@ def generation_options(options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in result.items() if result["do_sample"] or name not in SAMPLING}
 
 
+def generate_within_positions(
+    model: DiffCLIPLlavaForConditionalGeneration, inputs: Mapping[str, torch.Tensor], options: Mapping[str, Any]
+) -> torch.Tensor:
+    """(prompts, new tokens) int64: what `model.generate` writes behind the inputs, at most to the last position.
+
+    Raises:
+        InputError: the longest prompt alone has more tokens than the language model has positions.
+    """
+    length, asked = inputs["input_ids"].shape[1], options["max_new_tokens"]
+    positions = getattr(model.config.text_config, "max_position_embeddings", None) or math.inf
+    room = positions - length + 1  # the last token of an answer is written, but not read
+    if room < 1:
+        raise InputError(
+            f"a prompt has {length:,} tokens with its images, and the language model only {positions:,} positions; "
+            "ask a shorter question, about fewer images, or begin a new conversation"
+        )
+    tokens = model.generate(**inputs, **{**options, "max_new_tokens": min(room, asked)})[:, length:]
+    if room < asked and tokens.shape[1] == room:
+        ends = torch.as_tensor(model.generation_config.eos_token_id, device=tokens.device)
+        if cut := int((~torch.isin(tokens, ends).any(1)).sum()):
+            warnings.warn(
+                f"{cut} of {len(tokens)} answers cut after {room:,} tokens, at the last of the language model's "
+                f"{positions:,} positions",
+                stacklevel=2,
+            )
+    return tokens
+
+
 def stream_text(
     model: DiffCLIPLlavaForConditionalGeneration,
     tokenizer: PreTrainedTokenizerBase,
@@ -233,7 +265,8 @@ def stream_text(
 
     def generate() -> None:
         try:
-            model.generate(**inputs, streamer=streamer, stopping_criteria=[stop], **options)
+            watched = {**options, "streamer": streamer, "stopping_criteria": [stop]}
+            generate_within_positions(model, inputs, watched)
         except BaseException as error:  # raised again in the thread that reads
             failed.append(error)
             streamer.end()

@@ -1,17 +1,21 @@
 """`template: auto` against what each tokenizer's own `apply_chat_template` makes of the same conversation."""
 
 import copy
+import json
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer, PreTrainedTokenizerFast
 
 from chat_templates import CHATML, TEMPLATES
 from diffclip.base.errors import InputError
 from mllm.conversation import IGNORE, IMAGE, encode, render
+from mllm.data.__main__ import main
+from mllm.model import load
 from mllm.own_template import own_template
 from mllm.processing import prepare_tokenizer, write_own_template
+from stages import align, instruct
 
 TALKS = [
     ["<image>\nIs there a dog?", "Yes"],
@@ -160,3 +164,73 @@ def test_a_text_that_changes_the_layout_is_refused_and_others_are_not():
     with pytest.raises(InputError, match="lays this conversation out in another way"):
         render(rows, source)
     assert render(turns(["Why?", "hm"])[0], source)
+
+
+def test_generation_blocks_decide_what_is_learnt():
+    blocks = CHATML.replace(
+        "{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}",
+        "{{- '<|im_start|>' + message.role + '\\n' }}{%- if message.role == 'assistant' %}{% generation %}"
+        "{{- message.content + '<|im_end|>' + '\\n' }}{%- endgeneration %}"
+        "{%- else %}{{- message.content + '<|im_end|>' + '\\n' }}{%- endif %}",
+    )
+    assert blocks != CHATML
+    tokenizer = byte_tokenizer(blocks, None, "<|endoftext|>", ("<|im_start|>", "<|im_end|>"))
+    own, source, _ = prepared(tokenizer)
+    for talk in TALKS[1:]:
+        rows, messages = turns([text.replace(IMAGE, "") for text in talk])
+        encoded = encode(render(rows, source), own, image_tokens=1)
+        options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+        expected = tokenizer.apply_chat_template(messages, **options)
+        assert encoded["input_ids"] == expected["input_ids"]
+        assert [label != IGNORE for label in encoded["labels"]] == [bool(m) for m in expected["assistant_masks"]]
+
+
+def write_language_model(path, language_dir, name):
+    """The tiny Qwen2 with a tokenizer that has another model's chat template."""
+    template, bos, eos, others, _ = TEMPLATES[name]
+    tokenizer = AutoTokenizer.from_pretrained(language_dir)
+    tokenizer.add_special_tokens({"eos_token": eos, "pad_token": eos, **({"bos_token": bos} if bos else {})})
+    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in others], special_tokens=True)
+    tokenizer.chat_template = template
+    model = AutoModelForCausalLM.from_pretrained(language_dir)
+    model.resize_token_embeddings(len(tokenizer) + 8)
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize("name", ["llama3", "gemma", "qwen3"])
+def test_align_and_instruct_in_a_models_own_template(name, tower_dir, language_dir, picture, tmp_path):
+    lm = write_language_model(tmp_path / "lm", language_dir, name)
+    (tmp_path / "images").mkdir()
+    rows = []
+    for n in range(8):
+        picture(n).save(tmp_path / f"images/{n}.png")
+        talk = ["<image>\nIs there a dog?", "Yes", "Sure?", "No"]
+        rows.append({"id": n, "image": f"{n}.png", "conversations": turns(talk, "Be brief." if n % 2 else "")[0]})
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    data = [f"--data={tmp_path / 'rows.json'}", f"--image_root={tmp_path / 'images'}", "--global_batch_size=4"]
+    how = ["--use_cpu=true", "--precision=fp32", "--num_workers=0", "--report_to=none", "--image_prefix="]
+    shown = [{**row, "conversations": row["conversations"][-4:-2]} for row in rows]
+    (tmp_path / "captions.json").write_text(json.dumps(shown))
+    parts = [f"--vision_tower={tower_dir}", f"--language_model={lm}", f"--output_dir={tmp_path / 'align'}"]
+    align.main([*parts, f"--data={tmp_path / 'captions.json'}", *data[1:], *how])
+    vlm = load(tmp_path / "align")
+    assert vlm.template == "vicuna"
+    instruct.main([f"--model={tmp_path / 'align'}", "--template=auto", f"--output_dir={tmp_path / 'run'}", *data, *how])
+    vlm = load(tmp_path / "run")
+    assert vlm.model.config.conversation_template == "auto"
+    assert vlm.end_token == TEMPLATES[name][4]
+    assert vlm.tokenizer.convert_tokens_to_ids(vlm.end_token) in vlm.model.generation_config.eos_token_id
+    assert vlm.ask("Is there a dog?", [picture(1)], max_new_tokens=3) is not None
+    (prompt,) = vlm.prompts([[{"from": "human", "value": "<image>\nIs there a dog?"}]])
+    content = [{"type": "image"}, {"type": "text", "text": "Is there a dog?"}]
+    processor = AutoProcessor.from_pretrained(tmp_path / "run")
+    assert processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True) == prompt
+    shown_once = AutoTokenizer.from_pretrained(lm)(prompt.replace(IMAGE, ""), add_special_tokens=False)["input_ids"]
+    assert processor.tokenizer(prompt.replace(IMAGE, ""))["input_ids"] == shown_once
+    assert main(["check", str(tmp_path / "rows.json"), *data[1:2], "--template=auto", f"--model={tmp_path / 'run'}"]) == 0
+    file = tmp_path / "run/chat_template.jinja"
+    file.write_text(file.read_text() + "!")
+    with pytest.raises(InputError, match=r"chat_template\.jinja is not the one"):
+        load(tmp_path / "run")
