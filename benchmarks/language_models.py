@@ -5,7 +5,8 @@ python -m benchmarks.language_models --output_dir sweep gpt2 opt     # some
 
 Each family's default configuration is made tiny; a model of it gets random weights and is assembled with a tiny tower.
 "works" means: a sentence has the logits and the loss that the language model itself gives it, a training step has the
-loss of evaluation, two steps of greedy generation with an image end, and the saved run has the same logits again.
+loss of evaluation, greedy generation with an image ends, two questions in a batch get the answers that each gets alone,
+yes/no margins are those of the logits, and the saved run has the same logits again.
 """
 
 import itertools
@@ -38,10 +39,14 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from diffclip.base.commands import Parser
 from diffclip.base.errors import InputError, exit_on_input_error, in_one_line
 from mllm.assemble import assemble
+from mllm.conversation import question_turn
 from mllm.model import VisionLanguageModel, load
+from mllm.pope.margins import margins, yes_no_tokens
+from mllm.pope.questions import POST_PROMPT, Question
 
 SECONDS = 60  # for one family
 LARGEST = 100_000_000  # parameters; a configuration that stays larger was not made tiny
+QUESTIONS = ("Is there a red square?", "Is there a blue circle in the image?", "Red?")
 WIDTH, LAYERS, HEADS = 32, 4, 2  # four layers: the fourth of some hybrids is the first with attention
 DERIVED = {"head_dim", "num_key_value_heads"}  # None in some defaults, though their classes need it
 SIZES = {  # what families call their sizes -> tiny ones
@@ -106,7 +111,9 @@ def tokenizer_of() -> PreTrainedTokenizerFast:
     core = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>", pad_token="<pad>")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>", pad_token="<pad>")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
+    return tokenizer
 
 
 def write_tower(path: Path) -> Path:
@@ -153,12 +160,13 @@ def examine(family: str, tower: Path, folder: Path) -> tuple[str, str]:
         return "not built", in_one_line(error, 120)
     name = type(own).__name__
     try:
-        vlm = assemble(tower, folder / "lm")
+        vlm = assemble(tower, folder / "lm", template="chatml")
     except InputError as error:
         return "refused", str(error).removeprefix(f"{folder / 'lm'}: ")
     if problem := faults(vlm, own, folder):
         return "FAILS", f"{name}: {problem}"
-    return "works", name
+    apart = "" if vlm.model.keeps_packed_apart() else ", not with packing"
+    return "works", name + apart
 
 
 def faults(vlm: VisionLanguageModel, own: Any, folder: Path) -> str:
@@ -188,6 +196,14 @@ def faults(vlm: VisionLanguageModel, own: Any, folder: Path) -> str:
     alone = [vlm.generate([prompt], [()], max_new_tokens=4)[0] for prompt in prompts]
     if vlm.generate(prompts, none, max_new_tokens=4) != alone:
         return "other answers in a batch of two than alone"
+    questions = [Question("", "", text, "yes", str(i), "") for i, text in enumerate(QUESTIONS)]
+    with torch.no_grad():
+        for question, margin in zip(questions, margins(vlm, questions, Image.open)):
+            (turns,) = vlm.prompts([[question_turn(question.text + POST_PROMPT, 0)]])
+            last = model(**vlm.inputs([turns], [()])).logits[0, -1].log_softmax(-1)
+            yes, no = (last[tokens].logsumexp(-1) for tokens in yes_no_tokens(vlm))
+            if abs(yes - no - margin) > 1e-2 * max(1.0, abs(margin)):
+                return f"margin {margin:.4f}, by its logits {yes - no:.4f}"
     model.zero_grad()
     vlm.save(folder / "run")
     again = load(folder / "run")

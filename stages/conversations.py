@@ -79,6 +79,11 @@ def train_on_conversations(vlm: VisionLanguageModel, config: ConversationConfig,
         raise InputError("lora_rank: the language model does not learn; add language_model to `learns`")
     template = vlm.use_template(config.template)
     model, processor = vlm
+    if config.packing and not model.keeps_packed_apart():
+        raise InputError(
+            f"packing: in one row the examples would see each other in this language model "
+            f"({type(model.model.language_model).__name__}); set packing false"
+        )
     rows = judged_rows(vlm, config, run, template)
     dataset = ConversationDataset(rows, processor, template=template, max_length=config.max_length)
     if isinstance(config, AlignConfig) and config.projector_init == "whitened":
