@@ -44,7 +44,7 @@ from mllm.model import VisionLanguageModel, load
 from mllm.pope.margins import margins, yes_no_tokens
 from mllm.pope.questions import POST_PROMPT, Question
 
-SECONDS = 60  # for one family
+SECONDS = 120  # for one family
 LARGEST = 100_000_000  # parameters; a configuration that stays larger was not made tiny
 QUESTIONS = ("Is there a red square?", "Is there a blue circle in the image?", "Red?")
 WIDTH, LAYERS, HEADS = 32, 4, 2  # four layers: the fourth of some hybrids is the first with attention
@@ -83,7 +83,11 @@ OF_SOME: dict[str, dict[str, Any]] = {  # what the defaults of a family tie to i
     "zamba": {"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"]},
     "kimi_linear": MIXED,
     "zaya": {"num_experts_per_tok": 1},
-    "gemma3n_text": {"num_kv_shared_layers": 0, "layer_types": ["full_attention"] * 4, "activation_sparsity_pattern": [0.0] * 4},
+    "gemma3n_text": {
+        "num_kv_shared_layers": 0,
+        "layer_types": ["full_attention"] * 4,
+        "activation_sparsity_pattern": [0.0] * 4,
+    },
     "reformer": {"is_decoder": True},
 }
 
@@ -97,7 +101,9 @@ def tiny(family: str) -> PreTrainedConfig:
 def _tiny(cls: type[PreTrainedConfig], more: dict[str, Any]) -> PreTrainedConfig:
     default = cls()
     known = {**default.to_dict(), **{name: getattr(default, name, None) for name in default.attribute_map}}
-    sizes = {name: size for name, size in SIZES.items() if isinstance(known.get(name), int) or name in DERIVED & known.keys()}
+    sizes = {
+        name: size for name, size in SIZES.items() if isinstance(known.get(name), int) or name in DERIVED & known.keys()
+    }
     parts = {name: _tiny(part, {}) for name, part in getattr(cls, "sub_configs", {}).items() if part is not AutoConfig}
     vocabulary = {"vocab_size": 400} if "vocab_size" in known else {}
     deterministic = {name: 0.0 for name, value in known.items() if "drop" in name and isinstance(value, float)}
@@ -217,7 +223,9 @@ def table(results: dict[str, tuple[str, str]]) -> str:
     """Markdown: one line a verdict with its families; the reasons of those refused below each other."""
     order = ("works", "refused", "not built", "FAILS")
     lines = [f"transformers {transformers.__version__}, {len(results)} families", "", "| | | |", "|---|---|---|"]
-    for verdict, group in itertools.groupby(sorted(results, key=lambda f: (order.index(results[f][0]), f)), lambda f: results[f][0]):
+    for verdict, group in itertools.groupby(
+        sorted(results, key=lambda f: (order.index(results[f][0]), f)), lambda f: results[f][0]
+    ):
         families = list(group)
         lines.append(f"| {verdict} | {len(families)} | {', '.join(families)} |")
     lines += ["", *(f"- {name}: {verdict}: {why}" for name, (verdict, why) in results.items() if verdict != "works")]

@@ -76,7 +76,9 @@ def save_adapter(
     config: Any = peft_model.peft_config["default"]
     targets = "|".join(map(re.escape, sorted(config.target_modules)))
     scale = {"r": config.r, "lora_alpha": config.lora_alpha, "lora_dropout": config.lora_dropout}
-    saved = LoraConfig(**scale, target_modules=rf"model\.language_model\..*\.(?:{targets})", modules_to_save=whole or None)
+    saved = LoraConfig(
+        **scale, target_modules=rf"model\.language_model\..*\.(?:{targets})", modules_to_save=whole or None
+    )
     saved.base_model_name_or_path, saved.inference_mode = model.name_or_path or None, True
     saved.save_pretrained(str(directory))
     cpu = {name: weight.detach().cpu().contiguous() for name, weight in state.items()}

@@ -103,12 +103,16 @@ def _stay_apart(vlm: VisionLanguageModel, rows: Sequence[tuple[str, list[str]]])
         return True
     count, lm, device = int(bool(shown)), vlm.model.model.language_model, vlm.model.device
     turns = [[question_turn(text + POST_PROMPT, count)] for text in texts]
-    prompts = [vlm.encode(each, count, ask=True, name=f"question `{text}`: ")["input_ids"] for each, text in zip(turns, texts)]
+    prompts = [
+        vlm.encode(each, count, ask=True, name=f"question `{text}`: ")["input_ids"] for each, text in zip(turns, texts)
+    ]
     ids, positions, allowed, lasts = pack(prompts)
     mask = _added(allowed[None], vlm.model.dtype)
     inputs = {"input_ids": ids[None], "position_ids": positions[None], "attention_mask": mask}
     try:
-        states = lm(**{name: tensor.to(device) for name, tensor in inputs.items()}, use_cache=False).last_hidden_state[0]
+        states = lm(**{name: tensor.to(device) for name, tensor in inputs.items()}, use_cache=False).last_hidden_state[
+            0
+        ]
     except (ValueError, RuntimeError, TypeError, IndexError):  # of classes that take no such mask, such as Bloom's
         return False
     for prompt, last in ((prompts[0], lasts[0]), (prompts[-1], lasts[-1])):

@@ -2,6 +2,9 @@
 
 import copy
 import json
+import re
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -141,13 +144,26 @@ def test_pictures_in_content_are_placeholders_in_front_of_the_text():
     [
         (lambda t: None, "has no chat template"),
         (lambda t: t.replace("'<|im_end|>'", "''"), "no token of the tokenizer"),
-        (lambda t: t.replace("+ message.content +", "+ (message.content if message.role == 'assistant' else '') +"), "not at all"),
-        (lambda t: t.replace("+ message.content +", "+ message.content + (message.content if message.role == 'user' else '') +"), "twice"),
+        (
+            lambda t: t.replace("+ message.content +", "+ (message.content if message.role == 'assistant' else '') +"),
+            "not at all",
+        ),
+        (
+            lambda t: t.replace(
+                "+ message.content +", "+ message.content + (message.content if message.role == 'user' else '') +"
+            ),
+            "twice",
+        ),
         (lambda t: t.replace("'<|im_start|>assistant\\n' }}", "'<|im_start|>ai\\n' }}"), "other words"),
         (lambda t: "{{ raise_exception('tools only') }}", "tools only"),
         (lambda t: t + "{% if %}", "refuses a conversation"),
         (lambda t: "{{ messages[0].content.__class__.mro() }}" + t, "refuses a conversation"),
-        (lambda t: "{%- for m in messages -%}{{ m.role }}{% generation %}{{ m.content }}{% endgeneration %}<|im_end|>{%- endfor -%}", "generation"),
+        (
+            lambda t: (
+                "{%- for m in messages -%}{{ m.role }}{% generation %}{{ m.content }}{% endgeneration %}<|im_end|>{%- endfor -%}"
+            ),
+            "generation",
+        ),
     ],
 )
 def test_templates_that_cannot_be_trained_in_are_refused_by_what_they_do(change, reason):
@@ -229,8 +245,49 @@ def test_align_and_instruct_in_a_models_own_template(name, tower_dir, language_d
     assert processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True) == prompt
     shown_once = AutoTokenizer.from_pretrained(lm)(prompt.replace(IMAGE, ""), add_special_tokens=False)["input_ids"]
     assert processor.tokenizer(prompt.replace(IMAGE, ""))["input_ids"] == shown_once
-    assert main(["check", str(tmp_path / "rows.json"), *data[1:2], "--template=auto", f"--model={tmp_path / 'run'}"]) == 0
+    assert (
+        main(["check", str(tmp_path / "rows.json"), *data[1:2], "--template=auto", f"--model={tmp_path / 'run'}"]) == 0
+    )
     file = tmp_path / "run/chat_template.jinja"
     file.write_text(file.read_text() + "!")
     with pytest.raises(InputError, match=r"chat_template\.jinja is not the one"):
         load(tmp_path / "run")
+
+
+SPECIAL = re.compile(r"<\|?[a-zA-Z_/]+[a-zA-Z_0-9]*\|?>|<turn\|>|<\|turn>")
+SHIPPED = find_spec("trl")  # not imported, which takes seconds
+FOLDER = Path(SHIPPED.origin).parent / "chat_templates" if SHIPPED and SHIPPED.origin else Path("none")
+REFUSED = re.compile("deepseek|glm4moe.jinja|diffusion_gemma_training|idefics|llava|smolvlm")  # of images, or reasoning
+
+
+@pytest.mark.skipif(not FOLDER.is_dir(), reason="TRL, which ships language models' templates, is not installed")
+def test_the_templates_of_language_models_that_trl_ships_are_followed_or_refused():
+    followed = []
+    for file in sorted(FOLDER.glob("*.jinja")):
+        template = file.read_text(encoding="utf-8")
+        tokens = sorted({*SPECIAL.findall(template)} - {IMAGE})
+        tokenizer = byte_tokenizer(template.replace("strftime_now(", "'a day'.format("), "<BOS>", "<EOS>", tokens)
+        try:
+            own, source, _ = prepared(tokenizer)
+        except InputError as error:
+            assert REFUSED.search(file.name), (file.name, error)
+            continue
+        followed.append(file.name)
+        for talk in TALKS:
+            rows, messages = turns(talk, "" if file.name.startswith("gemma") else "Be brief.")
+            segments = render(rows, source)
+            options = {"enable_thinking": False, "return_assistant_tokens_mask": "_training" in file.name}
+            text = tokenizer.apply_chat_template(messages, tokenize=False, enable_thinking=False)
+            assert "".join(segment.text for segment in segments) == text, file.name
+            learnt = "".join(segment.text for segment in segments if segment.supervised)
+            assert all(answer.strip() in learnt for answer in talk[1::2]), file.name
+            if options["return_assistant_tokens_mask"] and IMAGE not in text:
+                theirs = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)
+                encoded = encode(segments, own, image_tokens=1)
+                assert encoded["input_ids"] == theirs["input_ids"]
+                ours, its = [i != IGNORE for i in encoded["labels"]], [bool(m) for m in theirs["assistant_masks"]]
+                assert not any(learnt and not own for learnt, own in zip(ours, its)), file.name
+                assert ours == its or file.name.startswith(("glm4moe", "gptoss", "muse")), (
+                    file.name
+                )  # begin in the prompt
+    assert len(followed) > 50 and {"llama3.jinja", "qwen3.jinja", "gemma3.jinja", "phi3.jinja"} <= {*followed}
