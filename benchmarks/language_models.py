@@ -9,7 +9,6 @@ loss of evaluation, greedy generation with an image ends, two questions in a bat
 yes/no margins are those of the logits, and the saved run has the same logits again.
 """
 
-import itertools
 import json
 import signal
 import sys
@@ -101,9 +100,8 @@ def tiny(family: str) -> PreTrainedConfig:
 def _tiny(cls: type[PreTrainedConfig], more: dict[str, Any]) -> PreTrainedConfig:
     default = cls()
     known = {**default.to_dict(), **{name: getattr(default, name, None) for name in default.attribute_map}}
-    sizes = {
-        name: size for name, size in SIZES.items() if isinstance(known.get(name), int) or name in DERIVED & known.keys()
-    }
+    needed = {name for name, value in known.items() if isinstance(value, int) or name in DERIVED}
+    sizes = {name: size for name, size in SIZES.items() if name in needed}
     parts = {name: _tiny(part, {}) for name, part in getattr(cls, "sub_configs", {}).items() if part is not AutoConfig}
     vocabulary = {"vocab_size": 400} if "vocab_size" in known else {}
     deterministic = {name: 0.0 for name, value in known.items() if "drop" in name and isinstance(value, float)}
@@ -221,14 +219,11 @@ def faults(vlm: VisionLanguageModel, own: Any, folder: Path) -> str:
 
 def table(results: dict[str, tuple[str, str]]) -> str:
     """Markdown: one line a verdict with its families; the reasons of those refused below each other."""
-    order = ("works", "refused", "not built", "FAILS")
     lines = [f"transformers {transformers.__version__}, {len(results)} families", "", "| | | |", "|---|---|---|"]
-    for verdict, group in itertools.groupby(
-        sorted(results, key=lambda f: (order.index(results[f][0]), f)), lambda f: results[f][0]
-    ):
-        families = list(group)
-        lines.append(f"| {verdict} | {len(families)} | {', '.join(families)} |")
-    lines += ["", *(f"- {name}: {verdict}: {why}" for name, (verdict, why) in results.items() if verdict != "works")]
+    for kind in ("works", "refused", "not built", "FAILS"):
+        if families := sorted(name for name, (verdict, _) in results.items() if verdict == kind):
+            lines.append(f"| {kind} | {len(families)} | {', '.join(families)} |")
+    lines += ["", *(f"- {name}: {verdict}: {why}" for name, (verdict, why) in results.items())]
     return "\n".join(lines) + "\n"
 
 

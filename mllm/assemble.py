@@ -221,7 +221,7 @@ def _check_logits(
     pixels: torch.Tensor,
     path: str | Path,
 ) -> None:
-    """InputError unless a text has the logits that the language model itself gives it, and images can be asked about."""
+    """InputError unless a text has the logits that the language model itself gives it, and an answer can be written."""
     ids = tokenizer("The image shows a cat on a red mat.", return_tensors="pt")["input_ids"]
     config = model.config
     shown = torch.cat([ids.new_full((1, config.image_seq_length), config.image_token_index), ids], dim=1)

@@ -48,8 +48,8 @@ def render(
         conversation: alternating turns; a leading gpt turn is dropped. A system turn before all others takes the
             place of the template's own system text.
         template: "plain" (stage 1: the image, then the caption and a newline; questions are dropped, and so is a
-            system text), "vicuna" (LLaVA 1.5's form; TinyLLaVA names it qwen2_instruct), "chatml" (Qwen's own form), or a source
-            of `mllm.own_template` (the language model's own).
+            system text), "vicuna" (LLaVA 1.5's form; TinyLLaVA names it qwen2_instruct), "chatml" (Qwen's own form),
+            or a source of `mllm.own_template` (the language model's own).
         add_generation_prompt: the last turn is a question; end where the answer begins.
         end_token: closes each answer of "vicuna"; the language model's end-of-turn token.
 
@@ -156,9 +156,8 @@ def check_image_count(shown: int, given: int, template: str, name: str = "") -> 
         remedy = "write one <image> into the question for each image, or none for all of them in front"
     else:
         remedy = "vicuna and plain show one a question: ask about one image at a time"
-    raise InputError(
-        f"{name}in template `{template_name(template)}` the conversation shows {shown} images, but {given} are given; {remedy}"
-    )
+    counts = f"the conversation shows {shown} images, but {given} are given"
+    raise InputError(f"{name}in template `{template_name(template)}` {counts}; {remedy}")
 
 
 def control_tokens(tokenizer: "PreTrainedTokenizerBase") -> tuple[str, ...]:

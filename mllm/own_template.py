@@ -8,7 +8,8 @@ its `{% generation %}` blocks, where it has them. Then the real texts have to fi
 import json
 import re
 from functools import lru_cache
-from typing import NamedTuple
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -19,6 +20,7 @@ from diffclip.base.errors import InputError, in_one_line
 KEPT = "own_chat_template"  # under which tokenizer_config.json of a run keeps it, whatever template the run asks in
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 ENDS = re.compile(r"\{%- set diffclip_ends = (\[.*?\]) -%\}")  # with which every source of ours begins
+_jinja: Any = render_jinja_template  # as transformers declares it, it returns a text
 SYSTEM, MARK = "@system-mark@", "@{}-mark-{}@"
 
 # Parts of content as one text; no thinking, which no training data here has; and always the same date, Llama-3's, so
@@ -152,7 +154,7 @@ def _render(
         messages += [{"role": "assistant", "content": answers[i]}] if i < len(answers) else []
     ask = len(answers) < len(questions)
     try:
-        texts, spans = render_jinja_template(
+        texts, spans = _jinja(
             [messages], chat_template=source, add_generation_prompt=ask, return_assistant_tokens_mask=mask
         )
     except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
@@ -205,7 +207,7 @@ def _layout(source: str, turns: int, system: bool, ask: bool) -> tuple[Piece, ..
     cuts = sorted(borders)
     return tuple(
         Piece(written[a:b], any(first <= a and b <= last for first, last in learnt), written[a:b] in marks)
-        for a, b in zip(cuts, cuts[1:])
+        for a, b in pairwise(cuts)
     )
 
 

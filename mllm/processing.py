@@ -106,7 +106,7 @@ def write_own_template(tokenizer: PreTrainedTokenizerBase, source: str) -> list[
         the ids of all tokens that end an answer; the first has become its eos.
     """
     ends = own_template.ends(source)
-    ids = [tokenizer.convert_tokens_to_ids(token) for token in (*ends, tokenizer.eos_token)]
+    ids: list[Any] = [tokenizer.convert_tokens_to_ids(token) for token in (*ends, tokenizer.eos_token)]
     tokenizer.eos_token = ends[0]
     if any(_added_tokens(tokenizer)):
         _add_only(tokenizer, [])

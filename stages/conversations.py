@@ -186,7 +186,7 @@ def judged_rows(vlm: VisionLanguageModel, config: ConversationConfig, run: Run, 
 
 
 def read_and_judge(vlm: VisionLanguageModel, config: ConversationConfig, template: str, fresh: bool = False) -> Rows:
-    """The rows that the settings name, in a template of `render`, with the `problems` of those that cannot be learnt from; `fresh`: all anew."""
+    """The rows that the settings name, with the `problems` of those that cannot be learnt from; `fresh`: all anew."""
     rows = load_rows(
         config.data,
         config.image_root,

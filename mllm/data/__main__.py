@@ -11,7 +11,6 @@ import sys
 from diffclip.base.commands import Parser, number
 from diffclip.base.errors import exit_on_input_error
 
-
 CHOICES = ("plain", "vicuna", "chatml", "auto")
 
 

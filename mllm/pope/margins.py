@@ -110,14 +110,12 @@ def _stay_apart(vlm: VisionLanguageModel, rows: Sequence[tuple[str, list[str]]])
     mask = _added(allowed[None], vlm.model.dtype)
     inputs = {"input_ids": ids[None], "position_ids": positions[None], "attention_mask": mask}
     try:
-        states = lm(**{name: tensor.to(device) for name, tensor in inputs.items()}, use_cache=False).last_hidden_state[
-            0
-        ]
+        packed = lm(**{name: tensor.to(device) for name, tensor in inputs.items()}, use_cache=False)
     except (ValueError, RuntimeError, TypeError, IndexError):  # of classes that take no such mask, such as Bloom's
         return False
     for prompt, last in ((prompts[0], lasts[0]), (prompts[-1], lasts[-1])):
         alone = lm(input_ids=torch.tensor([prompt], device=device), use_cache=False).last_hidden_state[0, -1].float()
-        apart = (states[last].float() - alone).abs().max() / alone.abs().max()
+        apart = (packed.last_hidden_state[0, last].float() - alone).abs().max() / alone.abs().max()
         if not apart <= (2e-5 if vlm.model.dtype == torch.float32 else 0.02):  # what rounding alone does
             return False
     return True

@@ -62,14 +62,16 @@ QWEN3 = """\
 {%- endif %}"""
 SMOLLM3 = """\
 {%- for message in messages %}{%- if message.role == 'assistant' %}
-{%- generation %}{{- '<|im_start|>assistant\\n<think>\\n\\n</think>\\n' + message.content.lstrip('\\n') + '<|im_end|>\\n' }}\
-{%- endgeneration %}
+{%- generation %}{{- '<|im_start|>assistant\\n<think>\\n\\n</think>\\n' }}
+{{- message.content.lstrip('\\n') + '<|im_end|>\\n' }}{%- endgeneration %}
 {%- else %}{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}{%- endif %}{%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n<think>\\n\\n</think>\\n' }}{%- endif %}"""
 PHI3 = """\
-{% for message in messages %}{% if message['role'] == 'system' %}{{'<|system|>\\n' + message['content'] + '<|end|>\\n'}}\
+{% for message in messages %}\
+{% if message['role'] == 'system' %}{{'<|system|>\\n' + message['content'] + '<|end|>\\n'}}\
 {% elif message['role'] == 'user' %}{{'<|user|>\\n' + message['content'] + '<|end|>\\n'}}\
-{% elif message['role'] == 'assistant' %}{{'<|assistant|>\\n' + message['content'] + '<|end|>\\n'}}{% endif %}{% endfor %}\
+{% elif message['role'] == 'assistant' %}{{'<|assistant|>\\n' + message['content'] + '<|end|>\\n'}}{% endif %}\
+{% endfor %}\
 {% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% else %}{{ eos_token }}{% endif %}"""
 PHI4 = """\
 {% for message in messages %}{% if (message['role'] == 'system') %}\
@@ -82,7 +84,9 @@ MISTRAL = """\
 {%- set loop_messages = messages[1:] %}{%- else %}{%- set loop_messages = messages %}{%- endif %}
 {{- bos_token }}
 {%- for message in loop_messages %}
-{%- if (message["role"] == "user") != (loop.index0 % 2 == 0) %}{{- raise_exception("roles must alternate") }}{%- endif %}
+{%- if (message["role"] == "user") != (loop.index0 % 2 == 0) %}
+    {{- raise_exception("roles must alternate") }}
+{%- endif %}
 {%- if message["role"] == "user" %}
     {%- if loop.last or (loop.index0 == loop_messages | length - 2) %}
         {%- if system_message is defined %}{{- "[INST] " + system_message + "\\n\\n" + message["content"] + "[/INST]" }}

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.language_models import examine
 from diffclip.base.errors import InputError
 from mllm.assemble import assemble
 from mllm.lora import base_weights
@@ -113,3 +114,17 @@ def test_runs_of_earlier_versions_load_unless_their_logits_were_others(family, t
     else:
         with pytest.raises(InputError, match=r"granite.*train it again"):
             load(tmp_path / "run")
+
+
+EXAMINED = {  # by what decides: Gemma-4 needs token ids beside embeddings, Whisper's layers come with an encoder
+    **dict.fromkeys(("gemma4_text", "whisper", "bart", "xlnet", "rwkv", "llama4_text"), "refused"),
+    **dict.fromkeys(("gpt2", "bloom", "jamba", "mixtral"), "works"),
+}
+
+
+@pytest.mark.parametrize("family", EXAMINED)
+def test_the_sweep_over_all_families_finds_what_works_and_what_is_refused(family, tower_dir, tmp_path):
+    verdict, why = examine(family, tower_dir, tmp_path)
+    assert verdict == EXAMINED[family], why
+    assert "\n" not in why and (verdict == "works" or "use another" in why)
+    assert ("not with packing" in why) == (family in ("bloom", "jamba"))
