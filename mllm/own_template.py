@@ -77,7 +77,10 @@ def own_template(tokenizer: PreTrainedTokenizerBase) -> str:
         InputError: there is none, or it lays conversations out in a way that cannot be trained and asked in.
     """
     if not isinstance(kept := tokenizer.init_kwargs.get(KEPT), str):
-        raise InputError("template auto: the language model's tokenizer has no chat template; use vicuna")
+        raise InputError(
+            "template auto: this run keeps no chat template of its language model, whose tokenizer has none, or which "
+            "an earlier version aligned; align anew with one that has, or use vicuna"
+        )
     try:
         source = _with_system_turns(BEFORE, kept)
         if (lead := _lead(source)).strip():  # written by the template, not by the model: `<think></think>` of Qwen3
@@ -157,7 +160,15 @@ def _render(
         texts, spans = _jinja(
             [messages], chat_template=source, add_generation_prompt=ask, return_assistant_tokens_mask=mask
         )
-    except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+    except (
+        TemplateError,
+        TypeError,
+        ValueError,
+        LookupError,
+        AttributeError,
+        ArithmeticError,
+        RecursionError,
+    ) as error:
         raise InputError(f"refuses a conversation ({in_one_line(error, 200)})") from None
     return texts[0], spans[0] if mask else []
 

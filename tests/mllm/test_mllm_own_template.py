@@ -10,13 +10,21 @@ import pytest
 from chat_templates import CHATML, TEMPLATES
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+)
 
 from diffclip.base.errors import InputError
+from mllm.assemble import assemble
 from mllm.conversation import IGNORE, IMAGE, encode, render
 from mllm.data.__main__ import main
 from mllm.model import load
 from mllm.own_template import own_template
+from mllm.pope.margins import yes_no_tokens
 from mllm.processing import prepare_tokenizer, write_own_template
 from stages import align, instruct
 
@@ -142,7 +150,7 @@ def test_pictures_in_content_are_placeholders_in_front_of_the_text():
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (lambda t: None, "has no chat template"),
+        (lambda t: None, "keeps no chat template"),
         (lambda t: t.replace("'<|im_end|>'", "''"), "no token of the tokenizer"),
         (
             lambda t: t.replace("+ message.content +", "+ (message.content if message.role == 'assistant' else '') +"),
@@ -214,6 +222,33 @@ def write_language_model(path, language_dir, name):
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
+
+
+@pytest.mark.parametrize("name", ["phi3", "smollm3"])
+def test_an_assembled_model_is_asked_in_its_own_template_and_in_others(
+    name, tower_dir, language_dir, picture, tmp_path
+):
+    vlm = assemble(tower_dir, write_language_model(tmp_path / "lm", language_dir, name), template="auto")
+    assert vlm.end_token == TEMPLATES[name][4]
+    vlm.save(tmp_path / "run")
+    again = load(tmp_path / "run")
+    talk = turns(["<image>\nRed?"], "Short.")[0]
+    assert again.prompts([talk]) == vlm.prompts([talk]) and again.identity() == vlm.identity()
+    assert again.encode(turns(["Red?", "Yes"])[0]) == vlm.encode(turns(["Red?", "Yes"])[0])
+    yes, no = yes_no_tokens(vlm)
+    assert {vlm.tokenizer.decode([token]) for token in (*yes, *no)} == {"Yes", "yes", "No", "no"}
+    two = [turns(["<image>\nRed?"])[0], turns(["<image>\nIs there a small blue circle?"])[0]]
+    images = [[picture(1)], [picture(2)]]
+    alone = [vlm.answer([each], [image], max_new_tokens=6)[0] for each, image in zip(two, images)]
+    processor = AutoProcessor.from_pretrained(tmp_path / "run")  # plain transformers, a batch of two
+    inputs = processor(text=vlm.prompts(two), images=images, padding=True, return_tensors="pt")
+    tokens = AutoModelForImageTextToText.from_pretrained(tmp_path / "run").generate(**inputs, max_new_tokens=6)
+    answers = processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert [answer.strip() for answer in answers] == alone
+    with pytest.raises(InputError, match=r"in template `auto` the conversation shows 2 images, but 1 are given"):
+        vlm.ask("<image> or <image>?", [picture(1)])
+    vlm.use_template("vicuna")
+    assert vlm.prompts([talk])[0].startswith("Short. USER:") and vlm.identity() != again.identity()
 
 
 @pytest.mark.slow
