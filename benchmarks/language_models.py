@@ -243,6 +243,8 @@ def main(argv: list[str] | None = None) -> int:
                 try:
                     with within(SECONDS):
                         results[family] = examine(family, tower, Path(folder))
+                except TimeoutError as error:
+                    results[family] = ("not built", str(error))
                 except Exception as error:  # whatever ends in a traceback is what is looked for
                     where = traceback.extract_tb(error.__traceback__)[-1]
                     name = f"{Path(where.filename).name}:{where.lineno}"
