@@ -10,6 +10,7 @@ yes/no margins are those of the logits, and the saved run has the same logits ag
 """
 
 import json
+import re
 import signal
 import sys
 import tempfile
@@ -46,6 +47,7 @@ from mllm.pope.questions import POST_PROMPT, Question
 SECONDS = 120  # for one family
 LARGEST = 100_000_000  # parameters; a configuration that stays larger was not made tiny
 QUESTIONS = ("Is there a red square?", "Is there a blue circle in the image?", "Red?")
+ORDER = ("works", "refused", "not built", "FAILS")
 WIDTH, LAYERS, HEADS = 32, 4, 2  # four layers: the fourth of some hybrids is the first with attention
 DERIVED = {"head_dim", "num_key_value_heads"}  # None in some defaults, though their classes need it
 SIZES = {  # what families call their sizes -> tiny ones
@@ -218,12 +220,16 @@ def faults(vlm: VisionLanguageModel, own: Any, folder: Path) -> str:
 
 
 def table(results: dict[str, tuple[str, str]]) -> str:
-    """Markdown: one line a verdict with its families; the reasons of those refused below each other."""
-    lines = [f"transformers {transformers.__version__}, {len(results)} families", "", "| | | |", "|---|---|---|"]
-    for kind in ("works", "refused", "not built", "FAILS"):
-        if families := sorted(name for name, (verdict, _) in results.items() if verdict == kind):
-            lines.append(f"| {kind} | {len(families)} | {', '.join(families)} |")
-    lines += ["", *(f"- {name}: {verdict}: {why}" for name, (verdict, why) in results.items())]
+    """Markdown: a row for each verdict and reason, with the families that have it."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for family, (verdict, why) in sorted(results.items()):
+        if verdict == "works":
+            why = "all but `--packing`" if "not with packing" in why else "all"
+        why = re.sub(r"language models of class \w+ cannot be used( in a multimodal model \(|, which )", "", why)
+        groups.setdefault((verdict, why.partition("; use another")[0].removesuffix(")")), []).append(family)
+    lines = ["| | what, or why not | | |", "|---|---|---|---|"]
+    for (verdict, why), families in sorted(groups.items(), key=lambda group: (ORDER.index(group[0][0]), group[0][1])):
+        lines.append(f"| {verdict} | {why.replace('|', ' ')} | {len(families)} | {', '.join(families)} |")
     return "\n".join(lines) + "\n"
 
 
