@@ -9,18 +9,18 @@ import json
 import re
 from functools import lru_cache
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from diffclip.base.errors import InputError, in_one_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 KEPT = "own_chat_template"  # under which tokenizer_config.json of a run keeps it, whatever template the run asks in
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 ENDS = re.compile(r"\{%- set diffclip_ends = (\[.*?\]) -%\}")  # with which every source of ours begins
-_jinja: Any = render_jinja_template  # as transformers declares it, it returns a text
 SYSTEM, MARK = "@system-mark@", "@{}-mark-{}@"
 
 # Parts of content as one text; no thinking, which no training data here has; and always the same date, Llama-3's, so
@@ -59,7 +59,7 @@ class Piece(NamedTuple):
     mark: bool
 
 
-def keep(tokenizer: PreTrainedTokenizerBase) -> None:
+def keep(tokenizer: "PreTrainedTokenizerBase") -> None:
     """Have the tokenizer save its chat template, and the special tokens that it names, beside the one of the run."""
     try:
         source = tokenizer.get_chat_template()
@@ -70,7 +70,7 @@ def keep(tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.init_kwargs[KEPT] = known + source
 
 
-def own_template(tokenizer: PreTrainedTokenizerBase) -> str:
+def own_template(tokenizer: "PreTrainedTokenizerBase") -> str:
     """The Jinja source that `lay_out` takes, from what `keep` kept.
 
     Raises:
@@ -156,8 +156,11 @@ def _render(
         messages.append({"role": "user", "content": question})
         messages += [{"role": "assistant", "content": answers[i]}] if i < len(answers) else []
     ask = len(answers) < len(questions)
+    from transformers.utils import chat_template_utils  # not at the top: `diffclip chat --help` answers at once
+
+    jinja: Any = chat_template_utils.render_jinja_template  # declared to return a text
     try:
-        texts, spans = _jinja(
+        texts, spans = jinja(
             [messages], chat_template=source, add_generation_prompt=ask, return_assistant_tokens_mask=mask
         )
     except (
@@ -245,7 +248,7 @@ def _lead(source: str) -> str:
     return written[len(prompt) : written.index(answers[0])]
 
 
-def _ends(source: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def _ends(source: str, tokenizer: "PreTrainedTokenizerBase") -> list[str]:
     """The tokens that stand behind answers, that of the last one first."""
     tokens = sorted((t.content for t in tokenizer.added_tokens_decoder.values() if t.content.strip()), key=len)
     token = re.compile(rf"\s*({'|'.join(map(re.escape, reversed(tokens)))})")
