@@ -24,7 +24,7 @@ from diffclip.base.errors import InputError, in_one_line
 from diffclip.base.fingerprint import fingerprint
 from diffclip.base.images import DECODING
 from diffclip.hf_inputs import image_transform
-from mllm.conversation import IMAGE, chat_template
+from mllm.conversation import AUTO, IMAGE, chat_template
 from mllm.llava import DiffCLIPLlavaConfig, DiffCLIPLlavaForConditionalGeneration, own_head
 from mllm.model import VisionLanguageModel
 from mllm.open_clip_tower import load_tower
@@ -51,7 +51,8 @@ def assemble(
             open_clip, see `mllm.open_clip_tower`.
         language_model: directory or Hub id of any causal language model.
         projector: "linear" (the paper) or "mlp" (LLaVA-1.5's two layers).
-        template: conversation format that questions will be asked in, see `mllm.conversation`.
+        template: conversation format that questions will be asked in, see `mllm.conversation`; "auto" is the
+            language model's own.
         vision_feature_layer: which of the tower's hidden states the projector reads, several side by side; -2 is the
             paper's.
         class_token: whether the language model sees the tower's class token, too, before the patches.
@@ -64,6 +65,7 @@ def assemble(
             cannot write.
         WeightsError: a part's weights changed while assembling.
     """
+    template, own = ("vicuna", True) if template == AUTO else (template, False)
     tower, tower_processor = _load_tower(vision_tower, dtype)
     tower.to(dtype)  # type: ignore[arg-type] # as transformers declares it, it cannot be called on an instance
     image_processor: Any = with_mode(tower_processor, image_mode)
@@ -73,11 +75,15 @@ def assemble(
     prepare_tokenizer(tokenizer, template, language_model)
     if not hasattr(lm.config, "tie_word_embeddings"):
         lm.config.tie_word_embeddings = False
-    own_head(lm.config)  # refuses classes that are made otherwise
+    try:
+        own_head(lm.config)  # refuses classes that are made otherwise
+    except InputError as error:
+        raise InputError(f"{language_model}: {error}") from None
     if len(tokenizer) > cast(nn.Embedding, lm.get_input_embeddings()).num_embeddings:  # most tables have spare rows
         lm.resize_token_embeddings(len(tokenizer))
     layers = [vision_feature_layer] if isinstance(vision_feature_layer, int) else vision_feature_layer
-    extra, tokens = _feature_tokens(tower, image_processor, layers)
+    pixels = image_processor(Image.new("RGB", (64, 64)), return_tensors="pt")["pixel_values"]
+    extra, tokens = _feature_tokens(tower, pixels.to(tower.dtype), layers)
     if class_token and not extra:
         raise InputError(f"{vision_tower}: class_token is set, but this vision tower has no class token")
     config = DiffCLIPLlavaConfig(
@@ -95,6 +101,8 @@ def assemble(
     loaded = {"vision_tower": fingerprint(tower), "language_model": fingerprint(with_head)}
     with torch.device("meta"):  # the skeleton costs no memory; real parts replace it
         model = DiffCLIPLlavaForConditionalGeneration(config)
+    if model.model.language_model.state_dict().keys() != lm.base_model.state_dict().keys():  # Whisper's has an encoder
+        raise _unusable(language_model, lm, "its layers alone are another model")
     if hasattr(tower.config, "stop_early"):  # our tower skips the blocks after the layer that is read
         tower.config.stop_early = True
     model.model.vision_tower = tower
@@ -106,7 +114,7 @@ def assemble(
         do_sample=False, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
     model.eval()
-    _check_logits(model, lm, tokenizer, language_model)
+    _check_logits(model, lm, tokenizer, pixels, language_model)
     verify(model, loaded)
     processor = LlavaProcessor(
         image_processor=image_processor,
@@ -117,7 +125,10 @@ def assemble(
         image_token=IMAGE,
         chat_template=chat_template(template, tokenizer.eos_token),
     )
-    return VisionLanguageModel(model, processor)
+    vlm = VisionLanguageModel(model, processor)
+    if own:
+        vlm.use_template(AUTO)
+    return vlm
 
 
 def assembled_config(
@@ -207,23 +218,30 @@ def _check_logits(
     model: DiffCLIPLlavaForConditionalGeneration,
     lm: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
+    pixels: torch.Tensor,
     path: str | Path,
 ) -> None:
-    """InputError unless a text has the logits that the language model itself gives it, and can be gone on with."""
+    """InputError unless a text has the logits that the language model itself gives it, and an answer can be written."""
     ids = tokenizer("The image shows a cat on a red mat.", return_tensors="pt")["input_ids"]
+    config = model.config
+    shown = torch.cat([ids.new_full((1, config.image_seq_length), config.image_token_index), ids], dim=1)
     try:
         wanted = lm.eval()(input_ids=ids, use_cache=False).logits.float()
         actual = model(input_ids=ids, use_cache=False).logits.float()
-        model.generate(input_ids=ids, max_new_tokens=2)
+        model.generate(input_ids=shown, pixel_values=pixels.to(model.dtype), max_new_tokens=2)
         apart = float((actual - wanted).abs().max() / wanted.abs().max())
         reason = f"its logits are {apart:.1%} away from its own"
     except Exception as error:  # of any kind, by what the class lacks
         apart, reason = float("inf"), in_one_line(error, 200)
     if not apart < (0.001 if model.dtype == torch.float32 else 0.05):
-        raise InputError(
-            f"{path}: language models of class {type(lm).__name__} cannot be used in a multimodal model ({reason}); "
-            "use another, e.g. of Qwen2, Llama or Gemma"
-        )
+        raise _unusable(path, lm, reason)
+
+
+def _unusable(path: str | Path, lm: PreTrainedModel, reason: str) -> InputError:
+    return InputError(
+        f"{path}: language models of class {type(lm).__name__} cannot be used in a multimodal model ({reason}); "
+        "use another, e.g. of Qwen2, Llama or Gemma"
+    )
 
 
 def _load_tower(path: str | Path, dtype: torch.dtype) -> tuple[PreTrainedModel, BaseImageProcessor]:
@@ -255,13 +273,12 @@ def _dual_encoders_tower(path: str | Path) -> tuple[PreTrainedModel, BaseImagePr
 
 
 @torch.no_grad()
-def _feature_tokens(tower: PreTrainedModel, image_processor: BaseImageProcessor, layers: list[int]) -> tuple[int, int]:
-    """(tokens that are no patches: 1 with CLS, 0 without; patch tokens), seen on a black image.
+def _feature_tokens(tower: PreTrainedModel, pixels: torch.Tensor, layers: list[int]) -> tuple[int, int]:
+    """(tokens that are no patches: 1 with CLS, 0 without; patch tokens), seen on one image.
 
     Raises:
         InputError: the processor's size is not the tower's, or the token count fits neither case.
     """
-    pixels = image_processor(Image.new("RGB", (64, 64)), return_tensors="pt")["pixel_values"].to(tower.dtype)
     height, width = pixels.shape[-2:]
     size = tower.config.image_size
     if (height, width) != (tuple(size) if isinstance(size, (list, tuple)) else (size, size)):

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from diffclip.base.errors import InputError
+from mllm.own_template import ENDS, lay_out
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
@@ -17,6 +18,7 @@ Conversation = Sequence[dict[str, str]]  # turns {"from": "system" | "human" | "
 IMAGE = "<image>"
 IGNORE = -100  # label of positions that carry no loss
 TEMPLATES = ("plain", "vicuna", "chatml")
+AUTO = "auto"  # the tokenizer's own template; what stands for it is its source, see `mllm.own_template`
 QWEN_CONTROL = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")  # of the default language model
 
 VICUNA_SYSTEM = (
@@ -46,7 +48,8 @@ def render(
         conversation: alternating turns; a leading gpt turn is dropped. A system turn before all others takes the
             place of the template's own system text.
         template: "plain" (stage 1: the image, then the caption and a newline; questions are dropped, and so is a
-            system text), "vicuna" (LLaVA 1.5's form; TinyLLaVA names it qwen2_instruct) or "chatml" (Qwen's own form).
+            system text), "vicuna" (LLaVA 1.5's form; TinyLLaVA names it qwen2_instruct), "chatml" (Qwen's own form),
+            or a source of `mllm.own_template` (the language model's own).
         add_generation_prompt: the last turn is a question; end where the answer begins.
         end_token: closes each answer of "vicuna"; the language model's end-of-turn token.
 
@@ -54,9 +57,12 @@ def render(
         Segments whose concatenation is the prompt.
 
     Raises:
-        ValueError: unknown template, turns out of order, a question without an answer (or the reverse).
+        ValueError: unknown template, turns out of order, a question without an answer (or the reverse); as
+            InputError, texts that the language model's own template refuses.
     """
     questions, answers = pair_turns(conversation, add_generation_prompt)
+    if ENDS.match(template):
+        return [Segment(*piece) for piece in lay_out(template, questions, answers, system_text(conversation))]
     if template == "plain":
         segments = [part for answer in answers for part in (Segment(IMAGE, False), Segment(answer + "\n", True))]
         return segments + [Segment(IMAGE, False)] * (len(questions) - len(answers))
@@ -91,7 +97,12 @@ def _surroundings(template: str, end_token: str, system: str = "") -> _Surroundi
         start, end = "<|im_start|>", "<|im_end|>"
         lead = f"{start}system\n{system or CHATML_SYSTEM}{end}\n"
         return _Surroundings(lead, f"{start}user\n", f"{end}\n{start}assistant\n", "", end, "\n")
-    raise ValueError(f"unknown conversation template `{template}`: use one of {', '.join(TEMPLATES)}")
+    raise ValueError(f"unknown conversation template `{template}`: use one of {', '.join(TEMPLATES)}, {AUTO}")
+
+
+def template_name(template: str) -> str:
+    """What a template is called in settings and messages."""
+    return AUTO if ENDS.match(template) else template
 
 
 def system_text(conversation: Conversation) -> str:
@@ -141,13 +152,12 @@ def check_image_count(shown: int, given: int, template: str, name: str = "") -> 
     if shown > given:
         remedy = "this template has no questions without an image" if template == "plain" else "remove <image> from it"
         remedy = f"give every <image> its image, or {remedy}"
-    elif template == "chatml":
+    elif template_name(template) in ("chatml", AUTO):
         remedy = "write one <image> into the question for each image, or none for all of them in front"
     else:
         remedy = "vicuna and plain show one a question: ask about one image at a time"
-    raise InputError(
-        f"{name}in template `{template}` the conversation shows {shown} images, but {given} are given; {remedy}"
-    )
+    counts = f"the conversation shows {shown} images, but {given} are given"
+    raise InputError(f"{name}in template `{template_name(template)}` {counts}; {remedy}")
 
 
 def control_tokens(tokenizer: "PreTrainedTokenizerBase") -> tuple[str, ...]:
@@ -230,6 +240,8 @@ def chat_template(template: str, end_token: str = "<|im_end|>") -> str | None:
     """
     if template == "plain":
         return None
+    if ENDS.match(template):
+        return template
     around = _surroundings(template, end_token)
     system, user, assistant, space, end, between = map(repr, around)
     before, behind = map(repr, _surroundings(template, end_token, "\0").system.split("\0"))

@@ -120,9 +120,11 @@ class DiffCLIPLlavaModel(PortableLlava, LlavaModel):
 
 @dataclass
 class _Hidden(BaseModelOutputWithPast):
-    """Hidden states as the layers of any language model return them, with nothing else that its head may ask for."""
+    """Hidden states as the layers of any language model return them; all else that a head may ask for is None."""
 
-    router_logits = cross_attentions = None
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
 
 
 def _pass_through(*args: Any, inputs_embeds: torch.Tensor, **kwargs: Any) -> _Hidden:
@@ -150,7 +152,7 @@ def own_head(config: PreTrainedConfig) -> tuple[PreTrainedModel, str, str]:
     except NotImplementedError:
         words = None
     embeddings = [name for name, module in layers.named_modules() if module is words]
-    plain = heads and embeddings and isinstance(head, nn.Linear) and layers is not lm
+    plain = heads and embeddings and isinstance(head, nn.Linear) and layers is not lm and hasattr(config, "hidden_size")
     if not plain or any(list(module.parameters()) for module in others):
         raise InputError(
             f"language models of class {type(lm).__name__} cannot be used, which are not made of embeddings, layers "
@@ -208,6 +210,21 @@ class DiffCLIPLlavaForConditionalGeneration(PortableLlava, LlavaForConditionalGe
         generator = torch.Generator().manual_seed(0)
         hidden = torch.randn(4, self.lm_head.in_features, generator=generator).to(self.lm_head.weight)
         return not torch.allclose(self.logits(hidden).float(), self.lm_head(hidden).float(), rtol=1e-3, atol=1e-3)
+
+    @torch.no_grad()
+    def keeps_packed_apart(self) -> bool:
+        """Whether examples behind each other in one row, told apart by their positions, do not see each other.
+
+        Recurrent layers and those that go by no positions let the first show through in the second.
+        """
+        training, device = self.training, self.lm_head.weight.device
+        ids = torch.arange(24, device=device)[None] % min(24, self.config.image_token_index)
+        positions = torch.cat([torch.arange(16), torch.arange(8)])[None].to(device)
+        self.eval()
+        states = self.model(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state[:, 16:].float()
+        alone = self.model(input_ids=ids[:, 16:], use_cache=False).last_hidden_state.float()
+        self.train(training)
+        return bool((states - alone).abs().max() <= 1e-4 * alone.abs().max())
 
     @can_return_tuple
     def forward(

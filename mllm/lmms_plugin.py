@@ -278,8 +278,8 @@ class DiffCLIPLlavaForEvaluation(lmms):
             images = question.images()
             encoded = self._encode(question, len(images))
             example = {name: torch.tensor(ids) for name, ids in encoded.items()}
-            last = example["labels"].ne(IGNORE).nonzero()[-1]
-            example["labels"][last] = IGNORE  # the end token is no part of the continuation
+            end = example["labels"].eq(self.vlm.tokenizer.eos_token_id).nonzero()[-1]
+            example["labels"][end:] = IGNORE  # the end token is no part of the continuation, nor what a template adds
             if images:
                 example["pixel_values"] = self.vlm.pixels(images).to(self.vlm.model.dtype)
             examples.append(example)

@@ -1,22 +1,25 @@
 """LoRA and QLoRA on the language model, by peft: small matrices learn beside weights that stay as they are.
 
-The adapter is written inside the run directory and merged into the language model before saving, so that a run trained
-this way loads like any other.
+The adapter is written inside the run directory, with what else was trained whole, for peft on the model that training
+began with; and it is merged into the language model before saving, so that the run loads like any other.
 """
 
 import importlib.util
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors.torch import save_file
 from torch import nn
 
 from diffclip.base.errors import InputError, in_one_line
 from mllm.llava import DiffCLIPLlavaForConditionalGeneration
 from mllm.weights import WeightsError
 
+WHOLE = {"projector": "multi_modal_projector", "vision_tower": "vision_tower"}  # parts that learn without adapters
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # of Qwen2, Llama and their kin
 
 
@@ -53,21 +56,45 @@ def base_weights(model: DiffCLIPLlavaForConditionalGeneration) -> dict[str, torc
     return own | {f"lm_head.{name}": w for name, w in model.lm_head.state_dict().items()}  # Phi's has a bias
 
 
-@torch.no_grad()
-def merge(
-    peft_model: PeftModel, directory: str | Path | None = None, originals: Mapping[str, nn.Linear] | None = None
+def save_adapter(
+    model: DiffCLIPLlavaForConditionalGeneration, peft_model: PeftModel, directory: Path, learns: Collection[str]
 ) -> None:
+    """Write adapter_config.json and weights, as `PeftModel.from_pretrained(model, directory)` takes them.
+
+    Args:
+        model: the multimodal model, whose language model `peft_model` is; peft puts the adapter onto it as it was when
+            training began.
+        learns: the parts that learnt, see `mllm.weights.parts`; all of them but the language model are saved whole.
+    """
+    prefix = "base_model.model."
+    weights = get_peft_model_state_dict(peft_model)
+    state = {f"{prefix}model.language_model.{name.removeprefix(prefix)}": w for name, w in weights.items()}
+    whole = [name for part, name in WHOLE.items() if part in learns]
+    for name in whole:
+        own = model.model.get_submodule(name).state_dict()
+        state |= {f"{prefix}model.{name}.{key}": weight for key, weight in own.items()}
+    config: Any = peft_model.peft_config["default"]
+    targets = "|".join(map(re.escape, sorted(config.target_modules)))
+    scale = {"r": config.r, "lora_alpha": config.lora_alpha, "lora_dropout": config.lora_dropout}
+    saved = LoraConfig(
+        **scale, target_modules=rf"model\.language_model\..*\.(?:{targets})", modules_to_save=whole or None
+    )
+    saved.base_model_name_or_path, saved.inference_mode = model.name_or_path or None, True
+    saved.save_pretrained(str(directory))
+    cpu = {name: weight.detach().cpu().contiguous() for name, weight in state.items()}
+    save_file(cpu, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+@torch.no_grad()
+def merge(peft_model: PeftModel, originals: Mapping[str, nn.Linear] | None = None) -> None:
     """Add the adapter to the weights and take the adapter layers out again.
 
     Args:
-        directory: the adapter is written to its subfolder `adapter` first; None writes nothing.
         originals: from `quantise`; the adapter is added to these, which were never rounded, and they go back in place.
 
     Raises:
         WeightsError: an adapter layer is left over.
     """
-    if directory is not None:
-        peft_model.save_pretrained(str(Path(directory) / "adapter"))
     lm: nn.Module = peft_model.get_base_model()
     for name, original in (originals or {}).items():
         layer: Any = lm.get_submodule(name)  # one of peft's layers around a linear one

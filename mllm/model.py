@@ -5,6 +5,7 @@ All that asks a model goes through it, so that prompts, placeholders and images 
 
 import json
 import math
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from threading import Event, Thread
@@ -32,9 +33,10 @@ from diffclip.base.fingerprint import json_digest
 from diffclip.base.images import tell_decoding
 from diffclip.base.portable import Portable, write_code
 from mllm import conversation
-from mllm.conversation import IMAGE, Conversation, check_image_count, control_tokens, question_turn, render
+from mllm.conversation import AUTO, IMAGE, Conversation, check_image_count, control_tokens, question_turn, render
 from mllm.llava import DiffCLIPLlavaForConditionalGeneration
-from mllm.processing import bounded, check_tokens, never_cut
+from mllm.own_template import own_template
+from mllm.processing import bounded, check_tokens, never_cut, write_own_template
 from mllm.weights import fingerprints, load_strictly, verify
 
 # TRL and vLLM look an architecture up by its name among transformers' own classes, whatever is registered with those
@@ -66,20 +68,34 @@ class VisionLanguageModel(NamedTuple):
 
     @property
     def template(self) -> str:
-        """The conversation format that the model was trained with, see `mllm.conversation`."""
-        return self.model.config.conversation_template
+        """The conversation format that the model was trained with, as `mllm.conversation.render` takes it."""
+        name = self.model.config.conversation_template
+        return str(self.processor.chat_template) if name == AUTO else name
 
     @property
     def end_token(self) -> str:
         """What ends an answer."""
         return str(self.tokenizer.eos_token)
 
-    def use_template(self, template: str) -> None:
-        """Ask questions in another template from now on ("plain" has none); InputError if it lacks tokens for it."""
-        if template != "plain":
-            check_tokens(self.tokenizer, template, self.tokenizer.name_or_path)
-            self.model.config.conversation_template = template
-            self.processor.chat_template = conversation.chat_template(template, self.end_token)
+    def use_template(self, template: str) -> str:
+        """Ask questions in another template from now on ("plain" has none); "auto" is the language model's own.
+
+        Returns:
+            the template as `mllm.conversation.render` takes it.
+
+        Raises:
+            InputError: the tokenizer lacks tokens for it, or has no template of its own that can be used.
+        """
+        if template == "plain":
+            return template
+        source = template
+        if template == AUTO:
+            source = own_template(self.tokenizer)
+            self.model.generation_config.eos_token_id = write_own_template(self.tokenizer, source)
+        check_tokens(self.tokenizer, template, self.tokenizer.name_or_path)
+        self.model.config.conversation_template = template
+        self.processor.chat_template = conversation.chat_template(source, self.end_token)
+        return source
 
     def to(self, device: torch.device | str) -> "VisionLanguageModel":
         """Move the weights to a device, in place."""
@@ -129,10 +145,13 @@ class VisionLanguageModel(NamedTuple):
         return conversation.encode(segments, self.tokenizer, self.model.config.image_seq_length)
 
     def generate(self, prompts: Sequence[str], images: Sequence[Sequence[Image]], **options: Any) -> list[str]:
-        """What the model writes behind each prompt, unstripped; options as in `generation_options`."""
+        """What the model writes behind each prompt, unstripped; options as in `generation_options`.
+
+        An answer that would go on where the language model has no more positions is cut there, with a warning.
+        """
         inputs = self.inputs(prompts, images)
-        tokens = self.model.generate(**inputs, **generation_options(options))
-        return self.tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        tokens = generate_within_positions(self.model, inputs, generation_options(options))
+        return self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
 
     def answer(
         self, conversations: Sequence[Conversation], images: Sequence[Sequence[Image]], **options: Any
@@ -159,7 +178,10 @@ class VisionLanguageModel(NamedTuple):
             write_code(self.processor.image_processor.portable_classes().values(), directory)
         settings = {name: getattr(self.model.config, name) for name in TRAINED_WITH}
         transform = transform_fingerprint(self.processor)
-        write_json(directory / FINGERPRINTS, {**fingerprints(self.model), "transform": transform, "settings": settings})
+        prints = {**fingerprints(self.model), "transform": transform, "settings": settings}
+        if self.model.config.conversation_template == AUTO:
+            prints["chat_template"] = json_digest(self.template)
+        write_json(directory / FINGERPRINTS, prints)
 
     def identity(self) -> str:
         """A short hash of all that decides the answers: weights, dtype, settings, processor."""
@@ -173,6 +195,7 @@ class VisionLanguageModel(NamedTuple):
                 "transform": transform_fingerprint(self.processor),
                 "tokenizer": {**tokenizer, "padding": None, "truncation": None},  # the last call's
                 "end": self.tokenizer.eos_token,
+                **({"chat_template": self.template} if self.model.config.conversation_template == AUTO else {}),
             }
         )
 
@@ -199,6 +222,34 @@ def generation_options(options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in result.items() if result["do_sample"] or name not in SAMPLING}
 
 
+def generate_within_positions(
+    model: DiffCLIPLlavaForConditionalGeneration, inputs: Mapping[str, torch.Tensor], options: Mapping[str, Any]
+) -> torch.Tensor:
+    """(prompts, new tokens) int64: what `model.generate` writes behind the inputs, at most to the last position.
+
+    Raises:
+        InputError: the longest prompt alone has more tokens than the language model has positions.
+    """
+    length, asked = inputs["input_ids"].shape[1], options["max_new_tokens"]
+    positions = getattr(model.config.text_config, "max_position_embeddings", None) or math.inf
+    room = positions - length + 1  # the last token of an answer is written, but not read
+    if room < 1:
+        raise InputError(
+            f"a prompt has {length:,} tokens with its images, and the language model only {positions:,} positions; "
+            "ask a shorter question, about fewer images, or begin a new conversation"
+        )
+    tokens = model.generate(**inputs, **{**options, "max_new_tokens": min(room, asked)})[:, length:]
+    if room < asked and tokens.shape[1] == room:
+        ends = torch.as_tensor(model.generation_config.eos_token_id, device=tokens.device)
+        if cut := int((~torch.isin(tokens, ends).any(1)).sum()):
+            warnings.warn(
+                f"{cut} of {len(tokens)} answers cut after {room:,} tokens, at the last of the language model's "
+                f"{positions:,} positions",
+                stacklevel=2,
+            )
+    return tokens
+
+
 def stream_text(
     model: DiffCLIPLlavaForConditionalGeneration,
     tokenizer: PreTrainedTokenizerBase,
@@ -214,7 +265,8 @@ def stream_text(
 
     def generate() -> None:
         try:
-            model.generate(**inputs, streamer=streamer, stopping_criteria=[stop], **options)
+            watched = {**options, "streamer": streamer, "stopping_criteria": [stop]}
+            generate_within_positions(model, inputs, watched)
         except BaseException as error:  # raised again in the thread that reads
             failed.append(error)
             streamer.end()
@@ -264,10 +316,13 @@ def load(
     never_cut(processor.tokenizer)
     if (Path(directory) / FINGERPRINTS).is_file():
         _compare_with_training(model, processor, Path(directory))
+    vlm = VisionLanguageModel(model, processor)
+    if model.config.conversation_template == AUTO:
+        write_own_template(processor.tokenizer, vlm.template)  # some classes of tokenizers add their first token again
     model.eval()
     if dtype is not None:
         model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
-    return VisionLanguageModel(model, processor).to(device)
+    return vlm.to(device)
 
 
 def _compare_with_training(
@@ -277,6 +332,11 @@ def _compare_with_training(
     tell_decoding(directory, getattr(processor.image_processor, "decoding", 1))
     prints = read_json(directory / FINGERPRINTS)
     transform, settings = prints.pop("transform", None), prints.pop("settings", {})
+    if (template := prints.pop("chat_template", None)) and template != json_digest(str(processor.chat_template)):
+        raise InputError(
+            f"{directory}: its chat_template.jinja is not the one that the model was trained with; put the file back "
+            "that the training wrote"
+        )
     if "own_logits" not in settings and model.scales_logits():
         raise InputError(
             f"{directory}: trained by an earlier version, which left out how its language model "

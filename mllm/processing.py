@@ -11,6 +11,7 @@ from transformers import BaseImageProcessor, LlavaImageProcessor, LlavaProcessor
 
 from diffclip.base.errors import InputError
 from diffclip.base.images import STRIP, cut_strip, to_rgb
+from mllm import own_template
 from mllm.conversation import IMAGE, TEMPLATES
 
 MODES = ("crop", "squash", "pad")
@@ -75,12 +76,16 @@ def image_tokens(processor: LlavaProcessor) -> int:
 
 
 def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, template: str, path: str | Path) -> None:
-    """Give the tokenizer `<image>`, a padding token, and as its eos the token that ends an answer."""
+    """Give the tokenizer `<image>`, a padding token, and as its eos the token that ends an answer.
+
+    Its own chat template is kept for a later `template: auto`.
+    """
     if template not in TEMPLATES:
         raise InputError(f"unknown template `{template}`: use one of {', '.join(TEMPLATES)}")
     if not tokenizer.is_fast:
         raise InputError(f"{path}: needs a fast tokenizer (tokenizer.json), which knows where tokens begin and end")
     never_cut(tokenizer)
+    own_template.keep(tokenizer)
     tokenizer.add_tokens([AddedToken(IMAGE, special=True, normalized=False)], special_tokens=True)
     if "<|im_end|>" in tokenizer.get_vocab():  # base models have it too, but stop at another token
         tokenizer.eos_token = "<|im_end|>"
@@ -90,12 +95,32 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, template: str, path: s
         tokenizer.pad_token = tokenizer.eos_token
     before, behind = _added_tokens(tokenizer)
     if behind:  # an end token: a question would end before its answer begins
-        if getattr(tokenizer, "add_eos_token", False):
-            tokenizer.add_eos_token = False
-        specials = [(token, tokenizer.convert_tokens_to_ids(token)) for token in before]
-        only_before = TemplateProcessing(single=[*before, "$A"], special_tokens=specials)
-        tokenizer.backend_tokenizer.post_processor = only_before
+        _add_only(tokenizer, before)
     check_tokens(tokenizer, template, path)
+
+
+def write_own_template(tokenizer: PreTrainedTokenizerBase, source: str) -> list[int]:
+    """Fit the tokenizer to a source of `mllm.own_template`, which writes whole texts, their first token included.
+
+    Returns:
+        the ids of all tokens that end an answer; the first has become its eos.
+    """
+    ends = own_template.ends(source)
+    ids: list[Any] = [tokenizer.convert_tokens_to_ids(token) for token in (*ends, tokenizer.eos_token)]
+    tokenizer.eos_token = ends[0]
+    if any(_added_tokens(tokenizer)):
+        _add_only(tokenizer, [])
+    return list(dict.fromkeys(ids))
+
+
+def _add_only(tokenizer: PreTrainedTokenizerBase, before: list[str]) -> None:
+    """Have the tokenizer put these special tokens before every text, and none behind."""
+    for name in ("add_eos_token", "add_bos_token")[: 1 if before else 2]:
+        if getattr(tokenizer, name, False):
+            setattr(tokenizer, name, False)
+    specials = [(token, tokenizer.convert_tokens_to_ids(token)) for token in before]
+    only_before = TemplateProcessing(single=[*before, "$A"], special_tokens=specials)
+    tokenizer.backend_tokenizer.post_processor = only_before
 
 
 def check_tokens(tokenizer: PreTrainedTokenizerBase, template: str, path: str | Path) -> None:

@@ -22,7 +22,7 @@ from mllm.data.examples import ConversationDataset, TrainingConversations, colla
 from mllm.data.judge import judged
 from mllm.data.rows import Rows, load_rows, refuse_too_bad
 from mllm.llava import DiffCLIPLlavaForConditionalGeneration
-from mllm.lora import add_lora, base_weights, merge, quantise
+from mllm.lora import add_lora, base_weights, merge, quantise, save_adapter
 from mllm.model import VisionLanguageModel, load
 from mllm.weights import fingerprints, freeze, parts
 from stages.callbacks import Watch
@@ -77,10 +77,15 @@ def train_on_conversations(vlm: VisionLanguageModel, config: ConversationConfig,
     lora = bool(config.lora_rank)
     if lora and "language_model" not in learns:
         raise InputError("lora_rank: the language model does not learn; add language_model to `learns`")
-    vlm.use_template(config.template)
+    template = vlm.use_template(config.template)
     model, processor = vlm
-    rows = judged_rows(vlm, config, run)
-    dataset = ConversationDataset(rows, processor, template=config.template, max_length=config.max_length)
+    if config.packing and not model.keeps_packed_apart():
+        raise InputError(
+            f"packing: in one row the examples would see each other in this language model "
+            f"({type(model.model.language_model).__name__}); set packing false"
+        )
+    rows = judged_rows(vlm, config, run, template)
+    dataset = ConversationDataset(rows, processor, template=template, max_length=config.max_length)
     if isinstance(config, AlignConfig) and config.projector_init == "whitened":
         whiten(model, dataset, config)
     batch = per_device_batch(config, config.micro_batch_size)
@@ -137,7 +142,9 @@ def train_on_conversations(vlm: VisionLanguageModel, config: ConversationConfig,
         if adapter is not None:
             if not originals and fingerprint(base_weights(model)) != before["language_model"]:
                 raise RuntimeError("weights of the language model beside LoRA's changed: the run is not valid")
-            merge(adapter, config.output_dir if run.is_main else None, originals)
+            if run.is_main:
+                save_adapter(model, adapter, run.path / "adapter", learns)
+            merge(adapter, originals)
         after = fingerprints(model)
         for name in after:
             if (after[name] == before[name]) == (name in learns):
@@ -149,7 +156,7 @@ def train_on_conversations(vlm: VisionLanguageModel, config: ConversationConfig,
     run.finish(metrics)
 
 
-def judged_rows(vlm: VisionLanguageModel, config: ConversationConfig, run: Run) -> Rows:
+def judged_rows(vlm: VisionLanguageModel, config: ConversationConfig, run: Run, template: str) -> Rows:
     """The rows to learn, as training will see them; those that cannot be learnt from are named in bad_samples.jsonl.
 
     Raises:
@@ -158,7 +165,7 @@ def judged_rows(vlm: VisionLanguageModel, config: ConversationConfig, run: Run) 
     began = run.record.get("conversations"), run.record.get("rows")
     any_rows = not run.resume_from or config.data_changed == "accept"
     for fresh in (False, True):
-        rows = read_and_judge(vlm, config, fresh)
+        rows = read_and_judge(vlm, config, template, fresh)
         if any_rows or began in ((len(rows), rows.chosen), (len(rows), None), (None, None)):
             break
     else:
@@ -178,20 +185,20 @@ def judged_rows(vlm: VisionLanguageModel, config: ConversationConfig, run: Run) 
     return rows
 
 
-def read_and_judge(vlm: VisionLanguageModel, config: ConversationConfig, fresh: bool = False) -> Rows:
+def read_and_judge(vlm: VisionLanguageModel, config: ConversationConfig, template: str, fresh: bool = False) -> Rows:
     """The rows that the settings name, with the `problems` of those that cannot be learnt from; `fresh`: all anew."""
     rows = load_rows(
         config.data,
         config.image_root,
         image_prefix=config.image_prefix,
         split=config.split,
-        template=config.template,
+        template=template,
         control=control_tokens(vlm.tokenizer),
         max_bad_share=math.inf,
         fresh=fresh,
     )
     positions = getattr(vlm.model.config.text_config, "max_position_embeddings", None)
-    settings: dict[str, Any] = {"template": config.template, "max_length": config.max_length, "positions": positions}
+    settings: dict[str, Any] = {"template": template, "max_length": config.max_length, "positions": positions}
     return judged(rows, vlm.processor, **settings, fresh=fresh)
 
 

@@ -74,7 +74,7 @@ def option(default: Any, group: str, text: str, allowed: Range | Iterable[str] |
 
 LEARNING_RATE = ("optimisation", "peak learning rate", POSITIVE)
 LEARNS = ("model", f"parts that learn: {', '.join(PARTS)}", PARTS)
-TEMPLATE = ("model", "prompt format")
+TEMPLATE = ("model", "prompt format; auto: the language model's own")
 DATA_CHANGED = ("refuse", "run", "what a paused run does where its input files have changed")
 
 
@@ -223,7 +223,7 @@ class ConversationConfig(TrainingConfig):
     )
     image_root: str = option("", "data", "folder that the rows' image paths start from")
     image_prefix: str = option("", "data", "keep only rows whose image path starts with this")
-    template: Literal["plain", "vicuna", "chatml"] = option("vicuna", *TEMPLATE)
+    template: Literal["plain", "vicuna", "chatml", "auto"] = option("vicuna", *TEMPLATE)
     epochs: float = option(1.0, "optimisation", "passes over the data", POSITIVE)
     global_batch_size: int = option(192, "optimisation", "conversations per optimiser step", AT_LEAST_1)
     micro_batch_size: int = option(
@@ -274,7 +274,7 @@ class AlignConfig(ConversationConfig):
     projector_init: Literal["default", "whitened"] = option(
         "default", "model", "what the projector starts from: torch's default, or the statistics of the tower's features"
     )
-    template: Literal["plain", "vicuna", "chatml"] = option("plain", *TEMPLATE)
+    template: Literal["plain", "vicuna", "chatml", "auto"] = option("plain", *TEMPLATE)
     learns: list[str] = option(["projector"], *LEARNS)
     learning_rate: float = option(1e-3, *LEARNING_RATE)
 

@@ -11,6 +11,8 @@ import sys
 from diffclip.base.commands import Parser, number
 from diffclip.base.errors import exit_on_input_error
 
+CHOICES = ("plain", "vicuna", "chatml", "auto")
+
 
 def main(argv: list[str] | None = None) -> int:
     """`check` lists every fault, and returns 2 if there is one; `stats` says what a model would learn."""
@@ -22,7 +24,9 @@ def main(argv: list[str] | None = None) -> int:
         action.add_argument("--image_root", required=True, help="folder that the rows' image paths start from")
         action.add_argument("--image_prefix", default="", help="only rows whose image path starts with this")
         action.add_argument("--split", default="", help="where a folder or the rows name several (train)")
-        action.add_argument("--template", default="vicuna", choices=("plain", "vicuna", "chatml"), help="prompt format")
+        action.add_argument(
+            "--template", default="vicuna", choices=CHOICES, help="prompt format; auto: the model's own"
+        )
         action.add_argument("--model", default="", help="a run of align or instruct, to count tokens")
         action.add_argument("--max_length", type=number(int, 1), default=2048, help="longer rows are reported")
         action.add_argument("--output_dir", default="", help="stats: folder for lengths.png and stats.json")

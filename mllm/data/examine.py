@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from diffclip.base.errors import InputError
-from mllm.conversation import IMAGE, pair_turns, render, system_text, text_problem
+from mllm.conversation import IMAGE, pair_turns, render, system_text, template_name, text_problem
 from mllm.data.files import of_split, read_rows
 from mllm.data.images import ImagePlace, find_place, row_images
 from mllm.data.layouts import read_conversation
@@ -104,4 +104,4 @@ def _count_problem(conversation: list[dict[str, str]], images: int, template: st
         advice = f"give its images in `image`, or take {IMAGE} out of the questions"
     else:
         advice = f"put one {IMAGE} into a question for each image"
-    return f"has {images} images, but its conversation shows {shown} in template `{template}`; {advice}"
+    return f"has {images} images, but its conversation shows {shown} in template `{template_name(template)}`; {advice}"

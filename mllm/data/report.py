@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer, LlavaProcessor
 
+from diffclip.base.errors import InputError
 from diffclip.base.files import write_json
-from mllm.conversation import IGNORE, control_tokens, encode, render
+from mllm.conversation import AUTO, IGNORE, control_tokens, encode, render
 from mllm.data.judge import image_problems, length_problems, token_lengths
 from mllm.data.rows import Rows, load_rows
+from mllm.own_template import own_template
 from mllm.processing import image_tokens
 from mllm.weights import from_pretrained
 
@@ -27,9 +29,9 @@ def check(options: argparse.Namespace) -> int:
     result: dict[str, Any] = {"rows": total, "readable": 0, "images": images_of(rows)}
     if options.model:
         processor, positions = processor_of(options.model)
-        settings: dict[str, Any] = {"template": options.template, "max_length": options.max_length}
+        settings: dict[str, Any] = {"template": template_of(options), "max_length": options.max_length}
         problems = length_problems(rows, processor, **settings, positions=positions) | problems
-        lengths = token_lengths(rows, processor.tokenizer, image_tokens(processor), options.template)
+        lengths = token_lengths(rows, processor.tokenizer, image_tokens(processor), settings["template"])
         longer = int((lengths > options.max_length).sum())
         result |= {"tokens": spread(lengths), "max_length": options.max_length, "longer_than_max_length": longer}
     rows = rows.without(problems)
@@ -81,10 +83,19 @@ def spread(values: np.ndarray) -> dict[str, int]:
 
 def row_settings(options: argparse.Namespace) -> dict[str, Any]:
     """How rows are judged: the control tokens are those of the model, where one is given."""
-    settings: dict[str, Any] = {name: getattr(options, name) for name in ("image_prefix", "split", "template")}
+    settings: dict[str, Any] = {name: getattr(options, name) for name in ("image_prefix", "split")}
     if options.model:
         settings["control"] = control_tokens(from_pretrained(AutoTokenizer, options.model))
-    return settings
+    return {**settings, "template": template_of(options)}
+
+
+def template_of(options: argparse.Namespace) -> str:
+    """The template as `render` takes it; InputError for the one of a model's own without a model."""
+    if options.template != AUTO:
+        return options.template
+    if not options.model:
+        raise InputError("--template auto is a model's own: give the run as --model, or another --template")
+    return own_template(from_pretrained(AutoTokenizer, options.model))
 
 
 def kind(answer: str) -> str:
@@ -124,10 +135,10 @@ def describe(rows: Rows) -> dict:
 def tokens(options: argparse.Namespace, rows: Rows) -> tuple[np.ndarray, np.ndarray]:
     """Tokens of each row, and how many of them are supervised, (rows,) int64 each; nothing is cut."""
     processor, _ = processor_of(options.model)
-    image_length = image_tokens(processor)
+    image_length, template = image_tokens(processor), template_of(options)
     counts = []
     for conversation in chain.from_iterable(conversations for conversations, _ in rows.texts()):
-        segments = render(conversation, options.template, end_token=processor.tokenizer.eos_token)
+        segments = render(conversation, template, end_token=processor.tokenizer.eos_token)
         labels = encode(segments, processor.tokenizer, image_length)["labels"]
         counts.append((len(labels), sum(label != IGNORE for label in labels)))
     lengths, supervised = np.array(counts).T

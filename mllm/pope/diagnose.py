@@ -19,11 +19,12 @@ from diffclip.base.files import read_json, read_yaml
 from diffclip.base.fingerprint import fingerprint
 from diffclip.base.paths import matching
 from diffclip.base.schema import CONFIG, RECORD
-from mllm.conversation import NoSupervisionError, control_tokens
+from mllm.conversation import AUTO, NoSupervisionError, control_tokens
 from mllm.data.examples import ConversationDataset
 from mllm.data.images import ImagePlace
 from mllm.data.rows import load_rows
 from mllm.model import FINGERPRINTS, VisionLanguageModel, transform_fingerprint
+from mllm.own_template import own_template
 from mllm.pope.images import images_of
 from mllm.pope.margins import generate, margins, score_margins
 from mllm.pope.parsers import parse, parse_strict
@@ -155,6 +156,8 @@ def training_data(model: Any, processor: Any, config: dict) -> Iterator[Finding]
         yield from (Finding(cause, None, unknown) for cause in CAUSES[5:7])
         return
     template = config.get("template", model.config.conversation_template)
+    if template == AUTO:
+        template = own_template(processor.tokenizer)
     rows = load_rows(
         data,
         config.get("image_root", ""),

@@ -1,7 +1,9 @@
 """POPE without generating: how much likelier the model is to begin with yes than with no.
 
 All questions about an image stand in one row behind their common beginning (system prompt, image, first words),
-which is computed once: a mask lets each question see that beginning and itself, as if it were asked alone.
+which is computed once: a mask lets each question see that beginning and itself, as if it were asked alone. Language
+models that go by no such mask (with recurrent layers, ALiBi, or a window that is shorter than a prompt) are asked one
+question a row.
 """
 
 from argparse import Namespace
@@ -76,6 +78,8 @@ def margins(
         for first in range(0, len(texts), most)
     ]
     rows.sort(key=lambda row: (row[0] == "", len(row[1])))  # alike in length; those without an image by themselves
+    if not _stay_apart(vlm, rows):
+        rows = [(shown, [text]) for shown, texts in rows for text in texts]
     values: dict[tuple[str, str], float] = {}
     with tqdm(total=len(rows), desc="pope margins", unit="image", disable=None) as bar:
         start = 0
@@ -86,6 +90,40 @@ def margins(
             start += len(batch)
             bar.update(len(batch))
     return np.array([values[q.shown, q.text] for q in questions])
+
+
+@torch.no_grad()
+def _stay_apart(vlm: VisionLanguageModel, rows: Sequence[tuple[str, list[str]]]) -> bool:
+    """Whether prompts in one row see only their beginning and themselves, tried on the longest row without its image.
+
+    Of the image only the placeholders are there, so that the row is as long as it will be.
+    """
+    shown, texts = max(rows, key=lambda row: (bool(row[0]), len(row[1])), default=("", []))
+    if len(texts) < 2:
+        return True
+    count, lm, device = int(bool(shown)), vlm.model.model.language_model, vlm.model.device
+    turns = [[question_turn(text + POST_PROMPT, count)] for text in texts]
+    prompts = [
+        vlm.encode(each, count, ask=True, name=f"question `{text}`: ")["input_ids"] for each, text in zip(turns, texts)
+    ]
+    ids, positions, allowed, lasts = pack(prompts)
+    mask = _added(allowed[None], vlm.model.dtype)
+    inputs = {"input_ids": ids[None], "position_ids": positions[None], "attention_mask": mask}
+    try:
+        packed = lm(**{name: tensor.to(device) for name, tensor in inputs.items()}, use_cache=False)
+    except (ValueError, RuntimeError, TypeError, IndexError):  # of classes that take no such mask, such as Bloom's
+        return False
+    for prompt, last in ((prompts[0], lasts[0]), (prompts[-1], lasts[-1])):
+        alone = lm(input_ids=torch.tensor([prompt], device=device), use_cache=False).last_hidden_state[0, -1].float()
+        apart = (packed.last_hidden_state[0, last].float() - alone).abs().max() / alone.abs().max()
+        if not apart <= (2e-5 if vlm.model.dtype == torch.float32 else 0.02):  # what rounding alone does
+            return False
+    return True
+
+
+def _added(allowed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """(rows, tokens, tokens) bool, what each token sees -> (rows, 1, tokens, tokens), as attention adds it."""
+    return torch.zeros(allowed.shape, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)[:, None]
 
 
 @torch.no_grad()
@@ -106,12 +144,15 @@ def _batch_margins(
         packed.append(pack([row["input_ids"] for row in encoded]))
     ids = pad_sequence([row[0] for row in packed], batch_first=True, padding_value=vlm.tokenizer.pad_token_id)
     positions = pad_sequence([row[1] for row in packed], batch_first=True)
-    # padding sees itself, so that no row is empty
-    allowed = torch.eye(ids.shape[1], dtype=torch.bool).repeat(len(rows), 1, 1)  # (rows, tokens, tokens)
-    for of_row, (_, _, seen, _) in zip(allowed, packed):
-        of_row[: len(seen), : len(seen)] = seen
     device, dtype = model.device, model.dtype
-    mask = torch.zeros(allowed.shape, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)[:, None]
+    if all(len(texts) == 1 for _, texts in rows):  # as any batch
+        mask = pad_sequence([torch.ones_like(row[0]) for row in packed], batch_first=True)
+    else:
+        # padding sees itself, so that no row is empty
+        allowed = torch.eye(ids.shape[1], dtype=torch.bool).repeat(len(rows), 1, 1)  # (rows, tokens, tokens)
+        for of_row, (_, _, seen, _) in zip(allowed, packed):
+            of_row[: len(seen), : len(seen)] = seen
+        mask = _added(allowed, dtype)
     inputs = {"input_ids": ids, "position_ids": positions, "attention_mask": mask}
     if rows[0][0]:
         inputs["pixel_values"] = vlm.pixels(image_of(shown, open_image) for shown, _ in rows).to(dtype)

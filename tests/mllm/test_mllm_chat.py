@@ -266,6 +266,22 @@ def test_temperature_0_is_greedy_whatever_do_sample_says(assembled, picture):
     assert assembled.answer([turns], [images], temperature=5.0, **options) != [greedy]
 
 
+def test_answers_cut_at_the_last_position_are_said_to_be(assembled, picture):
+    asked = QUESTIONS[1], [picture(1)]
+    whole = assembled.ask(*asked, max_new_tokens=12)
+    ids = assembled.inputs(assembled.prompts([[question_turn(asked[0], 1)]]), [asked[1]])["input_ids"]
+    assembled.model.config.text_config.max_position_embeddings = ids.shape[1] + 4
+    with pytest.warns(UserWarning, match=r"1 of 1 answers cut after 5 tokens.*positions"):
+        cut = assembled.ask(*asked, max_new_tokens=12)
+    assert cut and cut != whole and whole.startswith(cut)
+    with pytest.warns(UserWarning, match="cut after 5 tokens"):
+        assert "".join(assembled.stream([question_turn(asked[0], 1)], asked[1], max_new_tokens=12)).strip() == cut
+    assert assembled.ask(*asked, max_new_tokens=5) == cut  # as long as was asked for: nothing to say
+    assembled.model.config.text_config.max_position_embeddings = ids.shape[1] - 1
+    with pytest.raises(InputError, match=rf"{ids.shape[1]} tokens.*only {ids.shape[1] - 1} positions"):
+        assembled.ask(*asked)
+
+
 def test_a_conversation_on_the_console(saved, loaded, picture, monkeypatch, capsys):
     lines, prompts = iter([QUESTIONS[0], "And now?", ""]), []
     monkeypatch.setattr("builtins.input", lambda prompt: prompts.append(prompt) or next(lines))

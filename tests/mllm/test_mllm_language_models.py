@@ -6,11 +6,13 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.language_models import examine
 from diffclip.base.errors import InputError
 from mllm.assemble import assemble
 from mllm.lora import base_weights
 from mllm.model import VisionLanguageModel, load
 from mllm.weights import parts
+from stages import instruct
 
 TINY = {
     "hidden_size": 32,
@@ -113,3 +115,29 @@ def test_runs_of_earlier_versions_load_unless_their_logits_were_others(family, t
     else:
         with pytest.raises(InputError, match=r"granite.*train it again"):
             load(tmp_path / "run")
+
+
+EXAMINED = {  # by what decides: Gemma-4 needs token ids beside embeddings, Whisper's layers come with an encoder
+    **dict.fromkeys(("gemma4_text", "whisper", "bart", "xlnet", "rwkv", "llama4_text"), "refused"),
+    **dict.fromkeys(("gpt2", "bloom", "jamba", "mixtral"), "works"),
+}
+
+
+@pytest.mark.parametrize("family", EXAMINED)
+def test_the_sweep_over_all_families_finds_what_works_and_what_is_refused(family, tower_dir, tmp_path):
+    verdict, why = examine(family, tower_dir, tmp_path)
+    assert verdict == EXAMINED[family], why
+    assert "\n" not in why and (verdict == "works" or "use another" in why)
+    assert ("not with packing" in why) == (family in ("bloom", "jamba"))
+
+
+def test_packing_is_refused_where_examples_would_see_each_other(tower_dir, language_dir, tmp_path):
+    path = write_language_model(tmp_path / "lm", "falcon_h1", language_dir)
+    assemble(tower_dir, path).save(tmp_path / "align")
+    turns = [{"from": "human", "value": "Red?"}, {"from": "gpt", "value": "Yes"}]
+    (tmp_path / "rows.json").write_text(json.dumps([{"conversations": turns}] * 4))
+    data = [f"--model={tmp_path / 'align'}", f"--data={tmp_path / 'rows.json'}", f"--image_root={tmp_path}"]
+    how = ["--use_cpu=true", "--precision=fp32", "--report_to=none", "--global_batch_size=2", "--num_workers=0"]
+    with pytest.raises(InputError, match=r"packing.*FalconH1Model.*set packing false"):
+        instruct.main([*data, *how, f"--output_dir={tmp_path / 'run'}", "--packing=true", "--max_length=128"])
+    instruct.main([*data, *how, f"--output_dir={tmp_path / 'run'}", "--max_length=128", "--learns=language_model"])

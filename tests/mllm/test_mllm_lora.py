@@ -7,12 +7,12 @@ import sys
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModel, AutoModelForCausalLM, Qwen2Config
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Qwen2Config
 
 from diffclip.base.errors import InputError
 from diffclip.base.fingerprint import fingerprint
 from mllm.assemble import assemble
-from mllm.lora import add_lora, base_weights, merge, quantise
+from mllm.lora import add_lora, base_weights, merge, quantise, save_adapter
 from mllm.model import VisionLanguageModel, load
 from mllm.weights import freeze, parts
 
@@ -35,7 +35,7 @@ def logits(model):
     return model.eval()(input_ids=IDS).logits
 
 
-def test_merged_logits_equal_the_adapters_and_the_run_loads_like_any_other(assembled, language_dir, tmp_path):
+def test_merged_logits_equal_the_adapters_and_the_run_loads_like_any_other(assembled, tmp_path):
     model = assembled.model
     before, untouched = parts(model), logits(model)
     prints = {name: fingerprint(module) for name, module in before.items()}
@@ -48,17 +48,36 @@ def test_merged_logits_equal_the_adapters_and_the_run_loads_like_any_other(assem
     assert fingerprint(base_weights(model)) == prints["language_model"]
     trained = logits(model)
     assert (trained - untouched).abs().max() > 0.01
-    merge(adapter, tmp_path)
+    save_adapter(model, adapter, tmp_path / "adapter", {"projector", "language_model"})
+    merge(adapter)
     assert (logits(model) - trained).abs().max() < 1e-4
     assert fingerprint(parts(model)["language_model"]) != prints["language_model"]
     assembled.save(tmp_path)
     again, _ = load(tmp_path)
     assert torch.equal(logits(again), logits(model))
 
-    base = AutoModel.from_pretrained(language_dir)
-    rebuilt = PeftModel.from_pretrained(base, tmp_path / "adapter").merge_and_unload()
-    ours = parts(model)["language_model"]["model"].state_dict()
-    assert all(torch.allclose(w, ours[name], atol=1e-6) for name, w in rebuilt.state_dict().items())
+
+@pytest.mark.parametrize("learns", [{"language_model"}, {"language_model", "projector", "vision_tower"}])
+def test_the_adapter_on_the_model_that_training_began_with_gives_the_trained_one(
+    assembled, picture, tmp_path, learns, recwarn
+):
+    model, processor = assembled
+    assembled.save(tmp_path / "align")
+    freeze(model, learns - {"language_model"})
+    adapter = add_lora(model, 4, seed=1)
+    train(model)
+    save_adapter(model, adapter, tmp_path / "adapter", learns)
+    merge(adapter)
+    inputs = processor(text=["<image>\nRed?"], images=[picture(1)], return_tensors="pt")
+    with torch.no_grad():
+        wanted = model.eval()(**inputs).logits
+        base = AutoModelForImageTextToText.from_pretrained(tmp_path / "align")
+        untouched = base(**inputs).logits
+        peft = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+        torch.testing.assert_close(peft(**inputs).logits, wanted, rtol=1e-4, atol=1e-4)
+        assert (wanted - untouched).abs().max() > 0.01
+        torch.testing.assert_close(peft.merge_and_unload()(**inputs).logits, wanted, rtol=1e-4, atol=1e-4)
+    assert not [w for w in recwarn if "missing" in str(w.message).lower() or "unexpected" in str(w.message).lower()]
 
 
 def test_the_seed_decides_the_adapters(tower_dir, language_dir):
@@ -93,11 +112,12 @@ def test_qlora_trains_on_rounded_weights_and_merges_into_the_true_ones(tower_dir
     assert 1e-5 < abs(rounded - loss) < 0.2 * loss  # 4 bits show, and do not destroy
     adapter = add_lora(model, 4, seed=1)
     train(model)
-    merge(adapter, tmp_path, originals)
-    # the unrounded language model with the adapter beside it, by peft
-    base = AutoModel.from_pretrained(wider_dir)
-    untouched = {name: w.clone() for name, w in base.state_dict().items()}
-    rebuilt = PeftModel.from_pretrained(base, tmp_path / "adapter").merge_and_unload()
+    save_adapter(model, adapter, tmp_path / "adapter", {"language_model"})
+    merge(adapter, originals)
+    # the unrounded model with the adapter beside it, by peft
+    base, _ = assemble(tower_dir, wider_dir, seed=3)
+    untouched = {name: w.clone() for name, w in base.model.language_model.state_dict().items()}
+    rebuilt = PeftModel.from_pretrained(base, tmp_path / "adapter").merge_and_unload().model.language_model
     ours = parts(model)["language_model"]["model"].state_dict()
     assert all(torch.allclose(w, ours[name], atol=1e-6) for name, w in rebuilt.state_dict().items())
     assert any((w - ours[name]).abs().max() > 1e-3 for name, w in untouched.items())

@@ -5,8 +5,10 @@ import random
 import numpy as np
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from diffclip.base.errors import InputError
+from mllm.assemble import assemble
 from mllm.conversation import prompt
 from mllm.model import VisionLanguageModel, load
 from mllm.pope.margins import best_threshold, generate, margins, pack, score_margins, yes_no_tokens
@@ -138,3 +140,27 @@ def test_margins_of_a_loaded_run_in_bfloat16_are_near(assembled, picture, tmp_pa
     questions = asked(2)
     exact = margins(assembled, questions, lambda name: picture(0))
     np.testing.assert_allclose(margins(loaded, questions, lambda name: picture(0)), exact, atol=0.3)
+
+
+FAMILIES = {  # language models that go by no mask of ours, or not by all of it
+    "bloom": {"n_layer": 2, "n_head": 2},
+    "falcon_h1": {"mamba_d_ssm": 32, "mamba_n_heads": 2, "mamba_d_head": 16},
+    "mistral": {"sliding_window": 48},
+    "qwen2": {},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_margins_are_right_where_questions_cannot_share_a_row(family, tower_dir, language_dir, picture, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(language_dir)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes |= {"num_key_value_heads": 2, "head_dim": 16, "initializer_range": 0.3, "max_position_embeddings": 512}
+    torch.manual_seed(4)
+    config = AutoConfig.for_model(family, vocab_size=len(tokenizer) + 7, **sizes, **FAMILIES[family])
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    vlm = assemble(tower_dir, tmp_path)
+    questions, named = asked(2), {f"{i}.png": picture(i) for i in range(2)}
+    found = margins(vlm, questions, named.__getitem__)
+    np.testing.assert_allclose(found, [one_at_a_time(*vlm, q, named.__getitem__) for q in questions], atol=1e-4)
+    assert vlm.model.keeps_packed_apart() == (family in ("qwen2", "mistral"))

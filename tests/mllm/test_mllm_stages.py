@@ -9,6 +9,7 @@ import psutil
 import pytest
 import torch
 from launch import ROOT, call, run_ranks, start
+from peft import PeftModel
 from safetensors.torch import load_file
 
 from diffclip.base.errors import InputError
@@ -94,8 +95,13 @@ def test_two_ranks_with_zero_3_learn_what_one_with_zero_2_learns(calm, inputs):
     record = json.loads((calm / "two/run.json").read_text())
     assert record["before"]["vision_tower"] == record["after"]["vision_tower"]
     assert record["before"]["language_model"] != record["after"]["language_model"]
-    assert (calm / "two/adapter/adapter_model.safetensors").is_file()
-    load(calm / "two")  # checks the fingerprints
+    trained, ids = load(calm / "two").model, torch.arange(5, 25)[None]  # checks the fingerprints
+    adapted = PeftModel.from_pretrained(load(inputs / "model").model, calm / "two/adapter").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(adapted(input_ids=ids).logits, trained(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+    projector = adapted.get_base_model().model.multi_modal_projector.state_dict()
+    saved = {name.split("modules_to_save.default.")[-1]: weight for name, weight in projector.items()}
+    assert torch.equal(saved["weight"], trained.model.multi_modal_projector.weight)
 
 
 @pytest.mark.slow
