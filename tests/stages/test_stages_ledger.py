@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -184,6 +184,7 @@ class Folders(Settings):
     val_data: str = ""
     image_root: str = ""
     data_changed: str = "refuse"
+    resume_with: list = field(default_factory=list)
 
 
 CHANGES = {
