@@ -158,7 +158,7 @@ def examine(family: str, tower: Path, folder: Path) -> tuple[str, str]:
         own = AutoModelForCausalLM.from_config(config).eval()
         own.save_pretrained(folder / "lm")
         tokenizer.save_pretrained(folder / "lm")
-        own = AutoModelForCausalLM.from_pretrained(folder / "lm").eval()
+        own = AutoModelForCausalLM.from_pretrained(folder / "lm", trust_remote_code=False).eval()
         own(input_ids=torch.tensor([[5, 6, 7, 8]]))
     except TimeoutError:
         raise

@@ -13,6 +13,7 @@ import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -211,11 +212,13 @@ def disturbed(arguments: list[str], ranks: int, done: Trial, folder: Path, rng: 
             kill(victim)
             kill(*processes)  # as the launcher does
         elif victim and done.fault in ("terminate", "hang up"):
-            os.kill(victim.pid, signal.SIGTERM if done.fault == "terminate" else signal.SIGHUP)
+            with suppress(ProcessLookupError):
+                os.kill(victim.pid, signal.SIGTERM if done.fault == "terminate" else signal.SIGHUP)
         elif victim and done.fault == "pause":
-            os.kill(victim.pid, signal.SIGSTOP)
-            time.sleep(1)
-            os.kill(victim.pid, signal.SIGCONT)
+            with suppress(ProcessLookupError):  # it has just ended
+                os.kill(victim.pid, signal.SIGSTOP)
+                time.sleep(1)
+                os.kill(victim.pid, signal.SIGCONT)
         codes = ends(processes)
         code = next((code for code in codes if code), 0)
     told = folder / "stderr"

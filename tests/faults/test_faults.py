@@ -17,6 +17,8 @@ def world(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", harness.TRAININGS)
 def test_a_disturbed_stage_comes_to_the_undisturbed_result(world, stage):
-    for fault in (harness.faults_of(stage)[SEED % 7], "kill and spoil"):
-        done = harness.trial(world, stage, 2 * (SEED % 2), fault, SEED)
-        assert not done.wrong, (SEED, done)
+    kinds = harness.faults_of(stage)
+    done = harness.trial(
+        world, stage, 2 * (SEED % 2), kinds[(SEED + harness.TRAININGS.index(stage)) % len(kinds)], SEED
+    )
+    assert not done.wrong, (SEED, done)

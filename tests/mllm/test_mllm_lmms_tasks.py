@@ -236,7 +236,9 @@ def test_real_tasks_are_scored_with_controls_and_one_that_fails_takes_none_along
         from stages.evaluate import main
 
         main(["--mllm", "model", "--tasks", *tasks, "--processes", "1", "--output_dir", "out"])
-    assert str(told.value).startswith("1 of 6 tasks failed") and "Tasks not found: no_such_task" in str(told.value)
+    assert str(told.value).startswith("lmms-eval: 1 of 6 tasks failed") and "Tasks not found: no_such_task" in str(
+        told.value
+    )
     metrics = read_json(Path("out/metrics.json"))
     # MME by its own rule and by POPE's, of the model asked directly
     options = {"max_new_tokens": 16, "suppress_tokens": says_yes_or_no.model.generation_config.suppress_tokens}

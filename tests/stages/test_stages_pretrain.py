@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launch import QUICKSTART, ROOT, TORCHRUN, kill, run, run_deepspeed, run_ranks, start_ranks
+from launch import QUICKSTART, ROOT, TORCHRUN, kill, run, run_ranks, start_ranks
 from safetensors.torch import load_file
 from shards import write_shard
 
@@ -112,7 +112,7 @@ def zero(stage: int, launch=run_ranks):
         ("chunks", in_process, ["--micro_batch_size=24"]),  # 24, 24, 16
         ("2-ranks", torchrun, []),
         ("2-ranks-chunks", two_ranks, ["--micro_batch_size=10"]),  # 10, 10, 10, 2
-        ("zero-1", zero(1, run_deepspeed), []),
+        ("zero-1", zero(1), []),
         ("zero-2-chunks", zero(2), ["--micro_batch_size=8"]),
     ],
 )
