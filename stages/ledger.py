@@ -123,9 +123,12 @@ def check_run(path: str | Path) -> None:
     path = Path(path)
     if not (path / schema.RECORD).is_file():
         return
-    record = read_record(path)
-    sealed = (record or {}).get("files")
-    if record and record["state"] == "finished" and isinstance(sealed, dict) and (fault := damage(path, sealed)):
+    record = read_record(path) or {}
+    if record.get("state") != "finished" or ("files" not in record and "id" not in record):  # of an older version
+        return
+    sealed = record.get("files")
+    fault = damage(path, sealed) if isinstance(sealed, dict) else f"{schema.RECORD} no longer says what its files hold"
+    if fault:
         raise InputError(
             f"{path}: {fault}: bring the file back, or train again in another --output_dir (`diffclip verify {path}` "
             "names all that is wrong; with --accept it takes the files as they are now)"

@@ -12,6 +12,7 @@ from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from diffclip.base.cache import cache_dir, keep
 from diffclip.base.commands import Parser
 from diffclip.base.files import file_sha256, read_json
 from diffclip.base.schema import RECORD
@@ -23,6 +24,7 @@ REPORTED = (  # with a bug
 )
 VARIABLES = re.compile(r"(DIFFCLIP|OMP|GOMP|MKL|NCCL|CUDA|HF_HUB_OFFLINE|TOKENIZERS|MALLOC)\w*|WORLD_SIZE")
 LONG_FILE = 1 << 28  # bytes
+SHORT_FILE = 1 << 24  # bytes, below which reading a file is as fast as remembering it
 
 
 def upstream_model(path: str | Path) -> str:
@@ -47,7 +49,7 @@ def digest(path: str | Path) -> str:
                 f.seek(start)
                 result.update(f.read(1 << 20))
     elif path.is_file():
-        result.update(bytes.fromhex(file_sha256(path)))
+        result.update(bytes.fromhex(_remembered_sha256(path) if size > SHORT_FILE else file_sha256(path)))
     elif weights := sorted(path.glob("*.safetensors")):  # logs and metrics beside them may change
         for file in weights:
             result.update(f"{file.name}{digest(file)}".encode())
@@ -58,6 +60,19 @@ def digest(path: str | Path) -> str:
                 size = os.path.getsize(os.path.join(folder, name))
                 result.update(f"{os.path.relpath(folder, path)}/{name}:{size}".encode())
     return result.hexdigest()[:12]
+
+
+def _remembered_sha256(path: Path) -> str:
+    """`file_sha256`, kept in the cache by path, size and times: a thousand shards are read once on a machine."""
+    stat = path.stat()
+    what = f"{path.absolute()}:{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ctime_ns}:{stat.st_ino}"
+    kept = cache_dir() / "sha256" / hashlib.sha256(os.fsencode(what)).hexdigest()[:32]
+    with suppress(OSError, ValueError):
+        if len(bytes.fromhex(known := kept.read_text(encoding="ascii"))) == 32:
+            return known
+    found = file_sha256(path)
+    keep(kept, found.encode())
+    return found
 
 
 def installed_versions(packages: str = PACKAGES) -> dict[str, str]:

@@ -130,6 +130,14 @@ def test_a_finished_run_that_lost_a_file_is_not_finished_to_anybody(tmp_path, ca
     assert "model.safetensors: y holds what is no finite number" in capsys.readouterr().out
     with pytest.raises(InputError, match="no run directory"):
         verify.main([str(tmp_path)])
+    record = json.loads((run.path / "run.json").read_text())
+    del record["files"]
+    (run.path / "run.json").write_text(json.dumps(record))
+    with pytest.raises(InputError, match=r"run\.json no longer says what its files hold"):
+        Run("pretrain", Settings(str(tmp_path / "later")), {"model": run.path})
+    del record["id"]  # as older versions wrote it
+    (run.path / "run.json").write_text(json.dumps(record))
+    Run("pretrain", Settings(str(tmp_path / "later")), {"model": run.path})
 
 
 # ---- settings and data that have changed

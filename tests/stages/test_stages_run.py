@@ -195,6 +195,21 @@ def test_resume_takes_the_newest_whole_checkpoint_and_drops_half_written_ones(tm
     assert not (run.path / "checkpoint-11").exists()
 
 
+def test_a_large_file_is_read_once_and_again_when_it_was_touched(tmp_path, monkeypatch):
+    monkeypatch.setenv("DIFFCLIP_CACHE", str(tmp_path / "cache"))
+    file, read = tmp_path / "shard.tar", []
+    file.write_bytes(bytes(17 << 20))
+    first = digest(file)
+    monkeypatch.setattr("stages.provenance.file_sha256", lambda path: read.append(path) or "ab" * 32)
+    assert digest(file) == first and not read
+    with open(file, "r+b") as f:
+        f.write(b"x")  # its size stays
+    assert digest(file) != first and len(read) == 1
+    for kept in (tmp_path / "cache" / "sha256").iterdir():
+        kept.write_text("damaged")
+    assert digest(file) and len(read) == 2
+
+
 def test_digest_of_a_model_directory_is_its_weights(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"weights")
     before = digest(tmp_path)
