@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from tqdm import tqdm
 from diffclip.base.cache import cache_dir, keep
 from diffclip.base.errors import InputError
 from diffclip.base.files import parse_json, whole
+from diffclip.base.paths import walk_once
 
 WHOLE = 1 << 20  # bytes, to which a file is read in full
 BLOCKS, BLOCK = 16, 1 << 16
@@ -29,7 +29,9 @@ Manifest = dict[str, dict[str, str]]  # setting -> file, relative to its folder 
 def folder_manifest(folder: str | Path) -> dict[str, str]:
     """Digests of all files at any depth, hidden ones left out; a file that cannot be read is "unreadable"."""
     folder = os.path.abspath(folder)
-    names = list(_files(folder))
+    names = [
+        os.path.relpath(os.path.join(where, name), folder) for where, _, here in walk_once(folder) for name in here
+    ]
     cache = cache_dir() / "manifests" / f"{hashlib.sha256(os.fsencode(folder)).hexdigest()[:32]}.json.gz"
     known = _read_cache(cache)
 
@@ -91,19 +93,6 @@ def _said(what: str, names: list[str]) -> str:
     if not names:
         return ""
     return f"{names[0]} {what}" if len(names) == 1 else f"{len(names):,} files {what}, e.g. {names[0]}"
-
-
-def _files(folder: str) -> Iterable[str]:
-    seen = set[str]()
-    for where, folders, names in os.walk(folder, followlinks=True):
-        if (real := os.path.realpath(where)) in seen:  # a link to a folder above, or a second one to the same
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(names):
-            if not name.startswith("."):
-                yield os.path.relpath(os.path.join(where, name), folder)
 
 
 def _content(path: str, size: int) -> str:

@@ -4,7 +4,7 @@ files that a pattern names.
 
 import glob
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import braceexpand
@@ -12,6 +12,21 @@ import braceexpand
 from diffclip.base.errors import InputError
 
 LONGEST = 255  # bytes of a folder's or file's name, on nearly all file systems
+
+
+def walk_once(folder: str) -> Iterator[tuple[str, list[str], list[str]]]:
+    """`os.walk` without hidden folders and files, sorted; links are followed, each folder once, wherever they lead.
+
+    As with `os.walk`, what is taken out of the list of folders is not walked.
+    """
+    seen = set[str]()
+    for where, folders, names in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(where)) in seen:  # a link to a folder above, or a second one to the same
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield where, folders, sorted(name for name in names if not name.startswith("."))
 
 
 def matching(patterns: Sequence[str]) -> list[str]:

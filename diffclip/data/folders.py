@@ -10,6 +10,7 @@ import pyarrow.parquet
 
 from diffclip.base.archives import TAR_SUFFIXES
 from diffclip.base.errors import InputError
+from diffclip.base.paths import walk_once
 from diffclip.data.captions import parse_captions
 from diffclip.data.columns import chosen_columns
 from diffclip.data.layout import FILE_IMAGES, Layout, chosen_split, split_named, split_of
@@ -176,11 +177,6 @@ def _holds_images(path: str, layout: Layout) -> bool:
 
 def _walked(folder: str) -> Iterable[tuple[str, list[str]]]:
     """(folder, names of its files), sorted, without hidden ones; links are followed, each folder once."""
-    seen = set[str]()
-    for where, folders, names in os.walk(folder, followlinks=True):
-        if (real := os.path.realpath(where)) in seen:  # a link to a folder above, or a second one to the same
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = [] if is_saved(where) else sorted(f for f in folders if f not in LITTER and f[0] != ".")
-        yield where, sorted(name for name in names if not name.startswith(".") and not name.endswith("_stats.json"))
+    for where, folders, names in walk_once(folder):
+        folders[:] = [] if is_saved(where) else [name for name in folders if name not in LITTER]
+        yield where, [name for name in names if not name.endswith("_stats.json")]
