@@ -24,7 +24,7 @@ from transformers.utils import logging
 from diffclip.base.commands import near
 from diffclip.base.errors import InputError, first_line, in_one_line
 from diffclip.base.files import read_jsonl, read_text
-from diffclip.base.ranks import from_main
+from diffclip.base.ranks import from_main, world
 from diffclip.base.schema import BAD_SAMPLES
 from stages import signals
 from stages.run import Run
@@ -40,10 +40,9 @@ def per_device_batch(config: TrainingConfig, micro_batch_size: int = 0) -> tuple
     Args:
         micro_batch_size: most samples per device and pass; 0 = no limit, i.e. no accumulation.
     """
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    share, rest = divmod(config.global_batch_size, world)
+    share, rest = divmod(config.global_batch_size, world())
     if rest:
-        raise InputError(f"global_batch_size {config.global_batch_size} is not a multiple of the {world} devices")
+        raise InputError(f"global_batch_size {config.global_batch_size} is not a multiple of the {world()} devices")
     micro = min(micro_batch_size or share, share)
     if share % micro:
         raise InputError(f"each device's share of the batch, {share}, is not a multiple of micro_batch_size {micro}")
@@ -203,7 +202,8 @@ def check_shared_memory(trainer: Trainer, folder: str = "/dev/shm") -> None:
     A container has 64 MB of it unless it was started with more. A worker whose batch finds no room tells nobody, and
     the training would wait for it for ever.
     """
-    workers = trainer.args.dataloader_num_workers * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    workers = trainer.args.dataloader_num_workers * here
     if not workers or not os.path.isdir(folder) or trainer.train_dataset is None:
         return
     ahead = trainer.args.dataloader_prefetch_factor or 2
@@ -215,7 +215,7 @@ def check_shared_memory(trainer: Trainer, folder: str = "/dev/shm") -> None:
         raise InputError(
             f"{folder} has {free >> 20:,} MB free, and the batches that {workers} loading processes hold ready take "
             f"{need >> 20:,} MB: start the container with --shm-size={max(1, need * 2 >> 30)}g or --ipc=host, or lower "
-            f"`num_workers` to {int(free / max(1, ahead * batch)) // int(os.environ.get('LOCAL_WORLD_SIZE', 1))}"
+            f"`num_workers` to {free // (ahead * batch) // here}"
         )
 
 

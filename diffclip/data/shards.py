@@ -20,6 +20,7 @@ from tqdm import tqdm
 from diffclip.base.archives import members, printable, read_at
 from diffclip.base.cache import cache_dir, keep
 from diffclip.base.errors import InputError
+from diffclip.base.ranks import rank, world
 from diffclip.data.captions import parse_captions
 from diffclip.data.layout import TAR_IMAGES, Layout
 
@@ -107,13 +108,12 @@ def index_shards(paths: Sequence[str], layout: Layout | None = None) -> list[Sha
     Ranks of one run start at different shards and find in the cache what the others have done. InputError as
     `index_shard`, or if none of the tars holds a pair.
     """
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     layout = layout or Layout()
-    first = len(paths) * rank // world
+    first = len(paths) * rank() // world()
     order = [*range(first, len(paths)), *range(first)]
     with ThreadPoolExecutor(4) as pool:  # threads: the walk mostly waits for the disk
         done = pool.map(lambda i: index_shard(paths[i], layout), order)
-        bar = tqdm(done, "indexing shards", len(order), unit="shard", delay=2, leave=False, disable=rank > 0)
+        bar = tqdm(done, "indexing shards", len(order), unit="shard", delay=2, leave=False, disable=rank() > 0)
         shards = dict(zip(order, bar))
     if paths and not any(len(shard) for shard in shards.values()):
         key, reason = shards[0].problems[0]

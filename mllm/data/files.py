@@ -13,10 +13,9 @@ from pyarrow.parquet import ParquetFile
 from diffclip.base.archives import UNPACKERS
 from diffclip.base.errors import InputError, in_one_line
 from diffclip.base.files import opened, read_array, read_json, read_jsonl
+from diffclip.data.layout import split_named
 
 KINDS = "JSON, JSONL (also .gz), parquet, or a folder that `datasets` saved"
-SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"}  # what they are called
-SPLITS |= dict.fromkeys(("val", "valid", "validation", "dev"), "val")
 OTHER_KINDS = (".csv", ".tsv", ".tar", ".zip", ".arrow", ".pkl", ".xlsx", ".txt")
 
 
@@ -29,7 +28,7 @@ def read_rows(path: str | Path, split: str = "") -> Iterator[dict]:
         split: which of several splits of a folder is read; "" is train of shards, while a saved DatasetDict of several
             has to be named, by this or as `PATH/train`. Splits that rows themselves name: see `of_split`.
     """
-    path, split = Path(path), SPLITS.get(split.lower(), split)
+    path, split = Path(path), split_named(split) or split
     if path.is_dir():
         yield from _folder_rows(path, split)
         return
@@ -53,8 +52,8 @@ def read_rows(path: str | Path, split: str = "") -> Iterator[dict]:
 
 def of_split(row: dict, split: str = "") -> bool:
     """Whether a row is read where `split` is asked for, "" for train: it names that one in its `split`, or none."""
-    named = SPLITS.get(str(row.get("split")).lower())
-    return named is None or named == SPLITS.get(split.lower() or "train", split)
+    named = split_named(row.get("split"))
+    return named is None or named == (split_named(split or "train") or split)
 
 
 def _lines(path: Path) -> Iterator[object]:
@@ -98,7 +97,7 @@ def _folder_rows(folder: Path, split: str) -> Iterator[dict]:
 
 def _chosen(folder: Path, names: Sequence[str], split: str, preferred: str) -> str:
     """Which of a folder's splits is read: the named one, the preferred one, or the only one."""
-    known = {SPLITS.get(name.lower(), name): name for name in names}
+    known = {split_named(name) or name: name for name in names}
     if len(known) == 1 and (not split or "" in known):
         return names[0]
     if (wanted := split or preferred) in known:
@@ -117,7 +116,7 @@ def hidden(path: Path) -> bool:
 def split_of(shard: Path) -> str:
     """The split that a shard's name or folder says it belongs to, as the Hub names them, or ""."""
     start = re.split(r"[-_.]", shard.name)[0]
-    return next((SPLITS[name.lower()] for name in (start, *reversed(shard.parts[:-1])) if name.lower() in SPLITS), "")
+    return next(filter(None, map(split_named, (start, *reversed(shard.parts[:-1])))), "")
 
 
 def _saved_rows(folder: Path) -> Iterator[dict]:

@@ -21,6 +21,7 @@ from diffclip.base.errors import InputError
 from diffclip.base.files import read_json, whole, write_whole
 from diffclip.base.fingerprint import json_digest
 from diffclip.base.images import open_image
+from diffclip.base.ranks import rank
 from mllm.conversation import IGNORE, NoSupervisionError, encode, render
 from mllm.data.images import find_place, present
 from mllm.data.rows import Rows, locked
@@ -300,4 +301,4 @@ def _kept(
 
 def _quiet() -> bool | None:
     """For tqdm: no bar in any rank but the first, nor where there is no console."""
-    return True if int(os.environ.get("RANK", 0)) else None
+    return True if rank() else None
