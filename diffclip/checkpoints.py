@@ -36,7 +36,6 @@ from diffclip.base.backbones import (
 )
 from diffclip.base.errors import InputError, in_one_line
 from diffclip.base.files import read_json, whole, write_whole
-from diffclip.base.images import tell_decoding
 from diffclip.base.schema import RECORD
 from diffclip.models import DualEncoder
 from diffclip.official import from_official, official_config, read_official, to_official
@@ -130,8 +129,8 @@ def load(
     model = models.build(config)
     load_strictly(model, read_safetensors(path / WEIGHTS), str(path / WEIGHTS))
     model.model_config = current(config)
-    if (path / RECORD).is_file():  # trained here, not converted
-        tell_decoding(path, config["diffclip"].get("decoding", 1))
+    if (path / RECORD).is_file():  # trained here, not converted: runs made before there were other rules name none
+        model.model_config["diffclip"].setdefault("decoding", 1)
     return _with_inputs(model, path)
 
 

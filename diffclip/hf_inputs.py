@@ -14,7 +14,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from diffclip.base.backbones import open_clip
 from diffclip.base.errors import InputError, in_one_line
-from diffclip.base.images import cut_strip, to_rgb
+from diffclip.base.images import DECODING, cut_strip, rgb_by
 from diffclip.preprocessing import TOKENIZER_FILES
 from diffclip.weights import refuse_auto_map
 
@@ -64,7 +64,8 @@ class ImageTransform:
 
     def _pixels(self, image: Image.Image, **options: Any) -> Tensor:
         crops = getattr(self.processor, "do_center_crop", False)  # SigLIP's know no crop
-        image = cut_strip(to_rgb(image)) if crops else to_rgb(image)
+        image = rgb_by(getattr(self.processor, "decoding", DECODING))(image)
+        image = cut_strip(image) if crops else image
         return self.processor(image, return_tensors="pt", **options)["pixel_values"][0]
 
 

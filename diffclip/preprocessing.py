@@ -13,7 +13,7 @@ from torchvision.transforms.functional import InterpolationMode
 
 from diffclip.base.backbones import HFTokenizer, PreprocessCfg, image_transform_v2, open_clip
 from diffclip.base.errors import InputError, in_one_line
-from diffclip.base.images import cut_strip, to_rgb, widened
+from diffclip.base.images import DECODING, cut_strip, rgb_by, to_rgb, widened
 from diffclip.weights import refuse_auto_map
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "tokenizer.model")
@@ -88,24 +88,25 @@ def transforms(
     batch.
     """
     cfg = model_config["preprocess_cfg"]
+    rgb = rgb_by(model_config.get("diffclip", {}).get("decoding", DECODING))
     if not train and (cfg.get("resize_mode", "shortest") != "shortest" or not isinstance(cfg["size"], int)):
-        return decoding(image_transform_v2(PreprocessCfg(**cfg), is_train=False))
+        return decoding(image_transform_v2(PreprocessCfg(**cfg), is_train=False), rgb)
     interpolation = InterpolationMode(cfg.get("interpolation", "bicubic").replace("random", "bicubic"))
     if train:
         crop = [T.RandomResizedCrop(cfg["size"], scale=crop_scale, interpolation=interpolation)]
     else:
         crop = [cut_strip, T.Resize(cfg["size"], interpolation=interpolation), T.CenterCrop(cfg["size"])]
     last = [T.ToTensor(), T.Normalize(cfg["mean"], cfg["std"])] if normalized else [T.PILToTensor()]
-    return T.Compose([to_rgb, *crop, *last])
+    return T.Compose([rgb, *crop, *last])
 
 
-def decoding(transform: T.Compose) -> T.Compose:
-    """open_clip's transform with the rules of `diffclip.base.images` in front, for any PIL image and for strips."""
+def decoding(transform: T.Compose, rgb: Callable[..., Any] = to_rgb) -> T.Compose:
+    """open_clip's transform with rules of `diffclip.base.images` in front, for any PIL image and for strips."""
     first, steps = transform.transforms[0], transform.transforms
     bounds: list[Callable] = [cut_strip] if any(isinstance(step, T.CenterCrop) for step in steps) else []
     if getattr(first, "longest", 0) == 1:  # all of the image between bars
         bounds = [partial(widened, side=min(first.size))]
-    return T.Compose([to_rgb, *bounds, *steps])
+    return T.Compose([rgb, *bounds, *steps])
 
 
 def normalize(model_config: dict[str, Any], pixels: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from diffclip.base.devices import pick_device
 from diffclip.base.errors import InputError
 from diffclip.base.files import append_jsonl, read_jsonl
-from diffclip.base.images import as_decoder, to_rgb
+from diffclip.base.images import DECODING, as_decoder, rgb_by
 from diffclip.base.orphans import end_with_parents
 from mllm.conversation import IGNORE, IMAGE, check_image_count, question_turn
 from mllm.data.examples import collate
@@ -119,6 +119,7 @@ class DiffCLIPLlavaForEvaluation(lmms):
             whole = self.vlm.model._no_split_modules or []
             places = infer_auto_device_map(self.vlm.model, no_split_module_classes=list(whole))
             dispatch_model(self.vlm.model, places)
+        self.rgb = rgb_by(getattr(self.vlm.processor.image_processor, "decoding", DECODING))  # as in its training
         most = int(max_batch_size or AUTO.get(self.device.type, AUTO["cuda"]))
         self.batch_size = most if self.auto else int(batch_size)
         self.answers = Path(answers) if answers else None
@@ -204,7 +205,7 @@ class DiffCLIPLlavaForEvaluation(lmms):
 
     def _document(self, doc_id: int, task: str, split: str) -> Any:
         try:
-            return _in_rgb(self.task_dict[task][split][doc_id])
+            return _in_rgb(self.task_dict[task][split][doc_id], self.rgb)
         except OSError as error:  # of Pillow, which `datasets` decodes with
             raise InputError(f"task {task}, question {doc_id} of {split}: its image cannot be read ({error})") from None
 
@@ -321,11 +322,11 @@ class DiffCLIPLlavaForEvaluation(lmms):
         self, doc_to_visual: Callable[[Any], list | None], doc_id: int, task: str, split: str
     ) -> list[Image.Image]:
         # before the task's own convert("RGB"), which would lay transparency over black and cut 16 bits at 255
-        with as_decoder():  # for tasks that open files
+        with as_decoder(self.rgb):  # for tasks that open files
             images = list(doc_to_visual(self._document(doc_id, task, split) if task else None) or [])
         if not all(isinstance(image, Image.Image) for image in images):
             raise InputError(f"task {task} shows something that is no image; diffclip_llava sees images only")
-        return [to_rgb(image) for image in images]
+        return [self.rgb(image) for image in images]
 
     def _in_memory(self, compute: Callable[[Sequence], list], batch: Sequence) -> list:
         """`compute(batch)`; under --batch_size auto in halves where memory runs out, as all later batches then."""
@@ -394,10 +395,10 @@ def _digest(image: Image.Image) -> bytes:
     return hashlib.sha256(image.tobytes()).digest()
 
 
-def _in_rgb(value: Any) -> Any:
-    """A row of a task with every image in it by the rules of `diffclip.base.images`."""
+def _in_rgb(value: Any, rgb: Callable[[Image.Image], Image.Image]) -> Any:
+    """A row of a task with every image in it by rules of `diffclip.base.images`."""
     if isinstance(value, Image.Image):
-        return to_rgb(value)
+        return rgb(value)
     if isinstance(value, dict):
-        return {key: _in_rgb(inner) for key, inner in value.items()}
-    return [_in_rgb(inner) for inner in value] if isinstance(value, list) else value
+        return {key: _in_rgb(inner, rgb) for key, inner in value.items()}
+    return [_in_rgb(inner, rgb) for inner in value] if isinstance(value, list) else value

@@ -30,7 +30,6 @@ from diffclip.base.devices import pick_device
 from diffclip.base.errors import InputError
 from diffclip.base.files import read_json, write_json
 from diffclip.base.fingerprint import json_digest
-from diffclip.base.images import tell_decoding
 from diffclip.base.portable import Portable, write_code
 from mllm import conversation
 from mllm.conversation import AUTO, IMAGE, Conversation, check_image_count, control_tokens, question_turn, render
@@ -316,6 +315,8 @@ def load(
     never_cut(processor.tokenizer)
     if (Path(directory) / FINGERPRINTS).is_file():
         _compare_with_training(model, processor, Path(directory))
+        if not hasattr(processor.image_processor, "decoding"):
+            processor.image_processor.decoding = 1  # runs made before there were other rules name none
     vlm = VisionLanguageModel(model, processor)
     if model.config.conversation_template == AUTO:
         write_own_template(processor.tokenizer, vlm.template)  # some classes of tokenizers add their first token again
@@ -329,7 +330,6 @@ def _compare_with_training(
     model: DiffCLIPLlavaForConditionalGeneration, processor: LlavaProcessor, directory: Path
 ) -> None:
     """Raise InputError or WeightsError unless all is as `FINGERPRINTS` of the directory says."""
-    tell_decoding(directory, getattr(processor.image_processor, "decoding", 1))
     prints = read_json(directory / FINGERPRINTS)
     transform, settings = prints.pop("transform", None), prints.pop("settings", {})
     if (template := prints.pop("chat_template", None)) and template != json_digest(str(processor.chat_template)):

@@ -10,7 +10,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import BaseImageProcessor, LlavaImageProcessor, LlavaProcessor, PreTrainedTokenizerBase
 
 from diffclip.base.errors import InputError
-from diffclip.base.images import STRIP, cut_strip, to_rgb
+from diffclip.base.images import DECODING, STRIP, cut_strip, rgb_by
 from mllm import own_template
 from mllm.conversation import IMAGE, TEMPLATES
 
@@ -53,7 +53,8 @@ def bounded(images: Iterable[Image.Image], image_processor: BaseImageProcessor) 
     A centre crop gets the middle of a strip, which is all that it keeps; a strip that would be padded to a square of
     more pixels than any image may have is made smaller first.
     """
-    images = [to_rgb(image) for image in images]
+    rgb = rgb_by(getattr(image_processor, "decoding", DECODING))
+    images = [rgb(image) for image in images]
     if getattr(image_processor, "do_pad", False):
         return [_smaller(image) for image in images]
     size = getattr(image_processor, "size", None) or {}

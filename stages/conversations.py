@@ -79,6 +79,7 @@ def train_on_conversations(vlm: VisionLanguageModel, config: ConversationConfig,
         raise InputError("lora_rank: the language model does not learn; add language_model to `learns`")
     template = vlm.use_template(config.template)
     model, processor = vlm
+    processor.image_processor.decoding = run.record["decoding"]  # saved with it
     if config.packing and not model.keeps_packed_apart():
         raise InputError(
             f"packing: in one row the examples would see each other in this language model "

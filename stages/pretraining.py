@@ -57,7 +57,7 @@ def train_dual_encoder(config: PretrainConfig, run: Run) -> None:
     table, val_pairs = train_table(config), val_table(config)
 
     set_seed(config.seed)
-    title, (model, transform, tokenizer) = run_title(config), starting_model(config)
+    title, (model, transform, tokenizer) = run_title(config), starting_model(config, run.record["decoding"])
     learning = let_learn(model, config.learns)
     pairs = TrainingPairs(
         table,
@@ -132,15 +132,15 @@ def run_title(config: PretrainConfig) -> str:
     return f"{upstream_model(config.init_from)}+{config.attention}" if config.init_from else config.model or NEW_MODEL
 
 
-def starting_model(config: PretrainConfig) -> Loaded:
+def starting_model(config: PretrainConfig, decoding: int = DECODING) -> Loaded:
     """The model that a run starts from, its transform for evaluation and its tokenizer."""
     if not config.init_from:
         model = diffclip.build(run_title(config), init=config.init)
-        model.model_config["diffclip"]["decoding"] = DECODING
+        model.model_config["diffclip"]["decoding"] = decoding
         return model, diffclip.transforms(model.model_config, train=False), diffclip.tokenizer(model.model_config)
     loaded, transform, tokenizer = diffclip.load(config.init_from)
     model = adapted(loaded, config)
-    model.model_config["diffclip"]["decoding"] = DECODING
+    model.model_config["diffclip"]["decoding"] = decoding
     if config.image_size:
         transform = diffclip.transforms(model.model_config, train=False)
     return model, transform, tokenizer

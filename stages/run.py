@@ -79,7 +79,7 @@ class Run:
             "settings": dataclasses.asdict(config),
         }
         told = from_main(lambda: self._claim(paths))
-        self.finished = told["finished"]
+        self.finished, self.record["decoding"] = told["finished"], told["decoding"]
         if world() > 1 and not self.finished:
             self._see(told["id"])
 
@@ -127,10 +127,11 @@ class Run:
         if finished and before:
             ledger.check_run(self.path)
             self.log(f"{self.stage}: {self.path} is finished, nothing to do")
-            return {"finished": True, "id": before.get("id", "")}
+            return {"finished": True, "id": before.get("id", ""), "decoding": before.get("decoding", 1)}
         if before:
             self.seconds_before = float(before.get("wall_seconds", 0))
             self.record |= cast(RunRecord, {name: before[name] for name in KEPT if name in before})
+            self.record["decoding"] = before.get("decoding", 1)  # images stay as they were
         else:
             self.fresh = True
             for left in (schema.BAD_SAMPLES, schema.NON_FINITE, schema.CURVE):  # by a start that came to no step
@@ -149,17 +150,11 @@ class Run:
         write_yaml(self.config, self.path / schema.CONFIG)
         write_manifest(self.path / schema.MANIFEST, manifest)
         self._write_record()
-        if before and (began := before.get("decoding", 1)) != DECODING:
-            self.log(
-                f"{self.stage}: began with images decoded by rules {began}, goes on by {DECODING}: from here on they "
-                "are turned as EXIF says, transparency is white, 16 bits are scaled; start anew if the data has such "
-                "images"
-            )
         if found.taken:
             self.log(f"{self.stage}: goes on with {', '.join(found.taken)}, as it was told to")
         if found.other:
             self.log(f"{self.stage}: goes on with {', '.join(found.other)}, which decides nothing about the result")
-        return {"finished": False, "id": self.record["id"]}
+        return {"finished": False, "id": self.record["id"], "decoding": self.record["decoding"]}
 
     def _manifest(self, paths: Mapping[str, str]) -> Manifest:
         """What the folders of data hold, file by file; models are compared by their weights."""

@@ -30,7 +30,7 @@ TURNS = {  # EXIF orientation -> what turns the stored pixels as the camera was 
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-DECODING = 2  # the version of these rules, which runs record; 1 was PIL's convert("RGB") of the image as it is stored
+DECODING = 2  # the version of these rules, which runs record; 1 was `as_stored`
 STRIP = 16  # an image that is longer than so many times its width
 
 # of odd tags in a file that can be read; what cannot, raises (once for all: catch_warnings is not made for threads)
@@ -60,15 +60,12 @@ def decode(source: bytes | str | Path) -> Image.Image:
         return to_rgb(image)
 
 
-def tell_decoding(directory: str | Path, version: int) -> None:
-    """A warning that a run was trained on images decoded by rules of an earlier `DECODING`; by today's it is used."""
-    if version != DECODING:
-        warnings.warn(
-            f"{directory}: was trained before images were turned as their EXIF says, laid over white where they are "
-            f"transparent and scaled where they have 16 bits (decoding {version}, now {DECODING}). Such images look "
-            "other to it now than in training, all others the same; its scores on them may differ from those of then",
-            stacklevel=4,
-        )
+def rgb_by(version: int) -> Callable[[Image.Image], Image.Image]:
+    """The rules of a version of `DECODING`: a model sees images as it saw them in training. InputError if unknown."""
+    rules = {1: as_stored, DECODING: to_rgb}
+    if version not in rules:
+        raise InputError(f"decoding {version!r} is unknown: a newer diffclip-stack made this: install that")
+    return rules[version]
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -76,11 +73,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
     Turned as EXIF says, once: the result carries no orientation. Transparency lies over white. Greys of more than
     8 bits are scaled as `_grey` says. One of BROKEN if the rest of a lazily opened file cannot be decoded.
-    Raise `DECODING` with any change of this.
+    Raise `DECODING` with any change of this. What the rules of before make otherwise goes along for `as_stored`.
     """
     ImageFile.LOAD_TRUNCATED_IMAGES = False  # lmms_eval sets it: half an image would pass for a whole
     image.load()
     turn = _turn(image)
+    special = turn is not None or image.mode[0] in "IF" or image.has_transparency_data
     if image.mode[0] in "IF":  # PIL would cut these at 255 instead of scaling
         rgb = _grey(image).convert("RGB")
     elif image.has_transparency_data:
@@ -91,6 +89,24 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if turn is not None:
         rgb = rgb.transpose(turn)
         rgb.info = {}  # EXIF and XMP, which would turn it once more
+    if special:
+        rgb.stored = image  # type: ignore[attr-defined]
+    return rgb
+
+
+def as_stored(image: Image.Image) -> Image.Image:
+    """An RGB image by rules 1, also of what `to_rgb` made: not turned, opaque, 16-bit greys scaled, floats cut at 255.
+
+    The result carries no orientation and no transparency, so that both rules leave it as it is.
+    """
+    image = getattr(image, "stored", image)
+    image.load()
+    if image.mode.startswith("I"):
+        return Image.fromarray((np.asarray(image).clip(0, 65535) / 257).astype(np.uint8)).convert("RGB")
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    rgb = image.copy() if image.mode == "RGB" else image.convert("RGB")
+    rgb.info = {}
     return rgb
 
 
@@ -145,12 +161,12 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
 
 
 @contextlib.contextmanager
-def as_decoder() -> Iterator[None]:
-    """While it lasts `PIL.Image.open` gives what `decode` does: for code of others that opens images by itself."""
+def as_decoder(rules: Callable[[Image.Image], Image.Image] = to_rgb) -> Iterator[None]:
+    """While it lasts `PIL.Image.open` gives what `decode` does, by `rules`: for code that opens images by itself."""
     opened = Image.open
 
     def in_rgb(file: Any, mode: Literal["r"] = "r", formats: Any = None) -> Image.Image:
-        return to_rgb(opened(file, mode, formats or _formats()))
+        return rules(opened(file, mode, formats or _formats()))
 
     Image.open = in_rgb  # type: ignore[assignment]
     try:

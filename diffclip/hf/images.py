@@ -14,7 +14,7 @@ from transformers import AutoImageProcessor
 from transformers.image_processing_backends import PilBackend
 from transformers.image_utils import PILImageResampling
 
-from diffclip.base.images import cut_strip, decode, to_rgb
+from diffclip.base.images import DECODING, cut_strip, decode, rgb_by
 from diffclip.base.portable import Portable, auto_map
 from diffclip.hf.vision import DiffCLIPVisionConfig
 
@@ -56,7 +56,8 @@ class DiffCLIPImageProcessor(Portable, PilBackend):
     def process_image(self, image: Any, *args: Any, **kwargs: Any) -> np.ndarray:
         """Turn a PIL image into (3, height, width) by the rules of `diffclip.base.images`; a strip loses its ends."""
         if isinstance(image, Image):
-            image = cut_strip(to_rgb(image)) if self.do_center_crop else to_rgb(image)
+            image = rgb_by(getattr(self, "decoding", DECODING))(image)
+            image = cut_strip(image) if self.do_center_crop else image
         return super().process_image(image, *args, **kwargs)
 
     def center_crop(  # type: ignore[override] # as transformers' own backend is called

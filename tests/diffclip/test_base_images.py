@@ -15,7 +15,7 @@ from PIL import Image
 import diffclip
 from diffclip.base.backbones import open_clip
 from diffclip.base.errors import InputError
-from diffclip.base.images import BROKEN, cut_strip, decode, open_image, to_rgb
+from diffclip.base.images import BROKEN, as_stored, cut_strip, decode, open_image, to_rgb
 from diffclip.hf import image_processor
 
 CONFIG = diffclip.MODELS["DiffCLIP-B-32"]
@@ -377,3 +377,33 @@ def test_no_other_place_opens_images():
     files = [path for name in ("diffclip", "mllm", "stages", "benchmarks") for path in (root / name).rglob("*.py")]
     opening = [str(path.relative_to(root)) for path in files if "Image.open(" in path.read_text(encoding="utf-8")]
     assert opening == ["diffclip/base/images.py"]
+
+
+# ---- the rules of before
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_rules_1_see_an_image_as_it_is_stored_opened_by_us_or_not(kind, orientation):
+    exif = Image.Exif()
+    exif[274] = orientation
+    mode = "RGBA" if kind == "PNG" else "RGB"
+    pixels = np.random.default_rng(0).integers(0, 256, (24, 40, len(mode)), dtype=np.uint8)
+    content = encoded(Image.fromarray(pixels), kind, exif=exif)
+    with Image.open(io.BytesIO(content)) as image:
+        stored = np.asarray(image)[..., :3]  # PIL's convert("RGB") drops the alpha, and turns nothing
+        assert np.array_equal(as_stored(image), stored)
+    ours = as_stored(decode(content))
+    assert np.array_equal(ours, stored)
+    assert np.array_equal(to_rgb(ours), stored) and np.array_equal(as_stored(ours), stored)  # nothing turns it again
+
+
+def test_rules_1_scale_16_bits_and_take_colours_behind_transparency():
+    greys = np.array([[0, 257, 65535, 514]], dtype=np.uint16)
+    with Image.open(io.BytesIO(encoded(Image.fromarray(greys), "PNG"))) as image:
+        assert [p[0] for p in as_stored(image).getdata()] == [0, 1, 255, 2]
+    palette = Image.fromarray(np.array([[0, 1]], np.uint8), "P")
+    palette.putpalette([10, 20, 30, 40, 50, 60])
+    content = encoded(palette, "PNG", transparency=0)
+    assert [*as_stored(decode(content)).getdata()] == [(10, 20, 30), (40, 50, 60)]
+    assert [*decode(content).getdata()] == [(255, 255, 255), (40, 50, 60)]

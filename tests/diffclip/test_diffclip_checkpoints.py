@@ -18,6 +18,7 @@ import torch
 from clips import transformers_clip
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from transformers import AutoImageProcessor
 
 import diffclip
 from diffclip import checkpoints, convert, models, variants, warm_start, weights
@@ -25,6 +26,7 @@ from diffclip import official as official_code
 from diffclip.base.backbones import open_clip
 from diffclip.base.errors import InputError
 from diffclip.base.fingerprint import fingerprint
+from diffclip.base.images import DECODING, to_rgb
 
 
 @pytest.fixture(params=["CLIP-tiny", "DiffCLIP-tiny", "DiffCLIP-star-tiny", "DiffCLIP-dagger-tiny"])
@@ -488,17 +490,25 @@ def test_broken_directories_of_transformers_clip_list_every_key(tmp_path):
     assert "unexpected text_model.surprise" in str(caught.value)
 
 
-def test_a_run_trained_by_other_rules_of_decoding_is_told_of(tmp_path):
-    from diffclip.base.images import DECODING
-
+def test_a_run_trained_by_other_rules_of_decoding_sees_images_as_then(tmp_path):
     model = diffclip.build("CLIP-tiny")
     diffclip.save(model, tmp_path)  # converted or exported: nobody knows
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        diffclip.load(tmp_path)
+    clear = Image.new("RGBA", (40, 60), (255, 0, 0, 0))
+    red, white = (Image.new("RGB", (40, 60), colour) for colour in ("red", "white"))
+    transform = diffclip.load(tmp_path)[1]
+    assert torch.equal(transform(clear), transform(white))
     (tmp_path / "run.json").write_text("{}")
-    with pytest.warns(UserWarning, match=rf"was trained before images were turned .*decoding 1, now {DECODING}"):
-        diffclip.load(tmp_path)
+    for directory in (tmp_path, tmp_path / "again"):
+        before, transform, _ = diffclip.load(directory)
+        assert torch.equal(transform(clear), transform(red))
+        assert torch.equal(transform(to_rgb(clear)), transform(red))
+        diffclip.save(before, tmp_path / "again")  # which says by which rules, and is no run
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "again")
+    assert torch.equal(torch.as_tensor(processor(clear)["pixel_values"][0]), transform(red))
+    before.model_config["diffclip"]["decoding"] = 3
+    diffclip.save(before, tmp_path / "newer")
+    with pytest.raises(InputError, match="decoding 3 is unknown: a newer diffclip-stack"):
+        diffclip.load(tmp_path / "newer")
     model.model_config["diffclip"]["decoding"] = DECODING  # as pretraining does
     diffclip.save(model, tmp_path)
     with warnings.catch_warnings():
