@@ -26,7 +26,7 @@ from tqdm import tqdm
 from diffclip.base.devices import pick_device
 from diffclip.base.errors import InputError
 from diffclip.base.files import append_jsonl, read_jsonl
-from diffclip.base.images import DECODING, as_decoder, rgb_by
+from diffclip.base.images import DECODING, as_decoder, rgb_by, to_rgb
 from diffclip.base.orphans import end_with_parents
 from mllm.conversation import IGNORE, IMAGE, check_image_count, question_turn
 from mllm.data.examples import collate
@@ -71,6 +71,7 @@ class DiffCLIPLlavaForEvaluation(lmms):
 
     is_simple = True
     shown: str | None = None
+    rgb = staticmethod(to_rgb)
 
     def __init__(
         self,

@@ -27,6 +27,7 @@ from diffclip.base.files import read_jsonl, read_text
 from diffclip.base.ranks import from_main, world
 from diffclip.base.schema import BAD_SAMPLES
 from stages import signals
+from stages.other_ranks import divide_anew
 from stages.run import Run
 from stages.settings import TrainingConfig
 
@@ -174,6 +175,8 @@ def train(trainer: Trainer, run: Run) -> dict[str, float]:
     checkpoint = run.checkpoint()
     if checkpoint is not None:
         from_main(lambda: check_checkpoint(checkpoint))
+        if divide_anew(trainer, checkpoint, run) and not run.config.resume_with:
+            trainer.add_callback(TakeOver(trainer))  # ZeRO-3 gives all groups the rates of the first
     try:
         with signals.noticed():
             result = trainer.train(resume_from_checkpoint=checkpoint)

@@ -147,7 +147,8 @@ def test_an_lmms_eval_that_fails_is_an_error(installed, tmp_path, pope_dir, monk
         evaluate_with_lmms(tmp_path / "run", *asked_about(pope_dir), tmp_path / "out", controls=())
 
 
-def test_a_tasks_own_conversion_to_rgb_shows_what_our_decoder_shows(tmp_path):
+@pytest.mark.parametrize("rules", [1, 2])
+def test_a_tasks_own_conversion_to_rgb_shows_what_our_decoder_shows(rules, tmp_path):
     """lmms-eval's tasks say `doc["image"].convert("RGB")`, on what `datasets` has decoded."""
     import io
 
@@ -155,7 +156,7 @@ def test_a_tasks_own_conversion_to_rgb_shows_what_our_decoder_shows(tmp_path):
     import numpy as np
     from PIL import EpsImagePlugin, Image
 
-    from diffclip.base.images import decode
+    from diffclip.base.images import decode, rgb_by
     from mllm.lmms_plugin import DiffCLIPLlavaForEvaluation
 
     exif = Image.Exif()
@@ -175,9 +176,9 @@ def test_a_tasks_own_conversion_to_rgb_shows_what_our_decoder_shows(tmp_path):
     encoded = [{"bytes": content, "path": None} for content in contents]
     rows = datasets.Dataset.from_dict({"image": encoded, "more": [[one, one] for one in encoded]}, features=features)
     plugin = DiffCLIPLlavaForEvaluation.__new__(DiffCLIPLlavaForEvaluation)  # no model is needed for this
-    plugin.task_dict = {"t": {"test": rows}}
+    plugin.task_dict, plugin.rgb = {"t": {"test": rows}}, rgb_by(rules)
     for i, content in enumerate(contents):
-        wanted = decode(content)
+        wanted = rgb_by(rules)(decode(content))
         first = plugin._images(lambda doc: [doc["image"].convert("RGB")], i, "t", "test")
         rest = plugin._images(lambda doc: [one.convert("RGB") for one in doc["more"]], i, "t", "test")
         (file := tmp_path / str(i)).write_bytes(content)

@@ -8,7 +8,7 @@ import time
 import psutil
 import pytest
 import torch
-from launch import ROOT, call, run_ranks, start
+from launch import ROOT, call, kill, run_ranks, start, start_ranks
 from peft import PeftModel
 from safetensors.torch import load_file
 
@@ -170,6 +170,22 @@ def test_a_killed_rank_ends_the_launcher_and_the_command_goes_on_to_the_same_wei
     assert "resumes at step" in run_ranks(2, *arguments).stdout
     found, wanted = weights(out), weights(calm / "two")
     assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("zero", "before", "after"), [(2, 2, 1), (3, 1, 2)])
+def test_another_number_of_ranks_goes_on_with_the_same_losses(zero, before, after, calm, inputs, tmp_path):
+    out = tmp_path / "run"
+    arguments = command(inputs, out, zero, "--lora_rank=4")
+    with start_ranks(before, *arguments, folder=tmp_path) as processes:
+        deadline = time.time() + 120
+        while not (out / "checkpoint-2" / COMPLETE).exists():
+            assert time.time() < deadline and all(process.is_alive() for process in processes)
+            time.sleep(0.01)
+        kill(*processes)
+    told = run_ranks(after, *arguments).stdout
+    assert f"is of {before} ranks, and now there are {after}: it is put together" in told and "resumes at" in told
+    assert losses(out) == pytest.approx(losses(calm / "one"), rel=1e-5)
 
 
 def test_align_with_two_layers_and_a_rate_of_its_own_for_each_part(inputs, tower_dir, language_dir, tmp_path):
