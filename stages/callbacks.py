@@ -5,6 +5,7 @@ and the marker that a checkpoint is whole.
 import math
 import sys
 import time
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -16,6 +17,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from diffclip.base.errors import InputError
 from stages.run import Run
 from stages.signals import Told
+from stages.spread import OwnTime
+
+PATIENCE = 600  # seconds by which a rank waits longer for the others at the start and around a checkpoint
 
 
 class Watch(TrainerCallback):
@@ -30,7 +34,8 @@ class Watch(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        self.first_step, self.started = state.global_step, time.time()
+        self.logged_step, self.logged_at = state.global_step, time.time()
+        self.own_time = OwnTime(kwargs["model"], args.device) if _several() else None  # type: ignore[arg-type]
         self.told = Told()
         state.compute_steps(args, state.max_steps)  # a checkpoint brings the logging_steps and save_steps of its time
         if state.global_step:
@@ -44,11 +49,20 @@ class Watch(TrainerCallback):
             disable=not self.run.is_main or not sys.stderr.isatty(),
         )
 
+    def on_step_begin(self, *args: object, **kwargs: object) -> None:
+        if self.own_time:
+            self.own_time.begin_step()
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.bar.update(state.global_step - self.bar.n)
         if self.told() and state.global_step < state.max_steps:
             control.should_training_stop = True
         self.on_epoch_end(args, state, control, **kwargs)
+        if _several():  # rank 0 seals a checkpoint, and a best model, while the others are at the next step
+            busy = control.should_save or control.should_training_stop
+            wait_at_most(self.run.config.ddp_timeout + PATIENCE * busy)
+        if self.own_time:
+            self.own_time.end_step()
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -68,11 +82,17 @@ class Watch(TrainerCallback):
         **kwargs: object,
     ) -> None:
         logs = {k: v for k, v in (logs or {}).items() if k not in ("epoch", "total_flos")}
-        if "loss" not in logs or not self.run.is_main:
+        if "loss" not in logs:
             return
-        elapsed = time.time() - self.started
-        # three digits: a large model on a small machine takes a minute for a sample
-        rate = float(f"{(state.global_step - self.first_step) * self.samples_per_step / elapsed:.3g}")
+        if self.own_time:
+            logs |= self.own_time.spread()
+        if not self.run.is_main:
+            return
+        now, steps = time.time(), state.global_step - self.logged_step
+        # since the last line, of which the first brings what starting takes; three digits: a large model on a small
+        # machine takes a minute for a sample
+        rate = float(f"{steps * self.samples_per_step / max(now - self.logged_at, 1e-9):.3g}")
+        self.logged_step, self.logged_at = state.global_step, now
         left = (state.max_steps - state.global_step) * self.samples_per_step / max(rate, 1e-9)
         line = " ".join(f"{k} {v:.4g}" for k, v in logs.items() if isinstance(v, float) and "/" not in k)
         self.bar.clear()
@@ -89,13 +109,24 @@ class Watch(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
         self.saved = state.global_step
-        if dist.is_available() and dist.is_initialized():
+        if _several():
             dist.barrier()  # other ranks write their part of it too
         if self.run.is_main:
             self.run.seal_checkpoint(state.global_step)
 
     def on_train_end(self, *args: object, **kwargs: object) -> None:
         self.bar.close()
+        if self.own_time:
+            self.own_time.close()
+
+
+def wait_at_most(seconds: float) -> None:
+    """How long this rank waits for the others in what they do together, from here on."""
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), None)
+
+
+def _several() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def check_weights(model: nn.Module, run: Run, step: int, device: torch.device) -> None:
@@ -108,7 +139,7 @@ def check_weights(model: nn.Module, run: Run, step: int, device: torch.device) -
         share = getattr(parameter, "ds_tensor", parameter).detach()
         if parameter.requires_grad:
             broken = torch.maximum(broken, (~torch.isfinite(share)).any().to(broken))
-    if dist.is_available() and dist.is_initialized():
+    if _several():
         dist.all_reduce(broken, op=dist.ReduceOp.MAX)
     if broken.item():
         raise InputError(

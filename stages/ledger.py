@@ -20,7 +20,7 @@ from stages.settings import MAY_CHANGE
 
 # What a start writes before its first step, beside run.json and config.yaml.
 START_FILES = {schema.RECORD, schema.CONFIG, schema.LOG, schema.BAD_SAMPLES, schema.NON_FINITE, schema.MANIFEST}
-START_FILES |= {"runs", schema.CURVE, schema.BEST}  # tensorboard's; of a validation before the first step
+START_FILES |= {"runs", schema.LOGS, schema.CURVE, schema.BEST}  # tensorboard's; of a validation before the first step
 ASKS = ("resume_with", "data_changed")  # settings that say what a start does with what has changed
 RESULTS = ("checkpoint-*", "*.safetensors", schema.METRICS, schema.CURVE)  # by which a run is known
 

@@ -23,7 +23,7 @@ from diffclip.base.errors import InputError
 from diffclip.base.files import append_jsonl, read_json, share, write_json
 from diffclip.base.images import DECODING
 from diffclip.base.orphans import end_with_parents
-from diffclip.base.ranks import from_main, gather, join_slurm, rank, where, world
+from diffclip.base.ranks import from_main, gather, join_slurm, keep_errors, rank, where, world
 from diffclip.base.schema import RunRecord
 from diffclip.base.sealed import damage, files_of, seal
 from stages import ledger
@@ -176,8 +176,10 @@ class Run:
                 f"{self.path}: {blind[0]} does not see what rank 0 on {hosts[0]} writes there: every host must see the "
                 "same --output_dir, so choose one on a shared file system"
             )
+        devices = gather(hardware())
         if self.is_main:
-            self.note(hosts=list(dict.fromkeys(hosts)))
+            self.note(hosts=dict(zip(hosts, devices)))
+        keep_errors(self.path / schema.LOGS / f"rank-{rank()}.txt")
 
     def _holds(self, identity: str) -> bool:
         file = self.path / schema.RECORD
@@ -292,7 +294,7 @@ class Run:
 def results(path: Path) -> list[Path]:
     """The files of a run directory that are its result: no logs, no resume state, nothing that a person may edit."""
     found = (file for file in files_of(path) if file.name not in UNSEALED or file.parent != path)
-    passing = ("runs", "checkpoint-", "broken-checkpoint-")
+    passing = ("runs", schema.LOGS, "checkpoint-", "broken-checkpoint-")
     return [file for file in found if not file.relative_to(path).parts[0].startswith(passing)]
 
 

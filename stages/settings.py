@@ -103,6 +103,13 @@ class TrainingConfig:
     dry_run: bool = option(False, "dry run", "print sizes, memory, hours and cost; train nothing", decides=False)
     hardware: str = option("a100-80gb:8", "dry run", "device and how many of them", decides=False)
     samples: int = option(0, "dry run", "size of the data, where it is not at hand", NOT_NEGATIVE, decides=False)
+    ddp_timeout: int = option(
+        600,
+        "run",
+        "seconds that a rank waits for the others while training; starting and saving have 10 minutes more",
+        AT_LEAST_1,
+        decides=False,
+    )
     trainer: dict = option({}, "optimisation", "any other TrainingArguments, as JSON")
     resume_with: list[str] = option(
         [], "run", "settings that a paused run takes over from here on, though they decide its result", decides=False

@@ -25,13 +25,15 @@ from diffclip.base.commands import near
 from diffclip.base.errors import InputError, first_line, in_one_line
 from diffclip.base.files import read_jsonl, read_text
 from diffclip.base.ranks import from_main, world
-from diffclip.base.schema import BAD_SAMPLES
+from diffclip.base.schema import BAD_SAMPLES, LOGS
 from stages import signals
+from stages.callbacks import PATIENCE
 from stages.other_ranks import divide_anew
 from stages.run import Run
 from stages.settings import TrainingConfig
 
 PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".distcp", ".metadata")  # the last two: FSDP's
+LATE = ("Timed out waiting", "timed out", "Timeout at")  # in what a collective raises whose other ranks do not come
 UNREAD = "training_args.bin"  # Trainer writes it, and nothing of ours reads it
 
 
@@ -133,6 +135,7 @@ def training_arguments(config: TrainingConfig, steps: int, batch: tuple[int, int
         "disable_tqdm": True,  # stages.callbacks.Watch draws the bar
         "remove_unused_columns": False,
         "deepspeed": config.deepspeed or None,
+        "ddp_timeout": config.ddp_timeout + PATIENCE,
         **own,
         **config.trainer,
     }
@@ -185,6 +188,12 @@ def train(trainer: Trainer, run: Run) -> dict[str, float]:
             raise InputError(
                 f"{in_one_line(error)} The system ends processes where memory runs out: lower `num_workers` and start "
                 f"the same command again, it goes on from {run.resume_from or 'the start'}"
+            ) from error
+        if world() > 1 and isinstance(error, RuntimeError) and any(word in str(error) for word in LATE):
+            raise InputError(
+                f"the other ranks did not answer within {run.config.ddp_timeout} s: one has died or hangs, see "
+                f"{run.path / LOGS} for what each says; raise ddp_timeout if they were only slow; the same command "
+                f"goes on from {run.resume_from or 'the start'}"
             ) from error
         half = run.half_written()
         if not half:

@@ -3,6 +3,7 @@
 import errno
 import os
 import select
+import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +22,12 @@ SURROUNDINGS = {
 
 class InputError(Exception):
     """Bad input: the message is one sentence that names the file, key or line, and the remedy."""
+
+
+def on_rank() -> str:
+    """ "rank 3 on n2: " with which messages of one of several processes begin, "" of one alone."""
+    several = int(os.environ.get("WORLD_SIZE") or 1) > 1
+    return f"rank {os.environ.get('RANK', 0)} on {socket.gethostname()}: " if several else ""
 
 
 def first_line(error: Exception) -> str:
@@ -52,14 +59,16 @@ def exit_on_input_error() -> Iterator[None]:
         try:
             yield
         except InputError as error:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {on_rank()}{error}", file=sys.stderr)
             sys.exit(2)
         except Exception as error:
             if not (lacking := _lacking(error)):
+                if on_rank() and hasattr(error, "add_note"):  # Python 3.10 has none
+                    error.add_note(f"{on_rank()}this rank has failed")
                 raise
             named = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
             remedy = f"{SURROUNDINGS[lacking]} and start the same command again"
-            print(f"error: {named}{os.strerror(lacking)}: {remedy}", file=sys.stderr)
+            print(f"error: {on_rank()}{named}{os.strerror(lacking)}: {remedy}", file=sys.stderr)
             sys.exit(2)
         finally:
             if not isinstance(sys.exc_info()[1], Exception):

@@ -9,12 +9,14 @@ import os
 import re
 import socket
 import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from functools import cache
 from itertools import count
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, TextIO, TypeVar
 
 from diffclip.base.errors import InputError, first_line
 
@@ -110,11 +112,33 @@ def gather(text: str) -> list[str]:
     return [_get(f"said/{number}/{other}").decode() for other in range(world())]
 
 
+def keep_errors(file: Path) -> None:
+    """Have what this process writes to stderr from now on, warnings and tracebacks, written to a file, too."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    copy = open(file, "a", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115 - until the process ends
+    sys.stderr = _Both(sys.stderr, copy)  # type: ignore[assignment]
+
+
+class _Both:
+    """A console's stream that a file gets a copy of."""
+
+    def __init__(self, stream: TextIO, copy: TextIO) -> None:
+        self.stream, self.copy = stream, copy
+
+    def write(self, text: str) -> int:
+        self.copy.write(text)
+        self.copy.flush()
+        return self.stream.write(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
 def _get(key: str) -> bytes:
     try:
         return _store().get(key)
     except RuntimeError:  # of several kinds
-        raise InputError(f"{where()}: rank 0 has ended; see what it says") from None
+        raise InputError("rank 0 has ended; see what it says") from None
 
 
 @cache
@@ -127,7 +151,7 @@ def _store() -> Any:
     except (RuntimeError, ValueError) as error:  # ValueError: a variable of the launcher's is missing
         place = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
         raise InputError(
-            f"{where()}: the ranks cannot meet at {place} ({first_line(error)}): give the launcher a free port "
+            f"the ranks cannot meet at {place} ({first_line(error)}): give the launcher a free port "
             "(--master_port), and an address of rank 0's host that the others reach"
         ) from None
     return PrefixStore("diffclip", store)

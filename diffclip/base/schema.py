@@ -10,6 +10,7 @@ RECORD = "run.json"  # RunRecord
 CONFIG = "config.yaml"  # the resolved settings
 LOG = "log.txt"  # what the console showed
 METRICS = "metrics.json"  # {score: number}, percent where it is a share
+LOGS = "logs"  # a file for each rank, where there are several: its warnings and errors
 CURVE = "metrics.jsonl"  # a line per logged step: "step", "samples_per_second", "loss", …
 CHECKPOINTS = "checkpoint-*"  # folders of resume state
 COMPLETE = "complete"  # marker in a checkpoint that is written to its end: {"run": id, "files": Digests}

@@ -319,7 +319,7 @@ def test_ranks_that_cannot_meet_say_where(monkeypatch):
         for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
             monkeypatch.setenv(name, value)
         ranks._store.cache_clear()
-        with pytest.raises(InputError, match=rf"rank 0 on .*cannot meet at 127\.0\.0\.1:{port} .*--master_port"):
+        with pytest.raises(InputError, match=rf"the ranks cannot meet at 127\.0\.0\.1:{port} .*--master_port"):
             ranks.from_main(dict)
     ranks._store.cache_clear()
 

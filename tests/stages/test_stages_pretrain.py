@@ -7,6 +7,7 @@ import json
 import os
 import random
 import resource
+import socket
 import tarfile
 import time
 from pathlib import Path
@@ -18,7 +19,7 @@ from safetensors.torch import load_file
 from shards import write_shard
 
 import diffclip
-from diffclip.base.errors import InputError
+from diffclip.base.errors import InputError, exit_on_input_error
 from diffclip.base.images import DECODING
 from diffclip.data.pairs import PairTable
 from stages import pretrain, pretraining
@@ -217,6 +218,36 @@ def test_two_ranks_with_two_workers_see_every_pair_once_an_epoch(shards, tmp_pat
         seen = [key for share in shares for key in share[epoch * 32 : epoch * 32 + 32]]
         assert len(set(seen)) == 64
     assert shares[0][:32] != shares[0][32:]
+
+
+def holds_the_others_up(arguments: list[str]) -> None:
+    """Pretrain with ARGUMENTS; rank 1 is slow over its data, and at its fifth batch does not come back."""
+    batches = pretraining.ContrastiveTrainer.get_batch_samples
+    asked = []
+
+    def slow(self, *rest, **named):
+        asked.append(1)
+        time.sleep(0 if os.environ["RANK"] == "0" else 0.3 if len(asked) < 5 else 100)
+        return batches(self, *rest, **named)
+
+    pretraining.ContrastiveTrainer.get_batch_samples = slow
+    with exit_on_input_error():
+        pretrain.main(arguments)
+
+
+@pytest.mark.slow
+def test_the_slowest_rank_is_named_and_one_that_hangs_ends_the_others_with_a_sentence(shards, tmp_path):
+    out = tmp_path / "run"
+    options = ["--epochs=2", "--num_workers=0", "--ddp_timeout=3", "--save_steps=500"]
+    ended = run_ranks(2, holds_the_others_up, *command(shards, out, *options)[1:], check=False)
+    assert ended.returncode == 2 and "did not answer within 3 s" in ended.stderr, ended.stderr[-3000:]
+    assert f"error: rank 0 on {socket.gethostname()}: the other ranks" in ended.stderr
+    assert "did not answer" in (out / "logs" / "rank-0.txt").read_text()
+    curve = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert len(curve) == 4
+    for line in curve[1:]:
+        assert line["ranks/slowest_rank"] == 1 and line["ranks/slowest"] > line["ranks/fastest"] + 0.2
+    assert [*json.loads((out / "run.json").read_text())["hosts"]] == [socket.gethostname()]
 
 
 @pytest.mark.slow
