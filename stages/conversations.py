@@ -3,8 +3,7 @@ model comes from, which parts learn, and the recipe.
 """
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -27,6 +26,7 @@ from mllm.model import VisionLanguageModel, load
 from mllm.weights import fingerprints, freeze, parts
 from stages.callbacks import Watch
 from stages.config import zero_stage
+from stages.gathering import Gathered, gather_on_main
 from stages.provenance import upstream_model
 from stages.run import Run
 from stages.settings import AlignConfig, ConversationConfig, InstructConfig
@@ -139,20 +139,20 @@ def train_on_conversations(vlm: VisionLanguageModel, config: ConversationConfig,
         ],
     )
     metrics = train(trainer, run)
-    with whole_weights(model, config):
+    if zero_stage(config.deepspeed) == 3:
+        gather_on_main(model)
+    if run.is_main:
         if adapter is not None:
             if not originals and fingerprint(base_weights(model)) != before["language_model"]:
                 raise RuntimeError("weights of the language model beside LoRA's changed: the run is not valid")
-            if run.is_main:
-                save_adapter(model, adapter, run.path / "adapter", learns)
+            save_adapter(model, adapter, run.path / "adapter", learns)
             merge(adapter, originals)
         after = fingerprints(model)
         for name in after:
             if (after[name] == before[name]) == (name in learns):
                 raise RuntimeError(f"{name} {'did not change' if name in learns else 'changed'}: the run is not valid")
         run.note(after=after)
-        if run.is_main:
-            vlm.save(config.output_dir)
+        vlm.save(config.output_dir)
     log_bad_samples(run)
     run.finish(metrics)
 
@@ -250,22 +250,10 @@ class CheckStart(TrainerCallback):
         restore_buffers(self.model, self.buffers)
         if state.global_step:
             return  # resumed: the weights are those of the checkpoint
-        with whole_weights(self.model, self.config):
-            for name, value in fingerprints(self.model).items():
-                if value != self.expected[name]:
-                    raise RuntimeError(f"{name} is not what it was before DeepSpeed took it: the run is not valid")
-
-
-@contextmanager
-def whole_weights(model: nn.Module, config: ConversationConfig) -> Iterator[None]:
-    """Under ZeRO-3 gather on every rank the weights that training left in pieces."""
-    if zero_stage(config.deepspeed) < 3:
-        yield
-        return
-    import deepspeed  # not at the top: it takes seconds, and says so on the console
-
-    with deepspeed.zero.GatheredParameters(list(model.parameters()), modifier_rank=None):
-        yield
+        for name, part in parts(self.model).items():
+            weights = Gathered(part) if zero_stage(self.config.deepspeed) == 3 else part
+            if fingerprint(weights) != self.expected[name]:
+                raise RuntimeError(f"{name} is not what it was before DeepSpeed took it: the run is not valid")
 
 
 def computed_buffers(model: nn.Module) -> dict[str, torch.Tensor]:

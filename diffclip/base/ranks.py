@@ -116,7 +116,7 @@ def keep_errors(file: Path) -> None:
     """Have what this process writes to stderr from now on, warnings and tracebacks, written to a file, too."""
     file.parent.mkdir(parents=True, exist_ok=True)
     copy = open(file, "a", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115 - until the process ends
-    sys.stderr = _Both(sys.stderr, copy)  # type: ignore[assignment]
+    sys.stderr = _Both(sys.stderr, copy)
 
 
 class _Both:
