@@ -16,6 +16,7 @@ from PIL import Image
 
 from diffclip.base.errors import InputError
 from diffclip.base.images import open_image
+from diffclip.base.lines import print_line
 from diffclip.base.overlay import overlay
 from diffclip.scenes.drawing import draw, make_scene
 from mllm.answer_attention import overlays
@@ -226,5 +227,5 @@ def serve(
         )
     except (OSError, ValueError) as error:
         raise InputError(f"cannot listen on {host}:{port} ({error}); try another --port") from None
-    print(f"http://{host}:{port}", flush=True)
+    print_line(f"http://{host}:{port}")
     page.block_thread()

@@ -16,6 +16,7 @@ import yaml
 from diffclip.base.commands import Parser
 from diffclip.base.errors import InputError, exit_on_input_error, in_one_line
 from diffclip.base.files import read_json, read_yaml, write_whole
+from diffclip.base.lines import print_line
 from diffclip.base.schema import CHECKPOINTS, CONFIG, LOG, METRICS, MODEL_CARD, RECORD
 
 USE = {
@@ -157,9 +158,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--private", action="store_true", help="make the repository a private one")
     options = parser.parse_args(argv)
     write_whole(options.run / MODEL_CARD, model_card(options.run, options.evaluate, options.repo))
-    print(f"wrote {options.run / MODEL_CARD}")
+    print_line(f"wrote {options.run / MODEL_CARD}")
     if options.repo:
-        print(f"sent to {upload(options.run, options.repo, options.private)}")
+        print_line(f"sent to {upload(options.run, options.repo, options.private)}")
 
 
 if __name__ == "__main__":

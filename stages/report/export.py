@@ -1,17 +1,15 @@
 """The report as HTML, Markdown, CSV and LaTeX (booktabs), with all that comes from runs shown literally."""
 
 import base64
-import csv
 import hashlib
 import html
-import io
 import re
-from collections.abc import Iterable, Sequence
 from importlib import resources
 
 from jinja2 import Environment
 from markupsafe import Markup, escape
 
+from diffclip.base.lines import csv_text
 from stages.report.cells import MINUS, Table
 from stages.report.data import Arms, mean_sd
 from stages.report.examples import examples
@@ -49,15 +47,9 @@ def as_csv(table: Table) -> str:
     for row in table.rows:
         if len(row) == 1:
             heading = row
-        else:  # with a mark before what a spreadsheet would take for a formula
-            lines.append([f"'{cell}" if cell[:1] in ("=", "@") else cell for cell in [*heading, *row]])
-    return _csv([*lines, *([f"[{number}] {note}"] for number, note in enumerate(table.notes, 1))])
-
-
-def _csv(rows: Iterable[Sequence[str]]) -> str:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    return text.getvalue()
+        else:
+            lines.append([*heading, *row])
+    return csv_text([*lines, *([f"[{number}] {note}"] for number, note in enumerate(table.notes, 1))])
 
 
 def as_latex(table: Table) -> str:
@@ -152,7 +144,7 @@ def csv_table(arms: Arms) -> str:
             groups = [list(arms.scores(model, key).values()) for model in arms.models]
             groups += [list(paired_differences(arms, first, model, key).values()) for model in rest]
             rows.append([heading, name, key, *(cell for values in groups for cell in _numbers(values))])
-    return _csv(rows)
+    return csv_text(rows)
 
 
 def _numbers(values: list[float]) -> list[str]:
