@@ -14,6 +14,7 @@ from pathlib import Path
 
 from diffclip.base.commands import Parser, number
 from diffclip.base.errors import InputError, exit_on_input_error
+from diffclip.base.lines import Plain
 from mllm.chat import add_model_options, generation_of
 
 
@@ -61,7 +62,11 @@ def main(argv: list[str] | None = None) -> None:
             examples=examples,
             password=options.password,
         )
-        served.block_thread()
+        sys.stdout, sys.stderr = Plain(sys.stdout), Plain(sys.stderr)  # gradio prints what visitors send
+        try:
+            served.block_thread()
+        finally:  # else a request that is being answered writes into the folder while it is removed
+            served.close(verbose=False)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,9 @@ A page that a visitor has open elsewhere can send requests here, and by rebindin
 (DNS rebinding) even read the answers. The headers Host and Origin tell such requests from the page's own.
 """
 
+import contextlib
 import ipaddress
+import os
 import socket
 from pathlib import Path
 from typing import Any
@@ -88,9 +90,8 @@ def _readable(netloc: str) -> bool:
 
 def _bytes_below(folder: Path) -> int:
     total = 0
-    for path in folder.rglob("*"):
-        try:
-            total += path.stat().st_size
-        except FileNotFoundError:  # removed meanwhile
-            continue
+    for where, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):  # removed meanwhile
+                total += os.lstat(os.path.join(where, name)).st_size
     return total

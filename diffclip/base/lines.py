@@ -13,7 +13,7 @@ import traceback
 import warnings
 from collections.abc import Iterable, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO
 
 # C0, DEL and C1; the line ends that other readers see; marks that turn the order of a line; halves of surrogate pairs
 HIDDEN = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -40,6 +40,22 @@ def print_line(text: object = "", *, keep: str = "", end: str = "\n", error: boo
     encoding = getattr(stream, "encoding", None) or "utf-8"
     line = printable(text, keep).encode(encoding, errors="backslashreplace").decode(encoding)
     print(line, end=end, file=stream, flush=True)
+
+
+class Plain:
+    """A stream to a terminal that obeys nothing which is written through it: for libraries that print by themselves."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        return self.stream.write(printable(text, keep="\n\t"))
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        self.write("".join(lines))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
 
 
 def csv_text(rows: Iterable[Sequence[object]]) -> str:
