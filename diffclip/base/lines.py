@@ -5,6 +5,7 @@ move the cursor or retitle the window, newlines that forge a line of a log, mark
 """
 
 import csv
+import html
 import io
 import logging
 import re
@@ -29,6 +30,11 @@ def printable(text: object, keep: str = "") -> str:
         return found[0] if found[0] in keep else found[0].encode("unicode_escape").decode()
 
     return HIDDEN.sub(escaped, str(text))
+
+
+def markdown(text: object, keep: str = "") -> str:
+    """Text as Markdown that shows it literally; `keep` as in `printable`."""
+    return re.sub(r"[\\`*_\[\]|#]", r"\\\g<0>", html.escape(printable(text, keep), quote=False))
 
 
 def print_line(text: object = "", *, keep: str = "", end: str = "\n", error: bool = False) -> None:

@@ -2,14 +2,13 @@
 
 import base64
 import hashlib
-import html
 import re
 from importlib import resources
 
 from jinja2 import Environment
 from markupsafe import Markup, escape
 
-from diffclip.base.lines import csv_text
+from diffclip.base.lines import csv_text, markdown, printable
 from stages.report.cells import MINUS, Table
 from stages.report.data import Arms, mean_sd
 from stages.report.examples import examples
@@ -85,7 +84,7 @@ def as_latex(table: Table) -> str:
 
 def latex(text: str) -> str:
     """Text of a run that LaTeX prints literally."""
-    return text.translate(LATEX)
+    return printable(text).translate(LATEX)
 
 
 def as_markdown(table: Table) -> str:
@@ -101,11 +100,6 @@ def as_markdown(table: Table) -> str:
     return "\n\n".join(filter(None, [caption, grid, notes]))
 
 
-def markdown(text: str) -> str:
-    """Text of a run as Markdown that shows it literally."""
-    return re.sub(r"[\\`*_\[\]|#]", r"\\\g<0>", html.escape(text, quote=False))
-
-
 def markdown_report(arms: Arms, title: str, subtitle: str, parts: list[Section]) -> str:
     """The report without its examples, for places where only text goes."""
     text = [f"# {markdown(title)}", markdown(subtitle), f"**{markdown(evidence(arms))}**"]
@@ -115,7 +109,7 @@ def markdown_report(arms: Arms, title: str, subtitle: str, parts: list[Section])
         if part.anchor == "examples":
             continue
         text.append(f"## {markdown(part.title)}")
-        text += [markdown(part.text).replace("\n", "\n\n")]
+        text += [markdown(part.text, keep="\n").replace("\n", "\n\n")]
         text += ["\n".join(f"- {markdown(sentence)}" for _, sentence in part.verdicts)]
         for figure in part.figures:
             absent = f"Not drawn: {markdown(figure.absent)}."

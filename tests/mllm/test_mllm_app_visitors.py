@@ -86,7 +86,7 @@ def with_visitors(app: App, work):
     """Run `work(visitors)`, visitors made by their name; each page load is a session of its own."""
 
     async def run():
-        limits = httpx.Limits(max_connections=2 * VISITORS)
+        limits = httpx.Limits(max_connections=2 * VISITORS, max_keepalive_connections=0)
         async with httpx.AsyncClient(base_url=app.address, timeout=120, limits=limits) as client:
             return await work(lambda name: Visitor(client, app, name))
 
