@@ -30,6 +30,7 @@ LATEX = str.maketrans(
         "±": r"$\pm$",
         "\u2192": r"$\rightarrow$",
         "[": "{[}",  # at the start of a row it would be an argument of the line before
+        "*": "{*}",  # and so would this
         "<": r"\textless{}",
         ">": r"\textgreater{}",
         "|": r"\textbar{}",
