@@ -69,7 +69,7 @@ def converse(vlm: "VisionLanguageModel", image: str, first: str, **options: Any)
         pieces = []
         for piece in vlm.stream(turns, images, **options):
             pieces.append(piece)
-            print_line(piece, keep="\n", end="")
+            print_line(piece, keep="\n\t", end="")
         print_line()
         if first:
             return
