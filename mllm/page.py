@@ -173,7 +173,7 @@ def bound_queue(page: gr.Blocks) -> None:
             return False, f"{one} of your questions are waiting: wait for their answers", "queue_full"
         return await push(body=body, request=request, username=username)
 
-    queue.push = bounded  # type: ignore[method-assign] # gradio bounds the whole queue alone
+    queue.push = bounded  # gradio bounds the whole queue alone
 
 
 def scale(maps: Sequence[tuple[Image.Image, str]] | None) -> str:
