@@ -7,6 +7,7 @@ diffclip convert runs/official --to onnx exported
 
 from diffclip.base.commands import Parser, number
 from diffclip.base.errors import InputError, exit_on_input_error
+from diffclip.base.lines import print_line
 from diffclip.variants import lambda_init_of
 
 FORMS = ("open_clip", "onnx", "pt2", "official")
@@ -34,13 +35,13 @@ def main(argv: list[str] | None = None) -> None:
         from diffclip.checkpoints import convert  # after --help
 
         convert(args.source, args.target, **imported)
-        print(f"wrote {args.target}")
+        print_line(f"wrote {args.target}")
         return
     from diffclip.export import export
 
     difference = export(args.source, args.to, args.target, **imported)
     said = ", ".join(f"{tower}s {value:.1e}" for tower, value in difference.items())
-    print(f"wrote {args.target}; unit-length features differ from those of {args.source} by at most: {said}")
+    print_line(f"wrote {args.target}; unit-length features differ from those of {args.source} by at most: {said}")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@
 
 from diffclip.base.commands import Parser
 from diffclip.base.errors import exit_on_input_error
+from diffclip.base.lines import print_line
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -20,7 +21,7 @@ def main(argv: list[str] | None = None) -> None:
     from diffclip.figure import figure  # after --help
 
     figure(args.images, args.query, args.models, args.out)
-    print(f"wrote {args.out}")
+    print_line(f"wrote {args.out}")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from diffclip.base.errors import InputError
 from diffclip.base.files import append_jsonl, cut_to_whole_lines, json_line, parse_json, write_whole
 from diffclip.base.fingerprint import json_digest
+from diffclip.base.lines import print_line
 from mllm.conversation import IMAGE, check_image_count, question_turn
 from mllm.data.files import read_rows
 from mllm.data.images import ImagePlace, filled, find_place, row_images
@@ -57,7 +58,7 @@ def answer_file(
             bar.update(len(batch))
     lines = ({**row, "answer": answers[answer_id], "answer_id": answer_id} for row, answer_id in zip(rows, ids))
     write_whole(out, "".join(map(json_line, lines)))
-    print(f"wrote {out}: {len(rows):,} answers")
+    print_line(f"wrote {out}: {len(rows):,} answers")
 
 
 def _read_questions(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from diffclip.base.commands import Parser, number
 from diffclip.base.errors import InputError, exit_on_input_error
 from diffclip.base.images import open_image
+from diffclip.base.lines import print_line
 from mllm import conversation
 
 if TYPE_CHECKING:
@@ -68,8 +69,8 @@ def converse(vlm: "VisionLanguageModel", image: str, first: str, **options: Any)
         pieces = []
         for piece in vlm.stream(turns, images, **options):
             pieces.append(piece)
-            print(piece, end="", flush=True)
-        print()
+            print_line(piece, keep="\n\t", end="")
+        print_line()
         if first:
             return
         turns.append({"from": "gpt", "value": "".join(pieces).strip()})
@@ -79,7 +80,7 @@ def _next_question() -> str:
     try:
         return input("> ").strip()
     except (EOFError, KeyboardInterrupt):
-        print()
+        print_line()
         return ""
 
 

@@ -2,11 +2,12 @@
 
 import functools
 import os
-import sys
 from collections.abc import Callable
 from typing import Any
 
 from lmms_eval.api.instance import Instance
+
+from diffclip.base.lines import print_line
 
 
 def ends_all(method: Callable) -> Callable:
@@ -22,7 +23,7 @@ def ends_all(method: Callable) -> Callable:
         except Exception as error:
             if self._world_size == 1:
                 raise
-            print(f"Error during evaluation: {error}", file=sys.stderr, flush=True)
+            print_line(f"Error during evaluation: {error}", error=True)
             os._exit(1)
 
     return checked

@@ -4,6 +4,7 @@ of two beside each other.
 Import it after GRADIO_TEMP_DIR and GRADIO_ANALYTICS_ENABLED are set: gradio reads them when it is imported.
 """
 
+import hmac
 import html
 from collections.abc import Iterator, Sequence
 from itertools import chain
@@ -13,14 +14,17 @@ from typing import Any, NamedTuple
 import gradio as gr
 import numpy as np
 from PIL import Image
+from starlette.middleware import Middleware
 
 from diffclip.base.errors import InputError
 from diffclip.base.images import open_image
+from diffclip.base.lines import print_line, printable
 from diffclip.base.overlay import overlay
 from diffclip.scenes.drawing import draw, make_scene
 from mllm.answer_attention import overlays
 from mllm.conversation import question_turn
 from mllm.model import VisionLanguageModel
+from mllm.page_guard import LARGEST_FILE, Guard, names_of
 
 HINT = "Add an image with the button in the box below, ask about it, and go on asking."
 EXAMPLES = ("What is in the image?", "Is there a red square in the image?", "Describe the image.")
@@ -32,6 +36,22 @@ CSS = """
 .scale {display: flex; align-items: center; gap: 0.5em; font-size: 0.85em}
 .scale i {flex: 1; height: 0.8em; min-width: 4em; border: 1px solid #8888}
 """
+
+
+# What one visitor, and all of them, may ask for
+LONGEST_QUESTION = 20_000  # characters; how many tokens it may have, the model's positions say
+MOST_IMAGES = 16  # of a conversation
+MOST_PIXELS = 50_000_000  # of an image, and twice as many of a conversation: 300 MB as they are decoded
+MOST_WAITING = 4, 100  # questions of one visitor, and of all
+KEPT = 3600  # seconds that an uploaded image and an abandoned conversation stay
+
+
+class Turn(NamedTuple):
+    """A question, the paths of the images that came with it, and its answer so far."""
+
+    question: str
+    files: list[str]
+    answer: str
 
 
 class Shown(NamedTuple):
@@ -65,27 +85,27 @@ def build(models: Sequence[Shown], generation: dict[str, Any], examples: Sequenc
     """The page; `generation` as in `mllm.model.generation_options`."""
 
     def answer(asked: dict, look: bool, *state: Any) -> Iterator[tuple]:
-        """What each model answers, one after the other; `state` is (messages, history) of each."""
+        """What each model answers, one after the other; `state` is the history of each."""
         box: Any = None
-        for place, (shown, messages, history) in enumerate(zip(models, state[::2], state[1::2])):
+        for place, (shown, history) in enumerate(zip(models, state)):
             try:
-                for said, talk, maps, _ in respond(shown.vlm, generation, asked, messages, history, look):
-                    yield updated(place, said, talk, maps, scale(maps), box)
+                for talk, maps in respond(shown.vlm, generation, asked, history, look):
+                    yield updated(place, messages(talk), talk, maps, scale(maps), box)
             except InputError as error:  # messages are shown as HTML, and this one may hold the name of a file
                 who = f"{shown.name}: " if len(models) > 1 else ""
-                gr.Warning(html.escape(f"{who}{error}"))
+                gr.Warning(html.escape(printable(f"{who}{error}")))
                 box = asked  # to be mended and asked again
-                yield updated(place, messages, history, gr.skip(), gr.skip(), box)
+                yield updated(place, messages(history), history, gr.skip(), gr.skip(), box)
                 if place == 0:
                     return
 
-    def updated(place: int, messages: Any, history: Any, maps: Any, scale: Any, box: Any) -> tuple:
+    def updated(place: int, said: Any, history: Any, maps: Any, scale: Any, box: Any) -> tuple:
         values: list[Any] = [gr.skip()] * (4 * len(models))
-        values[4 * place : 4 * place + 4] = messages, history, maps, scale
+        values[4 * place : 4 * place + 4] = said, history, maps, scale
         return (*values, box)
 
     title = "DiffCLIP chat"
-    with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(3600, 86400)) as page:
+    with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(KEPT // 6, KEPT)) as page:
         beside = len(models) > 1
         outputs: list[Any] = []
         chats = []
@@ -116,7 +136,7 @@ def build(models: Sequence[Shown], generation: dict[str, Any], examples: Sequenc
                             )
                             legend = gr.HTML("")
                 chats.append(chat)
-                outputs += [chat, gr.State(([], [])), maps, legend]  # the state: turns and images so far
+                outputs += [chat, gr.State([], time_to_live=KEPT), maps, legend]  # the state: the turns so far
         ask = gr.MultimodalTextbox(
             show_label=False,
             placeholder="Ask about the image",
@@ -131,14 +151,29 @@ def build(models: Sequence[Shown], generation: dict[str, Any], examples: Sequenc
         if examples:
             rows = [{"text": EXAMPLES[i % len(EXAMPLES)], "files": [str(file)]} for i, file in enumerate(examples)]
             gr.Examples(rows, ask, label="Examples", cache_examples=False)
-        state = [part for i in range(len(models)) for part in outputs[4 * i : 4 * i + 2]]
+        state = outputs[1::4]
         outputs.append(ask)
         # one at a time: all who visit the page share the models
         answering = ask.submit(answer, [ask, look, *state], outputs, concurrency_limit=1, show_progress_on=chats)
         ask.stop(None, cancels=answering)
         for emptied in (clear.click, *(chat.clear for chat in chats)):
-            emptied(lambda: (*([], ([], []), None, "") * len(models), None), None, outputs, cancels=answering)
+            emptied(lambda: (*([], [], None, "") * len(models), None), None, outputs, cancels=answering)
+    bound_queue(page)
     return page
+
+
+def bound_queue(page: gr.Blocks) -> None:
+    """Have no more than `MOST_WAITING` wait for the model; whoever comes then is told to come again."""
+    one, total = MOST_WAITING
+    queue = page.queue(max_size=total)._queue
+    push = queue.push
+
+    async def bounded(body: Any, request: Any, username: str | None) -> Any:
+        if len(queue.pending_event_ids_session.get(body.session_hash, ())) >= one:
+            return False, f"{one} of your questions are waiting: wait for their answers", "queue_full"
+        return await push(body=body, request=request, username=username)
+
+    queue.push = bounded  # gradio bounds the whole queue alone
 
 
 def scale(maps: Sequence[tuple[Image.Image, str]] | None) -> str:
@@ -155,47 +190,73 @@ def scale(maps: Sequence[tuple[Image.Image, str]] | None) -> str:
 
 def plain(text: str) -> str:
     """Text that Markdown shows as it stands."""
-    return "".join(f"&#{ord(c)};" if c in "\\`*_{}[]<>()#+!|~&$" else c for c in text)
+    return "".join(f"&#{ord(c)};" if c in "\\`*_{}[]<>()#+!|~&$" else c for c in printable(text))
 
 
 def respond(
     vlm: VisionLanguageModel,
     generation: dict[str, Any],
     asked: dict,
-    messages: list[dict],
-    history: tuple[list, list],
+    history: list[Turn],
     look: bool,
-) -> Iterator[tuple]:
+) -> Iterator[tuple[list[Turn], list | None]]:
     """Answer a question, word by word; then show where the answer looks.
 
     Args:
         asked: {"text": the question, "files": paths of new images}.
-        messages: the conversation as the page shows it, {"role", "content"}.
-        history: the conversation as the model sees it, (turns, images).
+        history: the conversation before it.
         look: whether to compute where the answer looks.
 
     Yields:
-        (messages, history, overlays, asked) as they are from then on; the box of the question is emptied at once.
+        (history, overlays) as they are from then on.
 
     Raises:
-        InputError: a file that is no image, no question, or more images than the template shows.
+        InputError: a file that is no image, no question, more images than the template shows, or more of anything than
+            a visitor may ask for.
     """
-    question = asked["text"].strip()
-    new = [open_image(file, Path(file).name) for file in asked["files"]]
+    question, files = asked["text"].strip(), list(asked["files"])
+    if len(question) > LONGEST_QUESTION:
+        raise InputError(f"the question has {len(question):,} characters; ask one of at most {LONGEST_QUESTION:,}")
+    images = open_all([*chain(*(turn.files for turn in history)), *files])
     if not question:
         raise InputError("write a question beside the image")
-    turns, images = [*history[0], question_turn(question, len(new))], [*history[1], *new]
-    messages = [*messages, *({"role": "user", "content": {"path": file}} for file in asked["files"])]
-    messages.append(message("user", question))
     answer = ""
-    for piece in chain([""], vlm.stream(turns, images, **generation)):
+    for piece in chain([""], vlm.stream(turns_of([*history, Turn(question, files, "")])[:-1], images, **generation)):
         answer += piece
-        answered = [*turns, {"from": "gpt", "value": answer.strip()}]
-        shown = [*messages, message("assistant", answer)], (answered, images)
-        yield *shown, None, None
+        answered = [*history, Turn(question, files, answer.strip())]
+        yield answered, None
     if look and images:
-        maps = [(image, f"{share:.1%} of the attention") for image, share in overlays(vlm, answered, images)]
-        yield *shown, maps, None
+        found = overlays(vlm, turns_of(answered), images)
+        yield answered, [(image, f"{share:.1%} of the attention") for image, share in found]
+
+
+def open_all(files: Sequence[str]) -> list[Image.Image]:
+    """The images of a conversation, decoded for one question and not kept; InputError as `respond`."""
+    if len(files) > MOST_IMAGES:
+        raise InputError(f"a conversation may show {MOST_IMAGES} images, not {len(files)}; clear it to go on")
+    images: list[Image.Image] = []
+    for file in files:
+        if not Path(file).is_file():
+            raise InputError(f"{Path(file).name} was removed after {KEPT // 60} minutes; clear the conversation")
+        images.append(open_image(file, Path(file).name))
+        if (pixels := sum(image.width * image.height for image in images)) > 2 * MOST_PIXELS:
+            raise InputError(f"the images have {pixels:,} pixels; show at most {2 * MOST_PIXELS:,}, smaller or fewer")
+    return images
+
+
+def turns_of(history: Sequence[Turn]) -> list[dict[str, str]]:
+    """The conversation as the model sees it."""
+    both = ((question_turn(t.question, len(t.files)), {"from": "gpt", "value": t.answer}) for t in history)
+    return list(chain(*both))
+
+
+def messages(history: Sequence[Turn]) -> list[dict]:
+    """The conversation as the page shows it."""
+    shown: list[dict] = []
+    for turn in history:
+        shown += [{"role": "user", "content": {"path": file}} for file in turn.files]
+        shown += [message("user", turn.question), message("assistant", turn.answer)]
+    return shown
 
 
 def message(role: str, text: str) -> dict[str, str]:
@@ -204,10 +265,26 @@ def message(role: str, text: str) -> dict[str, str]:
 
 
 def serve(
-    models: Sequence[Shown], host: str, port: int, generation: dict[str, Any], examples: Sequence[Path] = ()
-) -> None:
-    """Show the page until the process is told to end; InputError if it cannot listen there."""
+    models: Sequence[Shown],
+    host: str,
+    port: int,
+    generation: dict[str, Any],
+    folder: Path,
+    examples: Sequence[Path] = (),
+    password: str = "",
+) -> gr.Blocks:
+    """Show the page, in threads of its own; InputError if it cannot listen there.
+
+    Args:
+        folder: where uploads lie (GRADIO_TEMP_DIR).
+        password: asks each visitor for it, with any name; "" lets all in.
+    """
     page = build(models, generation, examples)
+    Image.MAX_IMAGE_PIXELS = MOST_PIXELS  # beyond it `open_image` refuses
+
+    def known(name: str, word: str) -> bool:
+        return hmac.compare_digest(word.encode(), password.encode())
+
     try:
         page.launch(
             server_name=host,
@@ -219,12 +296,16 @@ def serve(
             run_history=False,
             enable_monitoring=False,
             footer_links=[],
-            max_file_size="50mb",
+            max_file_size=LARGEST_FILE,
+            state_session_capacity=1000,
+            auth=known if password else None,
+            auth_message="The password is the one that the page was started with; any user name will do.",
+            app_kwargs={"middleware": [Middleware(Guard, names=names_of(host), folder=folder)]},
             allowed_paths=[str(file.resolve()) for file in examples],
             css=CSS,
             theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
         )
     except (OSError, ValueError) as error:
         raise InputError(f"cannot listen on {host}:{port} ({error}); try another --port") from None
-    print(f"http://{host}:{port}", flush=True)
-    page.block_thread()
+    print_line(f"http://{f'[{host}]' if ':' in host else host}:{port}")
+    return page

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from diffclip.base.commands import closest
 from diffclip.base.errors import InputError, exit_on_input_error
+from diffclip.base.lines import print_line
 from diffclip.base.orphans import end_with_parents
 
 
@@ -74,7 +75,7 @@ def call(argv: Sequence[str]) -> int | None:
     first = next((i for i, word in enumerate(argv) if not word.startswith("--local")), 0)  # deepspeed's --local_rank=0
     name, *rest = [*argv[first : first + 1], *argv[:first], *argv[first + 1 :]] or ["--help"]
     if name in ("-h", "--help", "help"):
-        print(usage())
+        print_line(usage(), keep="\n")
         return None
     if name not in VERBS:
         close = closest(name, VERBS)

@@ -18,6 +18,7 @@ class Web(NamedTuple):
 
     url: str
     folder: str = ""  # inside the set's folder
+    digest: str = ""  # as `diffclip.base.download.download` takes it
 
     def __str__(self) -> str:
         return self.url
@@ -44,6 +45,11 @@ class DataSet(NamedTuple):
 
 
 POPE = "https://raw.githubusercontent.com/AoiDragon/POPE/e3e39262c85a6a83f26cf5094022a782cb0df58d/output/coco/"
+POPE_SHA256 = {  # at that commit
+    "random": "c16b65d2df6d70bb0814c8a4375833d39cdb09928fd936d3fc546491efa37f35",
+    "popular": "5b16653023bf4f64d57eb0d168259de6627f5cde7538b85ebed3cc33034aa6cc",
+    "adversarial": "1d8f0906a9b50c05640f6f23abfac97523be2a1bed28f7eadc63b811699b2d26",
+}
 COCO = "http://images.cocodataset.org/"
 
 
@@ -75,7 +81,7 @@ SETS = {
     "llava-coco": DataSet(
         (
             Hub("liuhaotian/LLaVA-Instruct-150K", ("llava_v1_5_mix665k.json",)),
-            Web(f"{COCO}zips/train2017.zip", "coco"),
+            Web(f"{COCO}zips/train2017.zip", "coco", "md5:cced6f7f71b7629ddf16f17bbcfab6b2"),
         ),
         ("files", "coco/train2017/*.jpg"),
         118_287,
@@ -84,7 +90,7 @@ SETS = {
     ),
     "pope": DataSet(
         (
-            *(Web(f"{POPE}coco_pope_{split}.json") for split in ("random", "popular", "adversarial")),
+            *(Web(f"{POPE}coco_pope_{split}.json", "", f"sha256:{sha}") for split, sha in POPE_SHA256.items()),
             Images("coco_pope_*.json", f"{COCO}val2014/"),
         ),
         ("files", "images/*.jpg"),

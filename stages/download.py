@@ -2,7 +2,6 @@
 
 import shutil
 import subprocess
-import sys
 import time
 import urllib.parse
 from collections import Counter
@@ -24,9 +23,12 @@ from diffclip.base import archives
 from diffclip.base.download import download
 from diffclip.base.errors import InputError, first_line
 from diffclip.base.files import read_json, read_jsonl, write_json
+from diffclip.base.lines import print_line
 from diffclip.base.paths import inside
 from diffclip.data.shards import IMAGE_SUFFIXES, index_shards
 from stages.data_sets import SETS, Hub, Images, Web
+
+LARGEST_IMAGE = 1 << 26  # bytes
 
 
 def fetch_set(name: str, folder: Path, workers: int) -> None:
@@ -36,7 +38,10 @@ def fetch_set(name: str, folder: Path, workers: int) -> None:
         InputError: a source refuses or fails; what has arrived stays.
     """
     data = SETS[name]
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be made ({error.strerror}); choose another --output_dir") from None
     with FileLock(folder / ".lock"):  # the same command twice: the second waits, and finds what the first fetched
         for source in data.sources:
             match source:
@@ -76,7 +81,7 @@ def fetch_web(source: Web, folder: Path) -> None:
     if archives.unpacked_mark(path).exists():
         return
     if not path.exists():  # else it is done, or an archive whose unpacking was interrupted
-        download(source.url, path)
+        download(source.url, path, digest=source.digest)
     if path.suffix == ".zip" or ".tar" in path.suffixes:
         archives.unpack(path, into)
 
@@ -92,7 +97,7 @@ def fetch_images(source: Images, folder: Path, workers: int) -> None:
 
     def problem_of(name: str) -> str:
         try:
-            download(source.url + urllib.parse.quote(name), paths[name], quiet=True)
+            download(source.url + urllib.parse.quote(name), paths[name], most=LARGEST_IMAGE, quiet=True)
             return ""
         except InputError as error:
             return str(error)
@@ -100,7 +105,7 @@ def fetch_images(source: Images, folder: Path, workers: int) -> None:
     with ThreadPoolExecutor(workers) as pool:
         problems = [p for p in tqdm(pool.map(problem_of, missing), "images", len(missing), unit="file") if p]
     if problems:
-        print(f"{len(problems)} of {len(paths)} images did not arrive, e.g. {problems[0]}", file=sys.stderr)
+        print_line(f"{len(problems)} of {len(paths)} images did not arrive, e.g. {problems[0]}", error=True)
 
 
 def fetch_pairs(urls: Path, out: Path, command: list[str]) -> None:
@@ -127,7 +132,7 @@ def fetch_pairs(urls: Path, out: Path, command: list[str]) -> None:
         reasons.update(shard["status_dict"])
     del reasons["success"]
     for reason, times in reasons.most_common(5):
-        print(f"  {times:,} times: {reason}")
+        print_line(f"  {times:,} times: {reason}")
     write_manifest(out, urls.stem, [urls], "pairs", arrived, tried)
 
 
@@ -190,4 +195,4 @@ def write_manifest(folder: Path, name: str, sources: Iterable[object], unit: str
         "files": dict(islice(sizes.items(), 5000)),
     }
     write_json(folder / "manifest.json", manifest)
-    print(f"{name}: {arrived:,} of {expected:,} {unit} ({share:.1%}) in {folder}")
+    print_line(f"{name}: {arrived:,} of {expected:,} {unit} ({share:.1%}) in {folder}")

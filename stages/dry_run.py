@@ -5,6 +5,7 @@ what of it is assumed, not counted.
 from diffclip.adaptation import let_learn
 from diffclip.base.console import print_table
 from diffclip.base.errors import InputError
+from diffclip.base.lines import print_line
 from mllm.assemble import assembled_config, run_config
 from mllm.llava import DiffCLIPLlavaConfig
 from stages import costs
@@ -113,5 +114,5 @@ def print_estimate(
             f"This does not fit into {device.memory / 1e9:.0f} GB: set a smaller micro_batch_size, take more devices, "
             "or DeepSpeed's ZeRO."
         )
-    print(title)  # not the table's title, which would be wrapped to its width
+    print_line(title)  # not the table's title, which would be wrapped to its width
     print_table(("", ""), rows, notes=notes)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from diffclip.base.commands import Parser, near, number
 from diffclip.base.errors import InputError, exit_on_input_error
+from diffclip.base.lines import print_line
 from stages.data_sets import SETS
 
 KINDS = {".tsv": "tsv", ".csv": "csv", ".parquet": "parquet"}  # of lists of addresses
@@ -34,16 +35,16 @@ def main(argv: list[str] | None = None) -> None:
             raise InputError("pairs needs one list: pairs URLS.tsv (columns url and caption)")
         urls = Path(options.names[1])
         command = img2dataset(urls, out, options.workers)
-        print(" ".join(command))
+        print_line(" ".join(command))
     else:
         for name in options.names:
             if name not in SETS:
                 raise InputError(f"unknown data set {name!r}{near(name, [*SETS, 'pairs'])}")
         for name in options.names:
             data, folder = SETS[name], out / name
-            print(f"{name}: about {data.size} into {folder}, then: {data.then.replace('DIR', str(folder))}")
+            print_line(f"{name}: about {data.size} into {folder}, then: {data.then.replace('DIR', str(folder))}")
             for source in data.sources:
-                print(f"  from {source}")
+                print_line(f"  from {source}")
     if options.dry_run:
         return
     from stages import download

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from diffclip.base.errors import InputError, exit_on_input_error
 from diffclip.base.files import read_json
+from diffclip.base.lines import print_line
 from diffclip.base.orphans import as_parent
 from diffclip.base.schema import LOG, RECORD
 from stages.config import parse, require
@@ -67,8 +68,9 @@ def main(argv: list[str] | None = None) -> None:
             f"--output_dir={runs}/evaluate",
         )
     run_verb("report", *(str(out / variant) for variant in config.variants), "--output_dir", f"{out}/report")
-    print(f"\nAll stages took {(time.time() - started) / 60:.1f} minutes. Report: {out}/report/index.html")
-    print(what_next(out, config.variants))
+    print_line()
+    print_line(f"All stages took {(time.time() - started) / 60:.1f} minutes. Report: {out}/report/index.html")
+    print_line(what_next(out, config.variants), keep="\n")
 
 
 def what_next(out: Path, variants: list[str]) -> str:
@@ -126,13 +128,14 @@ def finished(out: Path) -> bool:
 
 def run(command: list[str], typed: list[str]) -> None:
     """Run a command in a process group of its own, so that an interrupt ends all of it; print it as typed."""
-    print(f"\n$ {' '.join(typed)}", flush=True)
+    print_line()
+    print_line(f"$ {' '.join(typed)}")
     process = subprocess.Popen(command, start_new_session=True)
     try:
         code = process.wait()
     except BaseException:
         os.killpg(process.pid, signal.SIGKILL)
-        print("\ninterrupted; the same command goes on from here", file=sys.stderr)
+        print_line("\ninterrupted; the same command goes on from here", keep="\n", error=True)
         sys.exit(130)
     if code:
         sys.exit(code)

@@ -15,6 +15,7 @@ from pathlib import Path
 from diffclip.base.cache import cache_dir, keep
 from diffclip.base.commands import Parser
 from diffclip.base.files import file_sha256, read_json
+from diffclip.base.lines import print_line
 from diffclip.base.schema import RECORD
 
 PACKAGES = "diffclip-stack torch transformers accelerate deepspeed open_clip_torch timm datasets peft lmms-eval numpy"
@@ -127,4 +128,4 @@ def main(argv: list[str] | None = None) -> None:
     """
     Parser("diffclip env", description=main.__doc__).parse_args(argv)
     for name, value in environment():
-        print(f"{name:<20} {value}")
+        print_line(f"{name:<20} {value}")

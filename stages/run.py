@@ -22,6 +22,7 @@ from diffclip.base import lock, schema
 from diffclip.base.errors import InputError
 from diffclip.base.files import append_jsonl, read_json, share, write_json
 from diffclip.base.images import DECODING
+from diffclip.base.lines import print_line, printable
 from diffclip.base.orphans import end_with_parents
 from diffclip.base.ranks import from_main, gather, join_slurm, keep_errors, rank, where, world
 from diffclip.base.schema import RunRecord
@@ -238,14 +239,12 @@ class Run:
         return [path for path in self.path.glob(schema.CHECKPOINTS) if not (path / schema.COMPLETE).exists()]
 
     def log(self, line: str) -> None:
-        """Print a line and keep it in log.txt (rank 0 only); what an encoding lacks is written as its escape."""
+        """Print a line and keep it in log.txt (rank 0 only), as `printable` has it."""
         if self.is_main:
-            for encoding in ("utf-8", sys.stdout.encoding or "utf-8"):
-                line = line.encode(encoding, errors="backslashreplace").decode(encoding)
-            print(line, flush=True)
+            print_line(line)
             if self.path.is_dir() and os.access(self.path, os.W_OK):
                 with open(self.path / schema.LOG, "a", encoding="utf-8") as f:
-                    f.write(f"{time.strftime('%H:%M:%S')} {line}\n")
+                    f.write(f"{time.strftime('%H:%M:%S')} {printable(line)}\n")
 
     def note(self, **facts: object) -> None:
         """Add facts to run.json, e.g. parameter counts and fingerprints."""

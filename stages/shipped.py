@@ -11,6 +11,7 @@ from pathlib import Path
 from diffclip.base.commands import Parser, closest
 from diffclip.base.errors import InputError, exit_on_input_error
 from diffclip.base.files import read_text, write_whole
+from diffclip.base.lines import print_line
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -59,17 +60,17 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     if options.action == "list":
         for name, file in shipped().items():
-            print(f"{name:<36} {summary(file)}".rstrip())
+            print_line(f"{name:<36} {summary(file)}".rstrip())
         return
     file = find(options.name)
     if options.action == "show":
-        print(read_text(file), end="")
+        print_line(read_text(file), keep="\n", end="")
         return
     to = options.to or Path(file.name)
     if to.exists():
         raise InputError(f"{to}: is there already; name another file")
     write_whole(to, read_text(file))
-    print(f"wrote {to}")
+    print_line(f"wrote {to}")
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from transformers.utils import logging
 from diffclip.base.commands import near
 from diffclip.base.errors import InputError, first_line, in_one_line
 from diffclip.base.files import read_jsonl, read_text
+from diffclip.base.lines import print_line
 from diffclip.base.ranks import from_main, world
 from diffclip.base.schema import BAD_SAMPLES, LOGS
 from stages import signals
@@ -154,10 +155,9 @@ def on_one_device(arguments: TrainingArguments) -> TrainingArguments:
     devices = arguments.n_gpu
     if devices > 1:
         arguments._n_gpu = 1  # transformers has no setting for it
-        print(
+        print_line(
             f"{devices} GPUs, of which this process uses {arguments.device} and leaves the others idle: start it as "
             f"`torchrun --nproc_per_node {devices} -m ...` for all of them",
-            flush=True,
         )
     return arguments
 

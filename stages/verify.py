@@ -14,6 +14,7 @@ from diffclip.base.commands import Parser
 from diffclip.base.console import print_table
 from diffclip.base.errors import InputError, exit_on_input_error, first_line
 from diffclip.base.files import read_json, write_json
+from diffclip.base.lines import print_line
 from diffclip.base.sealed import all_damage, seal
 from stages.ledger import read_record
 from stages.run import results
@@ -71,7 +72,7 @@ def show(found: dict[str, dict], as_json: bool) -> None:
     if as_json:
         import json
 
-        print(json.dumps(found, indent=1))
+        print_line(json.dumps(found, indent=1), keep="\n")
         return
     rows = [
         [run, str(entry["stage"]), entry["state"], str(len(entry["faults"]) or "none")] for run, entry in found.items()

@@ -1,6 +1,8 @@
 """Fixtures for all tests: no network, and the optional shared numbers and data that some tests compare with."""
 
+import contextlib
 import hashlib
+import itertools
 import os
 import shutil
 import tempfile
@@ -53,7 +55,8 @@ class Server(BaseHTTPRequestHandler):
 
     `ranges`: "ignored" (always all of it), "shifted" (from another byte than was asked for), "any file" (whatever
     If-Range says). `length`: "chunked" or "none" instead of Content-Length. `dated`: Last-Modified instead of an ETag.
-    `slow`: seconds between two halves of the content. `moved`: where an address redirects to.
+    `slow`: seconds between two halves of the content. `moved`: where an address redirects to. `also`: further headers,
+    which take the place of those of their name. `endless`: how often the content comes again.
     """
 
     protocol_version = "HTTP/1.1"
@@ -65,6 +68,8 @@ class Server(BaseHTTPRequestHandler):
     ranges = ""
     length = "known"
     dated = False
+    endless = 0
+    also: ClassVar[dict[str, str]] = {}
     address = ""
     sent: ClassVar[list[int]] = []
 
@@ -98,22 +103,29 @@ class Server(BaseHTTPRequestHandler):
         self.send_response(206 if start else 200)
         if start and kind.ranges == "shifted":
             start -= 1000
-        if start:
+        if start and kind.ranges == "of unknown length":
+            content = content[: start + 1000]
+            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/*")
+        elif start:
             self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
-        if kind.length == "known":
+        if kind.endless and kind.length == "known":
+            self.send_header("Content-Length", str(1 << 40))
+        elif kind.length == "known":
             self.send_header("Content-Length", str(len(content) - start))
         elif kind.length == "chunked":
             self.send_header("Transfer-Encoding", "chunked")
-        self.send_header("Last-Modified" if kind.dated else "ETag", tag)
+        for name, value in ({"Last-Modified" if kind.dated else "ETag": tag} | kind.also).items():
+            self.send_header(name, value)
         self.end_headers()
         rest = content[start : start + kind.most] if kind.most else content[start:]
         kind.sent.append(len(rest))
-        for half in (rest[: len(rest) // 2], rest[len(rest) // 2 :]):
-            self.wfile.write(b"%x\r\n%s\r\n" % (len(half), half) if kind.length == "chunked" else half)
-            self.wfile.flush()
-            time.sleep(kind.slow)
-        if kind.length == "chunked" and not kind.most:
-            self.wfile.write(b"0\r\n\r\n")
+        with contextlib.suppress(OSError):  # whoever asked has heard enough
+            for half in (rest[: len(rest) // 2], rest[len(rest) // 2 :], *itertools.repeat(content, kind.endless)):
+                self.wfile.write(b"%x\r\n%s\r\n" % (len(half), half) if kind.length == "chunked" else half)
+                self.wfile.flush()
+                time.sleep(kind.slow)
+            if kind.length == "chunked" and not kind.most:
+                self.wfile.write(b"0\r\n\r\n")
 
     def log_message(self, *args):
         pass

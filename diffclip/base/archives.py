@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from diffclip.base.errors import InputError
+from diffclip.base.lines import print_line
 from diffclip.base.paths import inside
 
 MOST_UNPACKED = 100  # times the archive's size; images are packed once over, text perhaps twenty times
@@ -40,7 +41,7 @@ def unpack(archive: Path, into: Path) -> None:
     temporary = archive.with_name(f"{archive.name}.unpacking")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
-    print(f"  unpacking {archive.name}")
+    print_line(f"  unpacking {archive.name}")
     try:
         if archive.suffix == ".zip":
             with zipfile.ZipFile(archive) as packed:
@@ -100,7 +101,7 @@ def members(path: str | Path) -> tuple[list[tarfile.TarInfo], str]:
                         while member is not None:
                             here = 0 if member.issparse() or not member.isfile() else member.size
                             if member.size < 0 or member.offset_data + here > size:
-                                return whole, f"ends early, within {printable(member.name)}"
+                                return whole, f"ends early, within {as_text(member.name)}"
                             whole.append(member)
                             member = _plain(f, tar, size) or tar.next()
                 except tarfile.ReadError as error:
@@ -206,7 +207,7 @@ def read_at(path: str | Path, *places: tuple[int, int]) -> list[bytes]:
     return contents
 
 
-def printable(name: str | bytes) -> str:
+def as_text(name: str | bytes) -> str:
     """A member's name as text that can be printed and written, whatever its bytes are."""
     return os.fsencode(name).decode("utf-8", errors="backslashreplace")
 

@@ -6,6 +6,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from diffclip.base.lines import printable
+
 WIDE = 200  # characters; for files and pipes, where nothing wraps
 
 
@@ -18,15 +20,19 @@ def print_table(
         columns: the header; none is shown where all of it is empty.
         rows: cells of text; a row of one cell is a heading with a line above it, an empty row is a line.
     """
-    table = Table(title=Text(title) if title else None, title_justify="left", show_header=any(columns))
+    table = Table(title=_text(title) if title else None, title_justify="left", show_header=any(columns))
     for i, column in enumerate(columns):
-        table.add_column(Text(column), justify="right" if i else "left", no_wrap=not i)
+        table.add_column(_text(column), justify="right" if i else "left", no_wrap=not i)
     for row in rows:
         if len(row) <= 1:
             table.add_section()
         if row:
-            table.add_row(*(Text(cell, style="bold" if len(row) == 1 else "") for cell in row))
+            table.add_row(*(_text(cell, style="bold" if len(row) == 1 else "") for cell in row))
     console = Console() if Console().is_terminal else Console(width=WIDE)
     console.print(table)
     for note in notes:
-        console.print(Text(note))
+        console.print(_text(note))
+
+
+def _text(text: str, style: str = "") -> Text:
+    return Text(printable(text), style=style)

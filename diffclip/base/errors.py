@@ -8,6 +8,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from diffclip.base.lines import guard_terminal, print_line
+
 # States of a machine in which any write or opening fails, with what to do; a traceback would say nothing more.
 SURROUNDINGS = {
     errno.ENOSPC: "make room on the disk",
@@ -55,11 +57,12 @@ def exit_on_input_error() -> Iterator[None]:
 
     Where the reader of our output has gone, as `head` does, end quietly with code 1.
     """
+    guard_terminal()
     try:
         try:
             yield
         except InputError as error:
-            print(f"error: {on_rank()}{error}", file=sys.stderr)
+            print_line(f"error: {on_rank()}{error}", error=True)
             sys.exit(2)
         except Exception as error:
             if not (lacking := _lacking(error)):
@@ -68,7 +71,7 @@ def exit_on_input_error() -> Iterator[None]:
                 raise
             named = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
             remedy = f"{SURROUNDINGS[lacking]} and start the same command again"
-            print(f"error: {on_rank()}{named}{os.strerror(lacking)}: {remedy}", file=sys.stderr)
+            print_line(f"error: {on_rank()}{named}{os.strerror(lacking)}: {remedy}", error=True)
             sys.exit(2)
         finally:
             if not isinstance(sys.exc_info()[1], Exception):

@@ -278,7 +278,12 @@ def share(path: str | Path) -> None:
 
 def file_sha256(path: str | Path) -> str:
     """Hex digest of a file's content."""
-    digest = hashlib.sha256()
+    return file_digest(path, "sha256")
+
+
+def file_digest(path: str | Path, kind: str) -> str:
+    """Hex digest of a file's content by an algorithm of hashlib."""
+    digest = hashlib.new(kind)
     with open(path, "rb") as f:
         while block := f.read(1 << 20):
             digest.update(block)

@@ -2,10 +2,11 @@
 
 import os
 import socket
-import sys
 import threading
 import time
 from contextlib import suppress
+
+from diffclip.base.lines import print_line
 
 PARENT = "DIFFCLIP_PARENT"  # environment variable: host, process and its start, which a command of ours ends with
 LAUNCHERS = {  # what Python runs, by the name of the file or module
@@ -41,7 +42,7 @@ def end_with_parents() -> None:
             time.sleep(0.5)
         gone = next(process for process, start in watched.items() if _start(process) != start)
         with suppress(OSError, ValueError):  # who read it may be gone as well
-            print(f"ended, since process {gone}, which had started this one, is gone", file=sys.stderr, flush=True)
+            print_line(f"ended, since process {gone}, which had started this one, is gone", error=True)
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

@@ -26,6 +26,7 @@ from diffclip.base.errors import InputError
 from diffclip.base.files import whole
 from diffclip.base.fingerprint import fingerprint
 from diffclip.base.images import DECODING
+from diffclip.base.lines import printable
 from diffclip.benchmarks.images import Images
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -177,7 +178,7 @@ class Encoder:
 
     def _progress(self, total: int, name: str, unit: str) -> tqdm:
         # disable=None: a bar on a terminal only, never in a log file
-        return tqdm(total=total, desc=name, unit=unit, leave=False, disable=True if self.quiet else None)
+        return tqdm(total=total, desc=printable(name), unit=unit, leave=False, disable=True if self.quiet else None)
 
 
 def encode_image(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:

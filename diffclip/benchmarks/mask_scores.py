@@ -27,6 +27,7 @@ from diffclip.base.devices import pick_device
 from diffclip.base.errors import InputError
 from diffclip.base.files import check_output, write_json
 from diffclip.base.images import open_image
+from diffclip.base.lines import print_line
 from diffclip.base.statistics import bootstrap_mean
 from diffclip.benchmarks.comparison import model_names
 from diffclip.mapped_models import load_with_maps
@@ -158,9 +159,9 @@ def compare(instances: str, images: str, models: Sequence[str], out: str, device
     for name, (model, transform, tokenizer) in zip(names, load_with_maps(models)):
         scores[name] = localise(model.to(chosen), transform, tokenizer, items)
         model.to("cpu")
-        print(f"{name}: {len(items)} objects in {len({path for path, _, _ in items})} images", flush=True)
+        print_line(f"{name}: {len(items)} objects in {len({path for path, _, _ in items})} images")
     result = summary(scores, [path for path, _, _ in items])
     write_json(out, result)
     for name, row in result["models"].items():
         cells = [f"{s} {v['mean']:.1f} [{v['low']:.1f}, {v['high']:.1f}]" for s, v in row.items()]
-        print(f"{name}: {', '.join(cells)}")
+        print_line(f"{name}: {', '.join(cells)}")

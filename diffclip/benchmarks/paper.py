@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from diffclip.base.console import print_table
+from diffclip.base.lines import print_line
 from diffclip.benchmarks import TORCHVISION
 from diffclip.benchmarks.captioned import read_captioned
 from diffclip.benchmarks.images import images_in
@@ -137,4 +138,4 @@ def download(names: Sequence[str], root: Path) -> None:
     for name in names:
         folder = torchvision_root(name, root / name, root) or root / name
         splits = read_torchvision(name, folder, download=True)[1]
-        print(f"{name}: {', '.join(f'{len(rows):,} {split}' for split, rows in splits.items())}")
+        print_line(f"{name}: {', '.join(f'{len(rows):,} {split}' for split, rows in splits.items())}")

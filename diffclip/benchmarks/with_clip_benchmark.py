@@ -17,6 +17,7 @@ from PIL import EpsImagePlugin
 import diffclip
 from diffclip.base.errors import exit_on_input_error
 from diffclip.base.images import as_decoder
+from diffclip.base.lines import print_line
 
 
 def load_diffclip(model_name: str, pretrained: str, cache_dir: str | None = None, device: str = "cpu") -> tuple:
@@ -38,7 +39,7 @@ def only_plain_decoders() -> None:
 def main(argv: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if argv is None else argv
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(__doc__, "`eval --help` and `build --help` are clip-benchmark's own.", sep="\n")
+        print_line(f"{__doc__}\n`eval --help` and `build --help` are clip-benchmark's own.", keep="\n")
         return
     from clip_benchmark import cli, models
 

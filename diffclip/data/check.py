@@ -22,6 +22,7 @@ import diffclip
 from diffclip.base.commands import Parser, number
 from diffclip.base.console import print_table
 from diffclip.base.images import BROKEN, decode
+from diffclip.base.lines import print_line
 from diffclip.data.layout import Layout
 from diffclip.data.pairs import BadSample, PairTable
 
@@ -213,19 +214,19 @@ def print_found(result: dict[str, Any]) -> None:
     rows = [(name, *(f"{value:,}" for value in values.values())) for name, values in spread.items() if values]
     print_table(("", "smallest", "median", "95 %", "largest"), rows, f"{result['pairs']:,} pairs{share}")
     captions = result["captions"]
-    print(f"{captions:,} captions; doubled: images {part(result['doubled_images'], result['readable'])}, captions "
+    print_line(f"{captions:,} captions; doubled: images {part(result['doubled_images'], result['readable'])}, captions "
           f"{part(result['doubled_captions'], captions)}")  # fmt: skip
     if "context" in result:
-        print(f"captions that fill the {result['context']} tokens, of which longer ones are cut: "
+        print_line(f"captions that fill the {result['context']} tokens, of which longer ones are cut: "
               f"{part(result['captions_that_fill_it'], captions)}")  # fmt: skip
     for kind, entry in result["doubtful_captions"].items():
-        print(f"captions, {kind}: {part(entry['count'], captions)}, e.g. {', '.join(entry['examples'][:2])}")
+        print_line(f"captions, {kind}: {part(entry['count'], captions)}, e.g. {', '.join(entry['examples'][:2])}")
     for notice in result["notices"]:
-        print(f"notice: {notice['key']}: {notice['reason']}")
+        print_line(f"notice: {notice['key']}: {notice['reason']}")
     for fault in result["faults"]:
-        print(f"{fault['key']}: {fault['reason']}")
+        print_line(f"{fault['key']}: {fault['reason']}")
     faults = len(result["faults"])
-    print(f"{counted:,} pairs examined: {f'{faults:,} faults' if faults else 'no fault found'}")
+    print_line(f"{counted:,} pairs examined: {f'{faults:,} faults' if faults else 'no fault found'}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -252,7 +253,7 @@ def main(argv: list[str] | None = None) -> int:
     found = check(table, options.some, tokenizer)
     result = summary(found, tokenizer(["a"]).shape[1] if tokenizer else 0)
     if options.json:
-        print(json.dumps(result, ensure_ascii=True, indent=1))
+        print_line(json.dumps(result, ensure_ascii=True, indent=1), keep="\n")
     else:
         print_found(result)
     return 2 if found.faults else 0

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from diffclip.base.archives import members, printable, read_at
+from diffclip.base.archives import as_text, members, read_at
 from diffclip.base.cache import cache_dir, keep
 from diffclip.base.errors import InputError
 from diffclip.base.ranks import rank, world
@@ -67,7 +67,7 @@ class Shard:
 
     def key(self, row: int) -> str:
         """The name of a sample, `shard.tar/key`."""
-        return f"{self.path}/{printable(bytes(self._record(row)['key']))}"
+        return f"{self.path}/{as_text(bytes(self._record(row)['key']))}"
 
     def place(self, row: int) -> Place:
         """Where one sample lies in the tar."""
@@ -179,17 +179,17 @@ def _index(path: str, layout: Layout) -> Shard:
         if number not in paired:
             sized = all(size < 1 << 32 for _, size in places.values())
             lacks = f"no {captions} caption" if any(s.lower() in images for s in places) else "no image"
-            problems.append((f"{path}/{printable(key)}", lacks if sized else "a member of more than 4 GB"))
+            problems.append((f"{path}/{as_text(key)}", lacks if sized else "a member of more than 4 GB"))
     if not samples:
         problems.insert(0, (path, EMPTY))
     elif not found:
-        suffixes = sorted({f".{printable(suffix)}" for _, places in samples for suffix in places})
+        suffixes = sorted({f".{as_text(suffix)}" for _, places in samples for suffix in places})
         contents = f"{len(samples)} keys in it, with {', '.join(suffixes[:8])}"
         problems.insert(0, (path, f"no sample has both an image and a {captions} caption ({contents})"))
     if several := [(number, own) for number, _, own, _, _ in found if len(own) > 1]:
         (first, own), order = several[0], ", ".join(images)
         reason = f"hold several images (this one {', '.join(own)}): the first of {order} counts"
-        notices.append((f"{path}/{printable(samples[first][0])}", f"{len(several)} keys of the shard {reason}"))
+        notices.append((f"{path}/{as_text(samples[first][0])}", f"{len(several)} keys of the shard {reason}"))
     if doubled := len(samples) - len({key for key, _ in samples}):
         notices.append((path, f"{doubled} keys of the shard occur again with members of the same names: own samples"))
     names = [os.fsencode(samples[number][0]) for number, *_ in found]

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from diffclip.base.errors import InputError
 from diffclip.base.files import read_json, write_json
+from diffclip.base.lines import print_line
 from diffclip.scenes.drawing import COLORS, SHAPES, draw, make_scene
 from diffclip.scenes.options import PARTS, Options
 from diffclip.scenes.parts import CLASSES, SHIFTS, WRITERS, class_scene
@@ -38,7 +39,7 @@ def export(directory: Path, options: Options, parts: Collection[str] = PARTS) ->
             )
         done = before["parts"]
     if not (missing := [part for part in PARTS if part in parts and part not in done]):
-        print(f"{directory}: complete")
+        print_line(f"{directory}: complete")
         return
 
     directory.mkdir(parents=True, exist_ok=True)
@@ -72,7 +73,7 @@ def export(directory: Path, options: Options, parts: Collection[str] = PARTS) ->
         "mmvp_categories": list(MMVP_CATEGORIES),
     }
     write_json(record, about)
-    print(f"{directory}: wrote {', '.join(missing)}")
+    print_line(f"{directory}: wrote {', '.join(missing)}")
 
 
 def show(path: Path, seed: int) -> None:
@@ -94,4 +95,4 @@ def show(path: Path, seed: int) -> None:
         sheet.paste(image, (left + 20, top))
         pen.text((left, top + 64 * zoom + 3), textwrap.fill(text, 30), "black", font_size=11)
     sheet.save(path)
-    print(path)
+    print_line(path)

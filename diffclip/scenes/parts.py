@@ -3,7 +3,6 @@
 webdataset shards, image folders, LLaVA JSON, POPE JSON lines, MMVP-VLM's table and COCO instances.
 """
 
-import csv
 import io
 import json
 import tarfile
@@ -15,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from diffclip.base.files import json_line, write_json, write_whole
+from diffclip.base.lines import csv_text
 from diffclip.base.schema import POPE_SPLITS
 from diffclip.scenes.drawing import COLORS, SHAPES, Scene, draw, make_scene, masks, one_object, stream_rng
 from diffclip.scenes.options import Options
@@ -185,8 +185,7 @@ def write_mmvp(folder: Path, options: Options, tick: Tick) -> None:
                 image = Image.fromarray(draw(scene, options.size))
                 image.save(images / f"{len(rows)}.jpg", quality=95, subsampling=0)
             tick()
-    with open(folder / "Questions.csv", "w", newline="") as file:
-        csv.writer(file).writerows([("Question ID", "Type", "Statement"), *rows])
+    write_whole(folder / "Questions.csv", csv_text([("Question ID", "Type", "Statement"), *rows]))
 
 
 def run_lengths(mask: np.ndarray) -> list[int]:

@@ -1,12 +1,12 @@
 """What is wrong with a row: its images, its turns, and whether a template shows what it holds."""
 
 import re
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from diffclip.base.errors import InputError
+from diffclip.base.lines import print_line
 from mllm.conversation import IMAGE, pair_turns, render, system_text, template_name, text_problem
 from mllm.data.files import of_split, read_rows
 from mllm.data.images import ImagePlace, find_place, row_images
@@ -60,7 +60,7 @@ def examine(
             problem = " ".join(problem.encode(errors="backslashreplace").decode().split())
             yield Examined(key, turns, places, problem)
         if others:
-            print(f"{path}: {others:,} rows of other splits than {split or 'train'} are left out", file=sys.stderr)
+            print_line(f"{path}: {others:,} rows of other splits than {split or 'train'} are left out", error=True)
 
 
 def _outside(row: dict, image_prefix: str) -> bool:

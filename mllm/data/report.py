@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoProcessor, AutoTokenizer, LlavaProcesso
 
 from diffclip.base.errors import InputError
 from diffclip.base.files import write_json
+from diffclip.base.lines import print_line
 from mllm.conversation import AUTO, IGNORE, control_tokens, encode, render
 from mllm.data.judge import image_problems, length_problems, token_lengths
 from mllm.data.rows import Rows, load_rows
@@ -37,7 +38,7 @@ def check(options: argparse.Namespace) -> int:
     rows = rows.without(problems)
     result |= {"readable": len(rows), "faults": [{"key": key, "reason": reason} for key, reason in rows.problems]}
     if options.json:
-        print(json.dumps(result, indent=1))
+        print_line(json.dumps(result, indent=1), keep="\n")
     else:
         print_check(result)
     return 2 if rows.problems else 0
@@ -46,12 +47,12 @@ def check(options: argparse.Namespace) -> int:
 def print_check(result: dict[str, Any]) -> None:
     """Every fault on a line of its own, what `max_length` cuts, and the counts."""
     for fault in result["faults"]:
-        print(f"{fault['key']}: {fault['reason']}")
+        print_line(f"{fault['key']}: {fault['reason']}")
     if longer := result.get("longer_than_max_length"):
-        print(f"{longer:,} rows are longer than max_length {result['max_length']}, which cuts their ends off")
+        print_line(f"{longer:,} rows are longer than max_length {result['max_length']}, which cuts their ends off")
     faults = len(result["faults"])
     counts = f"{result['rows']:,} rows, {result['images']:,} images"
-    print(f"{counts}: {f'{faults:,} faults' if faults else 'no fault found'}")
+    print_line(f"{counts}: {f'{faults:,} faults' if faults else 'no fault found'}")
 
 
 def images_of(rows: Rows) -> int:
@@ -159,23 +160,23 @@ def stats(options: argparse.Namespace) -> int:
         }
         print_histogram(lengths)
     for name, value in counts.items():
-        print(f"{name}: {value}")
+        print_line(f"{name}: {value}")
     if options.output_dir:
         out = Path(options.output_dir)
         out.mkdir(parents=True, exist_ok=True)
         write_json(out / "stats.json", counts)
         if options.model:
             plot_lengths(lengths, supervised, out / "lengths.png")
-        print(f"wrote {out}")
+        print_line(f"wrote {out}")
     return 0
 
 
 def print_histogram(lengths: np.ndarray) -> None:
     """A histogram on the console."""
     counts, edges = np.histogram(lengths, bins=min(12, max(1, int(np.ptp(lengths)))))
-    print("tokens a row")
+    print_line("tokens a row")
     for count, low, high in zip(counts, edges, edges[1:]):
-        print(f"{int(low):>6d} - {int(high):<6d} {'#' * round(50 * count / counts.max()):50s} {count:,}")
+        print_line(f"{int(low):>6d} - {int(high):<6d} {'#' * round(50 * count / counts.max()):50s} {count:,}")
 
 
 def plot_lengths(lengths: np.ndarray, supervised: np.ndarray, path: Path) -> None:

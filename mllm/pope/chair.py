@@ -19,6 +19,7 @@ import numpy as np
 from diffclip.base.console import print_table
 from diffclip.base.errors import InputError
 from diffclip.base.files import json_line, read_json, read_jsonl, write_json, write_whole
+from diffclip.base.lines import print_line
 from diffclip.base.statistics import percentiles, resampled_sums
 from mllm.answer_file import answer_file
 from mllm.data.images import find_place
@@ -284,7 +285,7 @@ def run(options: Namespace) -> None:
     print_table(
         columns, cells, f"CHAIR of {len(named):,} captions (%, lower is better; recall: higher)", [verdict(scores)]
     )
-    print(f"wrote {options.output_dir / 'chair.json'}")
+    print_line(f"wrote {options.output_dir / 'chair.json'}")
 
 
 def verdict(scores: Mapping[str, Mapping[str, float]]) -> str:

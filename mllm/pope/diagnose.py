@@ -17,6 +17,7 @@ from diffclip.base.devices import pick_device
 from diffclip.base.errors import InputError
 from diffclip.base.files import read_json, read_yaml
 from diffclip.base.fingerprint import fingerprint
+from diffclip.base.lines import print_line
 from diffclip.base.paths import matching
 from diffclip.base.schema import CONFIG, RECORD
 from mllm.conversation import AUTO, NoSupervisionError, control_tokens
@@ -289,7 +290,7 @@ def run(options: Namespace) -> int:
     marks = {True: "ok", False: "FOUND", None: "?"}
     print_table(["", "cause", "seen"], [[marks[f.fine], f.cause, f.seen] for f in findings], f"{options.run}")
     if wrong := next((f for f in findings if f.fine is False), None):
-        print(f"{wrong.cause}: {wrong.seen}. Remedy: {wrong.remedy}.")
+        print_line(f"{wrong.cause}: {wrong.seen}. Remedy: {wrong.remedy}.")
         return 1
-    print("no cause found; what remains is training: more data, more steps, a better tower")
+    print_line("no cause found; what remains is training: more data, more steps, a better tower")
     return 0

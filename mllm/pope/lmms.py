@@ -21,6 +21,7 @@ import pyarrow.parquet
 
 from diffclip.base.errors import InputError
 from diffclip.base.files import json_line, read_json, read_jsonl, write_whole
+from diffclip.base.lines import print_line, printable
 from diffclip.base.orphans import as_parent
 from diffclip.base.schema import ANSWERS
 from mllm.data.images import ImagePlace
@@ -242,8 +243,8 @@ def _run_with_progress(command: list[str], environment: dict[str, str], log: Pat
         for line in process.stdout:
             f.write(line)
             if line.startswith("diffclip_llava: "):
-                print("\r" + line.rstrip(), end="", file=sys.stderr, flush=True)
-    print(file=sys.stderr)
+                print_line("\r" + printable(line.rstrip()), keep="\r", end="", error=True)
+    print_line(error=True)
     return process.wait()
 
 

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from diffclip.base.devices import pick_device
 from diffclip.base.errors import InputError
 from diffclip.base.files import json_line, write_json, write_whole
+from diffclip.base.lines import print_line
 from diffclip.base.schema import MARGINS
 from mllm.conversation import IGNORE, question_turn
 from mllm.model import VisionLanguageModel, load
@@ -277,7 +278,7 @@ def run(options: Namespace) -> None:
         lines += [{"pass": name, **q._asdict(), "margin": value} for q, value in zip(asked, values.tolist())]
         print_scores(f"{name} (%)", scores[name], MARGIN_SCORES)
     scores["blind"] = score_splits(questions, blind(questions))
-    print(uses_image(scores["model"], scores["blind"]))
+    print_line(uses_image(scores["model"], scores["blind"]))
     if options.generate:
         answers = generate(vlm, questions, open_image, batch_size=options.batch_size)
         scores["generated"] = score_splits(questions, parse(answers))
@@ -285,4 +286,4 @@ def run(options: Namespace) -> None:
         lines += [{"pass": "generated", **q._asdict(), "answer": text} for q, text in zip(questions, answers)]
     write_whole(options.output_dir / MARGINS, "".join(map(json_line, lines)))
     write_json(options.output_dir / "margins.json", {"version": version(questions), **scores})
-    print(f"wrote {options.output_dir / 'margins.json'}")
+    print_line(f"wrote {options.output_dir / 'margins.json'}")

@@ -10,6 +10,7 @@ import numpy as np
 
 from diffclip.base.console import print_table
 from diffclip.base.errors import InputError
+from diffclip.base.lines import print_line
 from diffclip.base.schema import ANSWERS, POPE
 from diffclip.base.statistics import mcnemar
 from mllm.pope.images import find_images
@@ -21,23 +22,23 @@ from mllm.pope.scores import SCORES, blind, intervals, score, score_splits, uses
 def check(options: Namespace) -> None:
     """Which release the files are, whether an oracle scores 100 on them, whether their images are there."""
     questions = read(options.pope, options.labels)
-    print(version(questions))
+    print_line(version(questions))
     if all(q.label for q in questions):
         oracle = score_splits(questions, [q.label for q in questions])["mean"]["accuracy"]
         blind_rule = score_splits(questions, blind(questions))
         accuracies = ", ".join(f"{split} {100 * row['accuracy']:.1f}" for split, row in blind_rule.items())
-        print(f"an oracle scores {100 * oracle:.1f}; the best rule that sees no image: {accuracies}")
+        print_line(f"an oracle scores {100 * oracle:.1f}; the best rule that sees no image: {accuracies}")
     else:
-        print("no labels: give --labels, the official files")
+        print_line("no labels: give --labels, the official files")
     if options.image_root:
-        print(f"{len(find_images(questions, options.image_root)):,} images found under {options.image_root}")
+        print_line(f"{len(find_images(questions, options.image_root)):,} images found under {options.image_root}")
 
 
 def score_file(options: Namespace) -> None:
     """Scores of a file of answers by every parser, intervals, and the blind rule beside them."""
     questions = read_labelled(options.pope, options.labels)
     answers = join(questions, read_answers(options.answers, questions), str(options.answers))
-    print(version(questions))
+    print_line(version(questions))
     print_nulls(answers, options.answers)
     for name in PARSERS:
         predictions = parse((answer.text for answer in answers), name)
@@ -46,9 +47,9 @@ def score_file(options: Namespace) -> None:
         if name == options.parser:
             for split, ends in intervals(questions, predictions).items():
                 low, high = ends["accuracy"]
-                print(f"{split}: accuracy between {100 * low:.1f} and {100 * high:.1f} (95 %, images resampled)")
+                print_line(f"{split}: accuracy between {100 * low:.1f} and {100 * high:.1f} (95 %, images resampled)")
             verdict = uses_image(score_splits(questions, predictions), score_splits(questions, blind(questions)))
-    print(verdict)
+    print_line(verdict)
 
 
 def compare(options: Namespace) -> None:
@@ -89,7 +90,7 @@ def _labels_and_predictions(run: Path, parser: str) -> dict[Key, tuple[str, str]
 def print_nulls(answers: Sequence[Answer], name: Path) -> None:
     """How many answers are none at all."""
     if nulls := sum(answer.text is None for answer in answers):
-        print(f"{name}: {nulls:,} of {len(answers):,} answers are null; they count as invalid, which is wrong")
+        print_line(f"{name}: {nulls:,} of {len(answers):,} answers are null; they count as invalid, which is wrong")
 
 
 def print_invalid(answers: Sequence[Answer], predictions: Sequence[str], parser: str) -> None:
@@ -97,7 +98,9 @@ def print_invalid(answers: Sequence[Answer], predictions: Sequence[str], parser:
     invalid = [answer for answer, said in zip(answers, predictions) if said == "invalid" and answer.text is not None]
     if invalid:
         named = "; ".join(f"{q.split} {q.image}, {q.text}: {str(text)[:40]!r}" for q, text in invalid[:3])
-        print(f"parser {parser}: {len(invalid):,} of {len(answers):,} answers are neither yes nor no, e.g. {named}")
+        print_line(
+            f"parser {parser}: {len(invalid):,} of {len(answers):,} answers are neither yes nor no, e.g. {named}"
+        )
 
 
 def print_scores(title: str, scores: Mapping[str, Mapping[str, float]], columns: Sequence[str]) -> None:
@@ -138,10 +141,10 @@ def audit(options: Namespace) -> None:
     """The whole numbers that published accuracy, precision and recall allow, for each number of questions."""
     for questions in options.questions:
         allowed = solutions(options.accuracy, options.precision, options.recall, questions)
-        print(f"{questions:,} questions: {len(allowed)} solution{'s' * (len(allowed) != 1)}")
+        print_line(f"{questions:,} questions: {len(allowed)} solution{'s' * (len(allowed) != 1)}")
         for counts in allowed[:10]:
             yes = 100 * (counts.true_yes + counts.false_yes) / questions
-            print(
+            print_line(
                 f"  {counts.is_yes:,} yes and {counts.is_no:,} no questions; yes was said to {counts.true_yes:,} and "
                 f"{counts.false_yes:,} of them, to {yes:.1f} % of all"
             )

@@ -6,6 +6,7 @@ from pathlib import Path
 from diffclip.base.console import print_table
 from diffclip.base.errors import InputError
 from diffclip.base.files import write_whole
+from diffclip.base.lines import print_line
 from diffclip.base.sealed import files_of
 from stages.report.data import Arms, gather
 from stages.report.export import as_csv, as_latex, csv_table, html_page, markdown_report
@@ -38,7 +39,7 @@ def build_report(runs: list[Path], out: Path) -> Path:
             place.parent.mkdir(exist_ok=True)
             file.replace(place)
     print_scores(arms)
-    print(f"Report: {out / 'index.html'}")
+    print_line(f"Report: {out / 'index.html'}")
     return out / "index.html"
 
 

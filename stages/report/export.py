@@ -1,17 +1,14 @@
 """The report as HTML, Markdown, CSV and LaTeX (booktabs), with all that comes from runs shown literally."""
 
 import base64
-import csv
 import hashlib
-import html
-import io
 import re
-from collections.abc import Iterable, Sequence
 from importlib import resources
 
 from jinja2 import Environment
 from markupsafe import Markup, escape
 
+from diffclip.base.lines import csv_text, markdown, printable
 from stages.report.cells import MINUS, Table
 from stages.report.data import Arms, mean_sd
 from stages.report.examples import examples
@@ -33,6 +30,7 @@ LATEX = str.maketrans(
         "±": r"$\pm$",
         "\u2192": r"$\rightarrow$",
         "[": "{[}",  # at the start of a row it would be an argument of the line before
+        "*": "{*}",  # and so would this
         "<": r"\textless{}",
         ">": r"\textgreater{}",
         "|": r"\textbar{}",
@@ -49,15 +47,9 @@ def as_csv(table: Table) -> str:
     for row in table.rows:
         if len(row) == 1:
             heading = row
-        else:  # with a mark before what a spreadsheet would take for a formula
-            lines.append([f"'{cell}" if cell[:1] in ("=", "@") else cell for cell in [*heading, *row]])
-    return _csv([*lines, *([f"[{number}] {note}"] for number, note in enumerate(table.notes, 1))])
-
-
-def _csv(rows: Iterable[Sequence[str]]) -> str:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    return text.getvalue()
+        else:
+            lines.append([*heading, *row])
+    return csv_text([*lines, *([f"[{number}] {note}"] for number, note in enumerate(table.notes, 1))])
 
 
 def as_latex(table: Table) -> str:
@@ -93,7 +85,7 @@ def as_latex(table: Table) -> str:
 
 def latex(text: str) -> str:
     """Text of a run that LaTeX prints literally."""
-    return text.translate(LATEX)
+    return printable(text).translate(LATEX)
 
 
 def as_markdown(table: Table) -> str:
@@ -109,11 +101,6 @@ def as_markdown(table: Table) -> str:
     return "\n\n".join(filter(None, [caption, grid, notes]))
 
 
-def markdown(text: str) -> str:
-    """Text of a run as Markdown that shows it literally."""
-    return re.sub(r"[\\`*_\[\]|#]", r"\\\g<0>", html.escape(text, quote=False))
-
-
 def markdown_report(arms: Arms, title: str, subtitle: str, parts: list[Section]) -> str:
     """The report without its examples, for places where only text goes."""
     text = [f"# {markdown(title)}", markdown(subtitle), f"**{markdown(evidence(arms))}**"]
@@ -123,7 +110,7 @@ def markdown_report(arms: Arms, title: str, subtitle: str, parts: list[Section])
         if part.anchor == "examples":
             continue
         text.append(f"## {markdown(part.title)}")
-        text += [markdown(part.text).replace("\n", "\n\n")]
+        text += [markdown(part.text, keep="\n").replace("\n", "\n\n")]
         text += ["\n".join(f"- {markdown(sentence)}" for _, sentence in part.verdicts)]
         for figure in part.figures:
             absent = f"Not drawn: {markdown(figure.absent)}."
@@ -152,7 +139,7 @@ def csv_table(arms: Arms) -> str:
             groups = [list(arms.scores(model, key).values()) for model in arms.models]
             groups += [list(paired_differences(arms, first, model, key).values()) for model in rest]
             rows.append([heading, name, key, *(cell for values in groups for cell in _numbers(values))])
-    return _csv(rows)
+    return csv_text(rows)
 
 
 def _numbers(values: list[float]) -> list[str]:

@@ -19,7 +19,8 @@ def file_to_serve(server):
 
 
 def test_a_file_arrives_whole(server, tmp_path):
-    download(f"{server.address}/a.bin", tmp_path / "a.bin", sha256=hashlib.sha256(CONTENT).hexdigest())
+    download(f"{server.address}/a.bin", tmp_path / "a.bin", digest="sha256:" + hashlib.sha256(CONTENT).hexdigest())
+    download(f"{server.address}/a.bin", tmp_path / "a.bin", digest="md5:" + hashlib.md5(CONTENT).hexdigest())
     assert (tmp_path / "a.bin").read_bytes() == CONTENT
     assert [p.name for p in tmp_path.iterdir()] == ["a.bin"]
 
@@ -66,7 +67,7 @@ def test_refusals_and_wrong_content_are_named(server, tmp_path):
     with pytest.raises(InputError, match=r"/none\.bin: the server answers 404"):
         download(f"{server.address}/none.bin", tmp_path / "none.bin")
     with pytest.raises(InputError, match="the file has changed"):
-        download(f"{server.address}/a.bin", tmp_path / "a.bin", sha256="0" * 64)
+        download(f"{server.address}/a.bin", tmp_path / "a.bin", digest="sha256:" + "0" * 64)
     assert list(tmp_path.iterdir()) == [] or not (tmp_path / "a.bin").exists()
 
 
@@ -185,3 +186,50 @@ def test_the_one_who_waited_fetches_where_the_first_failed(server, tmp_path):
     first.join()
     second.join(60)
     assert second.exitcode == 0 and (tmp_path / "a.bin").read_bytes() == CONTENT and left(tmp_path) == ["a.bin"]
+
+
+@pytest.mark.parametrize(
+    ("headers", "words"),
+    [
+        ({"Content-Encoding": "gzip"}, "sends it as gzip, which was not asked for"),
+        ({"Content-Length": "many"}, "gives the length 'many'"),
+    ],
+    ids=["gzip", "no number"],
+)
+def test_an_answer_that_is_not_the_file_is_none(server, tmp_path, headers, words):
+    server.also, server.length = headers, "none"
+    with pytest.raises(InputError, match=words):
+        download(f"{server.address}/a.bin", tmp_path / "a.bin", wait=0)
+    assert left(tmp_path) == []
+
+
+@pytest.mark.parametrize("length", ["known", "chunked", "none"])
+def test_a_body_that_goes_on_for_ever_is_cut(server, tmp_path, length):
+    server.endless, server.length = 10_000, length
+    with pytest.raises(InputError, match=r"a\.bin: sends more than 5,000,000 bytes"):
+        download(f"{server.address}/a.bin", tmp_path / "a.bin", most=5_000_000)
+    assert left(tmp_path) == []
+
+
+def test_a_file_larger_than_the_disk_is_not_begun(server, tmp_path, monkeypatch):
+    monkeypatch.setattr("diffclip.base.download.ROOM", 1 << 60)
+    with pytest.raises(InputError, match=r"sends more than the disk of .* has room for; make room"):
+        download(f"{server.address}/a.bin", tmp_path / "a.bin")
+
+
+def test_a_range_of_a_file_of_unknown_length_is_not_taken_for_its_end(server, tmp_path):
+    path = interrupted(tmp_path, server, 100_000)
+    server.ranges = "of unknown length"
+    download(f"{server.address}/a.bin", path, wait=0)
+    assert path.read_bytes() == CONTENT and server.sent == [1000, len(CONTENT)]
+
+
+def test_a_validator_that_no_header_can_hold_is_none(server, tmp_path):
+    """As a folded header has it, or a file that something else has written."""
+    server.also, server.most = {"ETag": '"a\r\n b"'}, 70_000
+    with pytest.raises(InputError, match="no progress in 5 tries"):
+        download(f"{server.address}/a.bin", tmp_path / "a.bin", wait=0)
+    server.also, server.most = {}, 0
+    (tmp_path / "a.bin.part.etag").write_bytes(b"a\n\xff")
+    download(f"{server.address}/a.bin", tmp_path / "a.bin", wait=0)
+    assert (tmp_path / "a.bin").read_bytes() == CONTENT

@@ -17,6 +17,7 @@ TOOLS = {  # what diffclip.base does for all: call -> (the one to take instead, 
     "yaml.safe_load": ("files.read_yaml", ()),
     "yaml.load": ("files.read_yaml", ()),
     "os.replace": ("files.write_whole or whole", ("diffclip.scenes.export", "stages.pretraining")),  # whole folders
+    "csv.writer": ("lines.csv_text", ()),
     "tarfile.open": ("diffclip.base.archives", ("diffclip.scenes.parts",)),  # writes one
 }
 
@@ -152,3 +153,15 @@ def test_a_tool_of_the_ground_floor_is_not_written_again(call):
         if isinstance(node, ast.Call) and dotted(node.func) == call
     ]
     assert not raw, f"take {instead}"
+
+
+def test_lines_are_printed_by_the_ground_floor():
+    """`print_line` shows what a stranger's name holds; `print` would have the terminal obey it."""
+    raw = [
+        f"{module}:{node.lineno}"
+        for module in MODULES
+        if module != "diffclip.base.lines"
+        for node in ast.walk(MODULES[module])
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("print", "sys.stdout.write", "sys.stderr.write")
+    ]
+    assert not raw, "take lines.print_line"

@@ -212,21 +212,35 @@ def test_a_run_says_what_it_and_those_before_it_were_trained_on(tmp_path):
     assert "no run.json" in about.trained_on(str(tmp_path))
 
 
-def test_answers_grow_and_questions_that_cannot_be_asked_change_nothing(saved, wanted):
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_answers_grow_and_questions_that_cannot_be_asked_change_nothing(saved, wanted, monkeypatch):
     from mllm import page  # not at the top: gradio takes seconds in each process that collects the tests
 
     vlm = load(saved / "run")
     asked, options = {"text": QUESTIONS[0], "files": [str(saved / "scene.png")]}, {"max_new_tokens": 12}
-    steps = list(page.respond(vlm, options, asked, [], ([], []), True))
-    texts = [messages[-1]["content"] for messages, *_ in steps]
+    steps = list(page.respond(vlm, options, asked, [], True))
+    texts = [page.messages(talk)[-1]["content"] for talk, _ in steps]
     assert len(set(texts)) > 3 and all(after.startswith(before) for before, after in pairwise(texts))
-    _, talk, maps, box = steps[-1]
-    assert talk[0][-1]["value"] == wanted[0][0][0] and maps[0][1] == wanted[0][0][1] and box is None
-    assert all(step[2] is None for step in steps[:-1])
-    for question, words in [({"text": " ", "files": []}, "write a question"), (asked, "shows 1 images, but 2")]:
-        twice = {**question, "files": question["files"] * 2}
+    talk, maps = steps[-1]
+    assert talk[-1].answer == wanted[0][0][0] and maps[0][1] == wanted[0][0][1]
+    assert all(maps is None for _, maps in steps[:-1])
+    assert [list(entry) for entry in page.messages(talk)] == [["role", "content"]] * 3
+
+    def refused(words, text="Is it?", files=(), history=()):
         with pytest.raises(InputError, match=words):
-            list(page.respond(vlm, options, twice, [], ([], []), True))
+            list(page.respond(vlm, options, {"text": text, "files": list(files)}, list(history), True))
+
+    scene = asked["files"]
+    refused("write a question", " ")
+    refused("shows 1 images, but 2", files=scene * 2)
+    refused("20,001 characters; ask one of at most 20,000", "a" * 20_001)
+    refused(r"a prompt has [\d,]+ tokens .* and the language model only", "a b " * 5_000)
+    refused("may show 16 images, not 17", files=scene * 9, history=[page.Turn("a", scene * 8, "b")])
+    refused(r"gone\.png was removed after 60 minutes", history=[page.Turn("a", ["/nowhere/gone.png"], "b")])
+    monkeypatch.setattr(page, "MOST_PIXELS", 40_000)  # scene.png has 60,000
+    refused("have 120,000 pixels; show at most 80,000", files=scene * 2)
+    monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", 40_000)
+    refused("60,000 pixels, which could be a decompression bomb", files=scene)
 
 
 def test_what_is_missing_is_said_in_one_sentence(tmp_path, monkeypatch):
@@ -236,6 +250,9 @@ def test_what_is_missing_is_said_in_one_sentence(tmp_path, monkeypatch):
         ([], "no model that"),
         (["--device=mars"], "device mars"),
         (["--port=0"], "--port.*at least 1"),
+        (["--host=0.0.0.0"], "--host 0.0.0.0 shows the page to all .*give --password WORD, or --open"),
+        (["--host=0.0.0.0", "--open"], "no model that"),
+        (["--host=::", "--password=word"], "no model that"),
     ]:
         with pytest.raises(InputError, match=words):
             app.main([str(tmp_path), *arguments])

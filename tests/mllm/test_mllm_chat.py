@@ -7,6 +7,7 @@ import torch
 from launch import call
 
 from diffclip.base.errors import InputError
+from diffclip.base.lines import printable
 from mllm import chat
 from mllm.answer_file import answer_file
 from mllm.assemble import assemble
@@ -292,12 +293,13 @@ def test_a_conversation_on_the_console(saved, loaded, picture, monkeypatch, caps
         answer = "".join(loaded.stream(turns, [picture(1)], max_new_tokens=5))
         turns.append({"from": "gpt", "value": answer.strip()})
         wanted += answer + "\n"
-    assert prompts == ["> "] * 3 and capsys.readouterr().out == wanted
+    assert prompts == ["> "] * 3 and capsys.readouterr().out == printable(wanted, keep="\n\t")
 
 
 def test_one_question_is_answered_and_ends(saved, loaded, capsys, picture):
     chat.main([str(saved / "run"), f"--image={saved / '1.png'}", "--max-new-tokens=5", QUESTIONS[0]])
-    assert capsys.readouterr().out.strip() == loaded.ask(QUESTIONS[0], [picture(1)], max_new_tokens=5)
+    answer = loaded.ask(QUESTIONS[0], [picture(1)], max_new_tokens=5)
+    assert capsys.readouterr().out.strip() == printable(answer, keep="\n\t")  # a model may write any character
 
 
 def test_what_is_wrong_is_said_in_one_sentence(saved, tmp_path):

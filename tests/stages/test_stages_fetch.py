@@ -247,8 +247,17 @@ def test_a_list_with_dead_links_becomes_shards_of_what_is_left(server, tmp_path,
         (["pairs", "missing.tsv"], r"missing\.tsv: no such file"),
         (["pairs", __file__], "unknown kind of list"),
         (["pope", "--workers", "0"], "--workers"),
+        (["pope", "--output_dir", __file__], "cannot be made .*choose another --output_dir"),
     ],
 )
 def test_bad_input_is_one_sentence(arguments, message):
     with pytest.raises(InputError, match=message):
         fetch.main(arguments)
+
+
+def test_a_file_with_another_digest_than_the_known_one_is_not_kept(pope, tmp_path, monkeypatch):
+    sources = tuple(s._replace(digest="sha256:" + "0" * 64) if isinstance(s, Web) else s for s in SETS["pope"].sources)
+    monkeypatch.setitem(SETS, "pope", SETS["pope"]._replace(sources=sources))
+    with pytest.raises(InputError, match=r"coco_pope_random\.json: arrived with the sha256"):
+        fetch.main(["pope", "--out", str(tmp_path)])
+    assert not list((tmp_path / "pope").glob("*.json*"))

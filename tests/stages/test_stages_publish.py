@@ -7,6 +7,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from diffclip.base.errors import InputError
+from diffclip.base.lines import printable
 from stages import publish
 
 
@@ -38,9 +39,9 @@ def test_card_states_data_recipe_and_scores(finished, tmp_path):
     text = publish.model_card(finished, [tmp_path / "evaluate"], "me/my-model")
     read = ModelCard(text)
     assert read.data.pipeline_tag == "image-text-to-text" and "llava" in read.data.tags
-    for fact in ("llava/rows.json", "abc123", "learning_rate: 2.0e-05", "projector: 56 parameters, learnt", "beef"):
+    for fact in ("rows.json", "abc123", "learning_rate: 2.0e-05", "projector: 56 parameters, learnt", "beef"):
         assert fact in text
-    assert "vision_tower: 1,234 parameters, frozen" in text and "| pope/mean/accuracy | 91.6 |" in text
+    assert r"vision\_tower: 1,234 parameters, frozen" in text and "| pope/mean/accuracy | 91.6 |" in text
     assert "pip install diffclip-stack" in text
     assert "# my-model" in text and 'load("me/my-model")' in text and "/home/secret" not in text
     assert "has not been evaluated" in publish.model_card(finished, [], "me/my-model")
@@ -72,6 +73,72 @@ def test_what_is_sent_leaves_out_checkpoints_and_logs(finished, monkeypatch):
         ignore_patterns=calls[1]["ignore_patterns"],
     )
     assert list(kept) == ["model.safetensors", "README.md", "adapter/a.json"]
+
+
+HOSTILE = "x\x1b[2J`|</td>\n\n<script>alert(1)</script>\n- [a](javascript:b) ```\n---\nlicense: mit"
+
+
+def test_a_card_says_nothing_of_the_machine_and_obeys_no_name(finished, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home/secret"))
+    record = json.loads((finished / "run.json").read_text())
+    inputs = ("/home/secret", "~", "../secret/a.tar", f"/home/secret/{HOSTILE}", "file:///home/secret/b.json", "hf:a/b")
+    record |= {
+        "command": "diffclip instruct --data /home/secret/x",
+        "model": HOSTILE,
+        "inputs": {f"data[{i}] {HOSTILE}": {"path": path, "digest": "d"} for i, path in enumerate(inputs)},
+        "hosts": ["secret-host"],
+    }
+    (finished / "run.json").write_text(json.dumps(record))
+    settings = {"data": ["~/secret/rows.json", "https://me:secret@example.org/a.tar"], "trainer": {"a": "x=/secret/b"}}
+    (finished / "config.yaml").write_text(json.dumps(settings | {"model": "org/name", HOSTILE: HOSTILE}))
+    scores = {f"pope/{HOSTILE}": 1.0, "pope_shuffled/mean/accuracy": 50.0, "pope/mean/accuracy": 91.6}
+    (tmp_path / "evaluate/metrics.json").write_text(json.dumps(scores))
+    text = publish.model_card(finished, [tmp_path / "evaluate"], "", "apache-2.0", HOSTILE)
+    assert "secret" not in text and "diffclip instruct" not in text
+    assert "org/name" in text and "hf:a/b" in text and "https://example.org/a.tar" in text
+    assert ModelCard(text).data.license == "apache-2.0" and printable(text, keep="\n") == text
+    outside = "".join(text.split("```")[::2])
+    assert len(text.split("```")) == 5 and "<script" not in outside and "\n- [a]" not in text
+    assert text.index("Controls of POPE") > text.index("| pope/mean/accuracy | 91.6 |")
+    assert text.index(r"| pope\_shuffled/mean/accuracy | 50.0 |") > text.index("Controls of POPE")
+
+
+def test_what_is_sent_tells_nothing_of_the_machine(finished, monkeypatch):
+    import huggingface_hub
+
+    (finished / "adapter").mkdir()
+    origins = {"text_config": {"_name_or_path": "/home/secret/language", "a": "/ /"}, "b": ["org/name"]}
+    (finished / "config.json").write_text(json.dumps(origins))
+    (finished / "adapter/adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "org/name"}))
+    sent, folders = {}, []
+    monkeypatch.setattr(huggingface_hub, "create_repo", lambda *_, **__: None)
+    monkeypatch.setattr(
+        huggingface_hub,
+        "upload_file",
+        lambda path_or_fileobj, path_in_repo, **_: sent.update({path_in_repo: path_or_fileobj}),
+    )
+    monkeypatch.setattr(huggingface_hub, "upload_folder", lambda **options: folders.append(options))
+    publish.upload(finished, "me/my-model", private=False)
+    assert json.loads(sent.pop("config.json"))["text_config"] == {"_name_or_path": "language", "a": "/ /"} and not sent
+    names = [str(file.relative_to(finished)) for file in finished.rglob("*") if file.is_file()]
+    kept = huggingface_hub.utils.filter_repo_objects(names, ignore_patterns=folders[0]["ignore_patterns"])
+    assert list(kept) == ["adapter/adapter_config.json"]
+
+
+def test_a_dry_run_shows_the_card_and_writes_nothing(finished, capsys):
+    (finished / "model.safetensors").write_text("")
+    publish.main([str(finished), "--repo=me/my-model", "--dry_run", "--data_license=CC BY 4.0"])
+    said = capsys.readouterr().out
+    assert "# my-model" in said and "## Limits" in said and "Licence of the data: CC BY 4.0." in said
+    assert said.endswith("would be sent to me/my-model:\n  README.md\n  model.safetensors\n")
+    assert not (finished / "README.md").exists()
+
+
+def test_an_evaluation_goes_with_the_run_of_its_model(finished):
+    record = json.loads((finished / "run.json").read_text())
+    (finished / "run.json").write_text(json.dumps(record | {"stage": "evaluate"}))
+    with pytest.raises(InputError, match="give its model's run, and it by --evaluate"):
+        publish.model_card(finished, [], "")
 
 
 @pytest.mark.slow

@@ -3,6 +3,8 @@
 import csv
 import io
 import json
+import random
+import re
 
 import numpy as np
 import pytest
@@ -116,3 +118,29 @@ def test_evaluate_keeps_the_relevance_of_the_models_own_crop(tmp_path):
     shown = Image.open(tmp_path / "run" / rows[0]["image"])
     assert shown.width == shown.height >= 200
     assert heat_maps(encoder, [picture], ["a cup"])[0] == rows[1]["heat"]
+
+
+def test_no_text_breaks_out_of_its_cell():
+    """Random names in every place of a table, as CSV, Markdown and LaTeX."""
+    rng = random.Random(0)
+    odd = "\x1b\r\n\t=+-@|`*_[]()<>&$%#{}\\~^\"'\u2028\u202e\ud800é ab1"
+
+    def text() -> str:
+        return "".join(rng.choice(odd) for _ in range(rng.randrange(1, 9)))
+
+    for _ in range(300):
+        made = Table([text() for _ in range(3)], [[text() for _ in range(3)], [text()], [text() for _ in range(3)]])
+        made.title, made.caption, made.name, made.notes = text(), text(), "t", [text()]
+        cells = [cell for row in csv.reader(io.StringIO(as_csv(made))) for cell in row]
+        assert len(cells) == 13 and not any(re.match(r"\s*[=@]|\s*[+-](?![\d.,]+$)", cell) for cell in cells)
+        lines = as_markdown(made).splitlines()
+        rows = [line for line in lines if line.startswith("| ")]
+        assert len(rows) == 5 and all(len(re.findall(r"(?<!\\)(?:\\\\)*\|", row)) == 4 for row in rows)
+        assert not any(re.search(r"[<>\x1b\u202e]", line) for line in lines)
+        tex = as_latex(made)
+        body = re.search(r"\\toprule\n(.*)\n\\bottomrule", tex, re.DOTALL)[1].splitlines()
+        assert len(body) == 5 and not re.search(r"[\x00-\x09\x0b-\x1f\u202e]", tex)
+        for line in (body[0], body[2], body[4]):
+            assert len(re.findall(r"(?<!\\)&", line)) == 2 and not re.search(r"(?<!\\)[%#]", line)
+        bare = re.sub(r"\\\\|\\[{}]", "", tex)
+        assert bare.count("{") == bare.count("}")

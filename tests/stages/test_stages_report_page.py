@@ -295,6 +295,8 @@ def test_hostile_text_stays_text_in_the_browser(tmp_path, browser_page):
     assert len(re.findall(r"(?<!\\)\|", seeds[0])) == 3, "a name broke the table"
     for path in (tmp_path / "report" / "tables").glob("*.tex"):
         assert not re.search(r"(?<!\\)[$&#_%]x?\$_|<script", path.read_text(encoding="utf-8")), path.name
+    figures = [ElementTree.parse(path) for path in (tmp_path / "report" / "figures").glob("*.svg")]
+    assert figures and not [e for figure in figures for e in figure.iter() if e.tag.endswith("script")]
     opened, complaints = new_page(browser_page, index)
     shown = opened.inner_text("#panel")
     assert "<script>alert(1)</script>" in shown and "image missing" in shown
