@@ -5,6 +5,7 @@ diffclip verify runs/diffclip runs/instruct
 diffclip verify runs/instruct --accept     # takes the files as they are from now on
 """
 
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -70,8 +71,6 @@ def faults(run: Path, record: dict) -> Iterator[str]:
 def show(found: dict[str, dict], as_json: bool) -> None:
     """A line for each run and each fault, or all of it as JSON."""
     if as_json:
-        import json
-
         print_line(json.dumps(found, indent=1), keep="\n")
         return
     rows = [
