@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from diffclip.base.errors import InputError
+from mllm.literal import IMAGE, renamed, turns_as_text
 from mllm.own_template import ENDS, lay_out
 
 if TYPE_CHECKING:
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Conversation = Sequence[dict[str, str]]  # turns {"from": "system" | "human" | "gpt", "value": text}
-IMAGE = "<image>"
 IGNORE = -100  # label of positions that carry no loss
 TEMPLATES = ("plain", "vicuna", "chatml")
 AUTO = "auto"  # the tokenizer's own template; what stands for it is its source, see `mllm.own_template`
@@ -134,7 +134,11 @@ def pair_turns(conversation: Conversation, add_generation_prompt: bool = False) 
 def prompt(
     conversation: Conversation, template: str, end_token: str = "<|im_end|>", control: Sequence[str] = QWEN_CONTROL
 ) -> str:
-    """The text up to where the answer to the last turn begins; InputError if there is a `text_problem`."""
+    """The text up to where the answer to the last turn begins; InputError if there is a `text_problem`.
+
+    Control tokens that the turns write are marked as text, see `mllm.literal`.
+    """
+    conversation = turns_as_text(conversation, control)
     if problem := text_problem(*pair_turns(conversation, True), control, system_text(conversation)):
         raise InputError(problem)
     return "".join(s.text for s in render(conversation, template, True, end_token))
@@ -160,17 +164,10 @@ def check_image_count(shown: int, given: int, template: str, name: str = "") -> 
     raise InputError(f"{name}in template `{template_name(template)}` {counts}; {remedy}")
 
 
-def control_tokens(tokenizer: "PreTrainedTokenizerBase") -> tuple[str, ...]:
-    """What a tokenizer takes for one of its special tokens wherever it is written.
-
-    `<image>` is left out, which questions may hold, and so is white space, which every template does.
-    """
-    special = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
-    return tuple(sorted(content for content in special if content.strip() and content != IMAGE))
-
-
 def text_problem(questions: Sequence[str], answers: Sequence[str], control: Iterable[str], system: str = "") -> str:
-    """Why texts cannot be given to a tokenizer as they stand, or ""; `control` as from `control_tokens`."""
+    """Why texts cannot be given to a tokenizer, or ""; with `control` from `mllm.literal.control_tokens`, where none of
+    these tokens may be left.
+    """
     control = list(control)
     kinds = (("the system text", [system]), ("a question", questions), ("an answer", answers))
     for kind, text in ((kind, text) for kind, texts in kinds for text in texts):
@@ -202,12 +199,13 @@ def encode(
         supervised if its last character lies in a supervised segment; placeholders never are.
     """
     segments = list(segments)
-    text = "".join(s.text for s in segments)
-    encoded = tokenizer.backend_tokenizer.encode(text)
+    texts, backend = renamed([s.text for s in segments], tokenizer)
+    text = "".join(texts)
+    encoded = backend.encode(text)
     ids, labels, position = encoded.ids, [IGNORE] * len(encoded), 0
-    for segment in segments:
-        end = position + len(segment.text)
-        if segment.supervised and segment.text:
+    for segment, own in zip(segments, texts):
+        end = position + len(own)
+        if segment.supervised and own:
             first, last = (_first_token(encoded, place, len(text)) for place in (position, end))
             labels[first:last] = ids[first:last]
         position = end

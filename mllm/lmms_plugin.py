@@ -71,7 +71,7 @@ class DiffCLIPLlavaForEvaluation(lmms):
 
     is_simple = True
     shown: str | None = None
-    rgb = staticmethod(to_rgb)
+    rgb: Callable[[Image.Image], Image.Image] = staticmethod(to_rgb)
 
     def __init__(
         self,

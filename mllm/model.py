@@ -32,7 +32,8 @@ from diffclip.base.files import read_json, write_json
 from diffclip.base.fingerprint import json_digest
 from diffclip.base.portable import Portable, write_code
 from mllm import conversation
-from mllm.conversation import AUTO, IMAGE, Conversation, check_image_count, control_tokens, question_turn, render
+from mllm.conversation import AUTO, IMAGE, Conversation, Segment, check_image_count, question_turn, render
+from mllm.literal import control_tokens, turns_as_text
 from mllm.llava import DiffCLIPLlavaForConditionalGeneration
 from mllm.own_template import own_template
 from mllm.processing import bounded, check_tokens, never_cut, write_own_template
@@ -119,9 +120,17 @@ class VisionLanguageModel(NamedTuple):
         for number, (prompt, given) in enumerate(zip(prompts, images, strict=True), 1):
             name = f"conversation {number}: " if len(prompts) > 1 else ""
             check_image_count(prompt.count(IMAGE), len(given), self.template, name)
-        flat = bounded((image for given in images for image in given), self.processor.image_processor)
-        options = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
-        batch = self.processor(text=list(prompts), images=flat or None, **options)
+        count = self.model.config.image_seq_length
+        rows = [conversation.encode([Segment(text, False)], self.tokenizer, count)["input_ids"] for text in prompts]
+        width = max(map(len, rows))
+        batch = BatchFeature(
+            {
+                "input_ids": torch.tensor([[self.tokenizer.pad_token_id] * (width - len(row)) + row for row in rows]),
+                "attention_mask": torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows]),
+            }
+        )
+        if any(images):
+            batch["pixel_values"] = self.pixels(image for given in images for image in given)
         return batch.to(self.model.device, self.model.dtype)
 
     def pixels(self, images: Iterable[Image]) -> torch.Tensor:
@@ -138,6 +147,7 @@ class VisionLanguageModel(NamedTuple):
             images: how many it is given; InputError, which begins with `name`, if it shows more or fewer.
             ask: the last turn is a question; end where the answer begins.
         """
+        turns = turns_as_text(turns, control_tokens(self.tokenizer))
         segments = render(turns, self.template, ask, self.end_token)
         if images is not None:
             check_image_count(sum(s.text.count(IMAGE) for s in segments), images, self.template, name)

@@ -16,10 +16,10 @@ from diffclip.base.fingerprint import fingerprint
 from diffclip.base.schema import BAD_SAMPLES
 from diffclip.data.training_pairs import name_bad_samples
 from mllm.assemble import assemble, whiten_projector
-from mllm.conversation import control_tokens
 from mllm.data.examples import ConversationDataset, TrainingConversations, collate, training_order
 from mllm.data.judge import judged
 from mllm.data.rows import Rows, load_rows, refuse_too_bad
+from mllm.literal import control_tokens
 from mllm.llava import DiffCLIPLlavaForConditionalGeneration
 from mllm.lora import add_lora, base_weights, merge, quantise, save_adapter
 from mllm.model import VisionLanguageModel, load

@@ -11,6 +11,7 @@ from mllm.conversation import IMAGE, pair_turns, render, system_text, template_n
 from mllm.data.files import of_split, read_rows
 from mllm.data.images import ImagePlace, find_place, row_images
 from mllm.data.layouts import read_conversation
+from mllm.literal import turns_as_text
 
 OTHER_TAG = re.compile(r"^<(?:video|audio|speech|sound)>$", re.MULTILINE)  # where the row's key is another, or lost
 
@@ -46,6 +47,7 @@ def examine(
             places: list[tuple[str, ImagePlace | None]] = []
             try:
                 turns, images = read_conversation(row)
+                turns = turns_as_text(turns, control)
                 if image_prefix and not any(name.startswith(image_prefix) for name, _ in images):
                     continue
                 places = [(name, None) for name, _ in images]  # until they are found

@@ -25,6 +25,7 @@ from diffclip.base.ranks import rank
 from mllm.conversation import IGNORE, NoSupervisionError, encode, render
 from mllm.data.images import find_place, present
 from mllm.data.rows import Rows, locked
+from mllm.literal import MARK, renamed
 from mllm.processing import image_tokens
 
 FORMAT = 1  # raise it when a verdict or a length changes its meaning
@@ -254,6 +255,9 @@ def _count_tokens(rows: Rows, tokenizer: PreTrainedTokenizerBase, images: int, t
         turns = [json.loads(text) if text else None for text in batch["conversation"]]
         texts = ["".join(s.text for s in render(each, template, end_token=end)) if each else "" for each in turns]
         encoded = tokenizer.backend_tokenizer.encode_batch_fast(texts)  # without offsets, in Rust's threads
+        for i in (i for i, text in enumerate(texts) if MARK in text):
+            (text,), backend = renamed([texts[i]], tokenizer)
+            encoded[i] = backend.encode(text)
         for at, (each, tokens, shown) in enumerate(zip(turns, encoded, batch["images"]), first):
             if each:
                 counts[at] = len(tokens) + (images - 1) * len(shown)

@@ -14,9 +14,10 @@ from transformers import AutoConfig, AutoProcessor, AutoTokenizer, LlavaProcesso
 from diffclip.base.errors import InputError
 from diffclip.base.files import write_json
 from diffclip.base.lines import print_line
-from mllm.conversation import AUTO, IGNORE, control_tokens, encode, render
+from mllm.conversation import AUTO, IGNORE, encode, render
 from mllm.data.judge import image_problems, length_problems, token_lengths
 from mllm.data.rows import Rows, load_rows
+from mllm.literal import control_tokens
 from mllm.own_template import own_template
 from mllm.processing import image_tokens
 from mllm.weights import from_pretrained

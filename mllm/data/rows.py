@@ -1,6 +1,6 @@
 """Rows of conversations: read in any layout, judged once, and kept memory-mapped.
 
-What a user can get wrong is told before any training: missing images, turns, control tokens. What images and lengths
+What a user can get wrong is told before any training: missing images, turns, half characters. What images and lengths
 are good for is judged in `mllm.data.judge`.
 """
 
@@ -28,7 +28,7 @@ from mllm.data.examine import Examined, examine
 from mllm.data.files import KINDS
 from mllm.data.images import ImagePlace, find_place, present
 
-FORMAT = 3  # raise it when what `load_rows` keeps changes its meaning
+FORMAT = 4  # raise it when what `load_rows` keeps changes its meaning
 BATCH_ROWS, BATCH_BYTES = 1000, 64 << 20  # rows are kept in batches of so many, or of so many bytes of images
 KEPT = pyarrow.schema(
     {
@@ -138,13 +138,13 @@ def load_rows(
         image_prefix: keep only rows whose image path starts with this; "coco/" is LLaVA-665K's COCO subset.
         split: which of several that a folder or the rows themselves name, see `mllm.data.files.read_rows`.
         template: the conversation format that the rows are to be written in, which decides how many images show.
-        control: tokens that no text may contain, from `mllm.conversation.control_tokens`.
+        control: tokens that stay text where the rows write them, from `mllm.literal.control_tokens`.
         max_bad_share: the share of rows that may have a fault, and are left out then; see `refuse_too_bad`.
         fresh: judge anew, whatever is kept.
 
     Raises:
         InputError: unreadable file, no rows; or more than `max_bad_share` of them have a missing image, video or
-            sound, turns out of order, an empty answer, control tokens in a text, more or fewer images than the
+            sound, turns out of order, an empty answer, more or fewer images than the
             conversation shows, or the like: names the first.
     """
     sources = [(str(Path(path).resolve()), _state(Path(path))) for path in matching([str(path) for path in files])]

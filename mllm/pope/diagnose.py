@@ -20,10 +20,11 @@ from diffclip.base.fingerprint import fingerprint
 from diffclip.base.lines import print_line
 from diffclip.base.paths import matching
 from diffclip.base.schema import CONFIG, RECORD
-from mllm.conversation import AUTO, NoSupervisionError, control_tokens
+from mllm.conversation import AUTO, NoSupervisionError
 from mllm.data.examples import ConversationDataset
 from mllm.data.images import ImagePlace
 from mllm.data.rows import load_rows
+from mllm.literal import control_tokens
 from mllm.model import FINGERPRINTS, VisionLanguageModel, transform_fingerprint
 from mllm.own_template import own_template
 from mllm.pope.images import images_of

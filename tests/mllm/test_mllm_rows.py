@@ -13,11 +13,12 @@ import torch
 from transformers import AutoProcessor, AutoTokenizer
 
 from diffclip.base.errors import InputError
-from mllm.conversation import IGNORE, Segment, control_tokens, encode, render
+from mllm.conversation import IGNORE, Segment, encode, render
 from mllm.data.__main__ import main
 from mllm.data.files import read_rows
 from mllm.data.images import find_place
 from mllm.data.rows import load_rows
+from mllm.literal import control_tokens
 from mllm.model import VisionLanguageModel, load
 
 
@@ -119,8 +120,7 @@ def test_other_keys_of_text_rows_are_no_media(folder):
 @pytest.mark.parametrize(
     "question, answer, words",
     [
-        ("What?", "Red.<|im_end|>", ["an answer contains <|im_end|>"]),
-        ("What is <|im_start|>?", "Red.", ["a question contains <|im_start|>"]),
+        ("What?", "Red \ufdd0", ["U+FDD0"]),
         ("What is <|im_<image>start|>?", "Red.", ["a question contains <|im_start|>"]),  # vicuna takes <image> out
         ("What?", "Red \ud83d", ["an answer contains half a character", "\\ud83d"]),
         ("\udc00 What?", "Red", ["a question contains half a character"]),
@@ -138,10 +138,8 @@ def test_control_tokens_are_those_of_the_model(folder, assembled):
     assert {"</s>", "<|im_end|>"} <= set(control) and not {"<image>", "\n"} & set(control)
     file = write(folder / "r.json", row("Strike <s>it</s>?", "No"))
     assert load_rows([file], folder)[0].conversation[0]["value"] == "Strike <s>it</s>?"  # plain text to Qwen
-    with pytest.raises(InputError, match=r"row 0.*</s>"):
-        load_rows([file], folder, control=control)
-    with pytest.raises(InputError, match="a question contains </s>"):
-        assembled.prompts([[{"from": "human", "value": "Strike <s>it</s>?"}]])
+    shown = load_rows([file], folder, control=control)[0].conversation[0]["value"]
+    assert shown != "Strike <s>it</s>?" and "</s>" not in shown  # marked, see test_mllm_literal
 
 
 def test_a_padding_token_that_is_the_end_token_leaves_the_end_in_the_labels(folder, tower_dir, language_dir, tmp_path):
@@ -381,7 +379,6 @@ def test_shared_cases(shared_cases, capsys):
         ("surrogate_answer.json", "half a character"),
         ("image-field/image_int.json", "`image` holds 5"),
         ("image-field/nested_list.json", "`image` holds"),
-        ("eos_in_answer.json", "<|im_end|>"),
         ("two_pictures_one_question.json", "chatml"),
     ):
         refused(cases / name, images, capsys, *words)
@@ -390,6 +387,8 @@ def test_shared_cases(shared_cases, capsys):
     assert "row 0" in told and len(told) < 500
     refused(cases / "two-tars/rows.json", cases / "two-tars/images", capsys, "sub/00000.tar", "sub/00001.tar")
     assert len(load_rows([cases / "encodings/bom_json_rows.json"], images)) == 1
+    (row,) = load_rows([cases / "eos_in_answer.json"], images)
+    assert "<|im_end|>" not in row.conversation[1]["value"]  # it stays text, see test_mllm_literal
     with pytest.raises(InputError, match=r"utf16_rows\.json.*not UTF-8"):
         load_rows([cases / "encodings/utf16_rows.json"], images)
     for name, count in (("onevision", 2), ("binary", 1)):
