@@ -102,7 +102,7 @@ def test_directories_of_transformers_bring_no_code(tmp_path):
     with pytest.raises(InputError, match=r"model\.safetensors"):
         diffclip.load(clip)
     from diffclip import hf_inputs
-    from mllm.weights import from_pretrained
+    from diffclip.weights import from_pretrained
 
     with pytest.raises(InputError, match="custom code"):
         hf_inputs.image_transform(clip, 16)
