@@ -37,8 +37,9 @@ from diffclip.base.backbones import (
 from diffclip.base.errors import InputError, in_one_line
 from diffclip.base.files import read_settings, whole, write_whole
 from diffclip.base.images import tell_decoding
-from diffclip.base.ranges import check_numbers, check_size
+from diffclip.base.ranges import check_size
 from diffclip.base.schema import RECORD
+from diffclip.model_config import check_config
 from diffclip.models import DualEncoder
 from diffclip.official import from_official, official_config, read_official, to_official
 from diffclip.sources import CONFIG, OFFICIAL, WEIGHTS
@@ -165,7 +166,7 @@ def _read_config(directory: Path) -> dict[str, Any]:
     config = read_settings(directory / CONFIG)
     if not isinstance(config, dict):
         raise InputError(f"{directory / CONFIG}: not a model's config, but a {type(config).__name__}")
-    check_numbers(config, str(directory / CONFIG))
+    check_config(config, str(directory / CONFIG))
     return config
 
 

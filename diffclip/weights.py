@@ -4,6 +4,7 @@ Code that somebody put beside a model's weights is never run either: where a dir
 """
 
 import argparse
+import math
 import pickle
 import re
 import zipfile
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from transformers import MODEL_MAPPING, AutoConfig, AutoImageProcessor, AutoProcessor
 from transformers.utils import cached_file
 
+from diffclip.attention import Differential
 from diffclip.base.errors import InputError, in_one_line
 from diffclip.base.files import read_settings, whole
 from diffclip.base.loaded import check_directory, check_header, check_processor, check_values
@@ -32,8 +34,14 @@ def load_strictly(model: nn.Module, state: dict[str, Tensor], source: str) -> No
     both = [name for name in sorted(own.keys() & shapes.keys()) if shapes[name] != own[name]]
     if problems := problems + [f"{name} is {shapes[name]} but must be {own[name]}" for name in both]:
         raise InputError(f"{source}: does not fit the model, nothing was loaded: {'; '.join(problems)}")
+    floats = {name: tensor.is_floating_point() for name, tensor in model.state_dict().items()}
+    if others := [name for name, tensor in state.items() if tensor.is_floating_point() != floats[name]]:
+        raise InputError(f"{source}: numbers of another kind stand in {', '.join(others[:5])}: nothing was loaded")
     check_values(state, source)
     model.load_state_dict(state)
+    for name, module in model.named_modules():
+        if isinstance(module, Differential) and not math.isfinite(value := module.mean_lambda()):
+            raise InputError(f"{source}: {name} has a lambda of {value}; bring the file again from its source")
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:

@@ -80,11 +80,14 @@ def read_text(path: str | Path, most: int = MOST_TEXT) -> str:
     InputError if it cannot be read, is not UTF-8, or has more than `most` bytes when it is unpacked.
     """
     with opened(path) as f:
-        content = f.read(most + 1)
-        if len(content) > most:
+        pieces, size = list[bytes](), 0
+        while size <= most and (piece := f.read(PIECE)):  # f.read(most) would take all of that memory at once
+            pieces.append(piece)
+            size += len(piece)
+        if size > most:
             raise InputError(f"{path}: has more than {most:,} bytes, too many for what it should be; write it again")
         try:
-            return content.decode("utf-8-sig")
+            return b"".join(pieces).decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise InputError(f"{path}: not UTF-8 (byte {error.start}); {utf8_remedy(path)}") from None
 
@@ -179,7 +182,7 @@ def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
-PIECE = 1 << 20  # characters of an array that are read at a time
+PIECE = 1 << 20  # bytes of a file, or characters of an array, that are read at a time
 SPACE = re.compile(r"[ \t\r\n]*")
 
 

@@ -18,7 +18,7 @@ from diffclip.base.ranges import check_numbers, check_size
 LARGEST = 1e9
 LARGEST_SCALE = 80.0  # of logit_scale, whose exponential is what counts
 NAMED = 5
-LONGEST_HEADER = 10 << 20  # bytes; a thousand tensors take a hundredth of it, and safetensors itself would take 100 MB
+LONGEST_HEADER = 3 << 20  # bytes; a thousand tensors take 130,000, and safetensors itself would take 100 MB
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
 SETTINGS = (  # what transformers reads whole as JSON, whatever its size
     *("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -105,14 +105,15 @@ class Whole:
         if path is not None and os.path.isdir(path):
             check_directory(Path(path))
         whole: Any = super()
+        kwargs = {"ignore_mismatched_sizes": True, **kwargs}  # they are told below, with their names
         model, info = whole.from_pretrained(path, *args, output_loading_info=True, **kwargs)
-        missing = sorted(str(key) for key in info["missing_keys"] if not str(key).startswith(cls.new_parts or "\0"))
-        if missing and not output_loading_info:
-            more = f" and {len(missing) - NAMED} more" if len(missing) > NAMED else ""
-            raise InputError(
-                f"{weights_name(path)}: lacks weights of the model: {', '.join(missing[:NAMED])}{more}; bring the file "
-                "again from its source"
-            )
+        for what, keys in (("lacks weights of the model", "missing_keys"), ("has other shapes in", "mismatched_keys")):
+            found = (key if isinstance(key, str) else key[0] for key in info[keys])
+            faults = sorted(key for key in found if not key.startswith(cls.new_parts or "\0"))
+            if faults and not output_loading_info:
+                more = f" and {len(faults) - NAMED} more" if len(faults) > NAMED else ""
+                names = f"{', '.join(faults[:NAMED])}{more}"
+                raise InputError(f"{weights_name(path)}: {what}: {names}; bring the file again from its source")
         check_values(model.state_dict(), weights_name(path))
         return (model, info) if output_loading_info else model
 

@@ -8,8 +8,7 @@ from typing import Any
 from diffclip.base.errors import InputError
 
 DEEPEST = 20  # levels of a configuration; the largest of transformers' have five
-MOST_PARAMETERS = 2e12  # that a configuration may describe where no weights say less
-LEAST_BYTES = 0.2  # per parameter, in the tightest of quantised files
+MOST_BYTES = 1e12  # of weights that a configuration may describe, where no file says less
 
 # key, wherever it stands -> least and most; whole numbers where both are written so. A list is one of each layer or
 # side, and None stands for what a library takes by itself. Some way above the largest models that there are.
@@ -40,7 +39,7 @@ RANGES: dict[str, tuple[float, float]] = {
 SIZES = re.compile(r"(?:.*\.)?(?:crop_size|size)(?:\.\w+|\[\d+\])?")  # of an image, however it is written
 WIDTHS = ("hidden_size", "width", "n_embd", "d_model")
 DEPTHS = ("num_hidden_layers", "layers", "n_layer", "n_layers", "num_layers")
-POSITIONS = ("context_length",)  # of open_clip's; a table always
+ROWS = ("vocab_size", "context_length")  # of tables; the second is open_clip's, and always one
 FACTORED = ("embedding_size", "num_hidden_groups")  # of models whose layers share weights, as ALBERT's do
 REMEDY = "mend it, or take the file from its source again"
 
@@ -59,30 +58,39 @@ def check_numbers(config: Any, name: str) -> None:
         if not number or not least <= value <= most or (whole and value != int(value)):
             kind = "a whole number" if whole else "a number"
             raise InputError(f"{name}: {place} is {_short(value)}, and must be {kind} from {least} to {most}: {REMEDY}")
-    if (count := least_parameters(config)) > MOST_PARAMETERS:
-        raise InputError(f"{name}: describes a model of more than {count:.0e} parameters: {REMEDY}")
+    if (size := least_bytes(config)) > MOST_BYTES:
+        raise InputError(f"{name}: describes a model of more than {size:.0e} bytes: {REMEDY}")
 
 
 def check_size(config: Any, name: str, size: int) -> None:
     """InputError if a configuration describes a model far larger than its files of weights, which have `size` bytes."""
-    if (count := least_parameters(config)) * LEAST_BYTES > size:
+    if (least := least_bytes(config)) > size:
         raise InputError(
-            f"{name}: describes a model of more than {count:,} parameters, but the weights have {size:,} bytes: one of "
-            "both is of another model; take both from their source again"
+            f"{name}: describes a model of more than {least:,} bytes, but the weights have {size:,}: one of both is of "
+            "another model; take both from their source again"
         )
 
 
-def least_parameters(config: Any) -> int:
-    """A number of parameters that a model of this configuration has at least: far fewer than it really has."""
-    total = 0
+def least_bytes(config: Any) -> int:
+    """Bytes that the weights of this configuration have at least: fewer than they really have.
+
+    Of open_clip's towers at least queries, keys, values, outputs and embeddings in 16 bits; of transformers', which
+    may share, leave out and quantise, a fifth of a byte for the square of the width.
+    """
+    total = 0.0
     for part in _parts(config):
         width, depth = (next((part[key] for key in keys if key in part), 0) for keys in (WIDTHS, DEPTHS))
         depth = sum(d for d in depth if isinstance(d, int)) if isinstance(depth, list) else depth
         if any(key in part for key in FACTORED) or not isinstance(width, int) or not isinstance(depth, int):
             continue
-        rows = [part.get(key) for key in ("vocab_size", *POSITIONS)]
-        total += depth * width**2 + sum(count for count in rows if isinstance(count, int)) * width
-    return total
+        rows = sum(count for key in ROWS if isinstance(count := part.get(key), int))
+        own = ("layers" in part and "width" in part) or str(part.get("model_type")).startswith("diffclip_")
+        if own:
+            side, patch = part.get("image_size"), part.get("patch_size")
+            rows += (side // patch) ** 2 if isinstance(side, int) and isinstance(patch, int) and patch else 0
+            rows += positions if isinstance(positions := part.get("max_position_embeddings"), int) else 0
+        total += depth * width**2 * (8 if own else 0.2) + rows * width * (2 if own else 0.2)
+    return int(total)
 
 
 def _values(value: Any, name: str, place: str = "", key: str = "", depth: int = 0) -> Iterator[tuple[str, str, Any]]:
