@@ -177,8 +177,9 @@ def test_gzip_is_read_as_what_it_holds(tmp_path):
         files.read_text(tmp_path / "a")
 
 
-def squeezed(path, content, times):
+def squeezed(path, start, content, times):
     with gzip.open(path, "wb", 1) as file:
+        file.write(start)
         for _ in range(times):
             file.write(content)
     return path
@@ -187,8 +188,8 @@ def squeezed(path, content, times):
 def test_what_unpacks_to_more_than_memory_is_refused_in_little_of_it(tmp_path, monkeypatch):
     for name in ("MOST_ROW", "MOST_SETTINGS", "MOST_YAML"):
         monkeypatch.setattr(files, name, 2 << 20)
-    bomb = squeezed(tmp_path / "bomb.json", b" " * (1 << 20), 40)
-    text = squeezed(tmp_path / "text.json", b'["' + b"a" * (1 << 20), 40)
+    bomb = squeezed(tmp_path / "bomb.json", b"", b" " * (1 << 20), 40)
+    text = squeezed(tmp_path / "text.json", b'["', b"a" * (1 << 20), 40)
     readers = {
         "too many for what it should be": lambda: files.read_text(bomb, 2 << 20),
         "too many for what": lambda: files.read_settings(bomb),
@@ -200,20 +201,16 @@ def test_what_unpacks_to_more_than_memory_is_refused_in_little_of_it(tmp_path, m
         tracemalloc.start()
         with pytest.raises(InputError, match=message):
             read()
-        assert tracemalloc.get_traced_memory()[1] < 12 << 20, message
+        assert tracemalloc.get_traced_memory()[1] < 24 << 20, message
         tracemalloc.stop()
 
 
 def test_what_is_nested_deeper_than_copies_of_it_can_be_is_refused(tmp_path):
     for text in ("[" * 101 + "]" * 101, '{"a":' * 101 + "1" + "}" * 101):
-        for read in (
-            files.read_json,
-            lambda path: list(files.read_jsonl(path)),
-            lambda path: list(files.read_array(path)),
-        ):
+        for read in (files.read_json, files.read_jsonl, files.read_array):
             (tmp_path / "x.json").write_text(f"[{text}]")
             with pytest.raises(InputError, match=r"x\.json.*nested too deep"):
-                read(tmp_path / "x.json")
+                list(read(tmp_path / "x.json"))
     (tmp_path / "x.json").write_text("[" * 100 + "]" * 100 + "\n")
     assert files.read_json(tmp_path / "x.json") is not None
     (tmp_path / "x.json").write_text(json.dumps([[[1]]] * 200))  # many, but none deep
@@ -224,6 +221,6 @@ def test_references_of_yaml_do_not_make_billions():
     lines = ["a: &a [x, x, x, x, x, x, x, x, x]"]
     lines += [f"{each}: &{each} [{', '.join([f'*{before}'] * 9)}]" for before, each in zip("abcdefgh", "bcdefghi")]
     for text in ("\n".join(lines), "&a [*a]", "&a {b: *a}"):
-        with pytest.raises(InputError, match="x.yaml: nested too deep"):
+        with pytest.raises(InputError, match=r"x\.yaml: nested too deep"):
             files.parse_yaml(text, "x.yaml")
     assert files.parse_yaml("a: &a [1]\nb: *a", "x.yaml") == {"a": [1], "b": [1]}
