@@ -35,8 +35,10 @@ from diffclip.base.backbones import (
     set_model_preprocess_cfg,
 )
 from diffclip.base.errors import InputError, in_one_line
-from diffclip.base.files import read_json, whole, write_whole
+from diffclip.base.files import read_settings, whole, write_whole
+from diffclip.base.ranges import check_size
 from diffclip.base.schema import RECORD
+from diffclip.model_config import check_config
 from diffclip.models import DualEncoder
 from diffclip.official import from_official, official_config, read_official, to_official
 from diffclip.sources import CONFIG, OFFICIAL, WEIGHTS
@@ -118,6 +120,7 @@ def load(
     if path.is_file():
         state, args = read_official(path)
         config = official_config(state, lambda_init, schedule_base, heads, args)
+        check_size(config, str(path), path.stat().st_size)
         model = models.build(config)
         load_strictly(model, from_official(state), str(path))
         model.model_config = config
@@ -126,8 +129,10 @@ def load(
     if "diffclip" not in config:
         return _load_open_clip(config, find_checkpoint(path), str(path), path)
     refuse_foreign_code(config.get("model_cfg"), str(path / CONFIG))
+    state = read_safetensors(path / WEIGHTS)
+    check_size(config, str(path / CONFIG), (path / WEIGHTS).stat().st_size)
     model = models.build(config)
-    load_strictly(model, read_safetensors(path / WEIGHTS), str(path / WEIGHTS))
+    load_strictly(model, state, str(path / WEIGHTS))
     model.model_config = current(config)
     if (path / RECORD).is_file():  # trained here, not converted: runs made before there were other rules name none
         model.model_config["diffclip"].setdefault("decoding", 1)
@@ -157,9 +162,10 @@ def _read_config(directory: Path) -> dict[str, Any]:
     if not (directory / CONFIG).is_file():
         reason = sources.directory_resembles(directory)
         raise InputError(f"{directory}: no {CONFIG}, so this is not a finished dual encoder{reason}")
-    config = read_json(directory / CONFIG)
+    config = read_settings(directory / CONFIG)
     if not isinstance(config, dict):
         raise InputError(f"{directory / CONFIG}: not a model's config, but a {type(config).__name__}")
+    check_config(config, str(directory / CONFIG))
     return config
 
 
@@ -169,6 +175,7 @@ def _load_open_clip(
     """A model of open_clip's, from the config of an architecture or directory and its file of weights."""
     if weights is None:
         raise InputError(f"{source}: has a config but no weights; {WEIGHTS} is missing")
+    check_size(config, source, Path(weights).stat().st_size)
     model = _build_open_clip(config.get("model_cfg"), config.get("preprocess_cfg") or {}, source)
     try:
         if Path(weights).suffix in (".npz", ".npy"):  # big_vision's own

@@ -10,7 +10,9 @@ from transformers import CLIPConfig, SiglipConfig
 
 from diffclip import models
 from diffclip.base.errors import InputError, in_one_line
-from diffclip.base.files import read_json
+from diffclip.base.files import read_settings
+from diffclip.base.loaded import weights_name
+from diffclip.base.ranges import check_size
 from diffclip.models import DualEncoder
 from diffclip.weights import load_strictly, read_pickle, read_safetensors, tensors
 
@@ -92,8 +94,10 @@ def load_model(directory: Path, config: dict[str, Any]) -> DualEncoder:
         ours |= siglip_parts(model_cfg, vision, text)
     else:
         clip_parts(model_cfg, vision, text, theirs.projection_dim)
+    state = read_weights(directory)
+    check_size(model_cfg, str(directory / "config.json"), sum(tensor.nbytes for tensor in state.values()))
     model = models.build({"model_cfg": model_cfg, "preprocess_cfg": {}, "diffclip": ours})
-    load_strictly(model, (rename_siglip if siglip else rename)(read_weights(directory)), str(directory))
+    load_strictly(model, (rename_siglip if siglip else rename)(state), weights_name(directory))
     return model
 
 
@@ -183,7 +187,7 @@ def of_layer(name: str, state: dict[str, Tensor], tower: str, timm: bool) -> dic
 def read_weights(directory: Path) -> dict[str, Tensor]:
     """Read model.safetensors, the files that model.safetensors.index.json lists, or pytorch_model.bin."""
     if (index := directory / "model.safetensors.index.json").is_file():
-        listed = read_json(index)
+        listed = read_settings(index)
         names = set(listed["weight_map"].values()) if isinstance(listed, dict) and "weight_map" in listed else set()
         if not names or any(Path(str(name)).name != name for name in names):
             raise InputError(f"{index}: lists no weight files of its own directory under weight_map")

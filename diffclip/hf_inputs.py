@@ -16,7 +16,7 @@ from diffclip.base.backbones import open_clip
 from diffclip.base.errors import InputError, in_one_line
 from diffclip.base.images import DECODING, cut_strip, rgb_by
 from diffclip.preprocessing import TOKENIZER_FILES
-from diffclip.weights import refuse_auto_map
+from diffclip.weights import from_pretrained, refuse_auto_map
 
 
 def inputs(directory: Path, model_config: dict[str, Any]) -> tuple["ImageTransform", Callable, list[Any]]:
@@ -80,7 +80,7 @@ def image_transform(directory: Path, side: int) -> ImageTransform:
         refuse_auto_map(directory / name, "AutoFeatureExtractor")
     try:
         if names:
-            processor = AutoImageProcessor.from_pretrained(directory, backend="pil", trust_remote_code=False)
+            processor = _image_processor(directory)
         else:
             processor = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
             warnings.warn(f"{directory}: no preprocessor_config.json: images are prepared as CLIP's are", stacklevel=4)
@@ -99,6 +99,13 @@ def image_transform(directory: Path, side: int) -> ImageTransform:
     return transform
 
 
+def _image_processor(directory: Path) -> Any:
+    try:
+        return from_pretrained(AutoImageProcessor, directory, backend="pil")
+    except InputError as error:
+        raise InputError(f"{directory}: its image processor cannot be used ({in_one_line(error)})") from None
+
+
 def tokenizer(directory: Path, context_length: int, vocab_size: int) -> Callable[[str | list[str]], Tensor]:
     """Return the directory's tokenizer: str or list of str -> ids (n, context_length), int64; CLIP's if it has none.
 
@@ -111,8 +118,8 @@ def tokenizer(directory: Path, context_length: int, vocab_size: int) -> Callable
         return open_clip.SimpleTokenizer(context_length=context_length)
     refuse_auto_map(directory / "tokenizer_config.json", "AutoTokenizer")
     try:
-        theirs = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-    except Exception as error:  # transformers raises whatever its loaders do
+        theirs = from_pretrained(AutoTokenizer, directory)
+    except InputError as error:
         raise InputError(f"{directory}: its tokenizer cannot be read ({in_one_line(error)})") from None
     if max(theirs.get_vocab().values(), default=0) >= vocab_size:
         raise InputError(f"{directory}: its tokenizer has {len(theirs)} tokens, but the model embeds {vocab_size}")

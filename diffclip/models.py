@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from diffclip.base.backbones import TimmModel, TimmVisionTransformer, build_vision_tower, open_clip
 from diffclip.base.errors import InputError, in_one_line
 from diffclip.base.graphs import recording, transformed
+from diffclip.model_config import check_config
 from diffclip.trunk import TRUNK_OPTIONS, vision_trunk
 from diffclip.variants import TOWERS, current, named
 from diffclip.warm_start import differentiate
@@ -163,11 +164,14 @@ def build(name_or_config: str | dict[str, Any], *, init: str = "matched") -> Dua
             vision tower have epsilon 1e-5.
 
     Raises:
-        InputError: for an unknown name, a config with missing or unknown keys, or an impossible head count.
+        InputError: for an unknown name, a config with missing or unknown keys, numbers out of range, or an impossible
+            head count.
     """
     if init not in ("matched", "official"):
         raise InputError(f"init must be 'matched' or 'official': got {init!r}")
-    config = current(named(name_or_config) if isinstance(name_or_config, str) else name_or_config)
+    config = named(name_or_config) if isinstance(name_or_config, str) else name_or_config
+    check_config(config, "model config")
+    config = current(config)
     options = config.setdefault("diffclip", {"variant": "CLIP", "attention": {}, "vision_norm_eps": 1e-6})
     attention = options.setdefault("attention", {})
     own = "vision_norm_eps" in options
@@ -176,7 +180,7 @@ def build(name_or_config: str | dict[str, Any], *, init: str = "matched") -> Dua
     options["init"] = init
     try:
         model = construct(config)
-    except (KeyError, TypeError, ValueError, AssertionError, RuntimeError) as error:
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, AssertionError, RuntimeError) as error:
         reason = in_one_line(error)
         raise InputError(
             f"model config: {type(error).__name__} {reason}; compare with diffclip/configs/ or open_clip's"

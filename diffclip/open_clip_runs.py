@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import Any
 
 from diffclip.base.errors import InputError
-from diffclip.base.files import read_json
+from diffclip.base.files import read_settings
 
 # arguments of open_clip's that are carried out, or mean nothing for a run, which has its weights with it
 HONOURED = {"model_name", "precision", "device", "output_dict", "load_weights", "force_preprocess_cfg"}
@@ -57,7 +57,7 @@ def run_config(factory: ModuleType, model_name: str) -> dict[str, Any] | None:
     try:
         schema, name = factory.parse_model_name(model_name)
         if schema == "local-dir":
-            config = read_json(Path(name) / "open_clip_config.json")
+            config = read_settings(Path(name) / "open_clip_config.json")
         elif schema == "hf-hub":
             config = factory._get_hf_config(name)
         else:

@@ -23,7 +23,8 @@ from torch import Tensor
 from diffclip.base.backbones import get_model_config, open_clip
 from diffclip.base.commands import closest
 from diffclip.base.errors import InputError, in_one_line
-from diffclip.base.files import read_json
+from diffclip.base.files import read_settings
+from diffclip.base.ranges import check_numbers
 from diffclip.weights import read_pickle, read_safetensors, tensors
 
 PREFIX = "open_clip:"
@@ -135,8 +136,9 @@ def nearest(word: str, known: Sequence[str]) -> str:
 
 
 def transformers_config(directory: Path) -> dict[str, Any]:
-    """The content of a config.json; empty if there is none."""
-    config = read_json(directory / "config.json") if (directory / "config.json").is_file() else None
+    """The content of a config.json, its numbers in range; empty if there is none."""
+    config = read_settings(directory / "config.json") if (directory / "config.json").is_file() else None
+    check_numbers(config, str(directory / "config.json"))
     return config if isinstance(config, dict) else {}
 
 

@@ -24,12 +24,13 @@ from diffclip.base.errors import InputError, in_one_line
 from diffclip.base.fingerprint import fingerprint
 from diffclip.base.images import DECODING
 from diffclip.hf_inputs import image_transform
+from diffclip.weights import from_pretrained
 from mllm.conversation import AUTO, IMAGE, chat_template
 from mllm.llava import DiffCLIPLlavaConfig, DiffCLIPLlavaForConditionalGeneration, own_head
 from mllm.model import VisionLanguageModel
 from mllm.open_clip_tower import load_tower
 from mllm.processing import prepare_tokenizer, with_mode
-from mllm.weights import from_pretrained, load_strictly, verify
+from mllm.weights import load_strictly, verify
 
 
 def assemble(
@@ -253,8 +254,8 @@ def _load_tower(path: str | Path, dtype: torch.dtype) -> tuple[PreTrainedModel, 
     only = "" if vision is None else "vision"
     tower = load_strictly(AutoModel, path, only, config=vision or config, dtype=dtype).eval()
     try:
-        return tower, AutoImageProcessor.from_pretrained(path, trust_remote_code=False)
-    except OSError:
+        return tower, from_pretrained(AutoImageProcessor, path)
+    except InputError:
         if config.model_type not in sources.TRANSFORMERS:
             raise InputError(f"{path}: has no image processor; put its preprocessor_config.json there") from None
     return tower, image_transform(sources.locate(path), tower.config.image_size).processor  # CLIP's, with a notice
@@ -264,9 +265,9 @@ def _dual_encoders_tower(path: str | Path) -> tuple[PreTrainedModel, BaseImagePr
     """The vision tower of a dual encoder in open_clip's or the official layout; None for what is transformers'."""
     if not str(path).startswith(sources.PREFIX):
         try:
-            AutoConfig.from_pretrained(path, trust_remote_code=False)
+            from_pretrained(AutoConfig, path)
             return None
-        except (OSError, ValueError):
+        except InputError:
             if not sources.is_dual_encoder(path):
                 return None
     return load_tower(path)

@@ -33,6 +33,7 @@ from transformers.models.llava.modeling_llava import (
 from transformers.utils import can_return_tuple
 
 from diffclip.base.errors import InputError
+from diffclip.base.loaded import Whole
 from diffclip.base.portable import Portable
 from diffclip.hf.vision import DiffCLIPVisionConfig  # noqa: F401 - importing it registers the tower
 from mllm.conversation import IGNORE, NoSupervisionError
@@ -65,7 +66,7 @@ class DiffCLIPLlavaConfig(LlavaConfig):
             self.projector_hidden_act = NOT_PLAIN_LLAVA
 
 
-class PortableLlava(Portable):
+class PortableLlava(Whole, Portable):
     """What a directory with a multimodal model says of its classes, and copies of what code it holds."""
 
     config: DiffCLIPLlavaConfig

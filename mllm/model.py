@@ -28,14 +28,15 @@ import diffclip.hf
 import diffclip.hf.open_clip_vision  # noqa: F401 - registers open_clip's
 from diffclip.base.devices import pick_device
 from diffclip.base.errors import InputError
-from diffclip.base.files import read_json, write_json
+from diffclip.base.files import read_settings, write_json
 from diffclip.base.fingerprint import json_digest
 from diffclip.base.portable import Portable, write_code
+from diffclip.weights import from_pretrained
 from mllm import conversation
 from mllm.conversation import AUTO, IMAGE, Conversation, Segment, check_image_count, question_turn, render
 from mllm.literal import control_tokens, turns_as_text
 from mllm.llava import DiffCLIPLlavaForConditionalGeneration
-from mllm.own_template import own_template
+from mllm.own_template import check_end, own_template
 from mllm.processing import bounded, check_tokens, never_cut, write_own_template
 from mllm.weights import fingerprints, load_strictly, verify
 
@@ -320,7 +321,7 @@ def load(
     model = load_strictly(AutoModelForImageTextToText, directory, dtype="auto")
     if not isinstance(model, DiffCLIPLlavaForConditionalGeneration):
         raise InputError(f"{directory}: holds a {type(model).__name__}; give a run of align or instruct")
-    processor = AutoProcessor.from_pretrained(directory, trust_remote_code=False)
+    processor = from_pretrained(AutoProcessor, directory)
     processor.tokenizer.padding_side = "left"  # runs of earlier versions say right
     never_cut(processor.tokenizer)
     if (Path(directory) / FINGERPRINTS).is_file():
@@ -329,6 +330,10 @@ def load(
             processor.image_processor.decoding = 1  # runs made before there were other rules name none
     vlm = VisionLanguageModel(model, processor)
     if model.config.conversation_template == AUTO:
+        try:
+            check_end(vlm.template)
+        except InputError as error:
+            raise InputError(f"{directory}: its chat template {error}; take the model from its source again") from None
         write_own_template(processor.tokenizer, vlm.template)  # some classes of tokenizers add their first token again
     model.eval()
     if dtype is not None:
@@ -340,7 +345,7 @@ def _compare_with_training(
     model: DiffCLIPLlavaForConditionalGeneration, processor: LlavaProcessor, directory: Path
 ) -> None:
     """Raise InputError or WeightsError unless all is as `FINGERPRINTS` of the directory says."""
-    prints = read_json(directory / FINGERPRINTS)
+    prints = read_settings(directory / FINGERPRINTS)
     transform, settings = prints.pop("transform", None), prints.pop("settings", {})
     if (template := prints.pop("chat_template", None)) and template != json_digest(str(processor.chat_template)):
         raise InputError(

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jinja2 import TemplateError
 
+from diffclip.base.bounded import MEMORY, SECONDS, comes_to_an_end
 from diffclip.base.errors import InputError, in_one_line
 
 if TYPE_CHECKING:
@@ -82,6 +83,7 @@ def own_template(tokenizer: "PreTrainedTokenizerBase") -> str:
             "an earlier version aligned; align anew with one that has, or use vicuna"
         )
     try:
+        check_end(BEFORE + EACH[False] + AFTER + kept)
         source = _with_system_turns(BEFORE, kept)
         if (lead := _lead(source)).strip():  # written by the template, not by the model: `<think></think>` of Qwen3
             source = f"{source.removesuffix(chr(10))}{{{{ {_literal(lead)} if add_generation_prompt else '' }}}}"
@@ -93,6 +95,22 @@ def own_template(tokenizer: "PreTrainedTokenizerBase") -> str:
     except InputError as error:
         raise InputError(f"template auto: the tokenizer's chat template {error}; use vicuna") from None
     return source
+
+
+def check_end(source: str) -> None:
+    """InputError if a template, which is a program and may be a stranger's, takes minutes or all memory.
+
+    It is tried with up to three questions. What it does with another conversation, nobody can know.
+    """
+    from transformers.utils import chat_template_utils  # noqa: F401 - here, where no limit is on memory
+
+    def lay_out_some() -> None:
+        for turns in (1, 2, 3):
+            for system, ask in ((False, True), (True, False)):
+                _render(source, *_marks(turns, system, ask))
+
+    if not comes_to_an_end(lay_out_some):
+        raise InputError(f"takes more than {SECONDS} seconds or {MEMORY >> 30} GB for a short conversation")
 
 
 def ends(source: str) -> list[str]:

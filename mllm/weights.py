@@ -7,8 +7,10 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from diffclip.base.errors import InputError, in_one_line
+from diffclip.base.errors import InputError
 from diffclip.base.fingerprint import fingerprint
+from diffclip.base.loaded import check_values, weights_name
+from diffclip.weights import from_pretrained
 from mllm.llava import DiffCLIPLlavaForConditionalGeneration
 
 
@@ -48,17 +50,8 @@ def fingerprints(model: DiffCLIPLlavaForConditionalGeneration) -> dict[str, str]
     return {name: fingerprint(module) for name, module in parts(model).items()}
 
 
-def from_pretrained(auto_class: Any, path: str | Path, **options: Any) -> Any:
-    """`from_pretrained` of one of transformers' Auto classes; what it cannot load is an InputError."""
-    try:
-        return auto_class.from_pretrained(path, trust_remote_code=False, **options)
-    except (OSError, ValueError) as error:
-        reason = in_one_line(error)
-        raise InputError(f"{path}: no model that {auto_class.__name__} can load ({reason})") from None
-
-
 def load_strictly(auto_class: Any, path: str | Path, only: str = "", **options: Any) -> PreTrainedModel:
-    """`from_pretrained` that raises InputError listing weights that are missing, misshapen or left over.
+    """`from_pretrained` that raises InputError listing weights that are missing, misshapen, left over or no numbers.
 
     Leftover weights count only if their name contains `only`.
     """
@@ -67,4 +60,5 @@ def load_strictly(auto_class: Any, path: str | Path, only: str = "", **options: 
         if keys := sorted(str(k) for k in info[kind] if kind != "unexpected_keys" or only in str(k)):
             names = ", ".join(keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
             raise InputError(f"{path}: {kind.replace('_', ' ')} in the weights: {names}; give the matching model")
+    check_values(model.state_dict(), weights_name(path))
     return model

@@ -1,14 +1,15 @@
 """Text files, read and written in one way: JSON, JSON lines and YAML, whole or not at all.
 
 Lines end at `\\n` alone, never at U+2028 or U+0085, which captions and file names hold; a byte order mark is skipped;
-gzip is unpacked as it is read; what is not UTF-8, not JSON or nested too deep is an `InputError` that names the file
-and the line.
+gzip is unpacked as it is read; what is not UTF-8, not JSON, nested too deep or longer than memory is an `InputError`
+that names the file and the line.
 """
 
 import gzip
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import zlib
@@ -18,6 +19,12 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from diffclip.base.errors import InputError
+
+# Bytes of what is held in memory at once, unpacked. The largest honest files: COCO's annotations, half of the first; a
+# row with a few photos in base64; a hundred kilobytes of JSON, and of YAML, which is read at a fiftieth of the pace.
+MOST_TEXT, MOST_ROW, MOST_SETTINGS, MOST_YAML = 1 << 30, 256 << 20, 4 << 20, 256 << 10
+DEEPEST = 100  # levels of lists and objects; Python itself gives up at a thousand, and copies of a value sooner
+MOST_SHARED = 1_000_000  # values of YAML, each counted as often as it is referred to
 
 
 def write_whole(path: str | Path, content: str | bytes) -> None:
@@ -67,11 +74,20 @@ def write_json(path: str | Path, value: object) -> None:
     write_whole(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
-def read_text(path: str | Path) -> str:
-    """The whole of a UTF-8 file, without a byte order mark; InputError if it cannot be read, or is not UTF-8."""
+def read_text(path: str | Path, most: int = MOST_TEXT) -> str:
+    """The whole of a UTF-8 file, without a byte order mark.
+
+    InputError if it cannot be read, is not UTF-8, or has more than `most` bytes when it is unpacked.
+    """
     with opened(path) as f:
+        pieces, size = list[bytes](), 0
+        while size <= most and (piece := f.read(PIECE)):  # f.read(most) would take all of that memory at once
+            pieces.append(piece)
+            size += len(piece)
+        if size > most:
+            raise InputError(f"{path}: has more than {most:,} bytes, too many for what it should be; write it again")
         try:
-            return f.read().decode("utf-8-sig")
+            return b"".join(pieces).decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise InputError(f"{path}: not UTF-8 (byte {error.start}); {utf8_remedy(path)}") from None
 
@@ -98,14 +114,34 @@ def read_json(path: str | Path, *, unique: bool = False) -> Any:
     return parse_json(read_text(path), str(path), unique=unique)
 
 
+def read_settings(path: str | Path) -> Any:
+    """`read_json` of a file that holds settings and no data: of at most `MOST_SETTINGS` bytes."""
+    return parse_json(read_text(path, MOST_SETTINGS), str(path))
+
+
 def parse_json(text: str | bytes, name: str, *, unique: bool = False) -> Any:
     """`json.loads` whose failures are an `InputError` that calls the text `name`; `unique` as in `read_json`."""
     try:
-        return json.loads(text, object_pairs_hook=_each_key_once if unique else None)
+        value = json.loads(text, object_pairs_hook=_each_key_once if unique else None)
     except RecursionError:
         raise InputError(f"{name}: nested too deep for JSON that a person would write; write it again") from None
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
         raise InputError(f"{name}: not valid JSON: {error}") from None
+    marks: tuple[Any, Any] = ("[", "{") if isinstance(text, str) else (b"[", b"{")
+    if sum(map(text.count, marks)) > DEEPEST and _levels(value) > DEEPEST:
+        raise InputError(f"{name}: nested too deep for JSON that a person would write; write it again")
+    return value
+
+
+def _levels(value: Any, most: float = math.inf) -> float:
+    """How deep lists and objects lie in each other; infinite where they are more than `most`, or hold themselves."""
+    depth, seen, level = 0, 0, [value]
+    while level := [each for each in level if isinstance(each, dict | list)]:
+        depth, seen = depth + 1, seen + sum(map(len, level))
+        if depth > DEEPEST or seen > most:
+            return math.inf
+        level = [inner for each in level for inner in (each.values() if isinstance(each, dict) else each)]
+    return depth
 
 
 def read_jsonl(path: str | Path, *, damaged: str = "raise") -> Iterator[tuple[int, Any]]:
@@ -116,7 +152,9 @@ def read_jsonl(path: str | Path, *, damaged: str = "raise") -> Iterator[tuple[in
     with `damaged` "skip", for logs of ours in which a kill may have left half a line, the rest is read nevertheless.
     """
     with opened(path) as f:
-        for number, raw in enumerate(f, 1):  # bytes: lines end at \n alone
+        for number, raw in enumerate(iter(lambda: f.readline(MOST_ROW + 1), b""), 1):  # bytes: lines end at \n alone
+            if len(raw) > MOST_ROW:
+                raise InputError(f"{path}:{number}: has over {MOST_ROW:,} bytes, too many for a row; write it again")
             line = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
             if not line.strip():
                 continue
@@ -144,7 +182,7 @@ def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
-PIECE = 1 << 20  # characters of an array that are read at a time
+PIECE = 1 << 20  # bytes of a file, or characters of an array, that are read at a time
 SPACE = re.compile(r"[ \t\r\n]*")
 
 
@@ -190,6 +228,8 @@ def read_array(path: str | Path) -> Iterator[Any]:
             while True:
                 try:
                     value, end = decoder.raw_decode(buffer, place)
+                    if _levels(value) > DEEPEST:
+                        raise RecursionError
                     if isinstance(value, int | float) and end > len(buffer) - 3 and more(size):
                         continue  # a number may go on behind the end
                     place = end
@@ -198,6 +238,10 @@ def read_array(path: str | Path) -> Iterator[Any]:
                     raise InputError(f"{name}: nested too deep for JSON that a person would write") from None
                 except json.JSONDecodeError as error:
                     cut = error.msg.startswith("Unterminated string") or error.pos >= len(buffer) - 12
+                    if cut and len(buffer) - place > MOST_ROW:
+                        raise InputError(
+                            f"{name}: has more than {MOST_ROW:,} characters, too many for a row; write it again"
+                        ) from None
                     if cut and more(size):
                         size *= 2  # so that an item of any length is parsed a few times only
                         continue
@@ -253,7 +297,7 @@ def cut_to_whole_lines(path: str | Path) -> int:
 
 def read_yaml(path: str | Path) -> Any:
     """The value of a YAML file, plain types only; InputError as `read_json`."""
-    return parse_yaml(read_text(path), str(path))
+    return parse_yaml(read_text(path, MOST_YAML), str(path))
 
 
 def parse_yaml(text: str, name: str) -> Any:
@@ -261,11 +305,14 @@ def parse_yaml(text: str, name: str) -> Any:
     import yaml  # not at the top: `0_data.sh --dry-run` runs before anything is installed
 
     try:
-        return yaml.safe_load(text)
+        value = yaml.safe_load(text)
     except RecursionError:
         raise InputError(f"{name}: nested too deep for YAML that a person would write; write it again") from None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none
         raise InputError(f"{name}: not valid YAML: {' '.join(str(error).split())}") from None
+    if _levels(value, MOST_SHARED) > DEEPEST:  # of which a few lines of references make billions
+        raise InputError(f"{name}: nested too deep for YAML that a person would write; write it again")
+    return value
 
 
 def share(path: str | Path) -> None:

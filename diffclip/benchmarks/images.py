@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 from diffclip.base.archives import read_at
 from diffclip.base.errors import InputError
 from diffclip.base.images import open_image
+from diffclip.base.paths import inside
 from diffclip.data.layout import FILE_IMAGES, split_named
 from diffclip.data.shards import walk
 
@@ -195,7 +196,7 @@ def table_rows(path: Path, columns: Sequence[str], wanted: Sequence[bool]) -> It
         if isinstance(encoded, dict):  # the Hub's {bytes, path}; the path is relative to the file
             encoded = encoded.get("bytes") or encoded.get("path")
         if isinstance(encoded, str) and encoded:
-            if not (file := path.parent / encoded).is_file():
+            if not (file := inside(path.parent, encoded, f"{name}: image")).is_file():
                 raise InputError(f"{name}: its image {encoded[:200]} is not beside the file: put it there")
             encoded = file
         if not isinstance(encoded, bytes | Path):

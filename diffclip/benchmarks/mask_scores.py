@@ -24,16 +24,18 @@ from torch import Tensor, nn
 
 from diffclip.attention_maps import relevance, seen_part, upsample
 from diffclip.base.devices import pick_device
-from diffclip.base.errors import InputError
-from diffclip.base.files import check_output, write_json
+from diffclip.base.errors import InputError, in_one_line
+from diffclip.base.files import check_output, read_json, write_json
 from diffclip.base.images import open_image
 from diffclip.base.lines import print_line
+from diffclip.base.paths import inside
 from diffclip.base.statistics import bootstrap_mean
 from diffclip.benchmarks.comparison import model_names
 from diffclip.mapped_models import load_with_maps
 
 Item = tuple[Path, str, np.ndarray]  # an image, a category, and the mask (height, width) of its objects
 
+LARGEST = 20_000  # pixels of a side; more than any of COCO's
 SCORES = ("pointing", "energy", "precision")
 PROMPT = "a {}"
 
@@ -42,18 +44,24 @@ def read_masks(instances: str | Path, images: str | Path) -> Iterator[Item]:
     """Yield (image, category name, mask) for every category in every image; all its objects are one mask.
 
     Masks are (height, width) bool, from polygons or run lengths; crowds and annotations without a segmentation are
-    left out. InputError: annotations that are not COCO's, or an image that is missing.
+    left out. InputError: annotations that are not COCO's, an image that is missing or outside of the folder.
     """
     from pycocotools.coco import COCO  # of the extra `eval`
 
     try:
         with contextlib.redirect_stdout(io.StringIO()):
-            coco = COCO(str(instances))
+            coco = COCO()
+            coco.dataset = read_json(instances)
+            coco.createIndex()
         names = {c["id"]: c["name"] for c in coco.dataset["categories"]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except InputError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{instances}: cannot be read as COCO instances: {type(error).__name__} {error}") from error
     for image_id, image in sorted(coco.imgs.items()):
-        path = Path(images) / image["file_name"]
+        path = inside(images, image.get("file_name"), f"{instances}: image {image_id}: file_name")
+        if not _small(image.get("height"), image.get("width")):
+            raise InputError(f"{instances}: image {image_id} has a height or width that no image has: write it again")
         if not path.is_file():
             raise InputError(f"{path}: no such image, but {instances} has it as image {image_id}")
         masks: dict[int, np.ndarray] = {}  # by category
@@ -61,10 +69,31 @@ def read_masks(instances: str | Path, images: str | Path) -> Iterator[Item]:
             if annotation.get("iscrowd") or not annotation.get("segmentation"):
                 continue
             kind = annotation["category_id"]
-            masks[kind] = masks.get(kind, False) | coco.annToMask(annotation).astype(bool)
+            try:
+                if not _drawable(annotation["segmentation"]):
+                    raise ValueError("a point far outside of all images")
+                masks[kind] = masks.get(kind, False) | coco.annToMask(annotation).astype(bool)
+            except (ValueError, TypeError, LookupError, AttributeError) as error:
+                reason = in_one_line(error)
+                raise InputError(
+                    f"{instances}: annotation {annotation.get('id')} is no mask ({reason}): remove it"
+                ) from None
         for kind, mask in sorted(masks.items()):
             if mask.any() and not mask.all():
                 yield path, names[kind], mask
+
+
+def _small(*numbers: object) -> bool:
+    """Whether these are numbers of pixels; pycocotools, which is C, takes memory for whatever they say."""
+    return all(isinstance(number, int | float) and -LARGEST <= number <= LARGEST for number in numbers)
+
+
+def _drawable(segmentation: Any) -> bool:
+    """Whether a segmentation is polygons, or runs, of an image that can be."""
+    if isinstance(segmentation, list):
+        return all(isinstance(polygon, list) and _small(*polygon) for polygon in segmentation)
+    counts = segmentation["counts"]
+    return _small(*segmentation["size"]) and (not isinstance(counts, list) or sum(counts) <= LARGEST**2)
 
 
 def map_scores(heat: np.ndarray, mask: np.ndarray) -> dict[str, float]:

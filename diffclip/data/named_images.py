@@ -37,6 +37,17 @@ class NamedImages:
         return os.path.basename(os.path.abspath(self.home)).lower() in BESIDE
 
     @cached_property
+    def top(self) -> Path:
+        """The folder that no name may lead out of."""
+        return Path(os.path.abspath(self.root or (self.home.parent if self.in_own_folder else self.home)))
+
+    def _leads_outside(self, file: Path, name: str) -> bool:
+        """Whether a name is written so that it leads out; links are followed, since people link their image folders."""
+        if name[0] != "/" and ".." not in name:
+            return False
+        return not Path(os.path.abspath(file)).is_relative_to(self.top)
+
+    @cached_property
     def others(self) -> list[Path]:
         """Folders beside the table, in which a name is looked for that is in none of `folders`."""
         if self.root:
@@ -55,6 +66,9 @@ class NamedImages:
         for folder in self.folders:
             for each in dict.fromkeys((name, name.replace("\\", "/"), name.strip())):
                 if (file := folder / each).is_file():
+                    if self._leads_outside(file, each):
+                        remedy = "copy the file there, or set image_root to a folder that holds all (/ takes any)"
+                        raise ValueError(f"image {name[:200]} leads outside {self.top}: {remedy}")
                     return file
         if WEB.match(name):
             raise OSError(f"{name} is a web address: `diffclip data pairs` fetches lists of them")

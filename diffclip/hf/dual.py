@@ -20,6 +20,7 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.clip.modeling_clip import CLIPOutput
 
+from diffclip.base.loaded import Whole
 from diffclip.base.portable import Portable
 from diffclip.hf.images import PROCESSORS
 from diffclip.hf.text import DiffCLIPTextConfig, DiffCLIPTextModel
@@ -51,7 +52,7 @@ AUTO_CLASSES = {
 }
 
 
-class DiffCLIPModel(Portable, PreTrainedModel):
+class DiffCLIPModel(Whole, Portable, PreTrainedModel):
     """Vision and text tower with their projections: `diffclip.models.CLIP` under transformers' names."""
 
     auto_classes = AUTO_CLASSES

@@ -10,15 +10,17 @@ from transformers import initialization as init
 from transformers.backbone_utils import BackboneMixin
 from transformers.modeling_outputs import BackboneOutput, ImageClassifierOutput
 
+from diffclip.base.loaded import Whole
 from diffclip.base.portable import Portable
 from diffclip.hf.dual import AUTO_CLASSES, DiffCLIPConfig
 from diffclip.hf.vision import DiffCLIPVisionConfig, DiffCLIPVisionModel, answer
 
 
-class DiffCLIPForImageClassification(Portable, PreTrainedModel):
+class DiffCLIPForImageClassification(Whole, Portable, PreTrainedModel):
     """A linear layer on the tower's class token; from a dual encoder's directory it takes the tower alone."""
 
     auto_classes: ClassVar[Mapping[str, str]] = AUTO_CLASSES
+    new_parts = ("classifier",)
     config_class: Any = DiffCLIPConfig
     main_input_name = "pixel_values"
     input_modalities = ("image",)  # type: ignore[assignment] # a tuple, as transformers' own models have

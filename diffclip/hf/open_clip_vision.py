@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedCo
 from transformers.modeling_outputs import BaseModelOutput
 
 from diffclip.base.backbones import OpenClipVisionTransformer
+from diffclip.base.loaded import Whole
 from diffclip.base.portable import Portable
 from diffclip.hf.images import PROCESSORS
 from diffclip.models import vision_tower
@@ -56,7 +57,7 @@ AUTO_CLASSES = {  # what a directory of this tower needs open_clip for
 }
 
 
-class OpenClipVisionModel(Portable, PreTrainedModel):
+class OpenClipVisionModel(Whole, Portable, PreTrainedModel):
     """A vision tower as open_clip builds it; `visual` holds its weights under open_clip's names."""
 
     auto_classes = AUTO_CLASSES

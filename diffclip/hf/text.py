@@ -18,7 +18,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from diffclip.attention import Differential, kind
 from diffclip.attention.maps import attend, count_maps, mapped
+from diffclip.base.loaded import Whole
 from diffclip.base.portable import Portable
+from diffclip.base.ranges import check_numbers
 from diffclip.hf.vision import answer, draw_weights
 
 
@@ -45,6 +47,7 @@ class DiffCLIPTextConfig(PreTrainedConfig):
     pad_token_id: int | None = 49407
 
     def __post_init__(self, **kwargs: Any) -> None:
+        check_numbers(vars(self), f"configuration of {self.model_type}")
         super().__post_init__(**kwargs)
         differential = None if self.lambda_init is None else kind(self.attention_version)
         self.num_attention_maps = count_maps(self.num_attention_heads, differential)
@@ -91,7 +94,7 @@ class TextTransformer(nn.Module):
         self.resblocks = nn.ModuleList(TextBlock(config, layer) for layer in range(config.num_hidden_layers))
 
 
-class DiffCLIPTextModel(Portable, PreTrainedModel):
+class DiffCLIPTextModel(Whole, Portable, PreTrainedModel):
     """The text tower without its projection, answering like CLIPTextModel."""
 
     auto_classes: ClassVar[Mapping[str, str]] = {

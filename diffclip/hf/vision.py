@@ -17,7 +17,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from diffclip.attention import Differential, kind
 from diffclip.attention.maps import count_maps, mapped
+from diffclip.base.loaded import Whole
 from diffclip.base.portable import Portable
+from diffclip.base.ranges import check_numbers
 from diffclip.base.timm_vit import Block, TimmVisionTransformer, resample_abs_pos_embed
 from diffclip.trunk import vision_trunk
 
@@ -54,6 +56,7 @@ class DiffCLIPVisionConfig(BackboneConfigMixin, PreTrainedConfig):
     _out_indices: list[int] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        check_numbers(vars(self), f"configuration of {self.model_type}")  # before a list as long as one of them says
         self.stage_names = ["stem", *(f"stage{layer + 1}" for layer in range(self.num_hidden_layers))]
         self.set_output_features_output_indices(kwargs.pop("out_features", None), kwargs.pop("out_indices", None))
         super().__post_init__(**kwargs)
@@ -73,7 +76,7 @@ class TowerBlock(GradientCheckpointingLayer, Block):
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x)))), map_
 
 
-class DiffCLIPVisionModel(Portable, PreTrainedModel):
+class DiffCLIPVisionModel(Whole, Portable, PreTrainedModel):
     """A timm vision transformer with a class token, differential or not, answering like CLIPVisionModel."""
 
     auto_classes: ClassVar[Mapping[str, str]] = {

@@ -14,13 +14,13 @@ from transformers import AutoConfig, AutoProcessor, AutoTokenizer, LlavaProcesso
 from diffclip.base.errors import InputError
 from diffclip.base.files import write_json
 from diffclip.base.lines import print_line
+from diffclip.weights import from_pretrained
 from mllm.conversation import AUTO, IGNORE, encode, render
 from mllm.data.judge import image_problems, length_problems, token_lengths
 from mllm.data.rows import Rows, load_rows
 from mllm.literal import control_tokens
 from mllm.own_template import own_template
 from mllm.processing import image_tokens
-from mllm.weights import from_pretrained
 
 
 def check(options: argparse.Namespace) -> int:
@@ -69,8 +69,8 @@ def images_of(rows: Rows) -> int:
 
 def processor_of(model: str) -> tuple[LlavaProcessor, int | None]:
     """The processor of a run, and how many positions its language model has, None where there is no limit."""
-    config = AutoConfig.from_pretrained(model, trust_remote_code=False)
-    processor = AutoProcessor.from_pretrained(model, trust_remote_code=False)
+    config = from_pretrained(AutoConfig, model)
+    processor = from_pretrained(AutoProcessor, model)
     return processor, getattr(config.get_text_config(), "max_position_embeddings", None)
 
 

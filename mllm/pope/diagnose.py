@@ -20,6 +20,7 @@ from diffclip.base.fingerprint import fingerprint
 from diffclip.base.lines import print_line
 from diffclip.base.paths import matching
 from diffclip.base.schema import CONFIG, RECORD
+from diffclip.weights import from_pretrained
 from mllm.conversation import AUTO, NoSupervisionError
 from mllm.data.examples import ConversationDataset
 from mllm.data.images import ImagePlace
@@ -73,11 +74,8 @@ def diagnose(
     prints = _mapping(directory / FINGERPRINTS, read_json)
     record = _mapping(directory / RECORD, read_json)
     config = _mapping(directory / CONFIG, read_yaml)
-    try:
-        model = AutoModelForImageTextToText.from_pretrained(directory, trust_remote_code=False).eval().to(device)
-        processor = AutoProcessor.from_pretrained(directory, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{directory}: no model ({' '.join(str(error).split())[:200]}); give a run") from None
+    model = from_pretrained(AutoModelForImageTextToText, directory).eval().to(device)
+    processor = from_pretrained(AutoProcessor, directory)
     yield transform(processor, prints)
     yield settings(model, prints, config)
     current = {name: fingerprint(module) for name, module in parts(model).items()}

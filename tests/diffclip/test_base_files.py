@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 
 import pytest
 
@@ -174,3 +175,52 @@ def test_gzip_is_read_as_what_it_holds(tmp_path):
     (tmp_path / "a").write_bytes(gzip.compress(b"x" * 999)[:-5])
     with pytest.raises(InputError, match="no whole gzip file"):
         files.read_text(tmp_path / "a")
+
+
+def squeezed(path, start, content, times):
+    with gzip.open(path, "wb", 1) as file:
+        file.write(start)
+        for _ in range(times):
+            file.write(content)
+    return path
+
+
+def test_what_unpacks_to_more_than_memory_is_refused_in_little_of_it(tmp_path, monkeypatch):
+    for name in ("MOST_ROW", "MOST_SETTINGS", "MOST_YAML"):
+        monkeypatch.setattr(files, name, 2 << 20)
+    bomb = squeezed(tmp_path / "bomb.json", b"", b" " * (1 << 20), 40)
+    text = squeezed(tmp_path / "text.json", b'["', b"a" * (1 << 20), 40)
+    readers = {
+        "too many for what it should be": lambda: files.read_text(bomb, 2 << 20),
+        "too many for what": lambda: files.read_settings(bomb),
+        "too many for": lambda: files.read_yaml(bomb),
+        "bomb.json:1: has over": lambda: list(files.read_jsonl(bomb)),
+        "item 0: .*too many for a row": lambda: list(files.read_array(text)),
+    }
+    for message, read in readers.items():
+        tracemalloc.start()
+        with pytest.raises(InputError, match=message):
+            read()
+        assert tracemalloc.get_traced_memory()[1] < 24 << 20, message
+        tracemalloc.stop()
+
+
+def test_what_is_nested_deeper_than_copies_of_it_can_be_is_refused(tmp_path):
+    for text in ("[" * 101 + "]" * 101, '{"a":' * 101 + "1" + "}" * 101):
+        for read in (files.read_json, files.read_jsonl, files.read_array):
+            (tmp_path / "x.json").write_text(f"[{text}]")
+            with pytest.raises(InputError, match=r"x\.json.*nested too deep"):
+                list(read(tmp_path / "x.json"))
+    (tmp_path / "x.json").write_text("[" * 100 + "]" * 100 + "\n")
+    assert files.read_json(tmp_path / "x.json") is not None
+    (tmp_path / "x.json").write_text(json.dumps([[[1]]] * 200))  # many, but none deep
+    assert len(files.read_json(tmp_path / "x.json")) == 200
+
+
+def test_references_of_yaml_do_not_make_billions():
+    lines = ["a: &a [x, x, x, x, x, x, x, x, x]"]
+    lines += [f"{each}: &{each} [{', '.join([f'*{before}'] * 9)}]" for before, each in zip("abcdefgh", "bcdefghi")]
+    for text in ("\n".join(lines), "&a [*a]", "&a {b: *a}"):
+        with pytest.raises(InputError, match=r"x\.yaml: nested too deep"):
+            files.parse_yaml(text, "x.yaml")
+    assert files.parse_yaml("a: &a [1]\nb: *a", "x.yaml") == {"a": [1], "b": [1]}

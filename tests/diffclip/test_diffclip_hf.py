@@ -19,6 +19,7 @@ from transformers import (
 import diffclip
 from diffclip import checkpoints, hf, models, preprocessing, variants
 from diffclip.attention import DifferentialAttention, maps
+from diffclip.base.errors import InputError
 from diffclip.base.fingerprint import fingerprint
 from diffclip.base.timm_vit import TimmVisionTransformer
 
@@ -255,13 +256,17 @@ def test_from_config_starts_as_build_does(name):
 
 
 def test_missing_weights_alone_are_drawn(run, tmp_path):
-    """transformers redraws what a file lacks; everything else must come from the file."""
+    """They are refused, or drawn for a caller who asks what is missing; all else must come from the file."""
     directory, _ = run
     tower = hf.DiffCLIPVisionModel.from_pretrained(directory)
     state = tower.state_dict()
     dropped = "trunk.blocks.1.mlp.fc1.weight"
     tower.save_pretrained(tmp_path, state_dict={name: t for name, t in state.items() if name != dropped})
-    again = AutoModel.from_pretrained(tmp_path).state_dict()
+    with pytest.raises(InputError, match=rf"{tmp_path}/model\.safetensors: lacks weights of the model: {dropped}"):
+        AutoModel.from_pretrained(tmp_path)
+    model, info = AutoModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert info["missing_keys"] == {dropped}
+    again = model.state_dict()
     assert {name for name, tensor in again.items() if not torch.equal(tensor, state[name])} == {dropped}
     assert again[dropped].std() == pytest.approx(0.02, rel=0.1)
 

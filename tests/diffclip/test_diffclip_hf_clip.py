@@ -267,7 +267,7 @@ def test_siglip_and_other_directories_are_told_what_they_are(tmp_path):
         diffclip.load(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "clip", "vision_config": {"hidden_size": "wide"}}')
     torch.save({}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(InputError, match=r"config.json: not a CLIP's"):
+    with pytest.raises(InputError, match=r"config.json: vision_config.hidden_size is 'wide'"):
         diffclip.load(tmp_path)
     (tmp_path / "config.json").unlink()
     with pytest.raises(InputError, match=r"one of its files \(pytorch_model.bin\)"):

@@ -538,3 +538,16 @@ def test_the_settings_of_pretraining_reach_both_tables(tmp_path):
     config.val_split = ""
     with pytest.raises(InputError, match=r"val_pairs: 1 of 1 pairs cannot be read, e\.g\. .*x\.parquet:1 "):
         pretraining.refuse_unreadable("val_pairs", pretraining.val_table(config))
+
+
+@pytest.mark.parametrize("name", ["../1.png", "FOLDER/1.png", "a/../../1.png"])
+def test_names_in_tables_lead_nowhere_outside(tmp_path, name):
+    write(tmp_path, {"1.png": image(1), "home/a/2.png": image(2)})
+    write(tmp_path / "home", {"x.csv": f"image,caption\n{name.replace('FOLDER', str(tmp_path))},a\n"})
+    with pytest.raises(InputError, match=rf"leads outside {tmp_path}/home: copy .* or set image_root"):
+        PairTable([str(tmp_path / "home/x.csv")])
+    if name[0] == "F":  # whoever says so has any file
+        assert contents(tmp_path / "home/x.csv", image_root="/") == [(1, ["a"])]
+    inside = {"x.csv": f"image,caption\na/../a/2.png,a\n{tmp_path}/home/a/2.png,b\n"}
+    write(tmp_path / "home", inside)
+    assert [value for value, _ in contents(tmp_path / "home/x.csv")] == [2, 2]

@@ -328,3 +328,19 @@ def test_the_templates_of_language_models_that_trl_ships_are_followed_or_refused
                 exact.append(ours == its)  # others have blocks that begin in the prompt
     assert sum(exact) >= 20
     assert len(followed) > 50 and {"llama3.jinja", "qwen3.jinja", "gemma3.jinja", "phi3.jinja"} <= {*followed}
+
+
+@pytest.mark.parametrize(
+    "planted",
+    [
+        "{%- for a in range(99999) %}{% for b in range(99999) %}{% set x = a * b %}{% endfor %}{% endfor %}",
+        "{{ 'x' * 9999999999 }}",
+        "{%- set x = namespace(s='x') %}{% for i in range(60) %}{% set x.s = x.s ~ x.s %}{% endfor %}{{ x.s }}",
+    ],
+    ids=["endless", "as wide as memory", "doubling"],
+)
+def test_a_template_that_takes_all_time_or_memory_is_refused(planted, monkeypatch):
+    monkeypatch.setattr("diffclip.base.bounded.comes_to_an_end.__defaults__", (1, 200 << 20))
+    tokenizer = byte_tokenizer(planted + CHATML, "", "<|im_end|>", ["<|im_start|>"])
+    with pytest.raises(InputError, match=r"template auto: .* takes more than .* for a short conversation; use vicuna"):
+        prepared(tokenizer)

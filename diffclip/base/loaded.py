@@ -1,0 +1,124 @@
+"""Models that strangers made, judged in time: their files before anything is allocated for them, and the weights that
+have been read before they are used, none missing, none that is no number.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffclip.base.errors import InputError
+from diffclip.base.files import read_settings
+from diffclip.base.ranges import check_numbers, check_size
+
+# No weight of a trained model comes near it, and float32 with its highest bit flipped is far above it.
+LARGEST = 1e9
+LARGEST_SCALE = 80.0  # of logit_scale, whose exponential is what counts
+NAMED = 5
+LONGEST_HEADER = 3 << 20  # bytes; a thousand tensors take 130,000, and safetensors itself would take 100 MB
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
+SETTINGS = (  # what transformers reads whole as JSON, whatever its size
+    *("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("preprocessor_config.json", "processor_config.json", "chat_template.json", "adapter_config.json"),
+)
+TOKENIZERS = ("tokenizer.json", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "chat_template.jinja")
+MOST_TOKENIZER = 128 << 20  # bytes; Gemma's, of 262,144 tokens, has a quarter of it
+
+
+def check_directory(directory: Path) -> None:
+    """InputError if files of a directory of transformers' would cost far more time or memory than a model's do.
+
+    What is missing is left to transformers.
+    """
+    read = {name: read_settings(directory / name) for name in SETTINGS if (directory / name).is_file()}
+    for name in TOKENIZERS:
+        if (directory / name).is_file() and (size := os.path.getsize(directory / name)) > MOST_TOKENIZER:
+            raise InputError(
+                f"{directory / name}: has {size:,} bytes, too many for a tokenizer; take it from its source"
+            )
+    weights = [path for path in directory.iterdir() if path.suffix in WEIGHTS] if directory.is_dir() else []
+    for path in weights:
+        if path.suffix == ".safetensors":
+            check_header(path)
+    for path in directory.glob("*.index.json"):
+        listed = read_settings(path)
+        named = listed.get("weight_map", {}) if isinstance(listed, dict) else {}
+        if not isinstance(named, dict) or any(Path(str(name)).name != name for name in named.values()):
+            raise InputError(f"{path}: lists no weight files of its own directory under weight_map")
+    if config := read.get("config.json"):
+        check_numbers(config, str(directory / "config.json"))
+        if weights:
+            check_size(config, str(directory / "config.json"), sum(map(os.path.getsize, weights)))
+
+
+def check_processor(directory: Path) -> None:
+    """InputError for sizes, means and the like of an image processor that are out of range."""
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        if (directory / name).is_file():
+            check_numbers(read_settings(directory / name), str(directory / name))
+
+
+def check_header(path: Path) -> None:
+    """InputError if a safetensors file says of its header that it is longer than one is; OSError if it is not there."""
+    with open(path, "rb") as f:
+        size = int.from_bytes(f.read(8), "little")
+    if size > min(LONGEST_HEADER, os.path.getsize(path)):
+        raise InputError(f"{path}: cannot be read as safetensors: its header would have {size:,} bytes")
+
+
+def check_values(state: Mapping[str, Tensor], source: str | Path) -> None:
+    """InputError, which names `source` and the first parameters, if values are NaN, infinite or absurdly large."""
+    faults = []
+    for name, tensor in state.items():
+        if not tensor.is_floating_point() or tensor.is_meta or not tensor.numel():
+            continue
+        low, high = (float(each) for each in torch.aminmax(tensor if tensor.element_size() > 1 else tensor.float()))
+        most = LARGEST_SCALE if name.endswith("logit_scale") else LARGEST
+        if not (-most <= low and high <= most):
+            worst = low if low != low or -low > high else high
+            faults.append(f"{name} ({worst:.3g})")
+    if faults:
+        more = f" and {len(faults) - NAMED} more" if len(faults) > NAMED else ""
+        raise InputError(
+            f"{source}: nothing was loaded, since weights hold values that no trained model has: "
+            f"{', '.join(faults[:NAMED])}{more}; bring the file again from its source"
+        )
+
+
+class Whole:
+    """Goes before a model class of transformers: `from_pretrained` gives a model that is loaded whole, or InputError.
+
+    transformers draws parameters that a file lacks anew, with a warning. `new_parts`: how those begin that may be.
+    """
+
+    new_parts: tuple[str, ...] = ()
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any
+    ) -> Any:
+        """As transformers' own; with `output_loading_info` the caller judges what is missing."""
+        path = pretrained_model_name_or_path
+        if path is not None and os.path.isdir(path):
+            check_directory(Path(path))
+        whole: Any = super()
+        kwargs = {"ignore_mismatched_sizes": True, **kwargs}  # they are told below, with their names
+        model, info = whole.from_pretrained(path, *args, output_loading_info=True, **kwargs)
+        for what, keys in (("lacks weights of the model", "missing_keys"), ("has other shapes in", "mismatched_keys")):
+            found = (key if isinstance(key, str) else key[0] for key in info[keys])
+            faults = sorted(key for key in found if not key.startswith(cls.new_parts or "\0"))
+            if faults and not output_loading_info:
+                more = f" and {len(faults) - NAMED} more" if len(faults) > NAMED else ""
+                names = f"{', '.join(faults[:NAMED])}{more}"
+                raise InputError(f"{weights_name(path)}: {what}: {names}; bring the file again from its source")
+        check_values(model.state_dict(), weights_name(path))
+        return (model, info) if output_loading_info else model
+
+
+def weights_name(path: Any) -> str:
+    """The file of weights in a directory of transformers', where it has one alone; otherwise what names the model."""
+    file = Path(str(path)) / "model.safetensors"
+    return str(file if file.is_file() else path)
