@@ -3,6 +3,7 @@
     diffclip data cc3m --output_dir data                 # webdataset shards from the Hub
     diffclip data pope --output_dir data --dry_run       # what would be fetched, and from where
     diffclip data pairs URLS.tsv --output_dir data/mine  # a list of addresses and captions, by img2dataset
+    diffclip data index 's3://bucket/cc12m/*.tar'        # how many samples each shard holds, for `order: stream`
 
 `scripts/0_data.sh` is the same, and brings img2dataset in an environment of its own.
 
@@ -21,12 +22,15 @@ KINDS = {".tsv": "tsv", ".csv": "csv", ".parquet": "parquet"}  # of lists of add
 def main(argv: list[str] | None = None) -> None:
     """Fetch sets, or the images of a list; a dry run needs the standard library alone."""
     parser = Parser("diffclip data", description=__doc__)
-    parser.add_argument("names", nargs="+", metavar="NAME", help=f"{', '.join(SETS)}; or: pairs LIST")
+    parser.add_argument("names", nargs="+", metavar="NAME", help=f"{', '.join(SETS)}; or: pairs LIST; or: index SHARDS")
     parser.add_argument("--output_dir", default="data", help="folder that gets a folder for each set")
     parser.also("--output_dir", "--out")
     parser.add_argument("--dry_run", action="store_true", help="print what would be fetched, fetch nothing")
     parser.add_argument("--workers", type=number(int, 1), default=16, help="connections for many small files")
+    parser.add_argument("--output", default="", help="of index: where its file goes, if not beside the shards")
     options = parser.parse_args(argv)
+    if options.names[0] == "index":
+        return index(options.names[1:], options.output)
     out = Path(options.output_dir)
     pairs = options.names[0] == "pairs"
     if pairs:
@@ -52,6 +56,15 @@ def main(argv: list[str] | None = None) -> None:
         return download.fetch_pairs(urls, out, command)
     for name in options.names:
         download.fetch_set(name, out / name, options.workers)
+
+
+def index(patterns: list[str], output: str) -> None:
+    """Write the sizes of shards, and say where."""
+    from diffclip.data.shard_sizes import write_manifest  # not at the top: a dry run of the rest needs no packages
+
+    if len(patterns) != 1:
+        raise InputError("index needs one pattern of shards, in quotes: index 's3://bucket/cc12m/*.tar'")
+    print(f"wrote {write_manifest(patterns[0], output)}")
 
 
 def img2dataset(urls: Path, out: Path, workers: int) -> list[str]:

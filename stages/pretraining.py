@@ -32,6 +32,7 @@ from diffclip.data.check import unreadable
 from diffclip.data.columns import ROWLESS
 from diffclip.data.pairs import PairTable
 from diffclip.data.shards import EMPTY
+from diffclip.data.streamed import StreamedTable
 from diffclip.data.training_pairs import TrainingPairs, name_bad_samples
 from diffclip.models import DualEncoder
 from diffclip.recipe import clamp_logit_scale, contrastive_loss, decay_parameter_names, learning_rate
@@ -41,6 +42,7 @@ from stages.callbacks import Watch, check_weights
 from stages.provenance import upstream_model
 from stages.run import Run
 from stages.settings import NEW_MODEL, PretrainConfig
+from stages.streaming import Shards, layout_settings, streamed_table
 from stages.training import (
     check_trainer,
     log_bad_samples,
@@ -51,10 +53,12 @@ from stages.training import (
 )
 
 
-def train_dual_encoder(config: PretrainConfig, run: Run) -> None:
-    """Train the model that the settings name and write it to `config.output_dir`."""
+def train_dual_encoder(config: PretrainConfig, run: Run, shards: Shards) -> None:
+    """Train the model that the settings name, on `shards` where they are streamed, and write it to
+    `config.output_dir`.
+    """
     check_trainer(config)
-    table, val_pairs = train_table(config), val_table(config)
+    table, val_pairs = train_table(config, shards), val_table(config)
 
     set_seed(config.seed)
     title, (model, transform, tokenizer) = run_title(config), starting_model(config)
@@ -68,6 +72,8 @@ def train_dual_encoder(config: PretrainConfig, run: Run) -> None:
         seed=config.seed,
         weights=config.train_weights,
         bad_samples=run.path / BAD_SAMPLES,
+        lanes=config.lanes,
+        window=config.window,
     )
     report_problems(table, config, run)
     if val_pairs is not None:
@@ -86,6 +92,8 @@ def train_dual_encoder(config: PretrainConfig, run: Run) -> None:
         f"pretrain: {title} ({origin}), {parameters:,} parameters, {f'{parameters - locked:,}' if locked else 'all'} "
         f"learn; {len(table):,} pairs x {config.epochs} epochs = {steps:,} steps of {config.global_batch_size}"
     )
+    if stream := pairs.stream:
+        run.log(f"pretrain: streams {len(stream.sizes):,} shards in {stream.lanes} lanes of windows of {stream.window}")
     run.note(model=title, parameters=parameters, pairs=len(table), steps=steps)
 
     trainer = ContrastiveTrainer(
@@ -109,22 +117,18 @@ def train_dual_encoder(config: PretrainConfig, run: Run) -> None:
     run.finish(metrics)
 
 
-def train_table(config: PretrainConfig) -> PairTable:
+def train_table(config: PretrainConfig, shards: Shards | None = None) -> PairTable | StreamedTable:
     """The pairs to train on, read as the settings say."""
-    return PairTable(config.train_data, **layout_of(config), split=config.split)
+    if shards:
+        return streamed_table(config, shards)
+    return PairTable(config.train_data, **layout_settings(config), split=config.split)
 
 
 def val_table(config: PretrainConfig) -> PairTable | None:
     """The held-out pairs, if there are any."""
     if not config.val_pairs:
         return None
-    return PairTable(config.val_pairs, **layout_of(config), split=config.val_split, prefer=("val", "test"))
-
-
-def layout_of(config: PretrainConfig) -> dict[str, Any]:
-    """The fields of `diffclip.data.layout.Layout` that both have from settings of the same name."""
-    fields = ("image_member", "caption_member", "image_column", "caption_column", "separator", "encoding", "image_root")
-    return {name: getattr(config, name) for name in fields}
+    return PairTable(config.val_pairs, **layout_settings(config), split=config.val_split, prefer=("val", "test"))
 
 
 def run_title(config: PretrainConfig) -> str:
@@ -162,7 +166,7 @@ def planned_model(config: PretrainConfig) -> DualEncoder:
     return adapted(unloaded(config.init_from), config)
 
 
-def report_problems(table: PairTable, config: PretrainConfig, run: Run) -> None:
+def report_problems(table: PairTable | StreamedTable, config: PretrainConfig, run: Run) -> None:
     """Name the samples that lack a part and the shards that end early or hold nothing; InputError if too many lack one.
 
     An empty shard is named, but is no sample that is lost.
@@ -191,7 +195,7 @@ def refuse_unreadable(setting: str, table: PairTable) -> None:
         )
 
 
-def log_notices(setting: str, table: PairTable, run: Run) -> None:
+def log_notices(setting: str, table: PairTable | StreamedTable, run: Run) -> None:
     """One line on what was read in one way of several, if anything."""
     if table.notices:
         key, reason = table.notices[0]
