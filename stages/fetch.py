@@ -29,11 +29,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--workers", type=number(int, 1), default=16, help="connections for many small files")
     parser.add_argument("--output", default="", help="of index: where its file goes, if not beside the shards")
     options = parser.parse_args(argv)
-    if options.names[0] == "index":
-        return index(options.names[1:], options.output)
     out = Path(options.output_dir)
-    pairs = options.names[0] == "pairs"
-    if pairs:
+    pairs, index = options.names[0] == "pairs", options.names[0] == "index"
+    if index:
+        if len(options.names) != 2:
+            raise InputError("index needs one pattern of shards, in quotes: index 's3://bucket/cc12m/*.tar'")
+    elif pairs:
         if len(options.names) != 2:
             raise InputError("pairs needs one list: pairs URLS.tsv (columns url and caption)")
         urls = Path(options.names[1])
@@ -52,19 +53,12 @@ def main(argv: list[str] | None = None) -> None:
         return
     from stages import download
 
+    if index:
+        return download.write_sizes(options.names[1], options.output)
     if pairs:
         return download.fetch_pairs(urls, out, command)
     for name in options.names:
         download.fetch_set(name, out / name, options.workers)
-
-
-def index(patterns: list[str], output: str) -> None:
-    """Write the sizes of shards, and say where."""
-    from diffclip.data.shard_sizes import write_manifest  # not at the top: a dry run of the rest needs no packages
-
-    if len(patterns) != 1:
-        raise InputError("index needs one pattern of shards, in quotes: index 's3://bucket/cc12m/*.tar'")
-    print(f"wrote {write_manifest(patterns[0], output)}")
 
 
 def img2dataset(urls: Path, out: Path, workers: int) -> list[str]:

@@ -26,7 +26,7 @@ from diffclip.base.files import append_jsonl, read_json, write_json
 from diffclip.base.images import DECODING
 from diffclip.base.schema import BAD_SAMPLES, BEST, METRICS, NON_FINITE, NonFinite
 from diffclip.benchmarks import datasets, prompts, retrieval, zero_shot
-from diffclip.benchmarks.features import Encoder
+from diffclip.benchmarks.features import Encoder, shared
 from diffclip.checkpoints import Loaded, unloaded
 from diffclip.data.check import unreadable
 from diffclip.data.columns import ROWLESS
@@ -323,7 +323,7 @@ class ContrastiveTrainer(Trainer):
         if self.val_set is not None:
             templates = self.val_set.templates or prompts.templates("imagenet7")
             vectors = prompts.classifier(model, self.tokenize, self.val_set.classnames, templates)
-            features = encoder.images(self.val_set.splits.get("val", self.val_set.splits["test"]))
+            features = encoder.images_shared(self.val_set.splits.get("val", self.val_set.splits["test"]))
             metrics |= zero_shot.classify(features.after, vectors, features.labels).metrics()
         if self.val_pairs is not None:
             metrics |= retrieval_of_pairs(encoder, self.val_pairs)
@@ -377,18 +377,25 @@ def lambda_modules(model: DualEncoder) -> dict[str, Any]:
 def retrieval_of_pairs(encoder: Encoder, pairs: PairTable) -> dict[str, float]:
     """R@1/5/10 in percent over held-out pairs, each caption of an image a query of its own."""
     encode_image = cast(Callable[[torch.Tensor], torch.Tensor], encoder.model.encode_image)
-    images, texts, owners = [], [], []
     each = pairs.images()
+    starts = range(0, len(each), encoder.batch_size)
+
+    def encoded(first: int, step: int) -> list[tuple[torch.Tensor, list[list[str]]]]:
+        """Features and captions of every so-many-th batch of images."""
+        batches = []
+        for start in starts[first::step]:
+            rows = each[start : start + encoder.batch_size]
+            pixels = torch.stack([encoder.preprocess(pairs[own[0]][0]) for own in rows])
+            captions = [[caption for row in own for caption in pairs.captions(row)] for own in rows]
+            batches.append((encode_image(pixels.to(encoder.device)).float().cpu(), captions))
+        return batches
+
     with torch.inference_mode():
-        for start in range(0, len(each), encoder.batch_size):
-            pixels = []
-            for i, rows in enumerate(each[start : start + encoder.batch_size], start):
-                captions = [caption for row in rows for caption in pairs.captions(row)]
-                pixels.append(encoder.preprocess(pairs[rows[0]][0]))
-                texts += captions
-                owners += [i] * len(captions)
-            images.append(encode_image(torch.stack(pixels).to(encoder.device)).float().cpu())
-    return retrieval.recall_at_k(torch.cat(images), encoder.texts(texts), torch.tensor(owners))
+        batches = shared(encoded)
+    captions = [own for _, batch in batches for own in batch]
+    texts = [text for own in captions for text in own]
+    owners = torch.tensor([i for i, own in enumerate(captions) for _ in own])
+    return retrieval.recall_at_k(torch.cat([images for images, _ in batches]), encoder.texts(texts), owners)
 
 
 class AfterStep(TrainerCallback):

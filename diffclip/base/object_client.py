@@ -1,17 +1,16 @@
-"""The process that `diffclip.base.objects` asks, `python -m diffclip.base.object_client`: one request as JSON on stdin,
-one answer on stdout, {"value"} or {"error"}.
+"""The process that `diffclip.base.objects` asks, `python -m diffclip.base.object_client`: requests as lines of JSON on
+stdin, answers on stdout, {"number", "value"} or {"number", "error"}.
 """
 
 import json
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from functools import cache
 from typing import Any
-
-from fsspec.core import url_to_fs
 
 from diffclip.base.errors import InputError, in_one_line
 from diffclip.base.objects import ADDRESS, AT_ONCE, Object, scheme_of
@@ -114,6 +113,8 @@ class _ByFsspec:
     """A folder of anything that fsspec knows."""
 
     def __init__(self, folder: str) -> None:
+        from fsspec.core import url_to_fs  # not at the top: it takes as long as all the rest
+
         try:
             self.files, self.path = url_to_fs(folder)
         except (ImportError, ValueError) as error:
@@ -139,10 +140,24 @@ class _ByFsspec:
             raise OSError(f"{os.path.getsize(path):,} of {size:,} bytes arrived")
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Answer the requests on stdin, several at a time, until it ends."""
     end_with_parents()
-    try:
-        told = {"value": answer(json.load(sys.stdin))}
-    except InputError as error:
-        told = {"error": str(error)}
-    print("\n" + json.dumps(told), end="")
+    out, lock = os.fdopen(os.dup(1), "w"), threading.Lock()
+    os.dup2(2, 1)  # what libraries print is no answer
+
+    def reply(request: dict[str, Any]) -> None:
+        try:
+            told = {"value": answer(request)}
+        except InputError as error:
+            told = {"error": str(error)}
+        with lock:
+            print(json.dumps({**told, "number": request["number"]}), file=out, flush=True)
+
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        for line in sys.stdin:
+            pool.submit(reply, json.loads(line))
+
+
+if __name__ == "__main__":
+    main()

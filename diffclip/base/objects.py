@@ -1,8 +1,8 @@
 """Objects of cloud stores: which ones a pattern names, small ones as bytes, and one whole as a file.
 
 s3://, gs:// and az:// are read by obstore, everything else (hf://datasets/…) by fsspec. Credentials, regions and
-endpoints are the clients' own business: they find them in the environment. Each call is a process of its own
-(`diffclip.base.object_client`, 0.2 s), since the clients' threads do not outlive the fork of a loader's worker.
+endpoints are the clients' own business: they find them in the environment. They run in a process beside each that asks
+(`diffclip.base.object_client`), since their threads do not outlive the fork of a loader's worker.
 """
 
 import json
@@ -10,11 +10,14 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from functools import cache
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +30,7 @@ from diffclip.base.orphans import as_parent
 ADDRESS = re.compile(r"([a-z][a-z0-9+.-]*)://")
 WEB = ("http", "https")
 WILD = re.compile(r"[*?]")
+ENDED = "the process that reads stores has ended; start the same command again"
 AT_ONCE = 32  # small objects that are read side by side
 ROOT = str(Path(__file__).resolve().parents[2])
 
@@ -136,21 +140,67 @@ def _pattern(name: str) -> re.Pattern:
     return re.compile("".join(parts.get(part, re.escape(part)) for part in split))
 
 
+class _Client:
+    """The process beside this one, which answers several requests at a time."""
+
+    def __init__(self, environment: dict[str, str]) -> None:
+        self.environment = environment
+        paths = os.pathsep.join(filter(None, [ROOT, environment.get("PYTHONPATH", "")]))
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "diffclip.base.object_client"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment | as_parent() | {"PYTHONPATH": paths},
+        )
+        self.lock, self.numbers, self.waiting = threading.Lock(), count(), dict[int, Future]()
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def ask(self, request: dict[str, Any]) -> Any:
+        """What it answers; InputError with what it says, or that it has ended."""
+        future: Future = Future()
+        with self.lock:
+            number = next(self.numbers)
+            self.waiting[number] = future
+            try:
+                print(json.dumps({**request, "number": number}), file=self.process.stdin, flush=True)
+            except OSError:  # it has ended
+                future.set_result({"error": f"{request['url']}: {ENDED}"})
+        answer = future.result()
+        if "error" in answer:
+            raise InputError(answer["error"] or f"{request['url']}: {ENDED}")
+        return answer["value"]
+
+    def _listen(self) -> None:
+        for line in self.process.stdout or ():
+            answer = json.loads(line)
+            self.waiting.pop(answer["number"]).set_result(answer)
+        for future in list(self.waiting.values()):
+            if not future.done():
+                future.set_result({"error": ""})
+
+
+_clients: list[_Client] = []  # one, or none
+_starting = threading.Lock()
+
+
+def _forget() -> None:
+    """A forked process starts a client of its own."""
+    global _starting
+    _clients.clear()
+    _starting = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_forget)
+
+
 def _elsewhere(request: dict[str, Any]) -> Any:
-    """The answer of a process of its own."""
-    paths = os.pathsep.join(filter(None, [ROOT, os.environ.get("PYTHONPATH", "")]))
-    ended = subprocess.run(
-        [sys.executable, "-m", "diffclip.base.object_client"],
-        input=json.dumps(request),
-        capture_output=True,
-        text=True,
-        env={**os.environ, **as_parent(), "PYTHONPATH": paths},
-    )
-    try:
-        answer = json.loads(ended.stdout.rpartition("\n")[2])
-    except ValueError:
-        said = (ended.stderr.strip() or f"its process ended with {ended.returncode}").splitlines()[-1]
-        raise InputError(f"{request['url']}: cannot be read ({said}); start the same command again") from None
-    if "error" in answer:
-        raise InputError(answer["error"])
-    return answer["value"]
+    """The answer of this process's client, begun anew where it has ended or the environment is another."""
+    with _starting:
+        if not _clients or _clients[0].environment != dict(os.environ) or _clients[0].process.poll() is not None:
+            if _clients and (stdin := _clients.pop().process.stdin):
+                with suppress(OSError):
+                    stdin.close()  # it ends when it has answered
+            _clients.append(_Client(dict(os.environ)))
+        client = _clients[0]
+    return client.ask(request)

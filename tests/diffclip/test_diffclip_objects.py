@@ -29,6 +29,7 @@ def shards(folder: Path, *pairs: int) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_patterns_name_objects_in_one_listing_a_folder(s3):  # noqa: F811
     for key in ("d/0.tar", "d/1.tar", "d/2.tar", "d/1.json", "d/deep/3.tar", "e/0.tar"):
         s3.client.put_object(Bucket="bucket", Key=key, Body=b"x" * len(key))
@@ -36,8 +37,9 @@ def test_patterns_name_objects_in_one_listing_a_folder(s3):  # noqa: F811
     def names(pattern: str) -> list[str]:
         return [each.url.removeprefix("s3://bucket/") for each in objects.matching(f"s3://bucket/{pattern}")]
 
-    assert names("d/{0..2}.tar") == ["d/0.tar", "d/1.tar", "d/2.tar"] and names("d/?.tar") == names("d/*.tar")
-    assert len([path for method, path in s3.requests if method == "GET"]) == 3
+    before = len(s3.requests)
+    assert names("d/{0..2}.tar") == ["d/0.tar", "d/1.tar", "d/2.tar"] and len(s3.requests) == before + 1
+    assert names("d/?.tar") == names("d/{0..2}.tar")
     assert names("**/*.tar") == ["d/0.tar", "d/1.tar", "d/2.tar", "d/deep/3.tar", "e/0.tar"]
     assert names("*/0.tar") == ["d/0.tar", "e/0.tar"] and names("{e,d}/0.tar") == ["e/0.tar", "d/0.tar"]
     found = objects.matching("s3://bucket/d/1.tar")[0]
@@ -46,6 +48,7 @@ def test_patterns_name_objects_in_one_listing_a_folder(s3):  # noqa: F811
         objects.matching("s3://bucket/d/{1,7}.tar")
 
 
+@pytest.mark.slow
 def test_what_a_store_refuses_is_said_with_address_and_remedy(s3, tmp_path, monkeypatch):  # noqa: F811
     with pytest.raises(InputError, match=r"s3://bucket/no\.tar: no such object; check the address"):
         objects.get("s3://bucket/no.tar", tmp_path / "x")
@@ -54,10 +57,11 @@ def test_what_a_store_refuses_is_said_with_address_and_remedy(s3, tmp_path, monk
     s3.client.put_object(Bucket="bucket", Key="a", Body=b"x")
     with pytest.raises(InputError, match=r"nowhere/x: cannot be written .* make room, or choose another place"):
         objects.get("s3://bucket/a", tmp_path / "nowhere" / "x")
-    with pytest.raises(InputError, match=r"nostore://a/.*cannot be read"):
+    with pytest.raises(InputError, match=r"nostore://a: is an address that cannot be read"):
         objects.matching("nostore://a/*.tar")
 
 
+@pytest.mark.slow
 def test_stores_that_fsspec_knows_are_read_the_same(tmp_path):
     folder = shards(tmp_path / "d", 3, 2)
     url = f"file://{folder}"
@@ -72,6 +76,7 @@ def test_stores_that_fsspec_knows_are_read_the_same(tmp_path):
         objects.get(f"{url}/b.tar", tmp_path / "x")
 
 
+@pytest.mark.slow
 def test_pairs_of_a_store_are_those_of_the_files_with_one_request_a_shard(s3, tmp_path):  # noqa: F811
     folder = shards(tmp_path / "d", 5, 9, 4)
     upload(s3, folder, "d")
@@ -145,18 +150,19 @@ def fetching(folder: Path, url: str, size: int, **more: str) -> subprocess.Popen
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["http", "s3"])
 def test_processes_fetch_a_shard_once_and_a_killed_one_leaves_nothing_half(tmp_path, scheme):
     if scheme == "s3":
         pytest.importorskip("obstore")
-    body = os.urandom(300_000)
+    body = os.urandom(9_000_000)
     path = "/bucket/a.tar"
 
     def address(server: str) -> tuple[str, dict[str, str]]:
         settings = {"AWS_ENDPOINT_URL": server, "AWS_SKIP_SIGNATURE": "true", "AWS_REGION": "x"}
         return ("s3://bucket/a.tar", settings) if scheme == "s3" else (server + path, {})
 
-    with slow_server({path: body}, stall_after=200_000) as (server, asked):
+    with slow_server({path: body}, stall_after=8_500_000) as (server, asked):
         url, settings = address(server)
         process = fetching(tmp_path, url, len(body), **settings)
         deadline = time.monotonic() + 30
@@ -166,8 +172,9 @@ def test_processes_fetch_a_shard_once_and_a_killed_one_leaves_nothing_half(tmp_p
         process.kill()
         process.wait()
         assert not [*tmp_path.rglob("a.tar")]
-    port = int(server.rpartition(":")[2])
+    port = 0 if scheme == "s3" else int(server.rpartition(":")[2])  # the killed one's client may ask once more
     with slow_server({path: body}, latency=0.3, port=port) as (server, asked):
+        url, settings = address(server)
         processes = [fetching(tmp_path, url, len(body), **settings) for _ in range(2)]
         told = [process.communicate(timeout=60) for process in processes]
         assert [process.returncode for process in processes] == [0, 0], told
