@@ -159,8 +159,8 @@ def main() -> None:
             out = subprocess.run(command, env=os.environ | named, stdout=subprocess.PIPE, text=True, check=True).stdout
         found = json.loads(out)
         label = f"{name}: {SHAPES[name]:,} shards, {SHAPES[name] * IN_A_SHARD / 1e6:,.1f} M pairs"
-        rows.append((label, f"{found['seconds']:.1f}", str(len(asked)), *(f"{found[n]:.1f}" for n in ("rank", "worker")),
-                     f"{found['item']:.0f}"))  # fmt: skip
+        numbers = (f"{found[key]:.1f}" for key in ("rank", "worker"))
+        rows.append((label, f"{found['seconds']:.1f}", str(len(asked)), *numbers, f"{found['item']:.0f}"))
     if rows:
         print_table(("", "seconds to start", "requests", "MB a rank", "MB a worker", "us an item"), rows)
     if not options.rounds:
@@ -175,10 +175,10 @@ def main() -> None:
             urls = f"{address}/{{00000..00015}}.tar"
             rates: dict[str, list[float]] = {"diffclip": [], "webdataset": []}
             for _ in range(options.rounds):
-                for name, read in (("diffclip", lambda: ours(urls, Path(place) / "cache")), ("webdataset", lambda: webdatasets(urls))):  # fmt: skip
+                for name in rates:
                     asked.clear()
                     begin = time.perf_counter()
-                    pairs = read()
+                    pairs = ours(urls, Path(place) / "cache") if name == "diffclip" else webdatasets(urls)
                     rates[name].append(pairs / (time.perf_counter() - begin))
                     print(f"{name}: {pairs:,} pairs, {len(asked)} requests, {rates[name][-1]:,.0f} pairs/s", flush=True)
                     shutil.rmtree(Path(place) / "cache", ignore_errors=True)

@@ -14,10 +14,11 @@ from typing import Any
 
 from diffclip.base.errors import InputError, in_one_line
 from diffclip.base.objects import ADDRESS, AT_ONCE, Object, scheme_of
-from diffclip.base.orphans import end_with_parents
 
 try:
-    from obstore.store import from_url  # the extra `cloud`
+    from obstore import store  # the extra `cloud`
+
+    from_url: Any = store.from_url
 except ImportError:
     from_url = None
 
@@ -141,8 +142,7 @@ class _ByFsspec:
 
 
 def main() -> None:
-    """Answer the requests on stdin, several at a time, until it ends."""
-    end_with_parents()
+    """Answer the requests on stdin, several at a time, until it ends, as it does with whoever asks."""
     out, lock = os.fdopen(os.dup(1), "w"), threading.Lock()
     os.dup2(2, 1)  # what libraries print is no answer
 
@@ -154,9 +154,10 @@ def main() -> None:
         with lock:
             print(json.dumps({**told, "number": request["number"]}), file=out, flush=True)
 
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        for line in sys.stdin:
-            pool.submit(reply, json.loads(line))
+    pool = ThreadPoolExecutor(AT_ONCE)
+    for line in sys.stdin:
+        pool.submit(reply, json.loads(line))
+    os._exit(0)  # nobody waits for what is under way
 
 
 if __name__ == "__main__":

@@ -25,7 +25,6 @@ import braceexpand
 
 from diffclip.base.download import OPENER, TIMEOUT, download
 from diffclip.base.errors import InputError, in_one_line
-from diffclip.base.orphans import as_parent
 
 ADDRESS = re.compile(r"([a-z][a-z0-9+.-]*)://")
 WEB = ("http", "https")
@@ -151,7 +150,7 @@ class _Client:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=environment | as_parent() | {"PYTHONPATH": paths},
+            env=environment | {"PYTHONPATH": paths},
         )
         self.lock, self.numbers, self.waiting = threading.Lock(), count(), dict[int, Future]()
         threading.Thread(target=self._listen, daemon=True).start()
@@ -200,7 +199,7 @@ def _elsewhere(request: dict[str, Any]) -> Any:
         if not _clients or _clients[0].environment != dict(os.environ) or _clients[0].process.poll() is not None:
             if _clients and (stdin := _clients.pop().process.stdin):
                 with suppress(OSError):
-                    stdin.close()  # it ends when it has answered
+                    stdin.close()  # it ends
             _clients.append(_Client(dict(os.environ)))
         client = _clients[0]
     return client.ask(request)

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import KW_ONLY, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -98,13 +99,13 @@ class Encoder:
             dist.broadcast_object_list(stored)
             if stored[0]:
                 continue
-            rows = shared(lambda first, step, images=images, name=name: self._encode_batches(images, name, first, step))
+            rows = shared(partial(self._encode_batches, images, name))
             if dist.get_rank() == 0:
                 save_tensors(_joined(rows), path, {"key": key})
 
     def images_shared(self, images: Images) -> ImageFeatures:
         """`images`, encoded by all ranks of the process group, if there is one, for all of them; nothing is stored."""
-        return ImageFeatures(**_joined(shared(lambda first, step: self._encode_batches(images, "images", first, step))))
+        return ImageFeatures(**_joined(shared(partial(self._encode_batches, images, "images"))))
 
     def _images_key(self, images: Images) -> dict:
         transform = _printed(self.preprocess)

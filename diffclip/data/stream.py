@@ -33,6 +33,17 @@ class Place(NamedTuple):
     length: int
 
 
+class Window(NamedTuple):
+    """A window of a lane: its number, where it starts and ends in the row of the epoch, its shards and those after."""
+
+    epoch: int
+    number: int
+    start: int
+    end: int
+    shards: list[int]
+    following: list[int]
+
+
 class Stream:
     """Item k of a run over shards of known sizes: `row(k)` counts the samples of all shards from 0, in their order."""
 
@@ -62,6 +73,7 @@ class Stream:
         self.ranges = list(ranges) or [(0, len(self.sizes))]
         self.weights = list(weights) or [1.0] * len(self.ranges)
         self._epochs: OrderedDict[int, Epoch] = OrderedDict()
+        self._held: dict[int, Window] = {}  # by lane: the window of its last item
         self._windows: OrderedDict[tuple[int, int, int], np.ndarray] = OrderedDict()
         self.in_epoch = int(self._epoch(0).ends[-1]) if len(self._epoch(0).ends) else 0
         self.per_epoch = self.in_epoch // self.batch * self.batch
@@ -81,7 +93,7 @@ class Stream:
         passed of this one, so that fetching is spread over time.
         """
         place = self.place(k)
-        here, following = self._shards(place.epoch, place.lane, place.window), self._following(place)
+        _, _, _, _, here, following = self._held[place.lane]
         passed = -(-(place.position + 1) * len(following) // place.length)
         return place.lane, list(dict.fromkeys([*here, *following[:passed]]))
 
@@ -92,11 +104,20 @@ class Stream:
         share = self.batch // self.lanes
         lane, inside = divmod(inside, share)
         at = lane * self.stretch + step * share + inside  # in the row of the epoch
+        held = self._held.get(lane)
+        if held is None or held.epoch != epoch or not held.start <= at < held.end:
+            held = self._held[lane] = self._found(epoch, lane, at)
+        return Place(epoch, lane, held.number, at - held.start, held.end - held.start)
+
+    def _found(self, epoch: int, lane: int, at: int) -> Window:
+        """The window of a lane that a place in the row of the epoch lies in."""
         first, _ = self._entries(epoch, lane)
         entry = int(np.searchsorted(self._epoch(epoch).ends, at, side="right"))
-        window = max(0, (entry - first - self._lead(lane)) // self.window + 1)
-        start, end = self._span(epoch, lane, window)
-        return Place(epoch, lane, window, at - start, end - start)
+        number = max(0, (entry - first - self._lead(lane)) // self.window + 1)
+        following = self._shards(epoch, lane, number + 1)
+        if not following and epoch + 1 < self.epochs:
+            following = self._shards(epoch + 1, lane, 0)
+        return Window(epoch, number, *self._span(epoch, lane, number), self._shards(epoch, lane, number), following)
 
     def _lead(self, lane: int) -> int:
         """Shards of a lane's first window."""
@@ -147,13 +168,6 @@ class Stream:
     def _shards(self, epoch: int, lane: int, window: int) -> list[int]:
         first, last = self._window_entries(epoch, lane, window)
         return self._epoch(epoch).shards[first:last].tolist()
-
-    def _following(self, place: Place) -> list[int]:
-        """The shards of the window after this one, the first one of the next epoch after the last one."""
-        following = self._shards(place.epoch, place.lane, place.window + 1)
-        if not following and place.epoch + 1 < self.epochs:
-            following = self._shards(place.epoch + 1, place.lane, 0)
-        return following
 
     def _window(self, place: Place) -> np.ndarray:
         """The samples of a window in the order in which they are learnt; one window a lane is kept."""
