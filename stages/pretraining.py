@@ -21,6 +21,7 @@ import diffclip
 from diffclip.adaptation import layer_rates, let_learn, with_vector_scale
 from diffclip.architectures import with_image_size
 from diffclip.attention import Differential, set_annealing
+from diffclip.base.cache import cache_dir
 from diffclip.base.errors import InputError
 from diffclip.base.files import append_jsonl, read_json, write_json
 from diffclip.base.images import DECODING
@@ -32,7 +33,7 @@ from diffclip.data.check import unreadable
 from diffclip.data.columns import ROWLESS
 from diffclip.data.pairs import PairTable
 from diffclip.data.shards import EMPTY
-from diffclip.data.streamed import StreamedTable
+from diffclip.data.streamed import StreamedTable, cache_of, check_room
 from diffclip.data.training_pairs import TrainingPairs, name_bad_samples
 from diffclip.models import DualEncoder
 from diffclip.recipe import clamp_logit_scale, contrastive_loss, decay_parameter_names, learning_rate
@@ -42,7 +43,7 @@ from stages.callbacks import Watch, check_weights
 from stages.provenance import upstream_model
 from stages.run import Run
 from stages.settings import NEW_MODEL, PretrainConfig
-from stages.streaming import Shards, layout_settings, streamed_table
+from stages.streaming import Shards, lanes_here, layout_of, layout_settings
 from stages.training import (
     check_trainer,
     log_bad_samples,
@@ -122,6 +123,15 @@ def train_table(config: PretrainConfig, shards: Shards | None = None) -> PairTab
     if shards:
         return streamed_table(config, shards)
     return PairTable(config.train_data, **layout_settings(config), split=config.split)
+
+
+def streamed_table(config: PretrainConfig, shards: Shards) -> StreamedTable:
+    """The table of a run's shards; InputError where the node's cache cannot hold the windows that it reads."""
+    cache = cache_of(config.shard_cache, config.shard_cache_gb, cache_dir() / "shards")
+    every = [shard for source in shards for shard in source]
+    if any(shard.remote for shard in every):
+        check_room(cache, every, lanes_here(config.lanes), config.window)
+    return StreamedTable(shards, layout_of(config), cache, keep=config.lanes * (config.window + 1))
 
 
 def val_table(config: PretrainConfig) -> PairTable | None:

@@ -1,16 +1,14 @@
-"""Pretraining data that is streamed: which shards the settings name, what a resumed run knows them by, their table."""
+"""Pretraining data that is streamed: which shards the settings name, and what a resumed run knows them by."""
 
 import hashlib
 import json
 import os
 from typing import Any
 
-from diffclip.base.cache import cache_dir
 from diffclip.base.errors import InputError
 from diffclip.base.ranks import from_main, rank, world
 from diffclip.data.layout import Layout
 from diffclip.data.shard_sizes import SizedShard, in_object_store, sized_shards
-from diffclip.data.streamed import StreamedTable, cache_of, check_room
 from stages.settings import PretrainConfig
 
 Shards = list[list[SizedShard]]  # by source
@@ -50,15 +48,6 @@ def digests_of(shards: Shards) -> dict[str, str]:
     facts = [[(os.path.basename(s.url.partition("?")[0]), *s[1:]) for s in source] for source in shards]
     digests = [hashlib.sha256(json.dumps(fact).encode()).hexdigest()[:12] for fact in facts]
     return {f"train_data[{i}]": digest for i, digest in enumerate(digests)}
-
-
-def streamed_table(config: PretrainConfig, shards: Shards) -> StreamedTable:
-    """The table of a run's shards; InputError where the node's cache cannot hold the windows that it reads."""
-    cache = cache_of(config.shard_cache, config.shard_cache_gb, cache_dir() / "shards")
-    every = [shard for source in shards for shard in source]
-    if any(shard.remote for shard in every):
-        check_room(cache, every, lanes_here(config.lanes), config.window)
-    return StreamedTable(shards, layout_of(config), cache, keep=config.lanes * (config.window + 1))
 
 
 def lanes_here(lanes: int) -> int:
