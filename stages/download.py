@@ -25,6 +25,7 @@ from diffclip.base.errors import InputError, first_line
 from diffclip.base.files import read_json, read_jsonl, write_json
 from diffclip.base.lines import print_line
 from diffclip.base.paths import inside
+from diffclip.data import shard_sizes
 from diffclip.data.shards import IMAGE_SUFFIXES, index_shards
 from stages.data_sets import SETS, Hub, Images, Web
 
@@ -134,6 +135,11 @@ def fetch_pairs(urls: Path, out: Path, command: list[str]) -> None:
     for reason, times in reasons.most_common(5):
         print_line(f"  {times:,} times: {reason}")
     write_manifest(out, urls.stem, [urls], "pairs", arrived, tried)
+
+
+def write_sizes(pattern: str, output: str) -> None:
+    """Count the samples of a source's shards, write down how many each has, and say where."""
+    print(f"wrote {shard_sizes.write_manifest(pattern, output)}")
 
 
 def check_addresses(urls: Path) -> None:

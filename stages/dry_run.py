@@ -12,6 +12,7 @@ from stages import costs
 from stages.config import zero_stage
 from stages.pretraining import planned_model, run_title, train_table
 from stages.settings import AlignConfig, ConversationConfig, InstructConfig, PretrainConfig
+from stages.streaming import shards_of
 
 
 def estimate_pretraining(config: PretrainConfig) -> None:
@@ -19,7 +20,7 @@ def estimate_pretraining(config: PretrainConfig) -> None:
     hardware = costs.parse_hardware(config.hardware)
     if not (config.samples or config.train_data):
         raise InputError("a dry run needs --train_data, or the number of pairs as --samples (CC3M 2900000)")
-    pairs = config.samples or len(train_table(config))
+    pairs = config.samples or len(train_table(config, shards_of(config)))
     steps = pairs // config.global_batch_size * config.epochs
     model = planned_model(config)
     let_learn(model, config.learns)

@@ -3,6 +3,7 @@
     diffclip data cc3m --output_dir data                 # webdataset shards from the Hub
     diffclip data pope --output_dir data --dry_run       # what would be fetched, and from where
     diffclip data pairs URLS.tsv --output_dir data/mine  # a list of addresses and captions, by img2dataset
+    diffclip data index 's3://bucket/cc12m/*.tar'        # how many samples each shard holds, for `order: stream`
 
 `scripts/0_data.sh` is the same, and brings img2dataset in an environment of its own.
 
@@ -22,15 +23,19 @@ KINDS = {".tsv": "tsv", ".csv": "csv", ".parquet": "parquet"}  # of lists of add
 def main(argv: list[str] | None = None) -> None:
     """Fetch sets, or the images of a list; a dry run needs the standard library alone."""
     parser = Parser("diffclip data", description=__doc__)
-    parser.add_argument("names", nargs="+", metavar="NAME", help=f"{', '.join(SETS)}; or: pairs LIST")
+    parser.add_argument("names", nargs="+", metavar="NAME", help=f"{', '.join(SETS)}; or: pairs LIST; or: index SHARDS")
     parser.add_argument("--output_dir", default="data", help="folder that gets a folder for each set")
     parser.also("--output_dir", "--out")
     parser.add_argument("--dry_run", action="store_true", help="print what would be fetched, fetch nothing")
     parser.add_argument("--workers", type=number(int, 1), default=16, help="connections for many small files")
+    parser.add_argument("--output", default="", help="of index: where its file goes, if not beside the shards")
     options = parser.parse_args(argv)
     out = Path(options.output_dir)
-    pairs = options.names[0] == "pairs"
-    if pairs:
+    pairs, index = options.names[0] == "pairs", options.names[0] == "index"
+    if index:
+        if len(options.names) != 2:
+            raise InputError("index needs one pattern of shards, in quotes: index 's3://bucket/cc12m/*.tar'")
+    elif pairs:
         if len(options.names) != 2:
             raise InputError("pairs needs one list: pairs URLS.tsv (columns url and caption)")
         urls = Path(options.names[1])
@@ -49,6 +54,8 @@ def main(argv: list[str] | None = None) -> None:
         return
     from stages import download
 
+    if index:
+        return download.write_sizes(options.names[1], options.output)
     if pairs:
         return download.fetch_pairs(urls, out, command)
     for name in options.names:

@@ -41,7 +41,7 @@ def folder_manifest(folder: str | Path) -> dict[str, str]:
             stat = os.stat(path)
             times = f"{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ctime_ns}:{stat.st_ino}:{stat.st_dev}"
             before = known.get(name)
-            return times, before[1] if before and before[0] == times else _content(path, stat.st_size)
+            return times, before[1] if before and before[0] == times else sampled_content(path, stat.st_size)
         except OSError:
             return "", "unreadable"
 
@@ -95,7 +95,8 @@ def _said(what: str, names: list[str]) -> str:
     return f"{names[0]} {what}" if len(names) == 1 else f"{len(names):,} files {what}, e.g. {names[0]}"
 
 
-def _content(path: str, size: int) -> str:
+def sampled_content(path: str | Path, size: int) -> str:
+    """16 hex digits of a file of `size` bytes: of all of it up to 1 MB, else of its size and 1 MB in 16 blocks."""
     result = hashlib.sha256(str(size).encode())
     with open(path, "rb") as f:
         if size <= WHOLE:

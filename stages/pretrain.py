@@ -6,15 +6,19 @@
         --model DiffCLIP-B-16 ...
     diffclip pretrain --init_from open_clip:ViT-B-32@laion2b_s34b_b79k --attention v2 \
         --train_data 'pairs/*.tar' --learning_rate 1e-5 --epochs 1 --output_dir runs/adapted
+    torchrun --nproc_per_node 8 -m diffclip pretrain --config paper/pretrain_cc12m \
+        --model DiffCLIP-B-16 --train_data 's3://bucket/cc12m/{00000..01242}.tar' ...
 """
 
 from pathlib import Path
 
 from diffclip.base.errors import exit_on_input_error
+from diffclip.base.ranks import join_slurm
 from diffclip.data.sources import expand
 from stages.config import parse, require
 from stages.run import Run
 from stages.settings import PretrainConfig
+from stages.streaming import digests_of, shards_of
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -25,17 +29,22 @@ def main(argv: list[str] | None = None) -> None:
 
         return estimate_pretraining(config)
     require(config, "output_dir", "train_data")
-    pairs = {"train_data": expand(config.train_data), "val_pairs": expand(config.val_pairs)}
-    inputs: dict[str, str | Path | list[str]] = {**pairs, "val_data": config.val_data}
+    join_slurm()
+    shards = shards_of(config)
+    inputs: dict[str, str | Path | list[str]] = {
+        "train_data": config.train_data if shards else expand(config.train_data),
+        "val_pairs": expand(config.val_pairs),
+        "val_data": config.val_data,
+    }
     if config.init_from:
         from diffclip.sources import weights_of
 
         inputs["init_from"] = weights_of(config.init_from)
-    with Run("pretrain", config, inputs) as run:
+    with Run("pretrain", config, inputs, digests_of(shards)) as run:
         if not run.finished:
             from stages.pretraining import train_dual_encoder
 
-            train_dual_encoder(config, run)
+            train_dual_encoder(config, run, shards)
 
 
 if __name__ == "__main__":

@@ -21,17 +21,19 @@ import diffclip
 from diffclip.adaptation import layer_rates, let_learn, with_vector_scale
 from diffclip.architectures import with_image_size
 from diffclip.attention import Differential, set_annealing
+from diffclip.base.cache import cache_dir
 from diffclip.base.errors import InputError
 from diffclip.base.files import append_jsonl, read_json, write_json
 from diffclip.base.images import DECODING
 from diffclip.base.schema import BAD_SAMPLES, BEST, METRICS, NON_FINITE, NonFinite
 from diffclip.benchmarks import datasets, prompts, retrieval, zero_shot
-from diffclip.benchmarks.features import Encoder
+from diffclip.benchmarks.features import Encoder, shared
 from diffclip.checkpoints import Loaded, unloaded
 from diffclip.data.check import unreadable
 from diffclip.data.columns import ROWLESS
 from diffclip.data.pairs import PairTable
 from diffclip.data.shards import EMPTY
+from diffclip.data.streamed import StreamedTable, cache_of, check_room
 from diffclip.data.training_pairs import TrainingPairs, name_bad_samples
 from diffclip.models import DualEncoder
 from diffclip.recipe import clamp_logit_scale, contrastive_loss, decay_parameter_names, learning_rate
@@ -41,6 +43,7 @@ from stages.callbacks import Watch, check_weights
 from stages.provenance import upstream_model
 from stages.run import Run
 from stages.settings import NEW_MODEL, PretrainConfig
+from stages.streaming import Shards, lanes_here, layout_of, layout_settings
 from stages.training import (
     check_trainer,
     log_bad_samples,
@@ -51,10 +54,12 @@ from stages.training import (
 )
 
 
-def train_dual_encoder(config: PretrainConfig, run: Run) -> None:
-    """Train the model that the settings name and write it to `config.output_dir`."""
+def train_dual_encoder(config: PretrainConfig, run: Run, shards: Shards) -> None:
+    """Train the model that the settings name, on `shards` where they are streamed, and write it to
+    `config.output_dir`.
+    """
     check_trainer(config)
-    table, val_pairs = train_table(config), val_table(config)
+    table, val_pairs = train_table(config, shards), val_table(config)
 
     set_seed(config.seed)
     title, (model, transform, tokenizer) = run_title(config), starting_model(config, run.record["decoding"])
@@ -68,6 +73,8 @@ def train_dual_encoder(config: PretrainConfig, run: Run) -> None:
         seed=config.seed,
         weights=config.train_weights,
         bad_samples=run.path / BAD_SAMPLES,
+        lanes=config.lanes,
+        window=config.window,
     )
     report_problems(table, config, run)
     if val_pairs is not None:
@@ -86,6 +93,8 @@ def train_dual_encoder(config: PretrainConfig, run: Run) -> None:
         f"pretrain: {title} ({origin}), {parameters:,} parameters, {f'{parameters - locked:,}' if locked else 'all'} "
         f"learn; {len(table):,} pairs x {config.epochs} epochs = {steps:,} steps of {config.global_batch_size}"
     )
+    if stream := pairs.stream:
+        run.log(f"pretrain: streams {len(stream.sizes):,} shards in {stream.lanes} lanes of windows of {stream.window}")
     run.note(model=title, parameters=parameters, pairs=len(table), steps=steps)
 
     trainer = ContrastiveTrainer(
@@ -109,22 +118,27 @@ def train_dual_encoder(config: PretrainConfig, run: Run) -> None:
     run.finish(metrics)
 
 
-def train_table(config: PretrainConfig) -> PairTable:
+def train_table(config: PretrainConfig, shards: Shards | None = None) -> PairTable | StreamedTable:
     """The pairs to train on, read as the settings say."""
-    return PairTable(config.train_data, **layout_of(config), split=config.split)
+    if shards:
+        return streamed_table(config, shards)
+    return PairTable(config.train_data, **layout_settings(config), split=config.split)
+
+
+def streamed_table(config: PretrainConfig, shards: Shards) -> StreamedTable:
+    """The table of a run's shards; InputError where the node's cache cannot hold the windows that it reads."""
+    cache = cache_of(config.shard_cache, config.shard_cache_gb, cache_dir() / "shards")
+    every = [shard for source in shards for shard in source]
+    if any(shard.remote for shard in every):
+        check_room(cache, every, lanes_here(config.lanes), config.window)
+    return StreamedTable(shards, layout_of(config), cache, keep=config.lanes * (config.window + 1))
 
 
 def val_table(config: PretrainConfig) -> PairTable | None:
     """The held-out pairs, if there are any."""
     if not config.val_pairs:
         return None
-    return PairTable(config.val_pairs, **layout_of(config), split=config.val_split, prefer=("val", "test"))
-
-
-def layout_of(config: PretrainConfig) -> dict[str, Any]:
-    """The fields of `diffclip.data.layout.Layout` that both have from settings of the same name."""
-    fields = ("image_member", "caption_member", "image_column", "caption_column", "separator", "encoding", "image_root")
-    return {name: getattr(config, name) for name in fields}
+    return PairTable(config.val_pairs, **layout_settings(config), split=config.val_split, prefer=("val", "test"))
 
 
 def run_title(config: PretrainConfig) -> str:
@@ -162,7 +176,7 @@ def planned_model(config: PretrainConfig) -> DualEncoder:
     return adapted(unloaded(config.init_from), config)
 
 
-def report_problems(table: PairTable, config: PretrainConfig, run: Run) -> None:
+def report_problems(table: PairTable | StreamedTable, config: PretrainConfig, run: Run) -> None:
     """Name the samples that lack a part and the shards that end early or hold nothing; InputError if too many lack one.
 
     An empty shard is named, but is no sample that is lost.
@@ -191,7 +205,7 @@ def refuse_unreadable(setting: str, table: PairTable) -> None:
         )
 
 
-def log_notices(setting: str, table: PairTable, run: Run) -> None:
+def log_notices(setting: str, table: PairTable | StreamedTable, run: Run) -> None:
     """One line on what was read in one way of several, if anything."""
     if table.notices:
         key, reason = table.notices[0]
@@ -319,7 +333,7 @@ class ContrastiveTrainer(Trainer):
         if self.val_set is not None:
             templates = self.val_set.templates or prompts.templates("imagenet7")
             vectors = prompts.classifier(model, self.tokenize, self.val_set.classnames, templates)
-            features = encoder.images(self.val_set.splits.get("val", self.val_set.splits["test"]))
+            features = encoder.images_shared(self.val_set.splits.get("val", self.val_set.splits["test"]))
             metrics |= zero_shot.classify(features.after, vectors, features.labels).metrics()
         if self.val_pairs is not None:
             metrics |= retrieval_of_pairs(encoder, self.val_pairs)
@@ -373,18 +387,25 @@ def lambda_modules(model: DualEncoder) -> dict[str, Any]:
 def retrieval_of_pairs(encoder: Encoder, pairs: PairTable) -> dict[str, float]:
     """R@1/5/10 in percent over held-out pairs, each caption of an image a query of its own."""
     encode_image = cast(Callable[[torch.Tensor], torch.Tensor], encoder.model.encode_image)
-    images, texts, owners = [], [], []
     each = pairs.images()
+    starts = range(0, len(each), encoder.batch_size)
+
+    def encoded(first: int, step: int) -> list[tuple[torch.Tensor, list[list[str]]]]:
+        """Features and captions of every so-many-th batch of images."""
+        batches = []
+        for start in starts[first::step]:
+            rows = each[start : start + encoder.batch_size]
+            pixels = torch.stack([encoder.preprocess(pairs[own[0]][0]) for own in rows])
+            captions = [[caption for row in own for caption in pairs.captions(row)] for own in rows]
+            batches.append((encode_image(pixels.to(encoder.device)).float().cpu(), captions))
+        return batches
+
     with torch.inference_mode():
-        for start in range(0, len(each), encoder.batch_size):
-            pixels = []
-            for i, rows in enumerate(each[start : start + encoder.batch_size], start):
-                captions = [caption for row in rows for caption in pairs.captions(row)]
-                pixels.append(encoder.preprocess(pairs[rows[0]][0]))
-                texts += captions
-                owners += [i] * len(captions)
-            images.append(encode_image(torch.stack(pixels).to(encoder.device)).float().cpu())
-    return retrieval.recall_at_k(torch.cat(images), encoder.texts(texts), torch.tensor(owners))
+        batches = shared(encoded)
+    captions = [own for _, batch in batches for own in batch]
+    texts = [text for own in captions for text in own]
+    owners = torch.tensor([i for i, own in enumerate(captions) for _ in own])
+    return retrieval.recall_at_k(torch.cat([images for images, _ in batches]), encoder.texts(texts), owners)
 
 
 class AfterStep(TrainerCallback):

@@ -17,6 +17,7 @@ from diffclip.base.commands import Parser
 from diffclip.base.files import file_sha256, read_json
 from diffclip.base.lines import print_line
 from diffclip.base.schema import RECORD
+from stages.manifest import sampled_content
 
 PACKAGES = "diffclip-stack torch transformers accelerate deepspeed open_clip_torch timm datasets peft lmms-eval numpy"
 REPORTED = (  # with a bug
@@ -37,13 +38,16 @@ def upstream_model(path: str | Path) -> str:
 def digest(path: str | Path) -> str:
     """12 hex digits that change when the input changes.
 
-    A file counts with its content, a long one (shards) with its size and three of its megabytes; a model directory
-    with its weights; any other directory with the names and sizes of its files, so that large data folders take
+    A file counts with its content, a long one with its size and three of its megabytes, a tar of images with its size
+    and 16 blocks of it, so that nobody reads all shards to start; a model directory with
+    its weights; any other directory with the names and sizes of its files, so that large data folders take
     milliseconds.
     """
     path = Path(path)
     result = hashlib.sha256()
-    if path.is_file() and (size := os.path.getsize(path)) > LONG_FILE:
+    if path.is_file() and (size := os.path.getsize(path)) > SHORT_FILE and path.suffix == ".tar":
+        result.update(sampled_content(path, size).encode())
+    elif path.is_file() and size > LONG_FILE:
         result.update(str(size).encode())
         with open(path, "rb") as f:
             for start in (0, size // 2, size - (1 << 20)):

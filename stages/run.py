@@ -47,14 +47,22 @@ class Run:
     `run.checkpoint()` names what to go on from. Rank 0 decides all of it, for all ranks.
     """
 
-    def __init__(self, stage: str, config: Any, inputs: Mapping[str, str | Path | list[str]]) -> None:
+    def __init__(
+        self,
+        stage: str,
+        config: Any,
+        inputs: Mapping[str, str | Path | list[str]],
+        digests: Mapping[str, str] | None = None,
+    ) -> None:
         """
         Args:
             stage: name shown in reports, e.g. "pretrain".
             config: the stage's dataclass; must have `output_dir` and `seed`.
             inputs: files and directories the result depends on, by setting; "" for none.
+            digests: of inputs that are not read for it, by role, e.g. "train_data[0]": their paths are only recorded.
         """
         join_slurm()
+        self.digests = dict(digests or {})
         end_with_parents()
         self.stage, self.config = stage, config
         self.path = Path(config.output_dir)
@@ -67,7 +75,7 @@ class Run:
             each = {f"{role}[{i}]": path for i, path in enumerate(named)} if isinstance(named, list) else {role: named}
             paths |= {key: str(path) for key, path in each.items() if path}
         for role, path in paths.items():
-            if not path.startswith("hf:") and not Path(path).exists():
+            if role not in self.digests and not path.startswith("hf:") and not Path(path).exists():
                 raise InputError(f"{path}: no such file or directory (setting `{role}`)")
         self.record: RunRecord = {
             "stage": stage,
@@ -114,7 +122,9 @@ class Run:
             before = ledger.read_record(self.path)  # now that nobody else writes it
         for path in paths.values():
             ledger.check_run(path)
-        self.record["inputs"] = {role: {"path": path, "digest": digest(path)} for role, path in paths.items()}
+        self.record["inputs"] = {
+            role: {"path": path, "digest": self.digests.get(role) or digest(path)} for role, path in paths.items()
+        }
         if getattr(self.config, "deepspeed", ""):  # settings, not data, but in a file
             self.record["deepspeed"] = {"path": self.config.deepspeed, "digest": digest(self.config.deepspeed)}
         manifest = self._manifest(paths)
@@ -161,7 +171,7 @@ class Run:
         """What the folders of data hold, file by file; models are compared by their weights."""
         if not hasattr(self.config, "resume_with"):  # of an evaluation's data, which may be a million images
             return {}
-        folders = {role: path for role, path in paths.items() if Path(path).is_dir()}
+        folders = {r: path for r, path in paths.items() if r not in self.digests and Path(path).is_dir()}
         data = {role: path for role, path in folders.items() if not any(Path(path).glob("*.safetensors"))}
         return {role: folder_manifest(path) for role, path in data.items()}
 

@@ -154,8 +154,24 @@ class PretrainConfig(TrainingConfig):
     train_data: list[str] = option(
         [],
         "data",
-        "webdataset shards (globs, braces, URLs), .csv, .tsv, .json, .jsonl, .parquet, folders, hf:owner/name",
+        "webdataset shards (globs, braces, URLs, s3:// gs:// az:// hf://datasets/), .csv, .tsv, .json, .jsonl, "
+        ".parquet, folders, hf:owner/name",
     )
+    order: Literal["auto", "shuffle", "stream"] = option(
+        "auto",
+        "data",
+        "shuffle: all pairs at random; stream: shards at random, pairs within windows of shards; auto: shuffle, and "
+        "stream for object stores",
+    )
+    lanes: int = option(16, "data", "of order stream: rows of shards that are read side by side", AT_LEAST_1)
+    window: int = option(4, "data", "of order stream: shards of a lane whose pairs are shuffled together", AT_LEAST_1)
+    manifest: str = option(
+        "", "data", "sizes of streamed shards, of `diffclip data index`, if not beside them", decides=False
+    )
+    shard_cache: str = option(
+        "", "data", "folder on the node for shards of object stores; empty: in the cache", decides=False
+    )
+    shard_cache_gb: float = option(50.0, "data", "what they may take of its disk", POSITIVE, decides=False)
     train_weights: list[float] = option(
         [], "data", "times an epoch sees each source of train_data; empty = once", NOT_NEGATIVE
     )

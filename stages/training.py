@@ -183,7 +183,11 @@ def train(trainer: Trainer, run: Run) -> dict[str, float]:
     try:
         with signals.noticed():
             result = trainer.train(resume_from_checkpoint=checkpoint)
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except (InputError, OSError, RuntimeError, SafetensorError) as error:
+        if said := re.search(r"^[\w.]*\.(?:InputError|BadSample): (.+)", str(error), re.MULTILINE):
+            raise InputError(said[1]) from None  # a loader's worker adds its traceback
+        if isinstance(error, InputError):
+            raise
         if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
             raise InputError(
                 f"{in_one_line(error)} The system ends processes where memory runs out: lower `num_workers` and start "

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import KW_ONLY, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -93,24 +94,19 @@ class Encoder:
         """
         if self.cache_dir is None:
             raise ValueError("ranks share features through a cache_dir")
-        rank, ranks = dist.get_rank(), dist.get_world_size()
         for name, images in wanted.items():
             path, key = self._place(self.cache_dir, self._images_key(images))
             stored = [path.exists()]
             dist.broadcast_object_list(stored)
             if stored[0]:
                 continue
-            try:
-                share: object = self._encode_batches(images, name, rank, ranks)
-            except InputError as error:  # told to all, so that none waits for this rank
-                share = error
-            shares: list = [None] * ranks
-            dist.all_gather_object(shares, share)
-            if failed := next((other for other in shares if isinstance(other, InputError)), None):
-                raise failed
-            if rank == 0:
-                rows = [shares[n % ranks][n // ranks] for n in range(sum(map(len, shares)))]
+            rows = shared(partial(self._encode_batches, images, name))
+            if dist.get_rank() == 0:
                 save_tensors(_joined(rows), path, {"key": key})
+
+    def images_shared(self, images: Images) -> ImageFeatures:
+        """`images`, encoded by all ranks of the process group, if there is one, for all of them; nothing is stored."""
+        return ImageFeatures(**_joined(shared(partial(self._encode_batches, images, "images"))))
 
     def _images_key(self, images: Images) -> dict:
         transform = _printed(self.preprocess)
@@ -179,6 +175,24 @@ class Encoder:
     def _progress(self, total: int, name: str, unit: str) -> tqdm:
         # disable=None: a bar on a terminal only, never in a log file
         return tqdm(total=total, desc=printable(name), unit=unit, leave=False, disable=True if self.quiet else None)
+
+
+def shared(work: Callable[[int, int], list]) -> list:
+    """The items of a list of which each rank makes every so-many-th, `work(first, step)`, on every rank.
+
+    An InputError of one rank is raised on all. Without a process group this one makes them all.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return work(0, 1)
+    try:
+        share: object = work(dist.get_rank(), dist.get_world_size())
+    except InputError as error:  # told to all, so that none waits for this rank
+        share = error
+    shares: list = [None] * dist.get_world_size()
+    dist.all_gather_object(shares, share)
+    if failed := next((other for other in shares if isinstance(other, InputError)), None):
+        raise failed
+    return [shares[n % len(shares)][n // len(shares)] for n in range(sum(map(len, shares)))]
 
 
 def encode_image(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:

@@ -61,13 +61,14 @@ class Shard:
     records: np.ndarray | None = None  # (samples,) of `record_type`; None: they are read from the file
     file: Path | None = None
     start: int = 0  # of the records in the file
+    name: str = ""  # what messages call it, if not by its path
 
     def __len__(self) -> int:
         return self.count
 
     def key(self, row: int) -> str:
         """The name of a sample, `shard.tar/key`."""
-        return f"{self.path}/{as_text(bytes(self._record(row)['key']))}"
+        return f"{self.name or self.path}/{as_text(bytes(self._record(row)['key']))}"
 
     def place(self, row: int) -> Place:
         """Where one sample lies in the tar."""
@@ -124,16 +125,18 @@ def index_shards(paths: Sequence[str], layout: Layout | None = None) -> list[Sha
     return [shards[i] for i in range(len(paths))]
 
 
-def index_shard(path: str, layout: Layout) -> Shard:
+def index_shard(path: str, layout: Layout, folder: Path | None = None) -> Shard:
     """List the pairs of an img2dataset/webdataset tar, in the order in which their keys first appear.
 
     A tar that ends early keeps what lies before its end, and one without pairs is a problem of the table that it
     belongs to. A second member of the same name starts a new sample, as where two shards were joined. InputError if
-    the file is not a tar, is compressed, or has a member with a path that leads outside.
+    the file is not a tar, is compressed, or has a member with a path that leads outside. The index of a large tar is
+    kept in `folder`, or else in the cache.
     """
     if os.path.getsize(path) < CACHE_FROM:
         return _index(path, layout)
     cached = index_file(path, layout)
+    cached = folder / cached.name if folder else cached
     if (found := _kept(path, layout, cached)) is None:
         shard = _index(path, layout)
         assert shard.records is not None

@@ -6,19 +6,22 @@ import os
 from collections.abc import Sequence
 
 import braceexpand
+from filelock import FileLock
 
 from diffclip.base.cache import cache_dir
 from diffclip.base.download import download
 from diffclip.base.errors import InputError
+from diffclip.base.files import whole
+from diffclip.base.objects import get, is_object, matching
 
 
 def expand(patterns: Sequence[str]) -> list[str]:
     """Local paths of all sources that the patterns name, sorted per pattern.
 
     A pattern is a path with globs (`**` for any depth), `{00000..00012}` braces and ~, an http(s) address with braces
-    (downloaded once into `diffclip.base.cache.cache_dir`), or `hf:owner/name`, a dataset of the Hub, which stays as
-    it is; a folder stands for the shards in it, or for itself. InputError if a pattern matches nothing, or a download
-    fails.
+    or one of an object store with both (downloaded once into `diffclip.base.cache.cache_dir`), or `hf:owner/name`, a
+    dataset of the Hub, which stays as it is; a folder stands for the shards in it, or for itself. InputError if a
+    pattern matches nothing, or a download fails.
     """
     return [file for pattern in patterns for path in expand_one(pattern) for file in _shards_in(path) or [path]]
 
@@ -33,12 +36,14 @@ def expand_one(pattern: str) -> list[str]:
     if os.path.exists(pattern):  # its name may hold braces or brackets
         return [pattern]
     paths: list[str] = []
+    if is_object(pattern):
+        return [downloaded(each.url) for each in matching(pattern)]
     for part in braceexpand.braceexpand(pattern):
         if part.startswith(("hf:", "http://", "https://")):
             paths.append(part if part.startswith("hf:") else downloaded(part))
             continue
         if "://" in part or part.startswith("pipe:"):
-            raise InputError(f"{part}: only files, http(s) addresses and hf:owner/name are read; copy it to a disk")
+            raise InputError(f"{part}: only files, addresses and hf:owner/name are read; copy it to a disk")
         matches = sorted(glob.glob(part, recursive=True)) if glob.has_magic(part) else [part]
         matches = _without_records([match for match in matches if os.path.exists(match)])
         if not matches:
@@ -59,6 +64,12 @@ def downloaded(url: str) -> str:
     """The local copy of a file on the web; of several processes one downloads and the others wait."""
     name = url.split("?")[0].rsplit("/", 1)[-1]
     path = cache_dir() / "downloads" / hashlib.sha256(url.encode()).hexdigest()[:16] / name
-    if not path.exists():
+    if is_object(url) and not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_name(f".{name}.lock")):
+            if not path.exists():
+                with whole(path) as temporary:
+                    get(url, temporary)
+    elif not path.exists():
         download(url, path)
     return str(path)

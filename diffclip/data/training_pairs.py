@@ -15,6 +15,8 @@ from diffclip.base.cache import cache_dir
 from diffclip.base.errors import InputError
 from diffclip.base.files import append_jsonl, whole
 from diffclip.data.pairs import BadSample, PairTable
+from diffclip.data.stream import Stream, check_weights
+from diffclip.data.streamed import StreamedTable
 
 MOST_TRIES = 100
 SHARED_FROM = 1_000_000  # pairs; their order is 4 MB, and a node may have a hundred processes
@@ -25,7 +27,8 @@ class TrainingPairs(Dataset):
 
     Epoch e visits a fresh permutation of the table, drawn from (seed, e) and cut to whole global batches
     (drop_last). Crop and caption choice of item k are drawn from (seed, k). So the stream depends on nothing but
-    the seed, and a resumed run, on any number of workers, sees the same pixels.
+    the seed, and a resumed run, on any number of workers, sees the same pixels. Of a `StreamedTable` the permutation is
+    that of `diffclip.data.stream`.
 
     Items are {"image": what `transform` gives, "text": (context,) int64, "item": k, "bad": n}: n pairs that could not
     be read stood in this place before a random other one took it.
@@ -33,7 +36,7 @@ class TrainingPairs(Dataset):
 
     def __init__(
         self,
-        table: PairTable,
+        table: PairTable | StreamedTable,
         transform: Callable[[Image.Image], torch.Tensor],
         tokenizer: Callable[[list[str]], torch.Tensor],
         *,
@@ -42,21 +45,35 @@ class TrainingPairs(Dataset):
         seed: int,
         weights: Sequence[float] = (),
         bad_samples: Path | None = None,
+        lanes: int = 16,
+        window: int = 4,
     ) -> None:
         """
         Args:
             weights: how often an epoch sees each pair of each source (`table.ranges`): 2 is twice, 0.3 a random
                 30 % of them, a new draw in each epoch. Empty: once.
             bad_samples: file that gets a line {"key", "reason"} for each unreadable pair; None: they raise.
+            lanes, window: of `Stream`, for a table that streams.
         """
-        sources = len(table.ranges)
-        if len(weights) not in (0, sources) or not all(0 <= w < float("inf") for w in weights):
-            raise InputError(f"{len(weights)} weights for {sources} data sources: give each source one, of 0 or more")
+        check_weights(weights, len(table.ranges))
         self.table, self.transform, self.tokenizer, self.seed = table, transform, tokenizer, seed
         self.weights, self.bad_samples = list(weights), bad_samples
         self._named: set[str] = set()
+        self._told = 0  # of a stream's problems, how many are named
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0))
-        in_epoch = len(self.order(0))
+        self.stream: Stream | None = None
+        if isinstance(table, StreamedTable):
+            self.stream = Stream(
+                table.sizes,
+                global_batch_size=global_batch_size,
+                epochs=epochs,
+                seed=seed,
+                lanes=lanes,
+                window=window,
+                ranges=table.shard_ranges,
+                weights=weights,
+            )
+        in_epoch = self.stream.in_epoch if self.stream else len(self.order(0))
         self.per_epoch = in_epoch // global_batch_size * global_batch_size
         if in_epoch == 0:
             raise InputError("no pairs to train on: give data that holds some, and one of the weights more than 0")
@@ -102,10 +119,14 @@ class TrainingPairs(Dataset):
 
     def row(self, k: int) -> int:
         """The table's row that stands at place k."""
+        if self.stream:
+            return self.stream.row(k)
         epoch, position = divmod(k, self.per_epoch)
         return int(self.order(epoch)[position])
 
     def __getitem__(self, k: int) -> dict[str, torch.Tensor | int]:
+        if self.stream and isinstance(self.table, StreamedTable):
+            self.table.prepare(*self.stream.soon(k))
         row, bad = self.row(k), 0
         while True:
             try:
@@ -119,12 +140,25 @@ class TrainingPairs(Dataset):
                     name_bad_samples(self.bad_samples, [(error.key, error.reason)])
                 bad += 1
                 row = self._replacement(k, bad)
+        if self.stream and self.bad_samples:
+            self._name_new_problems(self.bad_samples)
         with seeded(self.seed * 1_000_003 + k):
             caption = captions[int(torch.randint(len(captions), ()))]
             return {"image": self.transform(image), "text": self.tokenizer([caption])[0], "item": k, "bad": bad}
 
+    def _name_new_problems(self, path: Path) -> None:
+        """Name the samples that lack a part in shards that have been opened since."""
+        if new := self.table.problems[self._told :]:
+            self._told += len(new)
+            name_bad_samples(path, new)
+
     def _replacement(self, k: int, bad: int) -> int:
-        """The row that stands in for the bad-th unreadable one at place k: any that the epoch sees."""
+        """The row that stands in for the bad-th unreadable one at place k: any that the epoch sees, of a stream any of
+        the same window, whose shards are there.
+        """
+        if self.stream:
+            others = self.stream.others(k)
+            return int(others[int(np.random.default_rng((self.seed, k, bad)).integers(len(others)))])
         seen = self.order(k // self.per_epoch) if self.weights else range(len(self.table))
         return int(seen[int(np.random.default_rng((self.seed, k, bad)).integers(len(seen)))])
 

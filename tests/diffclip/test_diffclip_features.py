@@ -169,3 +169,20 @@ def test_palette_and_alpha_images_become_rgb(tmp_path):
         Image.new(mode, (5, 5)).save(path)
         image, label = Images([str(path)], [path], [7])[0]
         assert (image.mode, label) == ("RGB", 7)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 9])
+def test_ranks_make_a_list_together_in_its_order(monkeypatch, ranks):
+    work, shares = lambda first, step: [*range(7)][first::step], []
+    monkeypatch.setattr(features.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(features.dist, "get_world_size", lambda: ranks)
+
+    def gather(every, own):
+        every[:] = [work(rank, ranks) for rank in range(ranks)]
+        shares.append(own)
+
+    monkeypatch.setattr(features.dist, "all_gather_object", gather)
+    for rank in range(ranks):
+        monkeypatch.setattr(features.dist, "get_rank", lambda rank=rank: rank)
+        assert features.shared(work) == [*range(7)]
+    assert sorted(item for share in shares for item in share) == [*range(7)]  # each is made once

@@ -233,7 +233,7 @@ def test_a_manifest_is_read_once_and_sees_a_change_that_keeps_size_and_time(tmp_
     (images / "long.bin").write_bytes(bytes(3 << 20))
     first = manifest.folder_manifest(images)
     read = []
-    monkeypatch.setattr(manifest, "_content", lambda path, size: read.append(path) or "read")
+    monkeypatch.setattr(manifest, "sampled_content", lambda path, size: read.append(path) or "read")
     assert manifest.folder_manifest(images) == first and not read
     stat = (images.parent / "1.png").stat()
     flip(images.parent / "1.png", 5)

@@ -4,6 +4,7 @@ import json
 import os
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -196,7 +197,7 @@ def test_resume_takes_the_newest_whole_checkpoint_and_drops_half_written_ones(tm
 
 def test_a_large_file_is_read_once_and_again_when_it_was_touched(tmp_path, monkeypatch):
     monkeypatch.setenv("DIFFCLIP_CACHE", str(tmp_path / "cache"))
-    file, read = tmp_path / "shard.tar", []
+    file, read = tmp_path / "table.parquet", []
     file.write_bytes(bytes(17 << 20))
     first = digest(file)
     monkeypatch.setattr("stages.provenance.file_sha256", lambda path: read.append(path) or "ab" * 32)
@@ -207,6 +208,19 @@ def test_a_large_file_is_read_once_and_again_when_it_was_touched(tmp_path, monke
     for kept in (tmp_path / "cache" / "sha256").iterdir():
         kept.write_text("damaged")
     assert digest(file) and len(read) == 2
+
+
+def test_of_a_large_shard_little_is_read_and_another_is_noticed(tmp_path, monkeypatch):
+    file = tmp_path / "shard.tar"
+    content = np.random.default_rng(0).bytes(17 << 20)
+    file.write_bytes(content)
+    first = digest(file)
+    monkeypatch.setattr("stages.provenance.file_sha256", None)  # would fail if called
+    assert digest(file) == first
+    file.write_bytes(content[::-1])
+    assert digest(file) != first
+    file.write_bytes(content + bytes(512))
+    assert digest(file) != first
 
 
 def test_digest_of_a_model_directory_is_its_weights(tmp_path):

@@ -1,0 +1,192 @@
+"""What streaming takes to start and to hold at the size of CC12M and LAION-400M, and how fast it is from a slow server
+beside webdataset's own reader, in one run.
+
+    python -m benchmarks.streaming [--shapes CC12M LAION-400M] [--latency 0.03] [--rounds 3]
+
+The first part simulates a store: a server on the loopback that lists so many shards of 10,000 pairs as S3 does and has
+their manifest, but no contents. A process lists them, makes the order of a run, and forks a worker that takes 50,000
+items from the middle of an epoch; "MB" is what each adds to its private memory (of /proc/self/smaps_rollup).
+The second part reads 16 shards of 500 JPEGs over http with a wait before each answer: bytes and captions of every pair
+once, one process, curl as webdataset's client.
+"""
+
+import http.server
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.parse
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+
+from benchmarks.data import render
+from diffclip.base.commands import Parser, number
+from diffclip.base.console import print_table
+from diffclip.base.errors import exit_on_input_error
+from diffclip.data.layout import Layout
+from diffclip.data.node_cache import NodeCache
+from diffclip.data.shard_sizes import sized_shards, write_manifest
+from diffclip.data.stream import Stream
+from diffclip.data.streamed import StreamedTable
+
+SHAPES = {"CC12M": 1_240, "LAION-400M": 41_400}
+IN_A_SHARD, BYTES = 10_000, 270_000_000
+PAGE = 1_000  # keys of a listing
+
+
+@contextmanager
+def server(answer: object, latency: float = 0.0) -> Iterator[tuple[str, list[str]]]:
+    """Serve what `answer(path)` returns, bytes or None; yields its address and what was asked for."""
+    asked: list[str] = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            time.sleep(latency)
+            body = answer(self.path)  # type: ignore[operator]
+            self.send_response(404 if body is None else 200)
+            for name, value in (("Content-Length", len(body or b"")), ("ETag", '"1"')):
+                self.send_header(name, str(value))
+            self.send_header("Last-Modified", "Mon, 01 Jan 2024 00:00:00 GMT")
+            self.end_headers()
+            self.wfile.write(body or b"")
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    running = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    running.daemon_threads = True
+    threading.Thread(target=running.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{running.server_address[1]}", asked
+    running.shutdown()
+    running.server_close()
+
+
+def store(shards: int) -> object:
+    """The answers of an S3 that lists so many shards and has their manifest."""
+    names = [f"d/{i:05d}.tar" for i in range(shards)]
+    entries = {f"{i:05d}.tar": {"samples": IN_A_SHARD, "bytes": BYTES} for i in range(shards)}
+    manifest = json.dumps({"format": 1, "shards": entries}).encode()
+
+    def answer(path: str) -> bytes | None:
+        address = urllib.parse.urlsplit(path)
+        if address.path.endswith("shards.json"):
+            return manifest
+        start = int(dict(urllib.parse.parse_qsl(address.query)).get("continuation-token", 0))
+        page = "".join(
+            f"<Contents><Key>{name}</Key><LastModified>2024-01-01T00:00:00.000Z</LastModified><ETag>&quot;{name}&quot;"
+            f"</ETag><Size>{BYTES}</Size><StorageClass>STANDARD</StorageClass></Contents>"
+            for name in names[start : start + PAGE]
+        )
+        more = start + PAGE < shards
+        token = f"<NextContinuationToken>{start + PAGE}</NextContinuationToken>" if more else ""
+        return (
+            '<?xml version="1.0" encoding="UTF-8"?><ListBucketResult><Name>bucket</Name><Prefix>d/</Prefix>'
+            f"<MaxKeys>{PAGE}</MaxKeys><IsTruncated>{str(more).lower()}</IsTruncated>{token}{page}</ListBucketResult>"
+        ).encode()
+
+    return answer
+
+
+def private() -> float:
+    """MB that this process has for itself."""
+    with open("/proc/self/smaps_rollup") as f:
+        return sum(int(line.split()[1]) for line in f if line.startswith("Private_")) / 1024
+
+
+def start(shards: int) -> dict[str, float]:
+    """Open so many shards of the store that the environment names, and fork a worker."""
+    before, begin = private(), time.perf_counter()
+    sized = sized_shards([f"s3://bucket/d/{{00000..{shards - 1:05d}}}.tar"], Layout())
+    table = StreamedTable(sized, Layout())
+    stream = Stream(table.sizes, global_batch_size=4096, epochs=2, seed=0)
+    stream.row(0)
+    result = {"seconds": time.perf_counter() - begin, "rank": private() - before}
+    reading, writing = os.pipe()
+    if os.fork() == 0:
+        before, begin = private(), time.perf_counter()
+        middle = stream.per_epoch // 2
+        for k in range(middle, middle + 50_000):
+            stream.soon(k)
+            stream.row(k)
+        seconds = (time.perf_counter() - begin) / 50_000
+        os.write(writing, json.dumps({"worker": private() - before, "item": seconds * 1e6}).encode())
+        os._exit(0)
+    return result | json.loads(os.read(reading, 1000))
+
+
+def ours(urls: str, cache: Path) -> int:
+    """Every pair once, through a new cache; returns their number."""
+    table = StreamedTable(sized_shards([urls], Layout()), Layout(), NodeCache(cache, 1 << 40))
+    stream = Stream(table.sizes, global_batch_size=100, epochs=1, seed=0, lanes=4, window=2)
+    for k in range(stream.per_epoch):
+        table.prepare(*stream.soon(k))
+        table.encoded(stream.row(k))
+    return stream.per_epoch
+
+
+def webdatasets(urls: str) -> int:
+    """The same by webdataset, with a buffer to shuffle in of as many pairs as our windows hold."""
+    import webdataset
+
+    pairs = webdataset.WebDataset(urls, shardshuffle=100).shuffle(4000).to_tuple("jpg", "txt")
+    return sum(1 for _ in pairs)
+
+
+def main() -> None:
+    parser = Parser("python -m benchmarks.streaming", description=__doc__)
+    parser.add_argument("--shapes", nargs="*", default=[*SHAPES], choices=[*SHAPES])
+    parser.add_argument("--latency", type=number(float, 0), default=0.03, help="seconds before each answer")
+    parser.add_argument("--rounds", type=number(int, 0), default=3, help="readings of each, in turns")
+    parser.add_argument("--start", type=number(int, 1), default=0, help="shards (used by the benchmark itself)")
+    options = parser.parse_args()
+    if options.start:
+        print(json.dumps(start(options.start)))
+        return
+    rows = []
+    for name in options.shapes:
+        with server(store(SHAPES[name]), options.latency) as (address, asked):
+            named = {"AWS_ENDPOINT_URL": address, "AWS_SKIP_SIGNATURE": "true", "AWS_REGION": "x"}
+            command = [sys.executable, "-m", "benchmarks.streaming", "--start", str(SHAPES[name])]
+            out = subprocess.run(command, env=os.environ | named, stdout=subprocess.PIPE, text=True, check=True).stdout
+        found = json.loads(out)
+        label = f"{name}: {SHAPES[name]:,} shards, {SHAPES[name] * IN_A_SHARD / 1e6:,.1f} M pairs"
+        numbers = (f"{found[key]:.1f}" for key in ("rank", "worker"))
+        rows.append((label, f"{found['seconds']:.1f}", str(len(asked)), *numbers, f"{found['item']:.0f}"))
+    if rows:
+        print_table(("", "seconds to start", "requests", "MB a rank", "MB a worker", "us an item"), rows)
+    if not options.rounds:
+        return
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place) / "shards"
+        folder.mkdir()
+        render(folder, 16, 500, 256)
+        write_manifest(f"{folder}/*.tar")
+        content = {f"/{path.name}": path.read_bytes() for path in folder.iterdir()}
+        with server(content.get, options.latency) as (address, asked):
+            urls = f"{address}/{{00000..00015}}.tar"
+            rates: dict[str, list[float]] = {"diffclip": [], "webdataset": []}
+            for _ in range(options.rounds):
+                for name in rates:
+                    asked.clear()
+                    begin = time.perf_counter()
+                    pairs = ours(urls, Path(place) / "cache") if name == "diffclip" else webdatasets(urls)
+                    rates[name].append(pairs / (time.perf_counter() - begin))
+                    print(f"{name}: {pairs:,} pairs, {len(asked)} requests, {rates[name][-1]:,.0f} pairs/s", flush=True)
+                    shutil.rmtree(Path(place) / "cache", ignore_errors=True)
+    for name, measured in rates.items():
+        print(f"{name:10s} {median(measured):8,.0f} pairs/s ({', '.join(f'{rate:,.0f}' for rate in measured)})")
+    print(f"ratio      {median(rates['diffclip']) / median(rates['webdataset']):8.2f}")
+
+
+if __name__ == "__main__":
+    with exit_on_input_error():
+        main()
