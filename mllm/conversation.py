@@ -5,7 +5,7 @@ tokenised a second time, so a template and a tokenizer cannot disagree about whe
 """
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 from diffclip.base.errors import InputError
 from mllm.literal import IMAGE, renamed, turns_as_text
@@ -209,7 +209,7 @@ def encode(
             first, last = (_first_token(encoded, place, len(text)) for place in (position, end))
             labels[first:last] = ids[first:last]
         position = end
-    image_id = tokenizer.convert_tokens_to_ids(IMAGE)
+    image_id = cast(int, tokenizer.convert_tokens_to_ids(IMAGE))
     place = -1
     for _ in range(ids.count(image_id)):
         place = ids.index(image_id, place + 1)

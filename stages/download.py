@@ -139,7 +139,7 @@ def fetch_pairs(urls: Path, out: Path, command: list[str]) -> None:
 
 def write_sizes(pattern: str, output: str) -> None:
     """Count the samples of a source's shards, write down how many each has, and say where."""
-    print(f"wrote {shard_sizes.write_manifest(pattern, output)}")
+    print_line(f"wrote {shard_sizes.write_manifest(pattern, output)}")
 
 
 def check_addresses(urls: Path) -> None:

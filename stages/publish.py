@@ -174,7 +174,6 @@ def upload(run: Path, repo: str, private: bool) -> str:
         InputError: the Hub refuses or cannot be reached.
     """
     import huggingface_hub  # not at the top: only sending needs it
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     changed = without_origins(run)
     try:
@@ -183,7 +182,12 @@ def upload(run: Path, repo: str, private: bool) -> str:
             huggingface_hub.upload_file(repo_id=repo, path_or_fileobj=text.encode(), path_in_repo=name)
         ignored = [*IGNORED, *changed]
         return str(huggingface_hub.upload_folder(repo_id=repo, folder_path=run, ignore_patterns=ignored))
-    except (HfHubHTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:
+    except (
+        huggingface_hub.errors.HfHubHTTPError,
+        huggingface_hub.errors.OfflineModeIsEnabled,
+        OSError,
+        ValueError,
+    ) as error:
         reason = in_one_line(error, 200)
         raise InputError(
             f"{repo}: the Hub did not take it ({reason}); log in with `hf auth login`, start again"

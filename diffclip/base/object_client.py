@@ -152,7 +152,8 @@ def main() -> None:
         except InputError as error:
             told = {"error": str(error)}
         with lock:
-            print(json.dumps({**told, "number": request["number"]}), file=out, flush=True)
+            out.write(json.dumps({**told, "number": request["number"]}) + "\n")
+            out.flush()
 
     pool = ThreadPoolExecutor(AT_ONCE)
     for line in sys.stdin:

@@ -19,7 +19,7 @@ from contextlib import suppress
 from functools import cache
 from itertools import count
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO, cast
 
 import braceexpand
 
@@ -162,7 +162,9 @@ class _Client:
             number = next(self.numbers)
             self.waiting[number] = future
             try:
-                print(json.dumps({**request, "number": number}), file=self.process.stdin, flush=True)
+                stdin = cast(TextIO, self.process.stdin)
+                stdin.write(json.dumps({**request, "number": number}) + "\n")
+                stdin.flush()
             except OSError:  # it has ended
                 future.set_result({"error": f"{request['url']}: {ENDED}"})
         answer = future.result()

@@ -182,14 +182,11 @@ def print_histogram(lengths: np.ndarray) -> None:
 
 def plot_lengths(lengths: np.ndarray, supervised: np.ndarray, path: Path) -> None:
     """Histograms of all and of the supervised tokens a row."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3), constrained_layout=True)
+    figure = Figure(figsize=(9, 3), layout="constrained")
+    axes = figure.subplots(1, 2)
     for axis, values, name in zip(axes, (lengths, supervised), ("all tokens", "supervised tokens")):
         axis.hist(values, bins=40, color="#0072b2")
         axis.set(xlabel=f"{name} a row", ylabel="rows")
     figure.savefig(path, dpi=150)
-    pyplot.close(figure)
