@@ -14,6 +14,7 @@ import sys
 import time
 import uuid
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn, cast
@@ -36,6 +37,7 @@ KEPT = ("id", "taken_over", "conversations", "rows")  # of run.json, over all st
 NOT_FINISHED = 3  # exit code of a stage that was told to stop before its end
 SEEN_WITHIN = 20  # seconds, in which a file of rank 0 is to show on the other hosts
 UNSEALED = {schema.RECORD, schema.LOG, schema.CURVE, schema.BAD_SAMPLES, schema.NON_FINITE, schema.MODEL_CARD}
+SEALER = ThreadPoolExecutor(1)  # its thread begins with the first checkpoint
 
 
 class Run:
@@ -68,6 +70,7 @@ class Run:
         self.path = Path(config.output_dir)
         self.is_main = rank() == 0
         self.start = time.time()
+        self._sealing: Future | None = None
         self.seconds_before = 0.0
         self.fresh = False  # whether nothing of an earlier start is in the directory
         paths: dict[str, str] = {}
@@ -97,6 +100,8 @@ class Run:
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         if self.is_main:
+            with suppress(OSError):  # what it was about has a fault of its own
+                self.sealed()
             if kind and self.fresh and not ledger.came_to_a_step(self.path):
                 self._leave_nothing()
             lock.release(self.path)
@@ -199,6 +204,7 @@ class Run:
     @property
     def resume_from(self) -> str | None:
         """The newest checkpoint that was written to its end, or None."""
+        self.sealed()
         whole = [str(path.parent) for path in self.path.glob(f"{schema.CHECKPOINTS}/{schema.COMPLETE}")]
         return max(whole, key=step_of, default=None)
 
@@ -239,10 +245,22 @@ class Run:
         return damage(checkpoint, files)
 
     def seal_checkpoint(self, step: int) -> None:
-        """Say that a checkpoint is written to its end, and what its files hold."""
+        """Say that a checkpoint is written to its end, and what its files hold; in the background, since reading them
+        takes a second for each gigabyte. `sealed` waits for it.
+        """
+        self.sealed()
         folder = self.path / f"checkpoint-{step}"
+        self._sealing = SEALER.submit(self._seal, folder)
+
+    def _seal(self, folder: Path) -> None:
         files = seal(folder, (file for file in files_of(folder) if file.name != schema.COMPLETE))
         write_json(folder / schema.COMPLETE, {"run": self.record.get("id"), "files": files})
+
+    def sealed(self) -> None:
+        """Wait until the newest checkpoint counts."""
+        if self._sealing:
+            sealing, self._sealing = self._sealing, None
+            sealing.result()
 
     def half_written(self) -> list[Path]:
         """Checkpoints whose writing did not come to its end."""
@@ -271,6 +289,7 @@ class Run:
         process group.
         """
         if self.is_main:
+            self.sealed()
             write_json(self.path / schema.METRICS, dict(metrics))
             for file in (files := results(self.path)):
                 share(file)  # safetensors writes for its owner alone
@@ -285,6 +304,7 @@ class Run:
     def stop(self, step: int, steps: int) -> NoReturn:
         """End the process of a training that was told to stop at `step` of `steps`; its checkpoints stay."""
         if self.is_main:
+            self.sealed()
             self.record["state"] = "stopped"
             self._write_record()
             self.log(

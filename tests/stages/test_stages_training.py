@@ -342,6 +342,7 @@ def test_a_planted_object_in_a_checkpoint_does_not_run(stopped, tmp_path, name):
     trainer, run = start(out)
     torch.save({"state": Planted(marker)}, out / "checkpoint-6" / name)
     run.seal_checkpoint(6)  # as a stranger would
+    run.sealed()
     with pytest.raises(InputError, match=rf"checkpoint-6/{name}: is not safe to read \(it would call posix.mkdir\)"):
         train(trainer, run)
     assert not marker.exists()
@@ -356,6 +357,7 @@ def test_arguments_of_a_stranger_are_not_read(stopped, tmp_path):
     trainer, run = start(tmp_path / "run")
     torch.save(Planted(tmp_path / "marker"), tmp_path / "run" / "checkpoint-6" / "training_args.bin")
     run.seal_checkpoint(6)
+    run.sealed()
     train(trainer, run)
     assert not (tmp_path / "marker").exists()
 
