@@ -30,11 +30,6 @@ def main(argv: list[str] | None = None) -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // config.ranks)))
-    # glibc gives freed tensors back to the system, and where page faults are dear (virtual machines) taking them
-    # again costs more than half of a small model's step. It reads these when a process starts, so they are for the
-    # stages only; OpenMP's are set in diffclip.base.threads, for every command.
-    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(2**30))
-    os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(2**32))
     started = time.time()
     out, seed = Path(config.output_dir), f"--seed={config.seed}"
     data = out / "scenes"

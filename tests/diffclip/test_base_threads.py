@@ -1,4 +1,4 @@
-"""OpenMP's threads stop spinning soon, in every process of ours, unless the user said otherwise."""
+"""How every process of ours waits and keeps memory, unless the user said otherwise."""
 
 import os
 import runpy
@@ -19,6 +19,7 @@ def clean(monkeypatch):
     for name in OURS:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.delitem(sys.modules, "torch", raising=False)
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "0")  # leaves the memory of the tests' process alone
     return monkeypatch
 
 
@@ -55,3 +56,21 @@ def test_the_libgomp_that_torch_loads_is_told(package):
     if not said:
         pytest.skip("this torch does not use GNU's OpenMP")
     assert all("'3000'" in line for line in said)
+
+
+@pytest.mark.parametrize("users", [{}, {"MALLOC_TRIM_THRESHOLD_": "131072", "MALLOC_MMAP_THRESHOLD_": "131072"}])
+def test_freed_memory_is_kept_for_the_next_tensor_unless_the_user_says_otherwise(users):
+    """By the page faults of taking 64 MB twenty times: each of its 16,384 pages once, or every time."""
+    code = (
+        "import runpy, sys, ctypes, resource; runpy.run_path(sys.argv[1])\n"
+        "libc = ctypes.CDLL(None); libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "for _ in range(20):\n"
+        "    block = libc.malloc(1 << 26); ctypes.memset(block, 1, 1 << 26); libc.free(block)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"
+    )
+    environment = {name: value for name, value in os.environ.items() if name not in threads.USERS}
+    command = [sys.executable, "-c", code, threads.__file__]
+    faults = int(subprocess.run(command, env=environment | users, capture_output=True, check=True).stdout)
+    pages = (1 << 26) // os.sysconf("SC_PAGE_SIZE")
+    assert faults > 10 * pages if users else faults < 2 * pages
