@@ -48,12 +48,15 @@ class DualEncoder(nn.Module):
             return super().forward(image, text)
         encoders = ((self.encode_image, image), (self.encode_text, text))
         features = [
-            torch.cat([checkpoint(encode, part, True, use_reentrant=False) for part in batch.split(chunk)])
-            if 0 < chunk < len(batch)
-            else encode(batch, True)
+            _in_chunks(encode, batch, chunk) if 0 < chunk < len(batch) else encode(batch, True)
             for encode, batch in encoders
         ]
         return *features, self.logit_scale.exp(), *([] if self.logit_bias is None else [self.logit_bias])
+
+
+@torch.compiler.disable(recursive=False)  # the encoders are compiled, not the loop
+def _in_chunks(encode: Any, batch: Tensor, chunk: int) -> Tensor:
+    return torch.cat([checkpoint(encode, part, True, use_reentrant=False) for part in batch.split(chunk)])
 
 
 class CLIP(DualEncoder, open_clip.CLIP):

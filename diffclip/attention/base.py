@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from diffclip.attention.fastest import fastest
 from diffclip.attention.kernel import takes
 from diffclip.base.errors import InputError
-from diffclip.base.graphs import recording, transformed
+from diffclip.base.graphs import recording, transformed, watched
 
 FORMS = ("auto", "eager", "fused", "padded", "triton")
 KEEP_BELOW = 64  # tokens
@@ -151,7 +151,7 @@ class Differential(nn.Module):
         if form == "auto":
             if torch.jit.is_tracing() or torch.compiler.is_exporting() or transformed():
                 return "eager"  # operations that every format of graphs knows
-            if recording() or q.device.type not in ("cpu", "cuda") or not q.numel():
+            if recording() or watched(q) or q.device.type not in ("cpu", "cuda") or not q.numel():
                 form = self.seen_form
             else:
                 here = [each for each in self.forms if each != "triton" or (runs and q.is_cuda)]
@@ -195,8 +195,9 @@ def recomputed(mix: Callable[..., Tensor], q: Tensor, *args: Any, dropout: float
     heads, tokens, d)) the maps are small, and in a small model the arithmetic is not. The form "triton" keeps neither.
     torch.func and the recorders of graphs for inference know no recomputation, and get none.
     """
-    keeps_little = not RECOMPUTE or form == "triton" or q.shape[-2] < KEEP_BELOW or not torch.is_grad_enabled()
-    if keeps_little or torch.jit.is_tracing() or torch.compiler.is_exporting() or transformed():
+    if torch.jit.is_tracing() or torch.compiler.is_exporting() or transformed():
+        return mix(q, *args, dropout, form)
+    if not RECOMPUTE or form == "triton" or q.shape[-2] < KEEP_BELOW or not torch.is_grad_enabled():
         return mix(q, *args, dropout, form)
     return checkpoint(
         mix, q, *args, dropout, form, use_reentrant=False, determinism_check="none", preserve_rng_state=dropout > 0

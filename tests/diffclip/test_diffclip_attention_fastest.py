@@ -6,6 +6,7 @@ import time
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from diffclip.attention import Dex, DifferentialAttention, DifferentialAttentionV2, fastest
 
@@ -112,6 +113,15 @@ def test_measuring_leaves_no_trace_in_the_result_or_in_random_numbers(kind, grad
     assert modules["auto"].seen_form in kind.forms and modules["auto"].seen_form != "triton"
 
 
+def test_measuring_within_a_checkpoint_is_no_part_of_it():
+    module = DifferentialAttention(32, 4)
+    x = torch.randn(3, 20, 32, requires_grad=True)
+    out = torch.utils.checkpoint.checkpoint(module, x, use_reentrant=False)  # which counts what is kept, twice
+    (found,) = torch.autograd.grad(out.square().sum(), x)
+    (wanted,) = torch.autograd.grad(module(x).square().sum(), x)
+    torch.testing.assert_close(found, wanted)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_functions_and_graphs_are_not_measured(kind, monkeypatch):
     monkeypatch.setattr(fastest, "measure", lambda *args: pytest.fail("measured"))
@@ -121,3 +131,5 @@ def test_functions_and_graphs_are_not_measured(kind, monkeypatch):
     module = kind(32, 4)
     torch.func.vmap(module)(x[None])
     torch.jit.trace(module, x, check_trace=False)
+    with FlopCounterMode(display=False), torch.no_grad():
+        module(x)
