@@ -33,6 +33,15 @@ from diffclip.variants import MODELS
 BACKENDS = {-1: "error", 0: "math", 1: "flash", 2: "efficient", 3: "cudnn", 4: "overrideable"}
 NAN_LENGTHS = (192, 200, 256, 320)  # 64 modulo 128 are the first and the last
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}  # of the largest number, between forms
+ARMS = (  # a model, whether its attention is recomputed, whether it is compiled
+    ("CLIP", True, False),
+    ("DiffCLIP", True, False),
+    ("DiffCLIP", False, False),
+    ("DiffCLIP-V2", True, False),
+    ("CLIP", True, True),
+    ("DiffCLIP", False, True),
+    ("DiffCLIP-V2", False, True),
+)
 
 
 class Row(NamedTuple):
@@ -164,15 +173,7 @@ def steps(setting: Setting) -> list[Row]:
     """A contrastive training step of each model, eager and compiled, with and without recomputing attention."""
     rows: list[Row] = []
     usual = 0.0
-    for name, recompute, compiled in (
-        ("CLIP", True, False),
-        ("DiffCLIP", True, False),
-        ("DiffCLIP", False, False),
-        ("DiffCLIP-V2", True, False),
-        ("CLIP", True, True),
-        ("DiffCLIP", False, True),
-        ("DiffCLIP-V2", False, True),
-    ):
+    for name, recompute, compiled in ARMS:
         label = f"{name}-{setting.size}{'' if recompute else ', kept'}{', compiled' if compiled else ''}"
         try:
             step = training_step(name, compiled, setting)
