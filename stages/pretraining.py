@@ -386,7 +386,7 @@ def collate_cut(items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
 def tokens_of(model: DualEncoder, tower: str) -> int:
     """How many tokens a tower sees at most, told from its table of positions; 0 where it has none."""
     if tower == "text":
-        return model.context_length
+        return int(getattr(model, "context_length", 0))
     tables = (p for name, p in model.visual.named_parameters() if name.endswith(("pos_embed", "positional_embedding")))
     return next((table.numel() // table.shape[-1] for table in tables), 0)
 

@@ -410,8 +410,8 @@ def _check_trainer(config: TrainingConfig) -> None:
         for key in keys:
             if key in trainer and hasattr(config, setting):
                 raise InputError(f"setting `trainer`: {key} is what the setting `{setting}` decides: set that instead")
-    if not config.torch_compile and (key := next((key for key in trainer if key.startswith("torch_compile_")), None)):
-        raise InputError(f"setting `trainer`: {key} says how to compile; set `torch_compile` to true too")
+    if not config.torch_compile and (how := next((key for key in trainer if key.startswith("torch_compile_")), None)):
+        raise InputError(f"setting `trainer`: {how} says how to compile; set `torch_compile` to true too")
     if inexact := next(filter(trainer.get, INEXACT), None):
         raise InputError(
             f"setting `trainer`: with {inexact} a resumed run would not be the undisturbed one; leave it out, the same "

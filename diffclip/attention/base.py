@@ -147,10 +147,10 @@ class Differential(nn.Module):
         """
         q, _, v = inputs
         form = self.attn_implementation
+        if form == "auto" and (torch.jit.is_tracing() or torch.compiler.is_exporting() or transformed()):
+            return "eager"  # operations that every format of graphs knows
         runs = takes(q, v, attn_mask, dropout) and not transformed()
         if form == "auto":
-            if torch.jit.is_tracing() or torch.compiler.is_exporting() or transformed():
-                return "eager"  # operations that every format of graphs knows
             if recording() or watched(q) or q.device.type not in ("cpu", "cuda") or not q.numel():
                 form = self.seen_form
             else:
@@ -167,7 +167,7 @@ class Differential(nn.Module):
             .transpose(1, 2)
             for projection, width in zip((self.q_proj, self.k_proj, self.v_proj), widths)
         )
-        self.form_for((*inputs,), None, is_causal, self.attn_drop)  # type: ignore[arg-type] # they are three
+        self.form_for((*inputs,), None, is_causal, self.attn_drop)
 
     @staticmethod
     def timed(form: str, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:

@@ -89,14 +89,14 @@ def measure(
         torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x),  # a checkpoint around us counts nothing
     ):
         attn_mask = None if attn_mask is None else attn_mask.detach().clone()
-        made = [_made(x, count) for x in inputs]
+        q, k, v = made = [_made(x, count) for x in inputs]
         end = 0.0
         for turn in range(ROUNDS + 1):
             for form in [form for form in forms if not turn or math.isfinite(times[form])]:
                 try:
                     _wait(device)
                     start = time.perf_counter()
-                    torch.autograd.grad(mix(form, *made, attn_mask, is_causal).sum(), made)
+                    torch.autograd.grad(mix(form, q, k, v, attn_mask, is_causal).sum(), made)
                     _wait(device)
                 except (RuntimeError, ValueError) as error:  # too little memory, registers, or no such kernel
                     LOG.info(f"attention form {form} is left out: {(str(error) or type(error).__name__)[:200]}")

@@ -50,6 +50,7 @@ def compare(kind, tokens, dim, heads, arguments, batch=1):
 KINDS = pytest.mark.parametrize("kind", [DifferentialAttention, DifferentialAttentionV2])
 
 
+@pytest.mark.slow
 @KINDS
 @pytest.mark.parametrize("mask", masks(1, 1))
 def test_equals_eager_with_every_mask(kind, mask):
@@ -58,7 +59,9 @@ def test_equals_eager_with_every_mask(kind, mask):
 
 
 @KINDS
-@pytest.mark.parametrize(("tokens", "width"), [(1, 16), (16, 24), (37, 32), (5, 80), (3, 128)])
+@pytest.mark.parametrize(
+    ("tokens", "width"), [(1, 16), (16, 24), pytest.param(37, 32, marks=pytest.mark.slow), (5, 80), (3, 128)]
+)
 def test_equals_eager_at_any_length_and_width(kind, tokens, width):
     compare(kind, tokens, 2 * width, 2, {})
 
@@ -90,6 +93,7 @@ def test_large_scores_neither_overflow_nor_vanish():
     torch.testing.assert_close(*found, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_the_interpreted_kernel_is_one_operator_in_a_compiled_graph():
     """So nothing breaks the graph, forward or backward."""
     module = DifferentialAttention(32, 2, attn_implementation="triton")
