@@ -1,7 +1,8 @@
-"""Time and peak memory of attention modules, side by side in one run: CLIP, DiffCLIP eager and fused, V2.
+"""Time and peak memory of attention modules, side by side in one run: CLIP's, DiffCLIP's and V2's in every form.
 
     python -m benchmarks.attention                 # on the CPU, or on the GPU where there is one
     python -m benchmarks.attention --batch 64 --seconds 5
+    python -m benchmarks.attention --tokens 50 197 577 --batch 4     # other lengths, of B/16's vision tower
 
 B/16 shapes: 197 image tokens of width 768 in 12 heads, 77 text tokens of width 512 in 8 heads, causal. Ratios are to
 ordinary attention in the same dtype; rounds of all candidates take turns, so that a busy machine slows them alike.
@@ -35,14 +36,14 @@ class Ordinary(TimmAttention):
         return self.proj(x.transpose(1, 2).flatten(2))
 
 
-def candidates(width: int, heads: int) -> dict[str, nn.Module]:
-    return {
-        "CLIP, fused": Ordinary(width, heads, qkv_bias=True),
-        "DiffCLIP, eager": DifferentialAttention(width, heads, attn_implementation="eager"),
-        "DiffCLIP, fused": DifferentialAttention(width, heads, attn_implementation="fused"),
-        "V2, eager": DifferentialAttentionV2(width, heads, attn_implementation="eager"),
-        "V2, fused": DifferentialAttentionV2(width, heads, attn_implementation="fused"),
-    }
+def candidates(width: int, heads: int, device: str) -> dict[str, nn.Module]:
+    """CLIP's attention, then each kind in each form that runs here."""
+    found: dict[str, nn.Module] = {"CLIP, fused": Ordinary(width, heads, qkv_bias=True)}
+    for name, kind in {"DiffCLIP": DifferentialAttention, "V2": DifferentialAttentionV2}.items():
+        for form in kind.forms:
+            if form != "triton" or device == "cuda":
+                found[f"{name}, {form}"] = kind(width, heads, attn_implementation=form)
+    return found
 
 
 def once(module: nn.Module, x: torch.Tensor, causal: bool, train: bool) -> float:
@@ -79,12 +80,14 @@ def main() -> None:
     parser = Parser("python -m benchmarks.attention", description=__doc__)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=3.0, help="of measuring for each table")
+    parser.add_argument("--tokens", type=int, nargs="*", default=[], help="lengths, in place of B/16's shapes")
     device = pick_device().type
     args = parser.parse_args()
     print(f"{device}, {torch.get_num_threads()} threads, batch {args.batch}; median of rounds, ratio to CLIP")
-    for tower, (tokens, width, heads, causal) in SHAPES.items():
+    shapes = {"vision" if n == 197 else f"{n} tokens": (n, 768, 12, False) for n in args.tokens} or SHAPES
+    for tower, (tokens, width, heads, causal) in shapes.items():
         for dtype in (torch.float32, torch.bfloat16):
-            modules = {k: m.to(device, dtype) for k, m in candidates(width, heads).items()}
+            modules = {k: m.to(device, dtype) for k, m in candidates(width, heads, device).items()}
             x = torch.randn(args.batch, tokens, width, device=device, dtype=dtype, requires_grad=True)
             times: dict[tuple[str, bool], list[float]] = {(k, t): [] for k in modules for t in (False, True)}
             for name, train in times:

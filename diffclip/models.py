@@ -20,7 +20,7 @@ from diffclip.base.graphs import recording, transformed
 from diffclip.model_config import check_config
 from diffclip.trunk import TRUNK_OPTIONS, vision_trunk
 from diffclip.variants import TOWERS, current, named
-from diffclip.warm_start import differentiate
+from diffclip.warm_start import CalledLikeMultihead, differentiate
 
 
 class DualEncoder(nn.Module):
@@ -49,12 +49,15 @@ class DualEncoder(nn.Module):
             return super().forward(image, text)
         encoders = ((self.encode_image, image), (self.encode_text, text))
         features = [
-            torch.cat([checkpoint(encode, part, True, use_reentrant=False) for part in batch.split(chunk)])
-            if 0 < chunk < len(batch)
-            else encode(batch, True)
+            _in_chunks(encode, batch, chunk) if 0 < chunk < len(batch) else encode(batch, True)
             for encode, batch in encoders
         ]
         return *features, self.logit_scale.exp(), *([] if self.logit_bias is None else [self.logit_bias])
+
+
+@torch.compiler.disable(recursive=False)  # the encoders are compiled, not the loop
+def _in_chunks(encode: Any, batch: Tensor, chunk: int) -> Tensor:
+    return torch.cat([checkpoint(encode, part, True, use_reentrant=False) for part in batch.split(chunk)])
 
 
 class CLIP(DualEncoder, open_clip.CLIP):
@@ -65,6 +68,13 @@ class CLIP(DualEncoder, open_clip.CLIP):
     transformer: Any
     ln_final: Any
     attn_mask: Any
+    _mask_seen: tuple | None = None
+
+    @property
+    def ends_count_alone(self) -> bool:
+        """Whether a text's embedding is read at its end token, and no token sees a later one."""
+        own_projection = isinstance(self.text_projection, Tensor)
+        return self.text_pool_type == "argmax" and self.attn_mask is not None and own_projection
 
     def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:
         """Return (batch, embed_dim) for token ids (batch, up to context_length).
@@ -73,11 +83,13 @@ class CLIP(DualEncoder, open_clip.CLIP):
         after the last of these positions cannot matter: they are cut off, except where torch records a graph,
         which wants one length, or transforms the function.
         """
-        if self.text_pool_type != "argmax" or self.attn_mask is None or not isinstance(self.text_projection, Tensor):
+        if not self.ends_count_alone:
             return super().encode_text(text, normalize)
         ends = text.argmax(dim=-1)  # (batch,)
         if not (recording() or transformed()):
-            text = text[:, : int(ends.max()) + 1]
+            self._recognise_causal_mask()
+            if not (text.is_cuda and self.training):  # the device need not be waited for: batches come cut
+                text = text[:, : int(ends.max()) + 1]
         tokens = text.shape[1]
         dtype = self.transformer.get_cast_dtype()
         x = self.token_embedding(text).to(dtype)  # (batch, tokens, width)
@@ -87,6 +99,20 @@ class CLIP(DualEncoder, open_clip.CLIP):
         x = self.ln_final(x.gather(1, ends[:, None, None].expand(-1, 1, x.shape[-1])).squeeze(1))  # (batch, width)
         x = x @ self.text_projection
         return F.normalize(x, dim=-1) if normalize else x
+
+    def _recognise_causal_mask(self) -> None:
+        """Tell the differential layers whether the mask is exactly the causal one; looked at when it has changed."""
+        mask = self.attn_mask
+        if mask.is_meta:
+            return
+        seen = (id(mask), mask.data_ptr(), 0 if mask.is_inference() else mask._version)
+        if seen == self._mask_seen:
+            return
+        self._mask_seen = seen
+        causal = torch.equal(mask, torch.full_like(mask, -torch.inf).triu(1))
+        for block in self.transformer.resblocks:
+            if isinstance(block.attn, CalledLikeMultihead):
+                block.attn.causal = causal
 
 
 class CustomTextCLIP(DualEncoder, open_clip.CustomTextCLIP):

@@ -237,12 +237,20 @@ class MaskPerHead(Differential):
 
 
 class CalledLikeMultihead(MaskPerHead):
-    """In front of a kind of attention: is called, and answers, like `nn.MultiheadAttention` over one sequence."""
+    """In front of a kind of attention: is called, and answers, like `nn.MultiheadAttention` over one sequence.
+
+    `causal` says that the (tokens, tokens) mask which its tower calls it with is exactly the causal one (the tower's
+    model has compared them): then no kernel has to read it.
+    """
+
+    causal = False
 
     def forward(  # type: ignore[override] # as open_clip's blocks call it
         self, query: Tensor, key: Tensor, value: Tensor, need_weights: bool = False, attn_mask: Tensor | None = None
     ) -> tuple[Tensor, None]:
         """Return ((batch, tokens, dim), None). open_clip's blocks pass the query as key and value too."""
+        if self.causal and attn_mask is not None and attn_mask.ndim == 2:
+            return super().forward(query, None, True), None
         return super().forward(query, attn_mask), None
 
 

@@ -51,6 +51,7 @@ def evaluate_models(config: EvaluateConfig, run: Run) -> None:
     Raises:
         InputError: a part failed, after all others.
     """
+    torch.backends.cuda.enable_cudnn_sdp(False)  # relevance maps need gradients (stages.training.training_arguments)
     run.note(model=upstream_model(config.clip or config.mllm))
     metrics: dict[str, float] = {}
     failed: list[str] = []

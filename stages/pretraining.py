@@ -15,7 +15,15 @@ from typing import Any, NoReturn, cast
 import torch
 from torch import nn
 from torch.utils.data import SequentialSampler
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
+from transformers import (
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    default_data_collator,
+    set_seed,
+)
 
 import diffclip
 from diffclip.adaptation import layer_rates, let_learn, with_vector_scale
@@ -34,7 +42,7 @@ from diffclip.data.columns import ROWLESS
 from diffclip.data.pairs import PairTable
 from diffclip.data.shards import EMPTY
 from diffclip.data.streamed import StreamedTable, cache_of, check_room
-from diffclip.data.training_pairs import TrainingPairs, name_bad_samples
+from diffclip.data.training_pairs import TrainingPairs, cut_texts, name_bad_samples
 from diffclip.models import DualEncoder
 from diffclip.recipe import clamp_logit_scale, contrastive_loss, decay_parameter_names, learning_rate
 from diffclip.variants import TOWERS, lambda_init_of
@@ -45,6 +53,7 @@ from stages.run import Run
 from stages.settings import NEW_MODEL, PretrainConfig
 from stages.streaming import Shards, lanes_here, layout_of, layout_settings
 from stages.training import (
+    attention_log,
     check_trainer,
     log_bad_samples,
     per_device_batch,
@@ -243,6 +252,21 @@ class ContrastiveTrainer(Trainer):
         self.seen = self.bad = 0  # samples of this process, since it started
         self.waited, self.last_log = 0.0, time.perf_counter()
         self.add_callback(AfterStep(self))
+        if getattr(model, "ends_count_alone", False):
+            self.data_collator = collate_cut
+        if config.torch_compile:
+            self.settle_attention()
+
+    def settle_attention(self) -> None:
+        """Choose the forms of attention, which a compiled graph cannot; texts as long as they may be."""
+        dtype = torch.bfloat16 if self.args.bf16 else torch.float32
+        batch = min(self.config.micro_batch_size or 10**9, self.args.per_device_train_batch_size)
+        with attention_log(self.run):
+            for tower in TOWERS:
+                tokens = tokens_of(self.clip, tower)
+                for layer in tower_of(self.clip, tower).modules():
+                    if isinstance(layer, Differential) and tokens:
+                        layer.settle(batch, tokens, dtype, self.args.device, tower == "text")
 
     def _get_train_sampler(self, *args: object) -> SequentialSampler:
         return SequentialSampler(self.pairs)  # TrainingPairs is already in training order
@@ -365,6 +389,20 @@ class ContrastiveTrainer(Trainer):
             logs["data_wait"] = self.waited / max(now - self.last_log, 1e-9)
             self.waited, self.last_log = 0.0, now
         super().log(logs, start_time)
+
+
+def collate_cut(items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """A batch of `TrainingPairs` whose texts are cut to the longest, to a multiple of 8 tokens."""
+    batch = default_data_collator(items)
+    return {**batch, "text": cut_texts(batch["text"])}
+
+
+def tokens_of(model: DualEncoder, tower: str) -> int:
+    """How many tokens a tower sees at most, told from its table of positions; 0 where it has none."""
+    if tower == "text":
+        return int(getattr(model, "context_length", 0))
+    tables = (p for name, p in model.visual.named_parameters() if name.endswith(("pos_embed", "positional_embedding")))
+    return next((table.numel() // table.shape[-1] for table in tables), 0)
 
 
 def score_of(best: Path) -> float:

@@ -47,6 +47,7 @@ DECIDED = {
     "save_steps": ("save_steps", "save_strategy"),
     "save_total_limit": ("save_total_limit",),
     "seed": ("data_seed", "seed"),
+    "torch_compile": ("torch_compile",),
     "use_cpu": ("use_cpu",),
     "warmup_epochs": ("warmup_steps",),
     "warmup_ratio": ("warmup_steps",),
@@ -98,6 +99,15 @@ class TrainingConfig:
     deepspeed: str = option("", "run", "DeepSpeed JSON, e.g. stages/configs/deepspeed/zero2.json")
     cudnn_attention: bool = option(
         False, "run", "allow cuDNN's attention; 9.24 gives NaN gradients on H100 and H200 at some lengths"
+    )
+    torch_compile: bool = option(
+        False, "run", "compile the model for its device, which takes minutes at the start", decides=False
+    )
+    recompute: Literal["auto", "always", "never"] = option(
+        "auto",
+        "run",
+        "compute differential attention once more in the backward pass, to save memory; auto: where memory is short",
+        decides=False,
     )
     use_cpu: bool = option(False, "run", "run on the CPU even where there is a GPU", decides=False)
     dry_run: bool = option(False, "dry run", "print sizes, memory, hours and cost; train nothing", decides=False)
@@ -423,6 +433,8 @@ def _check_trainer(config: TrainingConfig) -> None:
         for key in keys:
             if key in trainer and hasattr(config, setting):
                 raise InputError(f"setting `trainer`: {key} is what the setting `{setting}` decides: set that instead")
+    if not config.torch_compile and (how := next((key for key in trainer if key.startswith("torch_compile_")), None)):
+        raise InputError(f"setting `trainer`: {how} says how to compile; set `torch_compile` to true too")
     if inexact := next(filter(trainer.get, INEXACT), None):
         raise InputError(
             f"setting `trainer`: with {inexact} a resumed run would not be the undisturbed one; leave it out, the same "

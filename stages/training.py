@@ -3,13 +3,14 @@ checkpoint that is safe to read.
 """
 
 import importlib.util
+import logging as logs
 import math
 import os
 import re
 import shutil
 import types
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from enum import Enum
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -17,10 +18,12 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import safe_globals  # what Trainer keeps of numpy's random state
 from transformers.utils import logging
 
+from diffclip.attention import Differential, fastest
+from diffclip.attention.base import set_recomputation
 from diffclip.base.commands import near
 from diffclip.base.errors import InputError, first_line, in_one_line
 from diffclip.base.files import read_jsonl, read_text
@@ -122,6 +125,7 @@ def training_arguments(config: TrainingConfig, steps: int, batch: tuple[int, int
         "learning_rate": config.learning_rate,
         "weight_decay": config.weight_decay,
         "bf16": config.precision == "bf16",
+        "torch_compile": config.torch_compile,
         "use_cpu": on_cpu,
         "dataloader_num_workers": config.num_workers,
         "dataloader_persistent_workers": config.num_workers > 0,
@@ -175,13 +179,16 @@ def train(trainer: Trainer, run: Run) -> dict[str, float]:
     check_shared_memory(trainer)
     if run.config.resume_with:
         trainer.add_callback(TakeOver(trainer))
+    set_recomputation(run.config.recompute != "never")
+    if run.config.recompute == "auto" and trainer.args.device.type == "cuda":
+        trainer.add_callback(KeepWhatFits(run))
     checkpoint = run.checkpoint()
     if checkpoint is not None:
         from_main(lambda: check_checkpoint(checkpoint))
         if divide_anew(trainer, checkpoint, run) and not run.config.resume_with:
             trainer.add_callback(TakeOver(trainer))  # ZeRO-3 gives all groups the rates of the first
     try:
-        with signals.noticed():
+        with signals.noticed(), attention_log(run):
             result = trainer.train(resume_from_checkpoint=checkpoint)
     except (InputError, OSError, RuntimeError, SafetensorError) as error:
         if said := re.search(r"^[\w.]*\.(?:InputError|BadSample): (.+)", str(error), re.MULTILINE):
@@ -233,6 +240,53 @@ def check_shared_memory(trainer: Trainer, folder: str = "/dev/shm") -> None:
             f"{need >> 20:,} MB: start the container with --shm-size={max(1, need * 2 >> 30)}g or --ipc=host, or lower "
             f"`num_workers` to {free // (ahead * batch) // here}"
         )
+
+
+@contextmanager
+def attention_log(run: Run) -> Iterator[None]:
+    """Within, the run's log says which forms of attention were timed, and which was taken."""
+
+    class ToRun(logs.Handler):
+        def emit(self, record: logs.LogRecord) -> None:
+            run.log(f"{run.stage}: {record.getMessage()}")
+
+    handler, before = ToRun(), fastest.LOG.level
+    fastest.LOG.addHandler(handler)
+    fastest.LOG.setLevel(logs.INFO)
+    try:
+        yield
+    finally:
+        fastest.LOG.removeHandler(handler)
+        fastest.LOG.setLevel(before)
+
+
+class KeepWhatFits(TrainerCallback):
+    """Ends the recomputation of differential attention after two steps of which there is memory enough to do without.
+
+    What is recomputed is less than half of what a step keeps, unless maps are written out.
+    """
+
+    STEPS, FREE_SHARE, MORE = 2, 0.9, 1.5
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.first = run, -1
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.first < 0:
+            self.first = state.global_step
+        if state.global_step != self.first + self.STEPS - 1:
+            return
+        device, layers = args.device, [m for m in kwargs["model"].modules() if isinstance(m, Differential)]
+        at_rest, peak = torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
+        total = torch.cuda.mem_get_info(device)[1]
+        if not layers or any(layer.seen_form == "eager" for layer in layers):
+            return
+        if at_rest + self.MORE * (peak - at_rest) <= self.FREE_SHARE * total:
+            set_recomputation(False)
+            self.run.log(
+                f"{self.run.stage}: attention is not recomputed from here on: a step took {peak / 1e9:.1f} of "
+                f"{total / 1e9:.1f} GB"
+            )
 
 
 class TakeOver(TrainerCallback):

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import ClassVar
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRITON_INTERPRET"] = "1"  # kernels run on the CPU; Triton reads it when it is first imported
 # rows of the tests' files stay out of the user's caches
 os.environ["HF_DATASETS_CACHE"] = os.environ["DIFFCLIP_CACHE"] = tempfile.mkdtemp(prefix="diffclip-tests-")
 

@@ -2,21 +2,25 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from diffclip.attention.fastest import fastest
+from diffclip.attention.kernel import takes
 from diffclip.base.errors import InputError
-from diffclip.base.graphs import transformed
+from diffclip.base.graphs import recording, transformed, watched
 
-FORMS = ("auto", "eager", "fused")
+FORMS = ("auto", "eager", "fused", "padded", "triton")
 KEEP_BELOW = 64  # tokens
 RECOMPUTE = True  # whether longer sequences are computed once more in the backward pass; see `without_recomputation`
 
 # A1 and A2 (batch, maps, tokens, tokens), and lambda, which broadcasts to them; no A2 and lambda where there is one map
 Maps = tuple[Tensor, Tensor | None, Tensor | None]
+Inputs = tuple[Tensor, Tensor, Tensor]  # queries, keys and values
 
 
 class Differential(nn.Module):
@@ -33,7 +37,9 @@ class Differential(nn.Module):
         lambda_init: what lambda starts from; a constant that is not part of the state dict.
         attn_drop: dropout on the entries of each map, before the difference.
         attn_implementation: "eager" writes the maps out, "fused" leaves them inside `scaled_dot_product_attention`,
-            "auto" is the one measured faster (`faster_form`).
+            "padded" too, with queries and keys as wide as values, as the flash kernels want it; "triton" is one kernel
+            of our own, and "fused" where that cannot run (see `kernel.takes`); "auto" is the fastest of these as
+            measured on this machine (`fastest`).
 
     Raises:
         InputError: for an unknown implementation.
@@ -43,6 +49,7 @@ class Differential(nn.Module):
     default_lambda_init: ClassVar[float | str]  # or "schedule", by depth
     value_heads: ClassVar[int] = 1  # how many heads wide a value is
     in_official_layout: ClassVar[bool] = False  # whether the official code's checkpoints can hold its weights
+    forms: ClassVar[tuple[str, ...]] = ("fused", "eager")  # that differ in it, the one that needs least memory first
 
     q_proj: nn.Linear
     k_proj: nn.Linear
@@ -65,6 +72,7 @@ class Differential(nn.Module):
         self.k_norm: nn.Module = nn.Identity()
         self.inner_norm: nn.Module = nn.Identity()
         self.gate = None
+        self.seen_form = "fused"  # what "auto" was last: graphs that are recorded take it
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Attend within x.
@@ -132,50 +140,116 @@ class Differential(nn.Module):
             mixed = mixed * self.gate(x).sigmoid()
         return self.out_proj(mixed)
 
-    def form_for(self, q: Tensor) -> str:
-        """Return "eager" or "fused" for queries (batch, heads, tokens, d)."""
-        return faster_form(q) if self.attn_implementation == "auto" else self.attn_implementation
+    def form_for(self, inputs: Inputs, attn_mask: Tensor | None, is_causal: bool, dropout: float) -> str:
+        """Return which of `forms` is to compute with these queries, keys and values.
+
+        What "auto" stands for is measured where it can be: not while a graph is recorded or a function transformed.
+        """
+        q, _, v = inputs
+        form = self.attn_implementation
+        if form == "auto" and (torch.jit.is_tracing() or torch.compiler.is_exporting() or transformed()):
+            return "eager"  # operations that every format of graphs knows
+        runs = takes(q, v, attn_mask, dropout) and not transformed()
+        if form == "auto":
+            if recording() or watched(q) or q.device.type not in ("cpu", "cuda") or not q.numel():
+                form = self.seen_form
+            else:
+                here = [each for each in self.forms if each != "triton" or (runs and q.is_cuda)]
+                form = self.seen_form = fastest(self.name, here, self.timed, inputs, attn_mask, is_causal)
+        return form if form in self.forms and (form != "triton" or runs) else "fused"
+
+    def settle(self, batch: int, tokens: int, dtype: torch.dtype, device: torch.device, is_causal: bool) -> None:
+        """Find out what "auto" stands for with x (batch, tokens, dim): before a graph is recorded, which cannot."""
+        widths = (self.head_dim, self.head_dim, self.value_heads * self.head_dim)
+        inputs = (
+            torch.empty(batch, tokens, projection.out_features, dtype=dtype, device=device)
+            .unflatten(-1, (-1, width))
+            .transpose(1, 2)
+            for projection, width in zip((self.q_proj, self.k_proj, self.v_proj), widths)
+        )
+        self.form_for((*inputs,), None, is_causal, self.attn_drop)
+
+    @staticmethod
+    def timed(form: str, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
+        """What the kind does between its projections, in one form, with parameters made up: to be timed."""
+        raise NotImplementedError
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, lambda_init={self.lambda_init:.4g}, form={self.attn_implementation}"
 
 
-def recomputed(mix: Callable[..., Tensor], q: Tensor, *args: Tensor | bool | float | None) -> Tensor:
-    """Return `mix(q, *args)`; of long sequences it is computed once more in the backward pass, not kept for it.
+def as_autocast(x: Tensor) -> Tensor:
+    """Return x in the dtype of autocast where that is on: once, and not in each projection of x again."""
+    kind = x.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return x.to(torch.get_autocast_dtype(kind))
+    return x
+
+
+def recomputed(mix: Callable[..., Tensor], q: Tensor, *args: Any, dropout: float, form: str) -> Tensor:
+    """Return `mix(q, *args, dropout, form)`; of long sequences it is computed once more in the backward pass, not
+    kept.
 
     What lies between the projections is a few percent of a block's arithmetic, but two maps, or two mixed values,
     and their difference are more memory than all that ordinary attention keeps. Of short sequences (q is (batch,
-    heads, tokens, d)) the maps are small, and in a small model the arithmetic is not. torch.func and the recorders of
-    graphs for inference know no recomputation, and get none.
+    heads, tokens, d)) the maps are small, and in a small model the arithmetic is not. The form "triton" keeps neither.
+    torch.func and the recorders of graphs for inference know no recomputation, and get none.
     """
-    if not RECOMPUTE or q.shape[-2] < KEEP_BELOW or not torch.is_grad_enabled():
-        return mix(q, *args)
     if torch.jit.is_tracing() or torch.compiler.is_exporting() or transformed():
-        return mix(q, *args)
-    return checkpoint(mix, q, *args, use_reentrant=False, determinism_check="none")
+        return mix(q, *args, dropout, form)
+    if not RECOMPUTE or form == "triton" or q.shape[-2] < KEEP_BELOW or not torch.is_grad_enabled():
+        return mix(q, *args, dropout, form)
+    return checkpoint(
+        mix, q, *args, dropout, form, use_reentrant=False, determinism_check="none", preserve_rng_state=dropout > 0
+    )
+
+
+def set_recomputation(wanted: bool) -> None:
+    """Whether long sequences are computed once more in the backward pass (see `recomputed`), from now on."""
+    global RECOMPUTE
+    RECOMPUTE = wanted
 
 
 @contextmanager
 def without_recomputation() -> Iterator[None]:
     """Within, all is kept for the backward pass: faster where memory suffices, and for what knows no recomputation."""
-    global RECOMPUTE
-    before, RECOMPUTE = RECOMPUTE, False
+    before = RECOMPUTE
+    set_recomputation(False)
     try:
         yield
     finally:
-        RECOMPUTE = before
+        set_recomputation(before)
 
 
-def faster_form(q: Tensor) -> str:
-    """Return the form that is faster, forward and backward, for queries (batch, heads, tokens, d) like these.
+def by_parity(
+    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool, dropout: float, padded: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Return the values as mixed by the even and by the odd queries, each (batch, pairs, tokens, width of v).
 
-    On a CPU, writing out the maps wins up to some 200 tokens, and in bfloat16 throughout (width 768, 197 tokens, one
-    core: 198 ms against 241 ms in float32, 76 ms against 114 ms in bfloat16). Elsewhere, not measured, the maps are
-    left inside the kernel.
+    One call of `scaled_dot_product_attention` for each, on the values as they are: nothing is repeated, and any of its
+    kernels can take them, which is not so with enable_gqa.
+
+    Args:
+        q: (batch, 2 pairs, tokens, d).
+        k: as q, or (batch, pairs, tokens, d) where both queries of a pair look at the same keys.
+        v: (batch, pairs, tokens, width).
+        attn_mask: broadcastable to (batch, 2 pairs, tokens, tokens).
+        padded: fill queries and keys up to the width of the values; zeros do not change the products.
     """
-    if q.device.type == "cpu" and (q.shape[-2] <= 256 or q.dtype != torch.float32):
-        return "eager"
-    return "fused"
+    scale = q.shape[-1] ** -0.5
+    if padded and v.shape[-1] > q.shape[-1]:
+        q, k = (F.pad(x, (0, v.shape[-1] - x.shape[-1])) for x in (q, k))
+    if attn_mask is not None and attn_mask.is_floating_point():
+        attn_mask = attn_mask.to(q.dtype)
+
+    def one(parity: int) -> Tensor:
+        mask = attn_mask
+        if mask is not None and mask.ndim > 2 and mask.shape[-3] > 1:
+            mask = mask[..., parity::2, :, :]
+        keys = k[:, parity::2] if k.shape[1] == q.shape[1] else k
+        return F.scaled_dot_product_attention(q[:, parity::2], keys, v, mask, dropout, is_causal, scale=scale)
+
+    return one(0), one(1)
 
 
 def attention_scores(q: Tensor, k: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:

@@ -11,12 +11,13 @@ language models:
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffclip.attention.base import Differential, Maps, attention_scores, recomputed
+from diffclip.attention.base import Differential, Maps, as_autocast, attention_scores, recomputed
 from diffclip.base.errors import InputError
 
 
@@ -100,19 +101,25 @@ class Dex(Differential):
         return self.compute_lambda().item()
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        dropout = self.attn_drop if self.training else 0.0
-        inputs = (*self.project(x), attn_mask, is_causal, dropout)
-        written_out = self.form_for(inputs[0]) == "eager"  # else nothing large is kept for the backward pass
-        mixed = recomputed(self.mix, *inputs) if written_out else self.mix(*inputs)
+        x, dropout = as_autocast(x), self.attn_drop if self.training else 0.0
+        inputs = self.project(x)
+        form = self.form_for(inputs, attn_mask, is_causal, dropout)
+        rest = (attn_mask, is_causal)
+        if form == "eager":
+            mixed = recomputed(self.mix, *inputs, *rest, dropout=dropout, form=form)
+        else:  # nothing large is kept for the backward pass
+            mixed = self.mix(*inputs, *rest, dropout, form)
         return self.proj_drop(self.project_out(self.merge(mixed), x))
 
-    def mix(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool, dropout: float) -> Tensor:
+    def mix(
+        self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool, dropout: float, form: str
+    ) -> Tensor:
         """Return the heads' outputs as of ordinary attention, (batch, heads, tokens, d), for `project`'s output."""
-        if self.form_for(q) == "eager":
-            return F.dropout(attention_scores(q, k, attn_mask, is_causal).softmax(dim=-1), dropout) @ v
-        if attn_mask is not None and attn_mask.is_floating_point():
-            attn_mask = attn_mask.to(q.dtype)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask, dropout, is_causal)
+        return ordinary(form, q, k, v, attn_mask, is_causal, dropout)
+
+    @staticmethod
+    def timed(form: str, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
+        return ordinary(form, q, k, v, attn_mask, is_causal)
 
     def merge(self, mixed: Tensor) -> Tensor:
         """Return the heads' outputs (batch, heads, tokens, d), less lambda f(O), side by side: (batch, tokens, dim)."""
@@ -132,6 +139,17 @@ class Dex(Differential):
     def start_from(self, qkv: Tensor, bias: Tensor | None, out: nn.Linear, preserve: bool) -> None:
         """Take over the projections, and with them the function, whatever `preserve` says."""
         self.take_projections(qkv, bias, out)
+
+
+def ordinary(
+    form: str, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool, dropout: float = 0.0
+) -> Tensor:
+    """Return ordinary attention's mixed values (batch, heads, tokens, d), for inputs of that shape, in one form."""
+    if form == "eager":
+        return F.dropout(attention_scores(q, k, attn_mask, is_causal).softmax(dim=-1), dropout) @ v
+    if attn_mask is not None and attn_mask.is_floating_point():
+        attn_mask = attn_mask.to(q.dtype)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask, dropout, is_causal)
 
 
 def set_annealing(model: nn.Module, share: float) -> None:
@@ -158,10 +176,10 @@ def select_heads(model: nn.Module, encode: Callable[[], object], share: float = 
     entropies: dict[Dex, list[Tensor]] = {layer: [] for layer in layers}
 
     def measured(layer: Dex) -> Callable[..., Tensor]:
-        def mix(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool, dropout: float) -> Tensor:
+        def mix(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool, *rest: Any) -> Tensor:
             map_ = attention_scores(q.float(), k.float(), attn_mask, is_causal).softmax(dim=-1)
             entropies[layer].append(torch.special.entr(map_).sum(dim=-1).mean(dim=(0, 2)))
-            return Dex.mix(layer, q, k, v, attn_mask, is_causal, dropout)
+            return Dex.mix(layer, q, k, v, attn_mask, is_causal, *rest)
 
         return mix
 

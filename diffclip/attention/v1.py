@@ -1,9 +1,8 @@
 """Differential attention: a pair of adjacent heads gives the difference of two softmax maps, for one value.
 
-Two forms compute the same function: `eager` writes the maps out, `fused` leaves them inside
-`scaled_dot_product_attention`. Sources: DiffCLIP (Hammoud and Ghanem 2025, section 3) and Differential
-Transformer (Ye et al. 2024, equations 1-3); where the DiffCLIP text and its released weights differ in how
-heads are paired, this follows the weights.
+Several forms compute the same function (`attention.base.Differential`). Sources: DiffCLIP (Hammoud and Ghanem 2025,
+section 3) and Differential Transformer (Ye et al. 2024, equations 1-3); where the DiffCLIP text and its released
+weights differ in how heads are paired, this follows the weights.
 """
 
 import math
@@ -12,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffclip.attention.base import Differential, Maps, attention_scores, recomputed
+from diffclip.attention.base import Differential, Maps, as_autocast, attention_scores, by_parity, recomputed
+from diffclip.attention.kernel import mixed as mixed_by_kernel
 from diffclip.base.errors import InputError
 
 
@@ -47,6 +47,7 @@ class DifferentialAttention(Differential):
     default_lambda_init = 0.8
     value_heads = 2
     in_official_layout = True
+    forms = ("triton", "fused", "padded", "eager")
 
     def __init__(
         self,
@@ -92,20 +93,23 @@ class DifferentialAttention(Differential):
         return first - second + self.lambda_init
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        dropout = self.attn_drop if self.training else 0.0
-        mixed = recomputed(self.mix, *self.project(x), attn_mask, is_causal, dropout)
+        x, dropout = as_autocast(x), self.attn_drop if self.training else 0.0
+        inputs = self.project(x)
+        form = self.form_for(inputs, attn_mask, is_causal, dropout)
+        mixed = recomputed(self.mix, *inputs, attn_mask, is_causal, dropout=dropout, form=form)
         return self.proj_drop(self.project_out(mixed, x))
 
-    def mix(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool, dropout: float) -> Tensor:
+    def mix(
+        self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool, dropout: float, form: str
+    ) -> Tensor:
         """Return the normalised differences of all pairs side by side, (batch, tokens, dim), for `project`'s output."""
-        lambda_ = self.compute_lambda().to(q.dtype)
-        if self.form_for(q) == "eager":
-            first, second = (F.dropout(map_, dropout) for map_ in softmax_maps(q, k, attn_mask, is_causal))
-            out = (first - lambda_ * second) @ v  # (batch, pairs, tokens, 2d)
-        else:
-            first, second = fused_attention(q, k, v, attn_mask, is_causal, dropout)
-            out = first - lambda_ * second
-        return self.diff_norm(out).transpose(1, 2).flatten(2)
+        return differences(form, q, k, v, self.compute_lambda(), self.diff_norm, attn_mask, is_causal, dropout)
+
+    @staticmethod
+    def timed(form: str, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
+        lambda_ = torch.full((), 0.8, device=q.device)
+        norm = HeadNorm(v.shape[-1], 1e-5, 0.2, device=q.device)
+        return differences(form, q, k, v, lambda_, norm, attn_mask, is_causal)
 
     def maps(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Maps:
         q, k, _ = self.project(x)
@@ -130,12 +134,39 @@ class DifferentialAttention(Differential):
 class HeadNorm(nn.RMSNorm):
     """RMSNorm times a constant, in its input's dtype: under autocast torch has no fused kernel for mixed ones."""
 
-    def __init__(self, width: int, eps: float, scale: float) -> None:
-        super().__init__(width, eps=eps)
+    def __init__(self, width: int, eps: float, scale: float, device: torch.device | None = None) -> None:
+        super().__init__(width, eps=eps, device=device)
         self.scale = scale
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.normalized_shape, (self.weight * self.scale).to(x.dtype), self.eps)
+
+
+def differences(
+    form: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lambda_: Tensor,
+    norm: HeadNorm,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Return the normed differences of all pairs side by side, (batch, tokens, pairs * 2d), in the form named.
+
+    q and k are (batch, 2 pairs, tokens, d), v is (batch, pairs, tokens, 2d), lambda_ a scalar in float32 or wider.
+    """
+    if form == "triton":
+        return mixed_by_kernel(q, k, v, lambda_, norm.weight * norm.scale, norm.eps or 0.0, attn_mask, is_causal)
+    lambda_ = lambda_.to(q.dtype)
+    if form == "eager":
+        first, second = (F.dropout(map_, dropout) for map_ in softmax_maps(q, k, attn_mask, is_causal))
+        out = (first - lambda_ * second) @ v  # (batch, pairs, tokens, 2d)
+    else:
+        first, second = by_parity(q, k, v, attn_mask, is_causal, dropout, padded=form == "padded")
+        out = first - lambda_ * second
+    return norm(out).transpose(1, 2).flatten(2)
 
 
 def softmax_maps(
@@ -144,18 +175,3 @@ def softmax_maps(
     """Return the even and the odd heads' softmax maps, each (batch, heads / 2, tokens, tokens), of q and k."""
     maps = attention_scores(q, k, attn_mask, is_causal).softmax(dim=-1)
     return maps[:, 0::2], maps[:, 1::2]
-
-
-def fused_attention(
-    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool, dropout: float
-) -> tuple[Tensor, Tensor]:
-    """Return the values as mixed by the even and the odd heads, each (batch, heads / 2, tokens, 2d)."""
-    scale = q.shape[-1] ** -0.5
-    if q.device.type == "cpu":
-        # Its kernel wants equal widths, else it falls back to the maps; zeros do not change the products.
-        q, k = F.pad(q, (0, q.shape[-1])), F.pad(k, (0, k.shape[-1]))
-    if attn_mask is not None and attn_mask.is_floating_point():
-        attn_mask = attn_mask.to(q.dtype)
-    v = v.repeat_interleave(2, dim=1)  # (batch, heads, tokens, 2d)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask, dropout, is_causal, scale=scale)
-    return out[:, 0::2], out[:, 1::2]

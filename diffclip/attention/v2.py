@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffclip.attention.base import Differential, Maps, attention_scores, recomputed
+from diffclip.attention.base import Differential, Maps, as_autocast, attention_scores, by_parity, recomputed
+from diffclip.attention.kernel import mixed as mixed_by_kernel
 from diffclip.base.errors import InputError
 
 
@@ -37,6 +38,7 @@ class DifferentialAttentionV2(Differential):
 
     name = "v2"
     default_lambda_init = 0.5
+    forms = ("triton", "fused", "eager")
 
     def __init__(
         self,
@@ -82,20 +84,11 @@ class DifferentialAttentionV2(Differential):
         """Mean over the heads of the lambda that a token of zeros would have, for logs."""
         return self.lambda_proj.bias.detach().sigmoid().mean().item()
 
-    def softmax_maps(self, q: Tensor, k: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """Return all maps, (batch, 2 heads, tokens, tokens), for `project`'s queries and keys."""
-        k = k.repeat_interleave(2, dim=1)  # beside both of its queries
-        return attention_scores(q, k, self.per_query(attn_mask), is_causal).softmax(dim=-1)
-
-    def per_query(self, attn_mask: Tensor | None) -> Tensor | None:
-        """Return a mask that has one plane per head with one plane per query instead, any other as it is."""
-        if attn_mask is not None and attn_mask.ndim == 4 and attn_mask.shape[1] == self.num_heads > 1:
-            return attn_mask.repeat_interleave(2, dim=1)
-        return attn_mask
-
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        dropout = self.attn_drop if self.training else 0.0
-        mixed = recomputed(self.mix, *self.project(x), self.compute_lambda(x), attn_mask, is_causal, dropout)
+        x, dropout = as_autocast(x), self.attn_drop if self.training else 0.0
+        inputs, lambda_ = self.project(x), self.compute_lambda(x)
+        form = self.form_for(inputs, attn_mask, is_causal, dropout)
+        mixed = recomputed(self.mix, *inputs, lambda_, attn_mask, is_causal, dropout=dropout, form=form)
         return self.proj_drop(self.project_out(mixed, x))
 
     def mix(
@@ -107,23 +100,18 @@ class DifferentialAttentionV2(Differential):
         attn_mask: Tensor | None,
         is_causal: bool,
         dropout: float,
+        form: str,
     ) -> Tensor:
         """Return the differences of all heads side by side, (batch, tokens, dim)."""
-        if self.form_for(q) == "eager":
-            maps = F.dropout(self.softmax_maps(q, k, attn_mask, is_causal), dropout)
-            out = (maps[:, 0::2] - lambda_ * maps[:, 1::2]) @ v  # (batch, heads, tokens, d)
-        else:
-            attn_mask = self.per_query(attn_mask)
-            if attn_mask is not None and attn_mask.is_floating_point():
-                attn_mask = attn_mask.to(q.dtype)
-            k, v = k.repeat_interleave(2, dim=1), v.repeat_interleave(2, dim=1)
-            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask, dropout, is_causal)
-            out = mixed[:, 0::2] - lambda_ * mixed[:, 1::2]
-        return out.transpose(1, 2).flatten(2)
+        return differences(form, q, k, v, lambda_, attn_mask, is_causal, dropout)
+
+    @staticmethod
+    def timed(form: str, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
+        return differences(form, q, k, v, q.new_full((1, 1, 1, 1), 0.5), attn_mask, is_causal)
 
     def maps(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Maps:
         q, k, _ = self.project(x)
-        maps = self.softmax_maps(q, k, attn_mask, is_causal)
+        maps = softmax_maps(q, k, attn_mask, is_causal)
         return maps[:, 0::2], maps[:, 1::2], self.compute_lambda(x)  # (batch, heads, tokens, tokens), twice
 
     def apply_map(self, x: Tensor, map_: Tensor) -> Tensor:
@@ -153,6 +141,45 @@ class DifferentialAttentionV2(Differential):
         self.out_proj.weight.copy_(out.weight)
         if out.bias is not None:
             self.out_proj.bias.copy_(out.bias)
+
+
+def differences(
+    form: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lambda_: Tensor,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Return the differences of all heads side by side, (batch, tokens, heads * d), in the form named.
+
+    q is (batch, 2 heads, tokens, d), k and v are (batch, heads, tokens, d); lambda_ broadcasts to (batch, heads,
+    tokens, 1), attn_mask to (batch, heads, tokens, tokens).
+    """
+    if form == "triton":
+        return mixed_by_kernel(q, k, v, lambda_, None, 0.0, attn_mask, is_causal)
+    if form == "eager":
+        maps = F.dropout(softmax_maps(q, k, attn_mask, is_causal), dropout)
+        out = (maps[:, 0::2] - lambda_ * maps[:, 1::2]) @ v  # (batch, heads, tokens, d)
+    else:
+        first, second = by_parity(q, k, v, per_query(attn_mask), is_causal, dropout)
+        out = first - lambda_ * second
+    return out.transpose(1, 2).flatten(2)
+
+
+def softmax_maps(q: Tensor, k: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    """Return all maps, (batch, 2 heads, tokens, tokens), of q (batch, 2 heads, tokens, d) and k with half the heads."""
+    k = k.repeat_interleave(2, dim=1)  # beside both of its queries
+    return attention_scores(q, k, per_query(attn_mask), is_causal).softmax(dim=-1)
+
+
+def per_query(attn_mask: Tensor | None) -> Tensor | None:
+    """Return a mask that has one plane per head with one plane per query instead, any other as it is."""
+    if attn_mask is not None and attn_mask.ndim == 4 and attn_mask.shape[1] > 1:
+        return attn_mask.repeat_interleave(2, dim=1)
+    return attn_mask
 
 
 def interleave_heads(first: Tensor, second: Tensor, heads: int) -> Tensor:

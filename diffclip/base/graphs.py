@@ -11,3 +11,8 @@ def recording() -> bool:
 def transformed() -> bool:
     """Whether a function transform of torch.func (grad, vmap, jvp ...) is at work."""
     return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def watched(x: torch.Tensor) -> bool:
+    """Whether a mode counts or replaces the operations that run, or x only stands for numbers (FakeTensor, DTensor)."""
+    return torch._C._len_torch_dispatch_stack() > 0 or type(x) is not torch.Tensor

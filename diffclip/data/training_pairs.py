@@ -163,6 +163,14 @@ class TrainingPairs(Dataset):
         return int(seen[int(np.random.default_rng((self.seed, k, bad)).integers(len(seen)))])
 
 
+def cut_texts(text: torch.Tensor) -> torch.Tensor:
+    """Token ids (batch, context) without the columns behind the last end token (each row's largest id), of which a
+    causal tower sees nothing; a multiple of 8 of them stays, so that there are few lengths.
+    """
+    longest = int(text.argmax(dim=-1).max()) + 1
+    return text[:, : -(-longest // 8) * 8]
+
+
 def _share(rows: np.ndarray, weight: float, rng: np.random.Generator) -> np.ndarray:
     whole, rest = divmod(weight, 1)
     return np.concatenate([*[rows] * int(whole), rng.choice(rows, round(rest * len(rows)), replace=False)])

@@ -141,6 +141,33 @@ def test_trimming_the_text_changes_nothing(name):
     torch.testing.assert_close(*grads, rtol=0, atol=1e-12)
 
 
+def test_a_causal_mask_is_recognised_and_another_one_is_read(monkeypatch):
+    """Told by the arguments of torch's attention; the second mask lets each token see all of the text."""
+    model, seen = models.build("DiffCLIP-tiny").double(), []
+    for module in model.transformer.modules():
+        if hasattr(module, "attn_implementation"):
+            module.attn_implementation = "fused"
+    real = torch.nn.functional.scaled_dot_product_attention
+
+    def noted(q, k, v, mask=None, dropout=0.0, is_causal=False, **options):
+        seen.append((mask is None, is_causal))
+        return real(q, k, v, mask, dropout, is_causal, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", noted)
+    causal, text = model.attn_mask, ids(lengths=(9, 5))
+    for mask, wanted in ((causal, (True, True)), (torch.zeros_like(causal), (False, False)), (causal, (True, True))):
+        model.attn_mask = mask
+        seen.clear()
+        found = model.encode_text(text)
+        assert set(seen) == {wanted}
+        if mask is causal:
+            torch.testing.assert_close(found, full_length_text(model, text), rtol=0, atol=1e-12)
+    model.attn_mask.zero_()  # changed where it lies
+    seen.clear()
+    model.encode_text(text)
+    assert set(seen) == {(False, False)}
+
+
 def full_length_text(model, text):
     """The text encoder without trimming, from its parts."""
     x = model.token_embedding(text) + model.positional_embedding

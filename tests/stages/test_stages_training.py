@@ -7,6 +7,7 @@ import shutil
 import time
 from dataclasses import dataclass, fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -15,15 +16,23 @@ from launch import QUICKSTART
 from safetensors.torch import load_file
 from shards import write_shard
 from torch import nn
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerState
 
+from diffclip.attention import DifferentialAttention, base
 from diffclip.base.errors import InputError
 from diffclip.base.schema import COMPLETE
 from stages import language, pretrain
 from stages.callbacks import Watch
 from stages.run import NOT_FINISHED, Run
 from stages.settings import AlignConfig, InstructConfig, LanguageConfig, PretrainConfig, TrainingConfig, check
-from stages.training import check_checkpoint, check_shared_memory, on_one_device, train, training_arguments
+from stages.training import (
+    KeepWhatFits,
+    check_checkpoint,
+    check_shared_memory,
+    on_one_device,
+    train,
+    training_arguments,
+)
 
 STEPS = 12
 
@@ -126,6 +135,29 @@ def test_cudnn_attention_is_off_in_training_unless_asked_for(tmp_path, wanted):
     assert TrainingConfig().cudnn_attention is False
 
 
+@pytest.mark.parametrize(
+    "peak, form, kept",
+    [(50, "fused", True), (62, "fused", False), (50, "eager", False)],
+    ids=["room", "little room", "maps written out"],
+)
+def test_attention_is_no_longer_recomputed_where_a_step_has_shown_room(peak, form, kept, tmp_path, monkeypatch):
+    """At rest 20 of 100 GB: 20 + 1.5 * 30 = 65, and 20 + 1.5 * 42 = 83 of at most 80."""
+    gigabytes = {"memory_allocated": 20, "max_memory_allocated": peak, "mem_get_info": (0, 100 * 10**9)}
+    for name, value in gigabytes.items():
+        found = value if isinstance(value, tuple) else value * 10**9
+        monkeypatch.setattr(torch.cuda, name, lambda device, found=found: found)
+    monkeypatch.setattr(KeepWhatFits, "FREE_SHARE", 0.8)
+    monkeypatch.setattr(base, "RECOMPUTE", True)
+    model = nn.Sequential(DifferentialAttention(8, 2))
+    model[0].seen_form = form
+    run = SimpleNamespace(stage="pretrain", log=print)
+    fits, state = KeepWhatFits(run), TrainerState()
+    for state.global_step in (7, 8):  # of a run that was resumed at step 6
+        assert base.RECOMPUTE
+        fits.on_step_end(SimpleNamespace(device="cuda"), state, None, model=model)
+    assert base.RECOMPUTE is not kept
+
+
 def test_batches_that_do_not_fit_into_shared_memory_are_refused_with_what_fits(tmp_path, monkeypatch):
     trainer, _ = start(tmp_path / "run", num_workers=3)
     check_shared_memory(trainer)
@@ -205,7 +237,7 @@ def test_trainer_takes_what_no_setting_of_the_stage_decides(tmp_path):
 def test_settings_that_decide_nothing(config, own):
     common = (
         "output_dir num_workers logging_steps save_steps save_total_limit report_to use_cpu dry_run hardware samples"
-        " resume_with data_changed"
+        " resume_with data_changed torch_compile recompute"
     )
     assert {f.name for f in fields(config) if not f.metadata.get("decides", True)} == {*common.split(), *own}
 
