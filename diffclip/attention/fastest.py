@@ -7,12 +7,14 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 from diffclip.base.cache import cache_dir, keep
@@ -53,9 +55,12 @@ def fastest(
         facts = [torch.__version__, machine(q.device), *map(str, key)]
         times = _recalled(facts, forms)
         if times is None:
-            times = measure(forms, mix, inputs, attn_mask, is_causal)
-            kept = {form: spent if math.isfinite(spent) else None for form, spent in times.items()}
-            keep(_path(facts), json.dumps({"facts": facts, "milliseconds": kept}).encode())
+            with _alone(_path(facts)):
+                times = _recalled(facts, forms)  # another rank's, in the meantime: all of them are to take one form
+                if times is None:
+                    times = measure(forms, mix, inputs, attn_mask, is_causal)
+                    kept = {form: spent if math.isfinite(spent) else None for form, spent in times.items()}
+                    keep(_path(facts), json.dumps({"facts": facts, "milliseconds": kept}).encode())
         least = min(times.values())  # infinite where none could be timed: then it is the plainest, which comes last
         _known[key] = next(form for form in forms if times[form] <= WITHIN * least) if least < math.inf else forms[-1]
         shown = ", ".join(f"{form} {spent:.3g} ms" for form, spent in times.items() if math.isfinite(spent))
@@ -152,6 +157,19 @@ def machine(device: torch.device) -> str:
 
 def _path(facts: list[str]) -> Path:
     return cache_dir() / "attention" / f"{hashlib.sha256(repr(facts).encode()).hexdigest()[:20]}.json"
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """One process at a time; where no lock can be written, nothing can be kept either."""
+    lock = FileLock(f"{path}.lock")
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _recalled(facts: list[str], forms: Sequence[str]) -> dict[str, float] | None:

@@ -229,7 +229,7 @@ def test_trainer_takes_what_no_setting_of_the_stage_decides(tmp_path):
     "config, own",
     [
         (LanguageConfig, set()),
-        (PretrainConfig, {"micro_batch_size", "max_bad_share"}),
+        (PretrainConfig, {"micro_batch_size", "max_bad_share", "shard_cache", "shard_cache_gb", "manifest"}),
         (AlignConfig, {"micro_batch_size", "max_bad_share", "tokens"}),
         (InstructConfig, {"micro_batch_size", "max_bad_share", "tokens"}),
     ],
@@ -237,7 +237,7 @@ def test_trainer_takes_what_no_setting_of_the_stage_decides(tmp_path):
 def test_settings_that_decide_nothing(config, own):
     common = (
         "output_dir num_workers logging_steps save_steps save_total_limit report_to use_cpu dry_run hardware samples"
-        " resume_with data_changed torch_compile recompute"
+        " resume_with data_changed torch_compile recompute ddp_timeout"
     )
     assert {f.name for f in fields(config) if not f.metadata.get("decides", True)} == {*common.split(), *own}
 
