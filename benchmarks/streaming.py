@@ -7,20 +7,23 @@ The first part simulates a store: a server on the loopback that lists so many sh
 their manifest, but no contents. A process lists them, makes the order of a run, and forks a worker that takes 50,000
 items from the middle of an epoch; "MB" is what each adds to its private memory (of /proc/self/smaps_rollup).
 The second part reads 16 shards of 500 JPEGs over http with a wait before each answer: bytes and captions of every pair
-once, one process, curl as webdataset's client.
+once, one process, curl as webdataset's client; with litdata installed also by that, from its own format in an S3.
 """
 
 import http.server
+import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 import threading
 import time
 import urllib.parse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
@@ -52,12 +55,19 @@ def server(answer: object, latency: float = 0.0) -> Iterator[tuple[str, list[str
             asked.append(self.path)
             time.sleep(latency)
             body = answer(self.path)  # type: ignore[operator]
-            self.send_response(404 if body is None else 200)
-            for name, value in (("Content-Length", len(body or b"")), ("ETag", '"1"')):
-                self.send_header(name, str(value))
-            self.send_header("Last-Modified", "Mon, 01 Jan 2024 00:00:00 GMT")
+            part = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")) if body else None
+            headers = {"ETag": '"1"', "Last-Modified": "Mon, 01 Jan 2024 00:00:00 GMT"}
+            if part:
+                first, last = int(part[1]), min(int(part[2] or len(body)), len(body) - 1)
+                headers["Content-Range"] = f"bytes {first}-{last}/{len(body)}"
+                body = body[first : last + 1]
+            self.send_response(404 if body is None else 206 if part else 200)
+            for name, value in (*headers.items(), ("Content-Length", str(len(body or b"")))):
+                self.send_header(name, value)
             self.end_headers()
-            self.wfile.write(body or b"")
+            self.wfile.write(b"" if self.command == "HEAD" else body or b"")
+
+        do_HEAD = do_GET
 
         def log_message(self, *args: object) -> None:
             pass
@@ -141,6 +151,32 @@ def webdatasets(urls: str) -> int:
     return sum(1 for _ in pairs)
 
 
+def write_litdata(shards: Path, folder: Path) -> None:
+    """The pairs of tars in litdata's own format, in chunks of a shard's size."""
+    from litdata.streaming.writer import BinaryWriter
+
+    writer, count = BinaryWriter(str(folder), chunk_bytes=max(p.stat().st_size for p in shards.glob("*.tar"))), 0
+    for path in sorted(shards.glob("*.tar")):
+        with tarfile.open(path) as tar:
+            contents = {member.name: tar.extractfile(member).read() for member in tar}  # type: ignore[union-attr]
+        for name in filter(lambda name: name.endswith(".jpg"), contents):
+            writer.add_item(count, {"jpg": contents[name], "txt": contents[f"{name[:-4]}.txt"].decode()})
+            count += 1
+    writer.done()
+    writer.merge()
+
+
+def litdatas(address: str, cache: Path) -> int:
+    """The same by litdata, from its own format in an S3."""
+    import litdata
+
+    os.environ |= {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x", "AWS_REGION": "us-east-1"}
+    litdata.streaming.downloader._OBSTORE_CLIENT_OPTIONS["allow_http"] = "true"  # it has no setting for a test's server
+    place = litdata.streaming.resolver.Dir(path=str(cache), url="s3://bucket/lit")
+    pairs = litdata.StreamingDataset(place, shuffle=True, storage_options={"endpoint_url": address})
+    return sum(1 for _ in pairs)
+
+
 def main() -> None:
     parser = Parser("python -m benchmarks.streaming", description=__doc__)
     parser.add_argument("--shapes", nargs="*", default=[*SHAPES], choices=[*SHAPES])
@@ -173,18 +209,26 @@ def main() -> None:
         content = {f"/{path.name}": path.read_bytes() for path in folder.iterdir()}
         with server(content.get, options.latency) as (address, asked):
             urls = f"{address}/{{00000..00015}}.tar"
-            rates: dict[str, list[float]] = {"diffclip": [], "webdataset": []}
+            cache = Path(place) / "cache"
+            readers: dict[str, Callable[[], int]] = {"diffclip": lambda: ours(urls, cache)}
+            readers["webdataset"] = lambda: webdatasets(urls)
+            if importlib.util.find_spec("litdata"):
+                write_litdata(folder, Path(place) / "lit")
+                content |= {f"/bucket/lit/{path.name}": path.read_bytes() for path in (Path(place) / "lit").iterdir()}
+                readers["litdata"] = lambda: litdatas(address, cache)
+            rates: dict[str, list[float]] = {name: [] for name in readers}
             for _ in range(options.rounds):
-                for name in rates:
+                for name, read in readers.items():
                     asked.clear()
                     begin = time.perf_counter()
-                    pairs = ours(urls, Path(place) / "cache") if name == "diffclip" else webdatasets(urls)
+                    pairs = read()
                     rates[name].append(pairs / (time.perf_counter() - begin))
                     print(f"{name}: {pairs:,} pairs, {len(asked)} requests, {rates[name][-1]:,.0f} pairs/s", flush=True)
-                    shutil.rmtree(Path(place) / "cache", ignore_errors=True)
+                    shutil.rmtree(cache, ignore_errors=True)
     for name, measured in rates.items():
         print(f"{name:10s} {median(measured):8,.0f} pairs/s ({', '.join(f'{rate:,.0f}' for rate in measured)})")
-    print(f"ratio      {median(rates['diffclip']) / median(rates['webdataset']):8.2f}")
+    for name in [*rates][1:]:
+        print(f"ratio to {name} {median(rates['diffclip']) / median(rates[name]):.2f}")
 
 
 if __name__ == "__main__":
