@@ -193,7 +193,9 @@ def _load_open_clip(
 def _build_open_clip(model_cfg: Any, preprocess_cfg: dict[str, Any], source: str) -> DualEncoder:
     """A model of open_clip's with fresh weights; what its `preprocess_cfg` leaves open is as open_clip has it."""
     refuse_foreign_code(model_cfg, source)
-    preprocess = asdict(PreprocessCfg(**_known(preprocess_cfg)))
+    vision_cfg = model_cfg.get("vision_cfg") if isinstance(model_cfg, dict) else None
+    side = vision_cfg.get("image_size") if isinstance(vision_cfg, dict) else None
+    preprocess = asdict(PreprocessCfg(**_known(preprocess_cfg))) | ({"size": side} if side else {})
     ours = {"variant": "CLIP", "attention": {}}
     model = models.build({"model_cfg": model_cfg, "preprocess_cfg": preprocess, "diffclip": ours})
     set_model_preprocess_cfg(model, {**preprocess, "size": model.visual.image_size})

@@ -251,12 +251,14 @@ def attention_log(run: Run) -> Iterator[None]:
             run.log(f"{run.stage}: {record.getMessage()}")
 
     handler, before = ToRun(), fastest.LOG.level
+    fastest.LOG.propagate = False  # it would be said once more where a library has set up logging
     fastest.LOG.addHandler(handler)
     fastest.LOG.setLevel(logs.INFO)
     try:
         yield
     finally:
         fastest.LOG.removeHandler(handler)
+        fastest.LOG.propagate = True
         fastest.LOG.setLevel(before)
 
 

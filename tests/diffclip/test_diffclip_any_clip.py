@@ -117,6 +117,21 @@ def test_directories_of_open_clip_in_each_spelling(name, tmp_path):
     assert torch.equal(transform(image), plain(image))
 
 
+def test_a_directory_that_leaves_the_image_size_to_the_model_has_the_models(tmp_path):
+    tower = {"image_size": 32, "layers": 1, "width": 32, "patch_size": 16, "head_width": 16}
+    cfg = {
+        "embed_dim": 16,
+        "vision_cfg": tower,
+        "text_cfg": {"context_length": 8, "width": 32, "heads": 2, "layers": 1},
+    }
+    (tmp_path / "open_clip_config.json").write_text(
+        json.dumps({"model_cfg": cfg, "preprocess_cfg": {"std": [1, 1, 1]}})
+    )
+    save_file(open_clip.CLIP(**cfg).state_dict(), tmp_path / "open_clip_model.safetensors")
+    _, transform, _ = diffclip.load(tmp_path)
+    assert transform(Image.new("RGB", (100, 50))).shape == (3, 32, 32)
+
+
 def test_a_tag_brings_its_preprocessing_and_its_activation(tmp_path, monkeypatch):
     theirs = made("any-ViT", force_quick_gelu=True)
     save_file(theirs.state_dict(), tmp_path / "w.safetensors")
