@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 from clips import OPEN_CLIP, TEXT, VIT, siglip_directory, small_siglip
+from PIL import Image
 from safetensors.torch import save_file
 
 import diffclip
