@@ -189,7 +189,8 @@ SPACE = re.compile(r"[ \t\r\n]*")
 def read_array(path: str | Path) -> Iterator[Any]:
     """The items of a file that holds one JSON array, one at a time: memory for one item, whatever the file's size.
 
-    InputError, which names the item by its number from 0, as `read_jsonl`; also where something follows the array.
+    InputError, which names the item by its number from 0, as `read_jsonl`; also where something follows the array. An
+    item may be nested as deep as Python reads, so that whoever reads rows can name one and keep the others.
     """
     decoder = json.JSONDecoder(object_pairs_hook=_each_key_once)
     with opened(path) as f:
@@ -228,8 +229,6 @@ def read_array(path: str | Path) -> Iterator[Any]:
             while True:
                 try:
                     value, end = decoder.raw_decode(buffer, place)
-                    if _levels(value) > DEEPEST:
-                        raise RecursionError
                     if isinstance(value, int | float) and end > len(buffer) - 3 and more(size):
                         continue  # a number may go on behind the end
                     place = end

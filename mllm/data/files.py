@@ -1,5 +1,5 @@
 """The rows of a file as they stand in it, one at a time: JSON, JSON lines, parquet, and folders that `datasets` or the
-Hub have made. What the rows mean is told in `mllm.data.layouts`.
+Hub have made; captioned images as `diffclip.data.pairs` reads them. What the rows mean is told in `mllm.data.layouts`.
 """
 
 import json
@@ -10,13 +10,17 @@ from pathlib import Path
 from datasets import load_from_disk
 from pyarrow.parquet import ParquetFile
 
-from diffclip.base.archives import UNPACKERS
+from diffclip.base.archives import TAR_SUFFIXES, UNPACKERS
 from diffclip.base.errors import InputError, in_one_line
 from diffclip.base.files import opened, read_array, read_json, read_jsonl
 from diffclip.data.layout import split_named
+from diffclip.data.pairs import BadSample, PairTable
+from mllm.literal import IMAGE
 
-KINDS = "JSON, JSONL (also .gz), parquet, or a folder that `datasets` saved"
-OTHER_KINDS = (".csv", ".tsv", ".tar", ".zip", ".arrow", ".pkl", ".xlsx", ".txt")
+KINDS = "JSON, JSONL (also .gz), parquet, a folder that `datasets` saved, or captioned images: .tar, .csv, a folder"
+OTHER_KINDS = (".zip", ".arrow", ".pkl", ".xlsx", ".txt")
+PAIRS = (*TAR_SUFFIXES, ".csv", ".tsv")  # captioned images, as `diffclip.data.pairs` reads them
+FAULT = "unreadable pair"  # under this a row says what is wrong with the pair that it is
 
 
 def read_rows(path: str | Path, split: str = "") -> Iterator[dict]:
@@ -34,6 +38,9 @@ def read_rows(path: str | Path, split: str = "") -> Iterator[dict]:
         return
     if not path.is_file():
         raise InputError(f"{path}: no such file; give {KINDS}")
+    if path.name.lower().endswith(PAIRS):
+        yield from _captioned(path, split)
+        return
     with opened(path) as f:
         head = f.read(64)
     if head.startswith(b"PAR1") or path.suffix == ".parquet":
@@ -84,6 +91,9 @@ def _folder_rows(folder: Path, split: str) -> Iterator[dict]:
         yield from _saved_rows(folder)
         return
     shards = sorted(p for p in folder.rglob("*.parquet") if not hidden(p.relative_to(folder)))
+    if not shards and any(p.suffix in (".txt", *PAIRS) for p in folder.rglob("*")):
+        yield from _captioned(folder, split)
+        return
     if not shards:
         inside = sorted(p for p in folder.iterdir() if p.name.endswith((".json", ".jsonl", ".gz")))
         example = f"; name the files in it, e.g. {inside[0]}" if inside else f"; give {KINDS}"
@@ -117,6 +127,23 @@ def split_of(shard: Path) -> str:
     """The split that a shard's name or folder says it belongs to, as the Hub names them, or ""."""
     start = re.split(r"[-_.]", shard.name)[0]
     return next(filter(None, map(split_named, (start, *reversed(shard.parts[:-1])))), "")
+
+
+def _captioned(path: Path, split: str) -> Iterator[dict]:
+    """A row for each caption of each image, whose encoded bytes it holds; those of no use say why under FAULT."""
+    table = PairTable([str(path)], split=split)
+    for key, reason in table.problems:
+        yield {"id": key, FAULT: reason}
+    for index in range(len(table)):
+        try:
+            image, captions = table.encoded(index)
+            content = image.read_bytes() if isinstance(image, Path) else image
+        except (BadSample, OSError) as error:
+            yield {"id": table.key(index), FAULT: error.reason if isinstance(error, BadSample) else str(error)}
+            continue
+        for caption in captions:
+            turns = [{"from": "human", "value": IMAGE}, {"from": "gpt", "value": caption}]
+            yield {"id": table.key(index), "image": {"bytes": content, "path": None}, "conversations": turns}
 
 
 def _saved_rows(folder: Path) -> Iterator[dict]:

@@ -18,6 +18,7 @@ from typing import Any
 
 from diffclip.base.errors import InputError
 from mllm.conversation import IMAGE, question_turn
+from mllm.data.files import FAULT
 from mllm.data.images import IMAGE_KEYS, filled, row_images, value_images
 
 TURNS = ("conversations", "conversation", "messages", "texts")
@@ -46,6 +47,8 @@ Image = tuple[str, bytes | None]  # what to call it, and its encoded bytes where
 
 def read_conversation(row: dict) -> tuple[list[Turn], list[Image]]:
     """The turns of a row of any layout and its images; InputError, without the row's name, for what is none."""
+    if FAULT in row:
+        raise InputError(str(row[FAULT]))
     layout, turns = _turns(row)
     uncommon = [turn for turn in turns if turn.keys() not in COMMON]
     for owner in (row, *uncommon):

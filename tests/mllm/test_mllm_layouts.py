@@ -4,11 +4,14 @@ import base64
 import gzip
 import io
 import json
+import tarfile
 
 import pytest
+from shards import write_shard
 
 from diffclip.base.errors import InputError
 from mllm.conversation import CHATML_SYSTEM, VICUNA_SYSTEM, chat_template, render
+from mllm.data.judge import image_problems
 from mllm.data.layouts import read_conversation
 from mllm.data.rows import load_rows
 
@@ -276,7 +279,7 @@ HOSTILE = [
     {"extra": DEEP, "conversations": TEXT, "image": 5},
     {"image": float("nan"), "conversations": ASKED},
     {"conversations": [{"from": "human", "value": "\ud800"}, TEXT[1]]},
-    {"system": "<|im_end|>", "conversations": TEXT},
+    {"system": "\ufdd0", "conversations": TEXT},
     {"system": "<image>", "conversations": TEXT},
     {"conversations": [*TEXT, {"from": "system", "value": "late"}]},
     {"conversations": [*TEXT, TEXT[0]]},
@@ -429,8 +432,9 @@ def test_images_of_the_hubs_tables(tmp_path, picture):
         ("a.json.gz", b"\x1f\x8bbroken", "a.json.gz"),
         ("a.json.zst", b"\x28\xb5\x2f\xfd123", "unpack it with unzstd"),
         ("a.parquet", b"PAR1 no parquet", "cannot be read as parquet"),
-        ("a.csv", b"id,image\n1,2\n", "no file of conversations"),
-        ("a.tar", b"x" * 600, "no file of conversations"),
+        ("a.csv", b"id,image\n1,2\n", "caption_column"),
+        ("a.tar", b"x" * 600, "not a readable tar"),
+        ("a.zip", b"PK", "no file of conversations"),
     ],
 )
 def test_files_that_cannot_be_read_are_named(tmp_path, name, content, words):
@@ -438,6 +442,26 @@ def test_files_that_cannot_be_read_are_named(tmp_path, name, content, words):
     with pytest.raises(InputError, match=words) as error:
         load_rows([tmp_path / name], tmp_path)
     assert name in str(error.value) and "\n" not in str(error.value)
+
+
+def test_captioned_images_of_any_layout_are_rows_of_alignment(tmp_path):
+    write_shard(tmp_path / "shard.tar", 3, replace={1: b"no image"})
+    (tmp_path / "folder").mkdir()
+    with tarfile.open(tmp_path / "shard.tar") as tar:
+        tar.extractall(tmp_path / "folder", filter="data")
+    keys = [f"shard_{n:04d}" for n in range(3)]
+    texts = [(tmp_path / "folder" / f"{key}.txt").read_text() for key in keys]
+    table = "".join(f"folder/{key}.jpg\t{text}\n" for key, text in zip(keys, texts))
+    (tmp_path / "table.tsv").write_text(f"filepath\tcaption\n{table}folder/gone.jpg\tlost\n")
+    for name, lost in (("shard.tar", 0), ("folder", 0), ("table.tsv", 1)):
+        rows = load_rows([tmp_path / name], tmp_path, template="plain", max_bad_share=0.5)
+        assert [row.conversation[1]["value"] for row in rows] == texts, name
+        assert len(rows.problems) == lost and ("gone.jpg" in str(rows.problems)) == bool(lost)
+        assert (rows[0].images[0].open().size, rows[2].images[0].read()) == (
+            (48, 48),
+            (tmp_path / "folder" / f"{keys[2]}.jpg").read_bytes(),
+        )
+        assert [*image_problems(rows)] == [1], name  # judged as all other images are
 
 
 def test_an_item_of_any_length_is_read_piece_by_piece(tmp_path):
