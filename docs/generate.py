@@ -123,9 +123,9 @@ def troubleshooting_list() -> str:
         rows[topic["topic"]].add((sentence, cure_of(sentence, topic)))
     page = []
     for topic in topics:
-        if of_topic := sorted(rows[topic["topic"]], key=lambda row: row[0].strip("…:`- ").lower()):
+        if of_topic := sorted(rows[topic["topic"]], key=lambda row: (row[0].strip("…:`- ").lower(), row)):
             lines = [(cell(sentence), cure) for sentence, cure in of_topic]
-            page.append(f"\n### {topic['topic']}\n\n{table(('it says', 'do'), lines)}")
+            page.append(f"\n### {topic['topic']}\n\n{table(('it says', 'what to do'), lines)}")
     return "".join(page)
 
 
