@@ -128,4 +128,5 @@ def test_hooks_before_a_commit_start_what_is_there():
 def test_the_citation_is_the_readmes():
     cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert cited["preferred-citation"]["title"] in (ROOT / "README.md").read_text(encoding="utf-8")
-    assert f'version = "{cited["version"]}"' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    source = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("pyproject.toml", "diffclip/__init__.py"))
+    assert re.findall(r'^(?:__version__|version) = "(.+)"$', source, re.MULTILINE) == [cited["version"]]
