@@ -21,3 +21,10 @@ def on_page_markdown(markdown: str, page: Any, **rest: Any) -> str:
     if page.file.src_uri in TOP:
         return re.sub(r"\]\(docs/", "](", markdown)
     return re.sub(rf"\]\(\.\./({'|'.join(map(re.escape, TOP))})", r"](\1", markdown)
+
+
+def on_page_content(html: str, page: Any, **rest: Any) -> str:
+    """Links of notebooks, which mkdocs-jupyter leaves as they are."""
+    if page.file.src_uri.endswith(".ipynb"):
+        return re.sub(r'href="\.\./(\w+)\.md', r'href="../../\1/', html)
+    return html

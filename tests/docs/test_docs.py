@@ -4,6 +4,8 @@ What differs from the page is in `STAND_INS` and in `workspace`; what is only pa
 docs/results.md is left out: its commands are records of what was measured.
 """
 
+import contextlib
+import functools
 import importlib.util
 import io
 import json
@@ -62,6 +64,9 @@ NOT_RUN = {  # what a page may have somebody type, and why it is not typed here
 }
 OWN_PROCESS = ("app",)  # a server
 OPTIONAL = {"--to onnx": "onnxruntime", "from trl": "trl"}  # what a page may use and need not be installed
+
+
+LISTINGS = {"cluster.md": "several machines, or Slurm", "quickstart.md": "the layout of the code"}
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -303,6 +308,44 @@ def test_notebooks_are_small_and_tell_nothing_of_the_machine_that_ran_them(noteb
     assert len(text) < 200_000
     outputs = json.dumps([cell["outputs"] for cell in cells(notebook, "code")])
     assert not re.search(r"/(?:tmp|home|root|work|usr)/", outputs)
+
+
+@functools.cache
+def flags_of(*verb: str) -> set[str]:
+    """The flags that `diffclip VERB --help` shows."""
+    shown = io.StringIO()
+    with contextlib.redirect_stdout(shown), contextlib.suppress(SystemExit):
+        call([*verb, "--help"])
+    return set(re.findall(r"--([a-z]\w*)", shown.getvalue()))
+
+
+def mentioned(page: Path) -> list[tuple[tuple[str, ...], list[str]]]:
+    """(verb, flags) of commands within sentences and tables of a page, and in blocks that are not run."""
+    text = re.sub(
+        r"^```(?:bash|python)\n.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL
+    )
+    found = []
+    for command in re.findall(r"(?:`|^)(?:[^`\n]*? )?diffclip ([a-z][^`\n]*)", text, re.MULTILINE):
+        words = command.split()
+        inner = words[1:2] if words[0] in ("pope", "scenes", "config") and words[1:2] and words[1].isalpha() else []
+        flags = [flag.replace("-", "_") for flag in re.findall(r"(?<!\S)--([a-z][\w-]*)", command)]
+        if words[0] in VERBS and flags:
+            found.append(((words[0], *inner), flags))
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_flags_that_sentences_name_are_there(page):
+    for verb, flags in mentioned(page):
+        for flag in flags:
+            assert flag in flags_of(*verb), f"{page.name} names diffclip {' '.join(verb)} --{flag}"
+
+
+def test_blocks_of_code_say_their_language():
+    """What is neither bash nor Python is a listing; commands in one are not run, for the reason in LISTINGS."""
+    for page in PAGES:
+        kinds = {kind for kind, _ in FENCE.findall(page.read_text(encoding="utf-8"))} - {"bash", "python", "bibtex"}
+        assert not kinds or page.name in LISTINGS, f"{page.name} has blocks of {kinds}"
 
 
 def test_the_readme_is_two_screens():

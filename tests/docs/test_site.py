@@ -103,9 +103,15 @@ def test_the_site_is_built_without_a_warning(tmp_path):
         words, cwd=ROOT, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True
     )
     assert ended.returncode == 0, ended.stderr[-4000:]
-    html = (tmp_path / "site" / "api" / "index.html").read_text(encoding="utf-8")
+    site = tmp_path / "site"
+    html = (site / "api" / "index.html").read_text(encoding="utf-8")
     assert 'id="diffclip.checkpoints.load"' in html and ":::" not in html
-    assert not re.findall(r"(?:src|href)=\"https?://(?:fonts|unpkg|cdn)", html)  # nothing is fetched from elsewhere
+    for page in site.rglob("index.html"):
+        html = page.read_text(encoding="utf-8")
+        for link in re.findall(r'(?:href|src)="(?!https?:|#|data:|mailto:|/)([^"#?]+)', html):
+            assert (page.parent / link).exists(), f"{page.relative_to(site)} links to {link}"
+        # nothing is fetched from elsewhere when a page is opened
+        assert not re.findall(r'<(?:script|img|link rel="stylesheet")[^>]+(?:src|href)="https?:[^"]*"', html), page
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob(".github/ISSUE_TEMPLATE/*.yml")), ids=lambda path: path.stem)
