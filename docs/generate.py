@@ -5,10 +5,10 @@ python docs/generate.py            after settings or messages have changed; with
 
 import ast
 import dataclasses
+import functools
 import re
 import sys
 import typing
-from collections.abc import Iterator
 from pathlib import Path
 
 import yaml
@@ -104,14 +104,17 @@ def words_of(node: ast.AST) -> str:
     return "…"
 
 
-def messages() -> Iterator[tuple[str, str]]:
+@functools.cache
+def messages() -> list[tuple[str, str]]:
     """(module, sentence) of every `InputError(…)` in the source that has words of its own."""
+    found = []
     for path in sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_bytes())):
             if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("InputError") and node.args:
                 sentence = re.sub("…+", "…", words_of(node.args[0])).strip()
                 if re.search("[A-Za-z]{3}", sentence):
-                    yield path.relative_to(ROOT).with_suffix("").as_posix(), sentence
+                    found.append((path.relative_to(ROOT).with_suffix("").as_posix(), sentence))
+    return found
 
 
 def troubleshooting_list() -> str:

@@ -1,7 +1,6 @@
 """The pages that are written from the source are up to date, and the site is built of all pages without a warning."""
 
 import ast
-import importlib
 import os
 import re
 import subprocess
@@ -80,7 +79,9 @@ def test_what_the_python_api_names_is_there():
     assert len(names) > 20
     for name in names:
         module, _, attribute = name.rpartition(".")
-        assert getattr(importlib.import_module(module), attribute).__doc__, name
+        tree = ast.parse((ROOT / module.replace(".", "/")).with_suffix(".py").read_bytes())  # imports take seconds
+        made = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+        assert attribute in made and ast.get_docstring(made[attribute]), name
 
 
 def pages_of(entry: object) -> list[str]:
