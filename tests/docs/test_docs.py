@@ -4,6 +4,8 @@ What differs from the page is in `STAND_INS` and in `workspace`; what is only pa
 docs/results.md is left out: its commands are records of what was measured.
 """
 
+import contextlib
+import functools
 import importlib.util
 import io
 import json
@@ -26,7 +28,8 @@ from stages.config import parse
 from stages.pipeline import free_port
 from stages.settings import AlignConfig, EvaluateConfig, InstructConfig, PipelineConfig, PretrainConfig
 
-PAGES = [ROOT / "README.md", *sorted(p for p in (ROOT / "docs").glob("*.md") if p.name != "results.md")]
+TOP = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
+PAGES = [*TOP, *sorted(p for p in (ROOT / "docs").glob("*.md") if p.name != "results.md")]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 STAND_INS = {  # what stands on a page -> what stands for it here
     "DiffCLIP-S-16": "DiffCLIP-tiny",
@@ -49,9 +52,21 @@ CONFIGS = {"pretrain": PretrainConfig, "align": AlignConfig, "instruct": Instruc
 PARSED = {  # pages whose stages have the paper's size: their flags and configurations are read, nothing is trained
     "pope.md": tuple(CONFIGS),
     "paper_scale.md": ("pretrain",),
+    "reproduce.md": tuple(CONFIGS),
+}
+PROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")  # Python 3.10 reads no TOML
+EXTRAS = {*re.findall(r"^(\w+) = ", PROJECT.split("[project.optional-dependencies]")[1].split("\n[")[0], re.MULTILINE)}
+NOT_RUN = {  # what a page may have somebody type, and why it is not typed here
+    "git": "there is no network",
+    "cd": "the tests are there already",
+    "pip": "nothing is installed; that the extras exist is tested below",
+    "pre-commit": "its hooks are tested below",
 }
 OWN_PROCESS = ("app",)  # a server
 OPTIONAL = {"--to onnx": "onnxruntime", "from trl": "trl"}  # what a page may use and need not be installed
+
+
+LISTINGS = {"cluster.md": "several machines, or Slurm", "quickstart.md": "the layout of the code"}
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -89,8 +104,8 @@ def carry_out(words: list[str], page: str, folder: Path, monkeypatch) -> None:
     monkeypatch.chdir(folder)
     if program == "./scripts/quickstart.sh":  # run for real in test_stages_pipeline
         parse(PipelineConfig, "", ["--config=quickstart/pipeline", *rest])
-    elif program == "./scripts/test.sh":
-        pass  # is what runs this
+    elif program == "./scripts/test.sh" or program in NOT_RUN:
+        pass  # the first is what runs this
     elif program == "./scripts/0_data.sh":
         start(["bash", str(ROOT / program), *rest, "--dry-run"], folder)
     elif program == "lmms-eval":
@@ -122,7 +137,7 @@ def carry_out(words: list[str], page: str, folder: Path, monkeypatch) -> None:
         else:  # in this process, which spares the imports
             # an untrained model's score is at chance, and `diagnose` ends with 1 where it finds why
             with forked_lmms_eval():
-                assert call([verb, *arguments]) in ((None, 0, 1) if arguments[0] == "diagnose" else (None, 0))
+                assert call([verb, *arguments]) in ((None, 0, 1) if arguments[:1] == ["diagnose"] else (None, 0))
             return
         start([*launcher, "diffclip", verb, *arguments], folder)
 
@@ -159,10 +174,8 @@ def workspace(tmp_path_factory) -> Path:
     datasets.Dataset.from_list(pairs).to_parquet(folder / "more_pairs.parquet")
     rows = [{"image": p.name, "question": "Is there a circle?"} for p in photos]
     (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shutil.copytree(world / "pope", folder / "runs" / "quickstart" / "scenes" / "pope")
     (folder / "urls.tsv").write_text("url\tcaption\nhttp://127.0.0.1:9/a.jpg\ta dog\n")
-    shown = folder / "runs" / "quickstart" / "scenes" / "pope" / "images" / "000002.png"
-    shown.parent.mkdir(parents=True)
-    shutil.copy(photos[2], shown)
     for name in ("benchmarks", "data"):  # one set: a linear probe takes seconds
         shutil.copytree(world, folder / name, ignore=shutil.ignore_patterns("color", "shape_color"))
     shutil.copytree(world / "classification" / "shape", folder / "data" / "cifar10")
@@ -210,6 +223,7 @@ def trained(workspace) -> Path:
             carry_out(words, "data.md", workspace, patch)
     for stage in ("align", "instruct"):
         (workspace / "runs" / stage).symlink_to(workspace / "runs" / "mine" / stage)
+    (workspace / "runs" / "quickstart" / "DiffCLIP" / "instruct").symlink_to(workspace / "runs" / "mine" / "instruct")
     for name in ("clip", "diffclip"):
         (workspace / "runs" / name / "evaluate").symlink_to(workspace / "runs" / "mine" / "evaluate")
     write_lmms_task(workspace)
@@ -261,10 +275,77 @@ PYTHON = [(page, code) for page in PAGES for code in blocks(page, "python")]
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("page", "code"), PYTHON, ids=[f"{page.stem}-{i}" for i, (page, _) in enumerate(PYTHON)])
-def test_python_blocks_run_as_they_stand(page, code, trained, hub, monkeypatch):
+def test_python_blocks_run_as_they_stand(page, code, trained, hub, monkeypatch, capsys):
     skip_without_packages(code)
     monkeypatch.chdir(trained)
     exec(compile(code, page.name, "exec"), {"__name__": "__main__"})
+    printed = capsys.readouterr().out.splitlines()
+    for shape in re.findall(r"^print\(.*\)  # (torch\.Size\(.*\))$", code, re.MULTILINE):
+        assert shape in printed
+
+
+NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
+
+
+def cells(notebook: Path, kind: str) -> list[dict[str, Any]]:
+    return [c for c in json.loads(notebook.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == kind]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda notebook: notebook.stem)
+def test_notebooks_run_from_the_first_cell_to_the_last(notebook, trained, monkeypatch):
+    """In this process, on untrained models of the same kind."""
+    monkeypatch.chdir(trained)
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    names: dict[str, Any] = {"__name__": "__main__"}
+    for i, cell in enumerate(cells(notebook, "code")):
+        exec(compile("".join(cell["source"]), f"{notebook.name}, cell {i}", "exec"), names)
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda notebook: notebook.stem)
+def test_notebooks_are_small_and_tell_nothing_of_the_machine_that_ran_them(notebook):
+    text = notebook.read_text(encoding="utf-8")
+    assert len(text) < 200_000
+    outputs = json.dumps([cell["outputs"] for cell in cells(notebook, "code")])
+    assert not re.search(r"/(?:tmp|home|root|work|usr)/", outputs)
+
+
+@functools.cache
+def flags_of(*verb: str) -> set[str]:
+    """The flags that `diffclip VERB --help` shows."""
+    shown = io.StringIO()
+    with contextlib.redirect_stdout(shown), contextlib.suppress(SystemExit):
+        call([*verb, "--help"])
+    return set(re.findall(r"--([a-z]\w*)", shown.getvalue()))
+
+
+def mentioned(page: Path) -> list[tuple[tuple[str, ...], list[str]]]:
+    """(verb, flags) of commands within sentences and tables of a page, and in blocks that are not run."""
+    text = re.sub(
+        r"^```(?:bash|python)\n.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL
+    )
+    found = []
+    for command in re.findall(r"(?:`|^)(?:[^`\n]*? )?diffclip ([a-z][^`\n]*)", text, re.MULTILINE):
+        words = command.split()
+        inner = words[1:2] if words[0] in ("pope", "scenes", "config") and words[1:2] and words[1].isalpha() else []
+        flags = [flag.replace("-", "_") for flag in re.findall(r"(?<!\S)--([a-z][\w-]*)", command)]
+        if words[0] in VERBS and flags:
+            found.append(((words[0], *inner), flags))
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_flags_that_sentences_name_are_there(page):
+    for verb, flags in mentioned(page):
+        for flag in flags:
+            assert flag in flags_of(*verb), f"{page.name} names diffclip {' '.join(verb)} --{flag}"
+
+
+def test_blocks_of_code_say_their_language():
+    """What is neither bash nor Python is a listing; commands in one are not run, for the reason in LISTINGS."""
+    for page in PAGES:
+        kinds = {kind for kind, _ in FENCE.findall(page.read_text(encoding="utf-8"))} - {"bash", "python", "bibtex"}
+        assert not kinds or page.name in LISTINGS, f"{page.name} has blocks of {kinds}"
 
 
 def test_the_readme_is_two_screens():
@@ -283,5 +364,7 @@ def test_modules_files_and_pages_that_a_page_names_exist(page):
         assert config in shipped.shipped(), f"{page.name} names --config {config}"
     for config in set(re.findall(r"(stages/configs/[\w/]+\.(?:yaml|json))", text)):
         assert (ROOT / config.replace("zeroN", "zero2")).is_file(), f"{page.name} names {config}"
+    for extras in re.findall(r"""pip install '(?:\.|diffclip-stack)\[(.+?)\]'""", text):
+        assert set(extras.split(",")) <= EXTRAS, f"{page.name} names the extras {extras}"
     for link in re.findall(r"\]\((?!http)([^)#]+)", text):
         assert (page.parent / link).exists(), f"{page.name} links to {link}"
