@@ -74,6 +74,20 @@ def assembled(tower_dir, language_dir):
     return assemble(tower_dir, language_dir, seed=3)
 
 
+@pytest.fixture
+def saying(assembled):
+    """saying(words) -> the model, made to write nothing but these words, as its images have it; each is one token."""
+
+    def make(*words: str):
+        tokenizer = assembled.tokenizer
+        allowed = {tokenizer(f" {word}")["input_ids"][0] for word in words} | {tokenizer.eos_token_id}
+        everything = set(range(assembled.model.config.text_config.vocab_size))
+        assembled.model.generation_config.suppress_tokens = sorted(everything - allowed)
+        return assembled
+
+    return make
+
+
 @pytest.fixture(scope="session")
 def picture():
     """image(seed, size) -> a PIL image of noise."""
