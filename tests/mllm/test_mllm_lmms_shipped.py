@@ -30,6 +30,7 @@ def started(installed, tmp_path, monkeypatch):
         ("NLTK_DATA", tmp_path / "nltk"),
         ("AMBER_BASE_DIR", tmp_path / "amber"),
         ("HF_DATASETS_OFFLINE", 1),
+        ("GIT_DIR", tmp_path / "none"),  # --use_cache begins anew with each commit around the environment
     ):
         monkeypatch.setenv(name, str(value))
     lmms_sets.nltk_data(tmp_path / "nltk", NOUNS)
