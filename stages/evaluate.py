@@ -1,5 +1,5 @@
-"""Stage 4: evaluate. The CLIP benchmarks for a pretrained dual encoder and POPE and other tasks, through lmms-eval, for
-the multimodal model built on it; either half may be left out.
+"""Stage 4: evaluate. The CLIP benchmarks for a pretrained dual encoder; for the multimodal model built on it POPE and
+other tasks, through lmms-eval, and CHAIR of its captions. Either half may be left out.
 
     diffclip evaluate --clip runs/diffclip --data_root data/scenes --mllm runs/instruct \
         --pope data/pope --image_root data/pope/images --output_dir runs/evaluate
@@ -18,11 +18,17 @@ def main(argv: list[str] | None = None) -> None:
     config = parse(EvaluateConfig, __doc__, argv)
     require(config, "output_dir")
     if not (config.clip or config.mllm):
-        raise InputError("nothing to evaluate: give --clip RUN and --data_root, or --mllm RUN and --pope or --tasks")
-    if config.tasks and not config.mllm:
-        raise InputError("--tasks are questions to a multimodal model: name it with --mllm RUN")
-    require(config, *(["clip_data"] if config.clip else []), *(["pope"] if config.mllm and not config.tasks else []))
+        raise InputError(
+            "nothing to evaluate: give --clip RUN and --data_root, or --mllm RUN and --pope, --chair or --tasks"
+        )
+    for setting in ("tasks", "chair"):
+        if getattr(config, setting) and not config.mllm:
+            raise InputError(f"--{setting} asks a multimodal model: name it with --mllm RUN")
+    require(config, *(["clip_data"] if config.clip else []))
+    require(config, *(["pope"] if config.mllm and not (config.tasks or config.chair) else []))
+    require(config, *(["chair_images"] if config.chair and not config.image_root else []))
     names = ("clip", "clip_data", "mllm", "pope", "pope_labels", "image_root", "task_path")
+    names += ("chair", "chair_captions", "chair_synonyms", "chair_images")
     inputs = {name: getattr(config, name) for name in names}
     if config.clip and not Path(config.clip).exists():
         from diffclip.sources import weights_of

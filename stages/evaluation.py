@@ -1,5 +1,6 @@
 """What an evaluation measures, part by part: the CLIP benchmarks and the attention of a dual encoder, POPE of the
-multimodal model built on it, examples of its answers for the report, and any other task of lmms-eval.
+multimodal model built on it, examples of its answers for the report, CHAIR of its captions, and any other task of
+lmms-eval.
 """
 
 import re
@@ -15,6 +16,7 @@ from diffclip.base.errors import InputError
 from diffclip.base.files import json_line, read_json, write_json, write_whole
 from diffclip.base.schema import (
     ANSWERS,
+    CHAIR,
     CLIP_BENCHMARKS,
     EXAMPLES,
     IMAGES,
@@ -31,6 +33,8 @@ from diffclip.benchmarks.protocol import Settings
 from mllm.data.images import ImagePlace
 from mllm.lmms_tasks import evaluate_task
 from mllm.model import load
+from mllm.pope.captions import PROMPT, score_captions, write_captions
+from mllm.pope.chair import read_truth, verdict
 from mllm.pope.images import images_of
 from mllm.pope.lmms import evaluate_with_lmms
 from mllm.pope.margins import margins, score_margins
@@ -78,6 +82,8 @@ def evaluate_models(config: EvaluateConfig, run: Run) -> None:
             attempt("attention", lambda: add(attention_metrics(config, run, encoder)))
     if config.mllm and config.pope:
         attempt("POPE", lambda: pope(config, run, add, encoder if not missing else None))
+    if config.chair:
+        attempt("CHAIR", lambda: add(chair_metrics(config, run)))
     if config.tasks:
         attempt("lmms-eval", lambda: run_tasks(config, run, add))
     if failed:
@@ -168,6 +174,21 @@ def pope_metrics(
         f"with other images {metrics['pope_shuffled/mean/accuracy']:.1f}, "
         f"blind {metrics['pope_blind/mean/accuracy']:.1f}"
     )
+    return metrics
+
+
+def chair_metrics(config: EvaluateConfig, run: Run) -> dict[str, float]:
+    """CHAIR of the multimodal model's captions and its controls in percent, and mentions a caption."""
+    truth, words = read_truth(config.chair, config.chair_captions or None, config.chair_synonyms or None)
+    folder, root = run.path / CHAIR, Path(config.chair_images or config.image_root)
+    folder.mkdir(exist_ok=True)
+    names = list(truth)[: config.chair_limit or None]
+    captions, elsewhere = write_captions(config.mllm, names, root, folder, batch_size=config.batch_size)
+    scores = score_captions(captions, elsewhere, truth, words, folder, {"prompt": PROMPT}, config.seed)
+    run.log(f"evaluate: the captions {verdict(scores, len(captions))[1]}")
+    metrics: dict[str, float] = {f"{CHAIR}/images": len(captions)}
+    for who, row in scores.items():
+        metrics |= {f"{CHAIR}/{who}/{name}": (1 if name == "mentions" else 100) * v for name, v in row.items()}
     return metrics
 
 

@@ -32,6 +32,7 @@ EXAMPLES = "examples.jsonl"  # Example
 POPE = "pope"  # folder of the next two, and of what lmms-eval writes
 ANSWERS = "answers.jsonl"  # PopeAnswer
 MARGINS = "margins.jsonl"  # fields of mllm.pope.questions.Question, and "margin": of yes over no
+CHAIR = "chair"  # folder of captions and their scores
 TASKS = "tasks"  # folder of what lmms-eval writes of other tasks, a folder each
 IMAGES = "images"  # folder in POPE: the images that a parquet file holds
 

@@ -52,7 +52,7 @@ def arguments() -> Parser:
     diagnose.add_argument(
         "--images", "--pictures", type=number(int, 2), default=64, help="how many images to ask about (64)"
     )
-    chair = verb("chair", "chair.run", "objects named in free captions that are not there (CHAIR), with controls")
+    chair = verb("chair", "captions.run", "objects named in free captions that are not there (CHAIR), with controls")
     chair.add_argument("run", nargs="?", metavar="RUN", help="a run of instruct or align, or a Hub id")
     chair.add_argument("--answers", type=Path, help="captions of any program instead: rows {image, caption}")
     chair.add_argument("--instances", type=Path, required=True, help="COCO's instances_*.json, or of that form")

@@ -5,10 +5,7 @@ that are of absent ones, CHAIR_s the share of captions with such a mention; reca
 are named, stands beside them, since a caption that names nothing has no hallucination.
 """
 
-import base64
-import io
 import re
-from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -16,18 +13,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from diffclip.base.console import print_table
 from diffclip.base.errors import InputError
-from diffclip.base.files import json_line, read_json, read_jsonl, write_json, write_whole
-from diffclip.base.lines import print_line
+from diffclip.base.files import read_json
 from diffclip.base.statistics import percentiles, resampled_sums
-from mllm.answer_file import answer_file
-from mllm.data.images import find_place
-from mllm.pope.images import COCO_FOLDERS
-from mllm.pope.scores import FOLDS, folds_of, grey_image, other_images
+from mllm.pope.scores import FOLDS, folds_of, other_images
 
 SCORES = ("chair_i", "chair_s", "recall")
-PASSES = ("model", "shuffled", "grey", "no_image", "blind")
+FEWEST = 30  # images of which a verdict is given
 ANIMALS = (  # "a baby elephant" names no person
     *("bird", "cat", "dog", "horse", "sheep", "cow", "elephant", "bear", "zebra", "giraffe", "animal", "cub"),
 )
@@ -201,98 +193,20 @@ def controls(named: Mapping[str, list[str]], truth: Mapping[str, frozenset[str]]
     }
 
 
-def read_captions(path: str | Path, truth: Mapping[str, frozenset[str]]) -> dict[str, str]:
-    """{image: caption} of a file of rows {image, caption or answer}; InputError for images unknown, or there twice."""
-    found: dict[str, str] = {}
-    known = {Path(name).stem: name for name in truth}
-    for number, row in read_jsonl(path):
-        text = row.get("caption", row.get("answer")) if isinstance(row, dict) else None
-        if not isinstance(text, str) or not isinstance(row.get("image"), str):
-            raise InputError(f"{path}:{number}: not a caption; rows are {{image, caption}}, one a line")
-        name = row["image"] if row["image"] in truth else known.get(Path(row["image"]).stem)
-        if name is None or name in found:
-            why = "is captioned twice" if name else "is not among the annotations' images"
-            raise InputError(f"{path}:{number}: image {row['image']} {why}; remove the line")
-        found[name] = text
-    if not found:
-        raise InputError(f"{path}: holds no captions; rows are {{image, caption}}, one a line")
-    return found
+def verdict(scores: Mapping[str, Mapping[str, float]], images: float) -> tuple[bool | None, str]:
+    """Whether captions are of their images, None if that cannot be told; and the end of a sentence that says so.
 
-
-def write_captions(options: Namespace, names: Sequence[str]) -> tuple[dict[str, str], dict[str, str]]:
-    """Ask a model; {image: caption}, and its captions of the controls that show something else, "grey" and "no_image".
-
-    What an earlier start has answered, in answers.jsonl, is kept.
+    Args:
+        scores: from `score` and `intervals`, {"model", "shuffled", "blind": scores}.
+        images: how many; the ends of a bootstrap over few of them are too close to each other.
     """
-    from mllm.model import load
-
-    places = {name: next(filter(None, _places(options.image_root, name)), None) for name in names}
-    if missing := [name for name, place in places.items() if place is None]:
-        raise InputError(f"{len(missing)} images are not under {options.image_root}, e.g. {missing[0]}")
-    vlm = load(options.run, device=options.device, quiet=True)
-    grey_image().save(grey := io.BytesIO(), "PNG")
-    rows = [{"id": "grey", "image": "data:image/png;base64," + base64.b64encode(grey.getvalue()).decode()}]
-    rows += [{"id": "no_image"}] if vlm.template != "plain" else []  # which has no place for words alone
-    rows += [{"id": name, "image": place} for name, place in places.items() if place]
-    rows = [{**row, "question": options.prompt} for row in rows]
-    source, out = options.output_dir / "questions.jsonl", options.output_dir / "answers.jsonl"
-    write_whole(source, "".join(map(json_line, rows)))
-    answer_file(vlm, source, out, options.image_root, options.batch_size, max_new_tokens=options.max_new_tokens)
-    said = {row["id"]: row["answer"] for _, row in read_jsonl(out)}
-    return {n: said[n] for n in names}, {n: said[n] for n in ("grey", "no_image") if n in said}
-
-
-def _places(root: Path, name: str) -> Iterable[str | None]:
-    """Where an image may lie under `root`: as the annotations have it, or in COCO's usual folders."""
-    for folder in COCO_FOLDERS:
-        path = f"{folder}/{name}" if folder else name
-        yield path if find_place(root, path) else None
-
-
-def run(options: Namespace) -> None:
-    """Captions of a model, or of a file, with their scores and controls, into chair.json and captions.jsonl."""
-    if bool(options.run) == bool(options.answers):
-        raise InputError("give a RUN, whose captions are to be scored, or --answers FILE with captions; one of them")
-    if options.run and not options.image_root:
-        raise InputError("--image_root is missing: the folder of the images")
-    truth, words = read_truth(options.instances, options.captions, options.synonyms)
-    options.output_dir.mkdir(parents=True, exist_ok=True)
-    elsewhere: dict[str, str] = {}
-    if options.answers:
-        captions = read_captions(options.answers, truth)
-    else:
-        captions, elsewhere = write_captions(options, list(truth)[: options.limit or None])
-    named = {name: mentions(text, words) for name, text in captions.items()}
-    table = controls(named, truth)
-    for who, text in elsewhere.items():
-        table[who] = [Caption(mentions(text, words), truth[name]) for name in sorted(named)]
-    scores: dict[str, Any] = {who: score(table[who]) for who in PASSES if who in table}
-    ends = intervals(table["model"])
-    scores["model"] |= {f"{name}_{end}": v for name, pair in ends.items() for end, v in zip(("low", "high"), pair)}
-    rows = [
-        {"image": n, "caption": captions[n], "objects": named[n], "absent": Caption(named[n], truth[n]).absent,
-         "there": sorted(truth[n])}
-        for n in sorted(named)
-    ]  # fmt: skip
-    write_whole(options.output_dir / "captions.jsonl", "".join(map(json_line, rows)))
-    about = {"images": len(named), "prompt": options.prompt if options.run else None, "words": len(words)}
-    about |= {"truth": "annotations and captions" if options.captions else "annotations alone"}
-    write_json(options.output_dir / "chair.json", {**about, **scores})
-    cells = [[who, *(f"{100 * row[s]:.1f}" for s in SCORES), f"{row['mentions']:.2f}"] for who, row in scores.items()]
-    low = [f"[{100 * a:.1f}, {100 * b:.1f}]" for a, b in (ends[s] for s in SCORES)]
-    cells.insert(1, ["  95 % interval", *low, ""])
-    columns = ["captions", "CHAIR_i", "CHAIR_s", "recall", "objects a caption"]
-    print_table(
-        columns, cells, f"CHAIR of {len(named):,} captions (%, lower is better; recall: higher)", [verdict(scores)]
-    )
-    print_line(f"wrote {options.output_dir / 'chair.json'}")
-
-
-def verdict(scores: Mapping[str, Mapping[str, float]]) -> str:
-    """One sentence: whether the captions are of these images, or would fit others as well."""
-    own, best = scores["model"], min(scores[who]["chair_i"] for who in ("shuffled", "blind"))
+    own, controls = scores["model"], {who: scores[who]["chair_i"] for who in ("shuffled", "blind")}
     if not own["mentions"]:
-        return "the captions name no object of the annotations, so nothing can be said"
-    high = own.get("chair_i_high", own["chair_i"])
-    seen = "are about their images" if high < best else "are not shown to be about their images"
-    return f"the captions {seen}: CHAIR_i {100 * own['chair_i']:.1f} against {100 * best:.1f} of the best control"
+        return None, "name no object of the annotations, so nothing can be said"
+    if images < FEWEST:
+        return None, f"are {images:g}, too few to say whether they are about their images; take {FEWEST} or more"
+    who = min(controls, key=lambda who: controls[who])
+    seen = own.get("chair_i_high", own["chair_i"]) < controls[who]
+    told = "are about their images" if seen else "are not shown to be about their images"
+    numbers = f"CHAIR_i {100 * own['chair_i']:.1f} against {100 * controls[who]:.1f} of the best control, {who}"
+    return seen, f"{told}: {numbers}"

@@ -119,7 +119,9 @@ class Arms:
             done = [s for s in STAGES[1:] if any(r.state == "finished" for r in self.of(s, model, seed))]
             reached = f"finished there: {', '.join(done)}" if done else "no stage has finished there"
             return f"no evaluate run of {model}, seed {seed}, was found; {reached}"
-        role, what = ("mllm", "multimodal model") if group.startswith("pope") else ("clip", "dual encoder")
+        role, what = (
+            ("mllm", "multimodal model") if group.startswith(("pope", schema.CHAIR)) else ("clip", "dual encoder")
+        )
         run = next((r for r in reversed(runs) if role in r.get("inputs")), runs[-1])
         if run.state != "finished":
             return f"{run.name}, has not finished (state: {run.state})"

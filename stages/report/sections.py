@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from stages.report import chair
 from stages.report.beyond import cost, cost_verdict, localisation
 from stages.report.cells import Table
 from stages.report.data import Arms
@@ -63,6 +64,7 @@ def sections(arms: Arms, figure: dict[str, Figure]) -> list[Section]:
             tables=[table3(arms), paper_table3(), pope(arms), *filter(None, [pope_pairs(arms)])],
             beside=2,
         ),
+        *captions(arms),
         *other_tasks(arms),
         Section("appendix", "Tab. 4, 5", "The numbers behind Figures 3 and 5", tables=[table4(arms), table5(arms)]),
         Section("more-attention", "Fig. 6", "More attention maps", figures=[figure["figure6"]]),
@@ -82,6 +84,15 @@ def sections(arms: Arms, figure: dict[str, Figure]) -> list[Section]:
     parts += [Section("other", "Other", "Other numbers", tables=[rest])] if rest.rows else []
     text = "What learnt, what was frozen, fingerprints of the weights before and after, digests of the inputs."
     return [*parts, Section("details", "Each run", "Every run", text)]
+
+
+def captions(arms: Arms) -> list[Section]:
+    """What CHAIR says of free captions, if any were scored."""
+    if not chair.there(arms):
+        return []
+    verdicts = [found for model in arms.models if (found := chair.verdict(arms, model))]
+    title = "Object hallucination in captions: CHAIR"
+    return [Section("captions", "CHAIR", title, verdicts=verdicts, tables=[chair.chair_scores(arms)])]
 
 
 def other_tasks(arms: Arms) -> list[Section]:

@@ -5,6 +5,7 @@ import re
 from diffclip.base.schema import POPE_SPLITS
 from diffclip.benchmarks import PROTOCOLS
 from stages.report.cells import DASH, MINUS, Table, distinct, p_value, percent, score
+from stages.report.chair import KEY as CHAIR_KEYS
 from stages.report.data import Arms, is_number, mean_sd
 from stages.report.layout import SHIFTS
 from stages.report.pope import POPE_KEYS, SPLITS
@@ -122,7 +123,8 @@ def others(arms: Arms) -> Table:
     known |= {f"localisation/{name}" for name in ("pointing", "energy", "precision", "area", "objects")}
     table = Table(["Metric", *arms.models], name="others", title="Other numbers")
     table.caption = "Whatever else the evaluate runs wrote, as it stands there."
-    for key in sorted(k for k in arms.metric_names() if k not in known and not re.fullmatch(TASK_KEYS, k)):
+    shown = re.compile(f"{CHAIR_KEYS}|{TASK_KEYS}")
+    for key in sorted(k for k in arms.metric_names() if k not in known and not shown.fullmatch(k)):
         cells = []
         for model in arms.models:
             values = list(arms.written(model, key).values())

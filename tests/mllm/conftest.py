@@ -11,6 +11,7 @@ TEXT = (
     "helpful, detailed, and polite answers to the user's questions. USER: ASSISTANT: Is there a red square "
     "in the image? Yes No yes no a small blue circle left of the green star"
 )
+THINGS = ("dog", "dogs", "cat", "person", "table", "bench")  # with plurals and synonyms of COCO's categories
 
 
 @pytest.fixture(scope="session")
@@ -36,13 +37,16 @@ def tower_dir(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def language_dir(tmp_path_factory):
-    """A Qwen2 of width 32 with tied embeddings, a table with spare rows, and no `<image>` token."""
+    return write_language(tmp_path_factory.mktemp("language"), TEXT)
+
+
+def write_language(path, text, size=400):
+    """A Qwen2 of width 32 with tied embeddings, a table with spare rows, and no `<image>` token; it knows the text."""
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
-    path = tmp_path_factory.mktemp("language")
     tokenizer = Qwen2Tokenizer(vocab={}, merges=[]).train_new_from_iterator(
-        [TEXT] * 4, 400, show_progress=False, new_special_tokens=[]
+        [text] * 4, size, show_progress=False, new_special_tokens=[]
     )
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     tokenizer.eos_token, tokenizer.pad_token = "<|im_end|>", "<|endoftext|>"
@@ -72,6 +76,31 @@ def assembled(tower_dir, language_dir):
     from mllm.assemble import assemble
 
     return assemble(tower_dir, language_dir, seed=3)
+
+
+@pytest.fixture
+def saying(assembled):
+    """saying(words) -> the model, made to write nothing but these words, as its images have it."""
+    return lambda *words: only_saying(assembled, *words)
+
+
+def only_saying(vlm, *words, ends=True):
+    """Keep a model from all tokens but those of these words, each of which is one, and the end."""
+    ids = [vlm.tokenizer(f" {word}")["input_ids"] for word in words]
+    assert all(len(tokens) == 1 for tokens in ids), dict(zip(words, ids))
+    allowed = {tokens[0] for tokens in ids} | ({vlm.tokenizer.eos_token_id} if ends else set())
+    everything = set(range(vlm.model.config.text_config.vocab_size))
+    vlm.model.generation_config.suppress_tokens = sorted(everything - allowed)
+    return vlm
+
+
+@pytest.fixture
+def talking(tower_dir, tmp_path_factory):
+    """A model that goes on naming things, `THINGS`, as its images have it."""
+    from mllm.assemble import assemble
+
+    language = write_language(tmp_path_factory.mktemp("talking"), f"{TEXT} {' '.join(THINGS)}", 440)
+    return only_saying(assemble(tower_dir, language, seed=3), *THINGS, ends=False)
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@
 """
 
 import io
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -123,3 +124,60 @@ def seedbench(folder: Path, picture: Callable[[int], Image.Image]) -> Rows:
     ]  # fmt: skip
     write(folder, "lmms-lab-encoder/SEED-Bench", "test", rows)
     return rows
+
+
+HELD = (["dog"], ["cat", "person"], ["dining table"], ["bench", "dog"])  # what the images of captions hold
+
+
+def coco_cap_chair(folder: Path, picture: Callable[[int], Image.Image]) -> Rows:
+    rows = [{"question_id": str(i), "image": picture(i), "gt_object": held} for i, held in enumerate(HELD)]
+    write(folder, "tsunghanwu/mscoco_chair", "test", rows)
+    return rows
+
+
+def amber_g(folder: Path, picture: Callable[[int], Image.Image]) -> Rows:
+    """Images to describe; AMBER's lists of words lie in `folder`/amber/metadata, as AMBER_BASE_DIR has them."""
+    rows = [
+        {
+            "question_id": i,
+            "image": picture(i),
+            "task_type": "generative",
+            "truth": [h.split()[-1] for h in held],
+            "hallu": ["tree"],
+        }
+        for i, held in enumerate(HELD)
+    ]
+    write(folder, "Kyunnilee/amber_g", "train", rows)
+    counts = ("chair", "safe_cover", "hallu_cover", "non_hallu")
+    files = {
+        "relation.json": json.dumps({name: [] for name in ("dog", "cat", "person", "table", "bench", "tree")}),
+        "safe_words.txt": "photo\n",
+        "annotations.json": "[]",
+        "metrics.txt": "".join(f"{name}_score=0\n{name}_num=0\n" for name in counts),
+    }
+    (folder / "amber" / "metadata").mkdir(parents=True)
+    for name, text in files.items():
+        (folder / "amber" / "metadata" / name).write_text(text)
+    return rows
+
+
+def nltk_data(folder: Path, nouns: dict[str, str]) -> None:
+    """What nltk needs to split, tag and lemmatize sentences of these words alone: {noun in singular: plural}.
+
+    The published models (punkt_tab, averaged_perceptron_tagger_eng, wordnet) are on no package registry.
+    """
+    punkt = folder / "tokenizers" / "punkt_tab" / "english"
+    tagger, wordnet = folder / "taggers" / "averaged_perceptron_tagger_eng", folder / "corpora" / "wordnet"
+    for place in (punkt, tagger, wordnet):
+        place.mkdir(parents=True)
+    for name in ("collocations.tab", "sent_starters.txt", "abbrev_types.txt", "ortho_context.tab"):
+        (punkt / name).touch()
+    tags = {**dict.fromkeys(nouns, "NN"), **dict.fromkeys(nouns.values(), "NNS")}
+    for name, content in (("weights", {}), ("tagdict", tags), ("classes", ["NN", "NNS"])):
+        (tagger / f"averaged_perceptron_tagger_eng.{name}.json").write_text(json.dumps(content))
+    for name in ("lexnames", "cntlist.rev", "index.sense"):
+        (wordnet / name).touch()
+    for kind in ("adj", "adv", "noun", "verb"):
+        for name in (f"index.{kind}", f"data.{kind}", f"{kind}.exc"):
+            (wordnet / name).touch()
+    (wordnet / "index.noun").write_text("".join(f"{noun} n 1 0 1 0 {i:08d}\n" for i, noun in enumerate(sorted(nouns))))

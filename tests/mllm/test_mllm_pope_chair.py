@@ -2,24 +2,27 @@
 
 import json
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
+from launch import call
 
 from diffclip.base.errors import InputError
 from diffclip.base.files import read_json, read_jsonl, write_json
 from mllm.pope.__main__ import main
+from mllm.pope.captions import PASSES, read_captions
 from mllm.pope.chair import (
     Caption,
     controls,
     intervals,
     mentions,
     plurals,
-    read_captions,
     read_truth,
     read_words,
     score,
     verdict,
-)  # fmt: skip
+)
+from stages import evaluate
 
 SYNONYMS = """person, man, woman, child, baby
 dog, puppy
@@ -177,11 +180,16 @@ def test_controls_tell_captions_of_their_images_from_captions_of_any():
         0.4, abs=0.1
     )  # person is there
     assert 0.2 < scores["shuffled"]["chair_i"] <= 0.5
-    assert "are about their images" in verdict(scores)
+    assert verdict(scores, 50) == (
+        True,
+        "are about their images: CHAIR_i 0.0 against "
+        f"{100 * scores['shuffled']['chair_i']:.1f} of the best control, shuffled",
+    )
+    assert verdict(scores, 3)[0] is None and "too few" in verdict(scores, 3)[1]
     guessing = {who: score(c) for who, c in controls({n: ["person", "dog"] for n in truth}, truth).items()}
-    assert guessing["model"] == guessing["shuffled"] and "not shown" in verdict(guessing)
+    assert guessing["model"] == guessing["shuffled"] and verdict(guessing, 50)[0] is False
     silent = {who: score(c) for who, c in controls({n: [] for n in truth}, truth).items()}
-    assert silent["model"]["chair_i"] == 0 and "name no object" in verdict(silent)
+    assert silent["model"]["chair_i"] == 0 and verdict(silent, 50)[0] is None
     with pytest.raises(InputError, match="at least two images"):
         controls({"0.jpg": []}, truth)
 
@@ -218,6 +226,39 @@ def test_a_models_captions_of_scenes_are_written_and_kept(assembled, tmp_path, c
             main([*arguments, *wrong])
 
 
+@pytest.mark.slow
+def test_an_evaluation_scores_captions_and_the_report_shows_them(saying, tmp_path, monkeypatch):
+    """The numbers of the command `chair` for the same captions, and the settings that are refused."""
+    from diffclip.scenes.options import Options
+    from diffclip.scenes.parts import write_segmentation
+
+    monkeypatch.chdir(tmp_path)
+    write_segmentation(Path("scenes"), Options(segmentation=4), lambda: None)
+    saying("circle", "star", "square").save("model")
+    settings = ["--mllm", "model", "--chair", "scenes/instances.json", "--chair_limit=3", "--output_dir", "out"]
+    evaluate.main([*settings, "--chair_images", "scenes/images", "--seed=5"])
+    main(["chair", "--answers", "out/chair/captions.jsonl", "--instances", "scenes/instances.json",
+          "--output_dir", "again"])  # fmt: skip
+    metrics, again = read_json("out/metrics.json"), read_json("again/chair.json")
+    assert metrics["chair/images"] == again["images"] == 3 and again["model"]["mentions"] > 0
+    assert {key.split("/")[1] for key in metrics} == {"images", *PASSES}
+    for name, value in again["model"].items():
+        if not name.endswith(("_low", "_high")):  # drawn by another seed
+            assert metrics[f"chair/model/{name}"] == pytest.approx(value if name == "mentions" else 100 * value)
+    assert metrics["chair/model/chair_i_low"] <= metrics["chair/model/chair_i"] <= metrics["chair/model/chair_i_high"]
+    call("stages.report", "out", "--output_dir", "report")
+    page = Path("report/report.md").read_text()
+    assert "CHAIR with its controls" in page and "too few" in page and f"{metrics['chair/blind/chair_i']:.1f}" in page
+    assert "Other numbers" not in page
+    for wrong, fault in (
+        (["--mllm=", "--clip=model"], "--chair asks a multimodal model"),
+        (["--mllm=model"], "chair_images` is missing"),
+        (["--mllm=model", "--image_root=report", "--output_dir=other"], "CHAIR: 3 images are not under report"),
+    ):
+        with pytest.raises(InputError, match=fault):
+            evaluate.main([*settings, *wrong])
+
+
 def test_people_who_caption_coco_hallucinate_little(shared_data, tmp_path, capsys):
     """One caption of each photo against the objects and the other captions of it, and against itself."""
     folder = shared_data("coco") / "annotations"
@@ -240,4 +281,4 @@ def test_people_who_caption_coco_hallucinate_little(shared_data, tmp_path, capsy
     assert scores["own"]["model"]["chair_i"] == scores["own"]["model"]["chair_s"] == 0
     assert scores["others"]["model"]["chair_i"] < 0.05 < 0.3 < scores["others"]["blind"]["chair_i"]
     assert scores["others"]["shuffled"]["chair_i"] > 0.5
-    assert "are about their images" in capsys.readouterr().out
+    assert "are about their images:" in capsys.readouterr().out
