@@ -5,6 +5,7 @@ other tasks, through lmms-eval, and CHAIR of its captions. Either half may be le
         --pope data/pope --image_root data/pope/images --output_dir runs/evaluate
 """
 
+from functools import partial
 from pathlib import Path
 
 from diffclip.base.errors import InputError, exit_on_input_error
@@ -24,11 +25,13 @@ def main(argv: list[str] | None = None) -> None:
     for setting in ("tasks", "chair"):
         if getattr(config, setting) and not config.mllm:
             raise InputError(f"--{setting} asks a multimodal model: name it with --mllm RUN")
+    of_chair = ("chair_captions", "chair_synonyms", "chair_images")
+    if not config.chair and (given := next(filter(partial(getattr, config), of_chair), "")):
+        raise InputError(f"--{given} says how captions are scored by CHAIR: give --chair, COCO's instances, too")
     require(config, *(["clip_data"] if config.clip else []))
     require(config, *(["pope"] if config.mllm and not (config.tasks or config.chair) else []))
     require(config, *(["chair_images"] if config.chair and not config.image_root else []))
-    names = ("clip", "clip_data", "mllm", "pope", "pope_labels", "image_root", "task_path")
-    names += ("chair", "chair_captions", "chair_synonyms", "chair_images")
+    names = ("clip", "clip_data", "mllm", "pope", "pope_labels", "image_root", "task_path", "chair", *of_chair)
     inputs = {name: getattr(config, name) for name in names}
     if config.clip and not Path(config.clip).exists():
         from diffclip.sources import weights_of
