@@ -110,7 +110,7 @@ start_stage() {
         exec torchrun --nnodes "$NNODES" "${nodes[@]}" --nproc_per_node "$devices" -m diffclip "$stage" "$@"
     fi
     if [ "$stage" != pretrain ]; then
-        exec deepspeed --num_gpus "$devices" --module diffclip "$stage" "$@"
+        exec deepspeed --num_gpus "$devices" --log_level error --module diffclip "$stage" "$@"
     elif [ "$devices" = 1 ]; then
         exec python -m diffclip "$stage" "$@"
     fi

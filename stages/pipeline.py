@@ -22,8 +22,8 @@ from diffclip.base.files import read_json
 from diffclip.base.lines import print_line
 from diffclip.base.orphans import as_parent
 from diffclip.base.schema import LOG, RECORD
-from stages.config import parse, require
-from stages.settings import PipelineConfig
+from stages.config import parse, read_yaml, require
+from stages.settings import AlignConfig, InstructConfig, PipelineConfig
 
 QUICKSTART = "quickstart/pipeline"  # the configuration where none is named
 
@@ -42,6 +42,9 @@ def main(argv: list[str] | None = None) -> None:
     # stages only; OpenMP's are set in diffclip.base.threads, for every command.
     os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(2**30))
     os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(2**32))
+    multimodal = (read_yaml(config.align, AlignConfig), read_yaml(config.instruct, InstructConfig))
+    if all(values.get("use_cpu") for values in multimodal):  # DeepSpeed's launcher warns of each GPU that it misses
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     started = time.time()
     out = Path(config.output_dir)
     folders = seed_folders(out, list(dict.fromkeys(config.seeds)))
@@ -147,7 +150,7 @@ def run_deepspeed(ranks: int, *arguments: str) -> None:
     out = Path(next(a for a in arguments if a.startswith("--output_dir=")).split("=", 1)[1])
     if finished(out):  # the stage says so itself, in a tenth of the launcher's time
         return run_verb(*arguments)
-    options = ["--num_gpus", str(ranks), "--log_level", "warning", "--module", "diffclip", *arguments]
+    options = ["--num_gpus", str(ranks), "--log_level", "error", "--module", "diffclip", *arguments]
     launcher = [sys.executable, str(Path(sys.executable).parent / "deepspeed"), "--master_port", str(free_port())]
     run([*launcher, *options], typed=["deepspeed", *options])
     if not finished(out):

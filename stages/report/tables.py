@@ -1,16 +1,18 @@
 """Every score that was written, by benchmark, with the differences between the models and what they are worth."""
 
 import re
+import textwrap
 
 from diffclip.base.schema import POPE_SPLITS
 from diffclip.benchmarks import PROTOCOLS
 from stages.report.cells import DASH, MINUS, Table, distinct, p_value, percent, score
 from stages.report.data import Arms, is_number, mean_sd
-from stages.report.layout import SHIFTS
+from stages.report.layout import SHIFTS, SIGN
 from stages.report.pope import POPE_KEYS, SPLITS
 from stages.report.significance import difference, paired_differences
 from stages.report.tasks import KEY as TASK_KEYS
 
+LABEL = 24  # characters of a row's name on the console
 PAPER_ORDER = ("linear_probe", "few_shot", "zero_shot", "retrieval", "shift", "mmvp")  # other protocols stand behind
 # (heading, pattern of the metric's key, whether its absence is worth a line). The pattern's groups make the row's
 # name; a key without any is an average.
@@ -60,6 +62,36 @@ def comparison(arms: Arms) -> Table:
                 cells += difference_cells(arms, table, first, other, key)
             table.rows.append([label, *cells])
     return table
+
+
+def for_console(arms: Arms) -> Table:
+    """The comparison in at most 80 columns: a difference with its interval for two models, a star for more."""
+    first, *others = arms.models
+    table = Table(["", *(model.replace("-", "-\n") for model in arms.models)])
+    if len(others) == 1:
+        table.columns.append("difference\n[95 % interval]")
+    for heading, keys in comparison_keys(arms):
+        table.rows.append([textwrap.fill(heading, LABEL)])
+        for key, label in keys:
+            cells = [score(arms, table, model, key) for model in arms.models]
+            tests = {other: difference(arms, first, other, key) for other in others}
+            stars = {other: SIGN if test.significant else "" for other, test in tests.items()}
+            if len(others) == 1:
+                test = tests[others[0]]
+                ends = f" [{_points(test.low)}, {_points(test.high)}]" if test.low is not None else ""
+                cells.append(DASH if test.mean is None else f"{_points(test.mean)}{ends}{stars[others[0]]}")
+            else:
+                cells = [cell + stars.get(model, "") for model, cell in zip(arms.models, cells)]
+            table.rows.append([textwrap.fill(label, LABEL), *cells])
+        if not keys:
+            table.rows.append(["(no numbers)", *[DASH] * (len(table.columns) - 1)])
+    if others:
+        table.caption = f"{SIGN} the 95 % interval of the difference from {first} leaves zero out."
+    return table
+
+
+def _points(value: float | None) -> str:
+    return DASH if value is None else percent([value], sign=True)
 
 
 def difference_cells(arms: Arms, table: Table, first: str, other: str, key: str) -> list[str]:

@@ -16,7 +16,7 @@ import yaml
 from PIL import Image
 
 from diffclip.base.errors import InputError
-from stages.report.build import build_report
+from stages.report.build import build_report, print_scores
 from stages.report.cells import percent
 from stages.report.data import gather
 from stages.report.pope import pope_verdict
@@ -512,6 +512,28 @@ def test_user_errors_are_one_sentence(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="file: is a file"):
         build_report([tmp_path], tmp_path / "file")
+
+
+@pytest.mark.parametrize("models", [2, 4])
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_the_console_says_what_may_be_said_first_and_fits_80_columns(tmp_path, capsys, monkeypatch, models, seeds):
+    names = ["CLIP-tiny", "DiffCLIP-tiny", "DiffCLIP-star-tiny", "DiffCLIP-dagger-tiny"][:models]
+    for seed in range(seeds):
+        for number, model in enumerate(names):
+            metrics = scores(lift=-1.26 * number * (1 + seed)) | {"mmvp/Positional and Relational Context": 13.3}
+            write_run(tmp_path / model / str(seed), "evaluate", model=model, seed=seed, metrics=metrics)
+    monkeypatch.setenv("COLUMNS", "300")  # what it takes by itself
+    print_scores(gather([tmp_path]))
+    lines = capsys.readouterr().out.splitlines()
+    start = next(number for number, line in enumerate(lines) if line.startswith("┏"))
+    assert all("uses the image" in line for line in lines[:models]) and "seed" in lines[models] and start > models
+    table = [line for line in lines if line and line[0] in "┏┃│└├┡"]
+    assert len(table) > 30 and max(map(len, table)) <= 80
+    row = next(line for line in table if line.startswith("│ color")).replace("│", " ").split()
+    if seeds == 1:
+        assert row[:3] == ["color", "70.0", "68.7"] and (row[3] == "−1.3" if models == 2 else len(row) == 1 + models)
+    else:
+        assert row[1:7] == ["70.0", "±", "0.0", "68.1", "±", "0.9"]
 
 
 @pytest.mark.slow
