@@ -27,6 +27,7 @@ class Table:
     caption: str = ""
     groups: list[tuple[str, int]] = field(default_factory=list)  # headings over the columns: (text, how many columns)
     published: bool = False  # the paper's numbers, not ours
+    folded: bool = False  # raw numbers: opens when its title is chosen
 
     def note(self, text: str) -> int:
         """The number of the note `text`, from 1."""

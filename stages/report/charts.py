@@ -150,14 +150,15 @@ def cost_bars(arms: Arms) -> Figure:
     """Wall-clock time of the stages, one bar a model, the stages behind each other."""
     known = [(c, c.seconds) for c in costs(arms) if c.seconds]
     names = list(dict.fromkeys(c.model for c, _ in known))
-    colours = dict(zip(STAGES, COLOURS))
+    shades = {stage: 0.3 + 0.7 * i / (len(STAGES) - 1) for i, stage in enumerate(STAGES)}  # colours are the models'
     unit, word = (3600, "hours") if max(seconds for _, seconds in known) > 6000 else (60, "minutes")
     figure, axes = plt.subplots(figsize=(WIDTH, 0.95 + 0.34 * len(names)))
     for i, name in enumerate(names):
         start = 0.0
         for c, seconds in known:
             if c.model == name:
-                axes.barh(i, seconds / unit, 0.62, left=start, color=colours[c.stage], edgecolor=PAPER, linewidth=1)
+                look: dict[str, Any] = {"color": colour_of(arms, name) if name else MUTED, "alpha": shades[c.stage]}
+                axes.barh(i, seconds / unit, 0.62, left=start, edgecolor=PAPER, linewidth=1, **look)
                 start += seconds / unit
         axes.annotate(duration(start * unit), (start, i), (4, 0), textcoords="offset points", va="center", fontsize=7.5)
     axes.set_yticks(range(len(names)), [short(name, 24) or "shared" for name in names])
@@ -167,7 +168,7 @@ def cost_bars(arms: Arms) -> Figure:
     axes.grid(axis="x", linewidth=0.6, color=GRID)
     axes.tick_params(axis="y", length=0)
     stages = {c.stage for c, _ in known}
-    handles = [Patch(facecolor=colour, label=stage) for stage, colour in colours.items() if stage in stages]
+    handles = [Patch(facecolor=MUTED, alpha=shade, label=stage) for stage, shade in shades.items() if stage in stages]
     axes.legend(handles=handles, **ABOVE, ncols=5, handlelength=1.2, columnspacing=1.0)
     return figure
 

@@ -19,6 +19,7 @@ from stages.report.charts import COLOURS, GRID, INK, MUTED, PAPER, STYLE
 from stages.report.data import Arms
 from stages.report.examples import attention_maps
 from stages.report.layout import Column, mmvp_columns, shift_columns, six_tasks
+from stages.report.methods import jumps
 
 PAIRS_SHOWN = 2  # images of figure 2, as in the paper; the others make figure 6
 
@@ -163,7 +164,7 @@ def beyond_the_paper(arms: Arms) -> list[Figure]:
         Figure(
             f"loss-{stage}",
             f"Training loss of {stage}",
-            f"Each run is a line{averaged}.",
+            f"Each run is a line{averaged}.{jumps(arms, stage)}",
             ""
             if (stage, "loss") in logged
             else f"the {stage} runs hold no metrics.jsonl with steps in it"
