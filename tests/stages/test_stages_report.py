@@ -123,6 +123,7 @@ def write_attention(path: Path, images: int = 3):
         for query in ("a circle", "a star"):
             heat = [[0, 10, 20], [30, 255, 40], [0, 0, 5]]
             row = {"image": f"attention/{i:03d}.png", "file": f"{i}.png", "query": query, "heat": heat}
+            row |= {"outline": [[0, 255], [0, 0]], "maps": dict.fromkeys(("A1", "A2", "difference"), heat)}
             rows.append(json.dumps(row) + "\n")
     (path / "attention.jsonl").write_text("".join(rows))
 
