@@ -14,6 +14,8 @@ from diffclip.base.after_import import after_import
 from diffclip.base.auto_classes import register_lazily
 from diffclip.open_clip_runs import take_runs
 
+__version__ = "0.1.0"
+
 _HOME = {
     "InputError": "base.errors",
     "DifferentialAttention": "attention",

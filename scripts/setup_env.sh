@@ -4,6 +4,7 @@
 #   install_into_venv EXTRA[,EXTRA]   installs this package with the named extras
 # An active virtual or conda environment is used as it is; otherwise .venv beside this repository
 # (or where DIFFCLIP_VENV says), made if need be. Installed again only when pyproject.toml changed.
+# With DIFFCLIP_CPU=1 PyTorch comes without CUDA.
 
 root=$(CDPATH='' cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.." >/dev/null && pwd)
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" # from whatever folder a script is called
@@ -56,6 +57,12 @@ install_into_venv() {
     local extras=$1 python wanted
     find_venv
     if ! "$venv/bin/python" -c '' 2>/dev/null; then # missing, or of a Python that is gone
+        # what is cleared must be a virtual environment: conda's may have no Python yet, DIFFCLIP_VENV may name a home
+        if [ -n "$(ls -A "$venv" 2>/dev/null)" ] && [ ! -f "$venv/pyvenv.cfg" ]; then
+            echo "error: $venv holds other things than a virtual environment with Python: name an empty folder with" \
+                "DIFFCLIP_VENV=FOLDER and deactivate the active environment, or, if it is conda's, conda install python pip" >&2
+            return 2
+        fi
         python=$(find_python) || return
         echo "making a virtual environment in $venv with $("$python" --version)"
         "$python" -m venv --clear "$venv" || {
@@ -65,11 +72,20 @@ install_into_venv() {
     fi
     enter_venv
     wanted=$(sha256sum <"$root/pyproject.toml")
-    if ! has_extras "$extras" "$wanted"; then
-        echo "installing diffclip-stack[$extras] (several minutes the first time, about 7 GB)"
-        "$venv/bin/python" -m pip install --quiet --editable "$root[$extras]" || return
-        echo "$wanted" >"$venv/.diffclip-$extras"
+    has_extras "$extras" "$wanted" && return
+    "$venv/bin/python" -m pip --version >/dev/null 2>&1 || # as uv makes them
+        "$venv/bin/python" -m ensurepip >/dev/null 2>&1 || {
+        echo "error: $venv has no pip: install pip into it, or deactivate it" >&2
+        return 2
+    }
+    if [ -n "${DIFFCLIP_CPU:-}" ]; then
+        echo "installing PyTorch without CUDA"
+        "$venv/bin/python" -m pip install --quiet torch torchvision --index-url https://download.pytorch.org/whl/cpu || return
     fi
+    echo "installing diffclip-stack[$extras] (several minutes the first time, about 7 GB, of which CUDA is 4.6:" \
+        "DIFFCLIP_CPU=1 leaves it out)"
+    "$venv/bin/python" -m pip install --quiet --editable "$root[$extras]" || return
+    echo "$wanted" >"$venv/.diffclip-$extras"
 }
 
 # A node of a cluster has no internet: what a user installed by hand, in whatever environment, is not installed again.
@@ -110,7 +126,7 @@ start_stage() {
         exec torchrun --nnodes "$NNODES" "${nodes[@]}" --nproc_per_node "$devices" -m diffclip "$stage" "$@"
     fi
     if [ "$stage" != pretrain ]; then
-        exec deepspeed --num_gpus "$devices" --module diffclip "$stage" "$@"
+        exec deepspeed --num_gpus "$devices" --log_level error --module diffclip "$stage" "$@"
     elif [ "$devices" = 1 ]; then
         exec python -m diffclip "$stage" "$@"
     fi

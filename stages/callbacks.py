@@ -15,6 +15,7 @@ from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from diffclip.base.errors import InputError
+from diffclip.base.lines import duration
 from stages.run import Run
 from stages.signals import Told
 from stages.spread import OwnTime
@@ -34,7 +35,7 @@ class Watch(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        self.logged_step, self.logged_at = state.global_step, time.time()
+        self.logged_step, self.logged_at, self.starting = state.global_step, time.time(), True
         self.own_time = OwnTime(kwargs["model"], args.device) if _several() else None  # type: ignore[arg-type]
         self.told = Told()
         state.compute_steps(args, state.max_steps)  # a checkpoint brings the logging_steps and save_steps of its time
@@ -89,16 +90,16 @@ class Watch(TrainerCallback):
         if not self.run.is_main:
             return
         now, steps = time.time(), state.global_step - self.logged_step
-        # since the last line, of which the first brings what starting takes; three digits: a large model on a small
-        # machine takes a minute for a sample
+        # since the last line; three digits: a large model on a small machine takes a minute for a sample
         rate = float(f"{steps * self.samples_per_step / max(now - self.logged_at, 1e-9):.3g}")
         self.logged_step, self.logged_at = state.global_step, now
         left = (state.max_steps - state.global_step) * self.samples_per_step / max(rate, 1e-9)
+        until_end = "" if self.starting else f", {duration(left)} left"  # the first steps tell nothing of the others
+        self.starting = False
         line = " ".join(f"{k} {v:.4g}" for k, v in logs.items() if isinstance(v, float) and "/" not in k)
         self.bar.clear()
         self.run.log(
-            f"{self.run.stage} step {state.global_step}/{state.max_steps} {line} "
-            f"| {rate:g} samples/s, {left:.0f} s left"
+            f"{self.run.stage} step {state.global_step}/{state.max_steps} {line} | {rate:g} samples/s{until_end}"
         )
         self.run.append_metrics({"step": state.global_step, "samples_per_second": rate, **logs})
         if not math.isfinite(logs["loss"]):

@@ -2,11 +2,14 @@
 
 Runs the same stage commands that a user would type, one after another, and prints each. Finished stages are
 skipped and an interrupted one goes on from its last checkpoint, so the same command may be given again at any time.
+Each seed draws its own scenes and has a folder of its own; the report, written anew after each, has all of them.
 
-    diffclip pipeline --config quickstart/pipeline --output_dir runs/quickstart
+    diffclip pipeline --seeds 0 1 2 --variants CLIP DiffCLIP --output_dir runs/three_seeds
 """
 
+import importlib.util
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -19,20 +22,57 @@ from diffclip.base.files import read_json
 from diffclip.base.lines import print_line
 from diffclip.base.orphans import as_parent
 from diffclip.base.schema import LOG, RECORD
-from stages.config import parse, require
-from stages.settings import PipelineConfig
+from stages.config import parse, read_yaml, require
+from stages.settings import AlignConfig, InstructConfig, PipelineConfig
+
+QUICKSTART = "quickstart/pipeline"  # the configuration where none is named
 
 
 def main(argv: list[str] | None = None) -> None:
-    config = parse(PipelineConfig, __doc__, argv)
-    require(config, "output_dir", "variants", "pretrain", "language", "align", "instruct", "evaluate")
+    argv = list(sys.argv[1:] if argv is None else argv)
+    named = any(word.split("=")[0] == "--config" for word in argv)
+    config = parse(PipelineConfig, __doc__, argv if named else [f"--config={QUICKSTART}", *argv])
+    require(config, "output_dir", "variants", "seeds", "pretrain", "language", "align", "instruct", "evaluate")
     os.environ |= as_parent()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // config.ranks)))
+    multimodal = (read_yaml(config.align, AlignConfig), read_yaml(config.instruct, InstructConfig))
+    if all(values.get("use_cpu") for values in multimodal):  # DeepSpeed's launcher warns of each GPU that it misses
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     started = time.time()
-    out, seed = Path(config.output_dir), f"--seed={config.seed}"
-    data = out / "scenes"
+    out = Path(config.output_dir)
+    folders = seed_folders(out, list(dict.fromkeys(config.seeds)))
+    reported: list[str] = []
+    for number, (seed, folder) in enumerate(folders.items(), 1):
+        if len(folders) > 1:
+            print_line(f"\nSeed {seed}, {number} of {len(folders)}, in {folder}", keep="\n")
+        run_chain(config, seed, folder)
+        reported += [str(folder / variant) for variant in config.variants]
+        run_verb("report", *reported, "--output_dir", f"{out}/report")
+    print_line()
+    print_line(f"All stages took {(time.time() - started) / 60:.1f} minutes. Report: {out}/report/index.html")
+    print_line(what_next(folders, config.variants, argv), keep="\n")
+
+
+def seed_folders(out: Path, seeds: list[int]) -> dict[int, Path]:
+    """Where each seed's chain lies: a single one in `out` itself, several in `out`/seed-N.
+
+    What an earlier command began stays where it is: a quickstart of seed 0 is the first of `--seeds 0 1 2` there.
+    """
+    made = out / "scenes" / "scenes.json"
+    there = read_json(made)["options"].get("seed") if made.is_file() else None
+
+    def folder(seed: int) -> Path:
+        own = out / f"seed-{seed}"
+        return out if there == seed or (there is None and len(seeds) == 1 and not own.exists()) else own
+
+    return {seed: folder(seed) for seed in seeds}
+
+
+def run_chain(config: PipelineConfig, number: int, out: Path) -> None:
+    """Every stage of every variant for one seed, into `out`."""
+    seed, data = f"--seed={number}", out / "scenes"
     run_verb("scenes", "export", str(data), seed, *(f"--{key}={value}" for key, value in config.scenes.items()))
     run_verb(
         *("language", f"--config={config.language}", seed, f"--text={data}/llava/text.jsonl"),
@@ -62,29 +102,34 @@ def main(argv: list[str] | None = None) -> None:
             *(f"--data_root={data}", f"--pope={data}/pope", f"--image_root={data}/pope/images"),
             f"--output_dir={runs}/evaluate",
         )
-    run_verb("report", *(str(out / variant) for variant in config.variants), "--output_dir", f"{out}/report")
-    print_line()
-    print_line(f"All stages took {(time.time() - started) / 60:.1f} minutes. Report: {out}/report/index.html")
-    print_line(what_next(out, config.variants), keep="\n")
 
 
-def what_next(out: Path, variants: list[str]) -> str:
-    """Commands to go on with, as they must be typed after a finished chain in `out`."""
-    images = sorted((out / "scenes" / "pope" / "images").iterdir())
-    image, run = images[0], out / variants[-1] / "instruct"
-    towers = " ".join(str(out / variant / "pretrain") for variant in variants)
-    activate = os.environ.get("DIFFCLIP_ACTIVATE")  # set by quickstart.sh where the environment is not active
-    lines = [
-        *([activate] if activate else []),
-        f'diffclip chat {run} --image {image} "Is there a red circle in the image?"',
-        f'diffclip maps {image} --query "a red circle" --models {towers} --out {out}/maps.png',
-        f"pip install '.[app]' && diffclip app {run}    # a page to chat, on this machine alone",
+def what_next(folders: dict[int, Path], variants: list[str], argv: list[str]) -> str:
+    """Commands to go on with, as they must be typed after the finished chain `argv`."""
+    out = next(iter(folders.values()))
+    image = min((out / "scenes" / "pope" / "images").iterdir())
+    run = str(out / variants[-1] / "instruct")
+    towers = [str(out / variant / "pretrain") for variant in variants]
+    seeds = [*folders, *(seed for seed in range(3) if seed not in folders)][:3]
+    query = ["--query", "a red circle", "--models", *towers, "--out", str(out / "maps.png")]
+    commands = [
+        ("ask the model", ["chat", run, "--image", str(image), "Is there a red circle in the image?"]),
+        ("see where each tower looks", ["maps", str(image), *query]),
+        ("chat on a page in the browser, on this machine alone", ["app", run]),
+        ("three seeds in one report; what is finished stays", ["pipeline", *argv, "--seeds", *map(str, seeds)]),
+        ("your own data: settings to change, and docs/data.md", ["config", "copy", "own_data/pretrain", "mine.yaml"]),
     ]
-    return (
-        "\nWhat next:\n"
-        + "\n".join(f"  {line}" for line in lines)
-        + "\n  docs/data.md    the same stages on your own data"
-    )
+    lines = []
+    if activate := os.environ.get("DIFFCLIP_ACTIVATE"):  # set by quickstart.sh where the environment is not active
+        lines += ["# enter the environment", activate]
+    for why, (verb, *words) in commands:
+        if verb == "pipeline" and len(folders) >= 3:
+            continue
+        lines.append(f"# {why}")
+        if verb == "app" and importlib.util.find_spec("gradio") is None:
+            lines.append("python -m pip install 'diffclip-stack[app]'")
+        lines.append(shlex.join(["diffclip", verb, *words]))
+    return "\nWhat next:\n" + "\n".join(f"  {line}" for line in lines)
 
 
 def run_verb(*arguments: str) -> None:
@@ -100,7 +145,7 @@ def run_deepspeed(ranks: int, *arguments: str) -> None:
     out = Path(next(a for a in arguments if a.startswith("--output_dir=")).split("=", 1)[1])
     if finished(out):  # the stage says so itself, in a tenth of the launcher's time
         return run_verb(*arguments)
-    options = ["--num_gpus", str(ranks), "--log_level", "warning", "--module", "diffclip", *arguments]
+    options = ["--num_gpus", str(ranks), "--log_level", "error", "--module", "diffclip", *arguments]
     launcher = [sys.executable, str(Path(sys.executable).parent / "deepspeed"), "--master_port", str(free_port())]
     run([*launcher, *options], typed=["deepspeed", *options])
     if not finished(out):
@@ -124,7 +169,7 @@ def finished(out: Path) -> bool:
 def run(command: list[str], typed: list[str]) -> None:
     """Run a command in a process group of its own, so that an interrupt ends all of it; print it as typed."""
     print_line()
-    print_line(f"$ {' '.join(typed)}")
+    print_line(f"$ {shlex.join(typed)}")
     process = subprocess.Popen(command, start_new_session=True)
     try:
         code = process.wait()

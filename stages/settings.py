@@ -366,7 +366,13 @@ class PipelineConfig:
     output_dir: str = option("runs/quickstart", "run", "everything is written below")
     variants: list[str] = option(["CLIP", "DiffCLIP"], "model", f"of {', '.join(VARIANTS)}", VARIANTS)
     size: str = option("tiny", "model", "model size, the last part of the model's name", SIZES)
-    seed: int = option(0, "run", "seed of the scenes and of every stage", SEED)
+    seeds: list[int] = option(
+        [0],
+        "run",
+        "seeds of the scenes and of every stage; three or more for a report that can tell",
+        SEED,
+        aliases=("seed",),
+    )
     ranks: int = option(1, "run", "processes of the multimodal stages under deepspeed", AT_LEAST_1)
     scenes: dict = option({}, "data", "options of diffclip.scenes export, as JSON")
     pretrain: str = option("", "stages", "YAML of stages.pretrain")

@@ -18,21 +18,22 @@ def print_table(
 
     Args:
         columns: the header; none is shown where all of it is empty.
-        rows: cells of text; a row of one cell is a heading with a line above it, an empty row is a line.
+        rows: cells of text, whose line ends stay inside the cell; a row of one cell is a heading with a line above
+            it, an empty row is a line.
     """
     table = Table(title=_text(title) if title else None, title_justify="left", show_header=any(columns))
     for i, column in enumerate(columns):
-        table.add_column(_text(column), justify="right" if i else "left", no_wrap=not i)
+        table.add_column(_text(column, keep="\n"), justify="right" if i else "left", no_wrap=not i)
     for row in rows:
         if len(row) <= 1:
             table.add_section()
         if row:
-            table.add_row(*(_text(cell, style="bold" if len(row) == 1 else "") for cell in row))
+            table.add_row(*(_text(cell, keep="\n", style="bold" if len(row) == 1 else "") for cell in row))
     console = Console() if Console().is_terminal else Console(width=WIDE)
     console.print(table)
     for note in notes:
         console.print(_text(note))
 
 
-def _text(text: str, style: str = "") -> Text:
-    return Text(printable(text), style=style)
+def _text(text: str, keep: str = "", style: str = "") -> Text:
+    return Text(printable(text, keep), style=style)

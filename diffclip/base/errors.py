@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from diffclip.base.lines import guard_terminal, print_line
+from diffclip.base.noise import drop_noise
 
 # States of a machine in which any write or opening fails, with what to do; a traceback would say nothing more.
 SURROUNDINGS = {
@@ -58,6 +59,7 @@ def exit_on_input_error() -> Iterator[None]:
     Where the reader of our output has gone, as `head` does, end quietly with code 1.
     """
     guard_terminal()
+    drop_noise()
     try:
         try:
             yield

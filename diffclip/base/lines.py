@@ -48,6 +48,13 @@ def print_line(text: object = "", *, keep: str = "", end: str = "\n", error: boo
     print(line, end=end, file=stream, flush=True)
 
 
+def duration(seconds: float) -> str:
+    """Seconds as "48 s", "3.4 min" or "2.1 h"."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
 class Plain:
     """A stream to a terminal that obeys nothing which is written through it: for libraries that print by themselves."""
 

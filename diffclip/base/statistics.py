@@ -7,6 +7,7 @@ or fall together (the questions of one image) are resampled as whole clusters.
 from collections.abc import Sequence
 
 import numpy as np
+from scipy import stats
 from scipy.stats import binomtest, ttest_1samp
 
 
@@ -63,6 +64,20 @@ def over_seeds(differences: Sequence[float], level: float = 0.95) -> tuple[float
     test = ttest_1samp(differences, 0)
     ends = test.confidence_interval(level)
     return float(np.mean(differences)), float(ends.low), float(ends.high), float(test.pvalue)
+
+
+def detectable(low: float, high: float, degrees: int | None = None, power: float = 0.8, level: float = 0.95) -> float:
+    """The smallest true difference that a test would find with this power, from the interval that it gave.
+
+    Args:
+        low, high: ends of the difference's interval at `level`.
+        degrees: of freedom, where the interval is Student's t; None where it is normal, or a bootstrap's of many items.
+
+    (Bloom 1995, "Minimum detectable effects": the sum of the two quantiles, in standard errors.)
+    """
+    quantile = stats.norm.ppf if degrees is None else stats.t(degrees).ppf
+    critical = quantile((1 + level) / 2)
+    return float((high - low) / 2 / critical * (critical + quantile(power)))
 
 
 def _paired(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -13,7 +13,9 @@ from stages.report.export import as_csv, as_latex, csv_table, html_page, markdow
 from stages.report.figures import figures
 from stages.report.pope import pope_verdict
 from stages.report.sections import sections
-from stages.report.tables import comparison, evidence
+from stages.report.tables import evidence, for_console
+
+MARKS = {True: "\u2713", False: "\u2717", None: "?"}  # whether a verdict is good
 
 
 def build_report(runs: list[Path], out: Path) -> Path:
@@ -68,10 +70,10 @@ def subtitle(arms: Arms) -> str:
 
 
 def print_scores(arms: Arms) -> None:
-    """The comparison and what must be said with it, on the console."""
-    table = comparison(arms)
-    if len(arms.models) == 2:
-        table.columns[3] = "difference"  # leaves room on a narrow terminal
-    notes = [f"[{number}] {note}." for number, note in enumerate(table.notes, 1)]
-    notes += [pope_verdict(arms, model)[1] for model in arms.models]
-    print_table(table.columns, table.rows, "Scores (%)", [*notes, evidence(arms)])
+    """What may be said, and the scores, on the console."""
+    for ok, verdict in (pope_verdict(arms, model) for model in arms.models):
+        print_line(f"{MARKS[ok]} {verdict}")
+    print_line(evidence(arms))
+    table = for_console(arms)
+    notes = [table.caption, *(f"[{number}] {note}." for number, note in enumerate(table.notes, 1))]
+    print_table(table.columns, table.rows, "Scores (%)", [*filter(None, notes)])

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from diffclip.base import lines
 from stages.report.data import Arms, is_number, mean_sd
 
 MINUS, DASH = "\u2212", "\u2013"
@@ -26,6 +27,7 @@ class Table:
     caption: str = ""
     groups: list[tuple[str, int]] = field(default_factory=list)  # headings over the columns: (text, how many columns)
     published: bool = False  # the paper's numbers, not ours
+    folded: bool = False  # raw numbers: opens when its title is chosen
 
     def note(self, text: str) -> int:
         """The number of the note `text`, from 1."""
@@ -74,9 +76,5 @@ def number(value: Any) -> str:
 
 
 def duration(seconds: Any) -> str:
-    """Seconds as "48 s", "3.4 min" or "2.1 h"."""
-    if not is_number(seconds):
-        return DASH
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+    """Seconds as "48 s", "3.4 min" or "2.1 h"; a dash for what is no number."""
+    return lines.duration(seconds) if is_number(seconds) else DASH

@@ -150,14 +150,15 @@ def cost_bars(arms: Arms) -> Figure:
     """Wall-clock time of the stages, one bar a model, the stages behind each other."""
     known = [(c, c.seconds) for c in costs(arms) if c.seconds]
     names = list(dict.fromkeys(c.model for c, _ in known))
-    colours = dict(zip(STAGES, COLOURS))
+    shades = {stage: 0.3 + 0.7 * i / (len(STAGES) - 1) for i, stage in enumerate(STAGES)}  # colours are the models'
     unit, word = (3600, "hours") if max(seconds for _, seconds in known) > 6000 else (60, "minutes")
     figure, axes = plt.subplots(figsize=(WIDTH, 0.95 + 0.34 * len(names)))
     for i, name in enumerate(names):
         start = 0.0
         for c, seconds in known:
             if c.model == name:
-                axes.barh(i, seconds / unit, 0.62, left=start, color=colours[c.stage], edgecolor=PAPER, linewidth=1)
+                look: dict[str, Any] = {"color": colour_of(arms, name) if name else MUTED, "alpha": shades[c.stage]}
+                axes.barh(i, seconds / unit, 0.62, left=start, edgecolor=PAPER, linewidth=1, **look)
                 start += seconds / unit
         axes.annotate(duration(start * unit), (start, i), (4, 0), textcoords="offset points", va="center", fontsize=7.5)
     axes.set_yticks(range(len(names)), [short(name, 24) or "shared" for name in names])
@@ -167,7 +168,7 @@ def cost_bars(arms: Arms) -> Figure:
     axes.grid(axis="x", linewidth=0.6, color=GRID)
     axes.tick_params(axis="y", length=0)
     stages = {c.stage for c, _ in known}
-    handles = [Patch(facecolor=colour, label=stage) for stage, colour in colours.items() if stage in stages]
+    handles = [Patch(facecolor=MUTED, alpha=shade, label=stage) for stage, shade in shades.items() if stage in stages]
     axes.legend(handles=handles, **ABOVE, ncols=5, handlelength=1.2, columnspacing=1.0)
     return figure
 
@@ -248,9 +249,14 @@ def _layers(curve: list[dict[str, float]]) -> dict[str, list[int]]:
 
 
 def attention(arms: Arms, maps: Sequence[Map]) -> Figure:
-    """One row an image and query: the query, the image, and each model's map over it."""
+    """One row an image and query: the query, the image, each model's map over it, the two maps of a differential one.
+
+    The edge of the object asked for is drawn on all of them, where it is known.
+    """
     models = [m for m in arms.models if any(m in one.heat for one in maps)]
-    ratios = [0.8, 1, *[1 for _ in models]]  # of the columns' widths
+    divided = with_parts(arms, maps)
+    titles = ["image", *models, *(["A1", "A2", "A1 \u2212 \u03bbA2"] if divided else [])]
+    ratios = [0.8, *[1 for _ in titles]]  # of the columns' widths
     cell = WIDTH / sum(ratios)
     size = (WIDTH, 0.3 + cell * len(maps))
     figure, grid = plt.subplots(len(maps), len(ratios), figsize=size, squeeze=False, width_ratios=ratios)
@@ -258,17 +264,26 @@ def attention(arms: Arms, maps: Sequence[Map]) -> Figure:
     for axes in grid.flat:
         axes.set_axis_off()
     for row, one in zip(grid, maps):
-        text = textwrap.fill(short(one.query, 60), 13)
+        text = textwrap.fill(short(one.query, 60), max(6, int(13 * cell)))
         row[0].text(0.98, 0.5, f"\u201c{text}\u201d", ha="right", va="center", fontsize=8.5, transform=row[0].transAxes)
-        row[1].imshow(one.pixels(SIDE), interpolation="none")
-        for axes, model in zip(row[2:], models):
-            if model in one.heat:
-                axes.imshow(one.overlaid(model, SIDE), interpolation="none")
+        shown = [one.pixels(SIDE), *(one.overlaid(one.heat[m], SIDE) if m in one.heat else None for m in models)]
+        if divided:
+            first, second, difference = one.parts.get(divided, {}).values() or (None,) * 3
+            shown += [None if heat is None else one.overlaid(heat, SIDE) for heat in (first, second)]
+            shown.append(None if difference is None else one.tinted(difference, SIDE))
+        for axes, pixels in zip(row[1:], shown):
+            if pixels is not None:
+                axes.imshow(one.outlined(pixels), interpolation="none")
             else:
                 axes.text(0.5, 0.5, "not kept", ha="center", va="center", fontsize=8, color=MUTED)
-    for axes, title in zip(grid[0][1:], ["image", *models]):
+    for axes, title in zip(grid[0][1:], titles):
         axes.set_title(textwrap.fill(short(title, 40), max(6, int(13 * cell))), fontsize=8.5, color=INK)
     return figure
+
+
+def with_parts(arms: Arms, maps: Sequence[Map]) -> str:
+    """The first model whose two maps were kept; "" if there is none."""
+    return next((m for m in arms.models if any(m in one.parts for one in maps)), "")
 
 
 def radar(arms: Arms, columns: Sequence[Column]) -> Figure:

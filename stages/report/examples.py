@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from matplotlib import colormaps
+from PIL import Image, ImageFilter
 
 from diffclip.base import schema
 from diffclip.base.images import BROKEN, decode
 from diffclip.base.overlay import overlay
 from diffclip.base.schema import POPE_SPLITS
-from stages.report.data import Arms, read_lines
+from stages.report.data import Arms, as_dict, read_lines
 
 MOST_TEXT = 5_000_000  # characters of all examples without their images
 MOST_IMAGES = 8_000_000  # characters of all images
@@ -28,6 +29,8 @@ LONGEST = 300  # characters of a question or an answer
 SIDES = ((60, 320), (300, 224), (1200, 128))
 SMALLEST = 96
 LARGEST_GRID = 64  # patches a side; more is no map of a vision transformer
+
+PARTS = ("A1", "A2", "difference")  # of differential attention
 
 Rows = dict[str, tuple[dict[str, Any], Path]]  # model: line of examples.jsonl, its run's directory
 
@@ -161,22 +164,45 @@ def _text(row: dict[str, Any], name: str) -> str:
 
 @dataclass
 class Map:
-    """One image and query, and each model's grid of relevance (rows of 0 to 255)."""
+    """One image and query, and each model's grids (rows of 0 to 255): relevance, and A1, A2 and their difference."""
 
     name: str  # of the image
     query: str
     image: Image.Image
     heat: dict[str, list[list[int]]] = field(default_factory=dict)
+    parts: dict[str, dict[str, list[list[int]]]] = field(default_factory=dict)
+    outline: list[list[int]] | None = None  # 255 where the object asked for is
 
     def pixels(self, side: int) -> np.ndarray:
         """The image as (side, side, 3) uint8."""
         return np.asarray(self.image.resize((side, side), Image.Resampling.NEAREST))
 
-    def overlaid(self, model: str, side: int) -> np.ndarray:
-        """The image under the model's relevance, as (side, side, 3) uint8."""
-        heat = Image.fromarray(np.asarray(self.heat[model], dtype=np.uint8))
-        smooth = np.asarray(heat.resize((side, side), Image.Resampling.BILINEAR), dtype=float)
-        return overlay(self.pixels(side).astype(float), smooth, top=255)
+    def overlaid(self, heat: list[list[int]], side: int) -> np.ndarray:
+        """The image under a grid, as (side, side, 3) uint8."""
+        return overlay(self.pixels(side).astype(float), _enlarged(heat, side), top=255)
+
+    def tinted(self, signed: list[list[int]], side: int) -> np.ndarray:
+        """The image under a grid whose zero is 128, red above it and blue below, as (side, side, 3) uint8."""
+        colour = 255 * colormaps["coolwarm"](_enlarged(signed, side) / 255)[:, :, :3]
+        return (0.3 * self.pixels(side) + 0.7 * colour).clip(0, 255).astype(np.uint8)
+
+    def outlined(self, pixels: np.ndarray) -> np.ndarray:
+        """(side, side, 3) with the edge of the object asked for, white inside and black outside."""
+        if self.outline is None:
+            return pixels
+        mask = Image.fromarray(np.asarray(self.outline, dtype=np.uint8))
+        mask = mask.resize(pixels.shape[:2], Image.Resampling.NEAREST)
+        outer, inner = (
+            np.asarray(mask.filter(edge(3))) > 127 for edge in (ImageFilter.MaxFilter, ImageFilter.MinFilter)
+        )
+        inside, shown = np.asarray(mask) > 127, pixels.copy()
+        shown[inside & ~inner], shown[outer & ~inside] = 255, 0
+        return shown
+
+
+def _enlarged(grid: list[list[int]], side: int) -> np.ndarray:
+    image = Image.fromarray(np.asarray(grid, dtype=np.uint8))
+    return np.asarray(image.resize((side, side), Image.Resampling.BILINEAR), dtype=float)
 
 
 def attention_maps(arms: Arms) -> list[Map]:
@@ -198,8 +224,13 @@ def add_map(maps: dict[tuple[str, str], Map], model: str, row: dict[str, Any], f
     key = str(row.get("file") or row.get("image")), str(row.get("query"))[:200]
     if heat and key not in maps and (image := open_inside(folder, str(row.get("image")))):
         maps[key] = Map(*key, image)
-    if heat and key in maps:
-        maps[key].heat[model] = heat
+    if not heat or key not in maps:
+        return
+    one, parts = maps[key], as_dict(row.get("maps"))
+    one.heat[model], one.outline = heat, one.outline or grid(row.get("outline"))
+    grids = {name: grid(parts.get(name)) for name in PARTS}
+    if all(grids.values()):
+        one.parts[model] = {name: found for name, found in grids.items() if found}
 
 
 def grid(value: Any) -> list[list[int]] | None:

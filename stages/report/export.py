@@ -15,7 +15,7 @@ from stages.report.examples import examples
 from stages.report.sections import Section
 from stages.report.setup import checks, details, stand_in
 from stages.report.significance import paired_differences
-from stages.report.tables import comparison_keys, evidence
+from stages.report.tables import comparison_keys, evidence, headline
 
 LATEX = str.maketrans(
     {
@@ -103,14 +103,15 @@ def as_markdown(table: Table) -> str:
 
 def markdown_report(arms: Arms, title: str, subtitle: str, parts: list[Section]) -> str:
     """The report without its examples, for places where only text goes."""
-    text = [f"# {markdown(title)}", markdown(subtitle), f"**{markdown(evidence(arms))}**"]
+    text = [f"# {markdown(title)}", markdown(subtitle), f"**{markdown(headline(arms))}** {markdown(evidence(arms))}"]
     if stand_in(arms):
         text.append("**The language model is a stand-in taught on a little text; it is not Qwen2.5-0.5B-Instruct.**")
     for part in parts:
         if part.anchor == "examples":
             continue
         text.append(f"## {markdown(part.title)}")
-        text += [markdown(part.text, keep="\n").replace("\n", "\n\n")]
+        if part.anchor != "result":  # whose sentence stands at the top
+            text += [markdown(part.text, keep="\n").replace("\n", "\n\n"), markdown(part.paste)]
         text += ["\n".join(f"- {markdown(sentence)}" for _, sentence in part.verdicts)]
         for figure in part.figures:
             absent = f"Not drawn: {markdown(figure.absent)}."

@@ -19,6 +19,7 @@ from stages.report.charts import COLOURS, GRID, INK, MUTED, PAPER, STYLE
 from stages.report.data import Arms
 from stages.report.examples import attention_maps
 from stages.report.layout import Column, mmvp_columns, shift_columns, six_tasks
+from stages.report.methods import jumps
 
 PAIRS_SHOWN = 2  # images of figure 2, as in the paper; the others make figure 6
 
@@ -102,6 +103,14 @@ def of_the_paper(arms: Arms) -> list[Figure]:
     why = "no evaluate run kept attention maps (attention.jsonl): "
     why = reasons[-1] if reasons else why + "it needs a dual encoder and segmentation/ in clip_data"
     no_more = "no more images were kept" if maps else f"{why}, with more than {PAIRS_SHOWN} images"
+    divided, edges = charts.with_parts(arms, maps), any(one.outline for one in maps)
+    more = " The line is the edge of what the text names." if edges else ""
+    if divided:
+        more += (
+            f" A1 and A2, on one scale, are the two attention maps of {divided}'s last layer, means over heads, and "
+            "A1 \u2212 \u03bbA2, red above zero and blue below, is what multiplies the values; the text has no part "
+            "in these three."
+        )
     shifts = [column for column in shift_columns(arms) if not column.key.endswith("/")]
     patterns = mmvp_columns(arms)
     return [
@@ -116,7 +125,7 @@ def of_the_paper(arms: Arms) -> list[Figure]:
             "figure2",
             "Figure 2. Attention maps for queries",
             "Where each model looks for a text: the patches that speak for it, by gradient, in the last layer. Bright "
-            "is much, each map against its own maximum. Images are the first with two kinds of objects.",
+            f"is much, each map against its own maximum. Images are the first with two kinds of objects.{more}",
             "" if first else why,
             lambda: charts.attention(arms, first),
         ),
@@ -163,7 +172,7 @@ def beyond_the_paper(arms: Arms) -> list[Figure]:
         Figure(
             f"loss-{stage}",
             f"Training loss of {stage}",
-            f"Each run is a line{averaged}.",
+            f"Each run is a line{averaged}.{jumps(arms, stage)}",
             ""
             if (stage, "loss") in logged
             else f"the {stage} runs hold no metrics.jsonl with steps in it"

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from diffclip.base.schema import POPE_SPLITS
-from stages.report.cells import Table, distinct, number, percent, score
+from stages.report.cells import DASH, Table, distinct, number, percent, score
 from stages.report.data import Arms
 from stages.report.paper import PAPER_SETS
-from stages.report.significance import difference
+from stages.report.significance import difference, items
 
 SHIFTS = ("v2", "a", "r", "sketch")  # in the paper's order, whatever was shifted
 NONE = "(no set)"  # a column where there is nothing to show
@@ -42,8 +42,14 @@ def rows_of(arms: Arms, table: Table, columns: Sequence[Column]) -> list[list[st
 
 def table_of(arms: Arms, name: str, title: str, columns: Sequence[Column]) -> Table:
     table = Table(["Model", *(column.title for column in columns)], name=name, title=title)
-    table.rows = rows_of(arms, table, columns)
+    table.rows = [*rows_of(arms, table, columns), *items_row(arms, columns)]
     return table
+
+
+def items_row(arms: Arms, columns: Sequence[Column]) -> list[list[str]]:
+    """A row of how many test items each column's scores rest on; none where no run says so."""
+    counts = [items(arms, column.key) for column in columns]
+    return [["test items", *(DASH if n is None else number(n) for n in counts)]] if any(counts) else []
 
 
 def cell(arms: Arms, table: Table, model: str, key: str) -> str:
@@ -83,7 +89,8 @@ def table1(arms: Arms) -> Table:
         by_title = {c.title: c for c in columns}
         kind = columns[0].key.split("/")[0]
         table.rows.append([heading])
-        table.rows += rows_of(arms, table, [by_title.get(t, Column(t, f"{kind}/{t}/accuracy")) for t in titles])
+        every = [by_title.get(t, Column(t, f"{kind}/{t}/accuracy")) for t in titles]
+        table.rows += [*rows_of(arms, table, every), *items_row(arms, every)]
     table.caption = captioned("Accuracy in percent.", arms, absent(published, groups[0][1]))
     return table
 
@@ -111,12 +118,14 @@ def table3(arms: Arms) -> Table:
     """POPE: accuracy, precision and recall of each model, split by split."""
     measures = ("accuracy", "precision", "recall")
     columns = [measure.capitalize() for measure in measures]
-    table = Table(["POPE", *columns * len(arms.models)], name="table3", title="Table 3. POPE object hallucination")
-    table.groups = [("", 1), *((model, len(measures)) for model in arms.models)]
+    columns = [*columns * len(arms.models), "Questions"]
+    table = Table(["POPE", *columns], name="table3", title="Table 3. POPE object hallucination")
+    table.groups = [("", 1), *((model, len(measures)) for model in arms.models), ("", 1)]
     for split in (*POPE_SPLITS, "mean"):
         keys = [f"pope/{split}/{measure}" for measure in measures]
         cells = [cell(arms, table, model, key) for model in arms.models for key in keys]
-        table.rows.append([split.capitalize(), *cells])
+        asked = items(arms, f"pope/{split}/accuracy")
+        table.rows.append([split.capitalize(), *cells, DASH if asked is None else number(asked)])
     table.caption = captioned("The mean row is not in the paper.", arms)
     return table
 
@@ -145,6 +154,8 @@ def table5(arms: Arms) -> Table:
     """All variants on the six tasks, the numbers behind figures 1 and 5."""
     table = table_of(arms, "table5", "Table 5. Variants on the six tasks", six_tasks(arms))
     table.columns.insert(1, "Parameters")
+    for row in table.rows[len(arms.models) :]:
+        row.insert(1, "")
     for model, row in zip(arms.models, table.rows):
         sizes = [number(r.record["parameters"]) for r in arms.latest("pretrain", model) if "parameters" in r.record]
         row.insert(1, distinct(sizes) if sizes else table.missing(f"no pretrain run of {model} was found"))

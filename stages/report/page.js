@@ -1,4 +1,19 @@
 "use strict";
+(() => {  // what is wider than its place says so, and an address inside a folded part opens it
+  const places = [...document.querySelectorAll(".scroll, nav ul")];
+  const tell = () => places.forEach(p => p.classList.toggle("sideways", p.scrollWidth > p.clientWidth + 1));
+  const unfold = () => {
+    const target = document.getElementById(decodeURIComponent(location.hash.slice(1)));
+    for (let n = target; n; n = n.parentElement) if (n.tagName === "DETAILS") n.open = true;
+    if (target) target.scrollIntoView();
+  };
+  document.addEventListener("toggle", tell, true);
+  window.addEventListener("resize", tell);
+  window.addEventListener("hashchange", unfold);
+  document.querySelectorAll("nav a").forEach(a => a.addEventListener("click", () => setTimeout(unfold)));
+  tell();
+  if (location.hash) unfold();
+})();
 (() => {
   const holder = document.getElementById("example-data");
   if (!holder) return;

@@ -8,11 +8,15 @@ from stages.report.cells import Table
 from stages.report.data import Arms
 from stages.report.figures import Figure
 from stages.report.layout import mmvp, table1, table2, table3, table4, table5
+from stages.report.methods import methods
 from stages.report.paper import paper_figure4, paper_table1, paper_table2, paper_table3
 from stages.report.pope import pope, pope_pairs, pope_verdict
-from stages.report.setup import setup
-from stages.report.tables import comparison, others, tally
+from stages.report.setup import checks, setup
+from stages.report.tables import comparison, headline, others, result, tally
 from stages.report.tasks import names, task_scores, verdict, yes_no
+
+# settings, raw numbers, and what repeats a figure
+FOLDED = {"appendix", "more-attention", "curves", "cost-part", "methods", "run", "all-scores", "other", "details"}
 
 
 @dataclass
@@ -27,14 +31,21 @@ class Section:
     figures: list[Figure] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
     beside: int = 0  # so many of the tables stand beside the figures where there is room
+    folded: bool = False  # opens when its heading is chosen
+    paste: str = ""  # text to take into a paper
 
 
 def sections(arms: Arms, figure: dict[str, Figure]) -> list[Section]:
-    """The report in the paper's order; then what the paper does not have."""
+    """The result, the report in the paper's order, what the paper does not have; settings and raw numbers folded."""
     curves = [f for name, f in figure.items() if name.startswith("loss-") or name in ("lambda", "logit-scale")]
     rest = others(arms)
+    fold_raw = [pope(arms), *filter(None, [pope_pairs(arms)])]
+    for table in fold_raw:
+        table.folded = True
+    failed = [check for check in checks(arms) if check[0] is False]
+    verdicts = [pope_verdict(arms, model) for model in arms.models]
     parts = [
-        Section("run", "Runs", "What was run", tables=[setup(arms)]),
+        Section("result", "Result", "Result", headline(arms), [*verdicts, *failed], tables=[result(arms)]),
         Section(
             "glance",
             "Fig. 1, 2",
@@ -51,7 +62,13 @@ def sections(arms: Arms, figure: dict[str, Figure]) -> list[Section]:
             figures=[figure["figure3"], figure["figure4"]],
             tables=[mmvp(arms), paper_figure4()],
         ),
-        Section("variants", "Fig. 5", "Variants", figures=[figure["figure5"]]),
+        Section(
+            "variants",
+            "Fig. 5",
+            "Variants",
+            figures=[figure["figure5"]],
+            folded=bool(figure["figure5"].absent),
+        ),
         Section(
             "hallucination",
             "Tab. 3",
@@ -59,9 +76,8 @@ def sections(arms: Arms, figure: dict[str, Figure]) -> list[Section]:
             "Does the model see an object, or guess from its name? A model that looks at the image beats the blind "
             "rule, the best answer for each object's name without any image, and loses its lead when the images "
             "are shuffled among the questions.",
-            verdicts=[pope_verdict(arms, model) for model in arms.models],
             figures=[figure["pope"]],
-            tables=[table3(arms), paper_table3(), pope(arms), *filter(None, [pope_pairs(arms)])],
+            tables=[table3(arms), paper_table3(), *fold_raw],
             beside=2,
         ),
         *captions(arms),
@@ -79,11 +95,16 @@ def sections(arms: Arms, figure: dict[str, Figure]) -> list[Section]:
         Section("curves", "Curves", "Training curves", figures=curves),
         Section("cost-part", "Cost", "Cost", cost_verdict(arms), figures=[figure["cost"]], tables=[cost(arms)]),
         Section("examples", "Examples", "Examples"),
+        Section("methods", "Methods", "A methods paragraph to paste", paste=methods(arms)),
+        Section("run", "Runs", "What was run", tables=[setup(arms)]),
         Section("all-scores", "Scores", "All scores", tables=[comparison(arms)]),
     ]
     parts += [Section("other", "Other", "Other numbers", tables=[rest])] if rest.rows else []
     text = "What learnt, what was frozen, fingerprints of the weights before and after, digests of the inputs."
-    return [*parts, Section("details", "Each run", "Every run", text)]
+    parts.append(Section("details", "Each run", "Every run", text))
+    for part in parts:
+        part.folded |= part.anchor in FOLDED
+    return parts
 
 
 def captions(arms: Arms) -> list[Section]:

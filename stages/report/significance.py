@@ -17,7 +17,15 @@ from safetensors.numpy import load_file
 from diffclip.base import schema
 from diffclip.base.errors import InputError
 from diffclip.base.schema import POPE_SPLITS
-from diffclip.base.statistics import bootstrap_mean, mcnemar, over_seeds, paired_bootstrap, percentiles, resampled_sums
+from diffclip.base.statistics import (
+    bootstrap_mean,
+    detectable,
+    mcnemar,
+    over_seeds,
+    paired_bootstrap,
+    percentiles,
+    resampled_sums,
+)
 from mllm.pope.parsers import parse
 from mllm.pope.questions import Key, read_answers
 from stages.report.data import AVERAGED, Arms, RunDir, as_dict, is_number, read_whole, sets_of_average
@@ -34,6 +42,14 @@ class Difference(NamedTuple):
     high: float | None = None
     p: float | None = None
     why: str = ""
+    seeds: int = 1  # that the interval is over; of one, it is over test items
+
+    @property
+    def smallest(self) -> float | None:
+        """The smallest true difference, in points, that a run of this size finds four times in five."""
+        if self.low is None or self.high is None or self.low == self.high:
+            return None
+        return detectable(self.low, self.high, self.seeds - 1 if self.seeds > 1 else None)
 
     @property
     def significant(self) -> bool:
@@ -50,7 +66,7 @@ def difference(arms: Arms, first: str, other: str, key: str) -> Difference:
     if len(differences) > 1:
         if len(set(differences.values())) == 1:
             return Difference(mean, why="the differences of all seeds are the same, so they have no spread to test")
-        return Difference(*over_seeds(list(differences.values())))
+        return Difference(*over_seeds(list(differences.values())), seeds=len(differences))
     # the runs whose values `Arms.scores` shows
     ours, theirs = ([r for r in arms.of("evaluate", m, seed) if key in r.metrics][-1] for m in (first, other))
     if key.startswith("pope/"):
@@ -114,6 +130,31 @@ def outcomes(folder: Path) -> dict[str, np.ndarray]:
         return {key: value.astype(np.float64) for key, value in load_file(folder / schema.CLIP_OUTCOMES).items()}
     except (OSError, SafetensorError, ValueError, TypeError):
         return {}
+
+
+def items(arms: Arms, key: str) -> int | None:
+    """How many test items a score of one seed rests on, an average on those of its sets; None where no run says so."""
+    for model in arms.models:
+        for run in reversed(arms.of("evaluate", model)):
+            counted = _counted(run, key)
+            if counted is not None:
+                return counted
+    return None
+
+
+def _counted(run: RunDir, key: str) -> int | None:
+    group, _, rest = key.partition("/")
+    if group.startswith("pope"):
+        splits = POPE_SPLITS if rest.startswith("mean/") else (rest.partition("/")[0],)
+        counts = [run.metrics.get(f"pope/{split}/questions") for split in splits]
+    elif group == "localisation":
+        counts = [run.metrics.get("localisation/objects")]
+    else:
+        sets = sets_of_average(run.metrics, key) if key in AVERAGED else [key]
+        stored = outcomes(run.path)
+        counts = [len(stored[name]) if name in stored else None for name in sets]
+    whole = [int(count) for count in counts if is_number(count) and count > 0]
+    return sum(whole) if whole and len(whole) == len(counts) else None
 
 
 # --- POPE: answers met by `Question.key` ------------------------------------------------------------------------

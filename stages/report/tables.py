@@ -1,17 +1,20 @@
 """Every score that was written, by benchmark, with the differences between the models and what they are worth."""
 
 import re
+import textwrap
 
 from diffclip.base.schema import POPE_SPLITS
 from diffclip.benchmarks import PROTOCOLS
-from stages.report.cells import DASH, MINUS, Table, distinct, p_value, percent, score
+from stages.report.cells import DASH, MINUS, Table, distinct, number, p_value, percent, score
 from stages.report.chair import KEY as CHAIR_KEYS
 from stages.report.data import Arms, is_number, mean_sd
-from stages.report.layout import SHIFTS
+from stages.report.layout import SHIFTS, SIGN, six_tasks
 from stages.report.pope import POPE_KEYS, SPLITS
-from stages.report.significance import difference, paired_differences
+from stages.report.significance import difference, items, paired_differences
 from stages.report.tasks import KEY as TASK_KEYS
 
+SMALLEST = "smallest to be shown"
+LABEL = 24  # characters of a row's name on the console
 PAPER_ORDER = ("linear_probe", "few_shot", "zero_shot", "retrieval", "shift", "mmvp")  # other protocols stand behind
 # (heading, pattern of the metric's key, whether its absence is worth a line). The pattern's groups make the row's
 # name; a key without any is an average.
@@ -51,16 +54,109 @@ def comparison(arms: Arms) -> Table:
     table = Table(["Benchmark", *arms.models], name="scores", title="All scores")
     table.caption = "Percentages; higher is better. Differences are in percentage points."
     for other in others:
-        table.columns += [f"{other} {MINUS} {first}", "95 % interval", "p"]
+        table.columns += [f"{other} {MINUS} {first}", "95 % interval", "p", SMALLEST]
+    table.columns.append("test items")
     for heading, keys in comparison_keys(arms):
         table.rows.append([heading])
         group = {h: pattern for h, pattern, _ in SECTIONS}[heading].split("/")[0]
         for key, label in keys or [(f"{group}/", "(no numbers)")]:
             cells = [score(arms, table, model, key) for model in arms.models]
             for other in others:
-                cells += difference_cells(arms, table, first, other, key)
-            table.rows.append([label, *cells])
+                cells += [*difference_cells(arms, table, first, other, key), smallest(arms, first, other, key)]
+            table.rows.append([label, *cells, counted(arms, key)])
     return table
+
+
+def result(arms: Arms) -> Table:
+    """The six tasks and POPE, a row each, with what their differences are worth."""
+    first, *others = arms.models
+    table = Table(["", *arms.models], name="summary", title="Six tasks and POPE")
+    for other in others:
+        table.columns += [f"{other} {MINUS} {first}", "95 % interval", SMALLEST]
+    table.columns.append("test items")
+    for title, key in [*six_tasks(arms), ("POPE", "pope/mean/accuracy")]:
+        cells = [score(arms, table, model, key) for model in arms.models]
+        for other in others:
+            cells += [*difference_cells(arms, table, first, other, key)[:2], smallest(arms, first, other, key)]
+        table.rows.append([title, *cells, counted(arms, key)])
+    table.caption = "Percentages, averaged over sets and splits; retrieval is R@5."
+    if others:
+        table.caption += (
+            f" {SMALLEST.capitalize()} is the true difference, in points, that a comparison of this size finds four "
+            "times in five: a smaller one may be there and not show."
+        )
+    return table
+
+
+def headline(arms: Arms) -> str:
+    """The result in one sentence."""
+    first, *others = arms.models
+    rows = [*six_tasks(arms), ("POPE", "pope/mean/accuracy")]
+    parts = []
+    for other in others:
+        tests = [(title, difference(arms, first, other, key)) for title, key in rows]
+        known = [(title, test) for title, test in tests if test.mean is not None]
+        shown = {sign: [t for t, d in known if d.significant and (d.mean or 0) * sign > 0] for sign in (1, -1)}
+        words = [f"{word} on {_listed(shown[sign])}" for sign, word in ((1, "better"), (-1, "worse")) if shown[sign]]
+        open_ = len(known) - len(shown[1]) - len(shown[-1])
+        if not known:
+            parts.append(f"{other} and {first} have no score of the six tasks and POPE in common yet")
+        elif not words:
+            parts.append(f"no difference between {other} and {first} is shown on any of {len(known)} tasks")
+        else:
+            rest = f"; on the other {open_} of {len(known)} no difference is shown" if open_ else ""
+            parts.append(f"{other} is {' and '.join(words)} than {first}{rest}")
+    if not parts:
+        return f"{first} stands alone, so nothing is compared."
+    one_seed = all(difference(arms, first, other, key).seeds == 1 for other in others for _, key in rows)
+    return f"{'On the test items of one seed' if one_seed else 'Over the seeds'}, {'; '.join(parts)}."
+
+
+def _listed(names: list[str]) -> str:
+    names = [name if name.isupper() else name[0].lower() + name[1:] for name in names]
+    return f"{', '.join(names[:-1])} and {names[-1]}" if len(names) > 1 else names[0]
+
+
+def smallest(arms: Arms, first: str, other: str, key: str) -> str:
+    """The cell of the smallest difference that could have been shown."""
+    found = difference(arms, first, other, key).smallest
+    return DASH if found is None else f"{found:.1f}"
+
+
+def counted(arms: Arms, key: str) -> str:
+    """The cell of how many test items a score rests on."""
+    found = items(arms, key)
+    return DASH if found is None else number(found)
+
+
+def for_console(arms: Arms) -> Table:
+    """The comparison in at most 80 columns: a difference with its interval for two models, a star for more."""
+    first, *others = arms.models
+    table = Table(["", *(model.replace("-", "-\n") for model in arms.models)])
+    if len(others) == 1:
+        table.columns.append("difference\n[95 % interval]")
+    for heading, keys in comparison_keys(arms):
+        table.rows.append([textwrap.fill(heading, LABEL)])
+        for key, label in keys:
+            cells = [score(arms, table, model, key) for model in arms.models]
+            tests = {other: difference(arms, first, other, key) for other in others}
+            stars = {other: SIGN if test.significant else "" for other, test in tests.items()}
+            if len(others) == 1:
+                test = tests[others[0]]
+                ends = f" [{_points(test.low)}, {_points(test.high)}]" if test.low is not None else ""
+                cells.append(DASH if test.mean is None else f"{_points(test.mean)}{ends}{stars[others[0]]}")
+            else:
+                cells = [cell + stars.get(model, "") for model, cell in zip(arms.models, cells)]
+            table.rows.append([textwrap.fill(label, LABEL), *cells])
+        if not keys:
+            table.rows.append(["(no numbers)", *[DASH] * (len(table.columns) - 1)])
+    if others:
+        table.caption = f"{SIGN} the 95 % interval of the difference from {first} leaves zero out."
+    return table
+
+
+def _points(value: float | None) -> str:
+    return DASH if value is None else percent([value], sign=True)
 
 
 def difference_cells(arms: Arms, table: Table, first: str, other: str, key: str) -> list[str]:

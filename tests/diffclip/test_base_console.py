@@ -37,3 +37,9 @@ def test_headings_lines_and_no_header(capsys):
     assert place["heading"] == place["first"] + 2 and place["second"] == place["heading"] + 1  # a line above it
     assert "third" in lines[place["second"] + 2]
     assert "first" in lines[1]  # below the upper edge: there is no header
+
+
+def test_a_cell_of_two_lines_stays_in_its_column(capsys):
+    lines = printed(capsys, ["", "a\nb"], [["first\nsecond", "1"]])
+    first, second = (next(line for line in lines if name in line) for name in ("first", "second"))
+    assert first.index("first") == second.index("second") and len(first) == len(second)

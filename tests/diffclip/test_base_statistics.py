@@ -8,6 +8,7 @@ from scipy import stats
 
 from diffclip.base.statistics import (
     bootstrap_mean,
+    detectable,
     mcnemar,
     over_seeds,
     paired_bootstrap,
@@ -133,3 +134,17 @@ def test_two_seeds_by_hand():
     mean, low, high, p = over_seeds([1, 3])
     assert (mean, low, high) == pytest.approx((2, 2 - 12.706, 2 + 12.706), abs=1e-3)
     assert p == pytest.approx(1 - 2 * math.atan(2) / math.pi)
+
+
+@pytest.mark.parametrize(("count", "degrees"), [(5, 4), (400, 399), (400, None)])
+def test_the_smallest_detectable_difference_is_found_four_times_in_five(count, degrees):
+    """By simulation of samples whose true mean is what an interval of their spread says could be shown."""
+    half = 1.959964 if degrees is None else stats.t.ppf(0.975, degrees)
+    truth = detectable(-half / count**0.5, half / count**0.5, degrees)
+    draws = np.random.default_rng(0).normal(truth, 1, (20_000, count))
+    assert (stats.ttest_1samp(draws, 0, axis=1).pvalue < 0.05).mean() == pytest.approx(0.8, abs=0.03)
+
+
+def test_the_smallest_detectable_difference_does_not_depend_on_where_the_interval_lies():
+    assert detectable(-1.96, 1.96) == pytest.approx(2.80, abs=0.01)  # 1.96 + 0.84 standard errors
+    assert detectable(2.04, 5.96) == pytest.approx(2.80, abs=0.01)

@@ -75,3 +75,66 @@ def test_extras_are_installed_once(stamps, wanted, there, tmp_path):
 def test_an_active_environment_is_taken_before_our_own(settings, venv_folder, activate, tmp_path):
     code = f'source {ROOT}/scripts/setup_env.sh; find_venv; echo "$venv|$activate"'
     assert bash(["-c", code], tmp_path, **settings).stdout.strip() == f"{venv_folder}|{activate}"
+
+
+def fake_python(folder: Path, pip: bool = True) -> Path:
+    """An environment whose python writes each of its commands into a file `log` beside it, and does nothing."""
+    python = folder / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    refuse = '[ "$2" = ensurepip ] && touch "$0.pip"\n[ "$2" = pip ] && [ ! -f "$0.pip" ] && exit 1\n' * (not pip)
+    python.write_text(f'#!/bin/sh\necho "$*" >>{folder}/log\n{refuse}exit 0\n')
+    python.chmod(0o755)
+    return folder / "log"
+
+
+def install(folder: Path, **settings: str) -> subprocess.CompletedProcess:
+    code = f"source {ROOT}/scripts/setup_env.sh; install_into_venv eval"
+    return bash(["-c", code], folder.parent, DIFFCLIP_VENV=str(folder), **settings)
+
+
+@pytest.mark.parametrize(("cpu", "index"), [("1", "https://download.pytorch.org/whl/cpu"), ("", "")])
+def test_pytorch_comes_without_cuda_where_that_is_asked_for(cpu, index, tmp_path):
+    log = fake_python(tmp_path / "venv")
+    assert install(tmp_path / "venv", DIFFCLIP_CPU=cpu).returncode == 0
+    installs = [line for line in log.read_text().splitlines() if " install " in line]
+    assert [line for line in installs if "torchvision" in line] == [
+        f"-m pip install --quiet torch torchvision --index-url {index}" for _ in cpu
+    ]
+    assert installs[-1].endswith(f"--editable {ROOT}[eval]")
+    assert install(tmp_path / "venv").returncode == 0 and "install" not in log.read_text().splitlines()[-1]
+
+
+def test_an_environment_without_pip_is_given_one(tmp_path):
+    log = fake_python(tmp_path / "venv", pip=False)
+    assert install(tmp_path / "venv").returncode == 0
+    words = [line.split()[1] for line in log.read_text().splitlines() if line.startswith("-m")]
+    assert words == ["pip", "ensurepip", "pip"]
+
+
+@pytest.mark.parametrize("setting", ["DIFFCLIP_VENV", "VIRTUAL_ENV", "CONDA_PREFIX"])
+def test_a_folder_that_is_no_environment_is_never_cleared(setting, tmp_path):
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "thesis.tex").write_text("years of work")
+    code = f"source {ROOT}/scripts/setup_env.sh; install_into_venv eval"
+    ended = bash(["-c", code], tmp_path, **{setting: str(home), "CONDA_DEFAULT_ENV": "mine"})
+    assert ended.returncode == 2 and str(home) in ended.stderr and "conda install python" in ended.stderr
+    assert (home / "thesis.tex").read_text() == "years of work"
+
+
+def test_a_broken_environment_is_made_again(tmp_path):
+    broken = tmp_path / "venv"
+    (broken / "bin").mkdir(parents=True)
+    (broken / "pyvenv.cfg").write_text("home = /gone")
+    (broken / "bin" / "python").symlink_to("/gone/python")
+    made = tmp_path / "tools"
+    fake = fake_python(made)  # stands for the python3 that makes it
+    (made / "bin" / "python").rename(made / "bin" / "python3")
+    ended = bash(
+        ["-c", f"source {ROOT}/scripts/setup_env.sh; install_into_venv eval"],
+        tmp_path,
+        DIFFCLIP_VENV=str(broken),
+        PATH=f"{made}/bin:{SYSTEM['PATH']}",
+    )
+    assert f"making a virtual environment in {broken}" in ended.stdout
+    assert f"-m venv --clear {broken}" in fake.read_text()

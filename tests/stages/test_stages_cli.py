@@ -1,6 +1,7 @@
 """The command `diffclip`: every verb is there, says what it takes without loading torch, and near misses are named."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 from launch import ROOT, environment, run, run_program
 
+import diffclip
 from diffclip.base.errors import InputError
 from stages import shipped
 from stages.cli import VERBS, call, main
@@ -163,15 +165,16 @@ def test_env_says_what_a_bug_report_needs(monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_an_installed_wheel_has_the_command_and_the_configurations(tmp_path):
-    for name in ("diffclip", "mllm", "stages"):  # a build writes beside its sources
-        shutil.copytree(ROOT / name, tmp_path / "source" / name)
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, tmp_path / "source" / name)
+    (tmp_path / "source").mkdir()
+    copied = re.findall(r"^COPY (.+) \S+$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
+    for source in (ROOT / name for names in copied for name in names.split()):  # a build writes beside its sources
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / "source" / source.name)
     build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
     run_program([*build, f"--wheel-dir={tmp_path}", str(tmp_path / "source")], check=True)
-    wheel = zipfile.ZipFile(next(tmp_path.glob("*.whl")))
+    wheel = zipfile.ZipFile(next(tmp_path.glob(f"*-{diffclip.__version__}-*.whl")))
     names = wheel.namelist()
-    assert {f"stages/configs/{file.relative_to(shipped.CONFIGS)}" for file in shipped.shipped().values()} <= set(names)
+    files = (path for name in ("diffclip", "mllm", "stages") for path in (ROOT / name).rglob("*") if path.is_file())
+    assert {str(path.relative_to(ROOT)) for path in files if "__pycache__" not in path.parts} <= set(names)
     entry_points = wheel.read(next(name for name in names if name.endswith("entry_points.txt"))).decode()
     assert "diffclip = stages.cli:main" in entry_points
     wheel.extractall(tmp_path / "installed")

@@ -21,10 +21,13 @@ import yaml
 from launch import QUICKSTART, ROOT, environment, forked_lmms_eval, run_ranks
 
 from diffclip import hf
+from diffclip.base.commands import Parser
 from diffclip.base.errors import InputError
 from diffclip.base.fingerprint import fingerprint
 from stages import cli, pipeline
+from stages.config import parse
 from stages.pipeline import finished
+from stages.settings import PipelineConfig
 
 SMALL = {"pairs": 256, "retrieval": 20, "class_train": 160, "class_val": 80, "class_test": 80, "align": 64}
 SMALL |= {"conversations": 64, "texts": 300, "pope": 12, "mmvp": 2, "segmentation": 2}
@@ -128,15 +131,96 @@ def test_pipeline_ends_with_a_table_and_a_report(quickstart):
     assert metrics["pope/random/questions"] == 72
 
 
+def next_commands(console: str) -> list[list[str]]:
+    """The words of each command below "What next:"."""
+    lines = console.partition("What next:\n")[2].splitlines()
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
 @pytest.mark.slow
 def test_the_console_ends_with_commands_that_run_as_they_stand(quickstart, capsys):
     out, _ = quickstart
-    lines = (out.parent / "console.txt").read_text().partition("What next:\n")[2].splitlines()
-    chat, maps = (next(shlex.split(line) for line in lines if f"diffclip {verb} " in line) for verb in ("chat", "maps"))
+    commands = next_commands((out.parent / "console.txt").read_text())
+    chat, maps = (next(words for words in commands if words[1] == verb) for verb in ("chat", "maps"))
     cli.call(chat[1:])
     assert capsys.readouterr().out.strip()
     cli.call(maps[1:])
     assert (out / "maps.png").stat().st_size > 1000
+
+
+def dry_pipeline(*arguments: str, capsys) -> tuple[list[list[str]], str]:
+    """The commands that a pipeline would run, with scenes of one image made for each export; and its console."""
+    commands: list[list[str]] = []
+
+    def run(command: list[str], typed: list[str]) -> None:
+        commands.append(typed[typed.index("diffclip") + 1 :])
+        if commands[-1][0] == "scenes":
+            scenes = Path(commands[-1][2])
+            (scenes / "pope" / "images").mkdir(parents=True, exist_ok=True)
+            (scenes / "pope" / "images" / "0.png").touch()
+            seed = next(int(word.partition("=")[2]) for word in commands[-1] if word.startswith("--seed="))
+            (scenes / "scenes.json").write_text(json.dumps({"options": {"seed": seed}}))
+
+    with (
+        mock.patch.dict(os.environ, {"DIFFCLIP_ACTIVATE": "source '/my venv/bin/activate'"}),
+        mock.patch.object(pipeline, "run", run),
+        mock.patch.object(pipeline, "finished", lambda out: True),
+        mock.patch("importlib.util.find_spec", lambda name: None),
+    ):
+        pipeline.main(list(arguments))
+    return commands, capsys.readouterr().out
+
+
+def folders_of(typed: list[list[str]], verb: str) -> list[str]:
+    named = [word for words in typed if words[0] == verb for word in words if word.startswith("--output_dir=")]
+    return [word.partition("=")[2] for word in named]
+
+
+def test_several_seeds_have_a_folder_each_and_one_report(tmp_path, capsys):
+    out = tmp_path / "out"
+    typed, _ = dry_pipeline("--variants", "CLIP", "--seeds", "0", "1", "1", f"--output_dir={out}", capsys=capsys)
+    assert folders_of(typed, "evaluate") == [f"{out}/seed-{seed}/CLIP/evaluate" for seed in (0, 1)]
+    assert all(f"--seed={seed}" in words for words in typed for seed in (0, 1) if f"seed-{seed}/" in words[-1])
+    reports = [words[1:] for words in typed if words[0] == "report"]
+    runs = [f"{out}/seed-{seed}/CLIP" for seed in (0, 1)]
+    assert reports == [[*runs[:number], "--output_dir", f"{out}/report"] for number in (1, 2)]
+    again, _ = dry_pipeline("--variants", "CLIP", "--seed", "1", f"--output_dir={out}", capsys=capsys)
+    assert folders_of(again, "evaluate") == [f"{out}/seed-1/CLIP/evaluate"]
+
+
+def test_more_seeds_take_up_the_one_that_is_there(tmp_path, capsys):
+    out = tmp_path / "out"
+    one, _ = dry_pipeline("--seed=5", f"--output_dir={out}", capsys=capsys)
+    assert folders_of(one, "language") == [f"{out}/language"]
+    three, _ = dry_pipeline("--seeds", "4", "5", "6", f"--output_dir={out}", capsys=capsys)
+    assert folders_of(three, "language") == [f"{out}/seed-4/language", f"{out}/language", f"{out}/seed-6/language"]
+    other, _ = dry_pipeline("--seed=7", f"--output_dir={out}", capsys=capsys)
+    assert folders_of(other, "language") == [f"{out}/seed-7/language"]
+
+
+class Parsed(Exception):
+    """A command line was read to its end."""
+
+
+def test_what_next_names_commands_that_their_parsers_take(tmp_path, capsys, monkeypatch):
+    out = tmp_path / "my runs"
+    _, console = dry_pipeline("--variants", "CLIP", "DiffCLIP", f"--output_dir={out}", capsys=capsys)
+    activate, *commands = next_commands(console)
+    assert activate == ["source", "/my venv/bin/activate"]
+    assert ["python", "-m", "pip", "install", "diffclip-stack[app]"] in commands
+    commands = [words[1:] for words in commands if words[0] == "diffclip"]
+    assert [words[0] for words in commands] == ["chat", "maps", "app", "pipeline", "config"]
+    config = parse(PipelineConfig, "", next(words[1:] for words in commands if words[0] == "pipeline"))
+    assert (config.output_dir, config.seeds, config.variants) == (str(out), [0, 1, 2], ["CLIP", "DiffCLIP"])
+
+    def read(parser: Parser, parsed: object, unknown: list[str]) -> None:
+        assert not unknown
+        raise Parsed
+
+    monkeypatch.setattr(Parser, "_nothing_left", read)
+    for words in commands:
+        with pytest.raises(Parsed):
+            cli.call(words)
 
 
 @pytest.mark.slow

@@ -16,12 +16,13 @@ import yaml
 from PIL import Image
 
 from diffclip.base.errors import InputError
-from stages.report.build import build_report
+from stages.report.build import build_report, print_scores
 from stages.report.cells import percent
 from stages.report.data import gather
+from stages.report.methods import jumps, methods
 from stages.report.pope import pope_verdict
 from stages.report.setup import checks, setup, stand_in
-from stages.report.tables import comparison, evidence
+from stages.report.tables import comparison, evidence, headline, result
 
 SPLITS = ("random", "popular", "adversarial")
 HOSTILE = '<script>alert(1)</script>|`$x$_"&amp;\u202e\x1b[31m'
@@ -122,6 +123,7 @@ def write_attention(path: Path, images: int = 3):
         for query in ("a circle", "a star"):
             heat = [[0, 10, 20], [30, 255, 40], [0, 0, 5]]
             row = {"image": f"attention/{i:03d}.png", "file": f"{i}.png", "query": query, "heat": heat}
+            row |= {"outline": [[0, 255], [0, 0]], "maps": dict.fromkeys(("A1", "A2", "difference"), heat)}
             rows.append(json.dumps(row) + "\n")
     (path / "attention.jsonl").write_text("".join(rows))
 
@@ -223,6 +225,50 @@ def test_page_shows_every_score_and_difference(quickstart):
         assert " ".join([name.split(" / ")[1], *cells]) in page.words
 
 
+def test_the_result_comes_first_with_pope_and_its_controls(quickstart):
+    runs, out = quickstart
+    arms = gather([runs])
+    rows = rows_of(result(arms))
+    assert [name.removeprefix(" / ") for name in rows] == [
+        *("Linear probing", "Few-shot", "Image retrieval", "Text retrieval", "Zero-shot", "Zero-shot OOD", "POPE")
+    ]
+    assert rows[" / Zero-shot"][:3] == ["65.0", "66.3", "+1.3"] and rows[" / POPE"][-1] == "9,000"
+    assert headline(arms).startswith("On the test items of one seed, no difference between DiffCLIP-tiny and CLIP-tiny")
+    words = Page(out / "index.html").words
+    order = [headline(arms), "uses the image", "not significant evidence", "At a glance", "What was run"]
+    assert [*order] == sorted(order, key=words.rindex) and all(words.index(text) > 0 for text in order)
+    paragraph = methods(arms)
+    assert paragraph in words
+    for fact in ("9,000,000 parameters", "20,000 pairs × 3 epochs", "a stand-in language model", "one seed (0)"):
+        assert fact in paragraph
+
+
+@pytest.mark.parametrize(
+    ("lifts", "words"),
+    [
+        ((2.0, 2.2, 2.1), "Over the seeds, B is better on linear probing"),
+        ((-2.0, -2.2, -2.1), "Over the seeds, B is worse on linear probing"),
+        ((2.0, -2.0, 0.1), "Over the seeds, no difference between B and A is shown on any of 7 tasks."),
+    ],
+    ids=["better", "worse", "neither"],
+)
+def test_the_headline_says_what_the_intervals_say(tmp_path, lifts, words):
+    for seed, lift in enumerate(lifts):
+        write_run(tmp_path / f"a{seed}", "evaluate", model="A", seed=seed, metrics=scores())
+        write_run(tmp_path / f"b{seed}", "evaluate", model="B", seed=seed, metrics=scores(lift))
+    assert headline(gather([tmp_path])).startswith(words)
+
+
+def test_the_jumps_of_a_curriculum_are_explained(tmp_path):
+    write_run(tmp_path / "a", "instruct", config={"order": "file"})
+    write_run(tmp_path / "b", "align", config={"order": "random"})
+    write_run(tmp_path / "c", "language", config={"trainer": {"train_sampling_strategy": "sequential"}})
+    write_run(tmp_path / "d", "pretrain", config={"trainer": None})
+    arms = gather([tmp_path])
+    told = [stage for stage in ("language", "pretrain", "align", "instruct") if "jumps" in jumps(arms, stage)]
+    assert told == ["language", "instruct"]
+
+
 def test_sections_stand_in_the_papers_order(quickstart):
     rows = list(rows_of(comparison(gather([quickstart[0]]))))
     headings = list(dict.fromkeys(row.split(",")[0] for row in rows))
@@ -321,6 +367,8 @@ def test_differences_use_only_common_seeds(tmp_path):
         "+2.0",
         "– [16]",
         "–",
+        "–",
+        "–",
     ]
     assert "With one seed" in evidence(arms)
     assert (False, "The arms have other seeds: CLIP-tiny: 0, 1; DiffCLIP-tiny: 0.") in checks(arms)
@@ -375,7 +423,7 @@ def test_the_two_halves_of_an_evaluation_may_be_two_runs(tmp_path):
     write_run(tmp_path / "clip", "evaluate", metrics={"zero_shot/shape/top1": 61.0})
     write_run(tmp_path / "pope", "evaluate", metrics={f"pope/{s}/accuracy": 80.0 for s in SPLITS})
     rows = rows_of(comparison(gather([tmp_path])))
-    assert rows[ZERO_SHOT] == ["61.0"] and rows["POPE, accuracy / mean"] == ["80.0"]
+    assert rows[ZERO_SHOT] == ["61.0", "–"] and rows["POPE, accuracy / mean"] == ["80.0", "–"]
 
 
 def test_a_newer_run_of_the_same_stage_wins_and_the_older_is_named(tmp_path):
@@ -512,6 +560,28 @@ def test_user_errors_are_one_sentence(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="file: is a file"):
         build_report([tmp_path], tmp_path / "file")
+
+
+@pytest.mark.parametrize("models", [2, 4])
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_the_console_says_what_may_be_said_first_and_fits_80_columns(tmp_path, capsys, monkeypatch, models, seeds):
+    names = ["CLIP-tiny", "DiffCLIP-tiny", "DiffCLIP-star-tiny", "DiffCLIP-dagger-tiny"][:models]
+    for seed in range(seeds):
+        for number, model in enumerate(names):
+            metrics = scores(lift=-1.26 * number * (1 + seed)) | {"mmvp/Positional and Relational Context": 13.3}
+            write_run(tmp_path / model / str(seed), "evaluate", model=model, seed=seed, metrics=metrics)
+    monkeypatch.setenv("COLUMNS", "300")  # what it takes by itself
+    print_scores(gather([tmp_path]))
+    lines = capsys.readouterr().out.splitlines()
+    start = next(number for number, line in enumerate(lines) if line.startswith("┏"))
+    assert all("uses the image" in line for line in lines[:models]) and "seed" in lines[models] and start > models
+    table = [line for line in lines if line and line[0] in "┏┃│└├┡"]
+    assert len(table) > 30 and max(map(len, table)) <= 80
+    row = next(line for line in table if line.startswith("│ color")).replace("│", " ").split()
+    if seeds == 1:
+        assert row[:3] == ["color", "70.0", "68.7"] and (row[3] == "−1.3" if models == 2 else len(row) == 1 + models)
+    else:
+        assert row[1:7] == ["70.0", "±", "0.0", "68.1", "±", "0.9"]
 
 
 @pytest.mark.slow

@@ -8,12 +8,15 @@ import re
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from test_stages_report import HOSTILE
 
-from stages.overlays import Encoder, heat_maps, keep_attention, queries_from_masks, query_of
+import diffclip
+from diffclip.attention_maps import layer_maps, relevance
+from stages.overlays import Encoder, both_maps, heat_maps, keep_attention, queries_from_masks, query_of
 from stages.report.cells import Table
-from stages.report.examples import grid
+from stages.report.examples import Map, grid
 from stages.report.export import as_csv, as_latex, as_markdown, latex
 from stages.report.paper import FEW_SHOT, LINEAR, POPE, RETRIEVAL, paper_table1, paper_table2, paper_table3
 
@@ -93,11 +96,6 @@ def test_a_damaged_heat_map_is_none(value):
 
 
 def test_evaluate_keeps_the_relevance_of_the_models_own_crop(tmp_path):
-    import torch
-
-    import diffclip
-    from diffclip.attention_maps import relevance
-
     torch.manual_seed(0)
     model = diffclip.build("DiffCLIP-tiny", init="matched").eval()
     encoder = Encoder(
@@ -105,9 +103,15 @@ def test_evaluate_keeps_the_relevance_of_the_models_own_crop(tmp_path):
     )
     pixels = np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "wide.png")
-    items = [(tmp_path / "wide.png", "star", None), (tmp_path / "wide.png", "cup", None), (tmp_path / "b", "cup", None)]
+    mask = np.zeros((60, 90), dtype=bool)
+    mask[:30, 15:45] = True  # the upper left quarter of the middle square, which the crop shows
+    items = [
+        (tmp_path / "wide.png", "star", mask),
+        (tmp_path / "wide.png", "cup", ~mask),
+        (tmp_path / "b", "cup", mask),
+    ]
     queries = queries_from_masks(items)
-    assert queries == [(tmp_path / "wide.png", ["a star", "a cup"])]  # an image with one object shows nothing
+    assert [(path, [*masks]) for path, masks in queries] == [(tmp_path / "wide.png", ["a star", "a cup"])]  # not of one
     assert keep_attention(encoder, queries, tmp_path / "run") == 2
     rows = [json.loads(line) for line in (tmp_path / "run" / "attention.jsonl").read_text().splitlines()]
     picture = Image.open(tmp_path / "wide.png").convert("RGB")
@@ -118,6 +122,41 @@ def test_evaluate_keeps_the_relevance_of_the_models_own_crop(tmp_path):
     shown = Image.open(tmp_path / "run" / rows[0]["image"])
     assert shown.width == shown.height >= 200
     assert heat_maps(encoder, [picture], ["a cup"])[0] == rows[1]["heat"]
+    outline = np.array(rows[0]["outline"])
+    half = len(outline) // 2
+    assert (outline[:half, :half] == 255).all() and outline.sum() == 255 * half * half
+    assert (np.array(rows[1]["outline"]) == 255 - outline).all()
+    maps = {name: torch.tensor(grid).double() for name, grid in rows[0]["maps"].items()}
+    truths = {name: m[0].double().mean(0) for name, m in layer_maps(model, encoder.transform(picture)[None]).items()}
+    scale = 255 / max(truths["A1"].max(), truths["A2"].max())  # one for both
+    assert all(torch.allclose(maps[name], truths[name] * scale, atol=0.51) for name in ("A1", "A2"))
+    largest = truths["difference"].abs().max()
+    assert torch.allclose((maps["difference"] - 128) / 127, truths["difference"] / largest, atol=0.51 / 127)
+
+
+def test_plain_towers_have_no_two_maps():
+    model = diffclip.build("CLIP-tiny").eval()
+    encoder = Encoder(model, diffclip.transforms(model.model_config, train=False), lambda texts: None)
+    assert both_maps(encoder, Image.new("RGB", (60, 60))) == {}
+
+
+def test_the_edge_of_an_object_is_drawn_white_inside_and_black_outside():
+    mask = np.zeros((8, 8), dtype=int)
+    mask[2:6, 2:6] = 255
+    one = Map("a.png", "a star", Image.new("RGB", (8, 8), (90, 90, 90)), outline=mask.tolist())
+    shown = one.outlined(one.pixels(8))[:, :, 0]
+    white, black = shown == 255, shown == 0
+    assert white.sum() == 12 and (mask[white] == 255).all()  # a ring of 4 x 4 without its 2 x 2
+    assert black.sum() == 20 and (mask[black] == 0).all()  # and the ring around it
+    assert (one.pixels(8) == 90).all()
+    none = Map("a.png", "a star", one.image)
+    assert (none.outlined(none.pixels(8)) == 90).all()
+
+
+def test_a_signed_map_is_red_above_zero_and_blue_below():
+    one = Map("a.png", "a star", Image.new("RGB", (4, 4), (128, 128, 128)))
+    low, zero, high = (one.tinted([[value]], 4)[0, 0].astype(int) for value in (1, 128, 255))
+    assert high[0] > high[2] + 50 and low[2] > low[0] + 50 and abs(zero[0] - zero[2]) < 10
 
 
 def test_no_text_breaks_out_of_its_cell():

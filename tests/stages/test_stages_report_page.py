@@ -271,6 +271,35 @@ def test_on_a_phone_the_example_in_hand_stays_in_view(browser_page):
     page.set_viewport_size({"width": 1280, "height": 900})
 
 
+def test_the_page_is_short_until_it_is_unfolded_and_its_index_unfolds_it(browser_page):
+    page, _ = browser_page
+    page.set_viewport_size({"width": 1280, "height": 900})
+    folded = "[...document.querySelectorAll('details.section')].map(d => d.id)"
+    assert {"run", "all-scores", "details", "curves", "methods"} <= set(page.evaluate(folded))
+    assert page.evaluate("document.querySelectorAll('details[open]').length") == 0
+    height = page.evaluate("document.documentElement.scrollHeight")
+    page.click("nav a[href='#run']")
+    page.wait_for_function("document.getElementById('run').open")
+    assert page.is_visible("#setup") and page.evaluate("document.querySelectorAll('details[open]').length") == 1
+    page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
+    assert page.evaluate("document.documentElement.scrollHeight") > 2 * height
+    page.evaluate("document.querySelectorAll('details').forEach(d => d.open = false)")
+
+
+def test_what_is_wider_than_a_phone_says_that_it_scrolls(browser_page):
+    page, _ = browser_page
+    page.set_viewport_size({"width": 360, "height": 800})
+    wider = "n => n.scrollWidth > n.clientWidth + 1"
+    page.wait_for_function("document.querySelector('nav ul').classList.contains('sideways')")
+    places = "[...document.querySelectorAll('main > section .scroll, nav ul')]"
+    assert page.evaluate(f"{places}.filter({wider}).length") >= 4
+    assert page.evaluate(f"{places}.every(n => n.classList.contains('sideways') === ({wider})(n))")
+    said = page.evaluate("getComputedStyle(document.querySelector('.scroll.sideways'), '::before').content")
+    assert "scroll sideways" in said
+    page.set_viewport_size({"width": 1280, "height": 900})
+    page.wait_for_function("!document.querySelector('#summary .scroll').classList.contains('sideways')")
+
+
 def test_nothing_complained(browser_page):
     assert browser_page[1] == []
 

@@ -203,9 +203,9 @@ def test_table3_has_the_papers_columns(tmp_path):
     write_run(tmp_path / "a", "evaluate", model="A", metrics=scores(pope=80.0))
     write_run(tmp_path / "b", "evaluate", model="B", metrics=scores(pope=81.0))
     table = table3(gather([tmp_path]))
-    assert table.groups == [("", 1), ("A", 3), ("B", 3)] and [row[0] for row in table.rows][:3] == [
+    assert table.groups == [("", 1), ("A", 3), ("B", 3), ("", 1)] and [row[0] for row in table.rows][:3] == [
         "Random",
         "Popular",
         "Adversarial",
     ]
-    assert table.rows[0] == ["Random", "80.0", "80.0", "80.0", *["81.0 (+1.0)"] * 3]
+    assert table.rows[0] == ["Random", "80.0", "80.0", "80.0", *["81.0 (+1.0)"] * 3, "3,000"]

@@ -34,7 +34,9 @@ def test_every_setting_has_a_group_and_every_number_a_range_that_holds_its_defau
     kinds = get_type_hints(config_class)
     for setting in fields(config_class):
         assert setting.metadata["help"] and setting.metadata["group"] in GROUPS, setting.name
-        assert ("range" in setting.metadata) == (kinds[setting.name] in (int, float, list[float])), setting.name
+        assert ("range" in setting.metadata) == (kinds[setting.name] in (int, float, list[int], list[float])), (
+            setting.name
+        )
     check(config_class())
 
 

@@ -1,0 +1,54 @@
+"""What no user can act upon is dropped; everything else that the same libraries say is heard."""
+
+import io
+import logging
+import warnings
+
+import pytest
+from transformers.utils import logging as transformers_logging
+
+from diffclip.base.noise import drop_noise
+
+drop_noise()
+
+
+def said(logger: str, *arguments: object) -> str:
+    stream = io.StringIO()
+    handler = logging.StreamHandler(stream)
+    logging.getLogger(logger).addHandler(handler)
+    try:
+        logging.getLogger(logger).warning(*arguments)
+    finally:
+        logging.getLogger(logger).removeHandler(handler)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("logger", "noise"),
+    [
+        ("DeepSpeed", "Setting accelerator to CPU. If you have GPU or other accelerator, we were unable to detect it."),
+        ("DeepSpeed", "Unable to find hostfile, will proceed with training with local resources only."),
+        ("accelerate.accelerator", "Gradient accumulation steps mismatch: GradientAccumulationPlugin has 1, DeepSpeed"),
+        ("transformers.generation.utils", "Both `max_new_tokens` (=5) and `max_length`(=20) seem to have been set."),
+    ],
+    ids=["accelerator", "hostfile", "accumulation", "max_length"],
+)
+def test_a_library_is_quiet_of_that_alone(logger, noise):
+    assert said(logger, noise) == ""
+    assert said(logger, "the loss scale is %d", 1) == "the loss scale is 1\n"
+    assert said("another", noise) == noise + "\n"
+
+
+def test_the_warning_of_unused_parameters_is_dropped():
+    with warnings.catch_warnings(record=True) as heard:
+        drop_noise.__wrapped__()  # the filters that the module's call set are pytest's to put aside
+        warnings.warn("find_unused_parameters=True was specified in DDP constructor, but", stacklevel=1)
+        warnings.warn("another", stacklevel=1)
+    assert [str(one.message) for one in heard] == ["another"]
+
+
+def test_bars_of_weights_are_not_drawn_and_those_of_downloads_are(capsys):
+    from huggingface_hub.utils import are_progress_bars_disabled
+
+    assert [*transformers_logging.tqdm([1, 2], desc="Loading weights")] == [1, 2]
+    assert capsys.readouterr().err == "" and not are_progress_bars_disabled()
