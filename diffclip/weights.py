@@ -21,7 +21,8 @@ from transformers.utils import cached_file
 from diffclip.attention import Differential
 from diffclip.base.errors import InputError, in_one_line
 from diffclip.base.files import read_settings, whole
-from diffclip.base.loaded import check_directory, check_header, check_processor, check_values
+from diffclip.base.loaded import check_directory, check_processor, check_values
+from diffclip.base.ranges import check_header
 
 
 def load_strictly(model: nn.Module, state: dict[str, Tensor], source: str) -> None:

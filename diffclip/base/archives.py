@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from diffclip.base.errors import InputError
+from diffclip.base.files import open_file
 from diffclip.base.lines import print_line
 from diffclip.base.paths import inside
 
@@ -93,7 +94,7 @@ def members(path: str | Path) -> tuple[list[tarfile.TarInfo], str]:
     whole: list[tarfile.TarInfo] = []
     size = os.path.getsize(path)
     try:
-        with open(path, "rb") as f:
+        with open_file(path) as f:
             while True:
                 try:
                     with tarfile.open(fileobj=f, mode="r:") as tar:

@@ -12,11 +12,12 @@ import json
 import math
 import os
 import re
+import stat
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, BinaryIO, cast
 
 from diffclip.base.errors import InputError
 
@@ -92,11 +93,18 @@ def read_text(path: str | Path, most: int = MOST_TEXT) -> str:
             raise InputError(f"{path}: not UTF-8 (byte {error.start}); {utf8_remedy(path)}") from None
 
 
+def open_file(path: str | Path) -> BinaryIO:
+    """A file's bytes, as `open` gives them; InputError for a pipe, which would be waited for, perhaps for ever."""
+    if stat.S_ISFIFO(os.stat(path).st_mode):
+        raise InputError(f"{path}: is a pipe, and no file; write what comes through it into a file")
+    return open(path, "rb")
+
+
 @contextmanager
 def opened(path: str | Path) -> Iterator[IO[bytes]]:
     """A file's bytes, unpacked if it is gzip; InputError if they cannot be read, then or inside the `with`."""
     try:
-        with open(path, "rb") as file:
+        with open_file(path) as file:
             packed = file.read(2) == b"\x1f\x8b"
             file.seek(0)
             yield cast(IO[bytes], gzip.GzipFile(fileobj=file)) if packed else file

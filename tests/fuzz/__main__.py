@@ -33,15 +33,17 @@ def main() -> int:
     if not (valid / "data").is_dir():
         samples.make(valid)
     numbers = range(options.cases) if options.case is None else [options.case]
-    ended, kinds = Counter[str](), Counter[str]()
+    ended, kinds, seconds = Counter[str](), Counter[str](), Counter[str]()
     for found in children.run(valid, numbers, options.seed, options.only, options.case is not None):
-        if isinstance(found, str):
-            ended[found] += 1
+        if isinstance(found, children.Ended):
+            ended[found.how] += 1
+            seconds[found.name] += found.seconds
             continue
         kinds[kind := children.kind_of(found)] += 1
         if kinds[kind] == 1:
             print(f"\n=== {found.name}: {found.told}\n{found.what}\n{found.repeat}", flush=True)
-    print(f"\n{dict(ended)}, {sum(kinds.values())} faults")
+    print(f"\n{len(numbers):,} cases: {dict(ended)}, {sum(kinds.values())} faults")
+    print("seconds of a CPU:", ", ".join(f"{name} {value:.1f}" for name, value in seconds.most_common(8)))
     for kind, count in kinds.most_common():
         print(f"{count:5} {kind}")
     return 1 if kinds else 0

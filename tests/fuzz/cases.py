@@ -95,7 +95,9 @@ TARGETS = {
     "a run to publish": Target("publish {runs/pretrain} --dry_run", "runs/pretrain", weight=10),
     "runs to report": Target("report {runs} --output_dir {out}/report", "runs/evaluate runs/pretrain", weight=4),
     "a run to go on with": Target(
-        "pretrain --config {runs/pretrain/config.yaml} --output_dir {runs/pretrain} --epochs 1", "runs/pretrain", weight=6
+        "pretrain --config {runs/pretrain/config.yaml} --output_dir {runs/pretrain} --epochs 1",
+        "runs/pretrain",
+        weight=6,
     ),
     "a list of addresses": Target("data pairs {tables/urls.parquet} --dry_run", "tables", "urls.*", 6),
 }
@@ -191,7 +193,9 @@ def _settings(rng: Random, folder: Path) -> Case:
 
 def _odd(rng: Random, name: str) -> Any:
     value = rng.choice(spoil.VALUES)
-    return rng.choice(([value], [value, value], {"a": value}, {name: value}, str(value))) if rng.random() < 0.3 else value
+    return (
+        rng.choice(([value], [value, value], {"a": value}, {name: value}, str(value))) if rng.random() < 0.3 else value
+    )
 
 
 def _flag(value: Any) -> str:

@@ -9,6 +9,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -26,8 +27,17 @@ CODES = (None, 0, 1, 2)
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 CHANGES = {"os.rename": 2, "os.remove": 1, "os.mkdir": 1, "os.rmdir": 1, "os.symlink": 2, "os.link": 2}
 CHANGES |= {"os.truncate": 1, "os.chmod": 1}
+HARMLESS = ("fc-list", "git")  # of matplotlib, for fonts; of records of runs
 IN_FOLDER = ("os.remove", "os.mkdir", "os.rmdir", "os.rename", "os.link")  # whose last arguments are open folders
 PROGRAMS = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "socket.connect")
+
+
+class Ended(NamedTuple):
+    """A case that is as it should be: how it ended, after how many seconds of a CPU."""
+
+    name: str
+    how: str
+    seconds: float
 
 
 class Fault(NamedTuple):
@@ -40,7 +50,7 @@ class Fault(NamedTuple):
     repeat: str
 
 
-def run(valid: Path, numbers: Sequence[int], seed: int, only: str = "", keep: bool = False) -> Iterator[Fault | str]:
+def run(valid: Path, numbers: Sequence[int], seed: int, only: str = "", keep: bool = False) -> Iterator[Fault | Ended]:
     """The fault of each case that has one, and for each other how it ended; the files of kept cases stay.
 
     Args:
@@ -68,7 +78,7 @@ def run(valid: Path, numbers: Sequence[int], seed: int, only: str = "", keep: bo
                 died = f"the process ended ({_signal(status)})\n{_tail(place / f'{number}.log')}"
                 what = entry.get("what", died)
                 if what.startswith("ended"):
-                    yield what
+                    yield Ended(entry["name"], what, entry["seconds"])
                 else:
                     repeat = f"python tests/fuzz --seed {seed} --case {number}{f' --only {only!r}' if only else ''}"
                     yield Fault(number, entry["name"], entry["told"], what, repeat)
@@ -78,7 +88,8 @@ def run(valid: Path, numbers: Sequence[int], seed: int, only: str = "", keep: bo
             else:
                 continue
             if number == batch[0]:
-                raise RuntimeError(f"no case was begun ({_signal(status)})")
+                log = _tail(place / f"{number}.log")
+                raise RuntimeError(f"case {number} was not begun ({_signal(status)})\n{log}")
     finally:
         if keep:
             print(f"files: {place}")
@@ -105,11 +116,19 @@ def _child(valid: Path, batch: list[int], seed: int, only: str, place: Path, tol
                 folder = place / str(number)
                 (place / "tmp").mkdir(exist_ok=True)
                 tempfile.tempdir = os.environ["TMPDIR"] = str(place / "tmp")
-                case = cases.draw(Random(f"{seed}:{number}"), valid, folder, only)
+                shutil.rmtree(folder, ignore_errors=True)
+                try:
+                    case = cases.draw(Random(f"{seed}:{number}"), valid, folder, only)
+                except Exception:
+                    entry = {"number": number, "name": "the fuzzer", "told": "", "what": traceback.format_exc()}
+                    out.write(json.dumps(entry) + "\n")
+                    continue
                 entry = {"number": number, "name": case.name, "told": case.told}
                 out.write(json.dumps(entry) + "\n")
                 watch.begin(case, folder, place / "tmp")
+                start = time.process_time()
                 what = _tried(case)
+                entry["seconds"] = time.process_time() - start
                 faults = watch.end()
                 text = _tail(place / f"{number}.log", 20_000)
                 if what.startswith("ended") and "Traceback (most recent call last)" in text:
@@ -170,16 +189,22 @@ class Watch:
                 return
             paths = [path]
         elif event in CHANGES:
-            paths, folders = list(given[: CHANGES[event]]), [fd for fd in given[-CHANGES[event] :] if event in IN_FOLDER]
-            paths = [os.path.join(_named(fd), os.fsdecode(p)) for p, fd in zip(paths, folders or [-1, -1])]
+            count = CHANGES[event]
+            paths, folders = given[:count], given[-count:] if event in IN_FOLDER else [-1, -1]
+            paths = [
+                os.path.join(_named(fd), os.fsdecode(path))
+                for path, fd in zip(paths, folders)
+                if not isinstance(path, int)
+            ]
             if event in ("os.symlink", "os.link"):
                 paths = paths[1:]
         elif event in PROGRAMS:
-            self.found.append(f"{event} {str(given)[:300]}")
+            if not str(given[0]).startswith(HARMLESS):
+                self.found.append(f"{event} {str(given)[:300]}")
             return
         else:
             return
-        for path in map(os.fsdecode, (p for p in paths if not isinstance(p, int))):
+        for path in map(os.fsdecode, paths):
             if path and not os.path.abspath(path).startswith(self.allowed):
                 where = "".join(traceback.format_stack(sys._getframe(1), 6))
                 self.found.append(f"{event} outside of the output folder: {path}\n{where}")

@@ -156,7 +156,14 @@ def _models(folder: Path) -> None:
     shutil.copytree(runs / "instruct", folder / "models/mllm", ignore=shutil.ignore_patterns("checkpoint-*", "*.log"))
     call(
         [
-            *("evaluate", "--clip", str(runs / "pretrain"), "--data_root", str(folder / "tables"), "--few_shot_episodes=2"),
+            *(
+                "evaluate",
+                "--clip",
+                str(runs / "pretrain"),
+                "--data_root",
+                str(folder / "tables"),
+                "--few_shot_episodes=2",
+            ),
             *("--linear_probe=fast", "--output_dir", str(runs / "evaluate")),
         ]
     )
