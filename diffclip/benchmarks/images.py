@@ -85,7 +85,7 @@ class Images(Dataset):
                 if path not in state:
                     stat = path.stat()
                     state[path] = (stat.st_size, stat.st_mtime_ns)
-                content = (str(path.resolve()), state[path], place)
+                content = (os.path.realpath(path), state[path], place)
             digest.update(repr((name, label, content)).encode())
         return digest.hexdigest()
 

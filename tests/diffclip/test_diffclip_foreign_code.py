@@ -15,6 +15,7 @@ from diffclip import checkpoints, convert
 from diffclip.base.backbones import open_clip
 from diffclip.base.errors import InputError
 from diffclip.benchmarks.__main__ import main as benchmarks
+from stages import evaluate
 
 TREE = Path(__file__).resolve().parents[2]
 MODULES = {
@@ -86,6 +87,8 @@ def test_open_clip_directories_bring_no_code(reason, tmp_path):
         convert.main([str(folder), str(tmp_path / "out")])
     with pytest.raises(InputError, match=reason):
         benchmarks(["--model", str(folder), "--data_root", str(tmp_path), "--output_dir", str(tmp_path / "out")])
+    with pytest.raises(InputError, match=reason):
+        evaluate.main(["--clip", str(folder), "--data_root", str(tmp_path), "--output_dir", str(tmp_path / "stage")])
     assert not marker.exists()
 
 

@@ -38,7 +38,7 @@ ASK = "--max_new_tokens 3 --device cpu"
 TARGETS = {
     "pairs in a tar": Target("check {data/pretrain} --pairs --caption_member json", "data/pretrain", weight=30),
     **{
-        f"pairs in {name}": Target("check {pairs/%s} --pairs" % name, "pairs", name, 16)
+        f"pairs in {name}": Target(f"check {{pairs/{name}}} --pairs", "pairs", name, 16)
         for name in ("pairs.json", "pairs.jsonl", "pairs.csv", "pairs.tsv", "results.csv", "results.token")
     },
     "pairs in parquet": Target("check {pairs/pairs.parquet} --pairs", "pairs", "pairs.parquet", 24),
@@ -46,7 +46,7 @@ TARGETS = {
     "pairs in a folder": Target("check {pairs/images} --pairs", "pairs/images"),
     "images of pairs": Target("check {pairs/pairs.csv} --pairs", "pairs", "images/*.jpg"),
     **{
-        f"rows in {name}": Target("check {rows/%s} --image_root {rows/images}" % name, "rows", name, 20)
+        f"rows in {name}": Target(f"check {{rows/{name}}} --image_root {{rows/images}}", "rows", name, 20)
         for name in ("llava.json", "llava.jsonl", "messages.jsonl", "llava.parquet")
     },
     "images of rows": Target("check {rows/llava.json} " + ROWS, "rows", "images/*"),

@@ -184,7 +184,7 @@ class Watch:
         if self.allowed is None:
             return
         if event == "open":
-            path, mode, flags = given
+            path, _, flags = given
             if isinstance(path, int) or not (flags or 0) & WRITES:
                 return
             paths = [path]
