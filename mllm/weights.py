@@ -43,7 +43,8 @@ def verify(model: DiffCLIPLlavaForConditionalGeneration, expected: Mapping[str, 
     for name, wanted in expected.items():
         if (actual := fingerprint(parts(model)[name])) != wanted:
             raise WeightsError(
-                f"{name} has fingerprint {actual}, expected {wanted}: its weights were replaced; take the model from its source again"
+                f"{name} has fingerprint {actual}, expected {str(wanted)[:60]}: its weights were replaced; take the "
+                "model from its source again"
             )
 
 

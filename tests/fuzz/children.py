@@ -1,4 +1,8 @@
-"""Cases in forked children, which may take so much time and memory and write into their output folder alone."""
+"""Cases in forked children, which may take so much time and memory and write into their output folder alone.
+
+What commands import once they know what is asked is imported here, before the children part.
+"""
+# ruff: noqa: F401
 
 import faulthandler
 import json
@@ -17,10 +21,28 @@ from random import Random
 from typing import Any, NamedTuple
 
 import cases
+import matplotlib.pyplot
+import torchvision
+import transformers.models.auto
 
+import diffclip.benchmarks.evaluate
+import diffclip.benchmarks.localisation
+import diffclip.checkpoints
+import diffclip.data.check
+import mllm.answer_file
+import mllm.data.__main__
+import mllm.data.report
+import mllm.model
+import mllm.pope.__main__
+import mllm.pope.chair
+import stages.pretraining
+import stages.publish
+import stages.report.__main__
+import stages.report.build
+import stages.verify
 from diffclip.base.errors import exit_on_input_error
 
-BATCH = 50  # cases of a child
+BATCH = 100  # cases of a child
 SECONDS, WAITING, MEMORY = 10, 60, 2 << 30  # of a CPU, of a clock (the machine may be busy), bytes beyond the start
 CACHES = ("DIFFCLIP_CACHE", "HF_DATASETS_CACHE", "HF_HOME", "MPLCONFIGDIR")
 CODES = (None, 0, 1, 2)
