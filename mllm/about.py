@@ -21,7 +21,7 @@ def trained_on(run: str) -> str:
     """
     phrases: list[str] = []
     models: list[str] = []
-    seen: set[Path] = set()
+    seen: set[str] = set()
     place: Path | None = Path(run)
     while place and os.path.realpath(place) not in seen and "stage" in (record := _record(place)):
         seen.add(os.path.realpath(place))

@@ -80,7 +80,7 @@ class _Header(tarfile.TarInfo):
     def _proc_member(self, tar: tarfile.TarFile) -> tarfile.TarInfo:
         if self.type in HEADERS and not 0 <= self.size <= LONGEST_HEADER:
             raise tarfile.ReadError(f"a header of {self.size:,} bytes")
-        return super()._proc_member(tar)  # type: ignore[misc,no-any-return]
+        return super()._proc_member(tar)  # type: ignore[misc]
 
 
 def _check_members(archive: Path, folder: Path, members: Iterable[tuple[str, int]]) -> None:

@@ -38,6 +38,11 @@ def check_directory(directory: Path) -> None:
             raise InputError(
                 f"{directory / name}: has {size:,} bytes, too many for a tokenizer; take it from its source"
             )
+    generation = read.get("generation_config.json")
+    for name, value in generation.items() if isinstance(generation, dict) else ():
+        ids = value if isinstance(value, list) else [value]
+        if name.endswith("_token_id") and value is not None and not all(type(each) is int for each in ids):
+            raise InputError(f"{directory / 'generation_config.json'}: {name} is no number of a token; mend it")
     weights = [path for path in directory.iterdir() if path.suffix in WEIGHTS] if directory.is_dir() else []
     for path in weights:
         if path.suffix == ".safetensors":

@@ -295,7 +295,8 @@ def _dataset(path: str, records: Iterable[dict[str, Any]], layout: Layout) -> da
     for name, values in names.items():
         values += [None] * (count - len(values))
         if name == image or name.strip().lower() == "split":
-            if odd := next((value for value in values if value is not None and not isinstance(value, str)), None):
+            odd = next((value for value in values if value is not None and not isinstance(value, str)), None)
+            if odd is not None:
                 raise InputError(f"{path}: {name} must be text, not {str(odd)[:60]}; write one path a row")
             columns[name] = pyarrow.array(values, pyarrow.string())
         elif name in captions and all(value is None or isinstance(value, str) for value in values):
