@@ -159,6 +159,8 @@ def _with_inputs(model: DualEncoder, directory: Path | None) -> Loaded:
 
 
 def _read_config(directory: Path) -> dict[str, Any]:
+    if not directory.is_dir():
+        raise InputError(f"{directory}: is no folder of a model, nor a file of weights; give one of these")
     if not (directory / CONFIG).is_file():
         reason = sources.directory_resembles(directory)
         raise InputError(f"{directory}: no {CONFIG}, so this is not a finished dual encoder{reason}")

@@ -5,7 +5,6 @@ Code that somebody put beside a model's weights is never run either: where a dir
 
 import argparse
 import math
-import pickle
 import re
 import zipfile
 from pathlib import Path
@@ -21,7 +20,8 @@ from transformers.utils import cached_file
 from diffclip.attention import Differential
 from diffclip.base.errors import InputError, in_one_line
 from diffclip.base.files import read_settings, whole
-from diffclip.base.loaded import check_directory, check_header, check_processor, check_values
+from diffclip.base.loaded import check_directory, check_processor, check_values
+from diffclip.base.ranges import check_header
 
 
 def load_strictly(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
@@ -79,7 +79,7 @@ def read_pickle(path: Path) -> Any:
     try:
         with torch.serialization.safe_globals([argparse.Namespace, *((Unread, name) for name in UNREAD)]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, TypeError, KeyError) as error:
+    except Exception as error:  # any of a dozen kinds, by what is broken
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         if named := re.search(r"GLOBAL (\S+)", str(error)):  # what a pickle asks for, after much advice of torch's
             reason = f"it holds a {named[1]}, which is not made from a file; save its state dict alone with torch.save"

@@ -1,5 +1,6 @@
 """A run in a few words, for people who look at what it answers: its name, and what it was trained on."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from diffclip.base.schema import RECORD
 
 def name_of(run: str) -> str:
     """The last parts of a run's path that tell it from others ("clip/instruct"), or a Hub id."""
-    return "/".join(Path(run).resolve().parts[-2:]).lstrip("/") if Path(run).exists() else run
+    return "/".join(Path(os.path.realpath(run)).parts[-2:]).lstrip("/") if Path(run).exists() else run
 
 
 def trained_on(run: str) -> str:
@@ -20,10 +21,10 @@ def trained_on(run: str) -> str:
     """
     phrases: list[str] = []
     models: list[str] = []
-    seen: set[Path] = set()
+    seen: set[str] = set()
     place: Path | None = Path(run)
-    while place and place.resolve() not in seen and "stage" in (record := _record(place)):
-        seen.add(place.resolve())
+    while place and os.path.realpath(place) not in seen and "stage" in (record := _record(place)):
+        seen.add(os.path.realpath(place))
         phrases.append(_phrase(record))
         inputs = _paths(record)
         place = next((Path(inputs[role]) for role in ("model", "vision_tower") if inputs.get(role)), None)

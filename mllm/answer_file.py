@@ -5,6 +5,7 @@ found again by it, so rows may have been added or moved in the meantime.
 """
 
 import hashlib
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ def answer_file(
             images than its prompt shows, by its number; `out` holds something else than answers of this model, with
             these options, to these rows.
     """
-    if out.is_dir() or out.resolve() == source.resolve():
+    if out.is_dir() or os.path.realpath(out) == os.path.realpath(source):
         raise InputError(
             f"--out {out} is {'a folder' if out.is_dir() else 'the file of the questions'}; name a new file"
         )

@@ -38,7 +38,7 @@ from mllm.literal import control_tokens, turns_as_text
 from mllm.llava import DiffCLIPLlavaForConditionalGeneration
 from mllm.own_template import check_end, own_template
 from mllm.processing import bounded, check_tokens, never_cut, write_own_template
-from mllm.weights import fingerprints, load_strictly, verify
+from mllm.weights import WeightsError, fingerprints, load_strictly, parts, verify
 
 # TRL and vLLM look an architecture up by its name among transformers' own classes, whatever is registered with those
 setattr(transformers, DiffCLIPLlavaForConditionalGeneration.__name__, DiffCLIPLlavaForConditionalGeneration)
@@ -346,7 +346,10 @@ def _compare_with_training(
 ) -> None:
     """Raise InputError or WeightsError unless all is as `FINGERPRINTS` of the directory says."""
     prints = read_settings(directory / FINGERPRINTS)
-    transform, settings = prints.pop("transform", None), prints.pop("settings", {})
+    settings = prints.pop("settings", {}) if isinstance(prints, dict) else None
+    if not isinstance(settings, dict) or not prints.keys() <= {"transform", "chat_template", *parts(model)}:
+        raise InputError(f"{directory / FINGERPRINTS}: is damaged; put the file back that the training wrote")
+    transform = prints.pop("transform", None)
     if (template := prints.pop("chat_template", None)) and template != json_digest(str(processor.chat_template)):
         raise InputError(
             f"{directory}: its chat_template.jinja is not the one that the model was trained with; put the file back "
@@ -358,12 +361,15 @@ def _compare_with_training(
             f"({model.config.text_config.model_type}) scales its logits; train it again from the alignment on"
         )
     for name, value in settings.items():
-        if (actual := getattr(model.config, name)) != value:
+        if (actual := getattr(model.config, name, None)) != value:
             raise InputError(
                 f"{directory}: {name} is {actual} in its config.json, but the model was trained with {value}; "
                 "put the file back that the training wrote"
             )
-    verify(model, prints)
+    try:
+        verify(model, prints)
+    except WeightsError as error:
+        raise WeightsError(f"{directory}: {error}") from None
     if transform not in (None, transform_fingerprint(processor)):
         raise InputError(
             f"{directory}: its processor_config.json prepares images in another way than the model was trained "

@@ -14,7 +14,7 @@ from diffclip.weights import from_pretrained
 from mllm.llava import DiffCLIPLlavaForConditionalGeneration
 
 
-class WeightsError(RuntimeError):
+class WeightsError(InputError):
     """A part does not hold the weights it should."""
 
 
@@ -42,7 +42,10 @@ def verify(model: DiffCLIPLlavaForConditionalGeneration, expected: Mapping[str, 
     """Raise WeightsError unless the named parts have the expected fingerprints."""
     for name, wanted in expected.items():
         if (actual := fingerprint(parts(model)[name])) != wanted:
-            raise WeightsError(f"{name} has fingerprint {actual}, expected {wanted}: its weights were replaced")
+            raise WeightsError(
+                f"{name} has fingerprint {actual}, expected {str(wanted)[:60]}: its weights were replaced; take the "
+                "model from its source again"
+            )
 
 
 def fingerprints(model: DiffCLIPLlavaForConditionalGeneration) -> dict[str, str]:

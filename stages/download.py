@@ -14,12 +14,11 @@ import huggingface_hub
 import pyarrow
 import pyarrow.compute
 import pyarrow.csv
-import pyarrow.parquet
 from filelock import FileLock
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from tqdm import tqdm
 
-from diffclip.base import archives
+from diffclip.base import archives, parquet
 from diffclip.base.download import download
 from diffclip.base.errors import InputError, first_line
 from diffclip.base.files import read_json, read_jsonl, write_json
@@ -147,10 +146,9 @@ def check_addresses(urls: Path) -> None:
 
     img2dataset would fetch it all the same: `file:///home/me/private.jpg` becomes an image of the shards.
     """
-    try:
+    with parquet.readable(urls, "a list"):
         if urls.suffix == ".parquet":
-            table = pyarrow.parquet.ParquetFile(urls)
-            names, batches = table.schema_arrow.names, table.iter_batches(columns=["url"])
+            names, batches = parquet.schema(urls).names, parquet.batches(urls, ["url"])
         else:
             options = pyarrow.csv.ParseOptions(delimiter="\t" if urls.suffix == ".tsv" else ",")
             batches = pyarrow.csv.open_csv(urls, parse_options=options)
@@ -164,8 +162,6 @@ def check_addresses(urls: Path) -> None:
             if not pyarrow.compute.all(web, min_count=0).as_py():
                 first = column.filter(pyarrow.compute.invert(web))[0].as_py()
                 raise InputError(f"{urls}: the address {first[:200]!r} is not http or https; take such rows out")
-    except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"{urls}: cannot be read as a list ({' '.join(str(error).split())[:200]})") from None
 
 
 def count(folder: Path, unit: str, pattern: str) -> int:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from diffclip.base.cache import cache_dir, keep
 from diffclip.base.errors import InputError
-from diffclip.base.files import parse_json, whole
+from diffclip.base.files import open_file, parse_json, whole
 from diffclip.base.paths import walk_once
 
 WHOLE = 1 << 20  # bytes, to which a file is read in full
@@ -98,7 +98,7 @@ def _said(what: str, names: list[str]) -> str:
 def sampled_content(path: str | Path, size: int) -> str:
     """16 hex digits of a file of `size` bytes: of all of it up to 1 MB, else of its size and 1 MB in 16 blocks."""
     result = hashlib.sha256(str(size).encode())
-    with open(path, "rb") as f:
+    with open_file(path) as f:
         if size <= WHOLE:
             result.update(f.read())
         else:

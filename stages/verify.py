@@ -16,6 +16,7 @@ from diffclip.base.console import print_table
 from diffclip.base.errors import InputError, exit_on_input_error, first_line
 from diffclip.base.files import read_json, write_json
 from diffclip.base.lines import print_line
+from diffclip.base.ranges import check_header
 from diffclip.base.sealed import all_damage, seal
 from stages.ledger import read_record
 from stages.run import results
@@ -86,12 +87,13 @@ def _not_finite(file: Path) -> str:
     from safetensors import SafetensorError, safe_open
 
     try:
+        check_header(file)
         with safe_open(file, "pt") as weights:
             for name in weights.keys():  # noqa: SIM118 - it is no dictionary
                 tensor = weights.get_tensor(name)
                 if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                     return f"{name} holds what is no finite number"
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, InputError) as error:
         return f"cannot be read ({first_line(error)})"
     return ""
 

@@ -15,10 +15,15 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from diffclip.base.errors import InputError
+from diffclip.base.files import open_file
 from diffclip.base.lines import print_line
 from diffclip.base.paths import inside
 
 MOST_UNPACKED = 100  # times the archive's size; images are packed once over, text perhaps twenty times
+HEADERS = (  # what stands before a member and holds its name and times
+    *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
+)
+LONGEST_HEADER = 1 << 20  # bytes
 BROKEN = (  # RuntimeError: encrypted; NotImplementedError: a compression that Python does not know
     *(zipfile.BadZipFile, tarfile.TarError, EOFError, OSError, zlib.error),
     *(lzma.LZMAError, RuntimeError, NotImplementedError, ValueError),
@@ -49,7 +54,7 @@ def unpack(archive: Path, into: Path) -> None:
                 _check_members(archive, temporary, ((info.filename, info.file_size) for info in files))
                 packed.extractall(temporary, files)
         else:
-            with tarfile.open(archive) as tar:
+            with tarfile.open(archive, tarinfo=_Header) as tar:
                 _check_members(archive, temporary, ((m.name, m.size) for m in tar if m.isfile()))
                 safe: Any = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # it came with Python 3.11.4
                 tar.extractall(temporary, [m for m in tar if m.isfile()], **safe)
@@ -67,6 +72,15 @@ def unpack(archive: Path, into: Path) -> None:
 def unpacked_mark(archive: Path) -> Path:
     """The empty file that `unpack` leaves in place of the archive."""
     return archive.with_name(f".{archive.name}.unpacked")
+
+
+class _Header(tarfile.TarInfo):
+    """A member whose long names and PAX records are names and records: tarfile would take memory for any length."""
+
+    def _proc_member(self, tar: tarfile.TarFile) -> tarfile.TarInfo:
+        if self.type in HEADERS and not 0 <= self.size <= LONGEST_HEADER:
+            raise tarfile.ReadError(f"a header of {self.size:,} bytes")
+        return super()._proc_member(tar)  # type: ignore[misc]
 
 
 def _check_members(archive: Path, folder: Path, members: Iterable[tuple[str, int]]) -> None:
@@ -93,10 +107,10 @@ def members(path: str | Path) -> tuple[list[tarfile.TarInfo], str]:
     whole: list[tarfile.TarInfo] = []
     size = os.path.getsize(path)
     try:
-        with open(path, "rb") as f:
+        with open_file(path) as f:
             while True:
                 try:
-                    with tarfile.open(fileobj=f, mode="r:") as tar:
+                    with tarfile.open(fileobj=f, mode="r:", tarinfo=_Header) as tar:
                         member = tar.next()
                         while member is not None:
                             here = 0 if member.issparse() or not member.isfile() else member.size
@@ -137,6 +151,8 @@ def _plain(f: BinaryIO, tar: tarfile.TarFile, size: int) -> tarfile.TarInfo | No
         return None
     start, at = tar.offset, tar.offset
     header, kind, length = _header(f, at)
+    if kind == b"x" and length > LONGEST_HEADER:
+        return None
     if kind == b"x":
         body = os.pread(f.fileno(), length, at + tarfile.BLOCKSIZE)
         if not _harmless(body, length):

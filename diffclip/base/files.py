@@ -12,17 +12,20 @@ import json
 import math
 import os
 import re
+import stat
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, BinaryIO, cast
 
 from diffclip.base.errors import InputError
 
 # Bytes of what is held in memory at once, unpacked. The largest honest files: COCO's annotations, half of the first; a
 # row with a few photos in base64; a hundred kilobytes of JSON, and of YAML, which is read at a fiftieth of the pace.
 MOST_TEXT, MOST_ROW, MOST_SETTINGS, MOST_YAML = 1 << 30, 256 << 20, 4 << 20, 256 << 10
+MOST_TIMES = 200  # a gzip file's size; text packs to a tenth, perhaps a hundredth, zeros to a thousandth
+LEAST_UNPACKED = 256 << 20  # bytes that any gzip file may unpack to
 DEEPEST = 100  # levels of lists and objects; Python itself gives up at a thousand, and copies of a value sooner
 MOST_SHARED = 1_000_000  # values of YAML, each counted as often as it is referred to
 
@@ -92,18 +95,44 @@ def read_text(path: str | Path, most: int = MOST_TEXT) -> str:
             raise InputError(f"{path}: not UTF-8 (byte {error.start}); {utf8_remedy(path)}") from None
 
 
+def open_file(path: str | Path) -> BinaryIO:
+    """A file's bytes, as `open` gives them; InputError for a pipe, which would be waited for, perhaps for ever."""
+    if stat.S_ISFIFO(os.stat(path).st_mode):
+        raise InputError(f"{path}: is a pipe, and no file; write what comes through it into a file")
+    return open(path, "rb")
+
+
 @contextmanager
 def opened(path: str | Path) -> Iterator[IO[bytes]]:
     """A file's bytes, unpacked if it is gzip; InputError if they cannot be read, then or inside the `with`."""
     try:
-        with open(path, "rb") as file:
+        with open_file(path) as file:
             packed = file.read(2) == b"\x1f\x8b"
             file.seek(0)
-            yield cast(IO[bytes], gzip.GzipFile(fileobj=file)) if packed else file
+            yield cast(IO[bytes], io.BufferedReader(_Unpacked(file, path), PIECE)) if packed else file
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise InputError(f"{path}: is no whole gzip file ({error}); download or write it again") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
+
+
+class _Unpacked(io.RawIOBase):
+    """What a gzip file holds; InputError once that is far more than text packs into a file of its size."""
+
+    def __init__(self, file: BinaryIO, path: str | Path) -> None:
+        self.file, self.path = gzip.GzipFile(fileobj=file), path
+        self.left = max(MOST_TIMES * os.path.getsize(path), LEAST_UNPACKED)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        piece = self.file.read(len(buffer))
+        self.left -= len(piece)
+        if self.left < 0:
+            raise InputError(f"{self.path}: unpacks to over {MOST_TIMES} times its size, as no text does; leave it out")
+        buffer[: len(piece)] = piece
+        return len(piece)
 
 
 def read_json(path: str | Path, *, unique: bool = False) -> Any:

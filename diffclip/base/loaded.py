@@ -12,13 +12,12 @@ from torch import Tensor
 
 from diffclip.base.errors import InputError
 from diffclip.base.files import read_settings
-from diffclip.base.ranges import check_numbers, check_size
+from diffclip.base.ranges import check_header, check_numbers, check_size
 
 # No weight of a trained model comes near it, and float32 with its highest bit flipped is far above it.
 LARGEST = 1e9
 LARGEST_SCALE = 80.0  # of logit_scale, whose exponential is what counts
 NAMED = 5
-LONGEST_HEADER = 3 << 20  # bytes; a thousand tensors take 130,000, and safetensors itself would take 100 MB
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
 SETTINGS = (  # what transformers reads whole as JSON, whatever its size
     *("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -39,6 +38,11 @@ def check_directory(directory: Path) -> None:
             raise InputError(
                 f"{directory / name}: has {size:,} bytes, too many for a tokenizer; take it from its source"
             )
+    generation = read.get("generation_config.json")
+    for name, value in generation.items() if isinstance(generation, dict) else ():
+        ids = value if isinstance(value, list) else [value]
+        if name.endswith("_token_id") and value is not None and not all(type(each) is int for each in ids):
+            raise InputError(f"{directory / 'generation_config.json'}: {name} is no number of a token; mend it")
     weights = [path for path in directory.iterdir() if path.suffix in WEIGHTS] if directory.is_dir() else []
     for path in weights:
         if path.suffix == ".safetensors":
@@ -59,14 +63,6 @@ def check_processor(directory: Path) -> None:
     for name in ("preprocessor_config.json", "processor_config.json"):
         if (directory / name).is_file():
             check_numbers(read_settings(directory / name), str(directory / name))
-
-
-def check_header(path: Path) -> None:
-    """InputError if a safetensors file says of its header that it is longer than one is; OSError if it is not there."""
-    with open(path, "rb") as f:
-        size = int.from_bytes(f.read(8), "little")
-    if size > min(LONGEST_HEADER, os.path.getsize(path)):
-        raise InputError(f"{path}: cannot be read as safetensors: its header would have {size:,} bytes")
 
 
 def check_values(state: Mapping[str, Tensor], source: str | Path) -> None:

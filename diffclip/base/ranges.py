@@ -1,12 +1,18 @@
-"""Numbers in the configuration of a model, which a stranger may have written: in range before anything is allocated."""
+"""Numbers in the configuration of a model, or at the head of its weights, which a stranger may have written: in range
+before anything is allocated.
+"""
 
 import math
+import os
 import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from diffclip.base.errors import InputError
+from diffclip.base.files import open_file
 
+LONGEST_HEADER = 3 << 20  # bytes; a thousand tensors take 130,000, and safetensors itself would take 100 MB
 DEEPEST = 20  # levels of a configuration; the largest of transformers' have five
 MOST_BYTES = 1e12  # of weights that a configuration may describe, where no file says less
 
@@ -69,6 +75,14 @@ def check_size(config: Any, name: str, size: int) -> None:
             f"{name}: describes a model of more than {least:,} bytes, but the weights have {size:,}: one of both is of "
             "another model; take both from their source again"
         )
+
+
+def check_header(path: Path) -> None:
+    """InputError if a safetensors file says of its header that it is longer than one is; OSError if it is not there."""
+    with open_file(path) as f:
+        size = int.from_bytes(f.read(8), "little")
+    if size > min(LONGEST_HEADER, os.path.getsize(path)):
+        raise InputError(f"{path}: cannot be read as safetensors: its header would have {size:,} bytes")
 
 
 def least_bytes(config: Any) -> int:

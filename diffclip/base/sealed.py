@@ -38,7 +38,7 @@ def all_damage(folder: str | Path, sealed: Mapping[str, object]) -> Iterator[str
     """What is wrong with each file that is not as it was sealed; sizes first, since they are told at once."""
     folder, same_size = Path(folder), []
     for name, entry in sealed.items():
-        if not (isinstance(entry, list) and len(entry) == 2):
+        if not (isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], int)):
             yield f"the record of {name} is damaged"
         elif not (folder / name).is_file():
             yield f"{name} is missing"

@@ -4,6 +4,7 @@ A seed here is one that a model was pretrained with; the images and the few-shot
 one seed a model the doubt is in the sample of test items, with several also in the training, and it is the larger.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from itertools import takewhile
 from pathlib import Path
@@ -44,7 +45,7 @@ def model_names(sources: Sequence[str]) -> list[str]:
     Those that would be called alike are told apart by where their paths differ, as clip and diffclip are in
     runs/clip/pretrain and runs/diffclip/pretrain. InputError: the same model twice, or names that stay alike.
     """
-    paths = [Path(source).resolve() for source in sources]
+    paths = [Path(os.path.realpath(source)) for source in sources]
     recorded = [_recorded_name(path) for path in paths]
     names = [name or path.name for name, path in zip(recorded, paths)]
     distinct = list(names)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.numpy
 import torch
 import torch.distributed as dist
 from PIL import Image
@@ -28,6 +27,7 @@ from diffclip.benchmarks.comparison import compare, markdown, model_groups
 from diffclip.benchmarks.features import Encoder, save_tensors
 from diffclip.benchmarks.images import Images
 from diffclip.benchmarks.protocol import Data, Evaluation, Protocol, Settings, load
+from diffclip.weights import read_safetensors
 
 
 def evaluate_clip(
@@ -163,7 +163,7 @@ def run(options: argparse.Namespace) -> None:
         metrics = evaluate_clip(model.to(device), preprocess, tokenizer, options.data_root, out, settings, **common)
         scores[name].append(metrics)
         if metrics:  # another rank than 0 has only encoded
-            outcomes[name].append(safetensors.numpy.load_file(out / CLIP_OUTCOMES))
+            outcomes[name].append({key: value.numpy() for key, value in read_safetensors(out / CLIP_OUTCOMES).items()})
             stored = read_json(out / CLIP_BENCHMARKS)
             skipped |= stored["skipped"]
             notes |= stored["about"]["notes"]

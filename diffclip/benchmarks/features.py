@@ -9,7 +9,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,7 @@ from diffclip.base.fingerprint import fingerprint
 from diffclip.base.images import DECODING
 from diffclip.base.lines import printable
 from diffclip.benchmarks.images import Images
+from diffclip.weights import read_safetensors
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FORMAT = 2  # raise it when the meaning of a stored file changes
@@ -124,7 +125,8 @@ class Encoder:
             return compute()
         path, text = self._place(self.cache_dir, key)
         if path.exists():
-            return safetensors.torch.load_file(path)
+            with suppress(InputError):  # damaged: made anew
+                return read_safetensors(path)
         features = compute()
         save_tensors(features, path, {"key": text})
         return features

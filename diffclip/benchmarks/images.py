@@ -6,16 +6,16 @@ Nothing is decoded before it is asked for.
 import hashlib
 import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow
 import pyarrow.ipc
-import pyarrow.parquet
 from PIL import Image
 from torch.utils.data import Dataset
 
+from diffclip.base import parquet
 from diffclip.base.archives import read_at
 from diffclip.base.errors import InputError
 from diffclip.base.images import open_image
@@ -85,7 +85,7 @@ class Images(Dataset):
                 if path not in state:
                     stat = path.stat()
                     state[path] = (stat.st_size, stat.st_mtime_ns)
-                content = (str(path.resolve()), state[path], place)
+                content = (os.path.realpath(path), state[path], place)
             digest.update(repr((name, label, content)).encode())
         return digest.hexdigest()
 
@@ -155,29 +155,23 @@ ROWS = (".parquet", ".arrow")  # tables; arrow is what `datasets` saves to disk
 
 def table_schema(path: Path) -> pyarrow.Schema:
     """The columns and metadata of a table; InputError if it is none."""
-    return read_table(path, []).schema if path.suffix.lower() == ".arrow" else _read(path, pyarrow.parquet.read_schema)
+    return read_table(path, []).schema if path.suffix.lower() == ".arrow" else parquet.schema(path)
 
 
 def read_table(path: Path, columns: Sequence[str]) -> pyarrow.Table:
     """These columns of a parquet file, or of a file that `datasets` saved; InputError if it cannot be read."""
     if path.suffix.lower() != ".arrow":
-        return _read(path, lambda path: pyarrow.parquet.read_table(path, columns=list(columns)))
-    whole = _read(path, lambda path: pyarrow.ipc.open_stream(pyarrow.memory_map(str(path))).read_all())
+        return parquet.read(path, columns)
+    with parquet.readable(path, "arrow"):
+        whole = pyarrow.ipc.open_stream(pyarrow.memory_map(str(path))).read_all()
     return whole.select(list(columns)) if columns else whole
-
-
-def _read(path: Path, reader: Callable[[Path], Any]) -> Any:
-    try:
-        return reader(path)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"{path} cannot be read as {path.suffix[1:].lower()} ({error})") from error
 
 
 def row_splits(path: Path) -> list[str | None]:
     """Return what the column `split` gives each row of a table: all None where it names no split, or is not."""
     if "split" not in table_schema(path).names:
         arrow = path.suffix.lower() == ".arrow"  # mapped, not read
-        return [None] * (len(read_table(path, [])) if arrow else pyarrow.parquet.read_metadata(path).num_rows)
+        return [None] * (len(read_table(path, [])) if arrow else parquet.row_count(path))
     values = read_table(path, ["split"])["split"].to_pylist()
     named = [split_named(value) for value in values]
     if None in named and any(named):

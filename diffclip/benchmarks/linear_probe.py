@@ -18,6 +18,7 @@ from scipy.optimize import minimize
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
+from diffclip.base.errors import InputError
 from diffclip.benchmarks.images import Images
 from diffclip.benchmarks.protocol import Classification, Evaluation, Protocol
 from diffclip.benchmarks.zero_shot import balanced, mean_per_class
@@ -62,6 +63,7 @@ def linear_probe(
 
     Raises:
         ValueError: unknown metric or mode, or a test label that is not among the training labels.
+        InputError: without valid, no class has the rows to set one aside.
     """
     if metric not in METRICS or mode not in MODES:
         raise ValueError(f"metric is one of {METRICS} and mode one of {MODES}, not {metric!r} and {mode!r}")
@@ -69,6 +71,8 @@ def linear_probe(
         raise ValueError("the test set has classes without training rows")
     if valid is None:
         kept, held = hold_out(train[1])
+        if not held:
+            raise InputError("no class has the rows to set one aside for validation: give a val split, or more rows")
         train, valid = (train[0][kept], train[1][kept]), (train[0][held], train[1][held])
     classes = int(max(train[1].max(), valid[1].max())) + 1
 
@@ -272,7 +276,11 @@ def score(evaluation: Evaluation, name: str, labelled: Classification) -> None:
         return
     rows = {split: evaluation.probe_rows(name, labelled, split) for split in labelled.splits}
     mode = evaluation.settings.probe
-    fitted = linear_probe(rows["train"], rows.get("val"), rows["test"], metric=labelled.metric, mode=mode)
+    try:
+        fitted = linear_probe(rows["train"], rows.get("val"), rows["test"], metric=labelled.metric, mode=mode)
+    except InputError as error:
+        evaluation.skipped[f"linear_probe/{name}"] = str(error)
+        return
     labels = rows["test"][1]
     correct = fitted.predicted == labels
     scores = {metric: percent(fitted.predicted, labels, metric) for metric in METRICS}

@@ -5,9 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import pyarrow
-import pyarrow.parquet
-
+from diffclip.base import parquet
 from diffclip.base.archives import TAR_SUFFIXES
 from diffclip.base.errors import InputError
 from diffclip.base.paths import walk_once
@@ -169,8 +167,8 @@ def _of_split(
 
 def _holds_images(path: str, layout: Layout) -> bool:
     try:
-        chosen_columns(path, pyarrow.parquet.read_schema(path).names, layout)
-    except (InputError, pyarrow.ArrowException, OSError, ValueError):
+        chosen_columns(path, parquet.schema(path).names, layout)
+    except InputError:
         return False
     return True
 

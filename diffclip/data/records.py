@@ -1,15 +1,13 @@
 """Rows of files that are no sheets: JSON in its usual forms, Flickr's lines of captions, lists of a split's images."""
 
-import gzip
 import os
 import re
-import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from diffclip.base.errors import InputError, in_one_line
-from diffclip.base.files import MOST_ROW, parse_json, utf8_remedy
+from diffclip.base.files import MOST_ROW, opened, parse_json, utf8_remedy
 from diffclip.data.layout import split_of
 
 TOKEN = re.compile(r"(\S.*)#\d+\t(.*)")  # Flickr's 1000092795.jpg#0<tab>Two young guys ...
@@ -137,12 +135,9 @@ def listed_splits(lists: Iterable[Path], names: Iterable[str]) -> dict[str, str]
 
 
 def lines_of(path: str) -> Iterator[bytes]:
-    """The lines of a file, unpacked where its name ends in .gz; InputError if it cannot be read."""
-    try:
-        with gzip.open(path) if path.lower().endswith(".gz") else open(path, "rb") as f:
-            while line := f.readline(MOST_ROW + 1):
-                if len(line) > MOST_ROW:
-                    raise InputError(f"{path}: has a line of over {MOST_ROW:,} bytes; write it again")
-                yield line
-    except (OSError, EOFError, zlib.error) as error:
-        raise InputError(f"{path}: cannot be read ({in_one_line(error)}); write it again") from None
+    """The lines of a file, unpacked where it is gzip; InputError if it cannot be read."""
+    with opened(path) as f:
+        while line := f.readline(MOST_ROW + 1):
+            if len(line) > MOST_ROW:
+                raise InputError(f"{path}: has a line of over {MOST_ROW:,} bytes; write it again")
+            yield line

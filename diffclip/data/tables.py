@@ -12,10 +12,10 @@ from typing import Any
 import datasets
 import pyarrow
 import pyarrow.csv
-import pyarrow.parquet
 from pyarrow import compute
 
-from diffclip.base.errors import InputError, first_line, in_one_line
+from diffclip.base import parquet
+from diffclip.base.errors import InputError, first_line
 from diffclip.base.files import utf8_remedy
 from diffclip.data.captions import texts
 from diffclip.data.columns import Columns, chosen_columns, may_be_needed, table_of
@@ -45,15 +45,12 @@ def column_names(path: str) -> list[str]:
     """The columns of a table, of JSON those of its first row; [] of all else. InputError as `read_table`."""
     kind = kind_of(path)
     if is_saved(path):
-        rows = _saved(path)
+        rows = saved(path)
         return next(iter(rows.values())).column_names if isinstance(rows, datasets.DatasetDict) else rows.column_names
     if os.path.isdir(path):
         return []
     if kind == ".parquet":
-        try:
-            return pyarrow.parquet.read_schema(path).names
-        except (pyarrow.ArrowException, OSError, ValueError) as error:
-            raise InputError(f"{path}: cannot be read as parquet ({in_one_line(error)}); write it again") from None
+        return parquet.schema(path).names
     return list(next(iter(json_rows(path, kind == ".jsonl")), {})) if kind in (".json", ".jsonl") else []
 
 
@@ -93,25 +90,23 @@ def read_table(path: str, layout: Layout) -> Columns:
 
 
 def _parquet(path: str) -> datasets.Dataset:
-    try:
-        if pyarrow.parquet.read_metadata(path).num_rows:  # `datasets` takes no file without any
+    if parquet.row_count(path):  # `datasets` takes no file without any
+        with parquet.readable(path, "parquet"):
             try:
                 return datasets.load_dataset("parquet", data_files=path, split="train")
             except (OSError, datasets.exceptions.DatasetGenerationError) as error:
                 if not isinstance(error.__cause__ or error, OSError):
                     raise
-        # nor is there room for its cache, or it is not ours to write: the rows stay in memory then
-        return datasets.Dataset(datasets.table.InMemoryTable(pyarrow.parquet.read_table(path)))
-    except (pyarrow.ArrowException, OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise InputError(f"{path}: cannot be read as parquet ({first_line(error)}); write it again") from None
+    # nor is there room for its cache, or it is not ours to write: the rows stay in memory then
+    table = parquet.read(path)
+    with parquet.readable(path, "parquet"):
+        return datasets.Dataset(datasets.table.InMemoryTable(table))
 
 
 def _arrow(path: str) -> datasets.Dataset:
     """A single file of those that `datasets` saves or keeps in its cache."""
-    try:
+    with parquet.readable(path, "arrow"):
         return datasets.Dataset.from_file(path)
-    except (pyarrow.ArrowException, OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read as arrow ({in_one_line(error)}); write it again") from None
 
 
 def _of_datasets(path: str, layout: Layout) -> datasets.Dataset:
@@ -129,7 +124,7 @@ def _of_datasets(path: str, layout: Layout) -> datasets.Dataset:
             return datasets.load_dataset(name, split=chosen)
         except (OSError, ValueError, pyarrow.ArrowException, datasets.exceptions.DatasetsError) as error:
             raise InputError(f"{path}: `datasets` cannot read it ({first_line(error)})") from None
-    rows = _saved(path)
+    rows = saved(path)
     if not isinstance(rows, datasets.DatasetDict):
         return rows
     if not layout.split and len(rows) > 1 and "train" in layout.prefer:
@@ -138,11 +133,10 @@ def _of_datasets(path: str, layout: Layout) -> datasets.Dataset:
     return rows[str(chosen_split(rows, layout, path))]
 
 
-def _saved(path: str) -> datasets.Dataset | datasets.DatasetDict:
-    try:
+def saved(path: str) -> datasets.Dataset | datasets.DatasetDict:
+    """What `datasets.save_to_disk` wrote; InputError if it cannot be read."""
+    with parquet.readable(path, "a folder that `datasets` saved"):
         return datasets.load_from_disk(path)
-    except (OSError, ValueError, pyarrow.ArrowException, datasets.exceptions.DatasetsError) as error:
-        raise InputError(f"{path}: `datasets` cannot read it ({first_line(error)})") from None
 
 
 # ---------------------------------------------------------------- CSV
@@ -301,7 +295,8 @@ def _dataset(path: str, records: Iterable[dict[str, Any]], layout: Layout) -> da
     for name, values in names.items():
         values += [None] * (count - len(values))
         if name == image or name.strip().lower() == "split":
-            if odd := next((value for value in values if value is not None and not isinstance(value, str)), None):
+            odd = next((value for value in values if value is not None and not isinstance(value, str)), None)
+            if odd is not None:
                 raise InputError(f"{path}: {name} must be text, not {str(odd)[:60]}; write one path a row")
             columns[name] = pyarrow.array(values, pyarrow.string())
         elif name in captions and all(value is None or isinstance(value, str) for value in values):

@@ -5,12 +5,14 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE
 from torch import Tensor
 from transformers.image_utils import PILImageResampling
 
 from diffclip.base.backbones import open_clip
+from diffclip.base.errors import InputError, in_one_line
 from diffclip.base.files import write_json, write_whole
 from diffclip.base.portable import auto_map, write_code
 from diffclip.hf.dual import DiffCLIPConfig, DiffCLIPModel
@@ -52,18 +54,21 @@ CLEANING = {
 
 
 def vision_config(model_config: dict[str, Any]) -> DiffCLIPVisionConfig:
-    """Return the vision tower's part of a model config of `diffclip.models`."""
+    """Return the vision tower's part of a model config of `diffclip.models`; InputError if it has no such form."""
     vision_cfg, options = model_config["model_cfg"]["vision_cfg"], model_config["diffclip"]
-    return DiffCLIPVisionConfig(
-        hidden_size=vision_cfg["width"],
-        num_hidden_layers=vision_cfg["layers"],
-        num_attention_heads=vision_cfg["width"] // vision_cfg["head_width"],
-        mlp_ratio=vision_cfg["mlp_ratio"],
-        image_size=vision_cfg["image_size"],
-        patch_size=vision_cfg["patch_size"],
-        layer_norm_eps=options["vision_norm_eps"],
-        **_attention(options, "vision", vision_cfg["layers"]),
-    )
+    try:
+        return DiffCLIPVisionConfig(
+            hidden_size=vision_cfg["width"],
+            num_hidden_layers=vision_cfg["layers"],
+            num_attention_heads=vision_cfg["width"] // vision_cfg["head_width"],
+            mlp_ratio=vision_cfg["mlp_ratio"],
+            image_size=vision_cfg["image_size"],
+            patch_size=vision_cfg["patch_size"],
+            layer_norm_eps=options["vision_norm_eps"],
+            **_attention(options, "vision", vision_cfg["layers"]),
+        )
+    except StrictDataclassError as error:  # two numbers for a size, which open_clip takes
+        raise InputError(f"the vision tower has no form of transformers': {in_one_line(error)}") from None
 
 
 def dual_config(model_config: dict[str, Any]) -> DiffCLIPConfig:

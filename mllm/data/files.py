@@ -7,14 +7,15 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from datasets import load_from_disk
-from pyarrow.parquet import ParquetFile
+from datasets import Dataset
 
+from diffclip.base import parquet
 from diffclip.base.archives import TAR_SUFFIXES, UNPACKERS
-from diffclip.base.errors import InputError, in_one_line
+from diffclip.base.errors import InputError
 from diffclip.base.files import opened, read_array, read_json, read_jsonl
 from diffclip.data.layout import split_named
 from diffclip.data.pairs import BadSample, PairTable
+from diffclip.data.tables import saved
 from mllm.literal import IMAGE
 
 KINDS = "JSON, JSONL (also .gz), parquet, a folder that `datasets` saved, or captioned images: .tar, .csv, a folder"
@@ -147,36 +148,23 @@ def _captioned(path: Path, split: str) -> Iterator[dict]:
 
 
 def _saved_rows(folder: Path) -> Iterator[dict]:
-    try:
-        table = load_from_disk(str(folder)).with_format("arrow")
-    except Exception as error:  # any of a dozen kinds, by what is broken
-        raise _broken(folder, error) from error
-    yield from _batches(folder, table.column_names, table.iter(64))
-
-
-def _parquet_rows(path: Path) -> Iterator[dict]:
-    try:
-        file = ParquetFile(path)
-    except Exception as error:
-        raise _broken(path, error) from error
-    yield from _batches(path, file.schema_arrow.names, file.iter_batches(64))
-
-
-def _batches(path: Path, names: Sequence[str], batches: Iterator) -> Iterator[dict]:
-    if doubled := next((name for name in names if list(names).count(name) > 1), None):
-        raise InputError(f"{path}: has two columns of the name {doubled}; rename one")
+    table = saved(str(folder))
+    if not isinstance(table, Dataset):
+        raise InputError(f"{folder}: holds no rows but the splits {', '.join(table)}: name one, e.g. {folder}/train")
+    if doubled := next((name for name in table.column_names if table.column_names.count(name) > 1), None):
+        raise InputError(f"{folder}: has two columns of the name {doubled}; rename one")
+    found = table.with_format("arrow").iter(64)
     while True:
-        try:
-            rows = next(batches).to_pylist()
-        except StopIteration:
+        with parquet.readable(folder, "a folder that `datasets` saved"):
+            batch = next(found, None)
+            rows = [] if batch is None else batch.to_pylist()
+        if batch is None:
             return
-        except Exception as error:
-            raise _broken(path, error) from error
         yield from map(_by_turns, rows)
 
 
-def _broken(path: Path, error: Exception) -> InputError:
-    return InputError(f"{path}: cannot be read as parquet or a `datasets` folder ({in_one_line(error)})")
+def _parquet_rows(path: Path) -> Iterator[dict]:
+    yield from map(_by_turns, parquet.rows(path))
 
 
 def _by_turns(row: dict) -> dict:

@@ -147,14 +147,14 @@ def load_rows(
             sound, turns out of order, an empty answer, more or fewer images than the
             conversation shows, or the like: names the first.
     """
-    sources = [(str(Path(path).resolve()), _state(Path(path))) for path in matching([str(path) for path in files])]
+    sources = [(os.path.realpath(path), _state(Path(path))) for path in matching([str(path) for path in files])]
     settings: dict[str, Any] = {
         "image_prefix": image_prefix,
         "split": split,
         "template": template,
         "control": list(control),
     }
-    root = str(Path(image_root).resolve())
+    root = os.path.realpath(image_root)
     digest = json_digest([FORMAT, sources, root, settings], 32)
     path = cache_dir() / "rows" / f"{digest}.arrow"
     names = [name for name, _ in sources]

@@ -5,8 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import pyarrow.parquet
-
+from diffclip.base import parquet
 from diffclip.base.errors import InputError
 from diffclip.base.files import write_whole
 from diffclip.base.paths import inside
@@ -63,8 +62,7 @@ def unpack_images(path: str | Path, folder: str | Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     done = set()
     for table in parquets(Path(path)):
-        batches = pyarrow.parquet.ParquetFile(table).iter_batches(256, columns=["image_source", "image"])
-        for number, row in enumerate(row for batch in batches for row in batch.to_pylist()):
+        for number, row in enumerate(parquet.rows(table, ["image_source", "image"])):
             where, name, image = f"{table}: row {number}", row["image_source"], row.get("image")
             inside(folder, name, f"{where}: image_source")
             file = inside(folder, f"{os.path.splitext(name)[0]}.jpg", f"{where}: image_source", writing=True)

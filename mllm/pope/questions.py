@@ -12,10 +12,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-import pyarrow.parquet
-
+from diffclip.base import parquet
 from diffclip.base.errors import InputError
-from diffclip.base.files import read_json, read_jsonl
+from diffclip.base.files import open_file, read_json, read_jsonl
 
 SPLITS = ("random", "popular", "adversarial")
 POST_PROMPT = "\nAnswer the question using a single word or phrase."  # lmms-eval's own, and LLaVA's in training
@@ -181,11 +180,7 @@ def parquets(path: Path) -> list[Path]:
 
 def _table(path: Path) -> Iterator[Question]:
     columns = ["question_id", "question", "answer", "image_source", "category"]
-    try:
-        rows = pyarrow.parquet.read_table(path, columns=columns).to_pylist()
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: not lmms-lab's POPE ({' '.join(str(error).split())[:200]})") from None
-    for number, row in enumerate(rows):
+    for number, row in enumerate(parquet.rows(path, columns, 1024)):
         given = {"text": row["question"], "label": row["answer"], "image": row["image_source"]}
         yield _question({**row, **given}, row["category"], f"{path}: row {number}", labelled=True)
 
@@ -208,7 +203,7 @@ def _lines(path: Path, split: str | None) -> Iterator[Question]:
 def _rows(path: Path) -> Iterator[tuple[str, Any]]:
     """(place for messages, row) of a file of JSON lines, or of one JSON list of objects."""
     try:
-        with open(path, "rb") as file:
+        with open_file(path) as file:
             is_list = re.match(rb"(\xef\xbb\xbf)?\s*\[\s*\{", file.read(4096))
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None

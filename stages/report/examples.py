@@ -7,6 +7,7 @@ page that freezes. The maps (attention.jsonl) are for the figures.
 import base64
 import io
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -246,8 +247,8 @@ def grid(value: Any) -> list[list[int]] | None:
 
 def open_inside(folder: Path, name: str) -> Image.Image | None:
     """The image `name` inside `folder` as RGB; None if it is elsewhere or cannot be read."""
-    path = (folder / name).resolve()
-    if not name or folder.resolve() not in path.parents:
+    path = Path(os.path.realpath(folder / name))
+    if not name or Path(os.path.realpath(folder)) not in path.parents:
         return None
     try:
         return decode(path)

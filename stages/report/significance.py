@@ -16,6 +16,7 @@ from safetensors.numpy import load_file
 
 from diffclip.base import schema
 from diffclip.base.errors import InputError
+from diffclip.base.ranges import check_header
 from diffclip.base.schema import POPE_SPLITS
 from diffclip.base.statistics import (
     bootstrap_mean,
@@ -126,9 +127,11 @@ def _average(ours: RunDir, theirs: RunDir, key: str, mean: float) -> Difference:
 @_once
 def outcomes(folder: Path) -> dict[str, np.ndarray]:
     """{key of a score: one number per test item} of an evaluate run; {} if it stored none that can be read."""
+    file = folder / schema.CLIP_OUTCOMES
     try:
-        return {key: value.astype(np.float64) for key, value in load_file(folder / schema.CLIP_OUTCOMES).items()}
-    except (OSError, SafetensorError, ValueError, TypeError):
+        check_header(file)
+        return {key: value.astype(np.float64) for key, value in load_file(file).items()}
+    except (OSError, SafetensorError, ValueError, TypeError, InputError):
         return {}
 
 

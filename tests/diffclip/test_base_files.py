@@ -177,6 +177,24 @@ def test_gzip_is_read_as_what_it_holds(tmp_path):
         files.read_text(tmp_path / "a")
 
 
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a")
+    for read in (files.read_json, files.read_yaml, lambda path: list(files.read_jsonl(path))):
+        with pytest.raises(InputError, match="is a pipe, and no file"):
+            read(tmp_path / "a")
+
+
+def test_blank_lines_without_end_are_no_text(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "LEAST_UNPACKED", 1 << 20)
+    (tmp_path / "a").write_bytes(gzip.compress((b" " * 1023 + b"\n") * (8 << 10), 9))
+    for read in (files.read_jsonl, files.read_array):
+        with pytest.raises(InputError, match=r"a: unpacks to over 200 times its size"):
+            list(read(tmp_path / "a"))
+    squeezed(tmp_path / "b", b"[1, ", b" " * (1 << 19), 1)
+    with pytest.raises(InputError, match="not valid JSON"):  # so much may be
+        list(files.read_array(tmp_path / "b"))
+
+
 def squeezed(path, start, content, times):
     with gzip.open(path, "wb", 1) as file:
         file.write(start)

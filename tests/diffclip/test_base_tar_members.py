@@ -1,5 +1,6 @@
 """The walk of a tar finds what Python's tarfile finds, in tars of every format, whole and damaged."""
 
+import gzip
 import io
 import itertools
 import os
@@ -7,6 +8,7 @@ import random
 import shutil
 import subprocess
 import tarfile
+import tracemalloc
 
 import pytest
 
@@ -91,6 +93,29 @@ def test_joined_and_damaged_tars_are_read_as_tarfile_reads_them(tmp_path, monkey
             del whole[rng.randrange(len(whole)) // 512 * 512 :]
         path.write_bytes(whole)
         assert plain(monkeypatch, True, path) == plain(monkeypatch, False, path), seed
+
+
+@pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME], ids=["pax", "long name"])
+@pytest.mark.parametrize("size", [64 << 20, -512])
+def test_headers_of_any_length_take_no_memory(kind, size, tmp_path):
+    info = tarfile.TarInfo("x")
+    info.type, info.size = kind, abs(size)
+    head = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+    if size < 0:
+        head[124:136] = b"\xff" * 4 + size.to_bytes(8, "big", signed=True)
+        head[148:156] = b" " * 8
+        head[148:156] = b"%06o\0 " % sum(head)
+    with gzip.open(tmp_path / "a.tar.gz", "wb", 1) as file:
+        file.write(head + b"0" * abs(size))
+    (tmp_path / "a.tar").write_bytes(head + b"0" * (64 << 20))
+    tracemalloc.start()
+    with pytest.raises(InputError, match=f"a header of {size:,} bytes"):
+        archives.unpack(tmp_path / "a.tar.gz", tmp_path / "out")
+    with pytest.raises(InputError, match=f"a header of {size:,} bytes"):
+        archives.members(tmp_path / "a.tar")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 16 << 20
 
 
 def test_a_header_with_another_byte_is_tarfiles_to_judge(tmp_path, monkeypatch):

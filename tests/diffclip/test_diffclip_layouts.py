@@ -465,7 +465,7 @@ def test_a_table_without_rows_is_named(tmp_path, content):
 def test_broken_tables_are_named_with_the_line(tmp_path):
     texts = {"a.jsonl": ('{"image":"1.png","caption":"a"}\n{bad\n', r"a\.jsonl:2: not valid JSON")}
     texts["b.jsonl"] = ('["a"]\n', r"b\.jsonl:1: must be an object")
-    texts["c.jsonl.gz"] = (gzip.compress(b"{}\n" * 100)[:-9], r"c\.jsonl\.gz: cannot be read")
+    texts["c.jsonl.gz"] = (gzip.compress(b"{}\n" * 100)[:-9], r"c\.jsonl\.gz: is no whole gzip file")
     texts["d.json"] = ('[{"id": 1, "image": "1.png", "conversations": []}]', "found id, image, conversations")
     texts["e.parquet"] = (b"PAR", r"e\.parquet: cannot be read as parquet")
     texts["f.xml"] = ("<a/>", r"f\.xml: unknown kind of data")
