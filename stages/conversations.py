@@ -91,6 +91,11 @@ def train_on_conversations(vlm: VisionLanguageModel, config: ConversationConfig,
         whiten(model, dataset, config)
     batch = per_device_batch(config, config.micro_batch_size)
     steps = max(1, int(len(dataset) * config.epochs) // config.global_batch_size)
+    if math.ceil(config.warmup_ratio * steps) >= steps:  # whose first step has a rate of 0
+        raise InputError(
+            f"{len(dataset)} conversations in batches of global_batch_size {config.global_batch_size} make {steps} "
+            f"steps, all of them warm-up: set warmup_ratio 0, lower global_batch_size, raise epochs or give more data"
+        )
     order = training_order(dataset, config.order, config.global_batch_size, steps, config.seed)
     counts = freeze(model, learns - {"language_model"} if lora else learns)
     exact = computed_buffers(model)

@@ -27,6 +27,7 @@ SEED = Range(least=0, most=2**32 - 1)  # numpy's
 
 # Keys of TrainingArguments that a named setting decides, where the stage has it: `trainer` may not overrule that.
 DECIDED = {
+    "ddp_timeout": ("ddp_timeout",),
     "deepspeed": ("deepspeed",),
     "end_learning_rate": ("lr_scheduler_kwargs", "lr_scheduler_type"),
     "epochs": ("max_steps", "num_train_epochs"),

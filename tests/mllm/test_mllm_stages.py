@@ -172,6 +172,12 @@ def test_a_killed_rank_ends_the_launcher_and_the_command_goes_on_to_the_same_wei
     assert all(torch.equal(found[key], wanted[key]) for key in wanted)
 
 
+def test_a_training_of_warm_up_alone_is_refused(inputs, tmp_path):
+    arguments = command(inputs, tmp_path / "run", 2, "--deepspeed=", "--global_batch_size=48", "--micro_batch_size=48")
+    with pytest.raises(InputError, match=r"48 conversations .* make 1 steps, all of them warm-up: set warmup_ratio 0"):
+        call(*arguments)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("zero", "before", "after"), [(2, 2, 1), (3, 1, 2)])
 def test_another_number_of_ranks_goes_on_with_the_same_losses(zero, before, after, calm, inputs, tmp_path):
