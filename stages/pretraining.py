@@ -366,7 +366,8 @@ class ContrastiveTrainer(StageTrainer):
         if self.val_set is None and self.val_pairs is None:
             return {}
         model = self.accelerator.unwrap_model(self.model)
-        encoder = Encoder(model, self.eval_transform, self.tokenize, quiet=True)
+        precision = "bfloat16" if self.config.precision == "bf16" else "float32"
+        encoder = Encoder(model, self.eval_transform, self.tokenize, quiet=True, precision=precision)
         metrics: dict[str, float] = {}
         if self.val_set is not None:
             templates = self.val_set.templates or prompts.templates("imagenet7")
@@ -435,7 +436,9 @@ def retrieval_of_pairs(encoder: Encoder, pairs: PairTable) -> dict[str, float]:
             rows = each[start : start + encoder.batch_size]
             pixels = torch.stack([encoder.preprocess(pairs[own[0]][0]) for own in rows])
             captions = [[caption for row in own for caption in pairs.captions(row)] for own in rows]
-            batches.append((encode_image(pixels.to(encoder.device)).float().cpu(), captions))
+            with encoder.autocast():
+                features = encode_image(pixels.to(encoder.device))
+            batches.append((features.float().cpu(), captions))
         return batches
 
     with torch.inference_mode():
