@@ -162,7 +162,7 @@ def test_a_set_that_fails_first_keeps_no_other_from_its_scores(tmp_path, data):
 
 
 def test_precision_of_the_dual_encoder_is_a_setting(tmp_path, data):
-    write_model("ViT", tmp_path / "model")
+    write_model("transformers", tmp_path / "model")
     evaluate.main(arguments(tmp_path, data, precision="bf16"))
     about = json.loads((tmp_path / "out" / "clip_benchmarks.json").read_text())["about"]
     assert about["precision"] == "bfloat16"
