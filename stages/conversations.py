@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.data import SequentialSampler
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from diffclip.base.errors import InputError
 from diffclip.base.fingerprint import fingerprint
@@ -30,6 +30,7 @@ from stages.gathering import Gathered, gather_on_main
 from stages.provenance import upstream_model
 from stages.run import Run
 from stages.settings import AlignConfig, ConversationConfig, InstructConfig
+from stages.trainer import StageTrainer
 from stages.training import (
     check_trainer,
     log_bad_samples,
@@ -220,7 +221,7 @@ def whiten(model: DiffCLIPLlavaForConditionalGeneration, dataset: ConversationDa
     whiten_projector(model, torch.cat(pixels), config.seed)
 
 
-class ConversationTrainer(Trainer):
+class ConversationTrainer(StageTrainer):
     """transformers' Trainer over examples in a given order, with learning rates by part of the model."""
 
     def __init__(self, *, learning_rates: Mapping[str, float], **kwargs: Any) -> None:

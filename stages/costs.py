@@ -19,9 +19,17 @@ from mllm.llava import DiffCLIPLlavaConfig, DiffCLIPLlavaForConditionalGeneratio
 from mllm.lora import add_lora
 from mllm.weights import freeze
 
-# Share of the peak that a run reaches, loading and communication included. The paper's 10 A100-days for 40 epochs of
-# CC12M imply 0.2 for a B/16 step as counted here; nothing else is known about their runs.
-UTILISATION = 0.2
+# Share of an A100's bf16 peak that published runs reached in steps as counted here, loading and communication included,
+# with the source. None of them was compiled, and of other devices nothing is known: these stand for all.
+UTILISATION = {
+    "B-32": (0.11, "open_clip's 4,600 A100-hours for 32 epochs of LAION-400M"),
+    "B-16": (0.16, "between open_clip's 10,700 A100-hours for LAION-400M, 0.13, and the paper's 240 for CC12M, 0.20"),
+    "L-14": (0.12, "open_clip's 50,800 A100-hours for LAION-400M, of which recomputed activations are a part"),
+}
+OTHER = "B-16"  # stands for the sizes and models that are not in the table
+LOADED = (
+    150  # photos of 85 KB that a core decodes and crops in a second: `python -m benchmarks.data`, on a busy machine
+)
 BUCKET = 500_000_000  # numbers in DeepSpeed's reduce_bucket_size, unless its configuration sets another
 FREE_SHARE = 0.9  # of a device's memory; the rest goes to the CUDA context, fragmentation and buffers
 
@@ -197,6 +205,7 @@ def estimate(
     zero_stage: int,
     hardware: Hardware,
     devices: int,
+    utilisation: float = UTILISATION[OTHER][0],
 ) -> Estimate:
     """Multiply out.
 
@@ -206,10 +215,11 @@ def estimate(
         samples: seen in the whole run.
         batch: samples that a device holds activations of at once.
         chunked: whether gradient caching computes every forward pass twice.
+        utilisation: share of the devices' peak that the run reaches.
         zero_stage: 0 to 3; from 1 on the optimiser's state is shared out, from 2 the gradients, from 3 the weights.
     """
     flops = samples * (counted.flops + (counted.forward_flops if chunked else 0))
-    seconds = flops / (devices * UTILISATION * (hardware.bf16 if bf16 else hardware.fp32))
+    seconds = flops / (devices * utilisation * (hardware.bf16 if bf16 else hardware.fp32))
     share = [devices if zero_stage >= stage else 1 for stage in (1, 2, 3)]
     everything = parameters + frozen
     if zero_stage:  # DeepSpeed: weights in the run's precision, and beside them float32 copies of those that learn

@@ -2,6 +2,8 @@
 what of it is assumed, not counted.
 """
 
+import math
+
 from diffclip.adaptation import let_learn
 from diffclip.base.console import print_table
 from diffclip.base.errors import InputError
@@ -72,6 +74,9 @@ def print_estimate(
     counted: costs.Counted,
 ) -> None:
     """Print what `steps` steps take as a table, with its assumptions and, if it does not fit, the remedy."""
+    size = config.model.split("-", 1)[-1] if isinstance(config, PretrainConfig) else costs.OTHER
+    size = next((known for known in costs.UTILISATION if size.endswith(known)), costs.OTHER)
+    utilisation, source = costs.UTILISATION[size]
     name, device, devices = hardware
     share = -(-config.global_batch_size // devices)
     batch = min(config.micro_batch_size or share, share)
@@ -87,7 +92,9 @@ def print_estimate(
         zero_stage=zero_stage(config.deepspeed),
         hardware=device,
         devices=devices,
+        utilisation=utilisation,
     )
+    photos = steps * config.global_batch_size / (result.hours * 3600) / devices  # a second and device
     labels = {
         "weights": "weights",
         "gradients": "gradients",
@@ -103,12 +110,14 @@ def print_estimate(
         ("arithmetic", f"{result.flops:.3g} FLOP"),
         (f"time on {devices} x {name}", f"{result.hours:,.1f} h = {result.device_days:,.2f} device-days"),
         ("cost", f"${result.dollars:,.0f}"),
+        ("loading", f"{photos:,.0f} images/s a device, {math.ceil(photos / costs.LOADED)} cores for it"),
         (),
         *((label, f"{getattr(result, kind) / 1e9:,.1f} GB") for kind, label in labels.items()),
     ]
     notes = [
-        f"Assumed: {costs.UTILISATION:.0%} of the device's peak, loading included; ${device.dollars:.2f} for a "
-        "device-hour. Counted: arithmetic and activations, in a step of this model."
+        f"Assumed: {utilisation:.0%} of the device's peak, loading included ({size}: {source}); "
+        f"${device.dollars:.2f} for a device-hour; {costs.LOADED} photos of 85 KB a second and core. "
+        "Counted: arithmetic and activations, in a step of this model."
     ]
     if result.memory > costs.FREE_SHARE * device.memory:
         notes.append(

@@ -114,7 +114,11 @@ def clip_metrics(
 ) -> None:
     """Zero-shot, shifts, retrieval, linear probe, few-shot and MMVP-VLM on what `clip_data` holds, in percent."""
     settings = Settings(
-        seed=config.seed, episodes=config.few_shot_episodes, probe=config.linear_probe, batch_size=config.batch_size
+        seed=config.seed,
+        episodes=config.few_shot_episodes,
+        probe=config.linear_probe,
+        batch_size=config.batch_size,
+        precision="bfloat16" if config.precision == "bf16" else "float32",
     )
     try:
         metrics = evaluate_clip(*encoder, config.clip_data, run.path, settings)

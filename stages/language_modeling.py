@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 
 import torch
-from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer, Trainer, set_seed
+from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer, set_seed
 
 from diffclip.base.errors import InputError
 from diffclip.base.files import read_jsonl
@@ -15,6 +15,7 @@ from mllm.data.layouts import read_conversation
 from stages.callbacks import Watch
 from stages.run import Run
 from stages.settings import LanguageConfig
+from stages.trainer import StageTrainer
 from stages.training import check_trainer, per_device_batch, train, training_arguments
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>")
@@ -66,7 +67,7 @@ def train_language_model(config: LanguageConfig, run: Run) -> None:
         ids, labels = ([torch.tensor(row[name]) for row in rows] for name in ("input_ids", "labels"))
         return pad_batch(ids, labels, tokenizer.pad_token_id)
 
-    trainer = Trainer(
+    trainer = StageTrainer(
         model=model,
         args=training_arguments(
             config, steps, per_device_batch(config), lr_scheduler_type="cosine", warmup_steps=0.05, max_grad_norm=1.0

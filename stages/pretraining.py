@@ -10,13 +10,12 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, NamedTuple, NoReturn, cast
 
 import torch
 from torch import nn
 from torch.utils.data import SequentialSampler
 from transformers import (
-    Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -52,6 +51,7 @@ from stages.provenance import upstream_model
 from stages.run import Run
 from stages.settings import NEW_MODEL, PretrainConfig
 from stages.streaming import Shards, lanes_here, layout_of, layout_settings
+from stages.trainer import StageTrainer
 from stages.training import (
     attention_log,
     check_trainer,
@@ -109,7 +109,14 @@ def train_dual_encoder(config: PretrainConfig, run: Run, shards: Shards) -> None
     trainer = ContrastiveTrainer(
         model=model,
         args=training_arguments(
-            config, steps, batch, adam_beta1=0.9, adam_beta2=0.98, adam_epsilon=1e-8, max_grad_norm=0.0
+            config,
+            steps,
+            batch,
+            adam_beta1=0.9,
+            adam_beta2=0.98,
+            adam_epsilon=1e-8,
+            max_grad_norm=0.0,
+            ddp_find_unused_parameters=False,  # a pair goes through all that learns
         ),
         train_dataset=pairs,
         config=config,
@@ -222,7 +229,19 @@ def log_notices(setting: str, table: PairTable | StreamedTable, run: Run) -> Non
         run.log(f"pretrain: {setting}: {key}: {reason}{more}")
 
 
-class ContrastiveTrainer(Trainer):
+class Step(NamedTuple):
+    """What a step leaves to be looked at once its device is through with it: the loop does not wait for that."""
+
+    number: int
+    told: torch.Tensor  # on the CPU, on its way there: whether the loss is not finite, and how many samples were bad
+    arrived: torch.cuda.Event | None
+    loss: torch.Tensor
+    items: torch.Tensor
+    image: torch.Tensor  # features (batch, width)
+    text: torch.Tensor
+
+
+class ContrastiveTrainer(StageTrainer):
     """Trains a dual encoder on batches of pairs."""
 
     def __init__(
@@ -237,7 +256,9 @@ class ContrastiveTrainer(Trainer):
         val_pairs: PairTable | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(model, train_dataset=train_dataset, **kwargs)
+        # the loss before the weights, of which a checkpoint would only say that they are not finite
+        callbacks = [LookAtLoss(self), *kwargs.pop("callbacks", ())]
+        super().__init__(model, train_dataset=train_dataset, callbacks=callbacks, **kwargs)
         self.clip, self.pairs = model, train_dataset  # Trainer's own `model` and `train_dataset`, with their types
         self.config, self.run = config, run
         self.steps_per_epoch = train_dataset.per_epoch // config.global_batch_size
@@ -249,6 +270,7 @@ class ContrastiveTrainer(Trainer):
         self.val_set = read_val_set(config.val_data) if config.val_data else None
         self.val_pairs = val_pairs
         self.lambdas = lambda_modules(model)
+        self.unseen: Step | None = None
         self.seen = self.bad = 0  # samples of this process, since it started
         self.waited, self.last_log = 0.0, time.perf_counter()
         self.add_callback(AfterStep(self))
@@ -280,33 +302,48 @@ class ContrastiveTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, torch.Tensor], *args: object, **kwargs: object
     ) -> torch.Tensor:
+        self.look()  # at the step before: there the device has been through it
         chunk = self.config.micro_batch_size
         pixels = diffclip.normalize(self.clip.model_config, inputs["image"])
         image, text, *scale_and_bias = model(image=pixels, text=inputs["text"], chunk=chunk)
         loss = self.loss(image, text, *scale_and_bias)
-        if not torch.isfinite(loss):
-            self.stop_at_non_finite(loss.item(), inputs["item"], image, text)
-        self.count_bad(inputs["bad"])
+        told = torch.stack([~torch.isfinite(loss.detach()), inputs["bad"].sum()]).to("cpu", non_blocking=True)
+        arrived = torch.cuda.current_stream(loss.device).record_event() if loss.is_cuda else None
+        self.unseen = Step(
+            self.state.global_step + 1, told, arrived, loss.detach(), inputs["item"], image.detach(), text.detach()
+        )
         return loss
 
-    def stop_at_non_finite(self, loss: float, items: torch.Tensor, image: torch.Tensor, text: torch.Tensor) -> NoReturn:
+    def look(self) -> None:
+        """Stop if the loss of the last step is not finite, or if too many samples could not be read."""
+        step, self.unseen = self.unseen, None
+        if step is None:
+            return
+        if step.arrived is not None:
+            step.arrived.synchronize()
+        broken, bad = step.told.tolist()
+        if broken:
+            self.stop_at_non_finite(step)
+        self.count_bad(step.number, len(step.items), bad)
+
+    def stop_at_non_finite(self, step: Step) -> NoReturn:
         """Name this rank's share of the batch in non_finite.jsonl, and raise InputError."""
-        keys = [self.pairs.table.key(self.pairs.row(int(k))) for k in items]
-        finite = torch.isfinite(image).all(dim=1) & torch.isfinite(text).all(dim=1)
+        keys = [self.pairs.table.key(self.pairs.row(int(k))) for k in step.items.tolist()]
+        finite = torch.isfinite(step.image).all(dim=1) & torch.isfinite(step.text).all(dim=1)
         culprits = [key for key, fine in zip(keys, finite.tolist()) if not fine]
-        step, rank, path = self.state.global_step + 1, self.args.process_index, self.run.path / NON_FINITE
-        append_jsonl(path, [NonFinite(step=step, rank=rank, loss=str(loss), culprits=culprits, keys=keys)])
+        loss, rank, path = step.loss.item(), self.args.process_index, self.run.path / NON_FINITE
+        append_jsonl(path, [NonFinite(step=step.number, rank=rank, loss=str(loss), culprits=culprits, keys=keys)])
         blame = f"the features of {culprits[0]} are not finite" if len(culprits) == 1 else "the model has diverged"
         raise InputError(
-            f"loss is {loss} at step {step} ({blame}): the samples are named in {path}; start again without them or "
-            "with a lower learning rate in another output_dir; the last good checkpoint is "
+            f"loss is {loss} at step {step.number} ({blame}): the samples are named in {path}; start again without "
+            "them or with a lower learning rate in another output_dir; the last good checkpoint is "
             f"{self.run.resume_from or 'none'}"
         )
 
-    def count_bad(self, bad: torch.Tensor) -> None:
+    def count_bad(self, step: int, samples: int, bad: int) -> None:
         """Stop when more than `max_bad_share` of the samples so far could not be read; looked at now and then."""
-        self.seen, self.bad = self.seen + len(bad), self.bad + int(bad.sum())
-        often_enough = self.seen >= 1000 or (self.state.global_step + 1) % self.steps_per_epoch == 0
+        self.seen, self.bad = self.seen + samples, self.bad + bad
+        often_enough = self.seen >= 1000 or step % self.steps_per_epoch == 0
         if often_enough and self.bad > self.config.max_bad_share * (self.seen + self.bad):
             raise InputError(
                 f"{self.bad} of {self.seen + self.bad} samples could not be read, more than max_bad_share "
@@ -352,7 +389,8 @@ class ContrastiveTrainer(Trainer):
         if self.val_set is None and self.val_pairs is None:
             return {}
         model = self.accelerator.unwrap_model(self.model)
-        encoder = Encoder(model, self.eval_transform, self.tokenize, quiet=True)
+        precision = "bfloat16" if self.config.precision == "bf16" else "float32"
+        encoder = Encoder(model, self.eval_transform, self.tokenize, quiet=True, precision=precision)
         metrics: dict[str, float] = {}
         if self.val_set is not None:
             templates = self.val_set.templates or prompts.templates("imagenet7")
@@ -435,7 +473,9 @@ def retrieval_of_pairs(encoder: Encoder, pairs: PairTable) -> dict[str, float]:
             rows = each[start : start + encoder.batch_size]
             pixels = torch.stack([encoder.preprocess(pairs[own[0]][0]) for own in rows])
             captions = [[caption for row in own for caption in pairs.captions(row)] for own in rows]
-            batches.append((encode_image(pixels.to(encoder.device)).float().cpu(), captions))
+            with encoder.autocast():
+                features = encode_image(pixels.to(encoder.device))
+            batches.append((features.float().cpu(), captions))
         return batches
 
     with torch.inference_mode():
@@ -444,6 +484,23 @@ def retrieval_of_pairs(encoder: Encoder, pairs: PairTable) -> dict[str, float]:
     texts = [text for own in captions for text in own]
     owners = torch.tensor([i for i, own in enumerate(captions) for _ in own])
     return retrieval.recall_at_k(torch.cat([images for images, _ in batches]), encoder.texts(texts), owners)
+
+
+class LookAtLoss(TrainerCallback):
+    """Looks at a step's loss at its end, where it is logged, a checkpoint is written, or an epoch or the run ends."""
+
+    def __init__(self, trainer: ContrastiveTrainer) -> None:
+        self.trainer = trainer
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        ends = control.should_training_stop or state.global_step % self.trainer.steps_per_epoch == 0
+        if control.should_log or control.should_save or ends:
+            self.trainer.look()
+
+    def on_train_end(self, *args: object, **kwargs: object) -> None:
+        self.trainer.look()
 
 
 class AfterStep(TrainerCallback):

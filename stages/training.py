@@ -130,6 +130,7 @@ def training_arguments(config: TrainingConfig, steps: int, batch: tuple[int, int
         "dataloader_num_workers": config.num_workers,
         "dataloader_persistent_workers": config.num_workers > 0,
         "dataloader_pin_memory": not on_cpu,
+        "accelerator_config": {"non_blocking": not on_cpu},
         "logging_steps": config.logging_steps,
         "logging_first_step": True,
         "logging_nan_inf_filter": False,  # a NaN must be seen, not logged as 0

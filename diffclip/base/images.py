@@ -53,11 +53,23 @@ def decode(source: bytes | str | Path) -> Image.Image:
 
     One of BROKEN if it is broken, of another format, or has more pixels than `PIL.Image.MAX_IMAGE_PIXELS`.
     """
+    with opened(source) as image:
+        return to_rgb(image)
+
+
+@contextlib.contextmanager
+def opened(source: bytes | str | Path) -> Iterator[Image.Image]:
+    """An image of one of `FORMATS` whose header is read and whose pixels are not; raises as `decode` does."""
     with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=_formats()) as image:
         pixels = image.width * image.height
         if Image.MAX_IMAGE_PIXELS and pixels > Image.MAX_IMAGE_PIXELS:  # PIL only warns up to twice as many
             raise Image.DecompressionBombError(f"{pixels:,} pixels, which could be a decompression bomb")
-        return to_rgb(image)
+        yield image
+
+
+def stored_as_shown(image: Image.Image) -> bool:
+    """Whether an opened image is a JPEG of which the rules of all versions show the pixels that it stores."""
+    return image.format == "JPEG" and image.mode in ("RGB", "L") and _turn(image) is None
 
 
 def rgb_by(version: int) -> Callable[[Image.Image], Image.Image]:

@@ -149,7 +149,7 @@ class Encoder:
                 if isinstance(batch, InputError):
                     raise batch
                 pixels, targets = batch  # (batch, 3, H, W), (batch,)
-                with self._autocast():
+                with self.autocast():
                     low, high = encode_image(self.model, pixels.to(self.device, non_blocking=True))
                 encoded.append({"before": self._stored(low), "after": self._stored(high), "labels": targets})
                 bar.update(len(targets))
@@ -161,7 +161,7 @@ class Encoder:
         encode_text = cast(Callable[[Tensor], Tensor], self.model.encode_text)
         with self._progress(len(ids), name, "text") as bar:
             for batch in ids.split(self.batch_size):  # (batch, context)
-                with self._autocast():
+                with self.autocast():
                     features.append(self._stored(encode_text(batch.to(self.device))))
                 bar.update(len(batch))
         return torch.cat(features)
@@ -169,7 +169,8 @@ class Encoder:
     def _stored(self, features: Tensor) -> Tensor:
         return features.to("cpu", torch.float32 if self.precision == "float32" else torch.float16)
 
-    def _autocast(self) -> AbstractContextManager:
+    def autocast(self) -> AbstractContextManager:
+        """What every pass of the model is to be in, so that it computes in `precision`."""
         if self.precision == "float32":
             return nullcontext()
         return torch.autocast(self.device.type, PRECISIONS[self.precision])

@@ -6,9 +6,9 @@ be read raises `BadSample`; `diffclip.data.training_pairs` decides what then.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -25,6 +25,7 @@ from diffclip.data.sources import expand_one
 from diffclip.data.tables import is_saved, read_table
 
 Part = Shard | Columns | Files
+Decoded = TypeVar("Decoded")
 
 
 class BadSample(InputError):
@@ -80,11 +81,7 @@ class PairTable:
         return int(self.ends[-1])
 
     def __getitem__(self, index: int) -> tuple[Image.Image, list[str]]:
-        image, captions = self.encoded(index)
-        try:
-            return decode(image), captions
-        except BROKEN as error:
-            raise BadSample(self.key(index), str(error) or type(error).__name__) from None
+        return decoded(self, index, decode)
 
     def encoded(self, index: int) -> tuple[bytes | Path, list[str]]:
         """The image of a pair as its file's bytes or path, and its captions; BadSample where it lacks one."""
@@ -120,6 +117,15 @@ class PairTable:
         """The part of the table that holds a pair, and its row there."""
         part = int(np.searchsorted(self.ends, index, side="right"))
         return self.parts[part], int(index - (self.ends[part - 1] if part else 0))
+
+
+def decoded(table: Any, index: int, by: Callable[[bytes | Path], Decoded]) -> tuple[Decoded, list[str]]:
+    """The image of a table's pair as `by` decodes it, and its captions; BadSample where one of them cannot be read."""
+    image, captions = table.encoded(index)
+    try:
+        return by(image), captions
+    except BROKEN as error:
+        raise BadSample(table.key(index), str(error) or type(error).__name__) from None
 
 
 def _files(path: str, layout: Layout, notices: list[tuple[str, str]]) -> list[str]:

@@ -20,7 +20,7 @@ from diffclip.base.images import BROKEN, decode
 from diffclip.base.objects import Object
 from diffclip.data.layout import Layout
 from diffclip.data.node_cache import NodeCache
-from diffclip.data.pairs import BadSample
+from diffclip.data.pairs import BadSample, decoded
 from diffclip.data.shard_sizes import AGAIN, SizedShard
 from diffclip.data.shards import Shard, index_shard
 
@@ -65,11 +65,7 @@ class StreamedTable:
         return int(self.ends[-1]) if len(self.ends) else 0
 
     def __getitem__(self, index: int) -> tuple[Image.Image, list[str]]:
-        image, captions = self.encoded(index)
-        try:
-            return decode(image), captions
-        except BROKEN as error:
-            raise BadSample(self.key(index), str(error) or type(error).__name__) from None
+        return decoded(self, index, decode)
 
     def encoded(self, index: int) -> tuple[bytes, list[str]]:
         """The image of a pair as its file's bytes, and its captions; BadSample where it lacks one.

@@ -4,17 +4,18 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from filelock import FileLock
-from PIL import Image
 from torch.utils.data import Dataset
 
 from diffclip.base.cache import cache_dir
 from diffclip.base.errors import InputError
 from diffclip.base.files import append_jsonl, whole
-from diffclip.data.pairs import BadSample, PairTable
+from diffclip.base.jpegs import decode_for_crops
+from diffclip.data.pairs import BadSample, PairTable, decoded
 from diffclip.data.stream import Stream, check_weights
 from diffclip.data.streamed import StreamedTable
 
@@ -37,7 +38,7 @@ class TrainingPairs(Dataset):
     def __init__(
         self,
         table: PairTable | StreamedTable,
-        transform: Callable[[Image.Image], torch.Tensor],
+        transform: Callable[[Any], torch.Tensor],
         tokenizer: Callable[[list[str]], torch.Tensor],
         *,
         global_batch_size: int,
@@ -50,6 +51,7 @@ class TrainingPairs(Dataset):
     ) -> None:
         """
         Args:
+            transform: takes what `decode_for_crops` gives, a PIL image or (3, height, width) uint8.
             weights: how often an epoch sees each pair of each source (`table.ranges`): 2 is twice, 0.3 a random
                 30 % of them, a new draw in each epoch. Empty: once.
             bad_samples: file that gets a line {"key", "reason"} for each unreadable pair; None: they raise.
@@ -130,7 +132,7 @@ class TrainingPairs(Dataset):
         row, bad = self.row(k), 0
         while True:
             try:
-                image, captions = self.table[row]
+                image, captions = decoded(self.table, row, decode_for_crops)
                 break
             except BadSample as error:
                 if self.bad_samples is None or bad == MOST_TRIES:

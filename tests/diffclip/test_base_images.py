@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision import transforms as T
 
 import diffclip
 from diffclip.base.backbones import open_clip
 from diffclip.base.errors import InputError
 from diffclip.base.images import BROKEN, as_stored, cut_strip, decode, open_image, to_rgb
+from diffclip.base.jpegs import decode_for_crops
 from diffclip.hf import image_processor
 
 CONFIG = diffclip.MODELS["DiffCLIP-B-32"]
@@ -407,3 +409,101 @@ def test_rules_1_scale_16_bits_and_take_colours_behind_transparency():
     content = encoded(palette, "PNG", transparency=0)
     assert [*as_stored(decode(content)).getdata()] == [(10, 20, 30), (40, 50, 60)]
     assert [*decode(content).getdata()] == [(255, 255, 255), (40, 50, 60)]
+
+
+# ---- the way into tensors
+
+
+def photo(height: int, width: int, seed: int = 0) -> Image.Image:
+    rng = np.random.default_rng(seed)
+    coarse = Image.fromarray(rng.integers(0, 256, (7, 9, 3), dtype=np.uint8)).resize((width, height))
+    noisy = np.asarray(coarse, np.int16) + rng.normal(0, 12, (height, width, 3))
+    return Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
+
+
+JPEGS = {
+    "4:2:0": {},
+    "4:4:4": {"subsampling": "4:4:4"},
+    "progressive": {"progressive": True},
+    "rough": {"quality": 10},
+    "kept RGB": {"keep_rgb": True},
+}
+
+
+@pytest.mark.parametrize("options", JPEGS.values(), ids=JPEGS)
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_a_plain_jpeg_becomes_a_tensor_of_pil_s_pixels(mode, options):
+    for size in ((1, 1), (17, 250), (120, 91)):
+        content = encoded(photo(*size).convert(mode), "JPEG", **options)
+        pixels = decode_for_crops(content)
+        assert isinstance(pixels, torch.Tensor) and pixels.dtype == torch.uint8
+        assert np.array_equal(pixels.permute(1, 2, 0), np.asarray(decode(content)))
+
+
+def test_what_has_to_be_turned_or_converted_is_left_to_pil(tmp_path):
+    exif = Image.Exif()
+    exif[274] = 6
+    image = photo(40, 60)
+    (tmp_path / "a.png").write_bytes(encoded(image, "PNG"))
+    turned, cmyk = encoded(image, "JPEG", exif=exif.tobytes()), encoded(image.convert("CMYK"), "JPEG")
+    for source in (turned, cmyk, tmp_path / "a.png"):
+        seen = decode_for_crops(source)
+        assert isinstance(seen, Image.Image) and np.array_equal(np.asarray(seen), np.asarray(decode(source)))
+    assert decode_for_crops(turned).size == (40, 60)
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_a_damaged_jpeg_is_the_same_image_or_as_broken_as_for_pil(progressive):
+    """Cut short, or with a few bytes changed anywhere, or with one changed in the header."""
+    whole = encoded(photo(60, 80), "JPEG", progressive=progressive)
+    rng = np.random.default_rng(1)
+    outcomes = set()
+    for trial in range(150):
+        content = bytearray(whole)
+        if trial % 3 == 0:
+            content = content[: rng.integers(2, len(whole))]
+        else:
+            for place in rng.integers(0, len(whole) if trial % 3 == 1 else 700, 3):
+                content[place] = rng.integers(256)
+        try:
+            wanted = np.asarray(decode(bytes(content)))
+        except BROKEN:
+            outcomes.add("broken")
+            with pytest.raises(BROKEN):
+                decode_for_crops(bytes(content))
+        else:
+            outcomes.add("whole")
+            seen = decode_for_crops(bytes(content))
+            seen = seen.permute(1, 2, 0) if isinstance(seen, torch.Tensor) else np.asarray(seen)
+            assert np.array_equal(seen, wanted)
+    assert outcomes == {"broken", "whole"}
+
+
+def test_more_pixels_than_allowed_are_refused_on_both_ways(monkeypatch):
+    content = encoded(photo(40, 60), "JPEG")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2000)
+    for way in (decode, decode_for_crops):
+        with pytest.raises(Image.DecompressionBombError):
+            way(content)
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("size", [(480, 640), (100, 75), (1, 1), (3, 700), (224, 224)], ids=str)
+def test_crops_are_those_of_pil_within_one_level(size, interpolation):
+    """Of the same draws as torchvision's RandomResizedCrop makes; a few of a million bicubic pixels are 2 apart."""
+    config = {**CONFIG, "preprocess_cfg": {**CONFIG["preprocess_cfg"], "interpolation": interpolation}}
+    peer = T.RandomResizedCrop(224, scale=(0.5, 1.0), interpolation=T.InterpolationMode(interpolation))
+    transform = diffclip.transforms(config, train=True, normalized=False)
+    image = photo(*size)
+    for seed in range(4):
+        torch.manual_seed(seed)
+        wanted = np.asarray(peer(image), np.int16)
+        for given in (image, torch.from_numpy(np.array(image)).permute(2, 0, 1)):
+            torch.manual_seed(seed)
+            seen = transform(given)
+            assert seen.dtype == torch.uint8 and seen.shape == (3, 224, 224)
+            apart = np.abs(seen.permute(1, 2, 0).numpy().astype(np.int16) - wanted)
+            assert apart.max() <= (2 if interpolation == "bicubic" else 1) and (apart > 1).mean() < 1e-4
+        torch.manual_seed(seed)
+        floats = diffclip.transforms(config, train=True)(image)
+        assert torch.equal(floats, diffclip.normalize(config, seen))

@@ -159,3 +159,10 @@ def test_a_set_that_fails_first_keeps_no_other_from_its_scores(tmp_path, data):
     stored = json.loads((tmp_path / "scores/clip_benchmarks.json").read_text())
     assert "zero_shot/colours/top1" in stored["metrics"] and not any("/a/" in name for name in stored["metrics"])
     assert str(len(stored["metrics"])) in str(error.value)
+
+
+def test_precision_of_the_dual_encoder_is_a_setting(tmp_path, data):
+    write_model("transformers", tmp_path / "model")
+    evaluate.main(arguments(tmp_path, data, precision="bf16"))
+    about = json.loads((tmp_path / "out" / "clip_benchmarks.json").read_text())["about"]
+    assert about["precision"] == "bfloat16"
