@@ -21,7 +21,7 @@ from diffclip.base.statistics import over_seeds
 from diffclip.benchmarks.features import Encoder
 from diffclip.data.pairs import PairTable
 from stages import pretrain
-from stages.pretraining import retrieval_of_pairs
+from stages.contrastive import retrieval_of_pairs
 
 ARMS = {"CLIP": "keep", "V1": "v1", "V2": "v2", "Dex": "dex"}
 RATES = (5e-5, 2e-4, 5e-4, 1e-3)

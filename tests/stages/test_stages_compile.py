@@ -61,14 +61,14 @@ def test_a_compiled_run_is_one_unbroken_graph_with_the_weights_of_an_eager_one(t
 
 @pytest.mark.slow
 def test_a_compiled_run_resumes_exactly_and_its_checkpoints_have_clean_names(trained, compiled, monkeypatch):
-    from stages import pretraining  # not at the top: it takes seconds, and most tests here need none of it
+    from stages import contrastive  # not at the top: they take seconds, and most tests here need none
 
     def lost(self, args, state, *rest, **kwargs):
         if state.global_step == 4:
             raise RuntimeError("the power is gone")
 
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="power"):
-        patch.setattr(pretraining.AfterStep, "on_step_begin", lost)
+        patch.setattr(contrastive.AfterStep, "on_step_begin", lost)
         trained("cut", *COMPILED)
     cut = compiled[0].parent / "cut"
     names = {name for file in cut.glob("checkpoint-3/*.safetensors") for name in load_file(file)}
