@@ -8,7 +8,7 @@ from types import ModuleType
 
 from diffclip.base.after_import import after_import
 
-LOGGED = {  # logger -> how its messages begin
+LOGGED = {  # logger -> what its messages say, behind "[RANK 0]" in some
     "DeepSpeed": ("Setting accelerator to CPU", "Unable to find hostfile"),
     "accelerate.accelerator": ("Gradient accumulation steps mismatch",),  # the setting of ours that both are given
     "transformers.generation.utils": (r"Both `max_new_tokens` .* and `max_length`",),  # the former counts
@@ -17,7 +17,7 @@ WARNED = ("find_unused_parameters=True was specified",)  # rows without images l
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    return not any(re.match(start, str(record.msg)) for start in LOGGED[record.name])
+    return not any(re.search(said, str(record.msg)) for said in LOGGED[record.name])
 
 
 def _without_bars(transformers_logging: ModuleType) -> None:
