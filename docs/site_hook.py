@@ -1,5 +1,6 @@
-"""For mkdocs: the pages that a forge wants at the top of the repository are pages of the site, too."""
+"""For mkdocs: what a forge wants at the top of the repository, and notebooks, are pages of the site, too."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,9 @@ TOP = ("CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")
 def on_files(files: Files, config: Any) -> Files:
     for name in TOP:
         files.append(File.generated(config, name, abs_src_path=str(ROOT / name)))
+    for path in sorted((ROOT / "docs" / "notebooks").glob("*.ipynb")):
+        page = as_markdown(json.loads(path.read_text(encoding="utf-8")))
+        files.append(File.generated(config, f"notebooks/{path.stem}.md", content=page))
     return files
 
 
@@ -23,8 +27,17 @@ def on_page_markdown(markdown: str, page: Any, **rest: Any) -> str:
     return re.sub(rf"\]\(\.\./({'|'.join(map(re.escape, TOP))})", r"](\1", markdown)
 
 
-def on_page_content(html: str, page: Any, **rest: Any) -> str:
-    """Links of notebooks, which mkdocs-jupyter leaves as they are."""
-    if page.file.src_uri.endswith(".ipynb"):
-        return re.sub(r'href="\.\./(\w+)\.md', r'href="../../\1/', html)
-    return html
+def as_markdown(notebook: dict[str, Any]) -> str:
+    """The cells of a notebook: text as it stands, code and what it printed as listings, images inside the page."""
+    parts: list[str] = []
+    for cell in notebook["cells"]:
+        source = "".join(cell["source"])
+        parts.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
+        for output in cell.get("outputs", []):
+            data = output.get("data", {})
+            text = "".join(output.get("text", data.get("text/plain", "")))
+            if "image/png" in data:
+                parts.append(f"![output](data:image/png;base64,{''.join(data['image/png']).strip()})")
+            elif text.strip():
+                parts.append(f"```text\n{text.rstrip()}\n```")
+    return "\n\n".join(parts) + "\n"

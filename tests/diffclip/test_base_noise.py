@@ -28,7 +28,10 @@ def said(logger: str, *arguments: object) -> str:
     [
         ("DeepSpeed", "Setting accelerator to CPU. If you have GPU or other accelerator, we were unable to detect it."),
         ("DeepSpeed", "Unable to find hostfile, will proceed with training with local resources only."),
-        ("accelerate.accelerator", "[RANK 0] Gradient accumulation steps mismatch: GradientAccumulationPlugin has 1, DeepSpeed"),
+        (
+            "accelerate.accelerator",
+            "[RANK 0] Gradient accumulation steps mismatch: GradientAccumulationPlugin has 1",
+        ),
         ("transformers.generation.utils", "Both `max_new_tokens` (=5) and `max_length`(=20) seem to have been set."),
     ],
     ids=["accelerator", "hostfile", "accumulation", "max_length"],

@@ -91,13 +91,14 @@ def pages_of(entry: object) -> list[str]:
 
 def test_every_page_stands_in_the_navigation_once():
     listed = pages_of(yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"])
-    pages = [path.relative_to(DOCS).as_posix() for ext in ("md", "ipynb") for path in DOCS.rglob(f"*.{ext}")]
+    paths = (path.relative_to(DOCS) for ext in ("md", "ipynb") for path in DOCS.rglob(f"*.{ext}"))
+    pages = [path.with_suffix(".md").as_posix() for path in paths]
     assert sorted(listed) == sorted([*pages, "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"])
 
 
 @pytest.mark.slow
 def test_the_site_is_built_without_a_warning(tmp_path):
-    for package in ("material", "mkdocstrings", "mkdocs_jupyter"):
+    for package in ("material", "mkdocstrings"):
         pytest.importorskip(package, reason="the site needs the extra `docs`")
     words = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
     ended = subprocess.run(
