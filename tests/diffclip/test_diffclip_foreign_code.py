@@ -143,13 +143,15 @@ DOORS = {
     r"json\.loads?": (
         "base.files",
         "base.ranks",
+        "base.objects",  # and its client: what they say to each other
+        "base.object_client",
         "architectures",
         "data.captions",
         "data.shards",
         "mllm.data",
         "mllm.model",
     )
-    + ("mllm.own_template", "mllm.lmms_plugin", "stages.manifest"),
+    + ("mllm.own_template", "mllm.literal", "mllm.lmms_plugin", "stages.manifest"),
     r"yaml\.(?!safe_dump).*": ("base.files",),
     r"(PIL\.)?Image\.open": ("base.images",),
     r"tarfile\.open|zipfile\.ZipFile|shutil\.unpack_archive": ("base.archives", "scenes.parts"),
@@ -164,6 +166,7 @@ DOORS = {
     r"(pq|pyarrow\.parquet)\.(read\w*|Parquet(File|Dataset))|ParquetFile": ("base.parquet",),
     r"(webdataset|wds)\..*": (),
     r"(subprocess)\.(run|Popen|call|check_\w+)": (
+        "base.objects",
         "base.ranks",
         "stages.download",
         "stages.pipeline",

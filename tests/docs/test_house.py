@@ -16,7 +16,7 @@ TOOLS = {  # what diffclip.base does for all: call -> (the one to take instead, 
     "json.load": ("files.read_json", ()),
     "yaml.safe_load": ("files.read_yaml", ()),
     "yaml.load": ("files.read_yaml", ()),
-    "os.replace": ("files.write_whole or whole", ("diffclip.scenes.export", "stages.pretraining")),  # whole folders
+    "os.replace": ("files.write_whole or whole", ("diffclip.scenes.export", "stages.contrastive")),  # whole folders
     "csv.writer": ("lines.csv_text", ()),
     "tarfile.open": ("diffclip.base.archives", ("diffclip.scenes.parts",)),  # writes one
 }
