@@ -123,7 +123,7 @@ class Watch(TrainerCallback):
 
 def wait_at_most(seconds: float) -> None:
     """How long this rank waits for the others in what they do together, from here on."""
-    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), None)
+    dist.distributed_c10d.set_timeout(timedelta(seconds=seconds))
 
 
 def _several() -> bool:
