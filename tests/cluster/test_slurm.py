@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from launch import QUICKSTART, ROOT, environment, run_ranks
 from shards import write_shard
@@ -126,7 +127,10 @@ def test_a_job_that_is_told_to_end_queues_again_and_comes_to_the_undisturbed_dig
     wait_for(lambda: (out / "metrics.jsonl").is_file() and len(losses(out)) >= 3, 120)
     slurm("scancel", "--batch", "--signal=USR1", job)  # as Slurm does two minutes before the end
     wait_for(lambda: slurm("squeue", "-h", "-j", job, "-o", "%T").strip() == "PENDING", 60)
-    slurm("scontrol", "update", f"JobId={job}", "StartTime=now")  # it would wait two minutes
+    # It would wait two minutes; one that starts in the second in which its last step is ended counts as killed.
+    wait_for(lambda: not any(p.info["name"].startswith("slurmstepd") for p in psutil.process_iter(["name"])), 60)
+    time.sleep(2)
+    slurm("scontrol", "update", f"JobId={job}", "StartTime=now")
     first = json.loads((out / "run.json").read_text())
     assert first["ranks"] == 2 and first["job"] == job and first["state"] in ("stopped", "running", "finished")
     wait_for(lambda: json.loads((out / "run.json").read_text())["state"] == "finished", 180)
