@@ -162,9 +162,10 @@ def _path(facts: list[str]) -> Path:
 @contextmanager
 def _alone(path: Path) -> Iterator[None]:
     """One process at a time; where no lock can be written, nothing can be kept either."""
-    lock = FileLock(f"{path}.lock")
+    folder = cache_dir() / "locks"
+    lock = FileLock(folder / f"{path.name}.lock")
     with suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     try:
         yield
