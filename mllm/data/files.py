@@ -15,6 +15,7 @@ from diffclip.base.errors import InputError
 from diffclip.base.files import opened, read_array, read_json, read_jsonl
 from diffclip.data.layout import split_named
 from diffclip.data.pairs import BadSample, PairTable
+from diffclip.data.shards import IMAGE_SUFFIXES
 from diffclip.data.tables import saved
 from mllm.literal import IMAGE
 
@@ -92,7 +93,7 @@ def _folder_rows(folder: Path, split: str) -> Iterator[dict]:
         yield from _saved_rows(folder)
         return
     shards = sorted(p for p in folder.rglob("*.parquet") if not hidden(p.relative_to(folder)))
-    if not shards and any(p.suffix in (".txt", *PAIRS) for p in folder.rglob("*")):
+    if not shards and _holds_pairs(folder):
         yield from _captioned(folder, split)
         return
     if not shards:
@@ -128,6 +129,16 @@ def split_of(shard: Path) -> str:
     """The split that a shard's name or folder says it belongs to, as the Hub names them, or ""."""
     start = re.split(r"[-_.]", shard.name)[0]
     return next(filter(None, map(split_named, (start, *reversed(shard.parts[:-1])))), "")
+
+
+def _holds_pairs(folder: Path) -> bool:
+    """Whether a folder holds tars or tables of pairs, or an image with a .txt beside it at any depth."""
+    names = {path for path in folder.rglob("*") if path.suffix.lower() in (".txt", *IMAGE_SUFFIXES, *PAIRS)}
+    return any(
+        path.suffix.lower() in PAIRS
+        or (path.suffix == ".txt" and any(path.with_suffix(image) in names for image in IMAGE_SUFFIXES))
+        for path in names
+    )
 
 
 def _captioned(path: Path, split: str) -> Iterator[dict]:

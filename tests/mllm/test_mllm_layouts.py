@@ -464,6 +464,13 @@ def test_captioned_images_of_any_layout_are_rows_of_alignment(tmp_path):
         assert [*image_problems(rows)] == [1], name  # judged as all other images are
 
 
+def test_a_folder_of_json_with_notes_beside_it_is_no_folder_of_captioned_images(tmp_path):
+    (tmp_path / "rows.json").write_text("[]")
+    (tmp_path / "README.txt").write_text("about")
+    with pytest.raises(InputError, match=r"name the files in it, e\.g\. .*rows\.json"):
+        load_rows([tmp_path], tmp_path)
+
+
 def test_an_item_of_any_length_is_read_piece_by_piece(tmp_path):
     long = "x" * 5_000_000 + 'é\u2028\\"'
     rows = [{"id": n, "conversations": [TEXT[0], {"from": "gpt", "value": long if n == 1 else "a"}]} for n in range(3)]
