@@ -31,6 +31,7 @@ class Watch(TrainerCallback):
     def __init__(self, run: Run, samples_per_step: int) -> None:
         self.run, self.samples_per_step = run, samples_per_step
         self.saved = -1  # the step of the newest checkpoint
+        self.patient: bool | None = None  # whether this rank waits longer for the others; None before the first step
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
@@ -59,9 +60,11 @@ class Watch(TrainerCallback):
         if self.told() and state.global_step < state.max_steps:
             control.should_training_stop = True
         self.on_epoch_end(args, state, control, **kwargs)
-        if _several():  # rank 0 seals a checkpoint, and a best model, while the others are at the next step
-            busy = control.should_save or control.should_training_stop
+        # rank 0 seals a checkpoint, and writes a best model, while the others are at the next step
+        busy = control.should_save or control.should_training_stop
+        if _several() and busy != self.patient:
             wait_at_most(self.run.config.ddp_timeout + PATIENCE * busy)
+            self.patient = busy
         if self.own_time:
             self.own_time.end_step()
 

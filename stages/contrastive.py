@@ -14,13 +14,7 @@ from typing import Any, NamedTuple, NoReturn, cast
 import torch
 from torch import nn
 from torch.utils.data import SequentialSampler
-from transformers import (
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-    default_data_collator,
-)
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, default_data_collator
 
 import diffclip
 from diffclip.adaptation import layer_rates
@@ -40,10 +34,7 @@ from stages.callbacks import check_weights
 from stages.run import Run
 from stages.settings import PretrainConfig
 from stages.trainer import StageTrainer
-from stages.training import (
-    attention_log,
-    set_learning_rate,
-)
+from stages.training import attention_log, set_learning_rate
 
 
 class Step(NamedTuple):

@@ -27,9 +27,7 @@ UTILISATION = {
     "L-14": (0.12, "open_clip's 50,800 A100-hours for LAION-400M, of which recomputed activations are a part"),
 }
 OTHER = "B-16"  # stands for the sizes and models that are not in the table
-LOADED = (
-    150  # photos of 85 KB that a core decodes and crops in a second: `python -m benchmarks.data`, on a busy machine
-)
+LOADED = 150  # photos of 85 KB that a core decodes and crops in a second (`benchmarks.data`, on a busy machine)
 BUCKET = 500_000_000  # numbers in DeepSpeed's reduce_bucket_size, unless its configuration sets another
 FREE_SHARE = 0.9  # of a device's memory; the rest goes to the CUDA context, fragmentation and buffers
 

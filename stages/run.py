@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any, NoReturn, cast
 
 from diffclip.base import lock, schema
-from diffclip.base.errors import InputError
+from diffclip.base.errors import InputError, where
 from diffclip.base.files import append_jsonl, read_json, share, write_json
 from diffclip.base.images import DECODING
 from diffclip.base.lines import print_line, printable
 from diffclip.base.orphans import end_with_parents
-from diffclip.base.ranks import from_main, gather, join_slurm, keep_errors, rank, where, world
+from diffclip.base.ranks import from_main, gather, join_slurm, keep_errors, rank, world
 from diffclip.base.schema import RunRecord
 from diffclip.base.sealed import damage, files_of, seal
 from stages import ledger

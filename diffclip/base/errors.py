@@ -27,10 +27,15 @@ class InputError(Exception):
     """Bad input: the message is one sentence that names the file, key or line, and the remedy."""
 
 
-def on_rank() -> str:
-    """ "rank 3 on n2: " with which messages of one of several processes begin, "" of one alone."""
+def where() -> str:
+    """ "rank 3 on n2", for messages of one of several processes; "" of one alone."""
     several = int(os.environ.get("WORLD_SIZE") or 1) > 1
-    return f"rank {os.environ.get('RANK', 0)} on {socket.gethostname()}: " if several else ""
+    return f"rank {os.environ.get('RANK', 0)} on {socket.gethostname()}" if several else ""
+
+
+def on_rank() -> str:
+    """`where` as the beginning of a message."""
+    return f"{place}: " if (place := where()) else ""
 
 
 def first_line(error: Exception) -> str:

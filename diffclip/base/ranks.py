@@ -7,7 +7,6 @@ can agree before there is one.
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -71,11 +70,6 @@ def rank() -> int:
 def world() -> int:
     """How many processes are one training."""
     return int(os.environ.get("WORLD_SIZE", 1))
-
-
-def where() -> str:
-    """Rank and host, for messages."""
-    return f"rank {rank()} on {socket.gethostname()}"
 
 
 def from_main(decide: Callable[[], T]) -> T:
