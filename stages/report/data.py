@@ -79,6 +79,7 @@ class Arms:
     runs: list[RunDir]
     problems: list[str]
     models: list[str] = field(init=False)
+    differences: dict[tuple[str, str, str], Any] = field(default_factory=dict, init=False)  # found by `significance`
 
     def __post_init__(self) -> None:
         names = {run.model for run in self.runs if run.model}

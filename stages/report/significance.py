@@ -59,7 +59,14 @@ class Difference(NamedTuple):
 
 
 def difference(arms: Arms, first: str, other: str, key: str) -> Difference:
-    """The difference under a metric's key, by the best test that the runs allow."""
+    """The difference under a metric's key, by the best test that the runs allow; resampled once for all tables."""
+    asked = first, other, key
+    if asked not in arms.differences:
+        arms.differences[asked] = _difference(arms, *asked)
+    return arms.differences[asked]
+
+
+def _difference(arms: Arms, first: str, other: str, key: str) -> Difference:
     differences = paired_differences(arms, first, other, key)
     if not differences:
         return Difference(None, why="no seed that both models have")
