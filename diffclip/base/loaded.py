@@ -55,7 +55,7 @@ def check_directory(directory: Path) -> None:
     if config := read.get("config.json"):
         check_numbers(config, str(directory / "config.json"))
         if weights:
-            check_size(config, str(directory / "config.json"), sum(map(os.path.getsize, weights)))
+            check_size(config, str(directory / "config.json"), sum(map(os.path.getsize, weights)), whole=False)
 
 
 def check_processor(directory: Path) -> None:
@@ -84,6 +84,10 @@ def check_values(state: Mapping[str, Tensor], source: str | Path) -> None:
         )
 
 
+class UnfitWeights(InputError, RuntimeError):
+    """Weights that lack parts of a model, or have them in other shapes; transformers' own is a RuntimeError."""
+
+
 class Whole:
     """Goes before a model class of transformers: `from_pretrained` gives a model that is loaded whole, or InputError.
 
@@ -96,22 +100,30 @@ class Whole:
     def from_pretrained(
         cls, pretrained_model_name_or_path: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any
     ) -> Any:
-        """As transformers' own; with `output_loading_info` the caller judges what is missing."""
+        """As transformers' own; without a path, or with `output_loading_info`, the caller judges what is missing."""
         path = pretrained_model_name_or_path
         if path is not None and os.path.isdir(path):
             check_directory(Path(path))
         whole: Any = super()
-        kwargs = {"ignore_mismatched_sizes": True, **kwargs}  # they are told below, with their names
-        model, info = whole.from_pretrained(path, *args, output_loading_info=True, **kwargs)
-        for what, keys in (("lacks weights of the model", "missing_keys"), ("has other shapes in", "mismatched_keys")):
-            found = (key if isinstance(key, str) else key[0] for key in info[keys])
-            faults = sorted(key for key in found if not key.startswith(cls.new_parts or "\0"))
-            if faults and not output_loading_info:
-                more = f" and {len(faults) - NAMED} more" if len(faults) > NAMED else ""
-                names = f"{', '.join(faults[:NAMED])}{more}"
-                raise InputError(f"{weights_name(path)}: {what}: {names}; bring the file again from its source")
+        anew = kwargs.pop("ignore_mismatched_sizes", False)
+        options = {"ignore_mismatched_sizes": True, **kwargs}  # what has other shapes is told below, with its names
+        model, info = whole.from_pretrained(path, *args, output_loading_info=True, **options)
+        if not anew:
+            remedy = "ask for the same sizes, or draw them anew with ignore_mismatched_sizes=True"
+            _tell(path, "has other shapes in", [key[0] for key in info["mismatched_keys"]], remedy)
+        if path is not None and not output_loading_info:
+            missing = [name for name in info["missing_keys"] if not name.startswith(cls.new_parts or "\0")]
+            _tell(path, "lacks weights of the model", missing, "bring the file again from its source")
         check_values(model.state_dict(), weights_name(path))
         return (model, info) if output_loading_info else model
+
+
+def _tell(path: Any, what: str, names: list[str], remedy: str) -> None:
+    """UnfitWeights, if there are names of which this has to be said."""
+    if names:
+        more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+        listed = f"{', '.join(sorted(names)[:NAMED])}{more}"
+        raise UnfitWeights(f"{weights_name(path)}: {what}: {listed}; {remedy}")
 
 
 def weights_name(path: Any) -> str:

@@ -47,6 +47,7 @@ WIDTHS = ("hidden_size", "width", "n_embd", "d_model")
 DEPTHS = ("num_hidden_layers", "layers", "n_layer", "n_layers", "num_layers")
 ROWS = ("vocab_size", "context_length")  # of tables; the second is open_clip's, and always one
 FACTORED = ("embedding_size", "num_hidden_groups")  # of models whose layers share weights, as ALBERT's do
+PARTS, SMALL = 8, 64_000_000  # of a model that its files may lack, and bytes that cost nobody anything
 REMEDY = "mend it, or take the file from its source again"
 
 
@@ -68,9 +69,13 @@ def check_numbers(config: Any, name: str) -> None:
         raise InputError(f"{name}: describes a model of more than {size:.0e} bytes: {REMEDY}")
 
 
-def check_size(config: Any, name: str, size: int) -> None:
-    """InputError if a configuration describes a model far larger than its files of weights, which have `size` bytes."""
-    if (least := least_bytes(config)) > size:
+def check_size(config: Any, name: str, size: int, whole: bool = True) -> None:
+    """InputError if a configuration describes a model larger than its files of weights, which have `size` bytes.
+
+    `whole`: all of it must be in them. Otherwise, as where a classifier keeps one tower of the two that its
+    configuration describes, only far more than they have is refused.
+    """
+    if (least := least_bytes(config)) > (size if whole else max(SMALL, PARTS * size)):
         raise InputError(
             f"{name}: describes a model of more than {least:,} bytes, but the weights have {size:,}: one of both is of "
             "another model; take both from their source again"

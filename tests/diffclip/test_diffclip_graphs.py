@@ -17,6 +17,7 @@ def model(request):
     config = copy.deepcopy(variants.MODELS[request.param])
     config["model_cfg"]["text_cfg"] |= {"context_length": KEEP_BELOW + 6, "layers": 1, "vocab_size": 500}
     config["model_cfg"]["vision_cfg"] |= {"image_size": 64, "layers": 1}
+    config["preprocess_cfg"]["size"] = 64
     torch.manual_seed(0)
     return models.build(config).eval()
 

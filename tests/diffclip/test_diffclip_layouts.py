@@ -333,8 +333,6 @@ def test_patterns_and_names_that_look_like_them(tmp_path):
         3,
         3,
     ]
-    with pytest.raises(InputError, match="copy it to a disk"):
-        PairTable(["s3://bucket/0.tar"])
 
 
 def test_a_file_of_another_split_than_the_one_asked_for_is_refused(tmp_path):
