@@ -277,7 +277,8 @@ def attention(arms: Arms, maps: Sequence[Map]) -> Figure:
             else:
                 axes.text(0.5, 0.5, "not kept", ha="center", va="center", fontsize=8, color=MUTED)
     for axes, title in zip(grid[0][1:], titles):
-        axes.set_title(textwrap.fill(short(title, 40), max(6, int(13 * cell))), fontsize=8.5, color=INK)
+        name = textwrap.fill(short(title, 40), max(6, int(13 * cell)), break_long_words=False)
+        axes.set_title(name, fontsize=8.5, color=INK)
     return figure
 
 
