@@ -21,7 +21,7 @@ from typing import Any, NoReturn, cast
 
 from diffclip.base import lock, schema
 from diffclip.base.errors import InputError, where
-from diffclip.base.files import append_jsonl, read_json, share, write_json
+from diffclip.base.files import append_jsonl, read_json, read_text, share, write_json
 from diffclip.base.images import DECODING
 from diffclip.base.lines import print_line, printable
 from diffclip.base.orphans import end_with_parents
@@ -37,6 +37,7 @@ KEPT = ("id", "taken_over", "conversations", "rows")  # of run.json, over all st
 NOT_FINISHED = 3  # exit code of a stage that was told to stop before its end
 SEEN_WITHIN = 20  # seconds, in which a file of rank 0 is to show on the other hosts
 UNSEALED = {schema.RECORD, schema.LOG, schema.CURVE, schema.BAD_SAMPLES, schema.NON_FINITE, schema.MODEL_CARD}
+LONGEST = 3600  # seconds for which rank 0 waits for the others' parts of a checkpoint
 SEALER = ThreadPoolExecutor(1)  # its thread begins with the first checkpoint
 
 
@@ -253,6 +254,7 @@ class Run:
         self._sealing = SEALER.submit(self._seal, folder)
 
     def _seal(self, folder: Path) -> None:
+        _wait_for_parts(folder)
         files = seal(folder, (file for file in files_of(folder) if file.name != schema.COMPLETE))
         write_json(folder / schema.COMPLETE, {"run": self.record.get("id"), "files": files})
 
@@ -318,6 +320,18 @@ class Run:
         if self.is_main:
             self.record["wall_seconds"] = round(self.seconds_before + time.time() - self.start, 1)
             write_json(self.path / schema.RECORD, self.record)
+
+
+def _wait_for_parts(checkpoint: Path) -> None:
+    """Until all ranks have written what they write in the background; InputError for one that cannot."""
+    deadline = time.monotonic() + LONGEST
+    while marks := sorted(checkpoint.glob(f"{schema.WRITING}*")):
+        for mark in marks:
+            if mark.is_file() and (fault := read_text(mark)):
+                raise InputError(f"{checkpoint}: {fault}: make room, and give the command again")
+        if time.monotonic() > deadline:
+            raise InputError(f"{checkpoint}: {marks[0].name} is there after {LONGEST} s: look at what its rank says")
+        time.sleep(0.05)
 
 
 def results(path: Path) -> list[Path]:

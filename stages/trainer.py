@@ -1,8 +1,12 @@
 """transformers' Trainer as all stages use it: without work, or waits for a device, in steps that nobody looks at."""
 
+from pathlib import Path
+
 import torch
 from torch import nn
 from transformers import Trainer
+
+from stages import background
 
 
 class StageTrainer(Trainer):
@@ -16,3 +20,10 @@ class StageTrainer(Trainer):
             return super()._get_grad_norm(model, grad_norm)
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         return torch.nn.utils.get_total_norm(gradients)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.is_deepspeed_enabled and background.gains(self.model):
+            with background.written_behind(self.model_wrapped, Path(output_dir)):
+                super()._save_optimizer_and_scheduler(output_dir)
+        else:
+            super()._save_optimizer_and_scheduler(output_dir)

@@ -14,6 +14,7 @@ LOGS = "logs"  # a file for each rank, where there are several: its warnings and
 CURVE = "metrics.jsonl"  # a line per logged step: "step", "samples_per_second", "loss", …
 CHECKPOINTS = "checkpoint-*"  # folders of resume state
 COMPLETE = "complete"  # marker in a checkpoint that is written to its end: {"run": id, "files": Digests}
+WRITING = ".writing-"  # and a rank: in a checkpoint, until its part is on the disk
 MANIFEST = "inputs.json.gz"  # what the folders of data held: {setting: {file: digest}}
 MODEL_CARD = "README.md"
 

@@ -2,8 +2,11 @@
 
 import json
 import os
+import runpy
 import shutil
+import sys
 import time
+from unittest import mock
 
 import psutil
 import pytest
@@ -17,7 +20,7 @@ from diffclip.base.schema import COMPLETE
 from diffclip.base.sealed import seal
 from mllm.assemble import assemble
 from mllm.model import load
-from stages import align, instruct
+from stages import align, background, instruct
 from stages.callbacks import Watch
 from stages.pipeline import free_port
 from stages.run import NOT_FINISHED
@@ -69,7 +72,9 @@ def weights(out):
 
 
 def losses(out):
-    return [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    """By step; a step that a killed run had begun, and that was done again, counts once."""
+    rows = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+    return [*{row["step"]: row["loss"] for row in rows}.values()]
 
 
 @pytest.fixture(scope="module")
@@ -178,16 +183,26 @@ def test_a_training_of_warm_up_alone_is_refused(inputs, tmp_path):
         call(*arguments)
 
 
+def with_slow_disk(arguments):
+    """A stage whose checkpoints are written in the background, as a large model's are, and slowly."""
+    background.FROM, save, sys.argv = 0, torch.save, arguments
+    with mock.patch("torch.save", lambda *content: (time.sleep(0.3), save(*content))):
+        runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("zero", "before", "after"), [(2, 2, 1), (3, 1, 2)])
 def test_another_number_of_ranks_goes_on_with_the_same_losses(zero, before, after, calm, inputs, tmp_path):
+    """The first checkpoint is written in the background, and counts once all of it is there."""
     out = tmp_path / "run"
     arguments = command(inputs, out, zero, "--lora_rank=4")
-    with start_ranks(before, *arguments, folder=tmp_path) as processes:
-        deadline = time.time() + 120
+    with start_ranks(before, with_slow_disk, *arguments, folder=tmp_path) as processes:
+        deadline, marks = time.time() + 120, set()
         while not (out / "checkpoint-2" / COMPLETE).exists():
             assert time.time() < deadline and all(process.is_alive() for process in processes)
+            marks |= {mark.name for mark in out.glob("checkpoint-2/.writing-*")}
             time.sleep(0.01)
+        assert marks == {f".writing-{rank}" for rank in range(before)}
         kill(*processes)
     told = run_ranks(after, *arguments).stdout
     assert f"is of {before} ranks, and now there are {after}: it is put together" in told and "resumes at" in told
