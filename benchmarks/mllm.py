@@ -4,6 +4,8 @@
 
 - logits: a training step with logits for supervised positions only, beside one with logits for all of them
 - batches: useful tokens a second in batches of like length, beside random ones
+- packing: a step of these batches with the examples in one row, attention by example, beside padding them; and the same
+  row with sdpa's mask, which the stages refuse
 - labels: text tokenised once and labels read off its spans, beside tokenising every turn again to find the answers
 - tower: the vision tower stopped at the layer that is read, beside all of its blocks
 """
@@ -20,8 +22,9 @@ import diffclip
 from diffclip.base.commands import Parser
 from diffclip.base.errors import exit_on_input_error
 from mllm.conversation import IGNORE, IMAGE, encode, render
-from mllm.data.examples import training_order
+from mllm.data.examples import pack, pad_batch, training_order
 from mllm.llava import DiffCLIPLlavaConfig, DiffCLIPLlavaForConditionalGeneration
+from mllm.packed import BY_EXAMPLE
 from mllm.weights import freeze
 
 WORDS = [
@@ -139,11 +142,14 @@ class Lengths(list):
         return self
 
 
-def batches(steps: int, vocabulary: int = 4_000, size: int = 16) -> None:
+def mixture() -> Lengths:
     """Lengths as on a mixture of captions, questions and long answers."""
-    model = small_model(vocabulary)
     rng = np.random.default_rng(0)
-    lengths = Lengths(int(n) for n in np.clip(36 + rng.lognormal(4.2, 0.8, 4096), 50, 600))
+    return Lengths(int(n) for n in np.clip(36 + rng.lognormal(4.2, 0.8, 4096), 50, 600))
+
+
+def batches(steps: int, vocabulary: int = 4_000, size: int = 16) -> None:
+    model, lengths = small_model(vocabulary), mixture()
     useful, padded, seconds = {}, {}, {}
     for kind in ("length", "random"):
         order = training_order(lengths, kind, size, len(lengths) // size, seed=0)
@@ -161,6 +167,30 @@ def batches(steps: int, vocabulary: int = 4_000, size: int = 16) -> None:
         f"batches  {1 / seconds['length']:.0f} and {1 / seconds['random']:.0f} useful tokens/s: {ratio:.2f}x",
         flush=True,
     )
+
+
+def packing(steps: int, vocabulary: int = 4_000, size: int = 16) -> None:
+    """How many times longer padding takes, median over batches: processor time, which other work stretches less."""
+    model, lengths = small_model(vocabulary), mixture()
+    for kind in ("length", "random"):
+        order = training_order(lengths, kind, size, len(lengths) // size, seed=0)
+        chosen = np.asarray(lengths)[order].reshape(-1, size)
+        ratios: dict[str, list[float]] = {BY_EXAMPLE: [], "sdpa": []}
+        for picked in chosen[np.linspace(1, len(chosen) - 1, 2 * steps).astype(int)]:
+            drawn = batch(picked.tolist(), vocabulary, 0.13)
+            ids, labels = ([row[:n] for row, n in zip(drawn[name], picked)] for name in ("input_ids", "labels"))
+            images = {"pixel_values": drawn["pixel_values"]}
+            padded, row = pad_batch(ids, labels, 0) | images, pack(ids, labels, 0) | images
+            seconds = {}
+            for way, inputs in (("padded", padded), (BY_EXAMPLE, row), ("sdpa", row)):
+                model.model.language_model.set_attn_implementation("sdpa" if way == "padded" else way)
+                start = time.process_time()
+                model(**inputs).loss.backward()
+                seconds[way] = time.process_time() - start
+            for way, measured in ratios.items():
+                measured.append(seconds["padded"] / seconds[way])
+        medians = ", ".join(f"{way} {statistics.median(measured):.2f}x" for way, measured in ratios.items())
+        print(f"packing  {kind}: {medians}", flush=True)
 
 
 def retokenised(
@@ -222,6 +252,7 @@ def main() -> None:
     print(f"{torch.get_num_threads()} threads; the last number is how many times longer the usual way takes")
     logits(options.steps)
     batches(options.steps)
+    packing(options.steps)
     labels(options.rows, options.steps)
     tower(options.steps)
 
