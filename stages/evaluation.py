@@ -14,6 +14,7 @@ import diffclip
 from diffclip.base.devices import pick_device
 from diffclip.base.errors import InputError
 from diffclip.base.files import json_line, read_json, write_json, write_whole
+from diffclip.base.ranks import group
 from diffclip.base.schema import (
     ANSWERS,
     CHAIR,
@@ -50,7 +51,8 @@ def evaluate_models(config: EvaluateConfig, run: Run) -> None:
     """Run every part that the settings name.
 
     metrics.json grows with each. One that fails keeps no other from running; the same command then takes up the stored
-    features and answers, and runs what is left.
+    features and answers, and runs what is left. Of several ranks all encode the images of the CLIP benchmarks; rank 0
+    does the rest, and lmms-eval has processes of its own.
 
     Raises:
         InputError: a part failed, after all others.
@@ -71,10 +73,14 @@ def evaluate_models(config: EvaluateConfig, run: Run) -> None:
             failed.append(f"{part}: {error}")
             run.log(f"evaluate: no scores of {failed[-1]}")
 
-    encoder = load_encoder(config.clip) if config.clip else None
+    with group():
+        encoder = load_encoder(config.clip) if config.clip else None
+        if encoder:
+            attempt("the CLIP benchmarks", lambda: clip_metrics(config, run, encoder, add))
+    if not run.is_main:
+        return
     missing = overlays.why_no_maps(encoder) if encoder else "no dual encoder"
     if encoder:
-        attempt("the CLIP benchmarks", lambda: clip_metrics(config, run, encoder, add))
         if missing:
             run.note(attention=missing)
             run.log(f"evaluate: {missing}")
@@ -123,9 +129,11 @@ def clip_metrics(
     try:
         metrics = evaluate_clip(*encoder, config.clip_data, run.path, settings)
     except InputError:
-        if (run.path / CLIP_BENCHMARKS).is_file():
+        if run.is_main and (run.path / CLIP_BENCHMARKS).is_file():
             add(read_json(run.path / CLIP_BENCHMARKS)["metrics"])  # of the sets that could be scored
         raise
+    if not run.is_main:
+        return
     add(metrics)
     run.log(f"evaluate: {len(metrics)} scores of {config.clip} on {config.clip_data}")
 
