@@ -124,7 +124,7 @@ def clip_metrics(
         episodes=config.few_shot_episodes,
         probe=config.linear_probe,
         batch_size=config.batch_size,
-        precision="bfloat16" if config.precision == "bf16" else "float32",
+        precision={"fp32": "float32", "bf16": "bfloat16"}.get(config.precision, config.precision),
     )
     try:
         metrics = evaluate_clip(*encoder, config.clip_data, run.path, settings)

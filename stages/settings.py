@@ -345,7 +345,9 @@ class EvaluateConfig:
     linear_probe: Literal["exact", "fast"] = option(
         "exact", "run", "exact, the official solver, or fast, within some tenths of a point of it"
     )
-    precision: Literal["fp32", "bf16"] = option("fp32", "run", "of the dual encoder on `clip_data`; bf16 = autocast")
+    precision: Literal["fp32", "tf32", "bf16"] = option(
+        "fp32", "run", "of the dual encoder on `clip_data`; tf32: products of a GPU; bf16 = autocast"
+    )
     mllm: str = option("", "model", "an instruction run")
     pope: str = option("", "data", "POPE: the official folder, LLaVA's file, or the Hub's parquet")
     pope_labels: str = option("", "data", "the official folder, where `pope` is LLaVA's file")
