@@ -71,7 +71,7 @@ def measure(
 def rows() -> list[Row]:
     """A step at S/16, by the batch."""
     found = []
-    for batch in (2, 8):
+    for batch in (2, 4):
         measured = measure("S-16", batch, 3, torch.float32, [(n, "auto") for n in ("CLIP", "DiffCLIP", "DiffCLIP-V2")])
         for name in ("DiffCLIP", "DiffCLIP-V2"):
             for of, unit in zip(measured, ("s", "MB")):
