@@ -9,8 +9,8 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from functools import cache
 from itertools import count
@@ -78,23 +78,6 @@ def world() -> int:
 def environment_of_none() -> dict[str, str]:
     """The environment for a command that rank 0 starts, and that is no rank of the same."""
     return {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHERS)}
-
-
-@contextmanager
-def group() -> Iterator[None]:
-    """A process group of all ranks (gloo) within, where there are several; each has its own GPU, if there are any."""
-    if world() == 1:
-        yield
-        return
-    import torch  # not at the top: one process alone needs no torch
-
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    torch.distributed.init_process_group("gloo", timeout=LONGEST)
-    try:
-        yield
-    finally:
-        torch.distributed.destroy_process_group()
 
 
 def from_main(decide: Callable[[], T]) -> T:
