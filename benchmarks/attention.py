@@ -18,6 +18,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.rows import Row
 from diffclip.attention import DifferentialAttention, DifferentialAttentionV2
 from diffclip.base.backbones import TimmAttention
 from diffclip.base.commands import Parser
@@ -76,6 +77,34 @@ def peak_megabytes(step: Callable[[], object], device: str) -> float:
     return max(accumulate(sizes)) / 2**20
 
 
+def medians_of(modules: dict[str, nn.Module], x: torch.Tensor, causal: bool, seconds: float) -> dict[tuple, float]:
+    """Seconds by (module, whether with backward): the median of rounds in which they take turns, three at least."""
+    times: dict[tuple[str, bool], list[float]] = {(k, t): [] for k in modules for t in (False, True)}
+    for name, train in times:
+        once(modules[name], x, causal, train)
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or min(map(len, times.values())) < 3:
+        for name, train in times:
+            times[name, train].append(once(modules[name], x, causal, train))
+    return {key: sorted(values)[len(values) // 2] for key, values in times.items()}
+
+
+def rows() -> list[Row]:
+    """A step of each kind in the form that is fastest, by tokens and by batch."""
+    found, device = [], pick_device().type
+    for tokens, batch in ((50, 2), (197, 2), (197, 8), (577, 2)):
+        modules = {k: m.to(device) for k, m in candidates(768, 12, device).items()}
+        x = torch.randn(batch, tokens, 768, device=device, requires_grad=True)
+        medians = medians_of(modules, x, False, 4)
+        for kind in ("DiffCLIP", "V2"):
+            best = min((n for n in modules if n.startswith(kind)), key=lambda name: medians[name, True])
+            work = f"attention {best}, {batch} x {tokens} tokens"
+            found.append(Row(work, "CLIP's", medians["CLIP, fused", True], medians[best, True], "s"))
+            peaks = [peak_megabytes(partial(once, modules[n], x, False, True), device) for n in ("CLIP, fused", best)]
+            found.append(Row(work, "CLIP's", *peaks, "MB"))
+    return found
+
+
 def main() -> None:
     parser = Parser("python -m benchmarks.attention", description=__doc__)
     parser.add_argument("--batch", type=int, default=8)
@@ -89,15 +118,8 @@ def main() -> None:
         for dtype in (torch.float32, torch.bfloat16):
             modules = {k: m.to(device, dtype) for k, m in candidates(width, heads, device).items()}
             x = torch.randn(args.batch, tokens, width, device=device, dtype=dtype, requires_grad=True)
-            times: dict[tuple[str, bool], list[float]] = {(k, t): [] for k in modules for t in (False, True)}
-            for name, train in times:
-                once(modules[name], x, causal, train)
-            end = time.perf_counter() + args.seconds
-            while time.perf_counter() < end or min(map(len, times.values())) < 3:
-                for name, train in times:
-                    times[name, train].append(once(modules[name], x, causal, train))
+            medians = medians_of(modules, x, causal, args.seconds)
             print(f"\n{tower}, {tokens} tokens, {str(dtype).removeprefix('torch.')}")
-            medians = {key: sorted(values)[len(values) // 2] for key, values in times.items()}
             memory = {
                 name: peak_megabytes(partial(once, module, x, causal, True), device) for name, module in modules.items()
             }

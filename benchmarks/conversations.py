@@ -19,6 +19,7 @@ import numpy as np
 import psutil
 from PIL import Image
 
+from benchmarks.rows import Row
 from diffclip.base.commands import Parser
 from diffclip.base.console import print_table
 from diffclip.base.errors import exit_on_input_error
@@ -80,6 +81,43 @@ def a_tokenizer(folder: Path) -> str:
     return str(folder / "tokenizer")
 
 
+def prepared(folder: Path, count: int) -> None:
+    """Images and so many rows."""
+    (folder / "coco").mkdir()
+    for n in range(IMAGES):
+        Image.new("RGB", (8, 8)).save(folder / f"coco/{n:012d}.png")
+    write_rows(folder / "rows.json", count)
+    write_rows(folder / "some.json", 500)
+
+
+def opened(what: str, folder: Path, tokenizer: str, counted: bool) -> list[float]:
+    """What `measure` prints in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.conversations", "--measure", what, str(folder), tokenizer]
+    command.append("counted" if counted else "")
+    environment = {**os.environ, "DIFFCLIP_CACHE": f"{folder}/cache", "TOKENIZERS_PARALLELISM": "true"}
+    told = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    return json.loads(told.stdout.splitlines()[-1])
+
+
+def rows() -> list[Row]:
+    """Opening for the first time and again, and what stays in memory, by the number of rows."""
+    found = []
+    for count in (10_000, 40_000):
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            prepared(folder, count)
+            tokenizer = a_tokenizer(folder)
+            before, start = psutil.Process().memory_full_info().uss, time.process_time()
+            whole = json.loads((folder / "rows.json").read_text())
+            limit, size = time.process_time() - start, (psutil.Process().memory_full_info().uss - before) / 1e6
+            del whole
+            for what, label in (("first", "first time"), ("after", "again")):
+                _, cpu, _, kept = opened(what, folder, tokenizer, False)
+                found.append(Row(f"opening {count:,} conversations, {label}", "json.loads alone", limit, cpu, "s"))
+            found.append(Row(f"{count:,} conversations, kept", "json.loads alone", size, kept, "MB"))
+    return found
+
+
 def main() -> None:
     parser = Parser("python -m benchmarks.conversations", description=__doc__)
     parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 100_000, 665_000, 1_000_000])
@@ -94,11 +132,7 @@ def main() -> None:
     for count in options.rows:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            (folder / "coco").mkdir()
-            for n in range(IMAGES):
-                Image.new("RGB", (8, 8)).save(folder / f"coco/{n:012d}.png")
-            write_rows(folder / "rows.json", count)
-            write_rows(folder / "some.json", 500)
+            prepared(folder, count)
             tokenizer = options.tokenizer or a_tokenizer(folder)
             size = (folder / "rows.json").stat().st_size / 1e6
             cells = [f"{count:,}", f"{size:,.0f}"]
@@ -106,11 +140,7 @@ def main() -> None:
                 if what == "lengths" and count > options.lengths:
                     cells += ["", ""]
                     continue
-                command = [sys.executable, "-m", "benchmarks.conversations", "--measure", what, name, tokenizer]
-                command.append("counted" if count <= options.lengths else "")
-                environment = {**os.environ, "DIFFCLIP_CACHE": f"{name}/cache", "TOKENIZERS_PARALLELISM": "true"}
-                told = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
-                seconds, cpu, most, kept = json.loads(told.stdout.splitlines()[-1])
+                seconds, cpu, most, kept = opened(what, folder, tokenizer, count <= options.lengths)
                 cells += [f"{seconds:.2f} s ({cpu:.2f})", f"{kept if what == 'after' else most:,.0f} MB"]
             table.append(cells)
             print(cells, flush=True)

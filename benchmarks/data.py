@@ -12,7 +12,7 @@ import io
 import tarfile
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms as T
 
 import diffclip
+from benchmarks.rows import Row
 from diffclip.base.backbones import PreprocessCfg, image_transform_v2, open_clip
 from diffclip.base.commands import Parser
 from diffclip.base.errors import exit_on_input_error
@@ -110,6 +111,9 @@ def open_clips(pattern: str, config: dict) -> Iterator[list[torch.Tensor]]:
     return iter(loader.dataloader)
 
 
+PIPELINES: dict[str, Callable] = {"diffclip": ours, "PIL": by_pil, "open_clip": open_clips}
+
+
 def images_per_second(batches: Iterable, count: int) -> float:
     """Of processor time, which neighbours on the machine stretch less than the clock's."""
     start, seen = time.process_time(), 0
@@ -118,6 +122,29 @@ def images_per_second(batches: Iterable, count: int) -> float:
         if seen >= count:
             return seen / (time.process_time() - start)
     raise RuntimeError("the pipeline ended early")
+
+
+def measure(pattern: str, config: dict, count: int, rounds: int) -> dict[str, list[float]]:
+    """Images a second of each pipeline, in turns."""
+    pipelines = {name: batches(pattern, config) for name, batches in PIPELINES.items()}
+    for batches in pipelines.values():  # open_clip's shuffle buffer fills, and images come into the page cache
+        images_per_second(batches, BATCH)
+    rates: dict[str, list[float]] = {name: [] for name in pipelines}
+    for _ in range(rounds):
+        for name, batches in pipelines.items():
+            rates[name].append(images_per_second(batches, count))
+    return rates
+
+
+def rows() -> list[Row]:
+    """Decoding and cropping on one core."""
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        pattern = render(Path(folder), 2, 64)
+        rates = measure(pattern, diffclip.MODELS["DiffCLIP-B-16"], 4 * BATCH, 3)
+    middle = {name: median(each) for name, each in rates.items()}
+    work = "decoding and cropping 640 x 480"
+    return [Row(work, name, middle[name], middle["diffclip"], "images/s") for name in [*PIPELINES][1:]]
 
 
 def main() -> None:
@@ -134,17 +161,10 @@ def main() -> None:
     config["preprocess_cfg"]["interpolation"] = options.interpolation
     with tempfile.TemporaryDirectory() as folder:
         pattern = options.images or render(Path(folder))
-        peers = {"PIL": by_pil, "open_clip": open_clips}
-        pipelines = {name: batches(pattern, config) for name, batches in {"diffclip": ours, **peers}.items()}
-        for batches in pipelines.values():  # open_clip's shuffle buffer fills, and images come into the page cache
-            images_per_second(batches, BATCH)
-        rates: dict[str, list[float]] = {name: [] for name in pipelines}
-        for _ in range(options.rounds):
-            for name, batches in pipelines.items():
-                rates[name].append(images_per_second(batches, options.count))
+        rates = measure(pattern, config, options.count, options.rounds)
     for name, measured in rates.items():
         print(f"{name:10s} {median(measured):7.1f} images/s on one core ({', '.join(f'{r:.1f}' for r in measured)})")
-    for name in peers:
+    for name in [*PIPELINES][1:]:
         print(f"diffclip / {name}: {median(a / b for a, b in zip(rates['diffclip'], rates[name])):.2f}")
 
 

@@ -41,6 +41,7 @@ from diffclip.base.errors import InputError, exit_on_input_error, in_one_line
 from mllm.assemble import assemble
 from mllm.conversation import question_turn
 from mllm.model import VisionLanguageModel, load
+from mllm.packed import keeps_apart
 from mllm.pope.margins import margins, yes_no_tokens
 from mllm.pope.questions import POST_PROMPT, Question
 
@@ -171,7 +172,7 @@ def examine(family: str, tower: Path, folder: Path) -> tuple[str, str]:
         return "refused", str(error).removeprefix(f"{folder / 'lm'}: ")
     if problem := faults(vlm, own, folder):
         return "FAILS", f"{name}: {problem}"
-    apart = "" if vlm.model.keeps_packed_apart() else ", not with packing"
+    apart = "" if keeps_apart(vlm.model) else ", not with packing"
     return "works", name + apart
 
 

@@ -4,6 +4,8 @@
 
 - logits: a training step with logits for supervised positions only, beside one with logits for all of them
 - batches: useful tokens a second in batches of like length, beside random ones
+- packing: a step of these batches with the examples in one row, attention by example, beside padding them; and the same
+  row with sdpa's mask, which the stages refuse
 - labels: text tokenised once and labels read off its spans, beside tokenising every turn again to find the answers
 - tower: the vision tower stopped at the layer that is read, beside all of its blocks
 """
@@ -17,11 +19,13 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 import diffclip
+from benchmarks.rows import Row
 from diffclip.base.commands import Parser
 from diffclip.base.errors import exit_on_input_error
 from mllm.conversation import IGNORE, IMAGE, encode, render
-from mllm.data.examples import training_order
+from mllm.data.examples import pack, pad_batch, training_order
 from mllm.llava import DiffCLIPLlavaConfig, DiffCLIPLlavaForConditionalGeneration
+from mllm.packed import BY_EXAMPLE
 from mllm.weights import freeze
 
 WORDS = [
@@ -55,11 +59,12 @@ def side_by_side(ways: dict[str, Callable[[], object]], steps: int) -> dict[str,
     return {name: statistics.median(times) for name, times in seconds.items()}
 
 
-def say(what: str, seconds: dict[str, float], per: float = 1.0, unit: str = "ms", scale: float = 1e3) -> None:
+def say(what: str, seconds: dict[str, float], per: float = 1.0, unit: str = "ms", scale: float = 1e3) -> list[Row]:
     (ours, a), (usual, b) = seconds.items()
     print(
         f"{what:8s} {ours} {a / per * scale:.1f} {unit}, {usual} {b / per * scale:.1f} {unit}: {b / a:.2f}x", flush=True
     )
+    return [Row(f"{what}: {ours}", usual, b, a, "s")]
 
 
 def small_model(vocabulary: int) -> DiffCLIPLlavaForConditionalGeneration:
@@ -115,7 +120,7 @@ def batch(lengths: list[int], vocabulary: int, supervised: float) -> dict[str, t
     }
 
 
-def logits(steps: int, vocabulary: int = 32_000) -> None:
+def logits(steps: int, vocabulary: int = 32_000) -> list[Row]:
     model = small_model(vocabulary)
     inputs = batch([160] * 8, vocabulary, supervised=0.13)
     labels = inputs["labels"]
@@ -128,7 +133,7 @@ def logits(steps: int, vocabulary: int = 32_000) -> None:
         scores = model.lm_head(outputs.last_hidden_state).float()  # (batch, tokens, vocabulary)
         torch.nn.functional.cross_entropy(scores[:, :-1].flatten(0, 1), labels[:, 1:].flatten()).backward()
 
-    say("logits", side_by_side({"supervised only": ours, "all": full}, steps))
+    return say("logits", side_by_side({"supervised only": ours, "all": full}, steps))
 
 
 class Lengths(list):
@@ -139,11 +144,14 @@ class Lengths(list):
         return self
 
 
-def batches(steps: int, vocabulary: int = 4_000, size: int = 16) -> None:
+def mixture() -> Lengths:
     """Lengths as on a mixture of captions, questions and long answers."""
-    model = small_model(vocabulary)
     rng = np.random.default_rng(0)
-    lengths = Lengths(int(n) for n in np.clip(36 + rng.lognormal(4.2, 0.8, 4096), 50, 600))
+    return Lengths(int(n) for n in np.clip(36 + rng.lognormal(4.2, 0.8, 4096), 50, 600))
+
+
+def batches(steps: int, vocabulary: int = 4_000, size: int = 16) -> list[Row]:
+    model, lengths = small_model(vocabulary), mixture()
     useful, padded, seconds = {}, {}, {}
     for kind in ("length", "random"):
         order = training_order(lengths, kind, size, len(lengths) // size, seed=0)
@@ -161,6 +169,32 @@ def batches(steps: int, vocabulary: int = 4_000, size: int = 16) -> None:
         f"batches  {1 / seconds['length']:.0f} and {1 / seconds['random']:.0f} useful tokens/s: {ratio:.2f}x",
         flush=True,
     )
+    rates = [1 / seconds[kind] for kind in ("random", "length")]
+    return [Row("batches of like length", "random ones", *rates, "useful tokens/s")]
+
+
+def packing(steps: int, vocabulary: int = 4_000, size: int = 16) -> list[Row]:
+    """How many times longer padding takes, median over batches: processor time, which other work stretches less."""
+    model, lengths, found = small_model(vocabulary), mixture(), []
+    for kind in ("length", "random"):
+        order = training_order(lengths, kind, size, len(lengths) // size, seed=0)
+        chosen = np.asarray(lengths)[order].reshape(-1, size)
+        seconds: dict[str, list[float]] = {"padded": [], BY_EXAMPLE: [], "sdpa": []}
+        for picked in chosen[np.linspace(1, len(chosen) - 1, 2 * steps).astype(int)]:
+            drawn = batch(picked.tolist(), vocabulary, 0.13)
+            ids, labels = ([row[:n] for row, n in zip(drawn[name], picked)] for name in ("input_ids", "labels"))
+            images = {"pixel_values": drawn["pixel_values"]}
+            padded, row = pad_batch(ids, labels, 0) | images, pack(ids, labels, 0) | images
+            for way, inputs in (("padded", padded), (BY_EXAMPLE, row), ("sdpa", row)):
+                model.model.language_model.set_attn_implementation("sdpa" if way == "padded" else way)
+                start = time.process_time()
+                model(**inputs).loss.backward()
+                seconds[way].append(time.process_time() - start)
+        ratios = {way: statistics.median(np.divide(seconds["padded"], each)) for way, each in seconds.items()}
+        print(f"packing  {kind}: {', '.join(f'{way} {ratio:.2f}x' for way, ratio in ratios.items())}", flush=True)
+        usual = statistics.median(seconds["padded"])
+        found.append(Row(f"packing, {kind} batches", "padding", usual, usual / ratios[BY_EXAMPLE], "s"))
+    return found
 
 
 def retokenised(
@@ -180,7 +214,7 @@ def retokenised(
     return {"input_ids": [i for i, _ in repeat], "labels": [IGNORE if i == image else label for i, label in repeat]}
 
 
-def labels(rows: int, steps: int) -> None:
+def labels(rows: int, steps: int) -> list[Row]:
     """Conversations of one to ten turns, as in LLaVA-665K."""
     tokenizer = Qwen2Tokenizer(vocab={}, merges=[]).train_new_from_iterator(
         [" ".join(WORDS)] * 4, 600, show_progress=False
@@ -198,10 +232,10 @@ def labels(rows: int, steps: int) -> None:
         "by spans": lambda: [encode(render(c, "vicuna"), tokenizer, 196) for c in conversations],
         "re-tokenising": lambda: [retokenised(c, tokenizer, 196) for c in conversations],
     }
-    say("labels", side_by_side(ways, steps), rows, "us a row", 1e6)
+    return say("labels", side_by_side(ways, steps), rows, "us a row", 1e6)
 
 
-def tower(steps: int) -> None:
+def tower(steps: int) -> list[Row]:
     model = small_model(4_000).model.vision_tower.eval()
     pixels = torch.randn(32, 3, 96, 96)
 
@@ -210,7 +244,13 @@ def tower(steps: int) -> None:
         model.config.stop_early = early
         model(pixels, output_hidden_states=True) if not early else model(pixels, output_hidden_states=[-2])
 
-    say("tower", side_by_side({"stopped": lambda: run(True), "whole": lambda: run(False)}, steps))
+    return say("tower", side_by_side({"stopped": lambda: run(True), "whole": lambda: run(False)}, steps))
+
+
+def rows() -> list[Row]:
+    """All parts in few steps."""
+    torch.manual_seed(0)
+    return [*logits(3), *batches(2), *packing(2), *labels(300, 3), *tower(3)]
 
 
 def main() -> None:
@@ -222,6 +262,7 @@ def main() -> None:
     print(f"{torch.get_num_threads()} threads; the last number is how many times longer the usual way takes")
     logits(options.steps)
     batches(options.steps)
+    packing(options.steps)
     labels(options.rows, options.steps)
     tower(options.steps)
 

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 
+from benchmarks.rows import Row
 from diffclip.base.commands import Parser
 from diffclip.base.errors import exit_on_input_error
 from diffclip.benchmarks.retrieval import recall_at_k
@@ -65,6 +66,29 @@ def measure(side: str, images: int, captions: int) -> None:
     print(json.dumps({"seconds": round(seconds, 2), "megabytes": round(grown), "scores": scores}))
 
 
+def both(images: int, captions: int) -> dict[str, dict]:
+    """What `measure` says of each side, in a process of its own."""
+    measured: dict[str, dict] = {}
+    for side in ("ours", "clip-benchmark"):
+        command = [sys.executable, "-m", "benchmarks.retrieval", "--side", side]
+        command += ["--images", str(images), "--captions", str(captions)]
+        measured[side] = json.loads(
+            subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
+        )
+    return measured
+
+
+def rows() -> list[Row]:
+    """Time and memory by the number of images, with five captions each."""
+    found = []
+    for images in (500, 1000):
+        measured = both(images, 5)
+        for key, unit in (("seconds", "s"), ("megabytes", "MB")):
+            theirs, mine = (measured[side][key] for side in ("clip-benchmark", "ours"))
+            found.append(Row(f"retrieval, {images} images, 5 captions each", "clip-benchmark", theirs, mine, unit))
+    return found
+
+
 def main() -> None:
     parser = Parser("python -m benchmarks.retrieval", description=__doc__)
     parser.add_argument("--images", type=int, default=5000)
@@ -73,13 +97,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.side:
         return measure(options.side, options.images, options.captions)
-    measured: dict[str, dict] = {}
-    for side in ("ours", "clip-benchmark"):
-        command = [sys.executable, "-m", "benchmarks.retrieval", "--side", side]
-        command += ["--images", str(options.images), "--captions", str(options.captions)]
-        measured[side] = json.loads(
-            subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
-        )
+    measured = both(options.images, options.captions)
+    for side in measured:
         print(f"{side:15s} {measured[side]['seconds']:8.2f} s   {measured[side]['megabytes']:6d} MB more")
     print(f"ratio           {measured['clip-benchmark']['seconds'] / measured['ours']['seconds']:8.1f}")
     theirs = measured["clip-benchmark"]["scores"]

@@ -29,6 +29,7 @@ from pathlib import Path
 from statistics import median
 
 from benchmarks.data import render
+from benchmarks.rows import Row
 from diffclip.base.commands import Parser, number
 from diffclip.base.console import print_table
 from diffclip.base.errors import exit_on_input_error
@@ -177,6 +178,59 @@ def litdatas(address: str, cache: Path) -> int:
     return sum(1 for _ in pairs)
 
 
+def read_rates(shards: int, per_shard: int, latency: float, rounds: int) -> dict[str, list[float]]:
+    """Pairs a second from a slow server, by reader, in turns."""
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place) / "shards"
+        folder.mkdir()
+        render(folder, shards, per_shard, 256)
+        write_manifest(f"{folder}/*.tar")
+        content = {f"/{path.name}": path.read_bytes() for path in folder.iterdir()}
+        with server(content.get, latency) as (address, asked):
+            urls = f"{address}/{{00000..{shards - 1:05d}}}.tar"
+            cache = Path(place) / "cache"
+            readers: dict[str, Callable[[], int]] = {"diffclip": lambda: ours(urls, cache)}
+            readers["webdataset"] = lambda: webdatasets(urls)
+            if importlib.util.find_spec("litdata"):
+                write_litdata(folder, Path(place) / "lit")
+                content |= {f"/bucket/lit/{path.name}": path.read_bytes() for path in (Path(place) / "lit").iterdir()}
+                readers["litdata"] = lambda: litdatas(address, cache)
+            rates: dict[str, list[float]] = {name: [] for name in readers}
+            for _ in range(rounds):
+                for name, read in readers.items():
+                    asked.clear()
+                    begin = time.perf_counter()
+                    pairs = read()
+                    rates[name].append(pairs / (time.perf_counter() - begin))
+                    print(f"{name}: {pairs:,} pairs, {len(asked)} requests, {rates[name][-1]:,.0f} pairs/s", flush=True)
+                    shutil.rmtree(cache, ignore_errors=True)
+    return rates
+
+
+def started(shards: int, latency: float) -> tuple[dict[str, float], int]:
+    """What `start` says of so many shards in a process of its own, and how many requests it made."""
+    with server(store(shards), latency) as (address, asked):
+        named = {"AWS_ENDPOINT_URL": address, "AWS_SKIP_SIGNATURE": "true", "AWS_REGION": "x"}
+        command = [sys.executable, "-m", "benchmarks.streaming", "--start", str(shards)]
+        out = subprocess.run(command, env=os.environ | named, stdout=subprocess.PIPE, text=True, check=True).stdout
+    return json.loads(out), len(asked)
+
+
+def rows() -> list[Row]:
+    """Reading from a slow server, and what opening takes by the number of shards."""
+    rates = {name: median(each) for name, each in read_rates(4, 250, 0.03, 3).items()}
+    work = "streaming 1,000 pairs, answers after 30 ms"
+    found = [Row(work, name, rates[name], rates["diffclip"], "pairs/s") for name in [*rates][1:]]
+    if "litdata" not in rates:
+        found.append(Row(work, "litdata", None, rates["diffclip"], "pairs/s", "litdata is not installed"))
+    for name, shards in SHAPES.items():
+        measured, _ = started(shards, 0.03)
+        for key in ("rank", "worker"):
+            note = "no peer knows the order of a run"
+            found.append(Row(f"a {key}'s memory, {name}", "none", None, measured[key], "MB", note))
+    return found
+
+
 def main() -> None:
     parser = Parser("python -m benchmarks.streaming", description=__doc__)
     parser.add_argument("--shapes", nargs="*", default=[*SHAPES], choices=[*SHAPES])
@@ -189,42 +243,15 @@ def main() -> None:
         return
     rows = []
     for name in options.shapes:
-        with server(store(SHAPES[name]), options.latency) as (address, asked):
-            named = {"AWS_ENDPOINT_URL": address, "AWS_SKIP_SIGNATURE": "true", "AWS_REGION": "x"}
-            command = [sys.executable, "-m", "benchmarks.streaming", "--start", str(SHAPES[name])]
-            out = subprocess.run(command, env=os.environ | named, stdout=subprocess.PIPE, text=True, check=True).stdout
-        found = json.loads(out)
+        found, requests = started(SHAPES[name], options.latency)
         label = f"{name}: {SHAPES[name]:,} shards, {SHAPES[name] * IN_A_SHARD / 1e6:,.1f} M pairs"
         numbers = (f"{found[key]:.1f}" for key in ("rank", "worker"))
-        rows.append((label, f"{found['seconds']:.1f}", str(len(asked)), *numbers, f"{found['item']:.0f}"))
+        rows.append((label, f"{found['seconds']:.1f}", str(requests), *numbers, f"{found['item']:.0f}"))
     if rows:
         print_table(("", "seconds to start", "requests", "MB a rank", "MB a worker", "us an item"), rows)
     if not options.rounds:
         return
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place) / "shards"
-        folder.mkdir()
-        render(folder, 16, 500, 256)
-        write_manifest(f"{folder}/*.tar")
-        content = {f"/{path.name}": path.read_bytes() for path in folder.iterdir()}
-        with server(content.get, options.latency) as (address, asked):
-            urls = f"{address}/{{00000..00015}}.tar"
-            cache = Path(place) / "cache"
-            readers: dict[str, Callable[[], int]] = {"diffclip": lambda: ours(urls, cache)}
-            readers["webdataset"] = lambda: webdatasets(urls)
-            if importlib.util.find_spec("litdata"):
-                write_litdata(folder, Path(place) / "lit")
-                content |= {f"/bucket/lit/{path.name}": path.read_bytes() for path in (Path(place) / "lit").iterdir()}
-                readers["litdata"] = lambda: litdatas(address, cache)
-            rates: dict[str, list[float]] = {name: [] for name in readers}
-            for _ in range(options.rounds):
-                for name, read in readers.items():
-                    asked.clear()
-                    begin = time.perf_counter()
-                    pairs = read()
-                    rates[name].append(pairs / (time.perf_counter() - begin))
-                    print(f"{name}: {pairs:,} pairs, {len(asked)} requests, {rates[name][-1]:,.0f} pairs/s", flush=True)
-                    shutil.rmtree(cache, ignore_errors=True)
+    rates = read_rates(16, 500, options.latency, options.rounds)
     for name, measured in rates.items():
         print(f"{name:10s} {median(measured):8,.0f} pairs/s ({', '.join(f'{rate:,.0f}' for rate in measured)})")
     for name in [*rates][1:]:

@@ -9,12 +9,14 @@ in both.
 """
 
 import time
+from collections.abc import Sequence
 from functools import partial
 
 import torch
 from torch import nn
 
 from benchmarks.attention import peak_megabytes
+from benchmarks.rows import Row
 from diffclip import models
 from diffclip.base.backbones import ClipLoss
 from diffclip.base.commands import Parser
@@ -37,28 +39,16 @@ def loss_of(model: nn.Module, images: torch.Tensor, texts: torch.Tensor, dtype: 
     return ClipLoss()(image.float(), text.float(), scale)
 
 
-def main() -> None:
-    parser = Parser("python -m benchmarks.train_step", description=__doc__)
-    parser.add_argument("--size", default="B-16", help="S-16, B-32, B-16 or L-14")
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=4, help="measured steps of each candidate")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    args = parser.parse_args()
+def measure(
+    size: str, batch: int, steps: int, dtype: torch.dtype, named: Sequence[tuple[str, str]]
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Median seconds of a step and its peak of memory in MB, by "model, form" of `named`."""
     device = pick_device().type
-    dtype = getattr(torch, args.dtype)
-    images = torch.randn(args.batch, 3, 224, 224, device=device)
-    texts = torch.randint(1, 49405, (args.batch, 77), device=device)
+    images = torch.randn(batch, 3, 224, 224, device=device)
+    texts = torch.randint(1, 49405, (batch, 77), device=device)
     texts[:, -1] = 49407  # no caption ends early: the longest text there can be
-    named = [
-        ("CLIP", "auto"),
-        ("DiffCLIP", "eager"),
-        ("DiffCLIP", "fused"),
-        ("DiffCLIP", "auto"),
-        ("DiffCLIP-V2", "auto"),
-    ]
-    print(f"{args.size}, {device}, {torch.get_num_threads()} threads, batch {args.batch}, {args.dtype}")
-    times: dict[str, list[float]] = {f"{n}, {f}": [] for n, f in named}
-    arms = {f"{n}, {f}": make(f"{n}-{args.size}", f, device) for n, f in named}
+    arms = {f"{n}, {f}": make(f"{n}-{size}", f, device) for n, f in named}
+    times: dict[str, list[float]] = {name: [] for name in arms}
     optimizers = {k: torch.optim.AdamW(m.parameters()) for k, m in arms.items()}
 
     def step(name: str) -> None:
@@ -68,15 +58,47 @@ def main() -> None:
         if device == "cuda":
             torch.cuda.synchronize()
 
-    for turn in range(args.steps + 1):
+    for turn in range(steps + 1):
         for name in arms:
             start = time.perf_counter()
             step(name)
             if turn:  # the first turn warms up
                 times[name].append(time.perf_counter() - start)
     peaks = {name: peak_megabytes(partial(step, name), device) for name in arms}
-    medians = {name: sorted(values)[len(values) // 2] for name, values in times.items()}
-    for name in arms:
+    return {name: sorted(values)[len(values) // 2] for name, values in times.items()}, peaks
+
+
+def rows() -> list[Row]:
+    """A step at S/16, by the batch."""
+    found = []
+    for batch in (2, 4):
+        measured = measure("S-16", batch, 3, torch.float32, [(n, "auto") for n in ("CLIP", "DiffCLIP", "DiffCLIP-V2")])
+        for name in ("DiffCLIP", "DiffCLIP-V2"):
+            for of, unit in zip(measured, ("s", "MB")):
+                work = f"training step {name}-S-16, batch {batch}"
+                found.append(Row(work, "CLIP's", of["CLIP, auto"], of[f"{name}, auto"], unit))
+    return found
+
+
+def main() -> None:
+    parser = Parser("python -m benchmarks.train_step", description=__doc__)
+    parser.add_argument("--size", default="B-16", help="S-16, B-32, B-16 or L-14")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=4, help="measured steps of each candidate")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    args = parser.parse_args()
+    device = pick_device().type
+    dtype = getattr(torch, args.dtype)
+    named = [
+        ("CLIP", "auto"),
+        ("DiffCLIP", "eager"),
+        ("DiffCLIP", "fused"),
+        ("DiffCLIP", "auto"),
+        ("DiffCLIP-V2", "auto"),
+    ]
+    print(f"{args.size}, {device}, {torch.get_num_threads()} threads, batch {args.batch}, {args.dtype}")
+    medians, peaks = measure(args.size, args.batch, args.steps, dtype, named)
+    for name in medians:
         print(
             f"  {name:16} {1000 * medians[name]:9.0f} ms {medians[name] / medians['CLIP, auto']:5.2f}x   "
             f"{peaks[name]:8.0f} MB {peaks[name] / peaks['CLIP, auto']:5.2f}x"

@@ -212,21 +212,6 @@ class DiffCLIPLlavaForConditionalGeneration(PortableLlava, LlavaForConditionalGe
         hidden = torch.randn(4, self.lm_head.in_features, generator=generator).to(self.lm_head.weight)
         return not torch.allclose(self.logits(hidden).float(), self.lm_head(hidden).float(), rtol=1e-3, atol=1e-3)
 
-    @torch.no_grad()
-    def keeps_packed_apart(self) -> bool:
-        """Whether examples behind each other in one row, told apart by their positions, do not see each other.
-
-        Recurrent layers and those that go by no positions let the first show through in the second.
-        """
-        training, device = self.training, self.lm_head.weight.device
-        ids = torch.arange(24, device=device)[None] % min(24, self.config.image_token_index)
-        positions = torch.cat([torch.arange(16), torch.arange(8)])[None].to(device)
-        self.eval()
-        states = self.model(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state[:, 16:].float()
-        alone = self.model(input_ids=ids[:, 16:], use_cache=False).last_hidden_state.float()
-        self.train(training)
-        return bool((states - alone).abs().max() <= 1e-4 * alone.abs().max())
-
     @can_return_tuple
     def forward(
         self,

@@ -23,7 +23,9 @@ from mllm.literal import control_tokens
 from mllm.llava import DiffCLIPLlavaForConditionalGeneration
 from mllm.lora import add_lora, base_weights, merge, quantise, save_adapter
 from mllm.model import VisionLanguageModel, load
+from mllm.packed import BY_EXAMPLE, keeps_apart
 from mllm.weights import fingerprints, freeze, parts
+from stages.attention import attention_of, check_attention, set_attention
 from stages.callbacks import Watch
 from stages.config import zero_stage
 from stages.gathering import Gathered, gather_on_main
@@ -47,6 +49,7 @@ LOOKED_AT = 128  # examples whose images give the statistics of a whitened proje
 def train_assembled(config: AlignConfig, run: Run) -> None:
     """Stage align: assemble vision tower and language model, train what learns, write `config.output_dir`."""
     check_trainer(config)
+    check_attention(config)
     run.note(model=upstream_model(config.vision_tower))
     vlm = assemble(
         config.vision_tower,
@@ -64,6 +67,7 @@ def train_assembled(config: AlignConfig, run: Run) -> None:
 def train_aligned(config: InstructConfig, run: Run) -> None:
     """Stage instruct: train projector and language model of an aligned model, write `config.output_dir`."""
     check_trainer(config)
+    check_attention(config)
     run.note(model=upstream_model(config.model))
     train_on_conversations(load(config.model, dtype=torch.float32), config, run)
 
@@ -81,11 +85,15 @@ def train_on_conversations(vlm: VisionLanguageModel, config: ConversationConfig,
     template = vlm.use_template(config.template)
     model, processor = vlm
     processor.image_processor.decoding = run.record["decoding"]  # saved with it
-    if config.packing and not model.keeps_packed_apart():
+    language_model, attention = model.model.language_model, attention_of(config)
+    # flash and flex attention, which go by the same positions, do not compute on a CPU, where the model still is
+    tried = attention if attention == BY_EXAMPLE else language_model.config._attn_implementation
+    if config.packing and not keeps_apart(model, tried):
         raise InputError(
-            f"packing: in one row the examples would see each other in this language model "
-            f"({type(model.model.language_model).__name__}); set packing false"
+            f"packing: this language model ({type(language_model).__name__}) does not keep examples apart that stand "
+            "in one row; set packing false"
         )
+    set_attention(language_model, attention)
     rows = judged_rows(vlm, config, run, template)
     dataset = ConversationDataset(rows, processor, template=template, max_length=config.max_length)
     if isinstance(config, AlignConfig) and config.projector_init == "whitened":

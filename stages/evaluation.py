@@ -3,17 +3,21 @@ multimodal model built on it, examples of its answers for the report, CHAIR of i
 lmms-eval.
 """
 
+import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 import diffclip
 from diffclip.base.devices import pick_device
 from diffclip.base.errors import InputError
 from diffclip.base.files import json_line, read_json, write_json, write_whole
+from diffclip.base.ranks import LONGEST, world
 from diffclip.base.schema import (
     ANSWERS,
     CHAIR,
@@ -50,7 +54,8 @@ def evaluate_models(config: EvaluateConfig, run: Run) -> None:
     """Run every part that the settings name.
 
     metrics.json grows with each. One that fails keeps no other from running; the same command then takes up the stored
-    features and answers, and runs what is left.
+    features and answers, and runs what is left. Of several ranks all encode the images of the CLIP benchmarks; rank 0
+    does the rest, and lmms-eval has processes of its own.
 
     Raises:
         InputError: a part failed, after all others.
@@ -71,10 +76,14 @@ def evaluate_models(config: EvaluateConfig, run: Run) -> None:
             failed.append(f"{part}: {error}")
             run.log(f"evaluate: no scores of {failed[-1]}")
 
-    encoder = load_encoder(config.clip) if config.clip else None
+    with group():
+        encoder = load_encoder(config.clip) if config.clip else None
+        if encoder:
+            attempt("the CLIP benchmarks", lambda: clip_metrics(config, run, encoder, add))
+    if not run.is_main:
+        return
     missing = overlays.why_no_maps(encoder) if encoder else "no dual encoder"
     if encoder:
-        attempt("the CLIP benchmarks", lambda: clip_metrics(config, run, encoder, add))
         if missing:
             run.note(attention=missing)
             run.log(f"evaluate: {missing}")
@@ -93,6 +102,21 @@ def evaluate_models(config: EvaluateConfig, run: Run) -> None:
             "up what is there"
         )
     run.finish(metrics)
+
+
+@contextmanager
+def group() -> Iterator[None]:
+    """A process group of all ranks (gloo) within, where there are several; each has its own GPU, if there are any."""
+    if world() == 1:
+        yield
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    dist.init_process_group("gloo", timeout=LONGEST)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 def pope(config: EvaluateConfig, run: Run, add: Callable[[Mapping[str, float]], None], encoder: Encoder | None) -> None:
@@ -118,14 +142,16 @@ def clip_metrics(
         episodes=config.few_shot_episodes,
         probe=config.linear_probe,
         batch_size=config.batch_size,
-        precision="bfloat16" if config.precision == "bf16" else "float32",
+        precision={"fp32": "float32", "bf16": "bfloat16"}.get(config.precision, config.precision),
     )
     try:
         metrics = evaluate_clip(*encoder, config.clip_data, run.path, settings)
     except InputError:
-        if (run.path / CLIP_BENCHMARKS).is_file():
+        if run.is_main and (run.path / CLIP_BENCHMARKS).is_file():
             add(read_json(run.path / CLIP_BENCHMARKS)["metrics"])  # of the sets that could be scored
         raise
+    if not run.is_main:
+        return
     add(metrics)
     run.log(f"evaluate: {len(metrics)} scores of {config.clip} on {config.clip_data}")
 

@@ -12,6 +12,7 @@ from mllm.conversation import IMAGE, VICUNA_SYSTEM
 from mllm.data.examples import pad_batch
 from mllm.data.files import of_split, read_rows
 from mllm.data.layouts import read_conversation
+from stages.attention import attention_of, check_attention, set_attention
 from stages.callbacks import Watch
 from stages.run import Run
 from stages.settings import LanguageConfig
@@ -31,6 +32,7 @@ ANSWER = re.compile(r" ?ASSISTANT:(.*?<\|im_end\|>|.*$)", re.DOTALL)
 def train_language_model(config: LanguageConfig, run: Run) -> None:
     """Train tokenizer and model on the texts that the settings name, and write them to `config.output_dir`."""
     check_trainer(config)
+    check_attention(config)
     texts = list(read_texts(config.text)) if config.text else []
     texts += [text for path in config.conversations for text in read_conversations(path)]
     # the system sentence stands before every conversation later on: its words deserve tokens of their own
@@ -53,6 +55,7 @@ def train_language_model(config: LanguageConfig, run: Run) -> None:
             bos_token_id=None,
         )
     )
+    set_attention(model, attention_of(config))
     rows = [encode(text, tokenizer, config.max_tokens) for text in texts]
     tokens = sum(len(row["input_ids"]) for row in rows)
     steps = max(1, int(len(rows) * config.epochs) // config.global_batch_size)

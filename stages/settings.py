@@ -77,6 +77,8 @@ def option(default: Any, group: str, text: str, allowed: Range | Iterable[str] |
 LEARNING_RATE = ("optimisation", "peak learning rate", POSITIVE)
 LEARNS = ("model", f"parts that learn: {', '.join(PARTS)}", PARTS)
 TEMPLATE = ("model", "prompt format; auto: the language model's own")
+Attention = Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention"]
+OF_LANGUAGE_MODEL = "attention of the language model, as transformers names it; auto: what that takes by itself"
 DATA_CHANGED = ("refuse", "run", "what a paused run does where its input files have changed")
 
 
@@ -239,6 +241,7 @@ class LanguageConfig(TrainingConfig):
     heads: int = option(4, "model", "attention heads", AT_LEAST_1)
     max_tokens: int = option(256, "data", "longer texts are cut", AT_LEAST_1)
     max_positions: int = option(1024, "model", "longest sequence the model will see", AT_LEAST_1)
+    attn_implementation: Attention = option("auto", "run", OF_LANGUAGE_MODEL, decides=False)
     epochs: float = option(1.0, "optimisation", "passes over the text", POSITIVE)
     global_batch_size: int = option(64, "optimisation", "texts per step", AT_LEAST_1)
     learning_rate: float = option(1e-3, *LEARNING_RATE)
@@ -282,6 +285,9 @@ class ConversationConfig(TrainingConfig):
         "length", "data", "batches of like length, the longest first; any at random; or as the file has them"
     )
     packing: bool = option(False, "data", "examples of a pass stand behind each other in one row, without padding")
+    attn_implementation: Attention = option(
+        "auto", "run", f"{OF_LANGUAGE_MODEL}, and with packing each example by itself", decides=False
+    )
     tokens: int = option(0, "dry run", "text tokens of a conversation, in the mean", NOT_NEGATIVE, decides=False)
     max_length: int = option(2048, "data", "longer conversations are cut, image tokens counted", AT_LEAST_1)
     max_grad_norm: float = option(1.0, "optimisation", "gradient clipping, also under DeepSpeed", NOT_NEGATIVE)
@@ -339,7 +345,9 @@ class EvaluateConfig:
     linear_probe: Literal["exact", "fast"] = option(
         "exact", "run", "exact, the official solver, or fast, within some tenths of a point of it"
     )
-    precision: Literal["fp32", "bf16"] = option("fp32", "run", "of the dual encoder on `clip_data`; bf16 = autocast")
+    precision: Literal["fp32", "tf32", "bf16"] = option(
+        "fp32", "run", "of the dual encoder on `clip_data`; tf32: products of a GPU; bf16 = autocast"
+    )
     mllm: str = option("", "model", "an instruction run")
     pope: str = option("", "data", "POPE: the official folder, LLaVA's file, or the Hub's parquet")
     pope_labels: str = option("", "data", "the official folder, where `pope` is LLaVA's file")

@@ -22,6 +22,9 @@ from diffclip.base.errors import InputError, first_line
 T = TypeVar("T")
 LONGEST = timedelta(hours=12)  # that the others wait for rank 0; where it ends, the launcher ends them all
 PATIENCE = timedelta(seconds=30)  # that rank 0 waits for the others to hear of an error
+LAUNCHERS = (  # how variables begin by which launchers tell a process its rank
+    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_", "GROUP_", "ROLE_", "TORCHELASTIC_"),
+)
 
 _calls = count()  # every rank makes the same calls in the same order
 
@@ -70,6 +73,11 @@ def rank() -> int:
 def world() -> int:
     """How many processes are one training."""
     return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def environment_of_none() -> dict[str, str]:
+    """The environment for a command that rank 0 starts, and that is no rank of the same."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHERS)}
 
 
 def from_main(decide: Callable[[], T]) -> T:

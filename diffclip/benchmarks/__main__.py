@@ -26,7 +26,7 @@ def parser() -> Parser:
         help="run directories or checkpoints, several paths for the seeds of one model; the first is the reference",
     )
     models.add_argument("--device", help="cuda, cpu, ... (cuda where there is one)")
-    models.add_argument("--precision", choices=("float32", "bfloat16", "float16"), default="float32")
+    models.add_argument("--precision", choices=("float32", "tf32", "bfloat16", "float16"), default="float32")
     models.add_argument("--batch_size", type=number(int, 1), default=128, help="images, or texts, at a time (128)")
     models.add_argument("--workers", type=number(int, 0), help="loader processes (up to 8 with a GPU, else none)")
     data = p.add_argument_group("data and results")

@@ -8,8 +8,8 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from pathlib import Path
@@ -31,7 +31,12 @@ from diffclip.base.lines import printable
 from diffclip.benchmarks.images import Images
 from diffclip.weights import read_safetensors
 
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PRECISIONS = {  # "tf32": float32 whose products a GPU rounds to 10 bits
+    "float32": torch.float32,
+    "tf32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 FORMAT = 2  # raise it when the meaning of a stored file changes
 
 
@@ -53,7 +58,7 @@ class Encoder:
         preprocess: PIL image -> (3, H, W) float tensor. Its printed form is part of the cache key.
         tokenizer: list of strings -> int64 (n, context).
         cache_dir: where features are stored; None keeps nothing.
-        precision: "float32", "bfloat16" or "float16" (autocast); the last two are stored as float16.
+        precision: "float32", "tf32" (on a GPU), "bfloat16" or "float16" (autocast); the last two are stored as float16.
         workers: DataLoader processes; None takes up to 8 with an accelerator and none on a CPU.
     """
 
@@ -72,6 +77,8 @@ class Encoder:
             raise InputError(f"precision {self.precision!r} is unknown: use one of {', '.join(PRECISIONS)}")
         self.model.eval()
         self.device = next(self.model.parameters()).device
+        if self.precision == "tf32" and self.device.type != "cuda":
+            raise InputError(f"precision tf32: the {self.device.type} has none; use float32 (fp32), or run on a GPU")
         self.fingerprint = fingerprint(self.model)
 
     def images(self, images: Images, name: str = "images") -> ImageFeatures:
@@ -167,17 +174,30 @@ class Encoder:
         return torch.cat(features)
 
     def _stored(self, features: Tensor) -> Tensor:
-        return features.to("cpu", torch.float32 if self.precision == "float32" else torch.float16)
+        return features.to("cpu", torch.float16 if PRECISIONS[self.precision].itemsize == 2 else torch.float32)
 
     def autocast(self) -> AbstractContextManager:
         """What every pass of the model is to be in, so that it computes in `precision`."""
         if self.precision == "float32":
             return nullcontext()
+        if self.precision == "tf32":
+            return products_in_tf32()
         return torch.autocast(self.device.type, PRECISIONS[self.precision])
 
     def _progress(self, total: int, name: str, unit: str) -> tqdm:
         # disable=None: a bar on a terminal only, never in a log file
         return tqdm(total=total, desc=printable(name), unit=unit, leave=False, disable=True if self.quiet else None)
+
+
+@contextmanager
+def products_in_tf32() -> Iterator[None]:
+    """Let matrix products of float32 on a GPU be TF32 within."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def shared(work: Callable[[int, int], list]) -> list:

@@ -23,6 +23,7 @@ from diffclip.base.errors import InputError
 from diffclip.base.files import json_line, read_json, read_jsonl, write_whole
 from diffclip.base.lines import print_line, printable
 from diffclip.base.orphans import as_parent
+from diffclip.base.ranks import environment_of_none
 from diffclip.base.schema import ANSWERS
 from mllm.data.images import ImagePlace
 from mllm.pope.parsers import parse
@@ -211,7 +212,7 @@ def run_lmms_eval(
     command += ["--output_path", str(output), "--log_samples"]
     command += ["--device", device] if device else []
     command += ["--limit", str(limit)] if limit else []
-    environment = {**os.environ, **as_parent(), **(settings or {})}
+    environment = {**environment_of_none(), **as_parent(), **(settings or {})}
     environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
     code = _run_with_progress(command, environment, log)
     written = sorted(set(output.rglob("*_results.json")) - before)

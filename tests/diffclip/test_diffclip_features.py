@@ -10,6 +10,7 @@ from torchvision import transforms
 from diffclip.base.backbones import open_clip
 from diffclip.base.errors import InputError
 from diffclip.benchmarks import features
+from diffclip.benchmarks.features import products_in_tf32
 from diffclip.benchmarks.images import Images, read_class_folders
 
 TEXT = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
@@ -111,6 +112,14 @@ def test_a_transform_with_functions_has_a_stable_key(folder, tmp_path):
         one.preprocess = transforms.Compose([function, transforms.Resize((16, 16)), transforms.ToTensor()])
         one.images(images_of(folder))
     assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_tf32_is_on_within_a_pass_and_needs_a_gpu():
+    with products_in_tf32():
+        assert torch.backends.cuda.matmul.allow_tf32
+    assert not torch.backends.cuda.matmul.allow_tf32
+    with pytest.raises(InputError, match="precision tf32: the cpu has none"):
+        encoder(tiny(), None, precision="tf32")
 
 
 def test_low_precision_is_close_and_half_the_size(folder, tmp_path):

@@ -1,5 +1,6 @@
 """Rows become the right examples; every fault in a data file is found before training and named."""
 
+import contextlib
 import io
 import json
 import tarfile
@@ -14,7 +15,10 @@ from mllm.conversation import IGNORE, NoSupervisionError, encode, render
 from mllm.data.examples import ConversationDataset, collate, padded_length, training_order
 from mllm.data.images import find_place
 from mllm.data.rows import load_rows
+from mllm.packed import BY_EXAMPLE, attend
 from mllm.weights import freeze
+from stages.attention import check_attention
+from stages.settings import InstructConfig
 
 
 def turns(*values):
@@ -96,10 +100,9 @@ def test_padded_lengths_are_the_next_that_cudnn_attention_can_be_trusted_with():
         assert padded_length(tokens) == min(n for n in allowed if n >= tokens)
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager", BY_EXAMPLE])
 def test_packed_examples_have_the_loss_and_gradients_of_padded_ones(folder, assembled, attention):
     model, processor = assembled
-    model.set_attn_implementation({"text_config": attention})
     rows = [*ROWS, {"conversations": turns("Is there a red square? " * 5, "No", "a small green star", "yes")}]
     dataset = ConversationDataset(load_rows([write(folder / "rows.json", rows)], folder), processor, template="vicuna")
     examples = [dataset[i] for i in range(len(dataset))]
@@ -108,6 +111,7 @@ def test_packed_examples_have_the_loss_and_gradients_of_padded_ones(folder, asse
     found = []
     for packing in (False, True):
         inputs = collate(processor, packing)(examples)
+        model.set_attn_implementation({"text_config": attention if packing else "eager"})
         model.zero_grad()
         loss = model(**inputs).loss
         loss.backward()
@@ -117,6 +121,38 @@ def test_packed_examples_have_the_loss_and_gradients_of_padded_ones(folder, asse
     assert packed == pytest.approx(padded, rel=1e-5) and grads.keys() == wanted.keys()
     for name in wanted:
         assert (grads[name] - wanted[name]).norm() <= 1e-4 * wanted[name].norm() + 1e-7, name
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_attention_by_example_is_that_of_a_mask(window):
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, heads, 11, 8) for heads in (4, 2, 2))
+    module = torch.nn.Module()
+    module.num_key_value_groups, positions = 2, torch.cat([torch.arange(n) for n in (1, 6, 4)])[None]
+    found, _ = attend(module, query, key, value, None, position_ids=positions, sliding_window=window, scaling=0.3)
+    owner, place = (positions[0] == 0).cumsum(0), torch.arange(11)
+    behind = place[:, None] - place
+    seen = (owner[:, None] == owner) & (behind >= 0) & (behind < (window or 11))
+    scores = (0.3 * query @ key.repeat_interleave(2, 1).mT).masked_fill(~seen, -torch.inf)
+    torch.testing.assert_close(found, (scores.softmax(-1) @ value.repeat_interleave(2, 1)).transpose(1, 2))
+    with pytest.raises(ValueError, match="one row"):
+        attend(module, *[t.repeat(2, 1, 1, 1) for t in (query, key, value)], None, position_ids=positions)
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"attn_implementation": "flash_attention_2"}, "needs a GPU and the package flash-attn"),
+        ({"attn_implementation": "flex_attention"}, "no gradient on a CPU; set auto"),
+        ({"attn_implementation": "sdpa", "packing": True}, "longer than padding; set `attn_implementation` auto"),
+        ({"attn_implementation": "sdpa"}, ""),
+        ({"packing": True}, ""),
+    ],
+)
+def test_attention_that_this_machine_lacks_is_refused_before_weights_are_read(settings, reason):
+    config = InstructConfig(use_cpu=True, **settings)
+    with pytest.raises(InputError, match=reason) if reason else contextlib.nullcontext():
+        check_attention(config)
 
 
 def test_prefix_keeps_a_subset_and_several_files_make_a_mixture(folder):

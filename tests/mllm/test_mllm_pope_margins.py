@@ -11,6 +11,7 @@ from diffclip.base.errors import InputError
 from mllm.assemble import assemble
 from mllm.conversation import prompt
 from mllm.model import VisionLanguageModel, load
+from mllm.packed import keeps_apart
 from mllm.pope.margins import best_threshold, generate, margins, pack, score_margins, yes_no_tokens
 from mllm.pope.questions import POST_PROMPT, SPLITS, Question
 from mllm.pope.scores import CONTROLS, GREY, grey_image
@@ -163,4 +164,4 @@ def test_margins_are_right_where_questions_cannot_share_a_row(family, tower_dir,
     questions, named = asked(2), {f"{i}.png": picture(i) for i in range(2)}
     found = margins(vlm, questions, named.__getitem__)
     np.testing.assert_allclose(found, [one_at_a_time(*vlm, q, named.__getitem__) for q in questions], atol=1e-4)
-    assert vlm.model.keeps_packed_apart() == (family in ("qwen2", "mistral"))
+    assert keeps_apart(vlm.model) == (family in ("qwen2", "mistral"))

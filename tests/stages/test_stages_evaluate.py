@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from launch import run_ranks
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -166,3 +167,15 @@ def test_precision_of_the_dual_encoder_is_a_setting(tmp_path, data):
     evaluate.main(arguments(tmp_path, data, precision="bf16"))
     about = json.loads((tmp_path / "out" / "clip_benchmarks.json").read_text())["about"]
     assert about["precision"] == "bfloat16"
+
+
+@pytest.mark.slow
+def test_two_ranks_give_the_scores_of_one_and_rank_0_alone_writes_them(tmp_path, data):
+    write_model("transformers", tmp_path / "model")
+    torch.set_num_threads(1)  # as the ranks have
+    evaluate.main(arguments(tmp_path, data))
+    told = run_ranks(2, "diffclip", "evaluate", *arguments(tmp_path, data, output_dir=tmp_path / "two"))
+    assert told.stdout.count("evaluate: finished") == 1
+    one, two = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("out", "two"))
+    assert one == two and "zero_shot/colours/top1" in two
+    assert json.loads((tmp_path / "two/run.json").read_text())["ranks"] == 2

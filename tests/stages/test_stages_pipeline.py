@@ -75,7 +75,7 @@ def quickstart(tmp_path_factory) -> tuple[Path, list[str]]:
         "language": {"global_batch_size": 16, "hidden_size": 32, "layers": 1},
         "align": {"global_batch_size": 16},
         "instruct": {"global_batch_size": 16, "epochs": 1, "logging_steps": 1},
-        "evaluate": {"few_shot_episodes": 20},
+        "evaluate": {"few_shot_episodes": 20, "linear_probe": "fast"},
     }
     settings: dict = {"variants": ["CLIP", "DiffCLIP-dagger"], "size": "tiny", "scenes": SMALL}
     for stage, changes in small.items():

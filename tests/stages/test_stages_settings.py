@@ -9,6 +9,7 @@ import pytest
 from transformers import TrainingArguments
 
 from diffclip.base.errors import InputError
+from diffclip.benchmarks.protocol import Settings
 from stages import language
 from stages.config import parse
 from stages.settings import (
@@ -23,6 +24,7 @@ from stages.settings import (
     TrainingConfig,
     check,
 )
+from stages.shipped import shipped
 from stages.training import check_trainer
 
 CLASSES = (PretrainConfig, LanguageConfig, AlignConfig, InstructConfig, EvaluateConfig, PipelineConfig)
@@ -129,3 +131,9 @@ def test_language_has_no_dry_run_and_says_so(tmp_path):
     with pytest.raises(InputError, match="no dry run"):
         language.main(["--dry_run", "--text=x.jsonl", f"--output_dir={tmp_path / 'out'}"])
     assert not (tmp_path / "out").exists()
+
+
+def test_the_official_linear_probe_is_the_default_everywhere():
+    assert EvaluateConfig().linear_probe == Settings().probe == "exact"
+    for name, file in shipped().items():
+        assert "linear_probe: fast" not in file.read_text(encoding="utf-8"), name
