@@ -215,6 +215,9 @@ def read_at(path: str | Path, *places: tuple[int, int]) -> list[bytes]:
     """The bytes at each (offset, size); OSError when the file is gone or shorter than it was."""
     handle = os.open(path, os.O_RDONLY)  # not kept: a thousand shards are more than a process may hold open
     try:
+        end = os.fstat(handle).st_size
+        if any(offset + size > end for offset, size in places):  # before memory is taken for it
+            raise OSError(f"{Path(path).name} is shorter than its index says")
         contents = [os.pread(handle, size, offset) for offset, size in places]
     finally:
         os.close(handle)

@@ -158,7 +158,7 @@ DOORS = {
     r"gzip\.(open|GzipFile|decompress)|(bz2|lzma|zlib)\..*": ("base.files", "data.records", "stages.manifest"),
     r"torch\.load|load_file|safe_open|.*\.load_file|.*\.(torch|numpy)\.load": ("diffclip.weights", "stages.training")
     + ("stages.verify", "report.significance"),
-    r"(np|numpy)\.(load|fromfile|memmap|genfromtxt|loadtxt)": ("data.training_pairs", "mllm.data.judge"),
+    r"(np|numpy)\.(load|fromfile|memmap|genfromtxt|loadtxt|lib\.format\..*)": ("base.cache", "base.archives"),
     r"(c?[pP]ickle|marshal|shelve|dill|joblib)\..*": (),
     r"eval|exec|compile|__import__|os\.(system|popen|exec\w+|spawn\w+)": (),
     r"(pd|pandas)\.read_\w+|datasets\.load_dataset|load_dataset": ("data.tables",),
