@@ -4,7 +4,7 @@ import codecs
 import csv
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -291,6 +291,18 @@ def _dataset(path: str, records: Iterable[dict[str, Any]], layout: Layout) -> da
                 values += [None] * (count - 1 - len(values))
                 values.append(value)
     image, captions, _ = chosen_columns(path, [*names], layout)
+    try:
+        columns = _columns(path, names, count, image, captions)
+        return datasets.Dataset(datasets.table.InMemoryTable(pyarrow.table(columns)), fingerprint="json")
+    except UnicodeEncodeError as error:
+        half = f"{error.object[error.start]!r}"
+        raise InputError(f"{path}: holds half a character ({half}), which no UTF-8 has; write it again") from None
+
+
+def _columns(
+    path: str, names: dict[str, list], count: int, image: str, captions: Collection[str]
+) -> dict[str, pyarrow.Array]:
+    """Columns of `count` rows; UnicodeEncodeError for text that no UTF-8 has."""
     columns: dict[str, pyarrow.Array] = {}
     for name, values in names.items():
         values += [None] * (count - len(values))
@@ -304,4 +316,4 @@ def _dataset(path: str, records: Iterable[dict[str, Any]], layout: Layout) -> da
         else:
             kept = map(texts, values) if name in captions else [None] * count
             columns[name] = pyarrow.array(kept, pyarrow.list_(pyarrow.string()))
-    return datasets.Dataset(datasets.table.InMemoryTable(pyarrow.table(columns)), fingerprint="json")
+    return columns

@@ -106,8 +106,8 @@ TARGETS = {
         weight=6,
         own=True,
     ),
-    "a run to go on with": Target(GO_ON, "runs/stopped", weight=6, own=True),
-    "a checkpoint": Target(GO_ON, "runs/stopped", "checkpoint-1/**/*", 8, own=True),
+    "a run to go on with": Target(GO_ON, "runs/stopped", weight=5, own=True),
+    "a checkpoint": Target(GO_ON, "runs/stopped", "checkpoint-1/**/*", 6, own=True),
     "a list of addresses": Target("data pairs {tables/urls.parquet} --dry_run", "tables", "urls.*", 6),
     "kept rows": Target("check {rows/llava.json} " + ROWS, "rows", weight=16, kept=True),
     "kept places in a tar": Target(

@@ -19,6 +19,7 @@ import time
 import traceback
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
@@ -125,14 +126,14 @@ def run(valid: Path, numbers: Sequence[int], seed: int, only: str = "", keep: bo
 
 
 def check_samples(valid: Path) -> None:
-    """Call every target on what is not spoilt, which is fine, or RuntimeError; what they make once is made before forks."""
+    """RuntimeError if a target fails on what is not spoilt. What a process makes once is then made before it forks."""
     for name in cases.TARGETS:
         with tempfile.TemporaryDirectory(prefix="diffclip-fuzz-") as place:
             (Path(place) / "out").mkdir()
             argv = cases.laid_out(name, valid, Path(place))
             said = io.StringIO()
             with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-                how = _tried(cases.Case(name, "", lambda: cases.call(argv)))
+                how = _tried(cases.Case(name, "", partial(cases.call, argv)))
             if how not in ("ended with 0", "ended with None"):
                 raise RuntimeError(f"{name}, not spoilt, {how}: {said.getvalue()[-2000:]}")
 

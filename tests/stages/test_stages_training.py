@@ -23,11 +23,11 @@ from diffclip.base.errors import InputError
 from diffclip.base.schema import COMPLETE
 from stages import language, pretrain
 from stages.callbacks import Watch
+from stages.checkpoint_files import check_checkpoint
 from stages.run import NOT_FINISHED, Run
 from stages.settings import AlignConfig, InstructConfig, LanguageConfig, PretrainConfig, TrainingConfig, check
 from stages.training import (
     KeepWhatFits,
-    check_checkpoint,
     check_shared_memory,
     on_one_device,
     train,
