@@ -182,7 +182,8 @@ def train(trainer: Trainer, run: Run) -> dict[str, float]:
         trainer.add_callback(KeepWhatFits(run))
     checkpoint = run.checkpoint()
     if checkpoint is not None:
-        from_main(lambda: (check_checkpoint(checkpoint), check_state(checkpoint)))
+        from_main(lambda: check_checkpoint(checkpoint))
+        from_main(lambda: check_state(checkpoint))
         if divide_anew(trainer, checkpoint, run) and not run.config.resume_with:
             trainer.add_callback(TakeOver(trainer))  # ZeRO-3 gives all groups the rates of the first
     try:
