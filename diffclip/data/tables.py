@@ -4,6 +4,7 @@ import codecs
 import csv
 import os
 import re
+import stat
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -106,6 +107,7 @@ def _parquet(path: str) -> datasets.Dataset:
 def _arrow(path: str) -> datasets.Dataset:
     """A single file of those that `datasets` saves or keeps in its cache."""
     with parquet.readable(path, "arrow"):
+        open_file(path).close()  # a pipe would be waited for
         return datasets.Dataset.from_file(path)
 
 
@@ -136,6 +138,11 @@ def _of_datasets(path: str, layout: Layout) -> datasets.Dataset:
 def saved(path: str) -> datasets.Dataset | datasets.DatasetDict:
     """What `datasets.save_to_disk` wrote; InputError if it cannot be read."""
     with parquet.readable(path, "a folder that `datasets` saved"):
+        for where, _, names in os.walk(path):
+            if pipe := next((name for name in names if stat.S_ISFIFO(os.lstat(os.path.join(where, name)).st_mode)), ""):
+                raise InputError(
+                    f"{os.path.join(where, pipe)}: is a pipe, and no file; write what comes through it there"
+                )
         return datasets.load_from_disk(path)
 
 
