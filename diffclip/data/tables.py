@@ -17,7 +17,7 @@ from pyarrow import compute
 
 from diffclip.base import parquet
 from diffclip.base.errors import InputError, first_line
-from diffclip.base.files import utf8_remedy
+from diffclip.base.files import open_file, utf8_remedy
 from diffclip.data.captions import texts
 from diffclip.data.columns import Columns, chosen_columns, may_be_needed, table_of
 from diffclip.data.layout import Layout, chosen_split
@@ -138,11 +138,9 @@ def _of_datasets(path: str, layout: Layout) -> datasets.Dataset:
 def saved(path: str) -> datasets.Dataset | datasets.DatasetDict:
     """What `datasets.save_to_disk` wrote; InputError if it cannot be read."""
     with parquet.readable(path, "a folder that `datasets` saved"):
-        for where, _, names in os.walk(path):
-            if pipe := next((name for name in names if stat.S_ISFIFO(os.lstat(os.path.join(where, name)).st_mode)), ""):
-                raise InputError(
-                    f"{os.path.join(where, pipe)}: is a pipe, and no file; write what comes through it there"
-                )
+        for file in (os.path.join(where, name) for where, _, names in os.walk(path) for name in names):
+            if stat.S_ISFIFO(os.lstat(file).st_mode):
+                raise InputError(f"{file}: is a pipe, and no file; write what comes through it into a file")
         return datasets.load_from_disk(path)
 
 
