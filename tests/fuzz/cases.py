@@ -99,7 +99,7 @@ TARGETS = {
     ),
     "runs to verify": Target("verify {runs/instruct} {runs/pretrain}", "runs/instruct runs/pretrain", weight=20),
     "a run to publish": Target("publish {runs/pretrain} --dry_run", "runs/pretrain", weight=10),
-    "runs to report": Target("report {runs} --output_dir {out}/report", "runs/evaluate runs/pretrain", weight=4),
+    "runs to report": Target("report {runs} --output_dir {out}/report", "runs/evaluate runs/pretrain", weight=3),
     "a finished run": Target(
         "pretrain --config {runs/pretrain/config.yaml} --output_dir {runs/pretrain}",
         "runs/pretrain",
