@@ -23,6 +23,7 @@ from torch import nn
 from diffclip import hf, hf_clip, hf_inputs, models, preprocessing, sources
 from diffclip.architectures import config_of, plain_state, preprocess_cfg_of, unwrapped
 from diffclip.attention import kind
+from diffclip.base.archives import check_arrays
 from diffclip.base.backbones import (
     PreprocessCfg,
     convert_state_dict,
@@ -36,6 +37,7 @@ from diffclip.base.backbones import (
 )
 from diffclip.base.errors import InputError, in_one_line
 from diffclip.base.files import read_settings, whole, write_whole
+from diffclip.base.loaded import check_values
 from diffclip.base.ranges import check_size
 from diffclip.base.schema import RECORD
 from diffclip.model_config import check_config
@@ -181,7 +183,9 @@ def _load_open_clip(
     model = _build_open_clip(config.get("model_cfg"), config.get("preprocess_cfg") or {}, source)
     try:
         if Path(weights).suffix in (".npz", ".npy"):  # big_vision's own
+            check_arrays(Path(weights))
             load_checkpoint(model, str(weights))
+            check_values(model.state_dict(), weights)
         else:
             _load_open_clip_state(model, Path(weights))
     except InputError:

@@ -40,7 +40,7 @@ def tokenizer(
     if legacy:
         return LegacyTokenizer(context_length=length)
     if not (name := text_cfg.get("hf_tokenizer_name")):
-        return open_clip.SimpleTokenizer(context_length=length, **options)
+        return open_clip.SimpleTokenizer(context_length=length, **options) if options else _of_clip(length)
     source = name
     if directory and any((Path(directory) / file).is_file() for file in TOKENIZER_FILES):
         refuse_auto_map(Path(directory) / "tokenizer_config.json", "AutoTokenizer")
@@ -52,6 +52,12 @@ def tokenizer(
         reason = in_one_line(error, 200)
         where = f"nor in {directory}" if directory and source == name else f"({type(error).__name__}: {reason})"
         raise InputError(f"the model's tokenizer {source} cannot be read, {where}: put its files there") from None
+
+
+@lru_cache
+def _of_clip(length: int) -> Any:
+    """CLIP's own tokenizer, whose 49,408 tokens take a tenth of a second to be read."""
+    return open_clip.SimpleTokenizer(context_length=length)
 
 
 class LegacyTokenizer(open_clip.SimpleTokenizer):

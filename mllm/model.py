@@ -123,7 +123,8 @@ class VisionLanguageModel(NamedTuple):
             check_image_count(prompt.count(IMAGE), len(given), self.template, name)
         count = self.model.config.image_seq_length
         rows = [conversation.encode([Segment(text, False)], self.tokenizer, count)["input_ids"] for text in prompts]
-        width = max(map(len, rows))
+        if not (width := max(map(len, rows))):
+            raise InputError("the tokenizer makes no tokens of the text: take the model's tokenizer files again")
         batch = BatchFeature(
             {
                 "input_ids": torch.tensor([[self.tokenizer.pad_token_id] * (width - len(row)) + row for row in rows]),

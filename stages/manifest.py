@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from diffclip.base.cache import cache_dir, keep
 from diffclip.base.errors import InputError
-from diffclip.base.files import open_file, parse_json, whole
+from diffclip.base.files import open_file, read_json, whole
 from diffclip.base.paths import walk_once
 
 WHOLE = 1 << 20  # bytes, to which a file is read in full
@@ -67,7 +67,7 @@ def read_manifest(path: Path) -> Manifest:
     if not path.is_file():
         return {}
     try:
-        content = parse_json(gzip.decompress(path.read_bytes()).decode(), str(path))
+        content = read_json(path)
         return {name: dict(files) for name, files in content.items()}
     except (InputError, OSError, EOFError, zlib.error, ValueError, AttributeError, TypeError):
         raise InputError(f"{path}: damaged: delete it to go on without comparing the input files one by one") from None
@@ -112,5 +112,5 @@ def _read_cache(path: Path) -> dict[str, tuple[str, str]]:
     try:
         known = json.loads(gzip.decompress(path.read_bytes()))
         return {name: (times, digest) for name, (times, digest) in known.items()}
-    except (OSError, EOFError, ValueError, zlib.error, AttributeError, TypeError):
+    except (OSError, EOFError, ValueError, zlib.error, AttributeError, TypeError, RecursionError):
         return {}

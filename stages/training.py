@@ -9,36 +9,33 @@ import os
 import re
 import shutil
 import types
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from enum import Enum
-from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_pt_utils import safe_globals  # what Trainer keeps of numpy's random state
 from transformers.utils import logging
 
 from diffclip.attention import Differential, fastest
 from diffclip.attention.base import set_recomputation
 from diffclip.base.commands import near
 from diffclip.base.errors import InputError, first_line, in_one_line
-from diffclip.base.files import read_jsonl, read_text
+from diffclip.base.files import read_jsonl
 from diffclip.base.lines import print_line
 from diffclip.base.ranks import from_main, world
 from diffclip.base.schema import BAD_SAMPLES, LOGS
 from stages import signals
 from stages.callbacks import PATIENCE
+from stages.checkpoint_files import check_checkpoint, check_state, while_loading, without
 from stages.other_ranks import divide_anew
 from stages.run import Run
 from stages.settings import TrainingConfig
 
-PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".distcp", ".metadata")  # the last two: FSDP's
 LATE = ("Timed out waiting", "timed out", "Timeout at")  # in what a collective raises whose other ranks do not come
-UNREAD = "training_args.bin"  # Trainer writes it, and nothing of ours reads it
 
 
 def per_device_batch(config: TrainingConfig, micro_batch_size: int = 0) -> tuple[int, int]:
@@ -186,12 +183,18 @@ def train(trainer: Trainer, run: Run) -> dict[str, float]:
     checkpoint = run.checkpoint()
     if checkpoint is not None:
         from_main(lambda: check_checkpoint(checkpoint))
+        from_main(lambda: check_state(checkpoint))
         if divide_anew(trainer, checkpoint, run) and not run.config.resume_with:
             trainer.add_callback(TakeOver(trainer))  # ZeRO-3 gives all groups the rates of the first
     try:
         with signals.noticed(), attention_log(run):
             result = trainer.train(resume_from_checkpoint=checkpoint)
-    except (InputError, OSError, RuntimeError, SafetensorError) as error:
+    except Exception as error:
+        if checkpoint is not None and while_loading(error):
+            why = f"{type(error).__name__}: {in_one_line(error)}"
+            raise InputError(f"{checkpoint}: cannot be gone on from ({why}); {without(checkpoint)}") from error
+        if not isinstance(error, InputError | OSError | RuntimeError | SafetensorError):
+            raise
         if said := re.search(r"^[\w.]*\.(?:InputError|BadSample): (.+)", str(error), re.MULTILINE):
             raise InputError(said[1]) from None  # a loader's worker adds its traceback
         if isinstance(error, InputError):
@@ -327,38 +330,6 @@ def log_bad_samples(run: Run) -> None:
         bad = {str(line.get("key")) for line in lines if isinstance(line, dict)}
         run.log(f"{run.stage}: {len(bad):,} bad samples skipped, named in {path}")
         run.note(bad_samples=len(bad))
-
-
-def check_checkpoint(folder: str | Path) -> None:
-    """Raise InputError if a file of the checkpoint could run code, or if DeepSpeed would read from elsewhere.
-
-    DeepSpeed reads its checkpoints with `torch.load(weights_only=False)`, which runs whatever a pickle says, and a run
-    directory may come from somebody else. So every pickle of a checkpoint is first read by torch's restricted
-    unpickler, which runs nothing but a list of constructors.
-    """
-    folder = Path(folder)
-    remedy = f"delete {folder} to go on from the checkpoint before it, or choose another --output_dir"
-    latest = folder / "latest"  # DeepSpeed reads the folder that it names
-    harmless: list[Callable] = []  # what may be made beside tensors and plain types: it does nothing when it is made
-    if latest.is_file():
-        if not re.fullmatch(r"global_step\d+", read_text(latest).strip()):
-            raise InputError(f"{latest}: names no folder of its checkpoint; {remedy}")
-        from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-        from deepspeed.runtime.zero.config import ZeroStageEnum
-        from deepspeed.utils.tensor_fragment import fragment_address
-
-        harmless = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
-    files = (Path(parent, name) for parent, _, names in os.walk(folder, followlinks=True) for name in sorted(names))
-    for path in files:
-        if not path.name.endswith(PICKLES) or path.name == UNREAD:
-            continue
-        try:  # reads no values
-            with safe_globals(), torch.serialization.safe_globals([*harmless]):
-                torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except Exception as error:  # a damaged pickle may raise anything
-            named = re.search(r"GLOBAL ([\w.]+)", str(error))
-            why = f"it would call {named[1]}" if named else "it is damaged, or no checkpoint of torch"
-            raise InputError(f"{path}: is not safe to read ({why}); {remedy}") from None
 
 
 def set_learning_rate(

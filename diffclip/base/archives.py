@@ -3,6 +3,7 @@ places of their members, found in one walk, and the bytes that lie there.
 """
 
 import lzma
+import math
 import os
 import re
 import shlex
@@ -14,7 +15,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from diffclip.base.errors import InputError
+import numpy as np
+
+from diffclip.base.errors import InputError, in_one_line
 from diffclip.base.files import open_file
 from diffclip.base.lines import print_line
 from diffclip.base.paths import inside
@@ -93,6 +96,39 @@ def _check_members(archive: Path, folder: Path, members: Iterable[tuple[str, int
             raise InputError(f"{archive}: unpacks to over {MOST_UNPACKED} times its size: not unpacked; delete it")
         if total > room:
             raise InputError(f"{archive}: unpacks to more than the {room:,} bytes that are free; make room")
+
+
+def check_arrays(path: Path) -> None:
+    """InputError for an .npy or .npz file that would be unpickled, or takes far more memory than it has bytes."""
+    total, most = 0, max(MOST_UNPACKED * path.stat().st_size, 1 << 20)
+    try:
+        if path.suffix == ".npy":
+            with open_file(path) as f:
+                total = _array_bytes(f)
+        else:
+            with open_file(path) as f, zipfile.ZipFile(f) as packed:
+                for info in packed.infolist():
+                    with packed.open(info) as member:
+                        total += max(_array_bytes(member), info.file_size)
+    except InputError:
+        raise
+    except Exception as error:  # numpy raises whatever its parser of headers does
+        reason = in_one_line(error, 200)
+        raise InputError(f"{path}: cannot be read as arrays of numbers ({reason}); download it again") from None
+    if total > most:
+        raise InputError(f"{path}: its arrays would take over {MOST_UNPACKED} times its size; download it again")
+
+
+def _array_bytes(f: Any) -> int:
+    """What the array of an open .npy file takes in memory; ValueError if it holds objects, or is no such file."""
+    version = np.lib.format.read_magic(f)
+    if version not in ((1, 0), (2, 0)):
+        raise ValueError(f"version {version} of the format")
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, kind = read(f)
+    if kind.hasobject:
+        raise ValueError("it holds pickled objects, and these are never read")
+    return math.prod(shape) * kind.itemsize
 
 
 # ---------------------------------------------------------------- tars that are never unpacked
@@ -215,6 +251,9 @@ def read_at(path: str | Path, *places: tuple[int, int]) -> list[bytes]:
     """The bytes at each (offset, size); OSError when the file is gone or shorter than it was."""
     handle = os.open(path, os.O_RDONLY)  # not kept: a thousand shards are more than a process may hold open
     try:
+        end = os.fstat(handle).st_size
+        if any(offset + size > end for offset, size in places):  # before memory is taken for it
+            raise OSError(f"{Path(path).name} is shorter than its index says")
         contents = [os.pread(handle, size, offset) for offset, size in places]
     finally:
         os.close(handle)

@@ -5,7 +5,10 @@ import stat
 import tempfile
 from pathlib import Path
 
-from diffclip.base.files import write_whole
+import numpy as np
+
+from diffclip.base.errors import InputError
+from diffclip.base.files import open_file, write_whole
 
 NOWHERE = Path(os.devnull) / "diffclip"  # nothing can be written there
 
@@ -30,6 +33,21 @@ def keep(path: Path, content: bytes) -> bool:
     except OSError:
         return False
     return True
+
+
+def kept_array(path: Path) -> np.ndarray | None:
+    """An array of one dimension from a file of the cache, mapped into memory; None if it is not there or not whole.
+
+    Nothing is unpickled, and no more of the header is read than numpy takes for one of plain numbers.
+    """
+    try:
+        open_file(path).close()  # a pipe would be waited for
+        array = np.lib.format.open_memmap(path, mode="r")
+    except (InputError, OSError):
+        return None
+    except Exception:  # numpy raises whatever its parser of headers does
+        return None
+    return array if array.ndim == 1 and array.dtype == np.int32 else None
 
 
 def _can_be_written(folder: Path) -> bool:

@@ -122,6 +122,8 @@ class Range:
 
     def check(self, value: float, name: str) -> None:
         """Raise an `InputError` that names the setting, unless `value` is in the range."""
+        if isinstance(value, int) and abs(value) > sys.float_info.max:  # math knows no such number
+            value = math.inf if value > 0 else -math.inf
         if not (math.isfinite(value) and self.least <= value <= self.most and self.above < value < self.below):
             finite = "" if math.isfinite(value) or self == Range() else "finite and "
             raise InputError(f"{name} {value:g}: must be {finite}{self}")

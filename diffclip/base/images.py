@@ -3,6 +3,8 @@
 import contextlib
 import functools
 import io
+import os
+import stat
 import struct
 import warnings
 import zlib
@@ -60,6 +62,8 @@ def decode(source: bytes | str | Path) -> Image.Image:
 @contextlib.contextmanager
 def opened(source: bytes | str | Path) -> Iterator[Image.Image]:
     """An image of one of `FORMATS` whose header is read and whose pixels are not; raises as `decode` does."""
+    if not isinstance(source, bytes) and stat.S_ISFIFO(os.stat(source).st_mode):
+        raise OSError("it is a pipe, which would be waited for")
     with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=_formats()) as image:
         pixels = image.width * image.height
         if Image.MAX_IMAGE_PIXELS and pixels > Image.MAX_IMAGE_PIXELS:  # PIL only warns up to twice as many

@@ -83,7 +83,11 @@ class Images(Dataset):
             else:
                 path, *place = source if isinstance(source, TarSlice) else (source,)
                 if path not in state:
-                    stat = path.stat()
+                    try:
+                        stat = path.stat()
+                    except OSError as error:
+                        reason = error.strerror or type(error).__name__
+                        raise InputError(f"{path} cannot be read ({reason}): replace or remove it") from None
                     state[path] = (stat.st_size, stat.st_mtime_ns)
                 content = (os.path.realpath(path), state[path], place)
             digest.update(repr((name, label, content)).encode())

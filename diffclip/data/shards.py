@@ -20,6 +20,7 @@ from tqdm import tqdm
 from diffclip.base.archives import as_text, members, read_at
 from diffclip.base.cache import cache_dir, keep
 from diffclip.base.errors import InputError
+from diffclip.base.files import open_file
 from diffclip.base.ranks import rank, world
 from diffclip.data.captions import parse_captions
 from diffclip.data.layout import TAR_IMAGES, Layout
@@ -133,9 +134,13 @@ def index_shard(path: str, layout: Layout, folder: Path | None = None) -> Shard:
     the file is not a tar, is compressed, or has a member with a path that leads outside. The index of a large tar is
     kept in `folder`, or else in the cache.
     """
-    if os.path.getsize(path) < CACHE_FROM:
+    try:
+        small = os.path.getsize(path) < CACHE_FROM
+        cached = index_file(path, layout)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); download it again, or leave it out") from None
+    if small:
         return _index(path, layout)
-    cached = index_file(path, layout)
     cached = folder / cached.name if folder else cached
     if (found := _kept(path, layout, cached)) is None:
         shard = _index(path, layout)
@@ -149,12 +154,12 @@ def index_shard(path: str, layout: Layout, folder: Path | None = None) -> Shard:
 def _kept(path: str, layout: Layout, cached: Path) -> Shard | None:
     """What the cache holds of a tar; None if it is not there whole."""
     try:
-        with open(cached, "rb") as f:
+        with open_file(cached) as f:
             values = json.loads(f.readline())
             values |= {name: [*map(tuple, values[name])] for name in ("problems", "notices")}
             shard = Shard(path, layout, **values, file=cached, start=f.tell())
             size = f.seek(0, os.SEEK_END) - shard.start
-    except (OSError, ValueError, TypeError, KeyError):
+    except (InputError, OSError, ValueError, TypeError, KeyError, RecursionError):
         return None
     return shard if size == len(shard) * record_type(shard.width).itemsize else None
 

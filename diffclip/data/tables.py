@@ -4,7 +4,8 @@ import codecs
 import csv
 import os
 import re
-from collections.abc import Iterable, Sequence
+import stat
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -16,7 +17,7 @@ from pyarrow import compute
 
 from diffclip.base import parquet
 from diffclip.base.errors import InputError, first_line
-from diffclip.base.files import utf8_remedy
+from diffclip.base.files import open_file, utf8_remedy
 from diffclip.data.captions import texts
 from diffclip.data.columns import Columns, chosen_columns, may_be_needed, table_of
 from diffclip.data.layout import Layout, chosen_split
@@ -106,6 +107,7 @@ def _parquet(path: str) -> datasets.Dataset:
 def _arrow(path: str) -> datasets.Dataset:
     """A single file of those that `datasets` saves or keeps in its cache."""
     with parquet.readable(path, "arrow"):
+        open_file(path).close()  # a pipe would be waited for
         return datasets.Dataset.from_file(path)
 
 
@@ -136,6 +138,9 @@ def _of_datasets(path: str, layout: Layout) -> datasets.Dataset:
 def saved(path: str) -> datasets.Dataset | datasets.DatasetDict:
     """What `datasets.save_to_disk` wrote; InputError if it cannot be read."""
     with parquet.readable(path, "a folder that `datasets` saved"):
+        for file in (os.path.join(where, name) for where, _, names in os.walk(path) for name in names):
+            if stat.S_ISFIFO(os.lstat(file).st_mode):
+                raise InputError(f"{file}: is a pipe, and no file; write what comes through it into a file")
         return datasets.load_from_disk(path)
 
 
@@ -291,6 +296,18 @@ def _dataset(path: str, records: Iterable[dict[str, Any]], layout: Layout) -> da
                 values += [None] * (count - 1 - len(values))
                 values.append(value)
     image, captions, _ = chosen_columns(path, [*names], layout)
+    try:
+        columns = _columns(path, names, count, image, captions)
+        return datasets.Dataset(datasets.table.InMemoryTable(pyarrow.table(columns)), fingerprint="json")
+    except UnicodeEncodeError as error:
+        half = f"{error.object[error.start]!r}"
+        raise InputError(f"{path}: holds half a character ({half}), which no UTF-8 has; write it again") from None
+
+
+def _columns(
+    path: str, names: dict[str, list], count: int, image: str, captions: Collection[str]
+) -> dict[str, pyarrow.Array]:
+    """Columns of `count` rows; UnicodeEncodeError for text that no UTF-8 has."""
     columns: dict[str, pyarrow.Array] = {}
     for name, values in names.items():
         values += [None] * (count - len(values))
@@ -304,4 +321,4 @@ def _dataset(path: str, records: Iterable[dict[str, Any]], layout: Layout) -> da
         else:
             kept = map(texts, values) if name in captions else [None] * count
             columns[name] = pyarrow.array(kept, pyarrow.list_(pyarrow.string()))
-    return datasets.Dataset(datasets.table.InMemoryTable(pyarrow.table(columns)), fingerprint="json")
+    return columns

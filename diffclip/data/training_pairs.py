@@ -11,7 +11,7 @@ import torch
 from filelock import FileLock
 from torch.utils.data import Dataset
 
-from diffclip.base.cache import cache_dir
+from diffclip.base.cache import cache_dir, kept_array
 from diffclip.base.errors import InputError
 from diffclip.base.files import append_jsonl, whole
 from diffclip.base.jpegs import decode_for_crops
@@ -109,15 +109,21 @@ class TrainingPairs(Dataset):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(path.with_suffix(".lock")):
-                if not path.is_file():
+                if (order := self._kept_order(path)) is None:
                     with whole(path) as temporary:
                         np.save(temporary, self._drawn_order(epoch))
-            order = np.load(path, mmap_mode="r")
+                    order = self._kept_order(path)
             before.unlink(missing_ok=True)  # who has it open keeps it
             before.with_suffix(".lock").unlink(missing_ok=True)
-            return order
-        except (OSError, ValueError, NotImplementedError):  # no room, not ours to write, damaged, or no locks there
-            return self._drawn_order(epoch)
+        except (OSError, NotImplementedError):  # no room, not ours to write, or no locks there
+            order = None
+        return self._drawn_order(epoch) if order is None else order
+
+    def _kept_order(self, path: Path) -> np.ndarray | None:
+        """The order in a file, None if it is not there or damaged."""
+        order = kept_array(path)
+        fits = order is not None and len(order) >= self.per_epoch and 0 <= order.min() <= order.max() < len(self.table)
+        return order if fits else None
 
     def row(self, k: int) -> int:
         """The table's row that stands at place k."""

@@ -16,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 from transformers import LlavaProcessor, PreTrainedTokenizerBase
 
-from diffclip.base.cache import cache_dir
+from diffclip.base.cache import cache_dir, kept_array
 from diffclip.base.errors import InputError
 from diffclip.base.files import read_json, whole, write_whole
 from diffclip.base.fingerprint import json_digest
@@ -125,7 +125,7 @@ class DecodedImages:
     def keep(self) -> None:
         """Write what is new, in one go, since several processes may share the file."""
         new, self.new = self.new, []
-        if new:
+        if new and (self.path.is_file() or not self.path.exists()):  # whoever writes into a pipe waits
             self.known.update(new)
             with open(self.path, "ab") as file:
                 file.write(b"\n" + b"\n".join(new) + b"\n")
@@ -237,11 +237,8 @@ def token_lengths(rows: Rows, tokenizer: PreTrainedTokenizerBase, images: int, t
 
 def _read_lengths(path: Path, rows: Rows) -> list[np.ndarray]:
     """What a file of lengths holds, if it is there and whole."""
-    try:
-        lengths = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError):
-        return []
-    return [lengths] if lengths.shape == (len(rows.table),) else []
+    lengths = kept_array(path)
+    return [lengths] if lengths is not None and len(lengths) == len(rows.table) else []
 
 
 def _count_tokens(rows: Rows, tokenizer: PreTrainedTokenizerBase, images: int, template: str) -> np.ndarray:

@@ -507,3 +507,9 @@ def test_crops_are_those_of_pil_within_one_level(size, interpolation):
         torch.manual_seed(seed)
         floats = diffclip.transforms(config, train=True)(image)
         assert torch.equal(floats, diffclip.normalize(config, seen))
+
+
+def test_a_pipe_is_named_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "x.jpg")
+    with pytest.raises(InputError, match=r"x\.jpg cannot be read as an image \(it is a pipe"):
+        open_image(tmp_path / "x.jpg")

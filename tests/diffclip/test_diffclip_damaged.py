@@ -4,6 +4,7 @@ taken for what their configurations say.
 
 import json
 import os
+import re
 import resource
 import shutil
 import struct
@@ -16,8 +17,9 @@ from transformers import AutoModel
 import diffclip
 from diffclip import checkpoints, models, variants
 from diffclip.base.bounded import comes_to_an_end
-from diffclip.base.errors import InputError
+from diffclip.base.errors import InputError, exit_on_input_error
 from diffclip.weights import from_pretrained, read_safetensors
+from stages.cli import call
 
 HF_WEIGHTS, HF_CONFIG = "model.safetensors", "config.json"
 SECONDS, MEMORY = 1, 200 << 20
@@ -86,6 +88,25 @@ def test_damaged_weights_are_named_with_file_and_parameter(damage, copy):
     for load, file in ((diffclip.load, checkpoints.WEIGHTS), (AutoModel.from_pretrained, HF_WEIGHTS)):
         with pytest.raises(InputError, match=rf"{copy}/{file}: .*transformer\.resblocks\.1\.attn\.q_proj\.weight"):
             load(copy)
+
+
+COMMANDS = {
+    "convert": "convert {model} {out}",
+    "benchmark": "benchmark --model {model} --data_root {data} --output_dir {out}",
+    "evaluate": "evaluate --clip {model} --data_root {data} --output_dir {out}",
+}
+
+
+@pytest.mark.parametrize(("command", "damage"), zip(COMMANDS, ("NaN", "a flipped bit", "missing")))
+def test_commands_name_damaged_weights(command, damage, copy, tmp_path, capsys):
+    change_weights(copy, DAMAGE[damage])
+    (tmp_path / "data").mkdir()
+    words = COMMANDS[command].format(model=copy, out=tmp_path / "out", data=tmp_path / "data").split()
+    with pytest.raises(SystemExit) as ended, exit_on_input_error():
+        call(words)
+    assert ended.value.code == 2
+    named = rf"{copy}/{checkpoints.WEIGHTS}: .*transformer\.resblocks\.1\.attn\.q_proj"
+    assert re.search(named, said := capsys.readouterr().err), said
 
 
 def test_integers_and_lambdas_without_bounds_are_no_weights(copy):

@@ -3,16 +3,22 @@
 import ast
 import io
 import json
+import os
 import re
+import struct
 import sys
+import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 from safetensors.torch import save_file
 
 import diffclip
 from diffclip import checkpoints, convert
+from diffclip.base.archives import check_arrays
 from diffclip.base.backbones import open_clip
+from diffclip.base.cache import kept_array
 from diffclip.base.errors import InputError
 from diffclip.benchmarks.__main__ import main as benchmarks
 from stages import evaluate
@@ -156,9 +162,9 @@ DOORS = {
     r"(PIL\.)?Image\.open": ("base.images",),
     r"tarfile\.open|zipfile\.ZipFile|shutil\.unpack_archive": ("base.archives", "scenes.parts"),
     r"gzip\.(open|GzipFile|decompress)|(bz2|lzma|zlib)\..*": ("base.files", "data.records", "stages.manifest"),
-    r"torch\.load|load_file|safe_open|.*\.load_file|.*\.(torch|numpy)\.load": ("diffclip.weights", "stages.training")
-    + ("stages.verify", "report.significance"),
-    r"(np|numpy)\.(load|fromfile|memmap|genfromtxt|loadtxt)": ("data.training_pairs", "mllm.data.judge"),
+    r"torch\.load|load_file|safe_open|.*\.load_file|.*\.(torch|numpy)\.load": ("diffclip.weights", "stages.verify")
+    + ("stages.checkpoint_files", "report.significance"),
+    r"(np|numpy)\.(load|fromfile|memmap|genfromtxt|loadtxt|lib\.format\..*)": ("base.cache", "base.archives"),
     r"(c?[pP]ickle|marshal|shelve|dill|joblib)\..*": (),
     r"eval|exec|compile|__import__|os\.(system|popen|exec\w+|spawn\w+)": (),
     r"(pd|pandas)\.read_\w+|datasets\.load_dataset|load_dataset": ("data.tables",),
@@ -215,6 +221,48 @@ def test_transformers_is_told_that_no_code_may_run():
         if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(".from_pretrained")
     ]
     assert said == ["False"]
+
+
+@pytest.mark.parametrize("kind", ["npz", "npy"])
+def test_arrays_of_numpy_are_not_unpickled_and_take_no_more_memory_than_their_bytes(kind, tmp_path):
+    marker = tmp_path / "marker"
+
+    class Planted:
+        def __reduce__(self):
+            return os.mkdir, (str(marker),)
+
+    def written(content):
+        path = tmp_path / f"x.{kind}"
+        path.write_bytes(content)
+        if kind == "npz":
+            with zipfile.ZipFile(path, "w") as packed:
+                packed.writestr("x.npy", content)
+        return path
+
+    def array(shape, content=b"\0" * 20):
+        text = f"{{'descr': '<i4', 'fortran_order': False, 'shape': {shape}, }}\n".encode()
+        return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text + content
+
+    buffer = io.BytesIO()
+    np.save(buffer, np.array([Planted()], dtype=object), allow_pickle=True)
+    check_arrays(written(array("(5,)")))
+    hostile = [
+        buffer.getvalue(),
+        *map(array, ("(10**9,)", "(999999999999,)", "(1 << 40, 1 << 40)", "(" * 400)),
+        b"",
+        b"PK",
+    ]
+    for content in hostile:
+        with pytest.raises(InputError, match=rf"x\.{kind}: .*download it again"):
+            check_arrays(written(content))
+        (tmp_path / "kept.npy").write_bytes(content)
+        assert kept_array(tmp_path / "kept.npy") is None
+    assert not marker.exists()
+    (tmp_path / "kept.npy").unlink()
+    os.mkfifo(tmp_path / "kept.npy")
+    assert kept_array(tmp_path / "kept.npy") is None
+    np.save(tmp_path / "fine.npy", np.arange(5, dtype=np.int32))
+    assert kept_array(tmp_path / "fine.npy").tolist() == [0, 1, 2, 3, 4]
 
 
 def test_torch_reads_no_pickled_objects():

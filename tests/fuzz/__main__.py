@@ -32,6 +32,8 @@ def main() -> int:
     valid = options.valid or Path(tempfile.mkdtemp(prefix="diffclip-fuzz-"))
     if not (valid / "data").is_dir():
         samples.make(valid)
+    if options.case is None:
+        children.check_samples(valid)
     numbers = range(options.cases) if options.case is None else [options.case]
     ended, kinds, seconds = Counter[str](), Counter[str](), Counter[str]()
     for found in children.run(valid, numbers, options.seed, options.only, options.case is not None):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
@@ -25,16 +26,21 @@ class Target(NamedTuple):
     """A command and what it reads: `needs`, copied beside each other, of which files that match `spoilt` change.
 
     In `argv` {x} is the copy of x, {out} a folder to write into. `weight`: how often it is drawn; slow ones less.
+    `own`: it writes where it reads. `kept`: it is called twice, and between the calls a file of the cache is spoilt.
     """
 
     argv: str
     needs: str
     spoilt: str = "**/*"
     weight: int = 10
+    own: bool = False
+    kept: bool = False
 
 
 ROWS, PAIRS = "--image_root {rows/images}", "--pairs"
 ASK = "--max_new_tokens 3 --device cpu"
+GO_ON = "pretrain --config {runs/stopped/config.yaml} --output_dir {runs/stopped}"
+CACHE = os.environ.get("DIFFCLIP_CACHE", "")
 TARGETS = {
     "pairs in a tar": Target("check {data/pretrain} --pairs --caption_member json", "data/pretrain", weight=30),
     **{
@@ -62,7 +68,7 @@ TARGETS = {
     ),
     "benchmarks": Target(
         "benchmark --model {models/clip} --data_root {data} --output_dir {out} --episodes 2 --probe fast",
-        "models/clip data/retrieval data/classification data/mmvp",
+        "models/clip data/retrieval data/classification/color data/mmvp",
         "data/**/*",
         6,
     ),
@@ -93,13 +99,20 @@ TARGETS = {
     ),
     "runs to verify": Target("verify {runs/instruct} {runs/pretrain}", "runs/instruct runs/pretrain", weight=20),
     "a run to publish": Target("publish {runs/pretrain} --dry_run", "runs/pretrain", weight=10),
-    "runs to report": Target("report {runs} --output_dir {out}/report", "runs/evaluate runs/pretrain", weight=4),
-    "a run to go on with": Target(
-        "pretrain --config {runs/pretrain/config.yaml} --output_dir {runs/pretrain} --epochs 1",
+    "runs to report": Target("report {runs} --output_dir {out}/report", "runs/evaluate runs/pretrain", weight=3),
+    "a finished run": Target(
+        "pretrain --config {runs/pretrain/config.yaml} --output_dir {runs/pretrain}",
         "runs/pretrain",
         weight=6,
+        own=True,
     ),
+    "a run to go on with": Target(GO_ON, "runs/stopped", weight=5, own=True),
+    "a checkpoint": Target(GO_ON, "runs/stopped", "checkpoint-1/**/*", 6, own=True),
     "a list of addresses": Target("data pairs {tables/urls.parquet} --dry_run", "tables", "urls.*", 6),
+    "kept rows": Target("check {rows/llava.json} " + ROWS, "rows", weight=16, kept=True),
+    "kept places in a tar": Target(
+        "check {data/pretrain} --pairs --caption_member json", "data/pretrain", weight=8, kept=True
+    ),
 }
 
 
@@ -114,6 +127,7 @@ class Case(NamedTuple):
 def draw(rng: Random, valid: Path, folder: Path, only: str = "") -> Case:
     """One case of a kind, its files below `folder`; `valid`: what `samples.make` wrote."""
     kinds = {"files": 65, "settings": 25, "swapped": 10}
+    os.environ["DIFFCLIP_CACHE"] = CACHE
     kind = only if only in kinds else "files" if only else rng.choices([*kinds], [*kinds.values()])[0]
     (folder / "out").mkdir(parents=True)
     if kind == "settings":
@@ -121,23 +135,33 @@ def draw(rng: Random, valid: Path, folder: Path, only: str = "") -> Case:
     if kind == "swapped":
         return _swapped(rng, valid, folder)
     name = only if only in TARGETS else rng.choices([*TARGETS], [t.weight for t in TARGETS.values()])[0]
-    target = TARGETS[name]
-    for need in target.needs.split():
-        spoil.copy(valid / need, folder / "in" / need)
-    files = sorted(path for path in (folder / "in").rglob("*") if path.is_file() and _fits(path, target, folder / "in"))
+    target, argv = TARGETS[name], laid_out(name, valid, folder)
+    where = folder / "in"
+    if target.kept:
+        where = folder / "out" / "cache"
+        os.environ["DIFFCLIP_CACHE"] = str(where)
+        call(argv)
+    files = sorted(path for path in where.rglob("*") if path.is_file() and _fits(path, target, where))
     told = []
     for _ in range(rng.choice((1, 1, 1, 2))):
         file = rng.choice(files)
         if file.is_file() and not file.is_symlink():
             told.append(spoil.spoil(file, rng, folder / "planted"))
-    argv = _filled(target.argv, folder)
     return Case(name, f"{'; '.join(told)} | {' '.join(argv)}", lambda: call(argv))
+
+
+def laid_out(name: str, valid: Path, folder: Path) -> list[str]:
+    """What a target needs, put into `folder`, and what to call."""
+    target = TARGETS[name]
+    for need in target.needs.split():
+        spoil.copy(valid / need, folder / "in" / need, target.own)
+    return _filled(target.argv, folder)
 
 
 def _fits(path: Path, target: Target, root: Path) -> bool:
     inner = path.relative_to(root)
     matches = any(inner.match(target.spoilt.replace("**/*", deeper)) for deeper in ("*", "*/*", "*/*/*", "*/*/*/*"))
-    return path.suffix not in (".py", ".md") and (target.spoilt == "**/*" or matches)
+    return path.suffix not in (".py", ".md", ".lock") and (target.spoilt == "**/*" or matches)
 
 
 def _filled(argv: str, folder: Path) -> list[str]:
@@ -148,7 +172,7 @@ def _filled(argv: str, folder: Path) -> list[str]:
 def _swapped(rng: Random, valid: Path, folder: Path) -> Case:
     """A command whose paths are of other things: data where a run is expected, and so on."""
     others = [p for p in sorted(valid.glob("*/*")) + sorted(valid.glob("*/*/*")) if "checkpoint" not in p.name]
-    name = rng.choice([name for name in TARGETS if name != "a run to go on with"])  # which writes where it reads
+    name = rng.choice([name for name, target in TARGETS.items() if not target.own])  # which write where they read
     words = TARGETS[name].argv.split()
     slots = [at for at, word in enumerate(words) if word[0] == "{" and not word.startswith("{out}")]
     for need in TARGETS[name].needs.split():

@@ -5,6 +5,7 @@ import io
 import json
 import shutil
 from pathlib import Path
+from unittest import mock
 
 import datasets
 import numpy as np
@@ -14,8 +15,10 @@ import torch
 from PIL import Image
 
 from diffclip import checkpoints, models, variants
+from diffclip.base.schema import COMPLETE
 from mllm.pope import questions
 from stages.cli import call
+from stages.run import Run
 
 COUNTS = {"pairs": 8, "retrieval": 4, "class_train": 24, "class_val": 24, "class_test": 24, "align": 8, "texts": 16}
 COUNTS |= {"conversations": 8, "rounds": 1, "pope": 3, "mmvp": 2, "segmentation": 3, "size": 32}
@@ -121,18 +124,16 @@ def _models(folder: Path) -> None:
     torch.manual_seed(0)
     config = variants.named("DiffCLIP-tiny")
     vision, text = config["model_cfg"]["vision_cfg"], config["model_cfg"]["text_cfg"]
-    vision |= {"layers": 1, "width": 16, "head_width": 4, "image_size": 48, "patch_size": 16}
-    text |= {"layers": 1, "width": 16, "heads": 4, "context_length": 12}
+    vision |= {"layers": 1, "width": 8, "head_width": 4, "image_size": 48, "patch_size": 16}
+    text |= {"layers": 1, "width": 8, "heads": 2, "context_length": 12}
     (folder / "models").mkdir()
     checkpoints.save(models.build(config), folder / "models/clip")
     call(["convert", str(folder / "models/clip"), str(folder / "models/official.pt")])
     runs, data = folder / "runs", folder / "data"
-    call(
-        [
-            *("pretrain", "--init_from", str(folder / "models/clip"), "--train_data", str(data / "pretrain/*.tar")),
-            *("--output_dir", str(runs / "pretrain"), "--caption_member=json", *SMALL),
-        ]
-    )
+    pretraining = ["pretrain", "--init_from", str(folder / "models/clip"), "--train_data", str(data / "pretrain/*.tar")]
+    pretraining += ["--caption_member=json", *SMALL]
+    call([*pretraining, "--output_dir", str(runs / "pretrain")])
+    _stopped(runs / "stopped", pretraining)
     call(
         [
             *("language", "--text", str(data / "llava/text.jsonl"), "--output_dir", str(runs / "language"), *SMALL),
@@ -167,3 +168,14 @@ def _models(folder: Path) -> None:
             *("--linear_probe=fast", "--output_dir", str(runs / "evaluate")),
         ]
     )
+
+
+def _stopped(run: Path, pretraining: list[str]) -> None:
+    """A run that is to go on from its first step of two; its checkpoint has no digests, so that all of it is read."""
+    with contextlib.suppress(SystemExit), mock.patch.object(Run, "finish", lambda run, _: run.stop(1, 2)):
+        call([*pretraining, "--output_dir", str(run)])
+    shutil.rmtree(run / "checkpoint-2")
+    (run / "checkpoint-1" / COMPLETE).write_text("")
+    (run / "checkpoint-1" / "global_step1").mkdir()  # as DeepSpeed's, and another rank's
+    for name in ("rng_state_1.pth", "global_step1/mp_rank_00_model_states.pt"):
+        shutil.copy(run / "checkpoint-1" / "rng_state.pth", run / "checkpoint-1" / name)

@@ -38,6 +38,7 @@ MAGIC = (
     b"BZh9",
 )
 MAGIC += (b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd", b"\x93NUMPY\x01\x00", b"\x80\x02", b"GGUF", b"\xff\xfe", b"<html>")
+BOMB = gzip.compress(b" " * (64 << 20), 1)
 NAMES = ("../up.txt", "/tmp/up.txt", "a/../../up.txt", "x" * 300, "a\x1b[2Jb.jpg", "\udc80.jpg", "con\nb.txt", ".", "")
 
 
@@ -53,6 +54,9 @@ class Planted:
 
 def spoil(path: Path, rng: Random, marker: Path) -> str:
     """Change a file, or what stands in its place, and say how; `marker` is what planted code would make."""
+    raw = path.read_bytes()
+    path.unlink()  # `copy` may have linked it
+    path.write_bytes(raw)
     by_kind = {
         **dict.fromkeys((".json", ".jsonl", ".yaml"), json_value),
         **{".safetensors": safetensors_header, ".parquet": parquet_columns, ".tar": tar_members},
@@ -130,7 +134,7 @@ def content(path: Path, rng: Random) -> str:
         "huge line": lambda: raw[:at] + b"a" * 3_000_000 + raw[at:],
         "random": lambda: rng.randbytes(rng.choice((1, 100, 10_000))),
         "surrogates": lambda: raw[:at] + b"\xed\xa0\x80" + raw[at:],
-        "bomb": lambda: gzip.compress(b" " * (64 << 20), 1),
+        "bomb": lambda: BOMB,
     }
     path.write_bytes(new[how]())
     return how
@@ -249,7 +253,7 @@ def parquet_columns(path: Path, rng: Random) -> str:
     if how == "no rows":
         table = table.slice(0, 0)
     elif how == "many rows":
-        table = pyarrow.table({each: pyarrow.nulls(3_000_000) for each in table.column_names})
+        table = pyarrow.table({each: pyarrow.nulls(1_000_000) for each in table.column_names})
     elif how == "dropped":
         table = table.drop_columns([name])
     elif how == "twice":
@@ -309,10 +313,20 @@ def planted(path: Path, rng: Random, marker: Path) -> str:
     return f"pickle, {how}"
 
 
-def copy(source: Path, target: Path) -> None:
-    """A file or folder, as it is."""
-    if source.is_dir():
-        shutil.copytree(source, target, symlinks=True)
-    else:
+def copy(source: Path, target: Path, own: bool = False) -> None:
+    """A file or folder, as it is; without `own` its files are links, which `spoil` parts before it changes one."""
+    if not source.is_dir():
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(source, target)
+        return _linked(source, target) if not own else shutil.copyfile(source, target) and None
+    for where, _, names in os.walk(source):
+        folder = os.path.join(target, os.path.relpath(where, source))
+        os.makedirs(folder, exist_ok=True)
+        for name in names:
+            (shutil.copyfile if own else _linked)(os.path.join(where, name), os.path.join(folder, name))
+
+
+def _linked(source: str | Path, target: str | Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # of another disk
+        shutil.copyfile(source, target)

@@ -1,18 +1,22 @@
 """Chat: streamed pieces are the generated answer, batches equal single questions, files go on where they were."""
 
 import json
+import re
+import shutil
 
 import pytest
 import torch
 from launch import call
+from safetensors.torch import load_file, save_file
 
-from diffclip.base.errors import InputError
+from diffclip.base.errors import InputError, exit_on_input_error
 from diffclip.base.lines import printable
 from mllm import chat
 from mllm.answer_file import answer_file
 from mllm.assemble import assemble
 from mllm.conversation import prompt, question_turn
 from mllm.model import VisionLanguageModel, generation_options, load
+from stages import cli
 from stages.publish import USE
 
 QUESTIONS = ["Is there a red square?", "Is there a small blue circle left of the green star in the image?", "USER"]
@@ -78,6 +82,44 @@ def test_a_file_of_questions_goes_on_after_a_kill(saved, tmp_path):
 @pytest.fixture(scope="module")
 def loaded(saved):
     return load(saved / "run")
+
+
+def broken(folder, source, name, damage):
+    """A copy of a model in one file, one of whose parameters is damaged."""
+    state = load_file(shutil.copytree(source, folder) / "model.safetensors")
+    name = next(key for key in state if key.endswith(name))
+    weight = state.pop(name).clone()
+    if damage != "missing":
+        bits = weight.flatten().view(torch.int32)
+        bits[5] = 0x7FC00000 if damage == "NaN" else int(bits[5]) ^ 1 << 30
+        state[name] = weight
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("damage", ["NaN", "flipped", "missing"])
+def test_commands_name_damaged_weights(saved, tower_dir, language_dir, tmp_path, capsys, damage):
+    """A question, an evaluation, and an assembling on a damaged tower and with a damaged language model."""
+    part, tower_part = "layers.1.mlp.gate_proj.weight", "encoder.layers.1.mlp.fc1.weight"
+    model = broken(tmp_path / "model", saved / "run", f"model.language_model.{part}", damage)
+    language = broken(tmp_path / "language", language_dir, f"model.{part}", damage)
+    tower = broken(tmp_path / "tower", tower_dir, tower_part, damage)
+    turns = [{"from": "human", "value": "<image>\nA"}, {"from": "gpt", "value": "B"}]
+    rows = write_rows(tmp_path / "rows.jsonl", [{"image": "0.png", "conversations": turns}])
+    for split in ("random", "popular", "adversarial"):
+        pope = {"question_id": 1, "image": "0.png", "text": "Is there a dog in the image?", "label": "yes"}
+        write_rows(tmp_path / f"coco_pope_{split}.json", [pope])
+    evaluate = ["evaluate", f"--pope={tmp_path}", f"--image_root={saved}", f"--output_dir={tmp_path / 'evaluated'}"]
+    align = ["align", f"--data={rows}", f"--image_root={saved}", f"--output_dir={tmp_path / 'out'}", "--use_cpu"]
+    for words, named in (
+        (["chat", str(model), "What?", "--device=cpu"], rf"{model}\S*: .*{part}"),
+        ([*evaluate, f"--mllm={model}"], rf"{model}\S*: .*{part}"),
+        ([*align, f"--vision_tower={tower}", f"--language_model={language_dir}"], rf"{tower}\S*: .*{tower_part}"),
+        ([*align, f"--vision_tower={tower_dir}", f"--language_model={language}"], rf"{language}\S*: .*{part}"),
+    ):
+        with pytest.raises(SystemExit) as ended, exit_on_input_error():
+            cli.call(words)
+        assert ended.value.code == 2 and re.search(named, said := capsys.readouterr().err), said
 
 
 def answered(out):

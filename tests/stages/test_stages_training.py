@@ -23,11 +23,11 @@ from diffclip.base.errors import InputError
 from diffclip.base.schema import COMPLETE
 from stages import language, pretrain
 from stages.callbacks import Watch
+from stages.checkpoint_files import check_checkpoint, check_state
 from stages.run import NOT_FINISHED, Run
 from stages.settings import AlignConfig, InstructConfig, LanguageConfig, PretrainConfig, TrainingConfig, check
 from stages.training import (
     KeepWhatFits,
-    check_checkpoint,
     check_shared_memory,
     on_one_device,
     train,
@@ -427,3 +427,17 @@ def test_a_deepspeed_checkpoint_is_read_before_deepspeed_unpickles_it(tmp_path):
     with pytest.raises(InputError, match="latest: names no folder of its checkpoint"):
         check_checkpoint(away)
     assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"global_step": "x"}', '{"epoch": NaN}', '{"log_history": 3}', '{"x": 1}']
+)
+def test_a_state_that_trainer_would_not_have_written_is_named(tmp_path, text):
+    state = tmp_path / "trainer_state.json"
+    with pytest.raises(InputError, match=rf"{state}: is missing; delete {tmp_path} to go on from"):
+        check_state(tmp_path)
+    TrainerState(log_history=[{"loss": 1.0}]).save_to_json(str(state))
+    check_state(tmp_path)
+    state.write_text(text)
+    with pytest.raises(InputError, match=f"{state}: "):
+        check_state(tmp_path)
