@@ -22,7 +22,7 @@ class StageTrainer(Trainer):
         return torch.nn.utils.get_total_norm(gradients)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if self.is_deepspeed_enabled and background.gains(self.model):
+        if self.is_deepspeed_enabled and isinstance(self.model, nn.Module) and background.gains(self.model):
             with background.written_behind(self.model_wrapped, Path(output_dir)):
                 super()._save_optimizer_and_scheduler(output_dir)
         else:
