@@ -51,6 +51,7 @@ SETTINGS = {  # so that a command takes seconds
 CONFIGS = {"pretrain": PretrainConfig, "align": AlignConfig, "instruct": InstructConfig, "evaluate": EvaluateConfig}
 PARSED = {  # pages whose stages have the paper's size: their flags and configurations are read, nothing is trained
     "pope.md": tuple(CONFIGS),
+    "released.md": tuple(CONFIGS),
     "paper_scale.md": ("pretrain",),
     "reproduce.md": tuple(CONFIGS),
 }
