@@ -224,7 +224,7 @@ def trained(workspace) -> Path:
             carry_out(words, "data.md", workspace, patch)
     for stage in ("align", "instruct"):
         (workspace / "runs" / stage).symlink_to(workspace / "runs" / "mine" / stage)
-    (workspace / "runs" / "quickstart" / "DiffCLIP" / "instruct").symlink_to(workspace / "runs" / "mine" / "instruct")
+    (workspace / "runs" / "quickstart" / "CLIP" / "instruct").symlink_to(workspace / "runs" / "mine" / "instruct")
     for name in ("clip", "diffclip"):
         (workspace / "runs" / name / "evaluate").symlink_to(workspace / "runs" / "mine" / "evaluate")
     write_lmms_task(workspace)
