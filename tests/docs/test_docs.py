@@ -226,7 +226,7 @@ def trained(workspace) -> Path:
         (workspace / "runs" / stage).symlink_to(workspace / "runs" / "mine" / stage)
     (workspace / "runs" / "quickstart" / "CLIP" / "instruct").symlink_to(workspace / "runs" / "mine" / "instruct")
     for name in ("clip", "diffclip"):
-        (workspace / "runs" / name / "evaluate").symlink_to(workspace / "runs" / "mine" / "evaluate")
+        shutil.copytree(workspace / "runs" / "mine" / "evaluate", workspace / "runs" / name / "evaluate")
     write_lmms_task(workspace)
     return workspace
 
