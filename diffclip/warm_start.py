@@ -116,7 +116,7 @@ def _replacements(
     """Return each block of a tower with the attention that is to replace its own; nothing is changed yet."""
     blocks, name, chosen = _self_attention_blocks(tower), type(tower).__name__, kind_named(kind)
     if any(isinstance(block.attn, Differential) for block in blocks):
-        raise InputError(f"{name} is differential already")
+        raise InputError(f"{name} is differential already: keep its attention, or start from the plain model")
     if blocks and (others := sorted(_attending(tower, blocks))):
         raise InputError(f"{name} attends not only in blocks known here but also by {', '.join(others)}, which is not")
     if not blocks or len(blocks) != len(lambda_inits):

@@ -61,7 +61,7 @@ def _shards(name: str, pairs: int, size: str) -> DataSet:
 
 def _clip_benchmark(name: str, images: int, size: str, train: bool = False) -> DataSet:
     source = Hub(f"clip-benchmark/wds_{name}", ("test/*", *(["train/*"] if train else []), "*.txt"))
-    then = "diffclip benchmark --suite paper --data_root DIR/.."
+    then = "diffclip benchmark --model RUN --data_root OUT --suite paper --output_dir results"
     return DataSet((source,), ("pictures", "test/*.tar"), images, size, then)
 
 

@@ -56,7 +56,11 @@ def fetch_set(name: str, folder: Path, workers: int) -> None:
 
 
 def fetch_hub(source: Hub, folder: Path) -> None:
-    """Fetch files of a Hub dataset with `huggingface_hub`, which resumes and checks them."""
+    """Fetch files of a Hub dataset with `huggingface_hub`, which resumes and checks them.
+
+    Raises:
+        InputError: the Hub refuses or fails, or nothing is there afterwards.
+    """
     missing = [name for name in source.files if not archives.unpacked_mark(folder / name).exists()]
     if not missing:  # an archive that was unpacked and deleted
         return
@@ -69,7 +73,10 @@ def fetch_hub(source: Hub, folder: Path) -> None:
         ) from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         raise InputError(f"{source.repo}: not fetched ({first_line(error)}); start again to go on") from None
-    for archive in [path for pattern in missing for path in sorted(folder.glob(pattern))]:
+    arrived = [path for pattern in missing for path in sorted(folder.glob(pattern))]
+    if not arrived:  # without a network it only warns, once the folder is there
+        raise InputError(f"{source.repo}: nothing of it arrived; start again where the Hub can be reached")
+    for archive in arrived:
         if archive.suffix == ".zip":
             archives.unpack(archive, folder)
 

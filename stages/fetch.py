@@ -47,7 +47,8 @@ def main(argv: list[str] | None = None) -> None:
                 raise InputError(f"unknown data set {name!r}{near(name, [*SETS, 'pairs'])}")
         for name in options.names:
             data, folder = SETS[name], out / name
-            print_line(f"{name}: about {data.size} into {folder}, then: {data.then.replace('DIR', str(folder))}")
+            then = data.then.replace("DIR", str(folder)).replace("OUT", str(out))
+            print_line(f"{name}: about {data.size} into {folder}, then: {then}")
             for source in data.sources:
                 print_line(f"  from {source}")
     if options.dry_run:

@@ -3,6 +3,7 @@
 import copy
 import json
 import pickle
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from diffclip import attention, attention_maps, checkpoints, hf, variants, warm_
 from diffclip.attention import KINDS, Differential
 from diffclip.base.backbones import open_clip
 from diffclip.base.errors import InputError
+from stages.settings import PretrainConfig
 
 IMAGES = torch.randn(2, 3, 48, 48, generator=torch.Generator().manual_seed(1))
 TEXTS = torch.randint(1, 300, (2, 40), generator=torch.Generator().manual_seed(2))
@@ -55,10 +57,21 @@ def features(model):
 
 
 def test_it_has_all_that_is_its_own_to_write(kind):
-    own = ("forward", "maps", "apply_map", "start_from", "reset_lambdas", "mean_lambda")
+    own = ("forward", "maps", "apply_map", "start_from", "reset_lambdas", "mean_lambda", "added", "timed")
     assert [name for name in own if getattr(KINDS[kind], name) is getattr(Differential, name)] == []
     default = KINDS[kind].default_lambda_init
     assert default == "schedule" or 0 < default < 1
+    assert kind in get_args(get_type_hints(PretrainConfig)["attention"]), "stages/settings.py does not offer it"
+
+
+def test_what_it_says_it_adds_is_what_ordinary_attention_has_not(kind):
+    module, width = KINDS[kind](32, 4), 32
+    parameters = dict(module.named_parameters())
+    added = sum(
+        parameters[name].numel() if rows is None else parameters[name][rows].numel()
+        for name, rows in module.added().items()
+    )
+    assert sum(p.numel() for p in parameters.values()) - added == 4 * width * (width + 1)
 
 
 def test_it_is_built_into_both_towers_and_every_number_learns(model, kind):
@@ -158,7 +171,7 @@ def test_the_official_layout_holds_it_or_refuses_it(model, kind, tmp_path):
 
 
 def test_a_kind_is_found_by_its_name_and_by_the_number_of_earlier_releases():
-    assert {options.get("version", "v1") for options in variants.VARIANTS.values()} <= KINDS.keys()
+    assert {how["kind"] for towers in variants.VARIANTS.values() for how in towers.values()} <= KINDS.keys()
     assert [attention.kind(number) for number in (1, 2)] == [KINDS["v1"], KINDS["v2"]]
     assert all(attention.kind(name) is found and found.name == name for name, found in KINDS.items())
     for unknown in (9, "v9"):

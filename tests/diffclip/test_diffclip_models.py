@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from diffclip import models, official, preprocessing, variants, warm_start, weights
-from diffclip.attention import DifferentialAttention, DifferentialAttentionV2, lambda_init_schedule
+from diffclip.attention import Differential, DifferentialAttention, lambda_init_schedule
 from diffclip.attention_maps import attention_map
 from diffclip.base.backbones import open_clip
 from diffclip.base.errors import InputError
@@ -24,6 +24,10 @@ PARAMETERS = {
     "DiffCLIP-B-16": 149_629_185,
     "DiffCLIP-star-B-16": 149_629_185,
     "DiffCLIP-dagger-B-16": 149_624_577,
+}
+EXTRA = {  # parameters of a layer beyond ordinary attention's, by its kind: from the width and the number of heads
+    "v1": lambda width, heads: 6 * width // heads,  # lambda's vectors and the norm
+    "v2": lambda width, heads: width * width + width + (width + 1) * heads,  # second queries and lambdas
 }
 
 
@@ -49,15 +53,11 @@ def test_parameter_counts_at_full_size(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", variants.MODELS)
 def test_every_named_model_builds_and_counts(name):
-    """A differential layer has 4 d + 2 d more parameters than an ordinary one; in V2, second queries and lambdas."""
     baseline = "CLIP-" + next(size for size in variants.SIZES if name.endswith(size))
     with torch.device("meta"):
         model, plain = models.build(name), models.build(baseline)
-    extra = sum(6 * m.head_dim for m in model.modules() if isinstance(m, DifferentialAttention))
-    for m in model.modules():
-        if isinstance(m, DifferentialAttentionV2):
-            width = m.num_heads * m.head_dim
-            extra += width * width + width + (width + 1) * m.num_heads
+    layers = [m for m in model.modules() if isinstance(m, Differential)]
+    extra = sum(EXTRA[m.name](m.num_heads * m.head_dim, m.num_heads) for m in layers)
     assert count(model) == count(plain) + extra
     assert model.logit_scale.shape == (1,)  # a 0-dim parameter crashes ZeRO
     assert json.loads(json.dumps(model.model_config)) == model.model_config

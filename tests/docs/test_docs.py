@@ -51,6 +51,7 @@ SETTINGS = {  # so that a command takes seconds
 CONFIGS = {"pretrain": PretrainConfig, "align": AlignConfig, "instruct": InstructConfig, "evaluate": EvaluateConfig}
 PARSED = {  # pages whose stages have the paper's size: their flags and configurations are read, nothing is trained
     "pope.md": tuple(CONFIGS),
+    "released.md": tuple(CONFIGS),
     "paper_scale.md": ("pretrain",),
     "reproduce.md": tuple(CONFIGS),
 }
@@ -223,9 +224,9 @@ def trained(workspace) -> Path:
             carry_out(words, "data.md", workspace, patch)
     for stage in ("align", "instruct"):
         (workspace / "runs" / stage).symlink_to(workspace / "runs" / "mine" / stage)
-    (workspace / "runs" / "quickstart" / "DiffCLIP" / "instruct").symlink_to(workspace / "runs" / "mine" / "instruct")
+    (workspace / "runs" / "quickstart" / "CLIP" / "instruct").symlink_to(workspace / "runs" / "mine" / "instruct")
     for name in ("clip", "diffclip"):
-        (workspace / "runs" / name / "evaluate").symlink_to(workspace / "runs" / "mine" / "evaluate")
+        shutil.copytree(workspace / "runs" / "mine" / "evaluate", workspace / "runs" / name / "evaluate")
     write_lmms_task(workspace)
     return workspace
 
