@@ -42,6 +42,8 @@ def check_checkpoint(folder: str | Path) -> None:
         harmless = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
     files = (Path(parent, name) for parent, _, names in os.walk(folder, followlinks=True) for name in sorted(names))
     for path in files:
+        if not path.is_file():  # a pipe would be waited for
+            raise InputError(f"{path}: is no file, or a link to none; {remedy}")
         if not path.name.endswith(PICKLES) or path.name == UNREAD:
             continue
         try:  # reads no values
