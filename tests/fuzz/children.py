@@ -138,6 +138,11 @@ def check_samples(valid: Path) -> None:
                 raise RuntimeError(f"{name}, not spoilt, {how}: {said.getvalue()[-2000:]}")
 
 
+def run_part(given: tuple[Path, Sequence[int], int, str]) -> list[Fault | Ended]:
+    """`run` in a process of a pool."""
+    return list(run(*given))
+
+
 def _child(valid: Path, batch: list[int], seed: int, only: str, place: Path, told: Path) -> None:
     try:
         with open("/proc/self/statm", encoding="ascii") as f:
