@@ -6,6 +6,7 @@ python tests/fuzz --cases 500 --only POPE         # one kind: a target of cases.
 """
 
 import argparse
+import gc
 import multiprocessing
 import os
 import sys
@@ -42,6 +43,7 @@ def main() -> int:
     numbers = range(options.cases) if options.case is None else [options.case]
     parts = [(valid, numbers[i : i + PART], options.seed, options.only) for i in range(0, len(numbers), PART)]
     ended, kinds, seconds = Counter[str](), Counter[str](), Counter[str]()
+    gc.freeze()  # else the first collection of each process copies every page
     with multiprocessing.get_context("fork").Pool(options.jobs) as pool:
         every = pool.imap(children.run_part, parts) if options.case is None else [children.run(*parts[0], keep=True)]
         for found in chain.from_iterable(every):
