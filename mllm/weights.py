@@ -63,5 +63,5 @@ def load_strictly(auto_class: Any, path: str | Path, only: str = "", **options: 
         if keys := sorted(str(k) for k in info[kind] if kind != "unexpected_keys" or only in str(k)):
             names = ", ".join(keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
             raise InputError(f"{path}: {kind.replace('_', ' ')} in the weights: {names}; give the matching model")
-    check_values(model.state_dict(), weights_name(path))
+    check_values(model.state_dict(), weights_name(path), dict(model.named_buffers()))
     return model

@@ -2,8 +2,9 @@
 have been read before they are used, none missing, none that is no number.
 """
 
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -65,14 +66,17 @@ def check_processor(directory: Path) -> None:
             check_numbers(read_settings(directory / name), str(directory / name))
 
 
-def check_values(state: Mapping[str, Tensor], source: str | Path) -> None:
-    """InputError, which names `source` and the first parameters, if values are NaN, infinite or absurdly large."""
+def check_values(state: Mapping[str, Tensor], source: str | Path, buffers: Collection[str] = ()) -> None:
+    """InputError, which names `source` and the first parameters, if values are NaN, infinite or absurdly large.
+
+    `buffers`: names of those that are none, and may be infinite, as the limits of Gemma 4's activations are.
+    """
     faults = []
     for name, tensor in state.items():
         if not tensor.is_floating_point() or tensor.is_meta or not tensor.numel():
             continue
         low, high = (float(each) for each in torch.aminmax(tensor if tensor.element_size() > 1 else tensor.float()))
-        most = LARGEST_SCALE if name.endswith("logit_scale") else LARGEST
+        most = math.inf if name in buffers else LARGEST_SCALE if name.endswith("logit_scale") else LARGEST
         if not (-most <= low and high <= most):
             worst = low if low != low or -low > high else high
             faults.append(f"{name} ({worst:.3g})")
@@ -115,7 +119,8 @@ class Whole:
             missing = [name for name in info["missing_keys"] if not name.startswith(cls.new_parts or "\0")]
             _tell(path, "lacks weights of the model", missing, "bring the file again from its source")
         drawn = set(info["missing_keys"])
-        check_values({name: t for name, t in model.state_dict().items() if name not in drawn}, weights_name(path))
+        state = {name: tensor for name, tensor in model.state_dict().items() if name not in drawn}
+        check_values(state, weights_name(path), dict(model.named_buffers()))
         return (model, info) if output_loading_info else model
 
 

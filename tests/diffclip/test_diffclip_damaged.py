@@ -3,6 +3,7 @@ taken for what their configurations say.
 """
 
 import json
+import math
 import os
 import re
 import resource
@@ -18,6 +19,7 @@ import diffclip
 from diffclip import checkpoints, models, variants
 from diffclip.base.bounded import comes_to_an_end
 from diffclip.base.errors import InputError, exit_on_input_error
+from diffclip.base.loaded import check_values
 from diffclip.weights import from_pretrained, read_safetensors
 from stages.cli import call
 
@@ -107,6 +109,14 @@ def test_commands_name_damaged_weights(command, damage, copy, tmp_path, capsys):
     assert ended.value.code == 2
     named = rf"{copy}/{checkpoints.WEIGHTS}: .*transformer\.resblocks\.1\.attn\.q_proj"
     assert re.search(named, said := capsys.readouterr().err), said
+
+
+def test_only_what_does_not_learn_may_be_infinite():
+    state = {"weight": torch.ones(2), "limit": torch.tensor([-math.inf, math.inf])}  # as Gemma 4 has them
+    check_values(state, "x", {"limit"})
+    for bad, buffers in ((state, ()), (state | {"limit": torch.tensor(math.nan)}, {"limit"})):
+        with pytest.raises(InputError, match=r"^x: .*limit \("):
+            check_values(bad, "x", buffers)
 
 
 def test_integers_and_lambdas_without_bounds_are_no_weights(copy):
