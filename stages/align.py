@@ -5,10 +5,11 @@ to speak the language model's tokens, on image-caption pairs (the paper: LAION-C
         --vision_tower runs/diffclip --data blip_laion_cc_sbu_558k.json --image_root images --output_dir runs/align
 """
 
+import dataclasses
 from pathlib import Path
 
 from diffclip.base.errors import exit_on_input_error
-from diffclip.base.paths import matching
+from diffclip.base.paths import folder_of, matching
 from stages.config import parse, require
 from stages.run import Run
 from stages.settings import AlignConfig
@@ -22,8 +23,10 @@ def main(argv: list[str] | None = None) -> None:
         from stages.dry_run import estimate_alignment
 
         return estimate_alignment(config)
-    require(config, "output_dir", "vision_tower", "language_model", "data", "image_root")
-    inputs: dict[str, str | Path | list[str]] = {"data": matching(config.data), "image_root": config.image_root}
+    require(config, "output_dir", "vision_tower", "language_model", "data")
+    data = matching(config.data)
+    config = dataclasses.replace(config, image_root=config.image_root or folder_of(data, "image_root"))
+    inputs: dict[str, str | Path | list[str]] = {"data": data, "image_root": config.image_root}
     for part in ("vision_tower", "language_model"):
         if Path(getattr(config, part)).exists():  # otherwise a Hub id, or open_clip's name
             inputs[part] = getattr(config, part)

@@ -5,10 +5,11 @@
         --model runs/align --data llava_v1_5_mix665k.json --image_root images --output_dir runs/instruct
 """
 
+import dataclasses
 from pathlib import Path
 
 from diffclip.base.errors import exit_on_input_error
-from diffclip.base.paths import matching
+from diffclip.base.paths import folder_of, matching
 from stages.config import parse, require
 from stages.run import Run
 from stages.settings import InstructConfig
@@ -22,9 +23,10 @@ def main(argv: list[str] | None = None) -> None:
         from stages.dry_run import estimate_instruction
 
         return estimate_instruction(config)
-    require(config, "output_dir", "model", "data", "image_root")
-    inputs: dict[str, str | Path | list[str]] = {"model": config.model, "data": matching(config.data)}
-    inputs["image_root"] = config.image_root
+    require(config, "output_dir", "model", "data")
+    data = matching(config.data)
+    config = dataclasses.replace(config, image_root=config.image_root or folder_of(data, "image_root"))
+    inputs: dict[str, str | Path | list[str]] = {"model": config.model, "data": data, "image_root": config.image_root}
     with Run("instruct", config, inputs) as run:
         if not run.finished:
             from stages.conversations import train_aligned

@@ -258,7 +258,7 @@ class ConversationConfig(TrainingConfig):
     max_bad_share: float = option(
         0.01, "data", "stop when more of the rows than this cannot be learnt from", SHARE, decides=False
     )
-    image_root: str = option("", "data", "folder that the rows' image paths start from")
+    image_root: str = option("", "data", "folder that the rows' image paths start from; empty: that of `data`")
     image_prefix: str = option("", "data", "keep only rows whose image path starts with this")
     template: Literal["plain", "vicuna", "chatml", "auto"] = option("vicuna", *TEMPLATE)
     epochs: float = option(1.0, "optimisation", "passes over the data", POSITIVE)

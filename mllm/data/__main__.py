@@ -10,6 +10,7 @@ import sys
 
 from diffclip.base.commands import Parser, number
 from diffclip.base.errors import exit_on_input_error
+from diffclip.base.paths import folder_of, matching
 
 CHOICES = ("plain", "vicuna", "chatml", "auto")
 
@@ -21,7 +22,7 @@ def main(argv: list[str] | None = None) -> int:
     for name, what in (("check", "find the faults of the rows"), ("stats", "describe the rows")):
         action = actions.add_parser(name, help=what, description=__doc__)
         action.add_argument("files", nargs="+", help="JSON, JSONL or parquet files, folders of them, globs")
-        action.add_argument("--image_root", required=True, help="folder that the rows' image paths start from")
+        action.add_argument("--image_root", default="", help="folder that image paths start from; that of the files")
         action.add_argument("--image_prefix", default="", help="only rows whose image path starts with this")
         action.add_argument("--split", default="", help="where a folder or the rows name several (train)")
         action.add_argument(
@@ -33,6 +34,7 @@ def main(argv: list[str] | None = None) -> int:
         action.also("--output_dir", "--out")
         action.add_argument("--json", action="store_true", help="print one JSON object instead")
     options = parser.parse_args(argv)
+    options.image_root = options.image_root or folder_of(matching(options.files), "image_root")
     from mllm.data import report
 
     return report.check(options) if options.action == "check" else report.stats(options)
