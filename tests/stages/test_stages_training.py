@@ -228,10 +228,10 @@ def test_trainer_takes_what_no_setting_of_the_stage_decides(tmp_path):
 @pytest.mark.parametrize(
     "config, own",
     [
-        (LanguageConfig, set()),
+        (LanguageConfig, {"attn_implementation"}),
         (PretrainConfig, {"micro_batch_size", "max_bad_share", "shard_cache", "shard_cache_gb", "manifest"}),
-        (AlignConfig, {"micro_batch_size", "max_bad_share", "tokens"}),
-        (InstructConfig, {"micro_batch_size", "max_bad_share", "tokens"}),
+        (AlignConfig, {"micro_batch_size", "max_bad_share", "tokens", "attn_implementation"}),
+        (InstructConfig, {"micro_batch_size", "max_bad_share", "tokens", "attn_implementation"}),
     ],
 )
 def test_settings_that_decide_nothing(config, own):
