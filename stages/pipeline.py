@@ -1,7 +1,8 @@
 """The whole chain for several variants: scenes -> pretrain -> language -> align -> instruct -> evaluate -> report.
 
-Runs the same stage commands that a user would type, one after another, and prints each. Finished stages are
-skipped and an interrupted one goes on from its last checkpoint, so the same command may be given again at any time.
+Runs the same stage commands that a user would type, and prints each; on a CPU the variants side by side, since two
+small models with a core each take less time than one after the other with both. Finished stages are skipped and an
+interrupted one goes on from its last checkpoint, so the same command may be given again at any time.
 Each seed draws its own scenes and has a folder of its own; the report, written anew after each, has all of them.
 
     diffclip pipeline --seeds 0 1 2 --variants CLIP DiffCLIP --output_dir runs/three_seeds
@@ -15,7 +16,11 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any, NoReturn
 
 from diffclip.base.errors import InputError, exit_on_input_error
 from diffclip.base.files import read_json
@@ -27,6 +32,8 @@ from stages.settings import AlignConfig, InstructConfig, PipelineConfig
 
 QUICKSTART = "quickstart/pipeline"  # the configuration where none is named
 
+running: set[subprocess.Popen] = set()
+
 
 def main(argv: list[str] | None = None) -> None:
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -36,10 +43,12 @@ def main(argv: list[str] | None = None) -> None:
     os.environ |= as_parent()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // config.ranks)))
     multimodal = (read_yaml(config.align, AlignConfig), read_yaml(config.instruct, InstructConfig))
-    if all(values.get("use_cpu") for values in multimodal):  # DeepSpeed's launcher warns of each GPU that it misses
+    on_cpu = all(values.get("use_cpu") for values in multimodal)
+    if on_cpu:  # DeepSpeed's launcher warns of each GPU that it misses
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    cores = len(os.sched_getaffinity(0)) // config.ranks
+    jobs = min(config.jobs or (cores if on_cpu else 1), len(config.variants))
     started = time.time()
     out = Path(config.output_dir)
     folders = seed_folders(out, list(dict.fromkeys(config.seeds)))
@@ -47,7 +56,10 @@ def main(argv: list[str] | None = None) -> None:
     for number, (seed, folder) in enumerate(folders.items(), 1):
         if len(folders) > 1:
             print_line(f"\nSeed {seed}, {number} of {len(folders)}, in {folder}", keep="\n")
-        run_chain(config, seed, folder)
+        with threads(cores):
+            run_shared(config, seed, folder)
+        with threads(cores // jobs):
+            run_variants(config, seed, folder, jobs)
         reported += [str(folder / variant) for variant in config.variants]
         run_verb("report", *reported, "--output_dir", f"{out}/report")
     print_line()
@@ -70,8 +82,21 @@ def seed_folders(out: Path, seeds: list[int]) -> dict[int, Path]:
     return {seed: folder(seed) for seed in seeds}
 
 
-def run_chain(config: PipelineConfig, number: int, out: Path) -> None:
-    """Every stage of every variant for one seed, into `out`."""
+@contextmanager
+def threads(most: int) -> Iterator[None]:
+    """Within, commands compute with so many threads, unless the user has said how many."""
+    own = "OMP_NUM_THREADS" in os.environ
+    if not own:
+        os.environ["OMP_NUM_THREADS"] = str(max(1, most))
+    try:
+        yield
+    finally:
+        if not own:
+            del os.environ["OMP_NUM_THREADS"]
+
+
+def run_shared(config: PipelineConfig, number: int, out: Path) -> None:
+    """What all variants of one seed have in common, into `out`: the scenes and the language model."""
     seed, data = f"--seed={number}", out / "scenes"
     run_verb("scenes", "export", str(data), seed, *(f"--{key}={value}" for key, value in config.scenes.items()))
     run_verb(
@@ -79,29 +104,57 @@ def run_chain(config: PipelineConfig, number: int, out: Path) -> None:
         *("--vocabulary_from", f"{data}/llava/align.json", f"{data}/llava/instruct.json"),
         f"--output_dir={out}/language",
     )
-    for runs in (out / variant for variant in config.variants):
-        run_verb(
-            *("pretrain", f"--config={config.pretrain}", seed, f"--model={runs.name}-{config.size}"),
-            *(f"--train_data={data}/pretrain/*.tar", f"--val_data={data}/classification/shape"),
-            f"--output_dir={runs}/pretrain",
-        )
-        run_deepspeed(
-            config.ranks,
-            *("align", f"--config={config.align}", seed, f"--vision_tower={runs}/pretrain"),
-            *(f"--language_model={out}/language", f"--data={data}/llava/align.json"),
-            *(f"--image_root={data}/llava/images", f"--output_dir={runs}/align"),
-        )
-        run_deepspeed(
-            config.ranks,
-            *("instruct", f"--config={config.instruct}", seed, f"--model={runs}/align"),
-            *(f"--data={data}/llava/instruct.json", f"--image_root={data}/llava/images"),
-            f"--output_dir={runs}/instruct",
-        )
-        run_verb(
-            *("evaluate", f"--config={config.evaluate}", seed, f"--clip={runs}/pretrain", f"--mllm={runs}/instruct"),
-            *(f"--data_root={data}", f"--pope={data}/pope", f"--image_root={data}/pope/images"),
-            f"--output_dir={runs}/evaluate",
-        )
+
+
+def run_variants(config: PipelineConfig, number: int, out: Path, jobs: int) -> None:
+    """The stages of every variant for one seed, `jobs` variants at a time; where one fails, the others are ended."""
+    if jobs == 1:
+        for variant in config.variants:
+            run_variant(config, number, out, variant)
+        return
+    with ThreadPoolExecutor(jobs) as pool:
+        chains = [pool.submit(run_variant, config, number, out, v, f"[{v}] ") for v in config.variants]
+        try:
+            for chain in as_completed(chains):
+                chain.result()
+        except BaseException as error:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in [*running]:
+                end(process)
+            if isinstance(error, KeyboardInterrupt):
+                interrupted()
+            raise
+
+
+def run_variant(config: PipelineConfig, number: int, out: Path, variant: str, label: str = "") -> None:
+    """Every stage of one variant, one after the other; `label` begins each line of theirs."""
+    seed, data, runs = f"--seed={number}", out / "scenes", out / variant
+    run_verb(
+        *("pretrain", f"--config={config.pretrain}", seed, f"--model={variant}-{config.size}"),
+        *(f"--train_data={data}/pretrain/*.tar", f"--val_data={data}/classification/shape"),
+        f"--output_dir={runs}/pretrain",
+        label=label,
+    )
+    run_deepspeed(
+        config.ranks,
+        *("align", f"--config={config.align}", seed, f"--vision_tower={runs}/pretrain"),
+        *(f"--language_model={out}/language", f"--data={data}/llava/align.json"),
+        *(f"--image_root={data}/llava/images", f"--output_dir={runs}/align"),
+        label=label,
+    )
+    run_deepspeed(
+        config.ranks,
+        *("instruct", f"--config={config.instruct}", seed, f"--model={runs}/align"),
+        *(f"--data={data}/llava/instruct.json", f"--image_root={data}/llava/images"),
+        f"--output_dir={runs}/instruct",
+        label=label,
+    )
+    run_verb(
+        *("evaluate", f"--config={config.evaluate}", seed, f"--clip={runs}/pretrain", f"--mllm={runs}/instruct"),
+        *(f"--data_root={data}", f"--pope={data}/pope", f"--image_root={data}/pope/images"),
+        f"--output_dir={runs}/evaluate",
+        label=label,
+    )
 
 
 def what_next(folders: dict[int, Path], variants: list[str], argv: list[str]) -> str:
@@ -132,22 +185,22 @@ def what_next(folders: dict[int, Path], variants: list[str], argv: list[str]) ->
     return "\nWhat next:\n" + "\n".join(f"  {line}" for line in lines)
 
 
-def run_verb(*arguments: str) -> None:
+def run_verb(*arguments: str, label: str = "") -> None:
     """Run `diffclip ...` to its end; exits with its code if it fails."""
-    run([sys.executable, "-m", "diffclip", *arguments], typed=["diffclip", *arguments])
+    run([sys.executable, "-m", "diffclip", *arguments], ["diffclip", *arguments], label)
 
 
-def run_deepspeed(ranks: int, *arguments: str) -> None:
+def run_deepspeed(ranks: int, *arguments: str, label: str = "") -> None:
     """Run a stage under the deepspeed launcher on `ranks` devices of this machine.
 
     The launcher can exit with 0 although a rank died, so the result is looked for in run.json.
     """
     out = Path(next(a for a in arguments if a.startswith("--output_dir=")).split("=", 1)[1])
     if finished(out):  # the stage says so itself, in a tenth of the launcher's time
-        return run_verb(*arguments)
+        return run_verb(*arguments, label=label)
     options = ["--num_gpus", str(ranks), "--log_level", "error", "--module", "diffclip", *arguments]
     launcher = [sys.executable, str(Path(sys.executable).parent / "deepspeed"), "--master_port", str(free_port())]
-    run([*launcher, *options], typed=["deepspeed", *options])
+    run([*launcher, *options], ["deepspeed", *options], label)
     if not finished(out):
         raise InputError(f"{arguments[0]} did not finish: see the lines above and {out}/{LOG}, then start again")
 
@@ -166,19 +219,38 @@ def finished(out: Path) -> bool:
     return isinstance(record, dict) and record.get("state") == "finished"
 
 
-def run(command: list[str], typed: list[str]) -> None:
-    """Run a command in a process group of its own, so that an interrupt ends all of it; print it as typed."""
+def run(command: list[str], typed: list[str], label: str = "") -> None:
+    """Run a command in a process group of its own, so that an interrupt ends all of it; print it as typed.
+
+    Its lines are its own, unless they get a label: then nobody has the terminal, and there are no bars.
+    """
     print_line()
-    print_line(f"$ {shlex.join(typed)}")
-    process = subprocess.Popen(command, start_new_session=True)
+    print_line(f"{label}$ {shlex.join(typed)}")
+    output: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "bufsize": 0} if label else {}
+    process = subprocess.Popen(command, start_new_session=True, **output)
+    running.add(process)
     try:
+        for line in process.stdout or ():
+            print_line(label + line.decode(errors="replace").rstrip())
         code = process.wait()
     except BaseException:
-        os.killpg(process.pid, signal.SIGKILL)
-        print_line("\ninterrupted; the same command goes on from here", keep="\n", error=True)
-        sys.exit(130)
+        end(process)
+        interrupted()
+    finally:
+        running.discard(process)
     if code:
         sys.exit(code)
+
+
+def end(process: subprocess.Popen) -> None:
+    """Kill a process and all that it started."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def interrupted() -> NoReturn:
+    print_line("\ninterrupted; the same command goes on from here", keep="\n", error=True)
+    sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -384,6 +384,9 @@ class PipelineConfig:
         aliases=("seed",),
     )
     ranks: int = option(1, "run", "processes of the multimodal stages under deepspeed", AT_LEAST_1)
+    jobs: int = option(
+        0, "run", "variants at a time; 0: one a core where align and instruct use the CPU, else one", NOT_NEGATIVE
+    )
     scenes: dict = option({}, "data", "options of diffclip.scenes export, as JSON")
     pretrain: str = option("", "stages", "YAML of stages.pretrain")
     language: str = option("", "stages", "YAML of stages.language")

@@ -41,11 +41,11 @@ def carry_on(*arguments: str) -> str:
     """
     start = pipeline.run
 
-    def run(command: list[str], typed: list[str]) -> None:
+    def run(command: list[str], typed: list[str], label: str) -> None:
         _, *words = command[command.index("diffclip") :]
         other = not any("/CLIP/" in word for word in words)
         if "--module" in command and not other and words[0] == "align":
-            start(command, typed)
+            start(command, typed, label)
         elif "--module" in command and not other:
             run_ranks(1, "diffclip", *words)
         else:
@@ -58,7 +58,7 @@ def carry_on(*arguments: str) -> str:
         mock.patch.object(pipeline, "run", run),
         contextlib.redirect_stdout(console),
     ):
-        pipeline.main(list(arguments))
+        pipeline.main([*arguments, "--jobs=1"])
     return console.getvalue()
 
 
@@ -152,7 +152,7 @@ def dry_pipeline(*arguments: str, capsys) -> tuple[list[list[str]], str]:
     """The commands that a pipeline would run, with scenes of one image made for each export; and its console."""
     commands: list[list[str]] = []
 
-    def run(command: list[str], typed: list[str]) -> None:
+    def run(command: list[str], typed: list[str], label: str) -> None:
         commands.append(typed[typed.index("diffclip") + 1 :])
         if commands[-1][0] == "scenes":
             scenes = Path(commands[-1][2])
@@ -167,7 +167,7 @@ def dry_pipeline(*arguments: str, capsys) -> tuple[list[list[str]], str]:
         mock.patch.object(pipeline, "finished", lambda out: True),
         mock.patch("importlib.util.find_spec", lambda name: None),
     ):
-        pipeline.main(list(arguments))
+        pipeline.main([*arguments, "--jobs=1"])
     return commands, capsys.readouterr().out
 
 
