@@ -56,6 +56,8 @@ def made(name, **options):
     model = open_clip.create_model(name, **options).eval()
     with torch.no_grad():
         model.logit_scale.fill_(1.5)  # so that a scale which was not loaded shows
+        if hasattr(model, "text_decoder"):
+            model.text_decoder.text_projection.zero_()  # open_clip leaves what lay in the memory
     return model
 
 

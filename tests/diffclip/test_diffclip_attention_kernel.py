@@ -28,23 +28,32 @@ def masks(tokens, heads):
 
 
 def compare(kind, tokens, dim, heads, arguments, batch=1):
+    """The kernel's errors, against maps in float64, are at most a few times those of maps in float32."""
     torch.manual_seed(0)
     module = kind(dim, heads)
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.normal_(std=2 / dim**0.5 if parameter.ndim == 2 else 0.3)
-    x = torch.randn(batch, tokens, dim, requires_grad=True)
-    found = {}
-    for module.attn_implementation in ("eager", "triton"):
-        out = module(x, **arguments)
-        grads = torch.autograd.grad((out * torch.linspace(-1, 1, dim)).sum(), [x, *module.parameters()])
-        found[module.attn_implementation] = [out.detach(), *grads]
+    x = torch.randn(batch, tokens, dim)
+    eager, triton = (with_gradients(module, x, form, arguments) for form in ("eager", "triton"))
+    mask = arguments.get("attn_mask")
+    exact = {"attn_mask": mask.double()} if mask is not None and mask.is_floating_point() else {}
+    truth = with_gradients(module.double(), x.double(), "eager", arguments | exact)
     names = ["out", "x", *(name for name, _ in module.named_parameters())]
-    for name, one, other in zip(names, *found.values()):
+    for name, one, other, true in zip(names, eager, triton, truth):
         if name == "k_proj.bias":  # cannot matter: what is there is rounding
-            assert one.abs().max() < 1e-3 and other.abs().max() < 1e-3
+            assert other.abs().max() < 1e-4
             continue
-        torch.testing.assert_close(other, one, rtol=0, atol=2e-5 * max(1.0, float(one.abs().max())), msg=name)
+        rounding = max(float((one - true).abs().max()), 1e-6 * max(1.0, float(true.abs().max())))
+        assert (other - true).abs().max() <= 5 * rounding, name
+
+
+def with_gradients(module, x, form, arguments):
+    module.attn_implementation = form
+    x = x.clone().requires_grad_()
+    out = module(x, **arguments)
+    weights = torch.linspace(-1, 1, x.shape[-1], dtype=x.dtype)
+    return [out.detach(), *torch.autograd.grad((out * weights).sum(), [x, *module.parameters()])]
 
 
 KINDS = pytest.mark.parametrize("kind", [DifferentialAttention, DifferentialAttentionV2])

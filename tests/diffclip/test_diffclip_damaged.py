@@ -241,7 +241,7 @@ def within_limits(work):
 @pytest.mark.slow
 def test_the_limits_of_these_tests_hold():
     assert within_limits(lambda: bytearray(1 << 20))
-    assert not within_limits(lambda: bytearray(2 * MEMORY))
+    assert not within_limits(lambda: bytearray(50 * MEMORY))  # this process may have freed some of its own
     assert not within_limits(lambda: [None for _ in iter(int, 1)])
     assert not within_limits(lambda: pytest.fail("no"))
     assert resource.getrlimit(resource.RLIMIT_CPU)[0] == resource.RLIM_INFINITY
