@@ -75,6 +75,7 @@ class TrainingPairs(Dataset):
                 ranges=table.shard_ranges,
                 weights=weights,
             )
+        self.per_epoch = 1  # until an order is known
         in_epoch = self.stream.in_epoch if self.stream else len(self.order(0))
         self.per_epoch = in_epoch // global_batch_size * global_batch_size
         if in_epoch == 0:
