@@ -12,6 +12,7 @@ from typing import Any, TypeGuard
 
 from diffclip.base import files, schema
 from diffclip.base.errors import InputError
+from diffclip.base.paths import walk_once
 from diffclip.base.schema import POPE_SPLITS, STAGES
 
 # Groups whose average over their sets is a row of its own: key of the average, pattern with {} for the set.
@@ -140,7 +141,7 @@ class Arms:
 
 
 def gather(paths: list[Path]) -> Arms:
-    """Read every run directory at or below `paths`, and those that their inputs name.
+    """Read every run directory at or below `paths`, links followed, and those that their inputs name.
 
     Raises:
         InputError: a path does not exist, or no run.json lies below any of them.
@@ -150,7 +151,7 @@ def gather(paths: list[Path]) -> Arms:
     for path in paths:
         if not path.exists():
             raise InputError(f"{path}: no such run directory")
-    queue = [file.parent for path in paths for file in sorted(path.rglob(schema.RECORD))]
+    queue = [Path(where) for path in paths for where, _, names in walk_once(str(path)) if schema.RECORD in names]
     for folder in queue:  # grows below
         if folder.resolve() in runs or not isinstance(record := read_whole(folder / schema.RECORD, problems), dict):
             continue

@@ -225,6 +225,13 @@ def test_page_shows_every_score_and_difference(quickstart):
         assert " ".join([name.split(" / ")[1], *cells]) in page.words
 
 
+def test_links_to_runs_are_followed_once(quickstart, tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name).symlink_to(quickstart[0])
+    (tmp_path / "above").symlink_to(tmp_path)
+    assert len(gather([tmp_path]).runs) == len(gather([quickstart[0]]).runs)
+
+
 def test_the_result_comes_first_with_pope_and_its_controls(quickstart):
     runs, out = quickstart
     arms = gather([runs])
