@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -16,9 +17,9 @@ import numpy as np
 from tqdm import tqdm
 from transformers import LlavaProcessor, PreTrainedTokenizerBase
 
-from diffclip.base.cache import cache_dir, kept_array
+from diffclip.base.cache import cache_dir, keep, kept_array
 from diffclip.base.errors import InputError
-from diffclip.base.files import read_json, whole, write_whole
+from diffclip.base.files import read_json, whole
 from diffclip.base.fingerprint import json_digest
 from diffclip.base.images import open_image
 from diffclip.base.ranks import rank
@@ -127,7 +128,7 @@ class DecodedImages:
         new, self.new = self.new, []
         if new and (self.path.is_file() or not self.path.exists()):  # whoever writes into a pipe waits
             self.known.update(new)
-            with open(self.path, "ab") as file:
+            with suppress(OSError), open(self.path, "ab") as file:  # a link in a circle, say; it is a cache
                 file.write(b"\n" + b"\n".join(new) + b"\n")
 
 
@@ -229,7 +230,7 @@ def token_lengths(rows: Rows, tokenizer: PreTrainedTokenizerBase, images: int, t
         with locked(path):
             if not (counted := _read_lengths(path, rows)):
                 lengths = _count_tokens(rows, tokenizer, images, template)
-                with whole(path) as temporary:
+                with suppress(OSError), whole(path) as temporary:
                     np.save(temporary, lengths)
                 counted = [lengths]
     return counted[0][rows.positions]
@@ -296,7 +297,7 @@ def _kept(
         with locked(path):
             if (found := read()) is None:  # no other process has judged them in the meantime
                 found = judge()
-                write_whole(path, json.dumps(found))
+                keep(path, json.dumps(found).encode())
     return found
 
 
