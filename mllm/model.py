@@ -385,7 +385,11 @@ def transform_fingerprint(processor: LlavaProcessor) -> str:
     settings = {key: getattr(images, key, None) for key in (*keys, "do_normalize", "image_mean", "image_std")}
     settings |= {key: dict(settings[key] or {}) for key in ("size", "crop_size")}
     settings |= {key: list(settings[key] or []) for key in ("image_mean", "image_std")}
-    settings["resample"] = int(settings["resample"] or 0)
+    if not isinstance(resample := settings["resample"] or 0, int):
+        raise InputError(
+            f"the image processor's resample is {str(resample)[:60]}, no number: take its file from the source"
+        )
+    settings["resample"] = int(resample)
     if decoding := getattr(images, "decoding", None):  # runs made before have none
         settings["decoding"] = decoding
     counts = [processor.patch_size, processor.vision_feature_select_strategy, processor.num_additional_image_tokens]

@@ -155,7 +155,7 @@ def find_deepspeed_file(config: Any) -> None:
         return
     try:
         config.deepspeed = name if Path(name).is_file() else str(find(name))
-    except InputError:
+    except (InputError, OSError):  # the latter of a name that is too long for one
         raise InputError(
             f"{name}: no such DeepSpeed file (setting `deepspeed`); shipped ones lie in stages/configs/deepspeed/, and "
             "--deepspeed= goes without"
