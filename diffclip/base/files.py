@@ -102,6 +102,13 @@ def open_file(path: str | Path) -> BinaryIO:
     return open(path, "rb")
 
 
+def file_content(path: str | Path) -> bytes:
+    """All bytes of a file; OSError for what is none, such as a pipe, which would be waited for."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(f"{path} is no file")
+    return Path(path).read_bytes()
+
+
 @contextmanager
 def opened(path: str | Path) -> Iterator[IO[bytes]]:
     """A file's bytes, unpacked if it is gzip; InputError if they cannot be read, then or inside the `with`."""

@@ -8,6 +8,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
+from diffclip.base.files import file_content
 from diffclip.base.images import opened, stored_as_shown, to_rgb
 
 # torchvision 0.29, which is pinned, still has it; its successor is a package of its own
@@ -20,7 +21,7 @@ def decode_for_crops(source: bytes | str | Path) -> Tensor | Image.Image:
     Any other file, and a JPEG that has to be turned or is neither RGB nor grey, comes as `decode` gives it, and what
     torchvision refuses as well, so that PIL says what is wrong with it. Raises as `decode` does.
     """
-    content = source if isinstance(source, bytes) else Path(source).read_bytes()
+    content = source if isinstance(source, bytes) else file_content(source)
     with opened(content) as image:
         if stored_as_shown(image):
             try:

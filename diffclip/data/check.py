@@ -12,7 +12,6 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +20,7 @@ from tqdm import tqdm
 import diffclip
 from diffclip.base.commands import Parser, number
 from diffclip.base.console import print_table
+from diffclip.base.files import file_content
 from diffclip.base.images import BROKEN, decode
 from diffclip.base.lines import print_line
 from diffclip.data.layout import Layout
@@ -116,7 +116,7 @@ def look_at(table: PairTable, row: int) -> Seen:
         return Seen(error.key, error.reason)
     key = table.key(row)
     try:
-        content = image if isinstance(image, bytes) else Path(image).read_bytes()
+        content = image if isinstance(image, bytes) else file_content(image)
         width, height = decode(content).size
     except BROKEN as error:
         return Seen(key, str(error) or type(error).__name__)
