@@ -7,8 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from diffclip.base.errors import InputError
-from diffclip.base.files import open_file, write_whole
+from diffclip.base.files import refuse_pipe, write_whole
 
 NOWHERE = Path(os.devnull) / "diffclip"  # nothing can be written there
 
@@ -41,10 +40,8 @@ def kept_array(path: Path) -> np.ndarray | None:
     Nothing is unpickled, and no more of the header is read than numpy takes for one of plain numbers.
     """
     try:
-        open_file(path).close()  # a pipe would be waited for
+        refuse_pipe(path)
         array = np.lib.format.open_memmap(path, mode="r")
-    except (InputError, OSError):
-        return None
     except Exception:  # numpy raises whatever its parser of headers does
         return None
     return array if array.ndim == 1 and array.dtype == np.int32 else None

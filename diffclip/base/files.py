@@ -96,10 +96,15 @@ def read_text(path: str | Path, most: int = MOST_TEXT) -> str:
 
 
 def open_file(path: str | Path) -> BinaryIO:
-    """A file's bytes, as `open` gives them; InputError for a pipe, which would be waited for, perhaps for ever."""
-    if stat.S_ISFIFO(os.stat(path).st_mode):
-        raise InputError(f"{path}: is a pipe, and no file; write what comes through it into a file")
+    """A file's bytes, as `open` gives them; InputError for a pipe."""
+    refuse_pipe(path)
     return open(path, "rb")
+
+
+def refuse_pipe(path: str | Path) -> None:
+    """InputError for a pipe, which would be waited for, perhaps for ever."""
+    if Path(path).is_fifo():
+        raise InputError(f"{path}: is a pipe, and no file; write what comes through it into a file")
 
 
 def file_content(path: str | Path) -> bytes:

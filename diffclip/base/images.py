@@ -3,8 +3,6 @@
 import contextlib
 import functools
 import io
-import os
-import stat
 import struct
 import warnings
 import zlib
@@ -62,7 +60,7 @@ def decode(source: bytes | str | Path) -> Image.Image:
 @contextlib.contextmanager
 def opened(source: bytes | str | Path) -> Iterator[Image.Image]:
     """An image of one of `FORMATS` whose header is read and whose pixels are not; raises as `decode` does."""
-    if not isinstance(source, bytes) and stat.S_ISFIFO(os.stat(source).st_mode):
+    if not isinstance(source, bytes) and Path(source).is_fifo():
         raise OSError("it is a pipe, which would be waited for")
     with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=_formats()) as image:
         pixels = image.width * image.height

@@ -8,6 +8,7 @@ from pathlib import Path
 from diffclip.base import parquet
 from diffclip.base.archives import TAR_SUFFIXES
 from diffclip.base.errors import InputError
+from diffclip.base.files import file_content
 from diffclip.base.paths import walk_once
 from diffclip.data.captions import parse_captions
 from diffclip.data.columns import chosen_columns
@@ -38,7 +39,7 @@ class Files:
         """The captions of a pair; ValueError or OSError where there is none."""
         file = self.pairs[row][1]
         member = os.path.splitext(file)[1][1:].lower()
-        return parse_captions(Path(file).read_bytes(), member, self.layout.caption_column, self.layout.encoding)
+        return parse_captions(file_content(file), member, self.layout.caption_column, self.layout.encoding)
 
     def read(self, row: int) -> tuple[Path, list[str]]:
         """The path of an image, and its captions."""

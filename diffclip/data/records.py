@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from diffclip.base.errors import InputError, in_one_line
-from diffclip.base.files import MOST_ROW, opened, parse_json, utf8_remedy
+from diffclip.base.files import MOST_ROW, open_file, opened, parse_json, utf8_remedy
 from diffclip.data.layout import split_of
 
 TOKEN = re.compile(r"(\S.*)#\d+\t(.*)")  # Flickr's 1000092795.jpg#0<tab>Two young guys ...
@@ -102,7 +102,8 @@ def is_token(line: str) -> bool:
 def token_rows(path: str, encoding: str) -> Iterator[dict[str, Any]]:
     """{column: value} of Flickr's lines; InputError with the line that is none, or for another encoding."""
     try:
-        text = Path(path).read_bytes().decode("utf-8-sig" if encoding == "utf-8" else encoding)
+        with open_file(path) as f:
+            text = f.read().decode("utf-8-sig" if encoding == "utf-8" else encoding)
     except UnicodeDecodeError as error:
         remedy = f"{utf8_remedy(path)}, or set `encoding` to what it is"
         raise InputError(f"{path}: not {encoding} (byte {error.start}); {remedy}") from None

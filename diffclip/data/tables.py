@@ -4,7 +4,6 @@ import codecs
 import csv
 import os
 import re
-import stat
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -17,7 +16,7 @@ from pyarrow import compute
 
 from diffclip.base import parquet
 from diffclip.base.errors import InputError, first_line
-from diffclip.base.files import open_file, utf8_remedy
+from diffclip.base.files import refuse_pipe, utf8_remedy
 from diffclip.data.captions import texts
 from diffclip.data.columns import Columns, chosen_columns, may_be_needed, table_of
 from diffclip.data.layout import Layout, chosen_split
@@ -107,7 +106,7 @@ def _parquet(path: str) -> datasets.Dataset:
 def _arrow(path: str) -> datasets.Dataset:
     """A single file of those that `datasets` saves or keeps in its cache."""
     with parquet.readable(path, "arrow"):
-        open_file(path).close()  # a pipe would be waited for
+        refuse_pipe(path)
         return datasets.Dataset.from_file(path)
 
 
@@ -139,8 +138,7 @@ def saved(path: str) -> datasets.Dataset | datasets.DatasetDict:
     """What `datasets.save_to_disk` wrote; InputError if it cannot be read."""
     with parquet.readable(path, "a folder that `datasets` saved"):
         for file in (os.path.join(where, name) for where, _, names in os.walk(path) for name in names):
-            if stat.S_ISFIFO(os.lstat(file).st_mode):
-                raise InputError(f"{file}: is a pipe, and no file; write what comes through it into a file")
+            refuse_pipe(file)
         return datasets.load_from_disk(path)
 
 

@@ -12,7 +12,7 @@ from datasets import Dataset
 from diffclip.base import parquet
 from diffclip.base.archives import TAR_SUFFIXES, UNPACKERS
 from diffclip.base.errors import InputError
-from diffclip.base.files import opened, read_array, read_json, read_jsonl
+from diffclip.base.files import file_content, opened, read_array, read_json, read_jsonl
 from diffclip.data.layout import split_named
 from diffclip.data.pairs import BadSample, PairTable
 from diffclip.data.shards import IMAGE_SUFFIXES
@@ -149,7 +149,7 @@ def _captioned(path: Path, split: str) -> Iterator[dict]:
     for index in range(len(table)):
         try:
             image, captions = table.encoded(index)
-            content = image.read_bytes() if isinstance(image, Path) else image
+            content = file_content(image) if isinstance(image, Path) else image
         except (BadSample, OSError) as error:
             yield {"id": table.key(index), FAULT: error.reason if isinstance(error, BadSample) else str(error)}
             continue

@@ -17,6 +17,7 @@ from PIL import Image
 
 from diffclip.base import archives
 from diffclip.base.errors import InputError
+from diffclip.base.files import file_content
 from diffclip.base.images import open_image
 from diffclip.base.paths import inside
 
@@ -36,7 +37,7 @@ class ImagePlace(NamedTuple):
         """The encoded image; OSError if it cannot be read."""
         if self.content is not None:
             return self.content
-        return archives.read_at(self.file, (self.offset, self.size))[0] if self.size else Path(self.file).read_bytes()
+        return archives.read_at(self.file, (self.offset, self.size))[0] if self.size else file_content(self.file)
 
     def open(self, key: str = "") -> Image.Image:
         """Decode to RGB; InputError naming the row that shows it, if given, and the file when that fails."""
