@@ -53,8 +53,13 @@ def measured(part: str) -> list[dict[str, Any]]:
     try:
         rows: Sequence[Row] = importlib.import_module(f"benchmarks.{part}").rows()
     except Exception as error:  # of any kind: the other parts are measured all the same
-        rows = [Row(part, "", None, 0.0, "", f"failed: {type(error).__name__}: {first_line(error)}")]
+        return [without_numbers(part, f"failed: {type(error).__name__}: {first_line(error)}")]
     return [{**row._asdict(), "ratio": row.ratio, "part": part, "load": round(load, 1)} for row in rows]
+
+
+def without_numbers(part: str, why: str) -> dict[str, Any]:
+    """The row of a part that was not measured."""
+    return {**Row(part, "", None, 0.0, "", why)._asdict(), "ratio": None, "part": part, "load": ""}
 
 
 def table(result: Mapping[str, Any]) -> list[str]:
@@ -94,15 +99,13 @@ def main() -> None:
     start = time.monotonic()
     for part in options.only:
         if time.monotonic() - start > 60 * options.minutes:
-            late = Row(part, "", None, 0.0, "", f"not measured: {options.minutes:g} minutes were over")
-            result["rows"].append({**late._asdict(), "ratio": None, "part": part, "load": ""})
+            result["rows"].append(without_numbers(part, f"not measured: {options.minutes:g} minutes were over"))
             continue
         print_line(f"{part} ({(time.monotonic() - start) / 60:.1f} minutes)", error=True)
         result["rows"] += measured(part)
         if options.out:
             write_json(options.out, result)  # also what a run that is ended has measured
-    for part, why in BY_THEMSELVES.items():
-        result["rows"].append({**Row(part, "", None, 0.0, "", why)._asdict(), "ratio": None, "part": part, "load": ""})
+    result["rows"] += [without_numbers(part, why) for part, why in BY_THEMSELVES.items()]
     if options.out:
         write_json(options.out, result)
     print_table(result)

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from diffclip.base.errors import InputError
 from diffclip.base.fingerprint import fingerprint
-from diffclip.base.loaded import check_values, weights_name
+from diffclip.base.loaded import check_values, first_of, weights_name
 from diffclip.weights import from_pretrained
 from mllm.llava import DiffCLIPLlavaForConditionalGeneration
 
@@ -61,7 +61,8 @@ def load_strictly(auto_class: Any, path: str | Path, only: str = "", **options: 
     model, info = from_pretrained(auto_class, path, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         if keys := sorted(str(k) for k in info[kind] if kind != "unexpected_keys" or only in str(k)):
-            names = ", ".join(keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
-            raise InputError(f"{path}: {kind.replace('_', ' ')} in the weights: {names}; give the matching model")
+            raise InputError(
+                f"{path}: {kind.replace('_', ' ')} in the weights: {first_of(keys)}; give the matching model"
+            )
     check_values(model.state_dict(), weights_name(path), dict(model.named_buffers()))
     return model

@@ -5,7 +5,6 @@ to speak the language model's tokens, on image-caption pairs (the paper: LAION-C
         --vision_tower runs/diffclip --data blip_laion_cc_sbu_558k.json --image_root images --output_dir runs/align
 """
 
-import dataclasses
 from pathlib import Path
 
 from diffclip.base.errors import exit_on_input_error
@@ -25,7 +24,7 @@ def main(argv: list[str] | None = None) -> None:
         return estimate_alignment(config)
     require(config, "output_dir", "vision_tower", "language_model", "data")
     data = matching(config.data)
-    config = dataclasses.replace(config, image_root=config.image_root or folder_of(data, "image_root"))
+    config.image_root = config.image_root or folder_of(data)
     inputs: dict[str, str | Path | list[str]] = {"data": data, "image_root": config.image_root}
     for part in ("vision_tower", "language_model"):
         if Path(getattr(config, part)).exists():  # otherwise a Hub id, or open_clip's name

@@ -3,21 +3,17 @@ multimodal model built on it, examples of its answers for the report, CHAIR of i
 lmms-eval.
 """
 
-import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 import diffclip
-from diffclip.base.devices import pick_device
+from diffclip.base.devices import group, pick_device
 from diffclip.base.errors import InputError
 from diffclip.base.files import json_line, read_json, write_json, write_whole
-from diffclip.base.ranks import LONGEST, world
 from diffclip.base.schema import (
     ANSWERS,
     CHAIR,
@@ -102,21 +98,6 @@ def evaluate_models(config: EvaluateConfig, run: Run) -> None:
             "up what is there"
         )
     run.finish(metrics)
-
-
-@contextmanager
-def group() -> Iterator[None]:
-    """A process group of all ranks (gloo) within, where there are several; each has its own GPU, if there are any."""
-    if world() == 1:
-        yield
-        return
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    dist.init_process_group("gloo", timeout=LONGEST)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
 
 
 def pope(config: EvaluateConfig, run: Run, add: Callable[[Mapping[str, float]], None], encoder: Encoder | None) -> None:

@@ -5,7 +5,6 @@
         --model runs/align --data llava_v1_5_mix665k.json --image_root images --output_dir runs/instruct
 """
 
-import dataclasses
 from pathlib import Path
 
 from diffclip.base.errors import exit_on_input_error
@@ -25,7 +24,7 @@ def main(argv: list[str] | None = None) -> None:
         return estimate_instruction(config)
     require(config, "output_dir", "model", "data")
     data = matching(config.data)
-    config = dataclasses.replace(config, image_root=config.image_root or folder_of(data, "image_root"))
+    config.image_root = config.image_root or folder_of(data)
     inputs: dict[str, str | Path | list[str]] = {"model": config.model, "data": data, "image_root": config.image_root}
     with Run("instruct", config, inputs) as run:
         if not run.finished:

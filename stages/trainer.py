@@ -1,5 +1,6 @@
 """transformers' Trainer as all stages use it: without work, or waits for a device, in steps that nobody looks at."""
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -22,8 +23,6 @@ class StageTrainer(Trainer):
         return torch.nn.utils.get_total_norm(gradients)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if self.is_deepspeed_enabled and isinstance(self.model, nn.Module) and background.gains(self.model):
-            with background.written_behind(self.model_wrapped, Path(output_dir)):
-                super()._save_optimizer_and_scheduler(output_dir)
-        else:
+        large = self.is_deepspeed_enabled and isinstance(self.model, nn.Module) and background.gains(self.model)
+        with background.written_behind(self.model_wrapped, Path(output_dir)) if large else nullcontext():
             super()._save_optimizer_and_scheduler(output_dir)

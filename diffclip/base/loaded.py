@@ -4,7 +4,7 @@ have been read before they are used, none missing, none that is no number.
 
 import math
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,10 +81,9 @@ def check_values(state: Mapping[str, Tensor], source: str | Path, buffers: Colle
             worst = low if low != low or -low > high else high
             faults.append(f"{name} ({worst:.3g})")
     if faults:
-        more = f" and {len(faults) - NAMED} more" if len(faults) > NAMED else ""
         raise InputError(
-            f"{source}: nothing was loaded, since weights hold values that no trained model has: "
-            f"{', '.join(faults[:NAMED])}{more}; bring the file again from its source"
+            f"{source}: nothing was loaded, since weights hold values that no trained model has: {first_of(faults)}; "
+            "bring the file again from its source"
         )
 
 
@@ -127,9 +126,13 @@ class Whole:
 def _tell(path: Any, what: str, names: list[str], remedy: str) -> None:
     """UnfitWeights, if there are names of which this has to be said."""
     if names:
-        more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-        listed = f"{', '.join(sorted(names)[:NAMED])}{more}"
-        raise UnfitWeights(f"{weights_name(path)}: {what}: {listed}; {remedy}")
+        raise UnfitWeights(f"{weights_name(path)}: {what}: {first_of(sorted(names))}; {remedy}")
+
+
+def first_of(names: Sequence[str]) -> str:
+    """The first names of a list, and how many more there are."""
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return f"{', '.join(names[:NAMED])}{more}"
 
 
 def weights_name(path: Any) -> str:

@@ -44,11 +44,11 @@ def matching(patterns: Sequence[str]) -> list[str]:
     return paths
 
 
-def folder_of(paths: Sequence[str], setting: str) -> str:
-    """The folder in which files lie, or that they are; InputError, which names `setting`, if there are several."""
+def folder_of(paths: Sequence[str]) -> str:
+    """The folder in which files of data lie, or that they are, for `image_root`; InputError if there are several."""
     folders = {os.path.abspath(path if os.path.isdir(path) else os.path.dirname(path)) for path in paths}
     if len(folders) > 1:
-        raise InputError(f"the data lies in several folders, e.g. {sorted(folders)[0]}: give --{setting}")
+        raise InputError(f"the data lies in several folders, e.g. {sorted(folders)[0]}: give --image_root")
     return folders.pop()
 
 

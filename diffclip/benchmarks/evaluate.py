@@ -4,21 +4,19 @@ Every image is encoded once; zero-shot and retrieval use features after the proj
 """
 
 import argparse
-import os
 from collections.abc import Callable, Mapping
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import torch.distributed as dist
 from PIL import Image
 from torch import Tensor, nn
 
 import diffclip
 from diffclip.base.console import print_table
-from diffclip.base.devices import pick_device
+from diffclip.base.devices import group, pick_device
 from diffclip.base.errors import InputError
 from diffclip.base.files import read_json, write_json, write_whole
 from diffclip.base.schema import CLIP_BENCHMARKS, CLIP_OUTCOMES
@@ -141,13 +139,10 @@ def notes(data: Data) -> dict[str, str]:
     return {name or "retrieval": "; ".join(sentences) for name, sentences in found.items() if sentences}
 
 
+@group()
 def run(options: argparse.Namespace) -> None:
     """Evaluate each model into output_dir/<name>, then print scores and, against the first model, differences."""
     device = pick_device(options.device)
-    if "WORLD_SIZE" in os.environ:  # torchrun
-        torch.distributed.init_process_group("gloo")  # features are gathered on the CPU
-        if device == torch.device("cuda"):
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     suite, missing = _suite(options.suite, options.data_root)
     settings = Settings(**{name: vars(options)[name] for name in Settings.__dataclass_fields__ if name in options})
     common: dict[str, Any] = {"suite": suite, "missing": missing, "cache_dir": options.output_dir / "features"}

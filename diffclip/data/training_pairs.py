@@ -75,8 +75,7 @@ class TrainingPairs(Dataset):
                 ranges=table.shard_ranges,
                 weights=weights,
             )
-        self.per_epoch = 1  # until an order is known
-        in_epoch = self.stream.in_epoch if self.stream else len(self.order(0))
+        in_epoch = self.stream.in_epoch if self.stream else self._in_epoch()
         self.per_epoch = in_epoch // global_batch_size * global_batch_size
         if in_epoch == 0:
             raise InputError("no pairs to train on: give data that holds some, and one of the weights more than 0")
@@ -86,6 +85,11 @@ class TrainingPairs(Dataset):
 
     def __len__(self) -> int:
         return self.per_epoch * self.epochs
+
+    def _in_epoch(self) -> int:
+        """Rows that an epoch draws of the table, the same in each."""
+        shares = zip(self.table.ranges, self.weights)
+        return sum(_share_size(b - a, weight) for (a, b), weight in shares) if self.weights else len(self.table)
 
     def order(self, epoch: int) -> np.ndarray:
         """Rows of the table in the order in which an epoch visits them; int32, before the cut to whole batches."""
@@ -123,7 +127,9 @@ class TrainingPairs(Dataset):
     def _kept_order(self, path: Path) -> np.ndarray | None:
         """The order in a file, None if it is not there or damaged."""
         order = kept_array(path)
-        fits = order is not None and len(order) >= self.per_epoch and 0 <= order.min() <= order.max() < len(self.table)
+        fits = (
+            order is not None and len(order) == self._in_epoch() and 0 <= order.min() <= order.max() < len(self.table)
+        )
         return order if fits else None
 
     def row(self, k: int) -> int:
@@ -181,8 +187,15 @@ def cut_texts(text: torch.Tensor) -> torch.Tensor:
 
 
 def _share(rows: np.ndarray, weight: float, rng: np.random.Generator) -> np.ndarray:
+    whole = int(weight)
+    some = rng.choice(rows, _share_size(len(rows), weight) - whole * len(rows), replace=False)
+    return np.concatenate([*[rows] * whole, some])
+
+
+def _share_size(rows: int, weight: float) -> int:
+    """Of so many rows with that weight, how many an epoch sees."""
     whole, rest = divmod(weight, 1)
-    return np.concatenate([*[rows] * int(whole), rng.choice(rows, round(rest * len(rows)), replace=False)])
+    return int(whole) * rows + round(rest * rows)
 
 
 def name_bad_samples(path: Path, samples: Sequence[tuple[str, str]]) -> None:

@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
         action.also("--output_dir", "--out")
         action.add_argument("--json", action="store_true", help="print one JSON object instead")
     options = parser.parse_args(argv)
-    options.image_root = options.image_root or folder_of(matching(options.files), "image_root")
+    options.image_root = options.image_root or folder_of(matching(options.files))
     from mllm.data import report
 
     return report.check(options) if options.action == "check" else report.stats(options)

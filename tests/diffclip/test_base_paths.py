@@ -65,11 +65,7 @@ def test_patterns_name_files_in_order_and_names_that_look_like_patterns_stay(tmp
 def test_the_folder_of_files_is_theirs_or_a_folder_itself(tmp_path, monkeypatch):
     (tmp_path / "photos").mkdir()
     monkeypatch.chdir(tmp_path)
-    assert (
-        folder_of(["photos"], "image_root")
-        == folder_of(["photos/a.json", "photos/b.json"], "x")
-        == f"{tmp_path}/photos"
-    )
-    assert folder_of(["a.json"], "image_root") == str(tmp_path)
+    assert folder_of(["photos"]) == folder_of(["photos/a.json", "photos/b.json"]) == f"{tmp_path}/photos"
+    assert folder_of(["a.json"]) == str(tmp_path)
     with pytest.raises(InputError, match=r"several folders, .*give --image_root"):
-        folder_of(["a.json", "photos"], "image_root")
+        folder_of(["a.json", "photos"])
