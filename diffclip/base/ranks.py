@@ -21,7 +21,7 @@ from diffclip.base.errors import InputError, first_line
 
 T = TypeVar("T")
 LONGEST = timedelta(hours=12)  # that the others wait for rank 0; where it ends, the launcher ends them all
-PATIENCE = timedelta(seconds=30)  # that rank 0 waits for the others to hear of an error
+PATIENCE = timedelta(seconds=30)  # that rank 0 waits for the others to hear what was said, before it may end
 LAUNCHERS = (  # how variables begin by which launchers tell a process its rank
     *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_", "GROUP_", "ROLE_", "TORCHELASTIC_"),
 )
@@ -93,13 +93,13 @@ def from_main(decide: Callable[[], T]) -> T:
             value: Any = decide()
         except InputError as error:
             _store().set(key, json.dumps({"error": str(error)}))
-            with suppress(RuntimeError):  # a rank that never comes
-                _store().wait([f"{key}/{other}" for other in range(1, world())], PATIENCE)
-            raise  # not before all know it: the store ends with this process
+            _heard(key)
+            raise
         _store().set(key, json.dumps({"value": value}))
+        _heard(key)
         return value
     told = json.loads(_get(key))
-    _store().set(f"{key}/{rank()}", "known")
+    _heard(key)
     if "error" in told:
         raise InputError(told["error"])
     return told["value"]
@@ -109,9 +109,20 @@ def gather(text: str) -> list[str]:
     """What each rank says, by rank, on every rank."""
     if world() == 1:
         return [text]
-    number = next(_calls)
-    _store().set(f"said/{number}/{rank()}", text)
-    return [_get(f"said/{number}/{other}").decode() for other in range(world())]
+    key = f"said/{next(_calls)}"
+    _store().set(f"{key}/{rank()}", text)
+    said = [_get(f"{key}/{other}").decode() for other in range(world())]
+    _heard(key)
+    return said
+
+
+def _heard(key: str) -> None:
+    """Say that this rank has what was said under a key; rank 0, whose end is the store's, waits until all have it."""
+    if rank() != 0:
+        _store().set(f"{key}/heard/{rank()}", "")
+        return
+    with suppress(RuntimeError):  # a rank that never comes
+        _store().wait([f"{key}/heard/{other}" for other in range(1, world())], PATIENCE)
 
 
 def keep_errors(file: Path) -> None:
