@@ -281,6 +281,8 @@ def says_what_it_was_told(arguments):
         from_main(lambda: Path("nowhere").read_text() if rank else refuse())
     except InputError as error:
         print(f"{rank} {error}\n", end="", flush=True)
+    time.sleep(3 * rank)  # rank 0, at which the others ask, has no more to do
+    print(f"{from_main(lambda: 'the last word')}\n", end="", flush=True)
 
 
 def refuse():
@@ -295,7 +297,10 @@ def starts_where_it_is(arguments):
 @pytest.mark.slow
 def test_all_ranks_do_what_rank_0_decides():
     said = run_ranks(2, says_what_it_was_told).stdout.splitlines()
-    assert sorted(said) == ["0 x: not there", "1 x: not there"] + ["{'from': 0} ['rank 0', 'rank 1']"] * 2
+    assert (
+        sorted(said)
+        == ["0 x: not there", "1 x: not there"] + ["the last word"] * 2 + ["{'from': 0} ['rank 0', 'rank 1']"] * 2
+    )
 
 
 @pytest.mark.slow
