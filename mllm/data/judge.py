@@ -26,6 +26,7 @@ from diffclip.base.ranks import rank
 from mllm.conversation import IGNORE, NoSupervisionError, encode, render
 from mllm.data.images import find_place, present
 from mllm.data.rows import Rows, locked
+from mllm.data.word_tokens import TokenCounter
 from mllm.literal import MARK, renamed
 from mllm.processing import image_tokens
 
@@ -245,20 +246,20 @@ def _read_lengths(path: Path, rows: Rows) -> list[np.ndarray]:
 def _count_tokens(rows: Rows, tokenizer: PreTrainedTokenizerBase, images: int, template: str) -> np.ndarray:
     """`token_lengths` of all of the table, 0 for rows that were left out."""
     counts = np.zeros(len(rows.table), np.int32)
-    end = str(tokenizer.eos_token)
+    end, count = str(tokenizer.eos_token), TokenCounter(tokenizer.backend_tokenizer)
     columns = rows.table.select_columns(["conversation", "images"])
     bar = tqdm(total=len(columns), desc="counting tokens", unit="row", delay=2, leave=False, disable=_quiet())
     for first in range(0, len(columns), TEXTS):
         batch = columns[first : first + TEXTS]
         turns = [json.loads(text) if text else None for text in batch["conversation"]]
         texts = ["".join(s.text for s in render(each, template, end_token=end)) if each else "" for each in turns]
-        encoded = tokenizer.backend_tokenizer.encode_batch_fast(texts)  # without offsets, in Rust's threads
+        lengths = count(texts)
         for i in (i for i, text in enumerate(texts) if MARK in text):
             (text,), backend = renamed([texts[i]], tokenizer)
-            encoded[i] = backend.encode(text)
-        for at, (each, tokens, shown) in enumerate(zip(turns, encoded, batch["images"]), first):
+            lengths[i] = len(backend.encode(text))
+        for at, (each, tokens, shown) in enumerate(zip(turns, lengths, batch["images"]), first):
             if each:
-                counts[at] = len(tokens) + (images - 1) * len(shown)
+                counts[at] = tokens + (images - 1) * len(shown)
         bar.update(len(turns))
     bar.close()
     return counts
