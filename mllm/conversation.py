@@ -169,6 +169,11 @@ def text_problem(questions: Sequence[str], answers: Sequence[str], control: Iter
     these tokens may be left.
     """
     control = list(control)
+    told = "\n".join((system, *answers))
+    together = "\n".join((told, *questions))
+    without = together.replace(IMAGE, "")
+    if together.isascii() and IMAGE not in told and not any(t in together or t in without for t in control):
+        return ""  # as of nearly all rows
     kinds = (("the system text", [system]), ("a question", questions), ("an answer", answers))
     for kind, text in ((kind, text) for kind, texts in kinds for text in texts):
         # a template may take <image> out of a question, and what stood around it comes together

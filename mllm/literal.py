@@ -42,7 +42,10 @@ def as_text(text: str, control: Iterable[str]) -> str:
 def turns_as_text(turns: Sequence[dict[str, str]], control: Sequence[str]) -> list[dict[str, str]]:
     """Turns with `as_text` done to what they say; InputError if they hold the marks themselves."""
     values = [turn.get("value") for turn in turns]
-    if any(mark in value for value in values if isinstance(value, str) for mark in (MARK, QUOTE)):
+    together = "\n".join(value for value in values if isinstance(value, str))
+    if not any(token in together for token in (MARK, QUOTE, *control)):  # of nearly all rows, so asked once
+        return list(turns)
+    if MARK in together or QUOTE in together:
         raise InputError("a text contains U+FDD0 or U+FDD1, which are no characters; write it without")
     return [
         {**turn, "value": as_text(value, control)} if isinstance(value, str) else turn
