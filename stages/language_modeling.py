@@ -57,12 +57,18 @@ def train_language_model(config: LanguageConfig, run: Run) -> None:
     )
     set_attention(model, attention_of(config))
     rows = [encode(text, tokenizer, config.max_tokens) for text in texts]
+    if empty := [i for i, row in enumerate(rows) if not supervised(row)]:
+        why = f"no answer begins in their first {config.max_tokens} tokens, text {empty[0]} the first: raise max_tokens"
+        if len(empty) == len(rows):
+            raise InputError(f"there is nothing to learn from {len(rows):,} texts, since {why}")
+        run.log(f"language: leaves {len(empty):,} of {len(rows):,} texts out, since {why}")
+        rows = [row for row in rows if supervised(row)]
     tokens = sum(len(row["input_ids"]) for row in rows)
     steps = max(1, int(len(rows) * config.epochs) // config.global_batch_size)
     parameters = sum(p.numel() for p in model.parameters())
     run.log(
         f"language: stand-in Qwen2 with {parameters:,} parameters and {len(tokenizer):,} tokens, all learn; "
-        f"{len(texts):,} texts = {tokens:,} tokens, {steps:,} steps of {config.global_batch_size}"
+        f"{len(rows):,} texts = {tokens:,} tokens, {steps:,} steps of {config.global_batch_size}"
     )
     run.note(parameters=parameters, stand_in=True, tokens=tokens, steps=steps)
 
@@ -125,6 +131,11 @@ def train_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerBas
     tokenizer.eos_token, tokenizer.pad_token = "<|im_end|>", "<|endoftext|>"
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
+
+
+def supervised(row: dict[str, list[int]]) -> bool:
+    """Whether anything is learnt from a row of `encode`: the loss of a batch without would be no number."""
+    return any(label != -100 for label in row["labels"][1:])
 
 
 def encode(text: str, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> dict[str, list[int]]:

@@ -12,7 +12,6 @@ import importlib.util
 import os
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -26,6 +25,7 @@ from diffclip.base.errors import InputError, exit_on_input_error
 from diffclip.base.files import read_json
 from diffclip.base.lines import print_line
 from diffclip.base.orphans import as_parent
+from diffclip.base.ranks import free_port
 from diffclip.base.schema import LOG, RECORD
 from stages.config import parse, read_yaml, require
 from stages.settings import AlignConfig, InstructConfig, PipelineConfig
@@ -203,13 +203,6 @@ def run_deepspeed(ranks: int, *arguments: str, label: str = "") -> None:
     run([*launcher, *options], ["deepspeed", *options], label)
     if not finished(out):
         raise InputError(f"{arguments[0]} did not finish: see the lines above and {out}/{LOG}, then start again")
-
-
-def free_port() -> int:
-    """A port that nobody listens on, so that two pipelines on one machine do not meet at DeepSpeed's fixed one."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def finished(out: Path) -> bool:

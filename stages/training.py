@@ -26,7 +26,7 @@ from diffclip.base.commands import near
 from diffclip.base.errors import InputError, first_line, in_one_line
 from diffclip.base.files import read_jsonl
 from diffclip.base.lines import print_line
-from diffclip.base.ranks import from_main, world
+from diffclip.base.ranks import be_a_launcher, from_main, world
 from diffclip.base.schema import BAD_SAMPLES, LOGS
 from stages import signals
 from stages.callbacks import PATIENCE
@@ -108,6 +108,8 @@ def training_arguments(config: TrainingConfig, steps: int, batch: tuple[int, int
     check_trainer(config)
     torch.backends.cuda.enable_cudnn_sdp(config.cudnn_attention)
     on_cpu = training_device(config).type == "cpu"
+    if config.deepspeed:
+        be_a_launcher()
     if config.deepspeed and on_cpu:
         import deepspeed.ops  # not at the top: it takes seconds, and says so on the console
 

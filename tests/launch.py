@@ -19,7 +19,7 @@ from unittest import mock
 import psutil
 import pytest
 
-from stages.pipeline import free_port
+from diffclip.base.ranks import free_port
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART = ROOT / "stages" / "configs" / "quickstart"

@@ -7,6 +7,7 @@ can agree before there is one.
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -57,6 +58,20 @@ def join_slurm() -> None:
         "LOCAL_RANK": os.environ["SLURM_LOCALID"],
         "LOCAL_WORLD_SIZE": str(_tasks_by_node(here)[int(os.environ.get("SLURM_NODEID", 0))]),
     }
+
+
+def be_a_launcher() -> None:
+    """Tell this process, where no launcher has, that it is a training of one: DeepSpeed looks for MPI otherwise."""
+    if "WORLD_SIZE" not in os.environ:
+        alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1, "MASTER_PORT": free_port()}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in alone.items()}}
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on, so that two trainings on it do not meet at a fixed one."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def _tasks_by_node(text: str) -> list[int]:

@@ -22,10 +22,10 @@ import pytest
 from launch import ROOT, environment, forked_lmms_eval, run_ranks
 
 from diffclip import variants
+from diffclip.base.ranks import free_port
 from stages import shipped
 from stages.cli import VERBS, call
 from stages.config import parse
-from stages.pipeline import free_port
 from stages.settings import AlignConfig, EvaluateConfig, InstructConfig, PipelineConfig, PretrainConfig
 
 TOP = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]

@@ -15,12 +15,12 @@ from launch import ROOT, environment, run_program
 
 from diffclip.base.errors import InputError
 from diffclip.base.images import decode
+from diffclip.base.ranks import free_port
 from mllm import about, app
 from mllm.answer_attention import overlays
 from mllm.assemble import assemble
 from mllm.conversation import question_turn
 from mllm.model import load
-from stages.pipeline import free_port
 
 if not importlib.util.find_spec("gradio"):
     pytest.skip("gradio is not installed: pip install 'diffclip-stack[app]'", allow_module_level=True)

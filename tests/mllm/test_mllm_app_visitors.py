@@ -11,10 +11,10 @@ import psutil
 import pytest
 from test_mllm_app import running
 
+from diffclip.base.ranks import free_port
 from mllm.assemble import assemble
 from mllm.conversation import question_turn
 from mllm.model import load
-from stages.pipeline import free_port
 
 if not importlib.util.find_spec("gradio"):
     pytest.skip("gradio is not installed: pip install 'diffclip-stack[app]'", allow_module_level=True)

@@ -16,13 +16,13 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from diffclip.base.errors import InputError
+from diffclip.base.ranks import free_port
 from diffclip.base.schema import COMPLETE
 from diffclip.base.sealed import seal
 from mllm.assemble import assemble
 from mllm.model import load
 from stages import align, background, instruct
 from stages.callbacks import Watch
-from stages.pipeline import free_port
 from stages.run import NOT_FINISHED
 
 STEPS = 6

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
-from launch import QUICKSTART
+from launch import QUICKSTART, run_ranks
 from safetensors.torch import load_file
 from shards import write_shard
 from torch import nn
@@ -329,6 +329,29 @@ def test_a_diverged_language_model_is_not_finished(tmp_path):
         language.main([*arguments, "--learning_rate=1e38"])
     assert json.loads((out / "run.json").read_text())["state"] != "finished"
     assert not (out / "model.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_deepspeed_in_a_process_without_a_launcher_is_a_training_of_one(tmp_path):
+    """`diffclip language --deepspeed FILE`, typed as it stands, learns what it learns under the launcher."""
+    arguments = [*LANGUAGE, f"--text={text_file(tmp_path)}", "--deepspeed=stages/configs/deepspeed/zero2.json"]
+    for ranks in (0, 1):
+        run_ranks(ranks, "stages.language", *arguments, f"--output_dir={tmp_path / str(ranks)}")
+    alone, launched = (load_file(tmp_path / name / "model.safetensors") for name in "01")
+    assert alone.keys() == launched.keys() and all(torch.equal(alone[name], launched[name]) for name in alone)
+
+
+def test_texts_that_hold_nothing_to_learn_are_left_out_or_refused(tmp_path):
+    """A batch of them would have no loss, which reads as a diverged training."""
+    lines = text_file(tmp_path).read_text().splitlines()[:32]
+    lines[5:5] = [json.dumps({"text": "USER: " + "Is it red? " * 30 + "ASSISTANT: No<|im_end|>"})] * 16
+    (tmp_path / "text.jsonl").write_text("\n".join(lines))
+    arguments = [*LANGUAGE, f"--text={tmp_path / 'text.jsonl'}", "--max_tokens=70"]
+    language.main([*arguments, f"--output_dir={tmp_path / 'run'}"])
+    log = (tmp_path / "run/log.txt").read_text()
+    assert "leaves 16 of 48 texts out, since no answer begins in their first 70 tokens, text 5 the first" in log
+    with pytest.raises(InputError, match=r"nothing to learn from 48 texts, .* first 3 tokens, .*raise max_tokens"):
+        language.main([*arguments, "--max_tokens=3", f"--output_dir={tmp_path / 'none'}"])
 
 
 def test_a_diverged_tower_is_neither_finished_nor_the_best(tmp_path):
