@@ -108,8 +108,7 @@ def training_arguments(config: TrainingConfig, steps: int, batch: tuple[int, int
     check_trainer(config)
     torch.backends.cuda.enable_cudnn_sdp(config.cudnn_attention)
     on_cpu = training_device(config).type == "cpu"
-    if config.deepspeed:
-        be_a_launcher()
+    alone = bool(config.deepspeed) and be_a_launcher()
     if config.deepspeed and on_cpu:
         import deepspeed.ops  # not at the top: it takes seconds, and says so on the console
 
@@ -145,18 +144,22 @@ def training_arguments(config: TrainingConfig, steps: int, batch: tuple[int, int
         **config.trainer,
     }
     try:
-        return on_one_device(TrainingArguments(**values))
+        arguments = TrainingArguments(**values)
     except (TypeError, ValueError) as error:
         if not config.trainer:
             raise
         raise InputError(f"setting `trainer`: {error}; its keys are transformers' TrainingArguments") from None
+    alone_on = torch.cuda.device_count() if alone and not on_cpu else 0  # transformers takes DeepSpeed for a launcher
+    return on_one_device(arguments, max(arguments.n_gpu, alone_on))
 
 
-def on_one_device(arguments: TrainingArguments) -> TrainingArguments:
+def on_one_device(arguments: TrainingArguments, devices: int) -> TrainingArguments:
     """Keep Trainer from torch's DataParallel: without a launcher it would take every GPU that it sees, and multiply the
     batch by their number. One process is one device, so `global_batch_size` is what it says.
+
+    Args:
+        devices: GPUs that this process sees and no other uses.
     """
-    devices = arguments.n_gpu
     if devices > 1:
         arguments._n_gpu = 1  # transformers has no setting for it
         print_line(

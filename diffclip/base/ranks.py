@@ -60,11 +60,12 @@ def join_slurm() -> None:
     }
 
 
-def be_a_launcher() -> None:
-    """Tell this process, where no launcher has, that it is a training of one: DeepSpeed looks for MPI otherwise."""
-    if "WORLD_SIZE" not in os.environ:
-        alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1, "MASTER_PORT": free_port()}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in alone.items()}}
+def be_a_launcher() -> bool:
+    """Tell this process, if no launcher has, that it is a training of one, since DeepSpeed would look for MPI."""
+    if alone := "WORLD_SIZE" not in os.environ:
+        own = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1, "MASTER_PORT": free_port()}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in own.items()}}
+    return alone
 
 
 def free_port() -> int:

@@ -120,7 +120,7 @@ def test_without_a_launcher_a_process_keeps_to_one_device(tmp_path, capsys):
     size, model = prepared(arguments)
     assert size == 16 and isinstance(model, nn.DataParallel)  # what this is about
     capsys.readouterr()
-    arguments = on_one_device(arguments)
+    arguments = on_one_device(arguments, arguments.n_gpu)
     said = capsys.readouterr().out
     size, model = prepared(arguments)
     assert size == 8 and isinstance(model, Line)
