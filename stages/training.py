@@ -2,7 +2,6 @@
 checkpoint that is safe to read.
 """
 
-import importlib.util
 import logging as logs
 import math
 import os
@@ -18,6 +17,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.utils import logging
 
 from diffclip.attention import Differential, fastest
@@ -35,6 +35,7 @@ from stages.other_ranks import divide_anew
 from stages.run import Run
 from stages.settings import TrainingConfig
 
+PACKAGES = {"azure_ml": "azureml-mlflow", "flyte": "flytekit"}  # of reporters that are not called like theirs
 LATE = ("Timed out waiting", "timed out", "Timeout at")  # in what a collective raises whose other ranks do not come
 
 
@@ -64,8 +65,12 @@ def check_trainer(config: TrainingConfig) -> None:
 
     Numbers that YAML reads as text, such as 1e-8, become numbers.
     """
-    if "wandb" in config.report_to and importlib.util.find_spec("wandb") is None:
-        raise InputError("report_to asks for wandb, which is not installed: pip install wandb")
+    for reporter in config.report_to:
+        if reporter not in (known := [*INTEGRATION_TO_CALLBACK, "none"]):
+            raise InputError(f"setting `report_to`: there is no {reporter}{near(reporter, known)}")
+        if reporter not in ("none", *get_available_reporting_integrations()):
+            package = PACKAGES.get(reporter, reporter)
+            raise InputError(f"report_to asks for {reporter}, which is not installed: pip install {package}")
     types_by_key = get_type_hints(TrainingArguments)
     for key, value in config.trainer.items():
         if key not in types_by_key:
@@ -198,6 +203,11 @@ def train(trainer: Trainer, run: Run) -> dict[str, float]:
         if checkpoint is not None and while_loading(error):
             why = f"{type(error).__name__}: {in_one_line(error)}"
             raise InputError(f"{checkpoint}: cannot be gone on from ({why}); {without(checkpoint)}") from error
+        if (reporter := type(error).__module__.split(".")[0]) in run.config.report_to:
+            raise InputError(
+                f"setting `report_to`: {reporter} says: {in_one_line(error)} Do so, or go on without it, as by "
+                "--report_to tensorboard: it decides nothing about the result"
+            ) from error
         if not isinstance(error, InputError | OSError | RuntimeError | SafetensorError):
             raise
         if said := re.search(r"^[\w.]*\.(?:InputError|BadSample): (.+)", str(error), re.MULTILINE):

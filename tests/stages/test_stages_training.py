@@ -331,6 +331,31 @@ def test_a_diverged_language_model_is_not_finished(tmp_path):
     assert not (out / "model.safetensors").exists()
 
 
+@pytest.mark.parametrize(
+    "reporter, said",
+    [
+        ("wanbd", "no wanbd: did you mean wandb"),
+        ("comet_ml", "pip install comet_ml"),
+        ("flyte", "pip install flytekit"),
+    ],
+)
+def test_a_reporter_that_is_not_there_is_named_before_training(tmp_path, reporter, said):
+    with pytest.raises(InputError, match=said):
+        training_arguments(settings_of(tmp_path, report_to=[reporter]), STEPS, (8, 1))
+
+
+def test_what_a_reporter_refuses_is_no_traceback_and_its_remedy_works(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("HOME", str(tmp_path))  # no netrc, no settings
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    arguments = [*LANGUAGE, f"--text={text_file(tmp_path)}", f"--output_dir={tmp_path / 'run'}"]
+    with pytest.raises(InputError, match=r"`report_to`: wandb says: .*wandb login.* --report_to tensorboard"):
+        language.main([*arguments, "--report_to=wandb"])
+    language.main([*arguments, "--report_to=tensorboard"])
+    assert json.loads((tmp_path / "run/run.json").read_text())["state"] == "finished"
+
+
 @pytest.mark.slow
 def test_deepspeed_in_a_process_without_a_launcher_is_a_training_of_one(tmp_path):
     """`diffclip language --deepspeed FILE`, typed as it stands, learns what it learns under the launcher."""
