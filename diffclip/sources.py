@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from torch import Tensor
 
 from diffclip.base.backbones import get_model_config, open_clip
 from diffclip.base.commands import closest
 from diffclip.base.errors import InputError, in_one_line
 from diffclip.base.files import read_settings
+from diffclip.base.hub import hub_errors
 from diffclip.base.ranges import check_numbers
 from diffclip.weights import read_pickle, read_safetensors, tensors
 
@@ -72,7 +72,7 @@ def locate(path_or_id: str | Path) -> Path:
         raise InputError(f"{path}: no such file or directory")
     try:
         return Path(snapshot_download(name, allow_patterns=[*SMALL, *_weights_of(name)]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+    except hub_errors() as error:
         raise InputError(
             f"{path}: no such file or directory, nor a Hub repository in reach ({type(error).__name__})"
         ) from error
@@ -82,7 +82,7 @@ def _weights_of(repository: str) -> list[str]:
     """Patterns of the weights to fetch: one form of those a repository holds; all where only its copy is at hand."""
     try:
         files = set(HfApi().list_repo_files(repository))
-    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError):
+    except hub_errors() + (OSError,):
         return [pattern for form in HUB_WEIGHTS for pattern in form]
     return list(next((form for form in HUB_WEIGHTS if files & set(form)), ()))
 

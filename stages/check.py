@@ -17,7 +17,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     sources = [*itertools.takewhile(lambda word: not word.startswith("-"), argv)] or [*filter(os.path.exists, argv)]
     kinds = {holds_turns(source) for source in sources}
-    if "--pairs" in argv or (False in kinds and True not in kinds):
+    if "--pairs" in argv or (False in kinds and True not in kinds and "--conversations" not in argv):
         from diffclip.data import check
 
         return check.main(argv)

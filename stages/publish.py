@@ -15,11 +15,13 @@ from fnmatch import fnmatch
 from pathlib import Path, PurePath
 from typing import Any
 
+import huggingface_hub  # which imports its parts when they are asked for
 import yaml
 
 from diffclip.base.commands import Parser
 from diffclip.base.errors import InputError, exit_on_input_error, in_one_line
 from diffclip.base.files import read_json, read_yaml, write_whole
+from diffclip.base.hub import hub_errors
 from diffclip.base.lines import markdown, print_line, printable
 from diffclip.base.schema import CHECKPOINTS, CONFIG, LOG, MANIFEST, METRICS, MODEL_CARD, RECORD
 from diffclip.base.sealed import files_of
@@ -173,8 +175,6 @@ def upload(run: Path, repo: str, private: bool) -> str:
     Raises:
         InputError: the Hub refuses or cannot be reached.
     """
-    import huggingface_hub  # not at the top: only sending needs it
-
     changed = without_origins(run)
     try:
         huggingface_hub.create_repo(repo, private=private, exist_ok=True)
@@ -182,12 +182,7 @@ def upload(run: Path, repo: str, private: bool) -> str:
             huggingface_hub.upload_file(repo_id=repo, path_or_fileobj=text.encode(), path_in_repo=name)
         ignored = [*IGNORED, *changed]
         return str(huggingface_hub.upload_folder(repo_id=repo, folder_path=run, ignore_patterns=ignored))
-    except (
-        huggingface_hub.errors.HfHubHTTPError,
-        huggingface_hub.errors.OfflineModeIsEnabled,
-        OSError,
-        ValueError,
-    ) as error:
+    except hub_errors() + (OSError, ValueError) as error:
         reason = in_one_line(error, 200)
         raise InputError(
             f"{repo}: the Hub did not take it ({reason}); log in with `hf auth login`, start again"

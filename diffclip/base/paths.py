@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 import braceexpand
 
 from diffclip.base.errors import InputError
+from diffclip.base.hub import dataset_copy
 
 LONGEST = 255  # bytes of a folder's or file's name, on nearly all file systems
 
@@ -32,10 +33,14 @@ def walk_once(folder: str) -> Iterator[tuple[str, list[str], list[str]]]:
 def matching(patterns: Sequence[str]) -> list[str]:
     """Paths of the files and folders that patterns with globs and `{00000..00012}` braces name, sorted per pattern.
 
-    A name without either stays as it is. InputError if a pattern matches nothing.
+    A name without either stays as it is; `hf:owner/name`, or a file in it, is fetched from the Hub. InputError if a
+    pattern matches nothing.
     """
     paths: list[str] = []
     for pattern in patterns:
+        if pattern.startswith("hf:"):
+            paths.append(dataset_copy(pattern))
+            continue
         for part in [pattern] if os.path.exists(pattern) else braceexpand.braceexpand(pattern):
             matches = sorted(glob.glob(part)) if glob.has_magic(part) and not os.path.exists(part) else [part]
             if not matches:

@@ -21,7 +21,9 @@ def main(argv: list[str] | None = None) -> int:
     actions = parser.add_subparsers(dest="action", required=True, metavar="COMMAND")
     for name, what in (("check", "find the faults of the rows"), ("stats", "describe the rows")):
         action = actions.add_parser(name, help=what, description=__doc__)
-        action.add_argument("files", nargs="+", help="JSON, JSONL or parquet files, folders of them, globs")
+        action.add_argument(
+            "files", nargs="+", help="JSON, JSONL or parquet files, folders of them, globs; hf:owner/name"
+        )
         action.add_argument("--image_root", default="", help="folder that image paths start from; that of the files")
         action.add_argument("--image_prefix", default="", help="only rows whose image path starts with this")
         action.add_argument("--split", default="", help="where a folder or the rows name several (train)")
@@ -33,6 +35,11 @@ def main(argv: list[str] | None = None) -> int:
         action.add_argument("--output_dir", default="", help="stats: folder for lengths.png and stats.json")
         action.also("--output_dir", "--out")
         action.add_argument("--json", action="store_true", help="print one JSON object instead")
+        action.add_argument(
+            "--conversations",
+            action="store_true",
+            help="they are no pairs, where a name such as hf:owner/name could be",
+        )
     options = parser.parse_args(argv)
     options.image_root = options.image_root or folder_of(matching(options.files))
     from mllm.data import report
