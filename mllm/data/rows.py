@@ -58,12 +58,12 @@ class Rows(Sequence[Row]):
 
     def __init__(self, table: Dataset, image_root: str | Path, digest: str) -> None:
         self.table, self.image_root, self.digest = table, os.path.abspath(image_root), digest
-        bad = pyarrow.compute.is_valid(table.data.column("problem")).to_numpy(zero_copy_only=False)
-        self.positions = np.flatnonzero(~bad)
+        bad = pyarrow.compute.is_valid(table.data.column("problem"))
+        self.positions = np.flatnonzero(~bad.to_numpy(zero_copy_only=False))
         self.whole = digest + hashlib.sha256(self.positions.tobytes()).hexdigest()[:16]
         self.identity = self.whole
-        left_out = table.select(np.flatnonzero(bad)) if bad.any() else table.select([])
-        self.problems = list(zip(left_out["key"], left_out["problem"]))
+        keys, reasons = (table.data.column(name).filter(bad).to_pylist() for name in ("key", "problem"))
+        self.problems = list(zip(keys, reasons))
 
     def without(self, problems: Mapping[int, str]) -> "Rows":
         """The rows but for those at some positions, which are left out for a reason each."""
@@ -222,8 +222,8 @@ def _kept(path: Path, root: str) -> Dataset | None:
         table = Dataset.from_file(str(path))
     except (OSError, pyarrow.ArrowInvalid):
         return None
-    bad = np.flatnonzero(pyarrow.compute.is_valid(table.data.column("problem")).to_numpy(zero_copy_only=False))
-    missing = {name for names in table.select(bad)["images"] for name in names} if len(bad) else ()
+    left_out = pyarrow.compute.is_valid(table.data.column("problem"))
+    missing = pyarrow.compute.list_flatten(table.data.column("images").filter(left_out)).unique().to_pylist()
     return None if any(_found(root, name) for name in missing) else table
 
 
