@@ -12,7 +12,7 @@ from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from diffclip.base.cache import cache_dir, keep
+from diffclip.base.cache import cache_dir, keep, kept
 from diffclip.base.commands import Parser
 from diffclip.base.files import file_sha256, read_json
 from diffclip.base.lines import print_line
@@ -71,12 +71,11 @@ def _remembered_sha256(path: Path) -> str:
     """`file_sha256`, kept in the cache by path, size and times: a thousand shards are read once on a machine."""
     stat = path.stat()
     what = f"{path.absolute()}:{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ctime_ns}:{stat.st_ino}"
-    kept = cache_dir() / "sha256" / hashlib.sha256(os.fsencode(what)).hexdigest()[:32]
-    with suppress(OSError, ValueError):
-        if len(bytes.fromhex(known := kept.read_text(encoding="ascii"))) == 32:
-            return known
+    file = cache_dir() / "sha256" / hashlib.sha256(os.fsencode(what)).hexdigest()[:32]
+    if (known := kept(file)) is not None:
+        return known.decode()
     found = file_sha256(path)
-    keep(kept, found.encode())
+    keep(file, found.encode())
     return found
 
 
