@@ -14,9 +14,10 @@ from pathlib import Path
 
 from diffclip.base.cache import cache_dir, keep, kept
 from diffclip.base.commands import Parser
-from diffclip.base.files import file_sha256, read_json
+from diffclip.base.files import file_sha256
 from diffclip.base.lines import print_line
 from diffclip.base.schema import RECORD
+from stages.ledger import read_record
 from stages.manifest import sampled_content
 
 PACKAGES = "diffclip-stack torch transformers accelerate deepspeed open_clip_torch timm datasets peft lmms-eval numpy"
@@ -31,8 +32,8 @@ SHORT_FILE = 1 << 24  # bytes, below which reading a file is as fast as remember
 
 def upstream_model(path: str | Path) -> str:
     """The model name that the run in `path` was made with, e.g. "DiffCLIP-tiny"; the folder's name elsewhere."""
-    record, name = Path(path) / RECORD, Path(path).name
-    return read_json(record).get("model", name) if record.is_file() else name
+    record = read_record(Path(path)) if (Path(path) / RECORD).is_file() else {}
+    return (record or {}).get("model", Path(path).name)
 
 
 def digest(path: str | Path) -> str:
