@@ -67,7 +67,7 @@ class RunRecord(TypedDict, total=False):
     taken_over: list[str]  # what decides the result and was changed in mid-run, since the user said so
     files: dict[str, list]  # of a finished run: diffclip.base.sealed.Digests of its result
     ranks: int
-    hosts: list[str]  # where there are several ranks
+    hosts: dict[str, str]  # where there are several ranks: what each computes on
     job: str  # Slurm's
     inputs: dict[str, Input]  # by setting, "data[1]" for the second file of `data`
     deepspeed: Input
