@@ -182,7 +182,7 @@ def _filled(argv: str, folder: Path) -> list[str]:
 def _swapped(rng: Random, valid: Path, folder: Path) -> Case:
     """A command whose paths are of other things: data where a run is expected, and so on."""
     others = [p for p in sorted(valid.glob("*/*")) + sorted(valid.glob("*/*/*")) if "checkpoint" not in p.name]
-    name = rng.choice([name for name, target in TARGETS.items() if not target.own])  # which write where they read
+    name = rng.choice([name for name, target in TARGETS.items() if target.argv and not target.own])
     words = TARGETS[name].argv.split()
     slots = [at for at, word in enumerate(words) if word[0] == "{" and not word.startswith("{out}")]
     for need in TARGETS[name].needs.split():
