@@ -32,6 +32,9 @@ def check_config(config: Any, name: str) -> None:
     for place, value in (("preprocess_cfg.size", size), ("model_cfg.vision_cfg.image_size", side)):
         if not isinstance(value, int) and not _numbers(value, 2):
             raise _wrong(name, place, value, "one whole number, or height and width")
+    for key in ("size", "mean", "std"):
+        if "diffclip" in config and options.get("inputs") != "transformers" and key not in preprocess:
+            raise _wrong(name, f"preprocess_cfg.{key}", None, "what the weights were trained with")
     if "diffclip" in config and "size" in preprocess and _pair(size) != _pair(side):
         raise _wrong(name, "preprocess_cfg.size", size, f"{side}, the image_size of vision_cfg")
     if "vision_norm_eps" in options and options["vision_norm_eps"] is None:

@@ -234,8 +234,11 @@ def _boolean(text: str) -> bool:
     return BOOLEANS[text.lower()]
 
 
-def _json(text: str) -> Any:
+def _json(text: str) -> dict[str, Any]:
     try:
-        return files.parse_json(text, repr(text))
+        value = files.parse_json(text, repr(text))
     except InputError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f'{text!r} is no mapping such as {{"key": 1}}')
+    return value

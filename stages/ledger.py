@@ -51,6 +51,8 @@ def read_record(path: Path) -> dict[str, Any] | None:
         raise InputError(f"{error}; {remedy}") from None
     if not isinstance(record, dict) or not isinstance(record.get("state"), str):
         raise InputError(f"{file}: is no record of a run; {remedy}")
+    if wrong := schema.misfit(record, RunRecord):
+        raise InputError(f"{file}: `{wrong}` is {repr(record[wrong])[:60]}, which no run writes there; {remedy}")
     return record
 
 

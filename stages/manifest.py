@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from diffclip.base.cache import cache_dir, keep
+from diffclip.base.cache import cache_dir, keep, kept
 from diffclip.base.errors import InputError
 from diffclip.base.files import open_file, read_json, whole
 from diffclip.base.paths import walk_once
@@ -109,8 +109,6 @@ def sampled_content(path: str | Path, size: int) -> str:
 
 
 def _read_cache(path: Path) -> dict[str, tuple[str, str]]:
-    try:
-        known = json.loads(gzip.decompress(path.read_bytes()))
-        return {name: (times, digest) for name, (times, digest) in known.items()}
-    except (OSError, EOFError, ValueError, zlib.error, AttributeError, TypeError, RecursionError):
-        return {}
+    content = kept(path)
+    known = {} if content is None else json.loads(gzip.decompress(content))
+    return {name: (times, digest) for name, (times, digest) in known.items()}

@@ -12,11 +12,12 @@ from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from diffclip.base.cache import cache_dir, keep
+from diffclip.base.cache import cache_dir, keep, kept
 from diffclip.base.commands import Parser
-from diffclip.base.files import file_sha256, read_json
+from diffclip.base.files import file_sha256
 from diffclip.base.lines import print_line
 from diffclip.base.schema import RECORD
+from stages.ledger import read_record
 from stages.manifest import sampled_content
 
 PACKAGES = "diffclip-stack torch transformers accelerate deepspeed open_clip_torch timm datasets peft lmms-eval numpy"
@@ -31,8 +32,8 @@ SHORT_FILE = 1 << 24  # bytes, below which reading a file is as fast as remember
 
 def upstream_model(path: str | Path) -> str:
     """The model name that the run in `path` was made with, e.g. "DiffCLIP-tiny"; the folder's name elsewhere."""
-    record, name = Path(path) / RECORD, Path(path).name
-    return read_json(record).get("model", name) if record.is_file() else name
+    record = read_record(Path(path)) if (Path(path) / RECORD).is_file() else {}
+    return (record or {}).get("model", Path(path).name)
 
 
 def digest(path: str | Path) -> str:
@@ -71,12 +72,11 @@ def _remembered_sha256(path: Path) -> str:
     """`file_sha256`, kept in the cache by path, size and times: a thousand shards are read once on a machine."""
     stat = path.stat()
     what = f"{path.absolute()}:{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ctime_ns}:{stat.st_ino}"
-    kept = cache_dir() / "sha256" / hashlib.sha256(os.fsencode(what)).hexdigest()[:32]
-    with suppress(OSError, ValueError):
-        if len(bytes.fromhex(known := kept.read_text(encoding="ascii"))) == 32:
-            return known
+    file = cache_dir() / "sha256" / hashlib.sha256(os.fsencode(what)).hexdigest()[:32]
+    if (known := kept(file)) is not None:
+        return known.decode()
     found = file_sha256(path)
-    keep(kept, found.encode())
+    keep(file, found.encode())
     return found
 
 

@@ -25,6 +25,7 @@ from diffclip.base.hub import hub_errors
 from diffclip.base.lines import markdown, print_line, printable
 from diffclip.base.schema import CHECKPOINTS, CONFIG, LOG, MANIFEST, METRICS, MODEL_CARD, RECORD
 from diffclip.base.sealed import files_of
+from stages.ledger import read_record
 
 USE = {
     "pretrain": """import diffclip
@@ -67,7 +68,8 @@ def model_card(run: Path, evaluations: list[Path], repo: str, licence: str = "",
     Raises:
         InputError: not a finished run of a training stage, or an evaluation without scores.
     """
-    record = _read(run / RECORD)
+    if (record := read_record(run)) is None:
+        raise InputError(f"{run / RECORD} does not exist: give a run directory")
     stage = record.get("stage")
     if stage == "evaluate":
         raise InputError(f"{run}: an evaluation has no weights to publish; give its model's run, and it by --evaluate")
@@ -124,8 +126,9 @@ def _scores(evaluations: list[Path]) -> list[str]:
     head, controls = ["| score | value |", "| --- | --- |"], list[str]()
     lines = list(head)
     for folder in evaluations:
-        scores = _read(folder / METRICS)
-        shares = {k: v for k, v in scores.items() if "/" in k and isinstance(v, (int, float))}
+        scores = read_json(folder / METRICS) if (folder / METRICS).is_file() else None
+        given = scores.items() if isinstance(scores, dict) else ()
+        shares = {k: v for k, v in given if "/" in k and isinstance(v, (int, float))}
         if not shares:
             raise InputError(f"{folder}: metrics.json holds no scores; give a run of stages.evaluate")
         for name, value in shares.items():
@@ -161,12 +164,6 @@ def _name(text: str) -> str:
         place = os.path.realpath(os.path.expanduser(text))
         return "~" if place == home or HOMES.fullmatch(place) else PurePath(text).name or "/"
     return PLACES.sub("", text)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise InputError(f"{path} does not exist: give a run directory")
-    return read_json(path)
 
 
 def upload(run: Path, repo: str, private: bool) -> str:

@@ -21,7 +21,7 @@ from typing import Any, NoReturn, cast
 
 from diffclip.base import lock, schema
 from diffclip.base.errors import InputError, where
-from diffclip.base.files import append_jsonl, read_json, read_text, share, write_json
+from diffclip.base.files import append, append_jsonl, read_json, read_text, share, write_json
 from diffclip.base.images import DECODING
 from diffclip.base.lines import print_line, printable
 from diffclip.base.orphans import end_with_parents
@@ -273,8 +273,7 @@ class Run:
         if self.is_main:
             print_line(line)
             if self.path.is_dir() and os.access(self.path, os.W_OK):
-                with open(self.path / schema.LOG, "a", encoding="utf-8") as f:
-                    f.write(f"{time.strftime('%H:%M:%S')} {printable(line)}\n")
+                append(self.path / schema.LOG, f"{time.strftime('%H:%M:%S')} {printable(line)}\n")
 
     def note(self, **facts: object) -> None:
         """Add facts to run.json, e.g. parameter counts and fingerprints."""
@@ -319,6 +318,7 @@ class Run:
     def _write_record(self) -> None:
         if self.is_main:
             self.record["wall_seconds"] = round(self.seconds_before + time.time() - self.start, 1)
+            assert not (wrong := schema.misfit(dict(self.record), RunRecord)), wrong  # or it could not be read again
             write_json(self.path / schema.RECORD, self.record)
 
 

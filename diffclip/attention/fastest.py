@@ -17,9 +17,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-from diffclip.base.cache import cache_dir, keep
-from diffclip.base.errors import InputError
-from diffclip.base.files import read_json
+from diffclip.base.cache import cache_dir, keep, kept_json
 
 Mix = Callable[[str, Tensor, Tensor, Tensor, Tensor | None, bool], Tensor]
 LOG = logging.getLogger(__name__)
@@ -59,8 +57,8 @@ def fastest(
                 times = _recalled(facts, forms)  # another rank's, in the meantime: all of them are to take one form
                 if times is None:
                     times = measure(forms, mix, inputs, attn_mask, is_causal)
-                    kept = {form: spent if math.isfinite(spent) else None for form, spent in times.items()}
-                    keep(_path(facts), json.dumps({"facts": facts, "milliseconds": kept}).encode())
+                    finite = {form: spent if math.isfinite(spent) else None for form, spent in times.items()}
+                    keep(_path(facts), json.dumps({"facts": facts, "milliseconds": finite}).encode())
         least = min(times.values())  # infinite where none could be timed: then it is the plainest, which comes last
         _known[key] = next(form for form in forms if times[form] <= WITHIN * least) if least < math.inf else forms[-1]
         shown = ", ".join(f"{form} {spent:.3g} ms" for form, spent in times.items() if math.isfinite(spent))
@@ -175,9 +173,7 @@ def _alone(path: Path) -> Iterator[None]:
 
 def _recalled(facts: list[str], forms: Sequence[str]) -> dict[str, float] | None:
     """The times that an earlier process kept, if they are there and whole."""
-    try:
-        found = read_json(_path(facts))
-        times = {form: math.inf if (spent := found["milliseconds"][form]) is None else float(spent) for form in forms}
-    except (InputError, OSError, KeyError, TypeError, ValueError):
+    if (found := kept_json(_path(facts))) is None:
         return None
-    return times if found.get("facts") == facts and any(map(math.isfinite, times.values())) else None
+    times = {form: math.inf if (spent := found["milliseconds"][form]) is None else spent for form in forms}
+    return times if any(map(math.isfinite, times.values())) else None

@@ -1,15 +1,23 @@
-"""Where things are kept that can be made again: indices, orders, digests, downloads."""
+"""Where things are kept that can be made again: indices, orders, digests, downloads.
+
+A checksum ends each file, so that one that a disk, a kill or a hand has changed is made again instead of believed.
+"""
 
 import os
 import stat
 import tempfile
 from pathlib import Path
+from typing import Any
+from zlib import crc32
 
 import numpy as np
 
-from diffclip.base.files import refuse_pipe, write_whole
+from diffclip.base.errors import InputError
+from diffclip.base.files import parse_json, refuse_pipe, whole
 
 NOWHERE = Path(os.devnull) / "diffclip"  # nothing can be written there
+CHECKSUM = 4  # bytes of one
+START = 0x6B657074  # "kept"
 
 
 def cache_dir() -> Path:
@@ -24,27 +32,50 @@ def cache_dir() -> Path:
     return folder if named or _can_be_written(folder) else _temporary()
 
 
-def keep(path: Path, content: bytes) -> bool:
+def checksum(*contents: bytes | memoryview) -> bytes:
+    """`CHECKSUM` bytes that change with contents; those of nothing are no small number, as in a file of them."""
+    total = START
+    for content in contents:
+        total = crc32(content, total)
+    return total.to_bytes(CHECKSUM, "little")
+
+
+def keep(path: Path, content: bytes | memoryview) -> bool:
     """Write a file of the cache, whole; False where there is no room, or it is not ours to write."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, content)
+        with whole(path) as temporary, open(temporary, "wb") as f:
+            f.write(content)
+            f.write(checksum(content))
     except OSError:
         return False
     return True
 
 
-def kept_array(path: Path) -> np.ndarray | None:
-    """An array of one dimension from a file of the cache, mapped into memory; None if it is not there or not whole.
+def kept(path: Path) -> bytes | None:
+    """What `keep` wrote; None if it is not there, or the file has changed since."""
+    return None if (content := _mapped(path)) is None else content.tobytes()
 
-    Nothing is unpickled, and no more of the header is read than numpy takes for one of plain numbers.
-    """
+
+def kept_json(path: Path) -> Any:
+    """The value whose JSON `keep` wrote; None as `kept`."""
+    return None if (content := kept(path)) is None else parse_json(content, str(path))
+
+
+def kept_array(path: Path) -> np.ndarray | None:
+    """The int32 numbers that `keep` wrote, (n,), mapped into memory; None as `kept`."""
+    content = _mapped(path)
+    return None if content is None or len(content) % 4 else content.view(np.int32)
+
+
+def _mapped(path: Path) -> np.ndarray | None:
     try:
         refuse_pipe(path)
-        array = np.lib.format.open_memmap(path, mode="r")
-    except Exception:  # numpy raises whatever its parser of headers does
+        file = np.memmap(path, np.uint8, "r")
+    except (InputError, OSError, ValueError):  # ValueError: of an empty file
         return None
-    return array if array.ndim == 1 and array.dtype == np.int32 else None
+    content = file[:-CHECKSUM]
+    return content if checksum(content.data) == file[-CHECKSUM:].tobytes() else None
 
 
 def _can_be_written(folder: Path) -> bool:

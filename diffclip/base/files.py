@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
 
-from diffclip.base.errors import InputError
+from diffclip.base.errors import SURROUNDINGS, InputError
 
 # Bytes of what is held in memory at once, unpacked. The largest honest files: COCO's annotations, half of the first; a
 # row with a few photos in base64; a hundred kilobytes of JSON, and of YAML, which is read at a fiftieth of the pace.
@@ -305,17 +305,27 @@ def read_array(path: str | Path) -> Iterator[Any]:
 
 
 def append_jsonl(path: str | Path, records: Iterable[object]) -> None:
-    """Append a line for each record in one write, since several processes may share the file.
+    """`append` of a line for each record."""
+    append(path, "".join(json_line(record) for record in records))
 
-    Half a line that a kill left at the end stays a line of its own.
+
+def append(path: str | Path, lines: str) -> None:
+    """Append lines to a file in one write, since several processes may share it; InputError where it cannot be.
+
+    Half a line that a kill left at the end stays a line of its own. A full disk and the like stay what they are.
     """
-    text = "".join(json_line(record) for record in records)
-    with open(path, "ab+") as f:
-        if f.tell():
-            f.seek(-1, os.SEEK_END)
-            if f.read(1) != b"\n":
-                text = "\n" + text
-        f.write(_encoded(text))
+    try:
+        refuse_pipe(path)
+        with open(path, "ab+") as f:
+            if f.tell():
+                f.seek(-1, os.SEEK_END)
+                if f.read(1) != b"\n":
+                    lines = "\n" + lines
+            f.write(_encoded(lines))
+    except OSError as error:
+        if error.errno in SURROUNDINGS:
+            raise
+        raise InputError(f"{path}: nothing can be appended to it ({error.strerror}); move it away") from None
 
 
 def json_line(record: object) -> str:

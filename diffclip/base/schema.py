@@ -3,7 +3,8 @@
 The dictionaries are types only: a file that an older version wrote, or that somebody has edited, may lack any key.
 """
 
-from typing import Any, Literal, TypedDict
+from types import UnionType
+from typing import Any, Literal, TypedDict, get_args, get_origin, get_type_hints, is_typeddict
 
 # --- every stage ---
 RECORD = "run.json"  # RunRecord
@@ -66,7 +67,7 @@ class RunRecord(TypedDict, total=False):
     taken_over: list[str]  # what decides the result and was changed in mid-run, since the user said so
     files: dict[str, list]  # of a finished run: diffclip.base.sealed.Digests of its result
     ranks: int
-    hosts: list[str]  # where there are several ranks
+    hosts: dict[str, str]  # where there are several ranks: what each computes on
     job: str  # Slurm's
     inputs: dict[str, Input]  # by setting, "data[1]" for the second file of `data`
     deepspeed: Input
@@ -138,3 +139,21 @@ class Example(TypedDict):
 
 # A line of pope/answers.jsonl: fields of mllm.pope.questions.Question, "pass" (of POPE_PASSES) and "answer".
 PopeAnswer = dict[str, Any]
+
+
+def misfit(record: dict, kind: type) -> str:
+    """The first key of a record, as JSON has it, whose value is not of the kind that a TypedDict says, or ""."""
+    kinds = get_type_hints(kind)
+    return next((key for key in record if key in kinds and not _fits(record[key], kinds[key])), "")
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    origin, parts = get_origin(kind), get_args(kind)
+    if is_typeddict(kind):
+        return isinstance(value, dict) and value.keys() >= kind.__required_keys__ and not misfit(value, kind)
+    if origin in (Literal, UnionType):
+        return value in parts if origin is Literal else any(_fits(value, part) for part in parts)
+    if origin in (dict, list):
+        inner = value.values() if isinstance(value, dict) else value
+        return isinstance(value, origin) and all(_fits(each, parts[-1]) for each in inner)
+    return kind is Any or isinstance(value, (int, float) if kind is float else kind)

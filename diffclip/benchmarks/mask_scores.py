@@ -60,7 +60,7 @@ def read_masks(instances: str | Path, images: str | Path) -> Iterator[Item]:
         raise InputError(f"{instances}: cannot be read as COCO instances: {type(error).__name__} {error}") from error
     for image_id, image in sorted(coco.imgs.items()):
         path = inside(images, image.get("file_name"), f"{instances}: image {image_id}: file_name")
-        if not _small(image.get("height"), image.get("width")):
+        if not _small(image.get("height"), image.get("width"), least=0):
             raise InputError(f"{instances}: image {image_id} has a height or width that no image has: write it again")
         if not path.is_file():
             raise InputError(f"{path}: no such image, but {instances} has it as image {image_id}")
@@ -68,10 +68,12 @@ def read_masks(instances: str | Path, images: str | Path) -> Iterator[Item]:
         for annotation in coco.imgToAnns[image_id]:
             if annotation.get("iscrowd") or not annotation.get("segmentation"):
                 continue
-            kind = annotation["category_id"]
             try:
+                kind = annotation["category_id"]
+                if kind not in names:
+                    raise ValueError("of a category that is not there")
                 if not _drawable(annotation["segmentation"]):
-                    raise ValueError("a point far outside of all images")
+                    raise ValueError("a point, or a run of pixels, far outside of all images")
                 masks[kind] = masks.get(kind, False) | coco.annToMask(annotation).astype(bool)
             except (ValueError, TypeError, LookupError, AttributeError) as error:
                 reason = in_one_line(error)
@@ -83,9 +85,9 @@ def read_masks(instances: str | Path, images: str | Path) -> Iterator[Item]:
                 yield path, names[kind], mask
 
 
-def _small(*numbers: object) -> bool:
+def _small(*numbers: object, least: int = -LARGEST) -> bool:
     """Whether these are numbers of pixels; pycocotools, which is C, takes memory for whatever they say."""
-    return all(isinstance(number, int | float) and -LARGEST <= number <= LARGEST for number in numbers)
+    return all(isinstance(number, int | float) and least <= number <= LARGEST for number in numbers)
 
 
 def _drawable(segmentation: Any) -> bool:
@@ -93,7 +95,8 @@ def _drawable(segmentation: Any) -> bool:
     if isinstance(segmentation, list):
         return all(isinstance(polygon, list) and _small(*polygon) for polygon in segmentation)
     counts = segmentation["counts"]
-    return _small(*segmentation["size"]) and (not isinstance(counts, list) or sum(counts) <= LARGEST**2)
+    runs = counts if isinstance(counts, list) else []
+    return _small(*segmentation["size"], least=0) and sum(runs) <= LARGEST**2 and all(run >= 0 for run in runs)
 
 
 def map_scores(heat: np.ndarray, mask: np.ndarray) -> dict[str, float]:

@@ -18,7 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from diffclip.base.archives import as_text, members, read_at
-from diffclip.base.cache import cache_dir, keep
+from diffclip.base.cache import CHECKSUM, cache_dir, checksum, keep
 from diffclip.base.errors import InputError
 from diffclip.base.files import open_file
 from diffclip.base.ranks import rank, world
@@ -29,7 +29,7 @@ IMAGE_SUFFIXES = tuple(f".{suffix}" for suffix in TAR_IMAGES)
 EMPTY = "the shard is empty"
 LITTER = ("thumbs.db", "desktop.ini")  # of a file manager, as are names with a dot in front
 CACHE_FROM = 16 << 20  # bytes; a smaller tar is walked in less time than its index is read
-FORMAT = 3  # of the index files; raise it when their meaning changes
+FORMAT = 4  # of the index files; raise it when their meaning changes
 BLOCK = 512  # bytes; all members of a tar start at a multiple
 
 Places = dict[str, tuple[int, int]]  # a sample's members by suffix: (offset, bytes)
@@ -44,9 +44,9 @@ class Place(NamedTuple):
 
 
 def record_type(width: int) -> np.dtype:
-    """One pair of an index: starts in blocks of 512 bytes, sizes in bytes, the caption's member, the key."""
+    """One pair of an index: starts in blocks of 512 bytes, sizes in bytes, the caption's member, the key, a sum."""
     numbers = [(name, "<u4") for name in ("image", "image_bytes", "caption", "caption_bytes")]
-    return np.dtype([*numbers, ("member", "u1"), ("key", f"S{max(1, width)}")])
+    return np.dtype([*numbers, ("member", "u1"), ("key", f"S{max(1, width)}"), ("sum", "u1", CHECKSUM)])
 
 
 @dataclass
@@ -97,11 +97,17 @@ class Shard:
             try:
                 raw = read_at(self.file or "", (self.start + row * kind.itemsize, kind.itemsize))[0]
             except OSError:  # somebody has emptied the cache
-                self.records = _index(self.path, self.layout).records
-            else:
+                raw = b""
+            if raw and raw[-CHECKSUM:] == _sum(raw, row):
                 return np.frombuffer(raw, kind)[0]
+            self.records = _index(self.path, self.layout).records
         assert self.records is not None
         return self.records[row]
+
+
+def _sum(record: bytes, row: int) -> bytes:
+    """The checksum that ends a record: of the rest of it and its place, since nobody reads a whole index for one."""
+    return checksum(record[:-CHECKSUM], b"%d" % row)
 
 
 def index_shards(paths: Sequence[str], layout: Layout | None = None) -> list[Shard]:
@@ -145,8 +151,9 @@ def index_shard(path: str, layout: Layout, folder: Path | None = None) -> Shard:
     if (found := _kept(path, layout, cached)) is None:
         shard = _index(path, layout)
         assert shard.records is not None
-        head = {name: getattr(shard, name) for name in ("count", "width", "problems", "notices")}
-        keep(cached, json.dumps(head).encode() + b"\n" + shard.records.tobytes())
+        values = {name: getattr(shard, name) for name in ("count", "width", "problems", "notices")}
+        head = json.dumps(values).encode() + b"\n"
+        keep(cached, checksum(head) + head + shard.records.tobytes())
         found = _kept(path, layout, cached) or shard  # which then stays in memory
     return found
 
@@ -155,13 +162,16 @@ def _kept(path: str, layout: Layout, cached: Path) -> Shard | None:
     """What the cache holds of a tar; None if it is not there whole."""
     try:
         with open_file(cached) as f:
-            values = json.loads(f.readline())
+            known, head = f.read(CHECKSUM), f.readline()
+            if known != checksum(head):
+                return None
+            values = json.loads(head)
             values |= {name: [*map(tuple, values[name])] for name in ("problems", "notices")}
             shard = Shard(path, layout, **values, file=cached, start=f.tell())
             size = f.seek(0, os.SEEK_END) - shard.start
-    except (InputError, OSError, ValueError, TypeError, KeyError, RecursionError):
+    except (InputError, OSError):
         return None
-    return shard if size == len(shard) * record_type(shard.width).itemsize else None
+    return shard if size == len(shard) * record_type(shard.width).itemsize + CHECKSUM else None
 
 
 def index_file(path: str, layout: Layout) -> Path:
@@ -204,7 +214,8 @@ def _index(path: str, layout: Layout) -> Shard:
     width = max(map(len, names), default=1)
     records = np.empty(len(found), dtype=record_type(width))
     for row, (name, (_, (at, size), _, (text_at, text_size), member)) in enumerate(zip(names, found)):
-        records[row] = (at // BLOCK, size, text_at // BLOCK, text_size, member, name)
+        records[row] = (at // BLOCK, size, text_at // BLOCK, text_size, member, name, 0)
+        records["sum"][row] = [*_sum(records[row].tobytes(), row)]
     return Shard(path, layout, len(found), width, problems, notices, records)
 
 

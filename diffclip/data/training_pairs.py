@@ -11,9 +11,9 @@ import torch
 from filelock import FileLock
 from torch.utils.data import Dataset
 
-from diffclip.base.cache import cache_dir, kept_array
+from diffclip.base.cache import cache_dir, keep, kept_array
 from diffclip.base.errors import InputError
-from diffclip.base.files import append_jsonl, whole
+from diffclip.base.files import append_jsonl
 from diffclip.base.jpegs import decode_for_crops
 from diffclip.data.pairs import BadSample, PairTable, decoded
 from diffclip.data.stream import Stream, check_weights
@@ -110,13 +110,12 @@ class TrainingPairs(Dataset):
         """`_drawn_order` from a file that all processes of a node map into memory: the first one there writes it."""
         what = repr((self.seed, len(self.table), self.table.ranges, self.weights))
         name = hashlib.sha256(what.encode()).hexdigest()[:32]
-        path, before = (cache_dir() / "order" / f"{name}-{e}.npy" for e in (epoch, epoch - 1))
+        path, before = (cache_dir() / "order" / f"{name}-{e}.int32" for e in (epoch, epoch - 1))
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(path.with_suffix(".lock")):
                 if (order := self._kept_order(path)) is None:
-                    with whole(path) as temporary:
-                        np.save(temporary, self._drawn_order(epoch))
+                    keep(path, self._drawn_order(epoch).data)
                     order = self._kept_order(path)
             before.unlink(missing_ok=True)  # who has it open keeps it
             before.with_suffix(".lock").unlink(missing_ok=True)
@@ -127,10 +126,7 @@ class TrainingPairs(Dataset):
     def _kept_order(self, path: Path) -> np.ndarray | None:
         """The order in a file, None if it is not there or damaged."""
         order = kept_array(path)
-        fits = (
-            order is not None and len(order) == self._in_epoch() and 0 <= order.min() <= order.max() < len(self.table)
-        )
-        return order if fits else None
+        return order if order is not None and len(order) == self._in_epoch() else None
 
     def row(self, k: int) -> int:
         """The table's row that stands at place k."""

@@ -17,9 +17,9 @@ import numpy as np
 from tqdm import tqdm
 from transformers import LlavaProcessor, PreTrainedTokenizerBase
 
-from diffclip.base.cache import cache_dir, keep, kept_array
+from diffclip.base.cache import cache_dir, keep, kept_array, kept_json
 from diffclip.base.errors import InputError
-from diffclip.base.files import read_json, whole
+from diffclip.base.files import file_content
 from diffclip.base.fingerprint import json_digest
 from diffclip.base.images import open_image
 from diffclip.base.ranks import rank
@@ -102,8 +102,8 @@ class DecodedImages:
         self.new: list[bytes] = []
 
     def __enter__(self) -> "DecodedImages":
-        if self.path.is_file():
-            self.known = {*self.path.read_bytes().split()}
+        with suppress(OSError):
+            self.known = {*file_content(self.path).split()}
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -226,13 +226,12 @@ def cut(encoded: dict[str, list[int]], image_token: int, max_length: int) -> dic
 
 def token_lengths(rows: Rows, tokenizer: PreTrainedTokenizerBase, images: int, template: str) -> np.ndarray:
     """(rows,) int32: the tokens of each row, with `images` for each image, and nothing cut; kept once counted."""
-    path = _cache(rows, f"tokens-{_about(tokenizer, images, template)}", "npy", of_table=True)
+    path = _cache(rows, f"tokens-{_about(tokenizer, images, template)}", "int32", of_table=True)
     if not (counted := _read_lengths(path, rows)):
         with locked(path):
             if not (counted := _read_lengths(path, rows)):
                 lengths = _count_tokens(rows, tokenizer, images, template)
-                with suppress(OSError), whole(path) as temporary:
-                    np.save(temporary, lengths)
+                keep(path, lengths.data)
                 counted = [lengths]
     return counted[0][rows.positions]
 
@@ -288,11 +287,8 @@ def _kept(
     """What `judge` returns, from the file where it was kept if it is `still` true; otherwise kept there."""
 
     def read() -> list | None:
-        try:
-            found = read_json(path) if path.is_file() and not fresh else None
-        except InputError:
-            return None  # damaged
-        return found if isinstance(found, list) and still(found) else None
+        found = None if fresh else kept_json(path)
+        return found if found is not None and still(found) else None
 
     if (found := read()) is None:
         with locked(path):

@@ -18,9 +18,9 @@ import pyarrow
 from datasets import Dataset
 from filelock import FileLock
 
-from diffclip.base.cache import cache_dir
+from diffclip.base.cache import CHECKSUM, cache_dir, checksum
 from diffclip.base.errors import InputError
-from diffclip.base.files import whole
+from diffclip.base.files import refuse_pipe, whole
 from diffclip.base.fingerprint import json_digest
 from diffclip.base.paths import matching
 from mllm.conversation import QWEN_CONTROL
@@ -58,12 +58,12 @@ class Rows(Sequence[Row]):
 
     def __init__(self, table: Dataset, image_root: str | Path, digest: str) -> None:
         self.table, self.image_root, self.digest = table, os.path.abspath(image_root), digest
-        bad = pyarrow.compute.is_valid(table.data.column("problem")).to_numpy(zero_copy_only=False)
-        self.positions = np.flatnonzero(~bad)
+        bad = pyarrow.compute.is_valid(table.data.column("problem"))
+        self.positions = np.flatnonzero(~bad.to_numpy(zero_copy_only=False))
         self.whole = digest + hashlib.sha256(self.positions.tobytes()).hexdigest()[:16]
         self.identity = self.whole
-        left_out = table.select(np.flatnonzero(bad)) if bad.any() else table.select([])
-        self.problems = list(zip(left_out["key"], left_out["problem"]))
+        keys, reasons = (table.data.column(name).filter(bad).to_pylist() for name in ("key", "problem"))
+        self.problems = list(zip(keys, reasons))
 
     def without(self, problems: Mapping[int, str]) -> "Rows":
         """The rows but for those at some positions, which are left out for a reason each."""
@@ -219,12 +219,27 @@ def _state(path: Path) -> list[tuple[str, int, int, int, int]]:
 def _kept(path: Path, root: str) -> Dataset | None:
     """The table that `_keep` wrote, if it is there, whole, and every image that was missing still is."""
     try:
+        refuse_pipe(path)
+        content = pyarrow.memory_map(str(path)).read_buffer()
+        if _checksum(content[:-CHECKSUM]) != content[-CHECKSUM:].to_pybytes():
+            return None
         table = Dataset.from_file(str(path))
-    except (OSError, pyarrow.ArrowInvalid):
+    except Exception:  # pyarrow raises whatever damage leads it to
         return None
-    bad = np.flatnonzero(pyarrow.compute.is_valid(table.data.column("problem")).to_numpy(zero_copy_only=False))
-    missing = {name for names in table.select(bad)["images"] for name in names} if len(bad) else ()
+    left_out = pyarrow.compute.is_valid(table.data.column("problem"))
+    missing = pyarrow.compute.list_flatten(table.data.column("images").filter(left_out)).unique().to_pylist()
     return None if any(_found(root, name) for name in missing) else table
+
+
+def _checksum(file: pyarrow.Buffer) -> bytes:
+    """The checksum of a table and all it says of itself, but for the images that rows hold, which may fill a disk."""
+    view, pieces, at = memoryview(file), list[memoryview](), 0
+    for chunk in pyarrow.ipc.open_stream(file).read_all().column("contents").chunks:
+        images = chunk.buffers()[-1]
+        if images and images.size:
+            pieces.append(view[at : images.address - file.address])
+            at = images.address - file.address + images.size
+    return checksum(*pieces, view[at:])
 
 
 def _found(root: str, name: str) -> bool:
@@ -237,16 +252,20 @@ def _found(root: str, name: str) -> bool:
 def _keep(path: Path, examined: Iterator[Examined]) -> None:
     """Write a table in the form of KEPT, whole or not at all."""
     try:
-        with whole(path) as temporary, pyarrow.ipc.new_stream(str(temporary), KEPT) as writer:
-            batch: list[dict[str, Any]] = []
-            size = 0
-            for row in examined:
-                batch.append(_record(row))
-                size += sum(len(content) for content in batch[-1]["contents"] if content)
-                if len(batch) == BATCH_ROWS or size > BATCH_BYTES:
-                    writer.write_batch(pyarrow.RecordBatch.from_pylist(batch, KEPT))
-                    batch, size = [], 0
-            writer.write_batch(pyarrow.RecordBatch.from_pylist(batch, KEPT))
+        with whole(path) as temporary:
+            with pyarrow.ipc.new_stream(str(temporary), KEPT) as writer:
+                batch: list[dict[str, Any]] = []
+                size = 0
+                for row in examined:
+                    batch.append(_record(row))
+                    size += sum(len(content) for content in batch[-1]["contents"] if content)
+                    if len(batch) == BATCH_ROWS or size > BATCH_BYTES:
+                        writer.write_batch(pyarrow.RecordBatch.from_pylist(batch, KEPT))
+                        batch, size = [], 0
+                writer.write_batch(pyarrow.RecordBatch.from_pylist(batch, KEPT))
+            end = _checksum(pyarrow.memory_map(str(temporary)).read_buffer())
+            with open(temporary, "ab") as file:
+                file.write(end)  # readers of the format stop before it
     except OSError as error:
         reason = error.strerror or error
         raise InputError(f"{path}: cannot be written ({reason}); make room, or set DIFFCLIP_CACHE") from None

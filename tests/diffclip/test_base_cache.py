@@ -8,12 +8,13 @@ import tempfile
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from diffclip.base.cache import NOWHERE, cache_dir, keep
+from diffclip.base.cache import NOWHERE, cache_dir, keep, kept, kept_array, kept_json
 from diffclip.data import shards, training_pairs
 from diffclip.data.pairs import PairTable
 from diffclip.data.training_pairs import TrainingPairs
@@ -63,7 +64,7 @@ def test_without_a_home_that_can_be_written_it_is_a_temporary_folder(temporary, 
     monkeypatch.setenv("HOME", str(tmp_path / home))
     found = cache_dir()
     assert found == temporary / f"diffclip-{os.getuid()}" and found.stat().st_mode & 0o777 == 0o700
-    assert keep(found / "a" / "b", b"x") and (cache_dir() / "a" / "b").read_bytes() == b"x"
+    assert keep(found / "a" / "b", b"x") and kept(cache_dir() / "a" / "b") == b"x"
     found.chmod(0o777)  # anybody could have written what is there
     assert cache_dir() == NOWHERE
 
@@ -98,6 +99,33 @@ def test_nothing_is_kept_where_there_is_no_temporary_folder_either(temporary, tm
     assert cache_dir() == NOWHERE and not keep(NOWHERE / "a", b"x")
 
 
+def test_what_is_kept_is_read_as_it_was_written_or_not_at_all(tmp_path):
+    path = tmp_path / "kept"
+    for content in (b"", b"\0" * 8, b'{"a": 1}'):
+        assert keep(path, content) and kept(path) == content
+    assert kept_json(path) == {"a": 1}
+    numbers = np.array([1, -2, 3], np.int32)
+    assert keep(path, numbers.data) and kept_array(path).tolist() == [1, -2, 3]
+    written = path.read_bytes()
+    changed = [bytes(byte ^ (4 * (i == at)) for i, byte in enumerate(written)) for at in range(len(written))]
+    for other in (
+        *changed,
+        b"",
+        written[:-1],
+        written[4:],
+        written[:4],
+        written + b"\0",
+        bytes(len(written)),
+        b"\0" * 4,
+    ):
+        path.write_bytes(other)
+        assert kept_array(path) is kept_json(path) is kept(path) is None
+    path.unlink()
+    assert kept(path) is None
+    os.mkfifo(path)
+    assert kept(path) is None
+
+
 @pytest.mark.parametrize("place", ["/proc/nothing", "/dev/full", "/dev/null/x"])
 def test_pairs_orders_and_manifests_do_without_a_cache(tmp_path, monkeypatch, place):
     monkeypatch.setenv("DIFFCLIP_CACHE", place)
@@ -127,6 +155,8 @@ def test_a_cache_whose_files_are_damaged_is_made_again(tmp_path, monkeypatch):
         index.write_bytes(damaged)
         table = PairTable([str(tmp_path / "x.tar")])
         assert pairs_of(table) == wanted and index.read_bytes() == whole
+    index.write_bytes(whole[:-30] + bytes([whole[-30] ^ 1]) + whole[-29:])  # among the places of the second pair
+    assert pairs_of(PairTable([str(tmp_path / "x.tar")])) == wanted
     digests = folder_manifest(tmp_path / "cache" / "index")
     for path in (cache_dir() / "manifests").iterdir():
         before = path.read_bytes(), path.stat().st_mtime_ns

@@ -40,6 +40,17 @@ def test_half_a_line_is_skipped_in_our_logs_and_does_not_eat_the_next(tmp_path):
         list(files.read_jsonl(tmp_path / "log"))
 
 
+def test_what_nothing_can_be_appended_to_is_named(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "loop").symlink_to("loop")
+    os.mkfifo(tmp_path / "pipe")  # would be waited for
+    for name in ("folder", "loop", "pipe", "nowhere/log"):
+        with pytest.raises(InputError, match=f"{name}: "):
+            files.append(tmp_path / name, "line\n")
+    with pytest.raises(OSError, match="No space"):  # which is told as such
+        files.append("/dev/full", "line\n")
+
+
 def test_whole_lines_are_counted_and_the_rest_cut_off(tmp_path):
     path = tmp_path / "answers"
     assert files.cut_to_whole_lines(path) == 0

@@ -1,6 +1,5 @@
 """Which form `auto` takes: timed once for a device, dtype and shape, kept on disk, and never without need."""
 
-import json
 import logging
 import time
 
@@ -9,6 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffclip.attention import Dex, DifferentialAttention, DifferentialAttentionV2, fastest
+from diffclip.base.cache import kept_json
 
 KINDS = (DifferentialAttention, DifferentialAttentionV2, Dex)
 
@@ -64,7 +64,7 @@ def test_another_process_reads_what_one_has_measured(fresh, monkeypatch, caplog)
     monkeypatch.setattr(fastest, "_known", {})
     monkeypatch.setattr(fastest, "measure", lambda *args: pytest.fail("measured again"))
     assert choose() == "quick" and choose(tokens=12) == "quick"  # lengths are taken together by sixteens
-    assert json.loads(kept.read_text())["milliseconds"]["none"] is None
+    assert kept_json(kept)["milliseconds"]["none"] is None
 
 
 @pytest.mark.parametrize(
@@ -73,11 +73,11 @@ def test_another_process_reads_what_one_has_measured(fresh, monkeypatch, caplog)
 def test_a_damaged_file_is_measured_anew(content, fresh, monkeypatch):
     choose()
     (kept,) = fresh.iterdir()
-    whole = json.loads(kept.read_text())
+    whole = kept_json(kept)
     kept.write_text(content)
     monkeypatch.setattr(fastest, "_known", {})
     assert choose() == "quick"
-    assert json.loads(kept.read_text())["facts"] == whole["facts"]
+    assert kept_json(kept)["facts"] == whole["facts"]
 
 
 def test_each_shape_dtype_and_mask_is_measured_for_itself(monkeypatch):

@@ -156,6 +156,29 @@ def test_masks_are_those_of_the_scenes(tmp_path):
         list(mask_scores.read_masks(folder / "instances.json", folder / "images"))
 
 
+@pytest.mark.parametrize(
+    ("part", "odd", "reason"),
+    [
+        ("annotations", {"segmentation": {"size": [4, 4], "counts": [4, -1, 13]}}, "far outside"),
+        ("annotations", {"segmentation": {"size": [-4, 4], "counts": [16]}}, "far outside"),
+        ("annotations", {"category_id": 7}, "of a category that is not there"),
+        ("images", {"height": -4}, "height or width"),
+    ],
+)
+def test_masks_that_are_none_are_refused(part, odd, reason, tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    runs = {"id": 1, "image_id": 1, "category_id": 1, "segmentation": {"size": [4, 4], "counts": [4, 4, 8]}}
+    image = {"id": 1, "file_name": "a.png", "height": 4, "width": 4}
+    table = {"images": [image], "annotations": [runs], "categories": [{"id": 1, "name": "cat"}]}
+    (tmp_path / "i.json").write_text(json.dumps(table))
+    ((_, name, mask),) = mask_scores.read_masks(tmp_path / "i.json", tmp_path)
+    assert name == "cat" and mask.sum(0).tolist() == [0, 4, 0, 0]
+    table[part][0] |= odd
+    (tmp_path / "i.json").write_text(json.dumps(table))
+    with pytest.raises(InputError, match=reason):
+        list(mask_scores.read_masks(tmp_path / "i.json", tmp_path))
+
+
 def test_masks_of_another_size_than_the_turned_image_are_refused(tmp_path):
     """A viewer turns the image by its EXIF; masks drawn without that would lie elsewhere."""
     exif = Image.Exif()

@@ -155,6 +155,8 @@ def test_integers_and_lambdas_without_bounds_are_no_weights(copy):
         ("preprocess_cfg.interpolation", "nobody's"),
         ("preprocess_cfg.resize_mode", 3),
         ("preprocess_cfg", []),
+        ("preprocess_cfg", {}),
+        ("preprocess_cfg", {"size": 32, "mean": [0, 0, 0]}),
         ("diffclip", 3),
         ("diffclip.attention.vision.lambda_init", float("inf")),
         ("diffclip.attention.vision.kind", []),

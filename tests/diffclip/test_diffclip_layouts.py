@@ -515,7 +515,7 @@ def test_a_large_order_is_drawn_once_for_all_processes_and_is_the_same(tmp_path,
     monkeypatch.setattr(training_pairs, "SHARED_FROM", 1)
     shared = stream()
     assert [shared.order(epoch).tolist() for epoch in range(3)] == drawn
-    files = list((tmp_path / "cache" / "order").glob("*.npy"))
+    files = list((tmp_path / "cache" / "order").glob("*.int32"))
     assert len(files) == 1 and isinstance(shared.order(2), np.memmap)  # those of epochs that are over are gone
     monkeypatch.setattr(TrainingPairs, "_drawn_order", None)  # would fail if called
     monkeypatch.setattr(TrainingPairs, "__init__", lambda *args, **more: None)

@@ -8,6 +8,7 @@ from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
 
+import kept
 import spoil
 import yaml
 
@@ -26,7 +27,8 @@ class Target(NamedTuple):
     """A command and what it reads: `needs`, copied beside each other, of which files that match `spoilt` change.
 
     In `argv` {x} is the copy of x, {out} a folder to write into. `weight`: how often it is drawn; slow ones less.
-    `own`: it writes where it reads. `kept`: it is called twice, and between the calls a file of the cache is spoilt.
+    `own`: it writes where it reads. `kept`, in place of `argv`: is called twice, and between the calls a file of the
+    cache is spoilt.
     """
 
     argv: str
@@ -34,7 +36,7 @@ class Target(NamedTuple):
     spoilt: str = "**/*"
     weight: int = 10
     own: bool = False
-    kept: bool = False
+    kept: Callable[[Path], Any] | None = None
 
 
 ROWS, PAIRS = "--image_root {rows/images}", "--pairs"
@@ -109,10 +111,8 @@ TARGETS = {
     "a run to go on with": Target(GO_ON, "runs/stopped", weight=5, own=True),
     "a checkpoint": Target(GO_ON, "runs/stopped", "checkpoint-1/**/*", 6, own=True),
     "a list of addresses": Target("data pairs {tables/urls.parquet} --dry_run", "tables", "urls.*", 6),
-    "kept rows": Target("check {rows/llava.json} " + ROWS, "rows", weight=16, kept=True),
-    "kept places in a tar": Target(
-        "check {data/pretrain} --pairs --caption_member json", "data/pretrain", weight=8, kept=True
-    ),
+    "what is kept of rows": Target("", "rows models/mllm", weight=16, kept=kept.of_rows),
+    "what is kept of files": Target("", "rows data/pretrain", weight=8, kept=kept.of_files),
 }
 
 
@@ -137,17 +137,27 @@ def draw(rng: Random, valid: Path, folder: Path, only: str = "") -> Case:
     name = only if only in TARGETS else rng.choices([*TARGETS], [t.weight for t in TARGETS.values()])[0]
     target, argv = TARGETS[name], laid_out(name, valid, folder)
     where = folder / "in"
+    before: Any = None
     if target.kept:
         where = folder / "out" / "cache"
         os.environ["DIFFCLIP_CACHE"] = str(where)
-        call(argv)
+        before = target.kept(folder / "in")
     files = sorted(path for path in where.rglob("*") if path.is_file() and _fits(path, target, where))
     told = []
     for _ in range(rng.choice((1, 1, 1, 2))):
         file = rng.choice(files)
         if file.is_file() and not file.is_symlink():
             told.append(spoil.spoil(file, rng, folder / "planted"))
-    return Case(name, f"{'; '.join(told)} | {' '.join(argv)}", lambda: call(argv))
+    return Case(name, f"{'; '.join(told)} | {' '.join(argv)}", lambda: done(target, argv, folder, before))
+
+
+def done(target: Target, argv: list[str], folder: Path, before: Any = None) -> Any:
+    """Do what a target is about; where something is kept, its answers are to be those of `before`, if that is given."""
+    if not target.kept:
+        return call(argv)
+    after = target.kept(folder / "in")
+    if before is not None and repr(after) != repr(before):
+        raise AssertionError(f"read with a spoilt cache, {before} is {after}")
 
 
 def laid_out(name: str, valid: Path, folder: Path) -> list[str]:
@@ -172,7 +182,7 @@ def _filled(argv: str, folder: Path) -> list[str]:
 def _swapped(rng: Random, valid: Path, folder: Path) -> Case:
     """A command whose paths are of other things: data where a run is expected, and so on."""
     others = [p for p in sorted(valid.glob("*/*")) + sorted(valid.glob("*/*/*")) if "checkpoint" not in p.name]
-    name = rng.choice([name for name, target in TARGETS.items() if not target.own])  # which write where they read
+    name = rng.choice([name for name, target in TARGETS.items() if target.argv and not target.own])
     words = TARGETS[name].argv.split()
     slots = [at for at, word in enumerate(words) if word[0] == "{" and not word.startswith("{out}")]
     for need in TARGETS[name].needs.split():

@@ -5,10 +5,10 @@ import json
 import multiprocessing
 import shutil
 
-import numpy as np
 import pytest
 import torch
 
+from diffclip.base.cache import keep, kept_array
 from diffclip.base.errors import InputError
 from mllm.conversation import encode, render
 from mllm.data.examples import ConversationDataset, TrainingConversations, training_order
@@ -96,9 +96,8 @@ def test_lengths_are_those_of_the_examples_and_are_counted_once(folder, cache, a
     tokenizer = processor.tokenizer
     wanted = [len(encode(render(one.conversation, template), tokenizer, 16)["input_ids"]) for one in rows]
     assert dataset.lengths == wanted == [len(dataset[i]["input_ids"]) for i in range(len(rows))]
-    (kept,) = cache.glob("*.npy")
-    counted = np.load(kept)
-    np.save(kept, counted + 1)  # if they were counted again, it would not be seen
+    (kept,) = cache.glob("*.int32")
+    keep(kept, (kept_array(kept) + 1).data)  # if they were counted again, it would not be seen
     assert token_lengths(rows, tokenizer, 16, template).tolist() == [n + 1 for n in wanted]
     kept.write_bytes(kept.read_bytes()[:-3])  # damaged: counted again
     assert token_lengths(rows, tokenizer, 16, template).tolist() == wanted

@@ -165,6 +165,7 @@ def test_a_number_out_of_its_range_is_refused_in_flags_and_yaml_alike(typed, tmp
         (["--rate", "fast"], "--rate: invalid float value: 'fast'"),
         (["--fast", "maybe"], "--fast: 'maybe' is neither true nor false"),
         (["--more", "{x"], "--more: '{x': not valid JSON"),
+        (["--more", "[]"], r"--more: '\[\]' is no mapping"),
         (["--rate"], "--rate: expected one argument"),
         (["stray"], "unknown argument stray"),
     ],

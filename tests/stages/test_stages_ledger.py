@@ -21,8 +21,8 @@ from test_stages_training import Tell, calm, settings_of, start, stopped, weight
 from diffclip.base import lock, orphans
 from diffclip.base.errors import InputError
 from diffclip.base.ranks import from_main, gather
-from diffclip.base.schema import COMPLETE
-from stages import manifest, verify
+from diffclip.base.schema import COMPLETE, RECORD
+from stages import ledger, manifest, verify
 from stages.run import NOT_FINISHED, Run
 from stages.settings import PretrainConfig, check
 from stages.training import train
@@ -33,6 +33,26 @@ def flip(path, at=-1):
     content = bytearray(path.read_bytes())
     content[at] ^= 1
     path.write_bytes(content)
+
+
+ODD = {
+    "inputs": {"data": {"digest": "ab"}},
+    "settings": [],
+    "state": "x",
+    "wall_seconds": "1",
+    "learns": [1],
+    "parameters": {"a": "b"},
+}
+
+
+@pytest.mark.parametrize("key", ODD)
+def test_a_record_with_a_value_of_another_kind_is_refused_by_its_key(key, tmp_path):
+    fine = {"state": "running", "parameters": {"a": 1}, "inputs": {"data": {"path": "x", "digest": ""}}, "new": [None]}
+    (tmp_path / RECORD).write_text(json.dumps(fine))
+    assert ledger.read_record(tmp_path) == fine
+    (tmp_path / RECORD).write_text(json.dumps(fine | {key: ODD[key]}))
+    with pytest.raises(InputError, match=f"{RECORD}: `{key}` is .*bring it back"):
+        ledger.read_record(tmp_path)
 
 
 # ---- checkpoints are whole or not there

@@ -86,7 +86,7 @@ def test_a_card_says_nothing_of_the_machine_and_obeys_no_name(finished, tmp_path
         "command": "diffclip instruct --data /home/secret/x",
         "model": HOSTILE,
         "inputs": {f"data[{i}] {HOSTILE}": {"path": path, "digest": "d"} for i, path in enumerate(inputs)},
-        "hosts": ["secret-host"],
+        "hosts": {"secret-host": "secret GPU"},
     }
     (finished / "run.json").write_text(json.dumps(record))
     settings = {"data": ["~/secret/rows.json", "https://me:secret@example.org/a.tar"], "trainer": {"a": "x=/secret/b"}}
