@@ -318,7 +318,6 @@ class Run:
     def _write_record(self) -> None:
         if self.is_main:
             self.record["wall_seconds"] = round(self.seconds_before + time.time() - self.start, 1)
-            assert not (wrong := schema.misfit(dict(self.record), RunRecord)), wrong  # or it could not be read again
             write_json(self.path / schema.RECORD, self.record)
 
 

@@ -9,8 +9,9 @@ import os
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import braceexpand
 from tqdm import tqdm
@@ -114,14 +115,22 @@ def _beside(folder: str, shards: list[str]) -> dict[str, tuple[int, int | None]]
     if _text_of(stats[0]):
         found: dict[str, tuple[int, int | None]] = {}
         for url, name, text in zip(shards, stats, _texts_of(stats)):
-            count = parse_json(text, name).get("successes") if text else None
-            if not isinstance(count, int):
+            content = parse_json(text, name) if text else None
+            count = content.get("successes") if isinstance(content, dict) else None
+            if not _is_count(count):
                 raise InputError(f"{name}: is missing or says no `successes`, which the other shards have: {INDEX}")
             found[url] = count, None
         return found
     if text := _text_of(folder + "sizes.json"):
-        return {name: (count, None) for name, count in parse_json(text, folder + "sizes.json").items()}
+        counts = parse_json(text, folder + "sizes.json")
+        if not isinstance(counts, dict) or not all(map(_is_count, counts.values())):
+            raise InputError(f"{folder}sizes.json: is no mapping from shards to their samples; remove it and {INDEX}")
+        return {name: (count, None) for name, count in counts.items()}
     return {}
+
+
+def _is_count(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _entries(text: str, name: str) -> dict[str, tuple[int, int | None]]:
@@ -130,7 +139,10 @@ def _entries(text: str, name: str) -> dict[str, tuple[int, int | None]]:
     try:
         if content["format"] != FORMAT:
             raise ValueError(f"its format {content['format']} is not {FORMAT}")
-        return {shard: (int(entry["samples"]), entry["bytes"]) for shard, entry in content["shards"].items()}
+        entries = {shard: (entry["samples"], entry["bytes"]) for shard, entry in content["shards"].items()}
+        if not all(_is_count(samples) and (size is None or _is_count(size)) for samples, size in entries.values()):
+            raise ValueError("its `samples` and `bytes` are not all numbers")
+        return entries
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{name}: is no manifest ({in_one_line(error)}): write it by `diffclip data index`") from None
 
@@ -138,7 +150,7 @@ def _entries(text: str, name: str) -> dict[str, tuple[int, int | None]]:
 def write_manifest(pattern: str, output: str = "", layout: Layout | None = None) -> str:
     """Count the samples of a source's shards and write `shards.json` beside them, or to `output`; returns where.
 
-    What lies beside the shards already says is believed; else a shard of a store is fetched, counted and dropped.
+    What lies beside all shards and gives counts is believed; else a shard of a store is fetched, counted and dropped.
     InputError as `sized_shards`, or where the manifest cannot be written.
     """
     layout, shards = layout or Layout(), listed(pattern)
@@ -149,7 +161,8 @@ def write_manifest(pattern: str, output: str = "", layout: Layout | None = None)
     for folder in folders:
         urls = [each.url for each in shards if _folder(each.url) == folder]
         if not _text_of(folder + MANIFEST):  # one that is there is made anew
-            stats |= _beside(folder, urls)
+            with suppress(InputError):  # of a store that refuses, its shards say so, too
+                stats |= _beside(folder, urls)
     with ThreadPoolExecutor(4) as pool:
         counted = pool.map(lambda each: _counted(each, stats, layout), shards)
         bar = tqdm(counted, "counting", len(shards), unit="shard", delay=2, leave=False, disable=None)

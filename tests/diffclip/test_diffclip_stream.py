@@ -186,6 +186,24 @@ def test_sizes_come_from_the_manifest_from_img2dataset_from_webdataset_or_from_h
         sizes()
 
 
+ENTRY = '{"format": 1, "shards": {"0.tar": {"samples": %s, "bytes": %s}}}'
+WRONG = {
+    "shards.json": [ENTRY % (-1, 5), ENTRY % ('"2"', 5), ENTRY % (2, '"5"'), ENTRY % ("true", 5), '{"format": 1}'],
+    "sizes.json": ["[]", '{"0.tar": "2"}', '{"0.tar": -2}', '{"0.tar": null}', "3"],
+    "0_stats.json": ["[]", '{"successes": -1}', '{"successes": "2"}', '{"successes": false}', "null"],
+}
+
+
+@pytest.mark.parametrize("name, text", [(name, text) for name, texts in WRONG.items() for text in texts])
+def test_sizes_that_are_no_counts_are_refused_and_counting_again_mends_it(tmp_path, name, text):
+    write_shard(tmp_path / "0.tar", 3)
+    (tmp_path / name).write_text(text)
+    with pytest.raises(InputError, match=rf"{name}: .* by `diffclip data index`"):
+        sized_shards([str(tmp_path)], Layout())
+    write_manifest(f"{tmp_path}/*.tar")
+    assert [shard.samples for shard in sized_shards([str(tmp_path)], Layout())[0]] == [3]
+
+
 @pytest.mark.parametrize("name", ["a.csv", "a.tar.gz"])
 def test_what_cannot_be_streamed_is_refused_by_name(tmp_path, name):
     (tmp_path / name).write_text("image,caption\n")
