@@ -12,6 +12,10 @@ LOGGED = {  # logger -> what its messages say, behind "[RANK 0]" in some
     "DeepSpeed": ("Setting accelerator to CPU", "Unable to find hostfile"),
     "accelerate.accelerator": ("Gradient accumulation steps mismatch",),  # the setting of ours that both are given
     "transformers.generation.utils": (r"Both `max_new_tokens` .* and `max_length`",),  # the former counts
+    "transformers.trainer": (
+        r"missing keys in the checkpoint model loaded: \['lm_head\.weight'\]",
+    ),  # it is the embedding
+    "transformers.trainer_utils": ("mtime may not be reliable",),  # checkpoints go by their number
 }
 WARNED = ("find_unused_parameters=True was specified",)  # rows without images leave the projector unused, now and then
 

@@ -33,12 +33,18 @@ def said(logger: str, *arguments: object) -> str:
             "[RANK 0] Gradient accumulation steps mismatch: GradientAccumulationPlugin has 1",
         ),
         ("transformers.generation.utils", "Both `max_new_tokens` (=5) and `max_length`(=20) seem to have been set."),
+        (
+            "transformers.trainer",
+            "There were missing keys in the checkpoint model loaded: ['lm_head.weight'].",
+        ),
+        ("transformers.trainer_utils", "mtime may not be reliable on this filesystem, falling back to numerical order"),
     ],
-    ids=["accelerator", "hostfile", "accumulation", "max_length"],
+    ids=["accelerator", "hostfile", "accumulation", "max_length", "tied weights", "mtime"],
 )
 def test_a_library_is_quiet_of_that_alone(logger, noise):
     assert said(logger, noise) == ""
     assert said(logger, "the loss scale is %d", 1) == "the loss scale is 1\n"
+    assert "projector" in said(logger, "There were missing keys in the checkpoint model loaded: ['projector.weight'].")
     assert said("another", noise) == noise + "\n"
 
 
