@@ -23,18 +23,6 @@ import pytest
 SHARED = Path(os.environ.get("DIFFCLIP_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--all", action="store_true", help="also the tests marked thorough, as CI does")
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what is thorough, unless all tests are asked for, or these by name."""
-    if not (config.option.all or "thorough" in config.option.markexpr or any("::" in word for word in config.args)):
-        for item in items:
-            if item.get_closest_marker("thorough"):
-                item.add_marker(pytest.mark.skip(reason="thorough: ./scripts/test.sh --all runs it"))
-
-
 def pytest_unconfigure(config: pytest.Config) -> None:
     shutil.rmtree(os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 
