@@ -41,12 +41,22 @@ def matching(patterns: Sequence[str]) -> list[str]:
         if pattern.startswith("hf:"):
             paths.append(dataset_copy(pattern))
             continue
-        for part in [pattern] if os.path.exists(pattern) else braceexpand.braceexpand(pattern):
+        for part in [pattern] if os.path.exists(pattern) else alternatives(pattern):
             matches = sorted(glob.glob(part)) if glob.has_magic(part) and not os.path.exists(part) else [part]
             if not matches:
                 raise InputError(f"{pattern}: no such file; mend the pattern")
             paths += matches
     return paths
+
+
+def alternatives(pattern: str) -> list[str]:
+    """The paths and globs that a pattern with braces stands for. The folders that it begins with, as far as they are
+    there by these names, stay as they are: `runs [2]/*.tar` is the tars in `runs [2]`.
+    """
+    start = os.path.dirname(pattern)
+    while start and not os.path.isdir(start):
+        start = os.path.dirname(start)
+    return [glob.escape(start) + rest for rest in braceexpand.braceexpand(pattern[len(start) :])]
 
 
 def folder_of(paths: Sequence[str]) -> str:

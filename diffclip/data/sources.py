@@ -3,9 +3,9 @@
 import glob
 import hashlib
 import os
+import re
 from collections.abc import Sequence
 
-import braceexpand
 from filelock import FileLock
 
 from diffclip.base.cache import cache_dir
@@ -13,6 +13,7 @@ from diffclip.base.download import download
 from diffclip.base.errors import InputError
 from diffclip.base.files import whole
 from diffclip.base.objects import get, is_object, matching
+from diffclip.base.paths import alternatives
 
 
 def expand(patterns: Sequence[str]) -> list[str]:
@@ -38,7 +39,7 @@ def expand_one(pattern: str) -> list[str]:
     paths: list[str] = []
     if is_object(pattern):
         return [downloaded(each.url) for each in matching(pattern)]
-    for part in braceexpand.braceexpand(pattern):
+    for part in alternatives(pattern):
         if part.startswith(("hf:", "http://", "https://")):
             paths.append(part if part.startswith("hf:") else downloaded(part))
             continue
@@ -47,7 +48,8 @@ def expand_one(pattern: str) -> list[str]:
         matches = sorted(glob.glob(part, recursive=True)) if glob.has_magic(part) else [part]
         matches = _without_records([match for match in matches if os.path.exists(match)])
         if not matches:
-            raise InputError(f"{part}: no such file (from the data setting `{pattern}`)")
+            name = re.sub(r"\[([*?[])\]", r"\1", part)  # without glob.escape's brackets
+            raise InputError(f"{name}: no such file (from the data setting `{pattern}`)")
         paths += matches
     return paths
 

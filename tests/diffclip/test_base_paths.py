@@ -6,6 +6,7 @@ import pytest
 
 from diffclip.base.errors import InputError
 from diffclip.base.paths import folder_of, inside, matching
+from diffclip.data.sources import expand
 
 
 @pytest.mark.parametrize(
@@ -60,6 +61,22 @@ def test_patterns_name_files_in_order_and_names_that_look_like_patterns_stay(tmp
     assert matching(at("c[1].json", "x{0,1}.json", "absent")) == at("c[1].json", "x{0,1}.json", "absent")
     with pytest.raises(InputError, match="no such file"):
         matching(at("d*.json"))
+
+
+def test_folders_that_are_there_by_their_name_are_no_patterns(tmp_path, monkeypatch):
+    folder = tmp_path / "a [1] {x,y} *"
+    (folder / "b").mkdir(parents=True)
+    for name in ("0.json", "1.json"):
+        (folder / "b" / name).write_text("")
+    wanted = [str(folder / "b" / name) for name in ("0.json", "1.json")]
+    for pattern in ("b/*.json", "b/{0,1}.json", "{b,b}/?.json", "*/[01].json"):
+        assert sorted({*matching([f"{folder}/{pattern}"])}) == wanted == sorted({*expand([f"{folder}/{pattern}"])})
+    monkeypatch.chdir(folder)
+    assert matching(["b/*.json"]) == ["b/0.json", "b/1.json"] == expand(["b/{0,1}.json"])
+    assert matching(["*/0.json"]) == ["b/0.json"]
+    for absent in (f"{folder}/b/*.txt", f"{folder}/b/{{0,1}}.txt"):
+        with pytest.raises(InputError, match=r"a \[1\].*no such file"):
+            expand([absent])
 
 
 def test_the_folder_of_files_is_theirs_or_a_folder_itself(tmp_path, monkeypatch):
