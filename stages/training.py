@@ -225,6 +225,8 @@ def train(trainer: Trainer, run: Run) -> dict[str, float]:
                 f"{run.path / LOGS} for what each says; raise ddp_timeout if they were only slow; the same command "
                 f"goes on from {run.resume_from or 'the start'}"
             ) from error
+        with suppress(OSError, InputError):  # whose checkpoint stays half-written
+            run.sealed()
         half = run.half_written()
         if not half:
             raise

@@ -308,6 +308,22 @@ def test_weights_that_are_not_finite_end_the_run_and_are_not_saved(tmp_path, bad
     assert weights(again).isfinite().all()
 
 
+def test_an_error_while_a_checkpoint_is_sealed_is_no_full_disk(tmp_path, monkeypatch):
+    """A CUDA error in the step after a checkpoint, say, whose files are still being hashed."""
+
+    class Breaks(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 5:
+                raise RuntimeError("no kernel image")
+
+    seal = Run._seal
+    monkeypatch.setattr(Run, "_seal", lambda self, folder: (time.sleep(1), seal(self, folder)))
+    trainer, run = start(tmp_path / "run", Breaks(), save_steps=5)
+    with pytest.raises(RuntimeError, match="no kernel image"):
+        train(trainer, run)
+    assert (tmp_path / "run/checkpoint-5" / COMPLETE).is_file()
+
+
 def text_file(folder):
     """96 short conversations as text."""
     lines = [
