@@ -54,7 +54,7 @@ has_extras() {
 }
 
 install_into_venv() {
-    local extras=$1 python wanted
+    local extras=$1 python wanted torch
     find_venv
     if ! "$venv/bin/python" -c '' 2>/dev/null; then # missing, or of a Python that is gone
         # what is cleared must be a virtual environment: conda's may have no Python yet, DIFFCLIP_VENV may name a home
@@ -80,7 +80,13 @@ install_into_venv() {
     }
     if [ -n "${DIFFCLIP_CPU:-}" ]; then
         echo "installing PyTorch without CUDA"
-        "$venv/bin/python" -m pip install --quiet torch torchvision --index-url https://download.pytorch.org/whl/cpu || return
+        # in versions that the package takes: others would be replaced below, by ones with CUDA
+        mapfile -t torch < <(grep -oE '"torch(vision)?>=[^"]+' "$root/pyproject.toml" | tr -d '"')
+        "$venv/bin/python" -m pip install --quiet "${torch[@]}" --index-url https://download.pytorch.org/whl/cpu || {
+            echo "error: PyTorch without CUDA comes from download.pytorch.org alone, which did not give it: take another" \
+                "network, or leave DIFFCLIP_CPU out" >&2
+            return 2
+        }
     fi
     echo "installing diffclip-stack[$extras] (several minutes the first time, about 7 GB, of which CUDA is 4.6:" \
         "DIFFCLIP_CPU=1 leaves it out)"

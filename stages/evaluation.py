@@ -146,7 +146,7 @@ def attention_metrics(config: EvaluateConfig, run: Run, encoder: Encoder) -> dic
     try:
         items = list(islice(read_masks(folder / "instances.json", folder / "images"), config.masked_objects))
     except ImportError:
-        run.note(attention="no attention maps: pycocotools is not installed (pip install '.[eval]')")
+        run.note(attention="no attention maps: pycocotools is not installed (pip install 'diffclip-stack[eval]')")
         return {}
     maps = overlays.keep_attention(encoder, overlays.queries_from_masks(items), run.path)
     metrics = overlays.localisation(encoder, items, run.path)

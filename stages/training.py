@@ -50,7 +50,11 @@ def per_device_batch(config: TrainingConfig, micro_batch_size: int = 0) -> tuple
         raise InputError(f"global_batch_size {config.global_batch_size} is not a multiple of the {world()} devices")
     micro = min(micro_batch_size or share, share)
     if share % micro:
-        raise InputError(f"each device's share of the batch, {share}, is not a multiple of micro_batch_size {micro}")
+        fits = next(n for n in range(micro, 0, -1) if share % n == 0)
+        raise InputError(
+            f"each device's share of the batch, {share}, is not a multiple of micro_batch_size {micro}: "
+            f"set micro_batch_size {fits}"
+        )
     return micro, share // micro
 
 

@@ -50,7 +50,8 @@ def evaluate_clip(
 
     Args:
         model, preprocess, tokenizer: what `diffclip.load` returns; the model may be on any device.
-        data_root: the data, laid out as `datasets.suite_from_folder` finds it unless `suite` says.
+        data_root: the data, laid out as `datasets.suite_from_folder` finds it, or the paper's sets in folders of their
+            names, unless `suite` says.
         missing: sets that belong to the suite but are not there, with the remedy; listed as skipped.
         cache_dir: where features are kept, out_dir/features when None.
 
@@ -58,6 +59,8 @@ def evaluate_clip(
         InputError: missing or malformed data; before any image is encoded, but for corrupt images.
     """
     data_root, out_dir = Path(data_root), Path(out_dir)
+    if not suite and not any((data_root / part).is_dir() for part in datasets.PARTS if part not in paper.SETS):
+        suite, missing = paper.suite(data_root)
     data = datasets.read(data_root, suite or datasets.suite_from_folder(data_root))
     common = prompts.templates(settings.templates) if settings.templates else None
     how = {name: getattr(settings, name) for name in ("precision", "batch_size", "workers", "quiet")}

@@ -1,10 +1,11 @@
 """The paper's benchmarks as one table: which sets, how they are scored, how large they are, and how to get them.
 
-A set lies in a folder of its name below the data root, in any form that `diffclip.benchmarks.datasets` reads, or where
-torchvision puts it when its root is that folder or the data root. The nine classification sets are those of the
-linear-probe and few-shot tables. `0_data.sh` fetches these and all others in clip-benchmark's shards, whose splits are
-VTAB's for six of them: cifar10 and cifar100 train on 45,000 images there, not 50,000, and caltech101, dtd, flowers
-and pets on other images than TensorFlow Datasets' default splits; `torchvision_sets` is nearer to those.
+A set lies in a folder of its name below the data root or its part there (`classification/dtd`), in any form that
+`diffclip.benchmarks.datasets` reads, or where torchvision puts it when its root is that folder or the data root. The
+nine classification sets are those of the linear-probe and few-shot tables. `0_data.sh` fetches these and all others
+in clip-benchmark's shards, whose splits are VTAB's for six of them: cifar10 and cifar100 train on 45,000 images
+there, not 50,000, and caltech101, dtd, flowers and pets on other images than TensorFlow Datasets' default splits;
+`torchvision_sets` is nearer to those.
 """
 
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from diffclip.base.console import print_table
 from diffclip.base.lines import print_line
 from diffclip.benchmarks import TORCHVISION
 from diffclip.benchmarks.captioned import read_captioned
-from diffclip.benchmarks.images import images_in
+from diffclip.benchmarks.images import images_in, visible
 from diffclip.benchmarks.labelled import labelled_files, read_labelled
 from diffclip.benchmarks.torchvision_sets import read_torchvision
 from diffclip.data.layout import SPLITS
@@ -54,6 +55,12 @@ SETS = {
 }
 
 
+def folder_of(name: str, root: Path) -> Path | None:
+    """Where a set lies, None where there is nothing of it: a download that failed may leave a hidden file."""
+    folders = (root / name, root / SETS[name].part / name)
+    return next((folder for folder in folders if folder.is_dir() and visible(folder.iterdir())), None)
+
+
 def torchvision_root(name: str, *folders: Path) -> Path | None:
     """The first of `folders` in which torchvision has unpacked the set, None without any."""
     return next((f for f in folders if name in TORCHVISION and (f / TORCHVISION[name]).is_dir()), None)
@@ -71,18 +78,20 @@ def suite(root: Path) -> tuple[dict[str, Any], dict[str, str]]:
     missing: dict[str, str] = {}
     for name, about in SETS.items():
         unpacked = torchvision_root(name, root / name, root)
-        if not (root / name).is_dir() and not unpacked:
+        folder = unpacked or folder_of(name, root)
+        if not folder:
             missing[f"{about.part}/{name}"] = remedy(name, root)
-        elif about.part == "classification":
-            where = {"folder": str(unpacked.relative_to(root)), "torchvision": name} if unpacked else {"folder": name}
-            found.setdefault("classification", {})[name] = where
+            continue
+        where = {"folder": str(folder.relative_to(root))}
+        if about.part == "classification":
+            found.setdefault("classification", {})[name] = where | ({"torchvision": name} if unpacked else {})
         elif about.part == "retrieval":
-            inner = f"{name}/test" if (root / name / "test").is_dir() else name
-            found.setdefault("retrieval", {})[name] = {"path": inner}
+            inner = folder / "test" if (folder / "test").is_dir() else folder
+            found.setdefault("retrieval", {})[name] = {"path": str(inner.relative_to(root))}
         elif about.part == "mmvp":
-            found["mmvp"] = {"folder": name}
+            found["mmvp"] = where
         else:
-            found.setdefault("shifts", {})[name] = {"folder": name, "of": "imagenet"}
+            found.setdefault("shifts", {})[name] = where | {"of": "imagenet"}
     if "imagenet" not in found.get("classification", {}):
         for name in found.pop("shifts", {}):
             missing[f"shifts/{name}"] = f"needs imagenet for its class names: {remedy('imagenet', root)}"
@@ -94,7 +103,9 @@ def check(root: Path) -> list[tuple[str, str, int, int, str]]:
     rows = []
     for name, about in SETS.items():
         unpacked = torchvision_root(name, root / name, root)
-        count = len(read_torchvision(name, unpacked)[1]["test"]) if unpacked else count_test(root / name, about.part)
+        folder = folder_of(name, root)
+        found = count_test(folder, about.part) if folder else 0
+        count = len(read_torchvision(name, unpacked)[1]["test"]) if unpacked else found
         state = "missing" if not count else "complete" if count >= about.test else "partial"
         rows.append((name, state, count, about.test, "" if state == "complete" else remedy(name, root).split(": ")[1]))
     return rows
@@ -102,8 +113,6 @@ def check(root: Path) -> list[tuple[str, str, int, int, str]]:
 
 def count_test(folder: Path, part: str) -> int:
     """Images of a set's test split, whatever its form; 0 if there is none."""
-    if not folder.is_dir():
-        return 0
     inner = next((folder / alias for alias in SPLITS["test"] if (folder / alias).is_dir()), folder)
     if part == "retrieval":
         return len(read_captioned(inner).images)

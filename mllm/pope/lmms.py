@@ -197,7 +197,7 @@ def run_lmms_eval(
     """
     run_dir = Path(run_dir).resolve() if Path(run_dir).exists() else Path(run_dir)
     if "diffclip_llava" not in entry_points(group="lmms_eval.models").names:
-        raise InputError("lmms-eval cannot find diffclip_llava: install this package with pip install '.[eval]'")
+        raise InputError("lmms-eval cannot find diffclip_llava: pip install 'diffclip-stack[eval]'")
     for path in (run_dir, out_dir):
         if {",", "="} & set(str(path)):
             raise InputError(f"{path}: lmms-eval splits its arguments at , and =; use another folder")

@@ -32,7 +32,7 @@ def shard(path: Path, rows: list[tuple[str, bytes]]) -> None:
 
 @pytest.fixture
 def root(tmp_path):
-    """Three of the paper's sets as 0_data.sh leaves them, and the folder of a fourth."""
+    """Four of the paper's sets as 0_data.sh leaves them, and what a download of a fifth leaves that failed."""
     names = ["cat", "dog", "car", "cup", "key"]
     for name, classes in (("cifar10", names), ("imagenet", names), ("imagenet-r", names[3:])):
         labels = [("cls", str(i % len(classes)).encode()) for i in range(10)]
@@ -41,16 +41,19 @@ def root(tmp_path):
     shard(tmp_path / "cifar10" / "train" / "0.tar", [("cls", str(i % 5).encode()) for i in range(40)])
     shard(tmp_path / "flickr8k" / "test" / "0.tar", [("txt", b"one\ntwo\n")] * 6)
     (tmp_path / "dtd").mkdir()
+    (tmp_path / "dtd" / ".lock").touch()
     return tmp_path
 
 
 def test_suite_holds_what_is_there_and_a_remedy_for_the_rest(root):
-    (root / "dtd").rmdir()
     suite, missing = paper.suite(root)
     assert set(suite["classification"]) == {"cifar10", "imagenet"} and set(suite["retrieval"]) == {"flickr8k"}
     assert suite["shifts"] == {"imagenet-r": {"folder": "imagenet-r", "of": "imagenet"}} and "mmvp" not in suite
     assert len(missing) == len(paper.SETS) - 4
     assert f"0_data.sh pets --output_dir {root}" in missing["classification/pets"]
+    (root / "classification").mkdir()
+    (root / "cifar10").rename(root / "classification" / "cifar10")
+    assert paper.suite(root)[0]["classification"]["cifar10"] == {"folder": "classification/cifar10"}
 
 
 def test_check_says_complete_partial_or_missing(root, monkeypatch):
@@ -66,7 +69,6 @@ def test_every_set_can_be_fetched_and_counts_the_same():
 
 
 def test_command_runs_the_suite_and_lists_what_it_lacks(root, tmp_path, capsys):
-    (root / "dtd").rmdir()
     diffclip.save(diffclip.build("CLIP-tiny"), tmp_path / "model")
     options = ["--data-root", str(root)]
     main(["--model", str(tmp_path / "model"), *options, "--suite", "paper", "--out", str(tmp_path / "out")])
@@ -76,6 +78,9 @@ def test_command_runs_the_suite_and_lists_what_it_lacks(root, tmp_path, capsys):
     )
     assert "retrieval/flickr8k/text_to_image/R@1" in scores["metrics"]
     assert "0_data.sh coco" in scores["skipped"]["retrieval/coco"] and "retrieval/coco" in capsys.readouterr().out
+    main(["--model", str(tmp_path / "model"), *options, "--out", str(tmp_path / "told")])  # by the folders' names
+    told = read_json(tmp_path / "told" / "model" / "clip_benchmarks.json")
+    assert told["metrics"] == scores["metrics"] and told["skipped"] == scores["skipped"]
     main(["data", "check", *options])
     listed = capsys.readouterr().out
     assert "partial" in listed and "0_data.sh mmvp" in listed

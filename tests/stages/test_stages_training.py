@@ -30,6 +30,7 @@ from stages.training import (
     KeepWhatFits,
     check_shared_memory,
     on_one_device,
+    per_device_batch,
     train,
     training_arguments,
 )
@@ -125,6 +126,13 @@ def test_without_a_launcher_a_process_keeps_to_one_device(tmp_path, capsys):
     size, model = prepared(arguments)
     assert size == 8 and isinstance(model, Line)
     assert "2 GPUs" in said and "torchrun --nproc_per_node 2" in said and len(said.splitlines()) == 1
+
+
+def test_a_batch_that_passes_do_not_make_up_says_which_pass_would(tmp_path):
+    config = settings_of(tmp_path, global_batch_size=16)
+    assert per_device_batch(config, 8) == (8, 2) and per_device_batch(config, 192) == (16, 1)
+    with pytest.raises(InputError, match="micro_batch_size 12: set micro_batch_size 8"):
+        per_device_batch(config, 12)
 
 
 @pytest.mark.parametrize("wanted", [False, True])
