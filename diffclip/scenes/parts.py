@@ -112,10 +112,9 @@ def write_retrieval(folder: Path, options: Options, tick: Tick) -> None:
 def _write_classes(
     folder: Path, count: int, what: str, stream: str, options: Options, tick: Tick, role: str = ""
 ) -> None:
-    for name in CLASSES[what]:
-        (folder / name).mkdir(parents=True)
     for i in range(count):
         scene, name = class_scene(options.seed, what, stream, i, role)
+        (folder / name).mkdir(parents=True, exist_ok=True)  # of fewer images than classes some have none
         _write_png(folder / name, i, scene, options.size)
         tick()
 

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from diffclip.base.errors import InputError
+from diffclip.benchmarks import datasets
 from diffclip.scenes import drawing as scenes
 from diffclip.scenes import parts
 from diffclip.scenes.__main__ import main
@@ -61,6 +62,12 @@ def test_class_folders(made):
         assert set(np.bincount(data.targets)) == {80 // count}
     for role in ("v2", "a", "r", "sketch"):
         assert sorted(ImageFolder(made / "shifts" / role).classes) == sorted(scenes.SHAPES)
+
+
+def test_fewer_images_than_classes_are_a_set_that_the_benchmarks_read(made):
+    assert len([*(made / "classification/shape_color/val").iterdir()]) == 10
+    suite = datasets.read(made, datasets.suite_from_folder(made))
+    assert suite  # a folder without images would have been refused
 
 
 def test_llava_rows(made):
