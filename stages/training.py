@@ -35,7 +35,7 @@ from stages.other_ranks import divide_anew
 from stages.run import Run
 from stages.settings import TrainingConfig
 
-PACKAGES = {"azure_ml": "azureml-mlflow", "flyte": "flytekit"}  # of reporters that are not called like theirs
+PACKAGES = ("tensorboard", "wandb", "mlflow", "trackio", "swanlab", "clearml")  # reporters that are called like theirs
 LATE = ("Timed out waiting", "timed out", "Timeout at")  # in what a collective raises whose other ranks do not come
 
 
@@ -70,11 +70,10 @@ def check_trainer(config: TrainingConfig) -> None:
     Numbers that YAML reads as text, such as 1e-8, become numbers.
     """
     for reporter in config.report_to:
-        if reporter not in (known := [*INTEGRATION_TO_CALLBACK, "none"]):
+        if reporter not in (known := [*INTEGRATION_TO_CALLBACK, "none", "all"]):
             raise InputError(f"setting `report_to`: there is no {reporter}{near(reporter, known)}")
-        if reporter not in ("none", *get_available_reporting_integrations()):
-            package = PACKAGES.get(reporter, reporter)
-            raise InputError(f"report_to asks for {reporter}, which is not installed: pip install {package}")
+        if reporter in PACKAGES and reporter not in get_available_reporting_integrations():
+            raise InputError(f"report_to asks for {reporter}, which is not installed: pip install {reporter}")
     types_by_key = get_type_hints(TrainingArguments)
     for key, value in config.trainer.items():
         if key not in types_by_key:
@@ -209,8 +208,8 @@ def train(trainer: Trainer, run: Run) -> dict[str, float]:
             raise InputError(f"{checkpoint}: cannot be gone on from ({why}); {without(checkpoint)}") from error
         if (reporter := type(error).__module__.split(".")[0]) in run.config.report_to:
             raise InputError(
-                f"setting `report_to`: {reporter} says: {in_one_line(error)} Do so, or go on without it, as by "
-                "--report_to tensorboard: it decides nothing about the result"
+                f"setting `report_to`: {reporter} does not take it ({in_one_line(error)}); mend that, or go on without "
+                "it, as by --report_to tensorboard: it decides nothing about the result"
             ) from error
         if not isinstance(error, InputError | OSError | RuntimeError | SafetensorError):
             raise
@@ -229,9 +228,9 @@ def train(trainer: Trainer, run: Run) -> dict[str, float]:
                 f"{run.path / LOGS} for what each says; raise ddp_timeout if they were only slow; the same command "
                 f"goes on from {run.resume_from or 'the start'}"
             ) from error
-        with suppress(OSError, InputError):  # whose checkpoint stays half-written
-            run.sealed()
-        half = run.half_written()
+        run.sealed()  # says by itself what kept a rank from writing its part
+        written = run.is_main or not isinstance(error, RuntimeError) or "PytorchStreamWriter" in str(error)
+        half = run.half_written() if written else []  # on the other ranks also what rank 0 is still hashing
         if not half:
             raise
         raise InputError(

@@ -5,6 +5,7 @@ gzip is unpacked as it is read; what is not UTF-8, not JSON, nested too deep or 
 that names the file and the line.
 """
 
+import errno
 import gzip
 import hashlib
 import io
@@ -19,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
 
-from diffclip.base.errors import SURROUNDINGS, InputError
+from diffclip.base.errors import InputError
 
 # Bytes of what is held in memory at once, unpacked. The largest honest files: COCO's annotations, half of the first; a
 # row with a few photos in base64; a hundred kilobytes of JSON, and of YAML, which is read at a fiftieth of the pace.
@@ -323,7 +324,7 @@ def append(path: str | Path, lines: str) -> None:
                     lines = "\n" + lines
             f.write(_encoded(lines))
     except OSError as error:
-        if error.errno in SURROUNDINGS:
+        if error.errno not in (errno.EISDIR, errno.ELOOP, errno.EACCES, errno.EPERM, errno.ENXIO):
             raise
         raise InputError(f"{path}: nothing can be appended to it ({error.strerror}); move it away") from None
 

@@ -1,5 +1,6 @@
 """The Hub: local copies of its datasets, and what asking it may end in."""
 
+import glob
 import os
 
 import huggingface_hub  # which imports its parts when they are asked for
@@ -16,7 +17,8 @@ def hub_errors() -> tuple[type[Exception], ...]:
 
 
 def dataset_copy(name: str) -> str:
-    """The local copy of `hf:owner/name`, a dataset of the Hub, or of a file or folder in it, `hf:owner/name/PATH`.
+    """The local copy of `hf:owner/name`, a dataset of the Hub, or of a file or folder in it, `hf:owner/name/PATH`; of a
+    PATH with globs, the glob of its local copies.
 
     InputError if it is not in reach, or has no such file.
     """
@@ -31,6 +33,6 @@ def dataset_copy(name: str) -> str:
             "network and, of a private one, HF_TOKEN"
         ) from None
     place = os.path.join(folder, path) if path else folder
-    if not os.path.exists(place):
+    if not os.path.exists(place) and not glob.has_magic(path):
         raise InputError(f"{name}: the dataset {owner}/{dataset} has no {path}; look at its files on the Hub")
     return place

@@ -39,8 +39,7 @@ def matching(patterns: Sequence[str]) -> list[str]:
     paths: list[str] = []
     for pattern in patterns:
         if pattern.startswith("hf:"):
-            paths.append(dataset_copy(pattern))
-            continue
+            pattern = dataset_copy(pattern)
         for part in [pattern] if os.path.exists(pattern) else alternatives(pattern):
             matches = sorted(glob.glob(part)) if glob.has_magic(part) and not os.path.exists(part) else [part]
             if not matches:

@@ -134,11 +134,11 @@ def gather(text: str) -> list[str]:
 
 def _heard(key: str) -> None:
     """Say that this rank has what was said under a key; rank 0, whose end is the store's, waits until all have it."""
-    if rank() != 0:
-        _store().set(f"{key}/heard/{rank()}", "")
-        return
-    with suppress(RuntimeError):  # a rank that never comes
-        _store().wait([f"{key}/heard/{other}" for other in range(1, world())], PATIENCE)
+    with suppress(RuntimeError):  # a rank that never comes, or a rank 0 that has not waited for this one
+        if rank() != 0:
+            _store().set(f"{key}/heard/{rank()}", "")
+        else:
+            _store().wait([f"{key}/heard/{other}" for other in range(1, world())], PATIENCE)
 
 
 def keep_errors(file: Path) -> None:

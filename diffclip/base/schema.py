@@ -67,7 +67,7 @@ class RunRecord(TypedDict, total=False):
     taken_over: list[str]  # what decides the result and was changed in mid-run, since the user said so
     files: dict[str, list]  # of a finished run: diffclip.base.sealed.Digests of its result
     ranks: int
-    hosts: dict[str, str]  # where there are several ranks: what each computes on
+    hosts: dict[str, str] | list[str]  # where there are several ranks: what each computes on; once their names alone
     job: str  # Slurm's
     inputs: dict[str, Input]  # by setting, "data[1]" for the second file of `data`
     deepspeed: Input

@@ -60,7 +60,9 @@ def evaluate_clip(
     """
     data_root, out_dir = Path(data_root), Path(out_dir)
     if not suite and not any((data_root / part).is_dir() for part in datasets.PARTS if part not in paper.SETS):
-        suite, missing = paper.suite(data_root)
+        named, absent = paper.suite(data_root)
+        if named.keys() - paper.SETS.keys():  # mmvp/ alone is a part of its own
+            suite, missing = named, {**absent, **(missing or {})}
     data = datasets.read(data_root, suite or datasets.suite_from_folder(data_root))
     common = prompts.templates(settings.templates) if settings.templates else None
     how = {name: getattr(settings, name) for name in ("precision", "batch_size", "workers", "quiet")}

@@ -61,8 +61,9 @@ def folder_of(name: str, root: Path) -> Path | None:
     return next((folder for folder in folders if folder.is_dir() and visible(folder.iterdir())), None)
 
 
-def torchvision_root(name: str, *folders: Path) -> Path | None:
-    """The first of `folders` in which torchvision has unpacked the set, None without any."""
+def torchvision_root(name: str, root: Path) -> Path | None:
+    """Where torchvision has unpacked the set, in a folder of its name or in `root`; None for nowhere."""
+    folders = (root / name, root / SETS[name].part / name, root)
     return next((f for f in folders if name in TORCHVISION and (f / TORCHVISION[name]).is_dir()), None)
 
 
@@ -77,7 +78,7 @@ def suite(root: Path) -> tuple[dict[str, Any], dict[str, str]]:
     found: dict[str, Any] = {}
     missing: dict[str, str] = {}
     for name, about in SETS.items():
-        unpacked = torchvision_root(name, root / name, root)
+        unpacked = torchvision_root(name, root)
         folder = unpacked or folder_of(name, root)
         if not folder:
             missing[f"{about.part}/{name}"] = remedy(name, root)
@@ -102,7 +103,7 @@ def check(root: Path) -> list[tuple[str, str, int, int, str]]:
     """(name, "complete", "partial" or "missing", test images found, expected, remedy) of every set."""
     rows = []
     for name, about in SETS.items():
-        unpacked = torchvision_root(name, root / name, root)
+        unpacked = torchvision_root(name, root)
         folder = folder_of(name, root)
         found = count_test(folder, about.part) if folder else 0
         count = len(read_torchvision(name, unpacked)[1]["test"]) if unpacked else found
@@ -145,6 +146,6 @@ def reported(name: str) -> str:
 def download(names: Sequence[str], root: Path) -> None:
     """Let torchvision fetch sets into folders of their names."""
     for name in names:
-        folder = torchvision_root(name, root / name, root) or root / name
+        folder = torchvision_root(name, root) or root / name
         splits = read_torchvision(name, folder, download=True)[1]
         print_line(f"{name}: {', '.join(f'{len(rows):,} {split}' for split, rows in splits.items())}")

@@ -157,7 +157,7 @@ def load_rows(
     root = os.path.realpath(image_root)
     digest = json_digest([FORMAT, sources, root, settings], 32)
     path = cache_dir() / "rows" / f"{digest}.arrow"
-    names = [name for name, _ in sources]
+    names = [_by_its_name(path) for path in matching([str(path) for path in files])]
     table = None if fresh else _kept(path, root)
     if table is None:
         with locked(path):
@@ -172,6 +172,12 @@ def load_rows(
         raise InputError(f"{', '.join(names)}: no rows{only}; check the file, image_prefix and split")
     refuse_too_bad(rows, max_bad_share)
     return rows
+
+
+def _by_its_name(path: str) -> str:
+    """A path without links but for the last: the Hub's cache has a file under its name as a link to a digest."""
+    folder, name = os.path.split(os.path.abspath(path))
+    return os.path.join(os.path.realpath(folder), name)
 
 
 def refuse_too_bad(rows: Rows, max_bad_share: float, named_in: str | Path = "") -> None:

@@ -6,7 +6,8 @@ from tokenizers import Tokenizer
 from tokenizers.normalizers import NFC
 
 BEFORE_WORD = re.compile(r"(?<=\S)(?= \S)")  # where one space lies between two words, before it
-MOST = 1_000_000  # words that are kept, some 150 MB
+MOST = 1_000_000  # words that are kept, at most some 150 MB
+LONGEST = 32  # characters of one: longer ones, as whole sentences of scripts without spaces, do not come again
 SAMPLES = "aZ7.é中'_<\N{HEBREW LETTER ALEF}"
 
 
@@ -32,13 +33,19 @@ class TokenCounter:
         new = list({word for words in split for word in words} - self.known.keys())
         encoded = self.backend.encode_batch_fast(new, add_special_tokens=False)
         self.known.update((word, len(tokens)) for word, tokens in zip(new, encoded))
-        return [self.around + sum(map(self.known.__getitem__, words)) for words in split]
+        counts = [self.around + sum(map(self.known.__getitem__, words)) for words in split]
+        for word in new:
+            if len(word) > LONGEST:
+                del self.known[word]
+        return counts
 
 
 def begins_anew(backend: Tokenizer) -> bool:
     """Whether no token of `backend` reaches over, or depends on, what lies before a word's space."""
     added = backend.get_added_tokens_decoder().values()
-    if type(backend.normalizer) not in (type(None), NFC) or any(token.lstrip or token.rstrip for token in added):
+    if type(backend.normalizer) not in (type(None), NFC):
+        return False
+    if any(token.lstrip or token.rstrip or re.search(r"\S | \S", token.content) for token in added):
         return False
     if backend.pre_tokenizer is None or getattr(backend.model, "dropout", None):
         return False

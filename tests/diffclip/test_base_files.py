@@ -44,11 +44,13 @@ def test_what_nothing_can_be_appended_to_is_named(tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "loop").symlink_to("loop")
     os.mkfifo(tmp_path / "pipe")  # would be waited for
-    for name in ("folder", "loop", "pipe", "nowhere/log"):
+    for name in ("folder", "loop", "pipe"):
         with pytest.raises(InputError, match=f"{name}: "):
             files.append(tmp_path / name, "line\n")
     with pytest.raises(OSError, match="No space"):  # which is told as such
         files.append("/dev/full", "line\n")
+    with pytest.raises(FileNotFoundError):  # as a disk that is gone
+        files.append(tmp_path / "nowhere/log", "line\n")
 
 
 def test_whole_lines_are_counted_and_the_rest_cut_off(tmp_path):

@@ -54,6 +54,9 @@ def test_suite_holds_what_is_there_and_a_remedy_for_the_rest(root):
     (root / "classification").mkdir()
     (root / "cifar10").rename(root / "classification" / "cifar10")
     assert paper.suite(root)[0]["classification"]["cifar10"] == {"folder": "classification/cifar10"}
+    unpacked = root / "classification" / "dtd"
+    (unpacked / paper.TORCHVISION["dtd"]).mkdir(parents=True)
+    assert paper.suite(root)[0]["classification"]["dtd"] == {"folder": "classification/dtd", "torchvision": "dtd"}
 
 
 def test_check_says_complete_partial_or_missing(root, monkeypatch):

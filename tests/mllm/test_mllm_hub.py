@@ -28,7 +28,14 @@ def dataset(tmp_path, monkeypatch):
         table = pyarrow.Table.from_pylist([{"messages": turns, "id": f"{split}-{n}"} for n in range(count)])
         pyarrow.parquet.write_table(table, folder / "snapshots" / COMMIT / f"data/{split}-00000-of-00001.parquet")
     llava = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "A mug"}]
+    (folder / "snapshots" / COMMIT / "pairs.csv").write_text("image,caption\nno.jpg,a mug\n")
     (folder / "snapshots" / COMMIT / "llava.json").write_text(json.dumps([{"id": "1", "conversations": llava}]))
+    (folder / "blobs").mkdir()
+    for number, file in enumerate([*(folder / "snapshots" / COMMIT).rglob("*.*")]):
+        if file.is_file():  # huggingface_hub keeps contents by their digests, and links to them
+            (folder / "blobs" / str(number)).write_bytes(file.read_bytes())
+            file.unlink()
+            file.symlink_to(folder / "blobs" / str(number))
     return folder / "snapshots" / COMMIT
 
 
@@ -41,6 +48,10 @@ def test_a_dataset_of_the_hub_is_read_by_its_name(dataset):
     assert names("hf:me/rows") == ["train-0", "train-1", "train-2"]
     assert names("hf:me/rows/", "test") == ["test-0", "test-1"]
     assert names("hf:me/rows/llava.json") == ["1"] == names(str(dataset / "llava.json"))
+    assert load_rows(["hf:me/rows/llava.json"], "/")[0].key.endswith("llava.json: row 0 (id 1)")
+    with pytest.raises(InputError, match=r"pairs\.csv: column image: there is no no\.jpg"):
+        names("hf:me/rows/pairs.csv")
+    assert names("hf:me/rows/data/te*.parquet") == ["test-0", "test-1"]
     with pytest.raises(InputError, match=r"the dataset me/rows has no other\.json"):
         dataset_copy("hf:me/rows/other.json")
 

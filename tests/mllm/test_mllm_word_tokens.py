@@ -22,7 +22,7 @@ def split_by(pattern: str):
     return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"), BYTES])
 
 
-def bpe(pre, normalizer=None, *, rstrip: bool = False, begins: bool = False) -> Tokenizer:
+def bpe(pre, normalizer=None, *, end: str = "<end>", rstrip: bool = False, begins: bool = False) -> Tokenizer:
     """A byte-level BPE, learnt from texts like those that it is asked about."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer, tokenizer.decoder = pre, decoders.ByteLevel()
@@ -32,7 +32,7 @@ def bpe(pre, normalizer=None, *, rstrip: bool = False, begins: bool = False) -> 
         vocab_size=600, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
     tokenizer.train_from_iterator([text.replace("<end>", "") for text in texts(3000, seed=1)], trainer)
-    tokenizer.add_tokens([AddedToken("<end>", special=True, rstrip=rstrip)])
+    tokenizer.add_tokens([AddedToken(end, special=True, rstrip=rstrip)])
     if begins:
         tokenizer.post_processor = processors.TemplateProcessing(
             single="<end> $A <end>", special_tokens=[("<end>", tokenizer.token_to_id("<end>"))]
@@ -62,6 +62,7 @@ KINDS = {
     "T5": (unigram, False),
     "tokens over spaces": (superwords, False),
     "lower case": (lambda: bpe(split_by(QWEN), normalizers.NFKC()), False),
+    "a token with a space in it": (lambda: bpe(split_by(QWEN), end="a b"), False),
     "a token that takes the spaces behind it": (
         lambda: bpe(split_by(QWEN), rstrip=True),
         False,
