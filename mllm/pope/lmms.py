@@ -235,7 +235,8 @@ def _end_of(log: Path) -> str:
 
 
 def _run_with_progress(command: list[str], environment: dict[str, str], log: Path) -> int:
-    """Run a command, all of its output into `log`; only our own progress bar is shown as it goes."""
+    """Run a command, all of its output into `log`; on a terminal our own progress bar is shown as it goes."""
+    terminal = sys.stderr.isatty()
     process = subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
     )
@@ -243,9 +244,10 @@ def _run_with_progress(command: list[str], environment: dict[str, str], log: Pat
     with open(log, "w", encoding="utf-8") as f:  # universal newlines: every redraw of a bar is a line
         for line in process.stdout:
             f.write(line)
-            if line.startswith("diffclip_llava: "):
+            if terminal and line.startswith("diffclip_llava: "):
                 print_line("\r" + printable(line.rstrip()), keep="\r", end="", error=True)
-    print_line(error=True)
+    if terminal:
+        print_line(error=True)
     return process.wait()
 
 

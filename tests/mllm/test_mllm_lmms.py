@@ -15,7 +15,7 @@ from diffclip.base.errors import InputError
 from diffclip.base.files import read_jsonl
 from mllm.conversation import prompt
 from mllm.pope.images import find_images
-from mllm.pope.lmms import _same, evaluate_with_lmms, score_answers, write_parquet, write_tasks
+from mllm.pope.lmms import _run_with_progress, _same, evaluate_with_lmms, score_answers, write_parquet, write_tasks
 from mllm.pope.parsers import parse_lmms_eval
 from mllm.pope.questions import POST_PROMPT, SPLITS, read
 from mllm.pope.scores import CONTROLS, GREY, grey_image, intervals, score, shuffle_images
@@ -452,3 +452,13 @@ def test_a_killed_evaluation_goes_on_from_what_it_had_answered(run_dir, assemble
     model, batches = started(tmp_path / "other")
     model.generate_until(asked)
     assert batches == [2, 2, 1]
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_the_bar_of_questions_is_drawn_on_a_terminal_alone(tmp_path, capsys, monkeypatch, terminal):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    program = "print('a library'); print('diffclip_llava: 50%', end='\\r'); print('diffclip_llava: 100%')"
+    assert _run_with_progress([sys.executable, "-c", program], dict(os.environ), tmp_path / "log") == 0
+    drawn = capsys.readouterr().err
+    assert drawn == ("\rdiffclip_llava: 50%\rdiffclip_llava: 100%\n" if terminal else "")
+    assert (tmp_path / "log").read_text() == "a library\ndiffclip_llava: 50%\ndiffclip_llava: 100%\n"
