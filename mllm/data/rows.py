@@ -147,7 +147,7 @@ def load_rows(
             sound, turns out of order, an empty answer, more or fewer images than the
             conversation shows, or the like: names the first.
     """
-    sources = [(os.path.realpath(path), _state(Path(path))) for path in matching([str(path) for path in files])]
+    sources = [(_by_its_name(path), _state(Path(path))) for path in matching([str(path) for path in files])]
     settings: dict[str, Any] = {
         "image_prefix": image_prefix,
         "split": split,
@@ -157,7 +157,7 @@ def load_rows(
     root = os.path.realpath(image_root)
     digest = json_digest([FORMAT, sources, root, settings], 32)
     path = cache_dir() / "rows" / f"{digest}.arrow"
-    names = [_by_its_name(path) for path in matching([str(path) for path in files])]
+    names = [name for name, _ in sources]
     table = None if fresh else _kept(path, root)
     if table is None:
         with locked(path):
