@@ -60,13 +60,19 @@ def render(
         ValueError: unknown template, turns out of order, a question without an answer (or the reverse); as
             InputError, texts that the language model's own template refuses.
     """
-    questions, answers = pair_turns(conversation, add_generation_prompt)
+    return segments_of(*pair_turns(conversation, add_generation_prompt), system_text(conversation), template, end_token)
+
+
+def segments_of(
+    questions: list[str], answers: list[str], system: str, template: str, end_token: str = "<|im_end|>"
+) -> list[Segment]:
+    """`render` of questions and answers as `pair_turns` returns them, and of `system_text`."""
     if ENDS.match(template):
-        return [Segment(*piece) for piece in lay_out(template, questions, answers, system_text(conversation))]
+        return [Segment(*piece) for piece in lay_out(template, questions, answers, system)]
     if template == "plain":
         segments = [part for answer in answers for part in (Segment(IMAGE, False), Segment(answer + "\n", True))]
         return segments + [Segment(IMAGE, False)] * (len(questions) - len(answers))
-    around = _surroundings(template, end_token, system_text(conversation))
+    around = _surroundings(template, end_token, system)
     segments, lead = [], around.system
     for i, question in enumerate(questions):
         if template == "vicuna" and IMAGE in question:  # the image always stands in front, once
@@ -119,16 +125,25 @@ def pair_turns(conversation: Conversation, add_generation_prompt: bool = False) 
         turns = turns[1:]
     if turns and turns[0].get("from") == "gpt":
         turns = turns[1:]
-    for turn, role in zip(turns, ("human", "gpt") * len(turns)):
-        if turn.get("from") != role:
-            raise ValueError(f"turns must alternate human, gpt, human, ...; found `{turn.get('from')}`")
-        if not isinstance(turn.get("value"), str):
-            raise ValueError(f"a {role} turn has no text in `value`")
+    roles = (["human", "gpt"] * len(turns))[: len(turns)]
+    values = cast(list[str], [turn.get("value") for turn in turns])  # whether they are is asked next
+    if [turn.get("from") for turn in turns] != roles or not all(isinstance(value, str) for value in values):
+        raise ValueError(_turn_problem(turns, roles))
     if not turns or len(turns) % 2 != (1 if add_generation_prompt else 0):
         raise ValueError(
             "the conversation must end with a question" if add_generation_prompt else "a question has no answer"
         )
-    return [t["value"] for t in turns[0::2]], [t["value"] for t in turns[1::2]]
+    return values[0::2], values[1::2]
+
+
+def _turn_problem(turns: Conversation, roles: Sequence[str]) -> str:
+    """What is wrong with the first turn that has another role than these, or no text."""
+    for turn, role in zip(turns, roles):
+        if turn.get("from") != role:
+            return f"turns must alternate human, gpt, human, ...; found `{turn.get('from')}`"
+        if not isinstance(turn.get("value"), str):
+            return f"a {role} turn has no text in `value`"
+    return ""
 
 
 def prompt(

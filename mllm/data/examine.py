@@ -2,17 +2,19 @@
 
 import re
 from collections.abc import Iterator, Sequence
+from itertools import count, islice
 from pathlib import Path
 from typing import NamedTuple
 
 from diffclip.base.errors import InputError
 from diffclip.base.lines import print_line
-from mllm.conversation import IMAGE, pair_turns, render, system_text, template_name, text_problem
+from mllm.conversation import IMAGE, pair_turns, segments_of, system_text, template_name, text_problem
 from mllm.data.files import of_split, read_rows
 from mllm.data.images import ImagePlace, find_place, row_images
 from mllm.data.layouts import read_conversation
 from mllm.literal import turns_as_text
 
+STRETCH = 100  # rows that are judged in a go
 OTHER_TAG = re.compile(r"^<(?:video|audio|speech|sound)>$", re.MULTILINE)  # where the row's key is another, or lost
 
 
@@ -33,36 +35,58 @@ def examine(
     split: str,
     template: str,
     control: Sequence[str],
-) -> Iterator[Examined]:
-    """Every row of files with what is wrong with it or ""; arguments as in `load_rows`."""
+    share: tuple[int, int] = (0, 1),
+) -> Iterator[list[Examined]]:
+    """Stretches of the rows of files, each row with what is wrong with it or ""; arguments as in `load_rows`.
+
+    `share` (i, n): of the stretches only every nth, from the ith; rows of the others are read and passed over.
+    """
+    turn = count()
     for path in files:
-        others = 0
-        for number, row in enumerate(read_rows(path, split)):
-            if not of_split(row, split):
-                others += 1
-                continue
-            name = " ".join(str(row.get("id", row.get("question_id", "?")))[:100].split())
-            key = f"{path}: row {number} (id {name})".encode(errors="backslashreplace").decode()
-            turns: list[dict[str, str]] = []
-            places: list[tuple[str, ImagePlace | None]] = []
-            try:
-                turns, images = read_conversation(row)
-                turns = turns_as_text(turns, control)
-                if image_prefix and not any(name.startswith(image_prefix) for name, _ in images):
-                    continue
-                places = [(name, None) for name, _ in images]  # until they are found
-                places = [(name, find_place(image_root, name, content)) for name, content in images]
-                problem = conversation_problem(turns, places, image_root, template, control)
-            except (InputError, ValueError) as error:
-                if image_prefix and not places and _outside(row, image_prefix):
-                    continue
-                problem = str(error)
-            except RecursionError:
-                problem = "is nested too deep; drop the row"
-            problem = " ".join(problem.encode(errors="backslashreplace").decode().split())
-            yield Examined(key, turns, places, problem)
-        if others:
+        others, rows = 0, enumerate(read_rows(path, split))
+        while stretch := list(islice(rows, STRETCH)):
+            mine, found = next(turn) % share[1] == share[0], list[Examined]()
+            for number, row in stretch:
+                if not of_split(row, split):
+                    others += 1
+                elif mine and (one := _examined(row, path, number, image_root, image_prefix, template, control)):
+                    found.append(one)
+            if mine:
+                yield found
+        if others and share[0] == 0:
             print_line(f"{path}: {others:,} rows of other splits than {split or 'train'} are left out", error=True)
+
+
+def _examined(
+    row: dict,
+    path: str | Path,
+    number: int,
+    image_root: str | Path,
+    image_prefix: str,
+    template: str,
+    control: Sequence[str],
+) -> Examined | None:
+    """A row with what is wrong with it; None of one that `image_prefix` does not choose."""
+    name = " ".join(str(row.get("id", row.get("question_id", "?")))[:100].split())
+    key = f"{path}: row {number} (id {name})".encode(errors="backslashreplace").decode()
+    turns: list[dict[str, str]] = []
+    places: list[tuple[str, ImagePlace | None]] = []
+    try:
+        turns, images = read_conversation(row)
+        turns = turns_as_text(turns, control)
+        if image_prefix and not any(name.startswith(image_prefix) for name, _ in images):
+            return None
+        places = [(name, None) for name, _ in images]  # until they are found
+        places = [(name, find_place(image_root, name, content)) for name, content in images]
+        problem = conversation_problem(turns, places, image_root, template, control)
+    except (InputError, ValueError) as error:
+        if image_prefix and not places and _outside(row, image_prefix):
+            return None
+        problem = str(error)
+    except RecursionError:
+        problem = "is nested too deep; drop the row"
+    problem = " ".join(problem.encode(errors="backslashreplace").decode().split())
+    return Examined(key, turns, places, problem)
 
 
 def _outside(row: dict, image_prefix: str) -> bool:
@@ -89,14 +113,15 @@ def conversation_problem(
         return f"a question shows {tag[0].strip()}, which this model cannot see or hear; drop the row"
     if any(not answer.strip() for answer in answers):
         return "an answer is empty; drop the turn"
-    return text_problem(questions, answers, control, system_text(turns)) or _count_problem(turns, len(places), template)
+    system = system_text(turns)
+    if problem := text_problem(questions, answers, control, system):
+        return problem
+    shown = sum(segment.text.count(IMAGE) for segment in segments_of(questions, answers, system, template))
+    return "" if shown == len(places) else _count_problem(turns, len(places), shown, template)
 
 
-def _count_problem(conversation: list[dict[str, str]], images: int, template: str) -> str:
-    """Why a template does not show each of a row's images once, or ""."""
-    shown = sum(segment.text.count(IMAGE) for segment in render(conversation, template))
-    if shown == images:
-        return ""
+def _count_problem(conversation: list[dict[str, str]], images: int, shown: int, template: str) -> str:
+    """Why a template does not show each of a row's images once, in words."""
     tags = sum(turn["value"].count(IMAGE) for turn in conversation)
     if template == "plain":
         advice = "it shows one image before each answer: use template vicuna or chatml, or drop the row"

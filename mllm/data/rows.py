@@ -24,21 +24,12 @@ from diffclip.base.files import refuse_pipe, whole
 from diffclip.base.fingerprint import json_digest
 from diffclip.base.paths import matching
 from mllm.conversation import QWEN_CONTROL
-from mllm.data.examine import Examined, examine
 from mllm.data.files import KINDS
 from mllm.data.images import ImagePlace, find_place, present
+from mllm.data.records import KEPT, record_batches
 
 FORMAT = 4  # raise it when what `load_rows` keeps changes its meaning
-BATCH_ROWS, BATCH_BYTES = 1000, 64 << 20  # rows are kept in batches of so many, or of so many bytes of images
-KEPT = pyarrow.schema(
-    {
-        "key": pyarrow.string(),
-        "conversation": pyarrow.string(),  # JSON; "" of a row that is left out
-        "images": pyarrow.list_(pyarrow.string()),  # of a row that is left out: those that were not found
-        "contents": pyarrow.list_(pyarrow.large_binary()),  # encoded images that the row itself holds
-        "problem": pyarrow.string(),
-    }
-)
+BATCH_ROWS, BATCH_BYTES = 1000, 64 << 20  # rows are kept in batches of about so many, or of so many bytes of images
 
 
 class Row(NamedTuple):
@@ -163,7 +154,7 @@ def load_rows(
         with locked(path):
             table = None if fresh else _kept(path, root)  # another process may have judged them in the meantime
             if table is None:
-                _keep(path, examine(names, root, **settings))
+                _keep(path, record_batches(names, root, settings))
                 table = Dataset.from_file(str(path))
     rows = Rows(table, image_root, digest)
     if not len(table):
@@ -255,36 +246,21 @@ def _found(root: str, name: str) -> bool:
         return False
 
 
-def _keep(path: Path, examined: Iterator[Examined]) -> None:
-    """Write a table in the form of KEPT, whole or not at all."""
+def _keep(path: Path, judged: Iterator[pyarrow.RecordBatch]) -> None:
+    """Write batches in the form of KEPT as one table, whole or not at all."""
     try:
         with whole(path) as temporary:
             with pyarrow.ipc.new_stream(str(temporary), KEPT) as writer:
-                batch: list[dict[str, Any]] = []
-                size = 0
-                for row in examined:
-                    batch.append(_record(row))
-                    size += sum(len(content) for content in batch[-1]["contents"] if content)
-                    if len(batch) == BATCH_ROWS or size > BATCH_BYTES:
-                        writer.write_batch(pyarrow.RecordBatch.from_pylist(batch, KEPT))
-                        batch, size = [], 0
-                writer.write_batch(pyarrow.RecordBatch.from_pylist(batch, KEPT))
+                held: list[pyarrow.RecordBatch] = []
+                for batch in judged:
+                    held.append(batch)
+                    if sum(map(len, held)) >= BATCH_ROWS or sum(batch.nbytes for batch in held) > BATCH_BYTES:
+                        writer.write_batch(pyarrow.concat_batches(held))
+                        held = []
+                writer.write_table(pyarrow.Table.from_batches(held, KEPT))
             end = _checksum(pyarrow.memory_map(str(temporary)).read_buffer())
             with open(temporary, "ab") as file:
                 file.write(end)  # readers of the format stop before it
     except OSError as error:
         reason = error.strerror or error
         raise InputError(f"{path}: cannot be written ({reason}); make room, or set DIFFCLIP_CACHE") from None
-
-
-def _record(row: Examined) -> dict[str, Any]:
-    if row.problem:
-        missing = [name for name, place in row.images if place is None]
-        return {"key": row.key, "conversation": "", "images": missing, "contents": [], "problem": row.problem}
-    return {
-        "key": row.key,
-        "conversation": json.dumps(row.conversation),
-        "images": [name for name, _ in row.images],
-        "contents": [place.content for _, place in row.images if place],
-        "problem": None,
-    }

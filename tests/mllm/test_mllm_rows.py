@@ -5,7 +5,9 @@ import io
 import json
 import math
 import os
+import random
 import shutil
+import signal
 import tarfile
 
 import pytest
@@ -14,7 +16,9 @@ from transformers import AutoProcessor, AutoTokenizer
 
 from diffclip.base.errors import InputError
 from mllm.conversation import IGNORE, Segment, encode, render
+from mllm.data import records
 from mllm.data.__main__ import main
+from mllm.data.examine import STRETCH
 from mllm.data.files import read_rows
 from mllm.data.images import find_place
 from mllm.data.rows import load_rows
@@ -394,3 +398,63 @@ def test_shared_cases(shared_cases, capsys):
     for name, count in (("onevision", 2), ("binary", 1)):
         rows = load_rows([cases / f"parquet/{name}.parquet"], images)
         assert [r.images[0].open().size for r in rows] == [(48, 48)] * count
+
+
+def in_processes(monkeypatch, count):
+    monkeypatch.setattr(records, "_processes", lambda files: count)
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more processes than cores
+def test_several_processes_judge_rows_as_one_does(folder, monkeypatch):
+    names = random.Random(5)
+    lines = [
+        row(names.choice(["<image>\nWhat?", "What?", "<image>\n" + "é" * 9]), id=n, image=f"{names.choice('abc')}.png")
+        for n in range(STRETCH * 5 + 7)
+    ]
+    lines[3] |= {"split": "val"}
+    first, second = write(folder / "1.json", *lines[:250]), folder / "2.jsonl"
+    second.write_text("\n".join(map(json.dumps, lines[250:])))
+    wanted = load_rows([first, second], folder, max_bad_share=math.inf, fresh=True)
+    assert len(wanted) > 50 and len(wanted.problems) > 50
+    for count in (1, 2, 3, 8):  # 8: more than there are stretches
+        in_processes(monkeypatch, count)
+        state = torch.get_rng_state()
+        rows = load_rows([first, second], folder, max_bad_share=math.inf, fresh=True)
+        assert torch.equal(torch.get_rng_state(), state)  # or a training would depend on what was kept
+        assert rows.table.data.to_pylist() == wanted.table.data.to_pylist() and rows.problems == wanted.problems
+
+
+def test_rows_of_other_splits_are_told_once_by_several_processes(folder, monkeypatch, capfd):
+    in_processes(monkeypatch, 2)
+    file = write(
+        folder / "r.json", *[row(split="train" if n % 2 else "val", image="a.png") for n in range(4 * STRETCH)]
+    )
+    assert len(load_rows([file], folder)) == 2 * STRETCH
+    assert capfd.readouterr().err.count(f"{2 * STRETCH} rows of other splits") == 1
+
+
+def test_errors_of_several_processes_are_those_of_one(folder, monkeypatch):
+    file = folder / "r.jsonl"
+    file.write_text("\n".join([json.dumps(row(image="a.png"))] * 250 + ['{"id": 1']))
+    with pytest.raises(InputError) as alone:
+        load_rows([file], folder)
+    in_processes(monkeypatch, 2)
+    with pytest.raises(InputError) as among:
+        load_rows([file], folder)
+    assert str(among.value) == str(alone.value) and "r.jsonl:251" in str(among.value)
+
+    monkeypatch.setattr(records, "examine", lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(InputError, match=r"r\.jsonl has ended .*memory runs out: free some"):
+        load_rows([file], folder)
+
+
+def test_only_large_files_of_text_are_given_to_several_processes(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(64))
+    for name in ("large.json", "small.jsonl", "large.parquet"):
+        with open(tmp_path / name, "wb") as file:
+            file.truncate(records.SEVERAL_FROM + 1 if "large" in name else 100)
+    counts = [records._processes([str(tmp_path / name)]) for name in ("large.json", "small.jsonl", "large.parquet")]
+    assert counts == [records.MOST_PROCESSES, 0, 0]
+    assert records._processes([tmp_path / "large.json", tmp_path / "large.parquet"]) == 0
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(1))
+    assert records._processes([tmp_path / "large.json"]) == 0
