@@ -4,7 +4,7 @@
 #   install_into_venv EXTRA[,EXTRA]   installs this package with the named extras
 # An active virtual or conda environment is used as it is; otherwise .venv beside this repository
 # (or where DIFFCLIP_VENV says), made if need be. Installed again only when pyproject.toml changed.
-# With DIFFCLIP_CPU=1 PyTorch comes without CUDA.
+# With DIFFCLIP_CPU=1 PyTorch comes without CUDA, from its own index; DIFFCLIP_CPU=ADDRESS names a mirror of that.
 
 root=$(CDPATH='' cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.." >/dev/null && pwd)
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" # from whatever folder a script is called
@@ -54,7 +54,7 @@ has_extras() {
 }
 
 install_into_venv() {
-    local extras=$1 python wanted torch
+    local extras=$1 python wanted torch index
     find_venv
     if ! "$venv/bin/python" -c '' 2>/dev/null; then # missing, or of a Python that is gone
         # what is cleared must be a virtual environment: conda's may have no Python yet, DIFFCLIP_VENV may name a home
@@ -79,12 +79,14 @@ install_into_venv() {
         return 2
     }
     if [ -n "${DIFFCLIP_CPU:-}" ]; then
+        index=$DIFFCLIP_CPU
+        [[ $index == *://* ]] || index=https://download.pytorch.org/whl/cpu
         echo "installing PyTorch without CUDA"
         # in versions that the package takes: others would be replaced below, by ones with CUDA
         mapfile -t torch < <(grep -oE '"torch(vision)?>=[^"]+' "$root/pyproject.toml" | tr -d '"')
-        "$venv/bin/python" -m pip install --quiet "${torch[@]}" --index-url https://download.pytorch.org/whl/cpu || {
-            echo "error: PyTorch without CUDA comes from download.pytorch.org alone, which did not give it: take another" \
-                "network, or leave DIFFCLIP_CPU out" >&2
+        "$venv/bin/python" -m pip install --quiet "${torch[@]}" --index-url "$index" || {
+            echo "error: $index did not give PyTorch without CUDA: take another network, name a mirror with" \
+                "DIFFCLIP_CPU=ADDRESS, or leave DIFFCLIP_CPU out" >&2
             return 2
         }
     fi

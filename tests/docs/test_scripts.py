@@ -92,13 +92,16 @@ def install(folder: Path, **settings: str) -> subprocess.CompletedProcess:
     return bash(["-c", code], folder.parent, DIFFCLIP_VENV=str(folder), **settings)
 
 
-@pytest.mark.parametrize(("cpu", "index"), [("1", "https://download.pytorch.org/whl/cpu"), ("", "")])
+MIRROR = "http://mirror.example:8080/cpu"
+
+
+@pytest.mark.parametrize(("cpu", "index"), [("1", "https://download.pytorch.org/whl/cpu"), (MIRROR, MIRROR), ("", "")])
 def test_pytorch_comes_without_cuda_where_that_is_asked_for(cpu, index, tmp_path):
     log = fake_python(tmp_path / "venv")
     assert install(tmp_path / "venv", DIFFCLIP_CPU=cpu).returncode == 0
     installs = [line for line in log.read_text().splitlines() if " install " in line]
     assert [line for line in installs if "torchvision" in line] == [
-        f"-m pip install --quiet torch>=2.9,<2.15 torchvision>=0.24,<0.30 --index-url {index}" for _ in cpu
+        f"-m pip install --quiet torch>=2.9,<2.15 torchvision>=0.24,<0.30 --index-url {index}" for _ in range(bool(cpu))
     ]
     assert installs[-1].endswith(f"--editable {ROOT}[eval]")
     assert install(tmp_path / "venv").returncode == 0 and "install" not in log.read_text().splitlines()[-1]
