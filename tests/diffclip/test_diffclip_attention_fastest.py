@@ -7,10 +7,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffclip.attention import Dex, DifferentialAttention, DifferentialAttentionV2, fastest
+from diffclip.attention import KINDS, DifferentialAttention, fastest
 from diffclip.base.cache import kept_json
-
-KINDS = (DifferentialAttention, DifferentialAttentionV2, Dex)
 
 
 @pytest.fixture(autouse=True)
@@ -97,7 +95,7 @@ def test_a_folder_that_cannot_be_written_costs_the_measuring_alone(monkeypatch):
     assert choose() == "quick"
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS.values())
 @pytest.mark.parametrize("grad", ["training", "no_grad", "inference_mode"])
 def test_measuring_leaves_no_trace_in_the_result_or_in_random_numbers(kind, grad):
     torch.manual_seed(0)
@@ -122,7 +120,7 @@ def test_measuring_within_a_checkpoint_is_no_part_of_it():
     torch.testing.assert_close(found, wanted)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS.values())
 def test_functions_and_graphs_are_not_measured(kind, monkeypatch):
     monkeypatch.setattr(fastest, "measure", lambda *args: pytest.fail("measured"))
     module = kind(32, 4)
