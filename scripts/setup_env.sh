@@ -54,7 +54,7 @@ has_extras() {
 }
 
 install_into_venv() {
-    local extras=$1 python wanted torch index
+    local extras=$1 python wanted torch index size="7 GB, of which CUDA is 4.6: DIFFCLIP_CPU=1 leaves it out"
     find_venv
     if ! "$venv/bin/python" -c '' 2>/dev/null; then # missing, or of a Python that is gone
         # what is cleared must be a virtual environment: conda's may have no Python yet, DIFFCLIP_VENV may name a home
@@ -89,9 +89,9 @@ install_into_venv() {
                 "DIFFCLIP_CPU=ADDRESS, or leave DIFFCLIP_CPU out" >&2
             return 2
         }
+        size="3 GB"
     fi
-    echo "installing diffclip-stack[$extras] (several minutes the first time, about 7 GB, of which CUDA is 4.6:" \
-        "DIFFCLIP_CPU=1 leaves it out)"
+    echo "installing diffclip-stack[$extras] (several minutes the first time, about $size)"
     "$venv/bin/python" -m pip install --quiet --editable "$root[$extras]" || return
     echo "$wanted" >"$venv/.diffclip-$extras"
 }

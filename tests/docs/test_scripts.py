@@ -98,7 +98,8 @@ MIRROR = "http://mirror.example:8080/cpu"
 @pytest.mark.parametrize(("cpu", "index"), [("1", "https://download.pytorch.org/whl/cpu"), (MIRROR, MIRROR), ("", "")])
 def test_pytorch_comes_without_cuda_where_that_is_asked_for(cpu, index, tmp_path):
     log = fake_python(tmp_path / "venv")
-    assert install(tmp_path / "venv", DIFFCLIP_CPU=cpu).returncode == 0
+    done = install(tmp_path / "venv", DIFFCLIP_CPU=cpu)
+    assert done.returncode == 0 and f"about {3 if cpu else 7} GB" in done.stdout
     installs = [line for line in log.read_text().splitlines() if " install " in line]
     assert [line for line in installs if "torchvision" in line] == [
         f"-m pip install --quiet torch>=2.9,<2.15 torchvision>=0.24,<0.30 --index-url {index}" for _ in range(bool(cpu))
