@@ -1,13 +1,21 @@
-"""Small dual encoders of transformers' kinds, as directories."""
+"""Small dual encoders of transformers' kinds, as directories; and which of our own the official code can hold."""
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast, SiglipConfig, SiglipModel
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
+from diffclip.attention import KINDS
+from diffclip.variants import VARIANTS
+
 TEXT = {"layers": 2, "width": 32, "heads": 4, "context_length": 12, "vocab_size": 49408}
 VIT = {"layers": 2, "width": 32, "head_width": 8, "patch_size": 8, "image_size": 32}
 OPEN_CLIP = {"embed_dim": 16, "vision_cfg": VIT, "text_cfg": TEXT}  # a config of open_clip's
+
+
+def in_official_layout():
+    """The variants whose kinds of attention the official code's checkpoints can hold, the baseline among them."""
+    return [v for v, towers in VARIANTS.items() if all(KINDS[t["kind"]].in_official_layout for t in towers.values())]
 
 
 def transformers_clip(folder, act="quick_gelu"):

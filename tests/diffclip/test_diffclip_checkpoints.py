@@ -15,7 +15,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from clips import transformers_clip
+from clips import in_official_layout, transformers_clip
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor
@@ -113,7 +113,7 @@ def test_official_file_is_recognised_with_a_notice(official):
         assert torch.equal(loaded.encode_image(image), model.eval().encode_image(image))
 
 
-@pytest.mark.parametrize("variant", [v for v in variants.VARIANTS if v != "DiffCLIP-V2"])  # not in the official layout
+@pytest.mark.parametrize("variant", in_official_layout())
 def test_variant_is_recognised_by_its_keys(variant, tmp_path):
     expected = variants.MODELS[f"{variant}-tiny"]
     state = official_code.to_official(models.build(expected).state_dict())

@@ -11,6 +11,7 @@ from torch import nn
 
 import diffclip
 from diffclip.base.errors import InputError
+from diffclip.benchmarks import PROTOCOLS
 from diffclip.benchmarks import __main__ as command
 from diffclip.benchmarks import datasets
 
@@ -25,13 +26,16 @@ def test_an_oracle_scores_100_everywhere(root, tmp_path):
     metrics = evaluate(root, tmp_path / "out")
     scores = {key: value for key, value in metrics.items() if key.rsplit("/", 1)[-1] not in ("C", "sd", "ci95")}
     assert set(scores.values()) == {100.0}
-    assert set(scores) == {
+    assert {key.split("/")[0] for key in scores} == set(PROTOCOLS)
+    expected = {
         *(f"zero_shot/colour/{score}" for score in ("top1", "top5", "mean_per_class")),
         *("shift/dim/top1", "shift/dim/mean_per_class", "shift/average", "shift/average_with_base"),
         *(f"retrieval/{way}/R@{k}" for way in ("text_to_image", "image_to_text") for k in (1, 5, 10)),
         *("linear_probe/colour/accuracy", "linear_probe/colour/mean_per_class", "few_shot/colour/accuracy"),
         *("mmvp/Warm", "mmvp/Cold", "mmvp/average"),
     }
+    known = {key.split("/")[0] for key in expected}
+    assert {key for key in scores if key.split("/")[0] in known} == expected
 
 
 def test_shots_ways_and_features_by_choice(root, tmp_path):
@@ -120,7 +124,7 @@ def test_only_what_is_asked_and_possible_runs(root, tmp_path):
     assert {key.split("/")[0] for key in found} == {"shift", "mmvp"}
     for split in ("train", "val"):
         (root / "classification/colour" / split).rename(tmp_path / split)
-    found = evaluate(root, tmp_path / "out")
+    found = evaluate(root, tmp_path / "out", protocols=["zero_shot", "linear_probe", "few_shot"])
     assert "zero_shot/colour/top1" in found and "linear_probe/colour/accuracy" not in found
     skipped = json.loads((tmp_path / "out/clip_benchmarks.json").read_text())["skipped"]
     assert set(skipped) == {"linear_probe/colour", "few_shot/colour"}
