@@ -11,9 +11,8 @@ from torch import nn
 
 import diffclip
 from diffclip.base.errors import InputError
-from diffclip.benchmarks import PROTOCOLS
+from diffclip.benchmarks import PROTOCOLS, datasets
 from diffclip.benchmarks import __main__ as command
-from diffclip.benchmarks import datasets
 
 
 @pytest.fixture
