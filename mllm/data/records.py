@@ -4,6 +4,7 @@ Each process reads the files whole and judges its share of the rows: reading is 
 in one process would have to be packed and sent to the others.
 """
 
+import gc
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -42,6 +43,8 @@ class Records(IterableDataset):
     def __iter__(self) -> Iterator[pyarrow.RecordBatch | Exception]:
         worker = get_worker_info()
         share = (worker.id, worker.num_workers) if worker else (0, 1)
+        if worker:
+            gc.freeze()  # a collection would write into all that was imported, and so copy it: 130 MB a process
         try:
             for rows in examine(self.files, self.image_root, **self.settings, share=share):
                 yield pyarrow.RecordBatch.from_pylist(list(map(_record, rows)), KEPT)
