@@ -6,6 +6,7 @@
 
 from diffclip.base.commands import Parser
 from diffclip.base.errors import exit_on_input_error
+from diffclip.base.imports import importing
 from diffclip.base.lines import print_line
 
 
@@ -18,7 +19,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--models", nargs="+", required=True, help="run directories, checkpoints or Hub ids")
     parser.add_argument("--out", required=True, help="PNG, PDF or SVG file to write")
     args = parser.parse_args(argv)
-    from diffclip.figure import figure  # after --help
+    with importing():  # after --help
+        from diffclip.figure import figure
 
     figure(args.images, args.query, args.models, args.out)
     print_line(f"wrote {args.out}")

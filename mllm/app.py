@@ -14,6 +14,7 @@ from pathlib import Path
 
 from diffclip.base.commands import Parser, number
 from diffclip.base.errors import InputError, exit_on_input_error
+from diffclip.base.imports import importing
 from diffclip.base.lines import Plain
 from mllm.chat import add_model_options, generation_of
 
@@ -45,7 +46,8 @@ def main(argv: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory(prefix="diffclip-app-") as folder:
         # read when gradio is imported: it calls nobody, and uploads lie in a folder of this process's own
         os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": folder}
-        from mllm import about, model, page
+        with importing():
+            from mllm import about, model, page
 
         examples = page.examples_of(options.examples, Path(folder))
         runs = [run for run in (options.run, options.other) if run]

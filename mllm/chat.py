@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from diffclip.base.commands import Parser, number
 from diffclip.base.errors import InputError, exit_on_input_error
 from diffclip.base.images import open_image
+from diffclip.base.imports import importing
 from diffclip.base.lines import print_line
 from mllm import conversation
 
@@ -50,7 +51,8 @@ def main(argv: list[str] | None = None) -> None:
     if options.batch and (options.question or options.image):
         raise InputError("--batch takes its questions and images from the file; leave the others away")
 
-    from mllm import answer_file, model
+    with importing():
+        from mllm import answer_file, model
 
     vlm = model.load(options.run, options.dtype, options.device, quiet=True)
     generation = generation_of(options)

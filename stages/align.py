@@ -8,6 +8,7 @@ to speak the language model's tokens, on image-caption pairs (the paper: LAION-C
 from pathlib import Path
 
 from diffclip.base.errors import exit_on_input_error
+from diffclip.base.imports import importing
 from diffclip.base.paths import folder_of, matching
 from stages.config import parse, require
 from stages.run import Run
@@ -31,7 +32,8 @@ def main(argv: list[str] | None = None) -> None:
             inputs[part] = getattr(config, part)
     with Run("align", config, inputs) as run:
         if not run.finished:
-            from stages.conversations import train_assembled
+            with importing():
+                from stages.conversations import train_assembled
 
             train_assembled(config, run)
 

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from diffclip.base.errors import InputError, exit_on_input_error
+from diffclip.base.imports import importing
 from stages.config import parse, require
 from stages.run import Run
 from stages.settings import EvaluateConfig
@@ -39,7 +40,8 @@ def main(argv: list[str] | None = None) -> None:
         inputs["clip"] = str(weights_of(config.clip))  # of a Hub id or a name of open_clip's: where its copy lies
     with Run("evaluate", config, inputs) as run:
         if not run.finished:
-            from stages.evaluation import evaluate_models
+            with importing():
+                from stages.evaluation import evaluate_models
 
             evaluate_models(config, run)
 

@@ -8,6 +8,7 @@
 from pathlib import Path
 
 from diffclip.base.errors import exit_on_input_error
+from diffclip.base.imports import importing
 from diffclip.base.paths import folder_of, matching
 from stages.config import parse, require
 from stages.run import Run
@@ -28,7 +29,8 @@ def main(argv: list[str] | None = None) -> None:
     inputs: dict[str, str | Path | list[str]] = {"model": config.model, "data": data, "image_root": config.image_root}
     with Run("instruct", config, inputs) as run:
         if not run.finished:
-            from stages.conversations import train_aligned
+            with importing():
+                from stages.conversations import train_aligned
 
             train_aligned(config, run)
 

@@ -10,6 +10,7 @@ conversations hold. Later stages load the result by path exactly as they load `Q
 """
 
 from diffclip.base.errors import InputError, exit_on_input_error
+from diffclip.base.imports import importing
 from stages.config import parse, require
 from stages.run import Run
 from stages.settings import LanguageConfig
@@ -26,7 +27,8 @@ def main(argv: list[str] | None = None) -> None:
     names = ("conversations", "vocabulary_from", "text")
     with Run("language", config, {name: getattr(config, name) for name in names}) as run:
         if not run.finished:
-            from stages.language_modeling import train_language_model
+            with importing():
+                from stages.language_modeling import train_language_model
 
             train_language_model(config, run)
 

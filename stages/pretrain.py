@@ -13,6 +13,7 @@
 from pathlib import Path
 
 from diffclip.base.errors import exit_on_input_error
+from diffclip.base.imports import importing
 from diffclip.base.ranks import join_slurm
 from diffclip.data.sources import expand
 from stages.config import parse, require
@@ -42,7 +43,8 @@ def main(argv: list[str] | None = None) -> None:
         inputs["init_from"] = weights_of(config.init_from)
     with Run("pretrain", config, inputs, digests_of(shards)) as run:
         if not run.finished:
-            from stages.pretraining import train_dual_encoder
+            with importing():
+                from stages.pretraining import train_dual_encoder
 
             train_dual_encoder(config, run, shards)
 

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
+from transformers.integrations import integration_utils as reporters
 from transformers.utils import logging
 
 from diffclip.attention import Differential, fastest
@@ -70,9 +70,10 @@ def check_trainer(config: TrainingConfig) -> None:
     Numbers that YAML reads as text, such as 1e-8, become numbers.
     """
     for reporter in config.report_to:
-        if reporter not in (known := [*INTEGRATION_TO_CALLBACK, "none", "all"]):
+        if reporter not in (known := [*reporters.INTEGRATION_TO_CALLBACK, "none", "all"]):
             raise InputError(f"setting `report_to`: there is no {reporter}{near(reporter, known)}")
-        if reporter in PACKAGES and reporter not in get_available_reporting_integrations():
+        # of this one alone: asked for all, transformers imports wandb, which takes two seconds
+        if reporter in PACKAGES and not getattr(reporters, f"is_{reporter}_available")():
             raise InputError(f"report_to asks for {reporter}, which is not installed: pip install {reporter}")
     types_by_key = get_type_hints(TrainingArguments)
     for key, value in config.trainer.items():

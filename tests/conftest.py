@@ -1,6 +1,7 @@
 """Fixtures for all tests: no network, and the optional shared numbers and data that some tests compare with."""
 
 import contextlib
+import gc
 import hashlib
 import itertools
 import os
@@ -21,6 +22,15 @@ os.environ["HF_DATASETS_CACHE"] = os.environ["DIFFCLIP_CACHE"] = tempfile.mkdtem
 import pytest
 
 SHARED = Path(os.environ.get("DIFFCLIP_SHARED", Path(__file__).resolve().parents[2] / "shared"))
+
+
+def pytest_collection() -> None:
+    gc.disable()  # as diffclip.base.imports: all test modules and what they import stay
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

@@ -1,8 +1,10 @@
 """What launch.py's server of ranks imports before it forks them; nothing else imports this."""
-# ruff: noqa: F401
+# ruff: noqa: F401, E402
 
 import contextlib
 import gc
+
+gc.disable()  # as diffclip.base.imports
 
 import deepspeed
 import sklearn.metrics
@@ -33,3 +35,4 @@ if hasattr(yaml, "CFullLoader"):  # lmms-eval parses its 3,000 task files at eac
     yaml.FullLoader = yaml.loader.FullLoader = Loader
 Image.init()
 gc.freeze()  # else each rank's first collection copies every page
+gc.enable()

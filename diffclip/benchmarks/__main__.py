@@ -11,6 +11,7 @@ from pathlib import Path
 
 from diffclip.base.commands import Parser, near, number
 from diffclip.base.errors import InputError, exit_on_input_error
+from diffclip.base.imports import importing
 from diffclip.benchmarks import PROTOCOLS, TORCHVISION
 
 
@@ -60,7 +61,8 @@ def main(argv: list[str] | None = None) -> None:
     options = parser().parse_args(arguments[1:] if arguments[:1] == ["run"] else arguments)
     name_or_file("--suite", options.suite, ["paper"])
     name_or_file("--templates", options.templates, ["imagenet7", "imagenet80"])
-    from diffclip.benchmarks.evaluate import run
+    with importing():
+        from diffclip.benchmarks.evaluate import run
 
     run(options)
 
