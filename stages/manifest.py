@@ -21,6 +21,7 @@ from diffclip.base.paths import walk_once
 
 WHOLE = 1 << 20  # bytes, to which a file is read in full
 BLOCKS, BLOCK = 16, 1 << 16
+AT_ONCE = 64  # files that a thread is given at a time: handing over each by itself takes longer than looking at it
 ADDED_DECIDES_NOTHING = ("image_root",)  # the rows name its files: others beside them are not read
 
 Manifest = dict[str, dict[str, str]]  # setting -> file, relative to its folder -> digest
@@ -29,9 +30,10 @@ Manifest = dict[str, dict[str, str]]  # setting -> file, relative to its folder 
 def folder_manifest(folder: str | Path) -> dict[str, str]:
     """Digests of all files at any depth, hidden ones left out; a file that cannot be read is "unreadable"."""
     folder = os.path.abspath(folder)
-    names = [
-        os.path.relpath(os.path.join(where, name), folder) for where, _, here in walk_once(folder) for name in here
-    ]
+    names = list[str]()
+    for where, _, here in walk_once(folder):
+        inside = os.path.relpath(where, folder)
+        names += here if inside == os.curdir else [os.path.join(inside, name) for name in here]
     cache = cache_dir() / "manifests" / f"{hashlib.sha256(os.fsencode(folder)).hexdigest()[:32]}.json.gz"
     known = _read_cache(cache)
 
@@ -45,9 +47,16 @@ def folder_manifest(folder: str | Path) -> dict[str, str]:
         except OSError:
             return "", "unreadable"
 
-    with ThreadPoolExecutor(8) as pool:
-        bar = tqdm(pool.map(entry, names), "reading input files", len(names), unit="file", delay=2, leave=False)
-        found = dict(zip(names, bar))
+    def entries(part: list[str]) -> list[tuple[str, str]]:
+        return [entry(name) for name in part]
+
+    parts = [names[first : first + AT_ONCE] for first in range(0, len(names), AT_ONCE)]
+    bar = tqdm(desc="reading input files", total=len(names), unit="file", delay=2, leave=False)
+    found: dict[str, tuple[str, str]] = {}
+    with bar, ThreadPoolExecutor(8) as pool:
+        for part, read in zip(parts, pool.map(entries, parts)):
+            found |= zip(part, read)
+            bar.update(len(part))
     if found != known and found:
         keep(cache, gzip.compress(json.dumps(found).encode(), 1))
     return {name: digest for name, (_, digest) in found.items()}

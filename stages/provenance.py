@@ -62,9 +62,10 @@ def digest(path: str | Path) -> str:
     else:
         for folder, folders, files in os.walk(path):
             folders.sort()
+            inside = os.path.relpath(folder, path)
             for name in sorted(files):
                 size = os.path.getsize(os.path.join(folder, name))
-                result.update(f"{os.path.relpath(folder, path)}/{name}:{size}".encode())
+                result.update(f"{inside}/{name}:{size}".encode())
     return result.hexdigest()[:12]
 
 
