@@ -79,13 +79,19 @@ install_into_venv() {
         return 2
     }
     if [ -n "${DIFFCLIP_CPU:-}" ]; then
-        index=$DIFFCLIP_CPU
-        [[ $index == *://* ]] || index=https://download.pytorch.org/whl/cpu
+        case $DIFFCLIP_CPU in
+            *://*) index=$DIFFCLIP_CPU ;;
+            1 | yes | true | on) index=https://download.pytorch.org/whl/cpu ;;
+            *)
+                echo "error: DIFFCLIP_CPU is 1, or the address of a mirror like https://HOST/whl/cpu" >&2
+                return 2
+                ;;
+        esac
         echo "installing PyTorch without CUDA"
         # in versions that the package takes: others would be replaced below, by ones with CUDA
         mapfile -t torch < <(grep -oE '"torch(vision)?>=[^"]+' "$root/pyproject.toml" | tr -d '"')
         "$venv/bin/python" -m pip install --quiet "${torch[@]}" --index-url "$index" || {
-            echo "error: $index did not give PyTorch without CUDA: take another network, name a mirror with" \
+            echo "error: ${index/\/\/*@/\/\/} did not give PyTorch without CUDA: take another network, name a mirror with" \
                 "DIFFCLIP_CPU=ADDRESS, or leave DIFFCLIP_CPU out" >&2
             return 2
         }

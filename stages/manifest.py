@@ -21,7 +21,7 @@ from diffclip.base.paths import walk_once
 
 WHOLE = 1 << 20  # bytes, to which a file is read in full
 BLOCKS, BLOCK = 16, 1 << 16
-AT_ONCE = 64  # files that a thread is given at a time: handing over each by itself takes longer than looking at it
+AT_ONCE = 64  # of many files, those that a thread gets at a time: handing over takes longer than looking at one
 ADDED_DECIDES_NOTHING = ("image_root",)  # the rows name its files: others beside them are not read
 
 Manifest = dict[str, dict[str, str]]  # setting -> file, relative to its folder -> digest
@@ -50,7 +50,8 @@ def folder_manifest(folder: str | Path) -> dict[str, str]:
     def entries(part: list[str]) -> list[tuple[str, str]]:
         return [entry(name) for name in part]
 
-    parts = [names[first : first + AT_ONCE] for first in range(0, len(names), AT_ONCE)]
+    size = max(1, min(AT_ONCE, len(names) // 64))  # few files, which may be large, one at a time
+    parts = [names[first : first + size] for first in range(0, len(names), size)]
     bar = tqdm(desc="reading input files", total=len(names), unit="file", delay=2, leave=False)
     found: dict[str, tuple[str, str]] = {}
     with bar, ThreadPoolExecutor(8) as pool:

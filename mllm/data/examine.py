@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Iterator, Sequence
-from itertools import count, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +13,7 @@ from mllm.data.images import ImagePlace, find_place, row_images
 from mllm.data.layouts import read_conversation
 from mllm.literal import turns_as_text
 
-STRETCH = 100  # rows that are judged in a go
+STRETCH, BYTES = 100, 64 << 20  # rows that are handed on at a time, and bytes of the images that they hold
 OTHER_TAG = re.compile(r"^<(?:video|audio|speech|sound)>$", re.MULTILINE)  # where the row's key is another, or lost
 
 
@@ -37,24 +36,30 @@ def examine(
     control: Sequence[str],
     share: tuple[int, int] = (0, 1),
 ) -> Iterator[list[Examined]]:
-    """Stretches of the rows of files, each row with what is wrong with it or ""; arguments as in `load_rows`.
+    """The rows of files, STRETCH of them or BYTES of images at a time, each row with what is wrong with it or "".
 
-    `share` (i, n): of the stretches only every nth, from the ith; rows of the others are read and passed over.
+    Arguments as in `load_rows`. `share` (i, n): of the stretches only every nth, from the ith, whole and also where no
+    row is chosen of it; rows of the others are read and passed over.
     """
-    turn = count()
+    index, shares = share
+    read, size, found = 0, 0, list[Examined]()
     for path in files:
-        others, rows = 0, enumerate(read_rows(path, split))
-        while stretch := list(islice(rows, STRETCH)):
-            mine, found = next(turn) % share[1] == share[0], list[Examined]()
-            for number, row in stretch:
-                if not of_split(row, split):
-                    others += 1
-                elif mine and (one := _examined(row, path, number, image_root, image_prefix, template, control)):
-                    found.append(one)
-            if mine:
+        others = 0
+        for number, row in enumerate(read_rows(path, split)):
+            mine = read // STRETCH % shares == index
+            read += 1
+            if not of_split(row, split):
+                others += 1
+            elif mine and (one := _examined(row, path, number, image_root, image_prefix, template, control)):
+                found.append(one)
+                size += sum(len(place.content or b"") for _, place in one.images if place)
+            if mine and (read % STRETCH == 0 or (size > BYTES and shares == 1)):
                 yield found
-        if others and share[0] == 0:
+                size, found = 0, []
+        if others and index == 0:
             print_line(f"{path}: {others:,} rows of other splits than {split or 'train'} are left out", error=True)
+    if found:
+        yield found
 
 
 def _examined(

@@ -6,8 +6,10 @@ in one process would have to be packed and sent to the others.
 
 import gc
 import json
+import multiprocessing
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,8 @@ from tqdm import tqdm
 from diffclip.base.errors import InputError, in_one_line
 from diffclip.base.ranks import rank
 from mllm.data.examine import Examined, examine
+from mllm.data.files import read_rows
+from mllm.data.images import find_place, row_images
 
 KEPT = pyarrow.schema(
     {
@@ -35,57 +39,72 @@ MOST_PROCESSES = 8
 
 
 class Records(IterableDataset):
-    """The batches of `record_batches`; a loading process yields its share of them, and an error as a value."""
+    """The batches of `record_batches`; a loading process yields its share of them, and bad input as a value."""
 
     def __init__(self, files: Sequence[str | Path], image_root: str | Path, settings: dict[str, Any]) -> None:
         self.files, self.image_root, self.settings = files, image_root, settings
 
-    def __iter__(self) -> Iterator[pyarrow.RecordBatch | Exception]:
-        worker = get_worker_info()
-        share = (worker.id, worker.num_workers) if worker else (0, 1)
-        if worker:
+    def __iter__(self) -> Iterator[pyarrow.RecordBatch | InputError | OSError]:
+        worker, share = get_worker_info(), (0, 1)
+        if worker and worker.dataset is self:  # and not a process of whoever loads rows in one
+            share = (worker.id, worker.num_workers)
             gc.freeze()  # a collection would write into all that was imported, and so copy it: 130 MB a process
         try:
             for rows in examine(self.files, self.image_root, **self.settings, share=share):
                 yield pyarrow.RecordBatch.from_pylist(list(map(_record, rows)), KEPT)
-        except Exception as error:
+        except (InputError, OSError) as error:
             yield error  # raised in a loading process, it would come with that one's traceback in its message
 
 
 def record_batches(
     files: Sequence[str | Path], image_root: str | Path, settings: dict[str, Any]
 ) -> Iterator[pyarrow.RecordBatch]:
-    """All rows of files in their order, in the form of KEPT; `settings` of `examine`, whose errors are raised.
-
-    Raises:
-        InputError: also where the system has ended one of the processes.
-    """
-    own = torch.Generator()  # the loader draws from it, and from the training's that would depend on what is kept
-    loader = DataLoader(
-        Records(files, image_root, settings), batch_size=None, num_workers=_processes(files), generator=own
-    )
+    """All rows of files in their order, in the form of KEPT; `settings` of `examine`, whose errors are raised."""
+    batches = _started(Records(files, image_root, settings))
     quiet = True if rank() else None  # None: where there is no console
     with tqdm(desc="reading conversations", unit="row", delay=2, leave=False, disable=quiet) as bar:
-        try:
-            for batch in loader:
-                if isinstance(batch, Exception):
-                    raise batch
+        for batch in batches:
+            if isinstance(batch, Exception):
+                raise batch
+            if len(batch):
                 yield batch
-                bar.update(len(batch))
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise InputError(
-                f"a process that read {', '.join(map(str, files))} has ended ({in_one_line(error).rstrip('.')}); the "
-                "system ends processes where memory runs out: free some, and start the same command again"
-            ) from error
+            bar.update(len(batch))
+
+
+def _started(records: Records) -> Iterator[pyarrow.RecordBatch | InputError | OSError]:
+    """The batches of rows, from loading processes where these pay and the system has them to give."""
+    if count := _processes(records.files):
+        for file in records.files:  # what is no file of rows is told once; indices of tars are there for all processes
+            first = next(read_rows(file, records.settings["split"]), {})
+            with suppress(InputError):
+                for name, content in row_images(first):
+                    find_place(records.image_root, name, content)
+        own = torch.Generator()  # the loader draws from it, and from the training's that would depend on what is kept
+        with suppress(OSError):  # no semaphores, no memory for a process more, too many of them
+            return iter(DataLoader(records, None, num_workers=count, generator=own, multiprocessing_context="fork"))
+    return iter(records)
+
+
+@contextmanager
+def ended_processes(files: Sequence[str | Path]) -> Iterator[None]:
+    """Raise InputError where the system ends a loading process, which torch tells at any moment while they run."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise InputError(
+            f"a process that read {', '.join(map(str, files))} has ended ({in_one_line(error).rstrip('.')}); the "
+            "system ends processes where memory runs out: free some, and start the same command again"
+        ) from error
 
 
 def _processes(files: Sequence[str | Path]) -> int:
     """How many loading processes judge the rows; 0: this one does."""
     large = sum(map(os.path.getsize, files)) > SEVERAL_FROM and all(str(path).lower().endswith(TEXT) for path in files)
     cores = len(os.sched_getaffinity(0))
-    return min(cores, MOST_PROCESSES) if large and cores > 1 else 0
+    alone = multiprocessing.current_process().daemon  # a loading process itself, which may start none
+    return min(cores, MOST_PROCESSES) if large and cores > 1 and not alone else 0
 
 
 def _record(row: Examined) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from diffclip.base.paths import matching
 from mllm.conversation import QWEN_CONTROL
 from mllm.data.files import KINDS
 from mllm.data.images import ImagePlace, find_place, present
-from mllm.data.records import KEPT, record_batches
+from mllm.data.records import KEPT, ended_processes, record_batches
 
 FORMAT = 4  # raise it when what `load_rows` keeps changes its meaning
 BATCH_ROWS, BATCH_BYTES = 1000, 64 << 20  # rows are kept in batches of about so many, or of so many bytes of images
@@ -154,7 +154,8 @@ def load_rows(
         with locked(path):
             table = None if fresh else _kept(path, root)  # another process may have judged them in the meantime
             if table is None:
-                _keep(path, record_batches(names, root, settings))
+                with ended_processes(names):
+                    _keep(path, record_batches(names, root, settings))
                 table = Dataset.from_file(str(path))
     rows = Rows(table, image_root, digest)
     if not len(table):
@@ -251,12 +252,13 @@ def _keep(path: Path, judged: Iterator[pyarrow.RecordBatch]) -> None:
     try:
         with whole(path) as temporary:
             with pyarrow.ipc.new_stream(str(temporary), KEPT) as writer:
-                held: list[pyarrow.RecordBatch] = []
+                held, rows, size = list[pyarrow.RecordBatch](), 0, 0
                 for batch in judged:
                     held.append(batch)
-                    if sum(map(len, held)) >= BATCH_ROWS or sum(batch.nbytes for batch in held) > BATCH_BYTES:
-                        writer.write_batch(pyarrow.concat_batches(held))
-                        held = []
+                    rows, size = rows + len(batch), size + batch.nbytes
+                    if rows >= BATCH_ROWS or size > BATCH_BYTES:
+                        writer.write_batch(held[0] if len(held) == 1 else pyarrow.concat_batches(held))
+                        held, rows, size = [], 0, 0
                 writer.write_table(pyarrow.Table.from_batches(held, KEPT))
             end = _checksum(pyarrow.memory_map(str(temporary)).read_buffer())
             with open(temporary, "ab") as file:

@@ -108,6 +108,17 @@ def test_pytorch_comes_without_cuda_where_that_is_asked_for(cpu, index, tmp_path
     assert install(tmp_path / "venv").returncode == 0 and "install" not in log.read_text().splitlines()[-1]
 
 
+def test_another_value_of_diffclip_cpu_is_refused_and_a_mirrors_password_not_shown(tmp_path):
+    log = fake_python(tmp_path / "venv")
+    refused = install(tmp_path / "venv", DIFFCLIP_CPU="mirror.example/whl/cpu")
+    assert refused.returncode == 2 and "https://HOST/whl/cpu" in refused.stderr
+    assert "torch" not in log.read_text()
+    python = tmp_path / "venv/bin/python"
+    python.write_text('#!/bin/sh\n[ "$3" != install ]\n')
+    failed = install(tmp_path / "venv", DIFFCLIP_CPU="https://me:secret@mirror.example/cpu")
+    assert failed.returncode == 2 and "error: https://mirror.example/cpu did not give" in failed.stderr
+
+
 def test_an_environment_without_pip_is_given_one(tmp_path):
     log = fake_python(tmp_path / "venv", pip=False)
     assert install(tmp_path / "venv").returncode == 0

@@ -16,7 +16,7 @@ from transformers import AutoProcessor, AutoTokenizer
 
 from diffclip.base.errors import InputError
 from mllm.conversation import IGNORE, Segment, encode, render
-from mllm.data import records
+from mllm.data import examine, records
 from mllm.data.__main__ import main
 from mllm.data.examine import STRETCH
 from mllm.data.files import read_rows
@@ -446,6 +446,64 @@ def test_errors_of_several_processes_are_those_of_one(folder, monkeypatch):
     monkeypatch.setattr(records, "examine", lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(InputError, match=r"r\.jsonl has ended .*memory runs out: free some"):
         load_rows([file], folder)
+
+
+class Opens(torch.utils.data.Dataset):
+    """Somebody's dataset, which loads the rows in its own loading process."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        return len(load_rows([self.file], self.file.parent, fresh=True))
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_rows_loaded_within_another_loaders_process_are_all_there(folder, monkeypatch, large):
+    monkeypatch.setattr(records, "SEVERAL_FROM", 0 if large else 1 << 40)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(2))
+    file = write(folder / "r.json", *[row(image="a.png")] * (3 * STRETCH))
+    assert list(torch.utils.data.DataLoader(Opens(file), None, num_workers=2)) == [3 * STRETCH] * 4
+
+
+def test_where_no_process_can_be_started_this_one_judges(folder, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    in_processes(monkeypatch, 2)
+    monkeypatch.setattr(records, "DataLoader", refuse)
+    file = write(folder / "r.json", *[row(image="a.png")] * (3 * STRETCH))
+    assert len(load_rows([file], folder)) == 3 * STRETCH
+
+
+def test_a_prefix_of_few_rows_leaves_no_empty_batches(folder, monkeypatch):
+    names = ["b.png" if n % (2 * STRETCH) == 7 else "a.png" for n in range(10 * STRETCH)]
+    file = write(folder / "r.json", *[row(image=name) for name in names])
+    for count in (0, 2):
+        in_processes(monkeypatch, count)
+        settings = {"image_prefix": "b", "split": "", "template": "vicuna", "control": []}
+        assert [len(batch) for batch in records.record_batches([file], folder, settings)] == [1] * 5
+        assert len(load_rows([file], folder, image_prefix="b", fresh=True)) == 5
+
+
+def test_a_process_that_ends_while_rows_are_written_is_told_as_one(folder):
+    told = pytest.raises(InputError, match=r"r\.json has ended .*killed by signal.*memory runs out")
+    with told, records.ended_processes(["r.json"]):  # torch raises it wherever the first process is at that time
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+
+
+def test_large_images_in_rows_are_handed_on_by_their_bytes(folder, monkeypatch):
+    monkeypatch.setattr(examine, "BYTES", 1000)
+    held = "data:image/png;base64," + base64.b64encode((folder / "a.png").read_bytes()).decode()
+    file = write(folder / "r.json", *[row(image=held)] * 40)
+    settings = {"image_prefix": "", "split": "", "template": "vicuna", "control": []}
+    sizes = [len(batch) for batch in records.record_batches([file], folder, settings)]
+    assert (
+        sum(sizes) == 40 and max(sizes) * (folder / "a.png").stat().st_size <= 1000 + (folder / "a.png").stat().st_size
+    )
 
 
 def test_only_large_files_of_text_are_given_to_several_processes(tmp_path, monkeypatch):
