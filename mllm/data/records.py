@@ -81,7 +81,9 @@ def _started(records: Records) -> Iterator[pyarrow.RecordBatch | InputError | OS
                     find_place(records.image_root, name, content)
         own = torch.Generator()  # the loader draws from it, and from the training's that would depend on what is kept
         with suppress(OSError):  # no semaphores, no memory for a process more, too many of them
-            return iter(DataLoader(records, None, num_workers=count, generator=own, multiprocessing_context="fork"))
+            return iter(
+                DataLoader(records, batch_size=None, num_workers=count, generator=own, multiprocessing_context="fork")
+            )
     return iter(records)
 
 

@@ -24,12 +24,13 @@ from diffclip.base.files import refuse_pipe, whole
 from diffclip.base.fingerprint import json_digest
 from diffclip.base.paths import matching
 from mllm.conversation import QWEN_CONTROL
+from mllm.data.examine import BYTES
 from mllm.data.files import KINDS
 from mllm.data.images import ImagePlace, find_place, present
 from mllm.data.records import KEPT, ended_processes, record_batches
 
 FORMAT = 4  # raise it when what `load_rows` keeps changes its meaning
-BATCH_ROWS, BATCH_BYTES = 1000, 64 << 20  # rows are kept in batches of about so many, or of so many bytes of images
+BATCH_ROWS = 1000  # rows are kept in batches of about so many, or of BYTES of images
 
 
 class Row(NamedTuple):
@@ -256,7 +257,7 @@ def _keep(path: Path, judged: Iterator[pyarrow.RecordBatch]) -> None:
                 for batch in judged:
                     held.append(batch)
                     rows, size = rows + len(batch), size + batch.nbytes
-                    if rows >= BATCH_ROWS or size > BATCH_BYTES:
+                    if rows >= BATCH_ROWS or size > BYTES:
                         writer.write_batch(held[0] if len(held) == 1 else pyarrow.concat_batches(held))
                         held, rows, size = [], 0, 0
                 writer.write_table(pyarrow.Table.from_batches(held, KEPT))

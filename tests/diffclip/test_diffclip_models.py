@@ -229,9 +229,7 @@ def test_compiles_in_one_graph():
 
 def test_matched_arms_start_from_the_same_weights():
     states = {}
-    for (
-        variant
-    ) in in_official_layout():  # queries of other kinds lie between others, as test_diffclip_attention_v2 sees
+    for variant in in_official_layout():  # in other kinds' layouts queries lie between others, see their own tests
         torch.manual_seed(7)
         states[variant] = models.build(f"{variant}-tiny").state_dict()
     plain, checked = states.pop("CLIP"), 0
