@@ -86,16 +86,17 @@ def build(models: Sequence[Shown], generation: dict[str, Any], examples: Sequenc
 
     def answer(asked: dict, look: bool, *state: Any) -> Iterator[tuple]:
         """What each model answers, one after the other; `state` is the history of each."""
-        box: Any = None
+        box: Any = None  # the first update empties it; what is typed into it after that stays
         for place, (shown, history) in enumerate(zip(models, state)):
             try:
                 for talk, maps in respond(shown.vlm, generation, asked, history, look):
                     yield updated(place, messages(talk), talk, maps, scale(maps), box)
+                    box = gr.skip()
             except InputError as error:  # messages are shown as HTML, and this one may hold the name of a file
                 who = f"{shown.name}: " if len(models) > 1 else ""
                 gr.Warning(html.escape(printable(f"{who}{error}")))
-                box = asked  # to be mended and asked again
-                yield updated(place, messages(history), history, gr.skip(), gr.skip(), box)
+                # to be mended and asked again
+                yield updated(place, messages(history), history, gr.skip(), gr.skip(), asked)
                 if place == 0:
                     return
 

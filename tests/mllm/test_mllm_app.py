@@ -124,8 +124,12 @@ def test_a_conversation_in_the_browser(saved, wanted, tmp_path):
         files.wait_for(state="detached")
         for number, (text, caption) in enumerate(wanted[0]):
             ask(QUESTIONS[number], *[saved / "scene.png"][number:])
+            said.nth(number).wait_for()
+            box.fill("the next question")  # while this one is answered
             wait_until(page, lambda: maps.count() and maps.inner_text() == caption)  # noqa: B023
             assert plain(said.nth(number).inner_text()) == plain(text)
+            wait_until(page, lambda: page.get_by_label("Submit").is_visible())  # the answer is at its end
+            assert box.input_value() == "the next question"
         assert said.count() == 2 and page.get_by_test_id("user").last.inner_text() == QUESTIONS[1]
         overlay = maps.locator("img")  # which arrives after its caption
         wait_until(page, lambda: overlay.evaluate("image => image.complete && image.naturalWidth > 0"))
