@@ -30,7 +30,7 @@ from diffclip.base.images import DECODING, as_decoder, rgb_by, to_rgb
 from diffclip.base.orphans import end_with_parents
 from mllm.conversation import IGNORE, IMAGE, check_image_count, question_turn
 from mllm.data.examples import collate
-from mllm.lmms_repairs import ends_all, keep_likelihoods
+from mllm.lmms_repairs import ends_all, keep_likelihoods, parse_in_c
 from mllm.model import SAMPLING, generation_options, load
 from mllm.pope.scores import CONTROLS, grey_image
 
@@ -44,6 +44,7 @@ OPTIONS = {
     *("length_penalty", "repetition_penalty", "no_repeat_ngram_size"),
 }
 end_with_parents()  # an evaluation that is killed leaves no lmms-eval behind
+parse_in_c()  # lmms-eval asks for our model before it reads its tasks
 EpsImagePlugin.gs_binary = False  # `datasets` decodes the tasks' images: none of them is a program for Ghostscript
 
 

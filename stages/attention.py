@@ -25,7 +25,7 @@ def check_attention(config: ConversationConfig | LanguageConfig) -> None:
         )
     if name == "flex_attention" and on_cpu:
         raise InputError("setting `attn_implementation`: flex_attention has no gradient on a CPU; set auto")
-    if getattr(config, "packing", False) and name in ("eager", "sdpa"):
+    if config.packing and name in ("eager", "sdpa"):
         raise InputError(
             f"setting `packing`: {name} keeps examples of a row apart by a mask of all its tokens by all, which takes "
             "longer than padding; set `attn_implementation` auto, or `packing` false"
@@ -35,7 +35,7 @@ def check_attention(config: ConversationConfig | LanguageConfig) -> None:
 def attention_of(config: ConversationConfig | LanguageConfig) -> str:
     """The name by which transformers knows the attention that the settings ask for, "" for what it takes by itself."""
     if config.attn_implementation == "auto":
-        return BY_EXAMPLE if getattr(config, "packing", False) else ""
+        return BY_EXAMPLE if config.packing else ""
     return config.attn_implementation
 
 

@@ -2,14 +2,15 @@
 
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer, set_seed
 
 from diffclip.base.errors import InputError
 from diffclip.base.files import read_jsonl
-from mllm.conversation import IMAGE, VICUNA_SYSTEM
-from mllm.data.examples import pad_batch
+from mllm.conversation import IGNORE, IMAGE, VICUNA_SYSTEM
+from mllm.data.examples import pack, pad_batch
 from mllm.data.files import of_split, read_rows
 from mllm.data.layouts import read_conversation
 from stages.attention import attention_of, check_attention, set_attention
@@ -72,9 +73,10 @@ def train_language_model(config: LanguageConfig, run: Run) -> None:
     )
     run.note(parameters=parameters, stand_in=True, tokens=tokens, steps=steps)
 
-    def collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+    def collate(rows: list[dict[str, list[int]]]) -> dict[str, Any]:
         ids, labels = ([torch.tensor(row[name]) for row in rows] for name in ("input_ids", "labels"))
-        return pad_batch(ids, labels, tokenizer.pad_token_id)
+        batch = (packed_batch if config.packing else pad_batch)(ids, labels, tokenizer.pad_token_id)
+        return {**batch, "use_cache": False}  # with one, transformers takes packed texts for one text
 
     trainer = StageTrainer(
         model=model,
@@ -90,6 +92,20 @@ def train_language_model(config: LanguageConfig, run: Run) -> None:
         model.save_pretrained(config.output_dir)
         tokenizer.save_pretrained(config.output_dir)
     run.finish(metrics)
+
+
+def packed_batch(ids: list[torch.Tensor], labels: list[torch.Tensor], pad_token: int) -> dict[str, torch.Tensor]:
+    """Texts behind each other in one row, for a causal language model that computes supervised logits alone.
+
+    Returns:
+        input_ids and position_ids, (1, tokens) int64, as `mllm.data.examples.pack`; logits_to_keep (supervised tokens,)
+        int64, where logits are needed, and labels and shift_labels (1, supervised tokens) int64, what follows there.
+    """
+    row = pack(ids, labels, pad_token)
+    following = row.pop("labels")[:, 1:]
+    places = (following[0] != IGNORE).nonzero().flatten()
+    targets = following[:, places]
+    return {**row, "labels": targets, "shift_labels": targets, "logits_to_keep": places}
 
 
 def read_texts(path: str) -> Iterator[str]:

@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -27,18 +27,22 @@ from diffclip.base.lines import print_line
 from diffclip.base.orphans import as_parent
 from diffclip.base.ranks import free_port
 from diffclip.base.schema import LOG, RECORD
+from diffclip.base.threads import cores
 from stages.config import parse, read_yaml, require
 from stages.settings import AlignConfig, InstructConfig, PipelineConfig
 
-QUICKSTART = "quickstart/pipeline"  # the configuration where none is named
+QUICKSTART, FAST = "quickstart/pipeline", "quickstart/fast"  # the configurations where none is named
 
 running: set[subprocess.Popen] = set()
 
 
 def main(argv: list[str] | None = None) -> None:
     argv = list(sys.argv[1:] if argv is None else argv)
-    named = any(word.split("=")[0] == "--config" for word in argv)
-    config = parse(PipelineConfig, __doc__, argv if named else [f"--config={QUICKSTART}", *argv])
+    named = {word.split("=")[0] for word in argv}
+    if {"--config", "--fast"} <= named:
+        raise InputError(f"--fast is --config {FAST}: give one of --fast and --config")
+    default = FAST if "--fast" in named else QUICKSTART
+    config = parse(PipelineConfig, __doc__, argv if "--config" in named else [f"--config={default}", *argv])
     require(config, "output_dir", "variants", "seeds", "pretrain", "language", "align", "instruct", "evaluate")
     os.environ |= as_parent()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -47,8 +51,8 @@ def main(argv: list[str] | None = None) -> None:
     on_cpu = all(values.get("use_cpu") for values in multimodal)
     if on_cpu:  # DeepSpeed's launcher warns of each GPU that it misses
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    cores = len(os.sched_getaffinity(0)) // config.ranks
-    jobs = min(config.jobs or (cores if on_cpu else 1), len(config.variants))
+    at_once = max(1, cores() // config.ranks)
+    jobs = min(config.jobs or (at_once if on_cpu else 1), len(config.variants))
     started = time.time()
     out = Path(config.output_dir)
     folders = seed_folders(out, list(dict.fromkeys(config.seeds)))
@@ -56,9 +60,8 @@ def main(argv: list[str] | None = None) -> None:
     for number, (seed, folder) in enumerate(folders.items(), 1):
         if len(folders) > 1:
             print_line(f"\nSeed {seed}, {number} of {len(folders)}, in {folder}", keep="\n")
-        with threads(cores):
-            run_shared(config, seed, folder)
-        with threads(cores // jobs):
+        run_scenes(config, seed, folder)
+        with threads(at_once // jobs):
             run_variants(config, seed, folder, jobs)
         reported += [str(folder / variant) for variant in config.variants]
         run_verb("report", *reported, "--output_dir", f"{out}/report")
@@ -95,27 +98,36 @@ def threads(most: int) -> Iterator[None]:
             del os.environ["OMP_NUM_THREADS"]
 
 
-def run_shared(config: PipelineConfig, number: int, out: Path) -> None:
-    """What all variants of one seed have in common, into `out`: the scenes and the language model."""
-    seed, data = f"--seed={number}", out / "scenes"
-    run_verb("scenes", "export", str(data), seed, *(f"--{key}={value}" for key, value in config.scenes.items()))
+def run_scenes(config: PipelineConfig, number: int, out: Path) -> None:
+    """The scenes of one seed, into `out`."""
+    options = (f"--{key}={value}" for key, value in config.scenes.items())
+    run_verb("scenes", "export", str(out / "scenes"), f"--seed={number}", *options)
+
+
+def run_language(config: PipelineConfig, number: int, out: Path, label: str = "") -> None:
+    """The language model that all variants of one seed start from, into `out`."""
+    data = out / "scenes" / "llava"
     run_verb(
-        *("language", f"--config={config.language}", seed, f"--text={data}/llava/text.jsonl"),
-        *("--vocabulary_from", f"{data}/llava/align.json", f"{data}/llava/instruct.json"),
-        f"--output_dir={out}/language",
+        *("language", f"--config={config.language}", f"--seed={number}", f"--text={data}/text.jsonl"),
+        *("--vocabulary_from", f"{data}/align.json", f"{data}/instruct.json", f"--output_dir={out}/language"),
+        label=label,
     )
 
 
 def run_variants(config: PipelineConfig, number: int, out: Path, jobs: int) -> None:
-    """The stages of every variant for one seed, `jobs` variants at a time; where one fails, the others are ended."""
+    """All stages for one seed, `jobs` variants at a time, and beside their pretraining the language model, which needs
+    none of it; where one fails, the others are ended.
+    """
     if jobs == 1:
+        run_language(config, number, out)
         for variant in config.variants:
             run_variant(config, number, out, variant)
         return
-    with ThreadPoolExecutor(jobs) as pool:
-        chains = [pool.submit(run_variant, config, number, out, v, f"[{v}] ") for v in config.variants]
+    with ThreadPoolExecutor(1) as first, ThreadPoolExecutor(jobs) as pool:
+        language = first.submit(run_language, config, number, out, "[language] ")
+        chains = [pool.submit(run_variant, config, number, out, v, language.result, f"[{v}] ") for v in config.variants]
         try:
-            for chain in as_completed(chains):
+            for chain in as_completed([language, *chains]):
                 chain.result()
         except BaseException as error:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -126,8 +138,17 @@ def run_variants(config: PipelineConfig, number: int, out: Path, jobs: int) -> N
             raise
 
 
-def run_variant(config: PipelineConfig, number: int, out: Path, variant: str, label: str = "") -> None:
-    """Every stage of one variant, one after the other; `label` begins each line of theirs."""
+def run_variant(
+    config: PipelineConfig,
+    number: int,
+    out: Path,
+    variant: str,
+    language: Callable[[], None] = lambda: None,
+    label: str = "",
+) -> None:
+    """Every stage of one variant, one after the other; `language` waits for the language model, `label` begins each
+    line of theirs.
+    """
     seed, data, runs = f"--seed={number}", out / "scenes", out / variant
     run_verb(
         *("pretrain", f"--config={config.pretrain}", seed, f"--model={variant}-{config.size}"),
@@ -135,6 +156,7 @@ def run_variant(config: PipelineConfig, number: int, out: Path, variant: str, la
         f"--output_dir={runs}/pretrain",
         label=label,
     )
+    language()
     run_deepspeed(
         config.ranks,
         *("align", f"--config={config.align}", seed, f"--vision_tower={runs}/pretrain"),

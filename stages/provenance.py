@@ -17,6 +17,7 @@ from diffclip.base.commands import Parser
 from diffclip.base.files import file_sha256
 from diffclip.base.lines import print_line
 from diffclip.base.schema import RECORD
+from diffclip.base.threads import cores
 from stages.ledger import read_record
 from stages.manifest import sampled_content
 
@@ -105,13 +106,13 @@ def hardware() -> str:
 
     if torch.cuda.is_available():
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"
-    return f"{len(os.sched_getaffinity(0))} CPU cores ({platform.machine()})"
+    return f"{cores()} CPU cores ({platform.machine()})"
 
 
 def environment() -> Iterator[tuple[str, str]]:
     """(name, value) of everything that is reported; the user's folder is written `~`."""
     yield "python", platform.python_version()
-    yield "system", f"{platform.platform()}, {len(os.sched_getaffinity(0))} cores"
+    yield "system", f"{platform.platform()}, {cores()} cores"
     yield from (dict.fromkeys(REPORTED.split(), "not installed") | installed_versions(REPORTED)).items()
     yield "commit", git_state() or "not a checkout"
     import torch  # not at the top: most of what imports this module needs none

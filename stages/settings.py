@@ -241,6 +241,9 @@ class LanguageConfig(TrainingConfig):
     heads: int = option(4, "model", "attention heads", AT_LEAST_1)
     max_tokens: int = option(256, "data", "longer texts are cut", AT_LEAST_1)
     max_positions: int = option(1024, "model", "longest sequence the model will see", AT_LEAST_1)
+    packing: bool = option(
+        False, "data", "texts of a step stand behind each other in one row, without padding", decides=False
+    )
     attn_implementation: Attention = option("auto", "run", OF_LANGUAGE_MODEL, decides=False)
     epochs: float = option(1.0, "optimisation", "passes over the text", POSITIVE)
     global_batch_size: int = option(64, "optimisation", "texts per step", AT_LEAST_1)
@@ -284,7 +287,9 @@ class ConversationConfig(TrainingConfig):
     order: Literal["length", "random", "file"] = option(
         "length", "data", "batches of like length, the longest first; any at random; or as the file has them"
     )
-    packing: bool = option(False, "data", "examples of a pass stand behind each other in one row, without padding")
+    packing: bool = option(
+        False, "data", "examples of a pass stand behind each other in one row, without padding", decides=False
+    )
     attn_implementation: Attention = option(
         "auto", "run", f"{OF_LANGUAGE_MODEL}, and with packing each example by itself", decides=False
     )
@@ -374,6 +379,7 @@ class PipelineConfig:
     """Settings of the chain; each stage's own settings are in the YAML file named for it."""
 
     output_dir: str = option("runs/quickstart", "run", "everything is written below")
+    fast: bool = option(False, "run", "the quickstart in minutes: fewer images, texts and questions (quickstart/fast)")
     variants: list[str] = option(["CLIP", "DiffCLIP"], "model", f"of {', '.join(VARIANTS)}", VARIANTS)
     size: str = option("tiny", "model", "model size, the last part of the model's name", SIZES)
     seeds: list[int] = option(

@@ -61,7 +61,7 @@ def exit_on_input_error() -> Iterator[None]:
     """Print an `InputError`, or that the disk is full and the like, as one line on stderr and exit with code 2;
     anything else keeps its traceback.
 
-    Where the reader of our output has gone, as `head` does, end quietly with code 1.
+    Ctrl-C is one word and code 130. Where the reader of our output has gone, as `head` does, end quietly with code 1.
     """
     guard_terminal()
     drop_noise()
@@ -80,6 +80,9 @@ def exit_on_input_error() -> Iterator[None]:
             remedy = f"{SURROUNDINGS[lacking]} and start the same command again"
             print_line(f"error: {on_rank()}{named}{os.strerror(lacking)}: {remedy}", error=True)
             sys.exit(2)
+        except KeyboardInterrupt:
+            print_line("interrupted", error=True)
+            sys.exit(130)
         finally:
             if not isinstance(sys.exc_info()[1], Exception):
                 sys.stdout.flush()  # at exit it would be too late to end quietly

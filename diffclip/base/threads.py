@@ -17,6 +17,12 @@ MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1  # glibc's numbers for them
 KEPT = 1 << 30  # bytes: blocks up to here are kept for the next tensor
 USERS = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")
 
+
+def cores() -> int:
+    """How many cores this process may use, which may be fewer than there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 if "torch" not in sys.modules and not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
     os.environ["GOMP_SPINCOUNT"] = SPINS  # processes that this one starts inherit it
 

@@ -6,7 +6,6 @@ may share a folder.
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -28,6 +27,7 @@ from diffclip.base.files import whole
 from diffclip.base.fingerprint import fingerprint
 from diffclip.base.images import DECODING
 from diffclip.base.lines import printable
+from diffclip.base.threads import cores
 from diffclip.benchmarks.images import Images
 from diffclip.weights import read_safetensors
 
@@ -142,7 +142,7 @@ class Encoder:
     def _encode_batches(self, images: Images, name: str, first: int = 0, step: int = 1) -> list[dict[str, Tensor]]:
         rows = range(len(images))
         batches = [rows[i : i + self.batch_size] for i in rows[:: self.batch_size]][first::step]
-        usual = 0 if self.device.type == "cpu" else min(8, _cores())
+        usual = 0 if self.device.type == "cpu" else min(8, cores())
         loader = DataLoader(
             _Transformed(images, self.preprocess),
             batch_size=None,  # an item is a batch
@@ -283,7 +283,3 @@ def _joined(batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 def _printed(part: object) -> str:
     """Return the printed form of a transform or model without memory addresses, which differ between processes."""
     return re.sub(r" at 0x[0-9a-f]+", "", repr(part))
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

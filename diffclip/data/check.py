@@ -7,7 +7,6 @@ diffclip check pairs.parquet --caption_column title --some 10000 --model DiffCLI
 import array
 import hashlib
 import json
-import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +22,7 @@ from diffclip.base.console import print_table
 from diffclip.base.files import file_content
 from diffclip.base.images import BROKEN, decode
 from diffclip.base.lines import print_line
+from diffclip.base.threads import cores
 from diffclip.data.layout import Layout
 from diffclip.data.pairs import BadSample, PairTable
 
@@ -126,7 +126,7 @@ def look_at(table: PairTable, row: int) -> Seen:
 def examine(table: PairTable, rows: Sequence[int]) -> Iterator[Seen]:
     """`look_at` of these rows in their order, several at once, with a progress bar."""
     with (
-        ThreadPoolExecutor(min(16, (os.cpu_count() or 1) + 1)) as pool,
+        ThreadPoolExecutor(min(16, cores() + 1)) as pool,
         tqdm(total=len(rows), unit="pair", delay=2, disable=None) as bar,
     ):
         for start in range(0, len(rows), AT_ONCE):

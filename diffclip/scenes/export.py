@@ -1,12 +1,19 @@
 """Write the built-in world to a folder, each part beside its place and then renamed, scenes.json last; or show it."""
 
+import itertools
+import multiprocessing
 import os
 import random
 import shutil
+import signal
 import textwrap
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
+from multiprocessing import parent_process
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, ImageDraw
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -14,12 +21,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from diffclip.base.errors import InputError
 from diffclip.base.files import read_json, write_json
 from diffclip.base.lines import print_line
+from diffclip.base.threads import cores
 from diffclip.scenes.drawing import COLORS, SHAPES, draw, make_scene
 from diffclip.scenes.options import PARTS, Options
-from diffclip.scenes.parts import CLASSES, SHIFTS, WRITERS, class_scene
+from diffclip.scenes.parts import CLASSES, SHIFTS, WRITERS, Tick, class_scene
 from diffclip.scenes.text import MMVP_CATEGORIES, caption, mmvp_pair
 
 VERSION = 5  # raised whenever the same options give other files
+SEVERAL_FROM = 5_000  # scenes, from which several processes pay
 
 
 def export(directory: Path, options: Options, parts: Collection[str] = PARTS) -> None:
@@ -31,7 +40,7 @@ def export(directory: Path, options: Options, parts: Collection[str] = PARTS) ->
     record, done = directory / "scenes.json", []
     if record.exists():
         before = read_json(record)
-        if differ := [k for k, v in made.items() if before["options"].get(k) != v]:
+        if differ := [k for k, v in made.items() if before["options"].get(k, getattr(Options, k, None)) != v]:
             there = ", ".join(f"{k}={before['options'].get(k)}" for k in differ)
             wanted = ", ".join(f"{k}={made[k]}" for k in differ)
             raise InputError(
@@ -43,27 +52,7 @@ def export(directory: Path, options: Options, parts: Collection[str] = PARTS) ->
         return
 
     directory.mkdir(parents=True, exist_ok=True)
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn())
-    with Progress(TextColumn("scenes: {task.description}"), *columns) as progress:
-        total = sum(scenes(options) for _, scenes in (WRITERS[part] for part in missing))
-        task = progress.add_task(missing[0], total=total, rate="")
-        for part in missing:
-            progress.update(task, description=part)
-            count = 0
-
-            def tick() -> None:
-                nonlocal count
-                count += 1
-                if count % 100 == 0:
-                    speed = progress.tasks[0].speed
-                    progress.update(task, advance=100, rate=f"{speed:.0f}/s" if speed else "")
-
-            partial, final = directory / f".{part}.partial", directory / part
-            shutil.rmtree(partial, ignore_errors=True)
-            WRITERS[part][0](partial, options, tick)
-            progress.update(task, advance=count % 100)
-            shutil.rmtree(final, ignore_errors=True)
-            os.replace(partial, final)
+    write_parts(directory, options, missing)
     about = {
         "options": made,
         "parts": [part for part in PARTS if part in done or part in missing],
@@ -74,6 +63,81 @@ def export(directory: Path, options: Options, parts: Collection[str] = PARTS) ->
     }
     write_json(record, about)
     print_line(f"{directory}: wrote {', '.join(missing)}")
+
+
+def write_parts(directory: Path, options: Options, parts: Sequence[str]) -> None:
+    """Write parts, several at a time where they are large, with a progress bar over the scenes of all of them.
+
+    Raises:
+        InputError: the system has ended a process that wrote one.
+    """
+    sizes = {part: WRITERS[part][1](options) for part in parts}
+    processes = min(cores(), len(parts)) if sum(sizes.values()) >= SEVERAL_FROM else 1
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn())
+    progress = Progress(TextColumn("{task.description}"), *columns)
+    task = progress.add_task("scenes", total=sum(sizes.values()), rate="")
+
+    def update(count: int) -> None:
+        speed = progress.tasks[0].speed
+        progress.update(task, completed=count, rate=f"{speed:.0f}/s" if speed else "")
+
+    if processes == 1:
+        written = itertools.count(1)
+        with progress:
+            for part in parts:
+                _write_part(directory, options, part, lambda: update(next(written)))
+        return
+    counter = multiprocessing.Value("q")
+    pool = ProcessPoolExecutor(processes, initializer=_share, initargs=(counter,))
+    try:  # the largest first; begun before the bar, whose thread a forked process would be without
+        largest = sorted(parts, key=lambda part: -sizes[part])
+        writing = [pool.submit(_write_part, directory, options, part) for part in largest]
+        with progress:
+            while not any(future.done() and future.exception() for future in writing):
+                left = wait(writing, timeout=0.2, return_when=FIRST_EXCEPTION).not_done
+                update(counter.value)
+                if not left:
+                    break
+        for future in writing:
+            if future.done():  # all, unless one has failed
+                future.result()
+    except BaseException as error:
+        for process in multiprocessing.active_children():
+            process.kill()
+        if not isinstance(error, BrokenProcessPool):
+            raise
+        raise InputError(
+            f"a process that wrote scenes to {directory} has ended, as where memory runs out: free some, and start "
+            "the same command again"
+        ) from None
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _write_part(directory: Path, options: Options, part: str, tick: Tick | None = None) -> None:
+    partial, final = directory / f".{part}.partial", directory / part
+    shutil.rmtree(partial, ignore_errors=True)
+    WRITERS[part][0](partial, options, tick or _tick)
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(partial, final)
+
+
+def _share(counter: Any) -> None:
+    """Have a process that writes parts count its scenes where all of them do, and end with the one that asked."""
+    global _tick
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the one that asked ends this one
+    asking = parent_process()
+
+    def tick() -> None:
+        with counter.get_lock():
+            counter.value += 1
+        if counter.value % 100 == 0 and asking and not asking.is_alive():
+            os._exit(1)
+
+    _tick = tick
+
+
+def _tick() -> None: ...
 
 
 def show(path: Path, seed: int) -> None:

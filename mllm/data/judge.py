@@ -23,6 +23,7 @@ from diffclip.base.files import file_content
 from diffclip.base.fingerprint import json_digest
 from diffclip.base.images import open_image
 from diffclip.base.ranks import rank
+from diffclip.base.threads import cores
 from mllm.conversation import IGNORE, NoSupervisionError, encode, render
 from mllm.data.images import find_place, present
 from mllm.data.rows import Rows, locked
@@ -70,7 +71,7 @@ def image_problems(rows: Rows, fresh: bool = False) -> Problems:
     def judge() -> list[list]:
         found: list[list] = []
         reasons: dict[str, str] = {}  # of image files, which several rows may show
-        with DecodedImages() as known, ThreadPoolExecutor(min(32, len(os.sched_getaffinity(0)) + 4)) as pool:
+        with DecodedImages() as known, ThreadPoolExecutor(min(32, cores() + 4)) as pool:
             for keys, jobs in _jobs(rows, reasons):
                 for (position, name), reason in zip(keys, pool.map(known.problem, jobs)):
                     if position is None:

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from diffclip.base.errors import InputError, in_one_line
 from diffclip.base.ranks import rank
+from diffclip.base.threads import cores
 from mllm.data.examine import Examined, examine
 from mllm.data.files import read_rows
 from mllm.data.images import find_place, row_images
@@ -104,9 +105,8 @@ def ended_processes(files: Sequence[str | Path]) -> Iterator[None]:
 def _processes(files: Sequence[str | Path]) -> int:
     """How many loading processes judge the rows; 0: this one does."""
     large = sum(map(os.path.getsize, files)) > SEVERAL_FROM and all(str(path).lower().endswith(TEXT) for path in files)
-    cores = len(os.sched_getaffinity(0))
     alone = multiprocessing.current_process().daemon  # a loading process itself, which may start none
-    return min(cores, MOST_PROCESSES) if large and cores > 1 and not alone else 0
+    return min(cores(), MOST_PROCESSES) if large and cores() > 1 and not alone else 0
 
 
 def _record(row: Examined) -> dict[str, Any]:

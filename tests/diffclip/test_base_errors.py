@@ -34,6 +34,13 @@ def test_nor_is_one_of_messages():
     assert run_without_reader("raise InputError('x')", streams=("stdout", "stderr")).returncode == 1
 
 
+def test_control_c_is_one_word():
+    ended = run_without_reader(
+        "import os, signal; os.kill(os.getpid(), signal.SIGINT); import time; time.sleep(9)", streams=()
+    )
+    assert (ended.returncode, ended.stderr) == (130, "interrupted\n")
+
+
 def test_what_went_wrong_before_is_still_told():
     assert "ZeroDivisionError" in run_without_reader("print(1)", "1 / 0").stderr
     refused = run_without_reader("raise InputError('no such thing')")

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import re
 import tarfile
 from dataclasses import asdict
@@ -13,7 +14,7 @@ from PIL import Image
 from diffclip.base.errors import InputError
 from diffclip.benchmarks import datasets
 from diffclip.scenes import drawing as scenes
-from diffclip.scenes import parts
+from diffclip.scenes import export, parts
 from diffclip.scenes.__main__ import main
 from diffclip.scenes.options import Options
 
@@ -147,6 +148,38 @@ def test_parts_alone_and_after_an_interruption_equal_the_whole(made, tmp_path):
     names = sorted(p.relative_to(made) for p in made.rglob("*"))
     assert names == sorted(p.relative_to(tmp_path) for p in tmp_path.rglob("*"))
     assert all((made / n).read_bytes() == (tmp_path / n).read_bytes() for n in names if (made / n).is_file())
+
+
+def test_several_processes_write_the_same_files(made, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(export, "SEVERAL_FROM", 0)
+    monkeypatch.setattr(export, "cores", lambda: 3)
+    main(arguments(tmp_path / "several"))
+    names = sorted(p.relative_to(made) for p in made.rglob("*"))
+    assert names == sorted(p.relative_to(tmp_path / "several") for p in (tmp_path / "several").rglob("*"))
+    assert all(
+        (made / n).read_bytes() == (tmp_path / "several" / n).read_bytes() for n in names if (made / n).is_file()
+    )
+
+
+@pytest.mark.parametrize(
+    ("fault", "error", "told"),
+    [
+        ("raise OSError(28, 'No space left on device')", OSError, "No space left"),
+        ("os._exit(9)", InputError, "has ended, as where memory runs out"),
+    ],
+)
+def test_a_process_that_fails_ends_the_export(tmp_path, monkeypatch, fault, error, told):
+    def fail(*_):
+        exec(fault, {"os": os})
+
+    monkeypatch.setattr(export, "SEVERAL_FROM", 0)
+    monkeypatch.setattr(export, "cores", lambda: 2)
+    monkeypatch.setitem(parts.WRITERS, "pope", (fail, lambda options: 1_000_000))  # the largest, so the first
+    with pytest.raises(error, match=told):
+        main(arguments(tmp_path / "world"))
+    assert not (tmp_path / "world/scenes.json").exists()
+    monkeypatch.undo()
+    main(arguments(tmp_path / "world"))  # as if there had been nothing
 
 
 @pytest.mark.parametrize(

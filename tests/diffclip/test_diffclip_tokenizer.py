@@ -1,7 +1,9 @@
 """The tokenizer: the official ids, two dimensions always, and the end token that the official one loses."""
 
 import json
+import random
 
+import open_clip
 import pytest
 import torch
 
@@ -46,6 +48,22 @@ def test_default_keeps_the_end_token_and_otherwise_equals_legacy(records):
             assert torch.equal(ours[:-1], theirs[:-1])
             cut += 1
     assert cut > 0
+
+
+def test_captions_of_all_kinds_have_open_clips_ids():
+    """Plain ones are not looked through for broken Unicode and HTML, which they cannot hold."""
+    ours, theirs, rng = preprocessing.tokenizer(CONFIG), open_clip.SimpleTokenizer(), random.Random(0)
+    letters = [
+        *map(chr, range(32, 127)),
+        *" \t\n\r\0\x1b\x85\u2019éÃ©½ﬁ\u200b\U0001f600",
+        "&amp;",
+        "&lt",
+        "\x1b[1m",
+        "Ã¢â‚¬",
+    ]
+    plain = [*map(chr, range(32, 127))]
+    texts = ["".join(rng.choices(plain if i % 2 else letters, k=rng.randrange(60))) for i in range(4000)]
+    assert torch.equal(ours(texts), theirs(texts))
 
 
 @pytest.mark.parametrize("legacy", [False, True])

@@ -11,6 +11,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from unittest import mock
@@ -148,7 +149,7 @@ def test_the_console_ends_with_commands_that_run_as_they_stand(quickstart, capsy
     assert (out / "maps.png").stat().st_size > 1000
 
 
-def dry_pipeline(*arguments: str, capsys) -> tuple[list[list[str]], str]:
+def dry_pipeline(*arguments: str, capsys, jobs: int = 1) -> tuple[list[list[str]], str]:
     """The commands that a pipeline would run, with scenes of one image made for each export; and its console."""
     commands: list[list[str]] = []
 
@@ -167,7 +168,7 @@ def dry_pipeline(*arguments: str, capsys) -> tuple[list[list[str]], str]:
         mock.patch.object(pipeline, "finished", lambda out: True),
         mock.patch("importlib.util.find_spec", lambda name: None),
     ):
-        pipeline.main([*arguments, "--jobs=1"])
+        pipeline.main([*arguments, f"--jobs={jobs}"])
     return commands, capsys.readouterr().out
 
 
@@ -196,6 +197,38 @@ def test_more_seeds_take_up_the_one_that_is_there(tmp_path, capsys):
     assert folders_of(three, "language") == [f"{out}/seed-4/language", f"{out}/language", f"{out}/seed-6/language"]
     other, _ = dry_pipeline("--seed=7", f"--output_dir={out}", capsys=capsys)
     assert folders_of(other, "language") == [f"{out}/seed-7/language"]
+
+
+def test_more_ranks_than_cores_are_one_variant_at_a_time(tmp_path, capsys):
+    typed, _ = dry_pipeline("--ranks=1000", f"--output_dir={tmp_path / 'out'}", capsys=capsys, jobs=0)
+    assert [words[0] for words in typed[:3]] == ["scenes", "language", "pretrain"]
+
+
+def test_fast_is_a_configuration_of_its_own(tmp_path, capsys):
+    scenes, *_ = dry_pipeline("--fast", f"--output_dir={tmp_path / 'out'}", capsys=capsys)[0]
+    small = yaml.safe_load((QUICKSTART / "fast.yaml").read_text())["scenes"]
+    assert {f"--{name}={value}" for name, value in small.items()} <= {*scenes}
+    with pytest.raises(InputError, match="--fast is --config quickstart/fast: give one of"):
+        pipeline.main(["--fast", "--config=quickstart/pipeline"])
+
+
+def test_a_language_model_that_fails_ends_the_variants_that_are_trained_beside_it(tmp_path):
+    ended = threading.Event()
+
+    def run(command: list[str], typed: list[str], label: str) -> None:
+        if "language" in typed:
+            time.sleep(0.2)  # the towers are in their training
+            raise InputError("no text")
+        if "pretrain" in typed:
+            process = subprocess.Popen(["sleep", "60"], start_new_session=True)
+            pipeline.running.add(process)
+            assert process.wait() < 0
+            ended.set()
+
+    config = parse(PipelineConfig, "", ["--config=quickstart/pipeline"])
+    with mock.patch.object(pipeline, "run", run), pytest.raises(InputError, match="no text"):
+        pipeline.run_variants(config, 0, tmp_path, 2)
+    assert ended.is_set()
 
 
 class Parsed(Exception):

@@ -20,6 +20,7 @@ from transformers import Trainer, TrainerCallback, TrainerState
 
 from diffclip.attention import DifferentialAttention, base
 from diffclip.base.errors import InputError
+from diffclip.base.files import read_jsonl
 from diffclip.base.schema import COMPLETE
 from stages import language, pretrain
 from stages.callbacks import Watch
@@ -236,10 +237,10 @@ def test_trainer_takes_what_no_setting_of_the_stage_decides(tmp_path):
 @pytest.mark.parametrize(
     "config, own",
     [
-        (LanguageConfig, {"attn_implementation"}),
+        (LanguageConfig, {"packing", "attn_implementation"}),
         (PretrainConfig, {"micro_batch_size", "max_bad_share", "shard_cache", "shard_cache_gb", "manifest"}),
-        (AlignConfig, {"micro_batch_size", "max_bad_share", "tokens", "attn_implementation"}),
-        (InstructConfig, {"micro_batch_size", "max_bad_share", "tokens", "attn_implementation"}),
+        (AlignConfig, {"micro_batch_size", "max_bad_share", "tokens", "packing", "attn_implementation"}),
+        (InstructConfig, {"micro_batch_size", "max_bad_share", "tokens", "packing", "attn_implementation"}),
     ],
 )
 def test_settings_that_decide_nothing(config, own):
@@ -353,6 +354,22 @@ def test_a_diverged_language_model_is_not_finished(tmp_path):
         language.main([*arguments, "--learning_rate=1e38"])
     assert json.loads((out / "run.json").read_text())["state"] != "finished"
     assert not (out / "model.safetensors").exists()
+
+
+def test_packed_texts_are_learnt_as_padded_ones(tmp_path):
+    """Each text sees itself alone, and logits that carry no loss are missing: the same gradients, to rounding."""
+    arguments = [*LANGUAGE, f"--text={text_file(tmp_path)}", "--layers=2", "--logging_steps=1", "--epochs=2"]
+    for packing in ("false", "true"):
+        language.main([*arguments, f"--packing={packing}", f"--output_dir={tmp_path / packing}"])
+    padded, packed = (load_file(tmp_path / name / "model.safetensors") for name in ("false", "true"))
+    assert padded.keys() == packed.keys()
+    assert all(torch.allclose(padded[name], packed[name], atol=2e-5) for name in padded)
+    losses = [
+        [row["loss"] for _, row in read_jsonl(tmp_path / name / "metrics.jsonl") if "loss" in row]
+        for name in ("false", "true")
+    ]
+    assert len(losses[0]) > 3 and losses[0] == pytest.approx(losses[1], abs=1e-4)
+    assert losses[0][0] > losses[0][-1]
 
 
 @pytest.mark.parametrize(
