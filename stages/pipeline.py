@@ -31,18 +31,15 @@ from diffclip.base.threads import cores
 from stages.config import parse, read_yaml, require
 from stages.settings import AlignConfig, InstructConfig, PipelineConfig
 
-QUICKSTART, FAST = "quickstart/pipeline", "quickstart/fast"  # the configurations where none is named
+QUICKSTART = "quickstart/pipeline"  # the configuration where none is named
 
 running: set[subprocess.Popen] = set()
 
 
 def main(argv: list[str] | None = None) -> None:
     argv = list(sys.argv[1:] if argv is None else argv)
-    named = {word.split("=")[0] for word in argv}
-    if {"--config", "--fast"} <= named:
-        raise InputError(f"--fast is --config {FAST}: give one of --fast and --config")
-    default = FAST if "--fast" in named else QUICKSTART
-    config = parse(PipelineConfig, __doc__, argv if "--config" in named else [f"--config={default}", *argv])
+    named = any(word.split("=")[0] == "--config" for word in argv)
+    config = parse(PipelineConfig, __doc__, argv if named else [f"--config={QUICKSTART}", *argv])
     require(config, "output_dir", "variants", "seeds", "pretrain", "language", "align", "instruct", "evaluate")
     os.environ |= as_parent()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -379,7 +379,6 @@ class PipelineConfig:
     """Settings of the chain; each stage's own settings are in the YAML file named for it."""
 
     output_dir: str = option("runs/quickstart", "run", "everything is written below")
-    fast: bool = option(False, "run", "the quickstart in minutes: fewer images, texts and questions (quickstart/fast)")
     variants: list[str] = option(["CLIP", "DiffCLIP"], "model", f"of {', '.join(VARIANTS)}", VARIANTS)
     size: str = option("tiny", "model", "model size, the last part of the model's name", SIZES)
     seeds: list[int] = option(

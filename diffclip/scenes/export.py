@@ -40,7 +40,7 @@ def export(directory: Path, options: Options, parts: Collection[str] = PARTS) ->
     record, done = directory / "scenes.json", []
     if record.exists():
         before = read_json(record)
-        if differ := [k for k, v in made.items() if before["options"].get(k, getattr(Options, k, None)) != v]:
+        if differ := [k for k, v in made.items() if before["options"].get(k) != v]:
             there = ", ".join(f"{k}={before['options'].get(k)}" for k in differ)
             wanted = ", ".join(f"{k}={made[k]}" for k in differ)
             raise InputError(

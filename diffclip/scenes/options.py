@@ -27,7 +27,6 @@ class Options:
     align: int = _number(8000, "caption conversations in llava/align.json")
     conversations: int = _number(6000, "conversations in llava/instruct.json, on the first images of align.json")
     rounds: int = _number(6, "questions per conversation", most=20)  # there are not many more different ones
-    easy_rounds: int = _number(1, "questions of a conversation that asks for presence alone", most=6)
     texts: int = _number(20000, "lines in llava/text.jsonl")
     pope: int = _number(300, "images in pope/, six questions each in each of the three files")
     mmvp: int = _number(15, "pairs per category in mmvp/")

@@ -145,7 +145,7 @@ def write_llava(folder: Path, options: Options, tick: Tick) -> None:
         if i < options.conversations:
             rng = stream_rng(options.seed, "llava/instruct", i)
             mixed = i >= EASY_CONVERSATIONS * options.conversations and rng.random() < MIXED
-            turns = instruct_conversation(scene, rng, options.rounds if mixed else options.easy_rounds, mixed)
+            turns = instruct_conversation(scene, rng, options.rounds, any_request=mixed)
             instruct.append({"id": f"instruct_{i:06d}", "image": image, "conversations": turns})
         tick()
     write_json(folder / "align.json", align)

@@ -270,16 +270,14 @@ def align_conversation(scene: Scene, rng: random.Random) -> Turns:
 def instruct_conversation(scene: Scene, rng: random.Random, count: int, any_request: bool = True) -> Turns:
     """Several turns in LLaVA's form; the first question carries the image.
 
-    Without `any_request` all ask whether a shape is there; of these there are six at most. From these a small model
-    learns to look in minutes; among captions and other questions it takes many times longer, so they should come last.
+    Without `any_request`, a single turn that asks whether one shape is there. From these a small model learns to
+    look in minutes; among captions and other questions it takes many times longer, so they should come last.
     """
     if any_request:
         (question, answer), *rest = rounds(scene, rng, count)
         return _turns([(f"<image>\n{question}", answer), *rest])
-    asked = pope_questions(scene, rng.choice(POPE_SPLITS), rng)
-    (question, answer), *rest = [rng.choice(asked)] if count == 1 else rng.sample(asked, min(count, len(asked)))
-    first = (f"<image>\n{question}{SHORT}", answer.capitalize())
-    return _turns([first, *((question, answer.capitalize()) for question, answer in rest)])
+    question, answer = rng.choice(pope_questions(scene, rng.choice(POPE_SPLITS), rng))
+    return _turns([(f"<image>\n{question}{SHORT}", answer.capitalize())])
 
 
 def _turns(pairs: list[tuple[str, str]]) -> Turns:

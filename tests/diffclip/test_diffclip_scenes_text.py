@@ -231,7 +231,7 @@ def test_conversations_have_the_public_form():
 def test_easy_conversations_are_one_balanced_question_about_presence():
     rng, answers = random.Random(9), Counter()
     for scene in SOME[:300]:
-        ask, answer = questions.instruct_conversation(scene, rng, 1, any_request=False)
+        ask, answer = questions.instruct_conversation(scene, rng, 5, any_request=False)
         shape = re.fullmatch(r"<image>\nIs there an? (\w+) in the image\?" + questions.SHORT, ask["value"])[1]
         assert answer["value"] == ("Yes" if shape in {t.shape for t in scene.things} else "No")
         answers[answer["value"]] += 1

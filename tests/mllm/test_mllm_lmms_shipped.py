@@ -8,15 +8,17 @@ from pathlib import Path
 import lmms_sets
 import numpy as np
 import pytest
+import yaml
 from accelerate.commands.launch import launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
 from launch import run_ranks
 
 from diffclip.base.files import read_json, read_jsonl
+from mllm import lmms_repairs
 from mllm.lmms_tasks import first_word
 from mllm.pope.chair import Caption, mentions, read_words, score
 
-pytest.importorskip("lmms_eval")
+lmms_eval = pytest.importorskip("lmms_eval")
 pytestmark = pytest.mark.slow
 NOUNS = {"dog": "dogs", "cat": "cats", "person": "people", "table": "tables", "bench": "benches"}
 
@@ -134,3 +136,17 @@ def test_naturalbench_counts_groups_of_questions_and_images(started, saying, pic
     expected = {"G": groups.all((1, 2)), "Q": groups.all(2), "I": groups.all(1)}
     for name, values in expected.items():
         assert scores["naturalbench"][f"naturalbench_{name}_ACC"] == pytest.approx(values.mean())
+
+
+def test_task_files_are_the_same_read_in_c():
+    lmms_repairs.parse_in_c()
+    in_python = next(c for c in yaml.reader.Reader.__subclasses__() if c.__name__ == "FullLoader")  # as it was before
+    loaders = [type("Loader", (base,), {}) for base in (in_python, yaml.FullLoader)]
+    assert [issubclass(loader, yaml.CFullLoader) for loader in loaders] == [False, True]
+    for loader in loaders:
+        loader.add_constructor("!function", lambda loader, node: (Path(loader.name).name, node.value))
+    files = sorted(Path(lmms_eval.__file__).parent.joinpath("tasks").rglob("*.yaml"))[::40]
+    assert len(files) > 50
+    for file in files:
+        with open(file, "rb") as first, open(file, "rb") as second:
+            assert yaml.load(first, loaders[0]) == yaml.load(second, loaders[1]), file

@@ -204,14 +204,6 @@ def test_more_ranks_than_cores_are_one_variant_at_a_time(tmp_path, capsys):
     assert [words[0] for words in typed[:3]] == ["scenes", "language", "pretrain"]
 
 
-def test_fast_is_a_configuration_of_its_own(tmp_path, capsys):
-    scenes, *_ = dry_pipeline("--fast", f"--output_dir={tmp_path / 'out'}", capsys=capsys)[0]
-    small = yaml.safe_load((QUICKSTART / "fast.yaml").read_text())["scenes"]
-    assert {f"--{name}={value}" for name, value in small.items()} <= {*scenes}
-    with pytest.raises(InputError, match="--fast is --config quickstart/fast: give one of"):
-        pipeline.main(["--fast", "--config=quickstart/pipeline"])
-
-
 def test_a_language_model_that_fails_ends_the_variants_that_are_trained_beside_it(tmp_path):
     ended = threading.Event()
 
