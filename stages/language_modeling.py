@@ -157,7 +157,7 @@ def supervised(row: dict[str, list[int]]) -> bool:
 def encode(text: str, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> dict[str, list[int]]:
     """Token ids and labels of one text: of a conversation only the answers and their end tokens are learnt.
 
-    Learning the questions too, or several texts to a row, hides for many times longer what the answers depend on.
+    Learning the questions too, or texts that see each other, hides for many times longer what the answers depend on.
     """
     encoded = tokenizer(text, return_offsets_mapping=True)  # cut below: the tokenizer would go on cutting where saved
     ids, offsets = encoded["input_ids"][:max_tokens], encoded["offset_mapping"][:max_tokens]

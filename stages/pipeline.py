@@ -14,6 +14,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -34,6 +35,7 @@ from stages.settings import AlignConfig, InstructConfig, PipelineConfig
 QUICKSTART = "quickstart/pipeline"  # the configuration where none is named
 
 running: set[subprocess.Popen] = set()
+ending = threading.Event()  # a variant has failed: what is begun from now on is ended at once
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -120,6 +122,7 @@ def run_variants(config: PipelineConfig, number: int, out: Path, jobs: int) -> N
         for variant in config.variants:
             run_variant(config, number, out, variant)
         return
+    ending.clear()
     with ThreadPoolExecutor(1) as first, ThreadPoolExecutor(jobs) as pool:
         language = first.submit(run_language, config, number, out, "[language] ")
         chains = [pool.submit(run_variant, config, number, out, v, language.result, f"[{v}] ") for v in config.variants]
@@ -128,6 +131,7 @@ def run_variants(config: PipelineConfig, number: int, out: Path, jobs: int) -> N
                 chain.result()
         except BaseException as error:
             pool.shutdown(wait=False, cancel_futures=True)
+            ending.set()
             for process in [*running]:
                 end(process)
             if isinstance(error, KeyboardInterrupt):
@@ -241,6 +245,8 @@ def run(command: list[str], typed: list[str], label: str = "") -> None:
     output: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "bufsize": 0} if label else {}
     process = subprocess.Popen(command, start_new_session=True, **output)
     running.add(process)
+    if ending.is_set():
+        end(process)
     try:
         for line in process.stdout or ():
             print_line(label + line.decode(errors="replace").rstrip())

@@ -464,6 +464,9 @@ def _check_trainer(config: TrainingConfig) -> None:
                 raise InputError(f"setting `trainer`: {key} is what the setting `{setting}` decides: set that instead")
     if not config.torch_compile and (how := next((key for key in trainer if key.startswith("torch_compile_")), None)):
         raise InputError(f"setting `trainer`: {how} says how to compile; set `torch_compile` to true too")
+    if trainer.get("label_smoothing_factor") and not (isinstance(config, LanguageConfig) and not config.packing):
+        why = "set `packing` false" if isinstance(config, LanguageConfig) else "leave it out"
+        raise InputError(f"setting `trainer`: label_smoothing_factor is not for a loss that the model computes; {why}")
     if inexact := next(filter(trainer.get, INEXACT), None):
         raise InputError(
             f"setting `trainer`: with {inexact} a resumed run would not be the undisturbed one; leave it out, the same "

@@ -61,7 +61,8 @@ def exit_on_input_error() -> Iterator[None]:
     """Print an `InputError`, or that the disk is full and the like, as one line on stderr and exit with code 2;
     anything else keeps its traceback.
 
-    Ctrl-C is one word and code 130. Where the reader of our output has gone, as `head` does, end quietly with code 1.
+    Ctrl-C is one word, and ends the process as it ends others. Where the reader of our output has gone, as `head` does,
+    end quietly with code 1.
     """
     guard_terminal()
     drop_noise()
@@ -80,9 +81,9 @@ def exit_on_input_error() -> Iterator[None]:
             remedy = f"{SURROUNDINGS[lacking]} and start the same command again"
             print_line(f"error: {on_rank()}{named}{os.strerror(lacking)}: {remedy}", error=True)
             sys.exit(2)
-        except KeyboardInterrupt:
-            print_line("interrupted", error=True)
-            sys.exit(130)
+        except KeyboardInterrupt:  # raised on, since a shell's loop ends where Ctrl-C has ended its command
+            sys.excepthook = lambda *_: print_line("interrupted", error=True)
+            raise
         finally:
             if not isinstance(sys.exc_info()[1], Exception):
                 sys.stdout.flush()  # at exit it would be too late to end quietly

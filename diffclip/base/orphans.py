@@ -36,16 +36,23 @@ def end_with_parents() -> None:
     if not watched or _watching.is_set() or not os.path.isdir("/proc/self"):
         return
     _watching.set()
+    threading.Thread(target=_watch, args=(watched,), daemon=True).start()
 
-    def watch() -> None:
-        while all(_start(process) == start for process, start in watched.items()):
-            time.sleep(0.5)
-        gone = next(process for process, start in watched.items() if _start(process) != start)
-        with suppress(OSError, ValueError):  # who read it may be gone as well
-            print_line(f"ended, since process {gone}, which had started this one, is gone", error=True)
-        os._exit(1)
 
-    threading.Thread(target=watch, daemon=True).start()
+def end_with(parent: str) -> None:
+    """From now on, end within a second of the death of the process of which `as_parent` gave this value."""
+    _, process, start = parent.rsplit(":", 2)
+    if os.path.isdir("/proc/self"):
+        threading.Thread(target=_watch, args=({int(process): start},), daemon=True).start()
+
+
+def _watch(watched: dict[int, str]) -> None:
+    while all(_start(process) == start for process, start in watched.items()):
+        time.sleep(0.5)
+    gone = next(process for process, start in watched.items() if _start(process) != start)
+    with suppress(OSError, ValueError):  # who read it may be gone as well
+        print_line(f"ended, since process {gone}, which had started this one, is gone", error=True)
+    os._exit(1)
 
 
 def _launchers() -> list[tuple[int, str]]:

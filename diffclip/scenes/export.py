@@ -11,7 +11,6 @@ from collections.abc import Collection, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
-from multiprocessing import parent_process
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from diffclip.base.errors import InputError
 from diffclip.base.files import read_json, write_json
 from diffclip.base.lines import print_line
+from diffclip.base.orphans import PARENT, as_parent, end_with
 from diffclip.base.threads import cores
 from diffclip.scenes.drawing import COLORS, SHAPES, draw, make_scene
 from diffclip.scenes.options import PARTS, Options
@@ -83,19 +83,25 @@ def write_parts(directory: Path, options: Options, parts: Sequence[str]) -> None
 
     if processes == 1:
         written = itertools.count(1)
+
+        def tick() -> None:
+            if (count := next(written)) % 100 == 0:
+                update(count)
+
         with progress:
             for part in parts:
-                _write_part(directory, options, part, lambda: update(next(written)))
+                _write_part(directory, options, part, tick)
+            update(next(written) - 1)
         return
     counter = multiprocessing.Value("q")
-    pool = ProcessPoolExecutor(processes, initializer=_share, initargs=(counter,))
+    pool = ProcessPoolExecutor(processes, initializer=_share, initargs=(counter, as_parent()[PARENT]))
     try:  # the largest first; begun before the bar, whose thread a forked process would be without
         largest = sorted(parts, key=lambda part: -sizes[part])
         writing = [pool.submit(_write_part, directory, options, part) for part in largest]
         with progress:
             while not any(future.done() and future.exception() for future in writing):
                 left = wait(writing, timeout=0.2, return_when=FIRST_EXCEPTION).not_done
-                update(counter.value)
+                update(counter.get_obj().value)  # without its lock, with which a process may have been killed
                 if not left:
                     break
         for future in writing:
@@ -122,17 +128,15 @@ def _write_part(directory: Path, options: Options, part: str, tick: Tick | None 
     os.replace(partial, final)
 
 
-def _share(counter: Any) -> None:
+def _share(counter: Any, parent: str) -> None:
     """Have a process that writes parts count its scenes where all of them do, and end with the one that asked."""
     global _tick
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the one that asked ends this one
-    asking = parent_process()
+    end_with(parent)
 
     def tick() -> None:
         with counter.get_lock():
             counter.value += 1
-        if counter.value % 100 == 0 and asking and not asking.is_alive():
-            os._exit(1)
 
     _tick = tick
 

@@ -2,13 +2,19 @@
 
 import csv
 import json
+import multiprocessing
 import os
 import re
+import subprocess
+import sys
 import tarfile
+import time
 from dataclasses import asdict
 
 import numpy as np
+import psutil
 import pytest
+from launch import ROOT, environment
 from PIL import Image
 
 from diffclip.base.errors import InputError
@@ -161,6 +167,19 @@ def test_several_processes_write_the_same_files(made, tmp_path, monkeypatch, cap
     )
 
 
+def test_processes_end_with_the_one_that_asked(tmp_path):
+    command = [sys.executable, "-m", "diffclip", "scenes", "export", str(tmp_path / "world"), "--pairs=200000"]
+    exporting = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL)
+    deadline = time.time() + 60
+    while not (writing := psutil.Process(exporting.pid).children()) or not [*tmp_path.rglob("*.tar")]:
+        assert time.time() < deadline
+        time.sleep(0.05)
+    exporting.kill()
+    exporting.wait()
+    assert not psutil.wait_procs(writing, timeout=20)[1]
+
+
+@pytest.mark.skipif(multiprocessing.get_start_method() != "fork", reason="the fault reaches forked processes alone")
 @pytest.mark.parametrize(
     ("fault", "error", "told"),
     [

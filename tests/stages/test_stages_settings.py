@@ -137,3 +137,13 @@ def test_the_official_linear_probe_is_the_default_everywhere():
     assert EvaluateConfig().linear_probe == Settings().probe == "exact"
     for name, file in shipped().items():
         assert "linear_probe: fast" not in file.read_text(encoding="utf-8"), name
+
+
+@pytest.mark.parametrize(
+    ("config", "remedy"), [(LanguageConfig(packing=True), "set `packing` false"), (AlignConfig(), "leave it out")]
+)
+def test_smoothed_labels_would_be_learnt_a_place_too_early_and_are_refused(config, remedy):
+    config.trainer = {"label_smoothing_factor": 0.1}
+    with pytest.raises(InputError, match=f"label_smoothing_factor is not for a loss that the model computes; {remedy}"):
+        check(config)
+    check(LanguageConfig(trainer={"label_smoothing_factor": 0.1}))
