@@ -1,7 +1,7 @@
 """Linear probe as the paper's evaluation code (lgssl) defines it: softmax regression on frozen features.
 
 The strength of its regularisation is searched on validation rows. `exact` is the official solver step for
-step, `fast` goes to the minimum of the same objective.
+step (`lbfgs.py`), `fast` goes to the minimum of the same objective.
 """
 
 import math
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from diffclip.base.errors import InputError
 from diffclip.benchmarks.images import Images
+from diffclip.benchmarks.lbfgs import lbfgs
 from diffclip.benchmarks.protocol import Classification, Evaluation, Protocol
 from diffclip.benchmarks.zero_shot import balanced, mean_per_class
 
@@ -168,13 +169,9 @@ def hold_out(labels: Tensor, share: float = 0.2, seed: int = 93) -> tuple[list[i
     return kept, held
 
 
-def objective(W: Tensor, b: Tensor, features: Tensor, labels: Tensor, C: float) -> Tensor:
-    """Mean cross-entropy + 0.5/C * ||W||_F, a scalar: the norm is not squared, the bias is free."""
-    return F.cross_entropy(features @ W.T + b, labels) + (1 / C) * 0.5 * W.norm(p=2)
-
-
 def fit(features: Tensor, labels: Tensor, C: float, classes: int, max_iter: int = 1000) -> Weights:
-    """Minimise `objective` as the official code does: from zero, L-BFGS with strong Wolfe search, full batch.
+    """Minimise the mean cross-entropy + 0.5/C * ||W||_F as the official code does: from zero, L-BFGS with strong Wolfe
+    search, full batch. The norm is not squared, the bias is free.
 
     For C of 0.01 and below the first step goes uphill, the weights stay zero and every row is class 0;
     that is part of the protocol.
@@ -183,23 +180,26 @@ def fit(features: Tensor, labels: Tensor, C: float, classes: int, max_iter: int 
         features: (N, width) float32 or float64.
         labels: (N,) int64 below `classes`.
     """
-    W = features.new_zeros(classes, features.shape[1], requires_grad=True)
-    b = features.new_zeros(classes, requires_grad=True)
-    optimizer = torch.optim.LBFGS([W, b], lr=1, max_iter=max_iter, line_search_fn="strong_wolfe")
+    rows, width = features.shape
+    strength, of_label = 0.5 / C, labels[:, None]
+    share = features.new_full((rows, 1), 1 / rows)
 
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = objective(W, b, features, labels, C)
-        loss.backward()
-        return loss
+    def objective(theta: Tensor) -> tuple[float, Tensor]:
+        """Its value and gradient at the weights, (classes * width,), followed by the biases, (classes,)."""
+        W, b = theta[:-classes].view(classes, width), theta[-classes:]
+        log_p = torch.addmm(b, features, W.T).log_softmax(dim=1)  # (N, classes)
+        norm = float(W.norm())
+        value = strength * norm - float(log_p.gather(1, of_label).mean())
+        error = log_p.exp_().div_(rows).scatter_add_(1, of_label, -share)
+        slope = torch.addmm(W, error.T, features, beta=strength / norm if norm else 0)
+        return value, torch.cat([slope.flatten(), error.sum(dim=0)])
 
-    with torch.enable_grad():
-        optimizer.step(closure)
-    return W.detach(), b.detach()
+    theta = lbfgs(objective, features.new_zeros(classes * width + classes), max_iter)
+    return theta[:-classes].view(classes, width), theta[-classes:]
 
 
 def fast_solver(features: Tensor, labels: Tensor, classes: int) -> Callable[[float], Weights]:
-    """Return C -> weights that minimise `objective`, each fit started from the one with the nearest C so far.
+    """Return C -> weights that minimise the objective of `fit`, each fit started from the one with the nearest C so far.
 
     Works in the eigenbasis of the features' covariance S, scaled by (S + r)^(-1/2), where r is the curvature of the
     norm over that of the cross-entropy: there the objective's curvature is about the same in all directions, which

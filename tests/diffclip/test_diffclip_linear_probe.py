@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 import torch
 
+from diffclip.benchmarks import lbfgs
 from diffclip.benchmarks import linear_probe as probe
+
+
+def objective(W, b, features, labels, C):
+    """As the official code writes it."""
+    return torch.nn.functional.cross_entropy(features @ W.T + b, labels) + (1 / C) * 0.5 * W.norm(p=2)
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +42,6 @@ CASES = [
 ]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_search_and_score_match_the_official_code(official, case):
     sets, expected = official
@@ -73,7 +78,7 @@ def test_single_fits_match(official, name, C):
     train, _, test = sets[name]
     want = expected["fixed_C_fits"][f"{name}|C={C}"]
     W, b = probe.fit(*train, C, int(train[1].max()) + 1)
-    assert probe.objective(W, b, *train, C).item() == pytest.approx(want["objective"], abs=1e-5)
+    assert objective(W, b, *train, C).item() == pytest.approx(want["objective"], abs=1e-5)
     assert W.norm().item() == pytest.approx(want["weight_fro"], abs=1e-3)
     assert b.tolist() == pytest.approx(want["bias"], abs=5e-3)  # along the flat direction
     assert probe.percent(probe.predict(test[0], (W, b)), test[1], "accuracy") == pytest.approx(
@@ -100,7 +105,7 @@ def test_fast_fits_reach_the_official_minimum(official, name):
         want = expected["fixed_C_fits"][f"{name}|C={C}"]
         W, b = solve(C)
         # no worse than the official fit by more than its own float32 noise
-        assert probe.objective(W, b, *train, C).item() < want["objective"] + 1e-5
+        assert objective(W, b, *train, C).item() < want["objective"] + 1e-5
         assert W.norm().item() == pytest.approx(want["weight_fro"], rel=5e-3, abs=1e-3)
 
 
@@ -122,6 +127,36 @@ def test_the_fit_is_a_minimum_of_the_norm_penalty():
     cosine = (W.grad * W).sum() / (W.grad.norm() * W.norm())
     assert cosine.item() == pytest.approx(-1, abs=1e-4)
     assert b.grad.abs().max() < 1e-5
+
+
+def torchs_fit(features, labels, C, classes, max_iter):
+    W = features.new_zeros(classes, features.shape[1], requires_grad=True)
+    b = features.new_zeros(classes, requires_grad=True)
+    optimizer = torch.optim.LBFGS([W, b], lr=1, max_iter=max_iter, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        loss = objective(W, b, features, labels, C)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return W.detach(), b.detach()
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 17, 60, 130, 260])
+@pytest.mark.parametrize("C,history", [(0.01, 100), (3.0, 100), (1e3, 100), (1e6, 100), (1e3, 7)])
+def test_every_step_is_that_of_torchs_lbfgs(monkeypatch, steps, C, history):
+    """Past the 100 steps that are kept, and past twice that, where they are moved; and with few that are kept."""
+    if history != 100:
+        monkeypatch.setattr(torch.optim.LBFGS.__init__, "__defaults__", (1, 20, None, 1e-7, 1e-9, history, None))
+        monkeypatch.setattr(lbfgs.lbfgs, "__defaults__", (history,))
+    features, labels = blobs(120, width=24, classes=4)
+    features = features.double() * torch.logspace(0, -2, 24)
+    W, b = probe.fit(features, labels, C, 4, steps)
+    theirs = torchs_fit(features, labels, C, 4, steps)
+    scale = theirs[0].abs().max().clamp_min(1e-3)
+    assert (W - theirs[0]).abs().max() < 1e-6 * scale and (b - theirs[1]).abs().max() < 1e-6 * scale
 
 
 def test_without_much_penalty_the_fit_is_sklearns():
@@ -176,7 +211,7 @@ def test_fast_fits_are_at_the_minimum_where_the_classes_are_separated(C):
 
     def value_and_gradient(flat):
         theta = torch.from_numpy(flat).view(3, 25).requires_grad_()
-        loss = probe.objective(theta[:, :24], theta[:, 24], features.double(), labels, C) * C
+        loss = objective(theta[:, :24], theta[:, 24], features.double(), labels, C) * C
         return loss.item(), torch.autograd.grad(loss, theta)[0].flatten().numpy()
 
     ours = torch.cat([W, b[:, None]], dim=1).flatten().numpy()
