@@ -13,8 +13,8 @@ class History:
     """The last `size` steps s and changes of the gradient y, and the direction of descent that they give.
 
     The two-loop recursion (Nocedal & Wright, Numerical Optimization, algorithm 7.4) takes two products of vectors for
-    each step kept. Its first loop solves a triangular system in the products s_i y_j, and its second the transposed one,
-    so that with these products at hand a direction takes four products with matrices.
+    each step kept. Its first loop solves a triangular system in the products s_i y_j, and its second the transposed
+    one, so that with these products at hand a direction takes four products with matrices.
     """
 
     def __init__(self, size: int, point: Tensor) -> None:
@@ -52,10 +52,7 @@ class History:
 
 
 def lbfgs(objective: Objective, start: Tensor, max_iter: int, history_size: int = 100) -> Tensor:
-    """Minimise from `start` (n,) at most `max_iter` steps; ends where `torch.optim.LBFGS(lr=1)` does.
-
-    Equal to it up to rounding: tests compare the points of the first steps in float64.
-    """
+    """The point that `torch.optim.LBFGS(lr=1)` comes to from `start` (n,) in at most `max_iter` steps, up to rounding."""
     tolerance_gradient, tolerance_change, max_eval = 1e-7, 1e-9, max_iter * 5 // 4
     x, history = start.clone(), History(history_size, start)
     value, gradient = objective(x)

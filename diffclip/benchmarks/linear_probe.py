@@ -199,7 +199,7 @@ def fit(features: Tensor, labels: Tensor, C: float, classes: int, max_iter: int 
 
 
 def fast_solver(features: Tensor, labels: Tensor, classes: int) -> Callable[[float], Weights]:
-    """Return C -> weights that minimise the objective of `fit`, each fit started from the one with the nearest C so far.
+    """Return C -> weights that minimise what `fit` does, each from the solution of the nearest C so far.
 
     Works in the eigenbasis of the features' covariance S, scaled by (S + r)^(-1/2), where r is the curvature of the
     norm over that of the cross-entropy: there the objective's curvature is about the same in all directions, which
