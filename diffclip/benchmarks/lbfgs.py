@@ -52,7 +52,7 @@ class History:
 
 
 def lbfgs(objective: Objective, start: Tensor, max_iter: int, history_size: int = 100) -> Tensor:
-    """The point that `torch.optim.LBFGS(lr=1)` comes to from `start` (n,) in at most `max_iter` steps, up to rounding."""
+    """The point to which `torch.optim.LBFGS(lr=1)` goes from `start` (n,) in at most `max_iter` steps, to rounding."""
     tolerance_gradient, tolerance_change, max_eval = 1e-7, 1e-9, max_iter * 5 // 4
     x, history = start.clone(), History(history_size, start)
     value, gradient = objective(x)
