@@ -25,6 +25,7 @@ from diffclip.attention.base import set_recomputation
 from diffclip.base.commands import near
 from diffclip.base.errors import InputError, first_line, in_one_line
 from diffclip.base.files import read_jsonl
+from diffclip.base.lazy_compile import ease_deepspeed
 from diffclip.base.lines import print_line
 from diffclip.base.ranks import be_a_launcher, from_main, world
 from diffclip.base.schema import BAD_SAMPLES, LOGS
@@ -118,6 +119,7 @@ def training_arguments(config: TrainingConfig, steps: int, batch: tuple[int, int
     torch.backends.cuda.enable_cudnn_sdp(config.cudnn_attention)
     on_cpu = training_device(config).type == "cpu"
     alone = bool(config.deepspeed) and be_a_launcher()
+    ease_deepspeed()
     if config.deepspeed and on_cpu:
         import deepspeed.ops  # not at the top: it takes seconds, and says so on the console
 

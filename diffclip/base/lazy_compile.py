@@ -1,0 +1,24 @@
+"""Compiling when a function is first called: torch.compile imports inductor as it decorates, which takes a second."""
+
+import functools
+from collections.abc import Callable
+from types import ModuleType
+
+import torch
+
+from diffclip.base.after_import import after_import
+
+
+def compile_when_called(function: Callable) -> Callable:
+    """`torch.compile(function)`, made at the first call."""
+    compiled = functools.cache(lambda: torch.compile(function))
+    return functools.wraps(function)(lambda *given, **named: compiled()(*given, **named))
+
+
+def _in_deepspeed(compiler: ModuleType) -> None:
+    compiler.compile = lambda: compile_when_called  # type: ignore[attr-defined]
+
+
+def ease_deepspeed() -> None:
+    """Let DeepSpeed, whenever it is imported, not compile for its optimiser Muon what a training may never call."""
+    after_import({"deepspeed.runtime.compiler": _in_deepspeed})
