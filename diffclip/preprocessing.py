@@ -132,8 +132,10 @@ def random_crop(
     pixels: Tensor, size: int | list[int], scale: tuple[float, float], interpolation: InterpolationMode
 ) -> Tensor:
     """torchvision's RandomResizedCrop of (3, height, width) uint8, with its draws and without its detours."""
-    top, left, height, width = T.RandomResizedCrop.get_params(pixels, [*scale], [3 / 4, 4 / 3])
     size = [size, size] if isinstance(size, int) else [*size]
+    if pixels.shape[1] == pixels.shape[2] and min(scale) == 1:  # of its ten draws none is another crop than all of it
+        return F.resize(pixels, size, interpolation=interpolation, antialias=True)
+    top, left, height, width = T.RandomResizedCrop.get_params(pixels, [*scale], [3 / 4, 4 / 3])
     return F.resized_crop(pixels, top, left, height, width, size, interpolation=interpolation, antialias=True)
 
 

@@ -242,14 +242,23 @@ def by_parity(
     if attn_mask is not None and attn_mask.is_floating_point():
         attn_mask = attn_mask.to(q.dtype)
 
-    def one(parity: int) -> Tensor:
-        mask = attn_mask
-        if mask is not None and mask.ndim > 2 and mask.shape[-3] > 1:
-            mask = mask[..., parity::2, :, :]
-        keys = k[:, parity::2] if k.shape[1] == q.shape[1] else k
-        return F.scaled_dot_product_attention(q[:, parity::2], keys, v, mask, dropout, is_causal, scale=scale)
+    keys = even_and_odd(k) if k.shape[1] == q.shape[1] else (k, k)
+    by_head = attn_mask is not None and attn_mask.ndim > 2 and attn_mask.shape[-3] > 1
+    masks = even_and_odd(attn_mask, dim=-3) if by_head and attn_mask is not None else (attn_mask, attn_mask)
+    first, second = (
+        F.scaled_dot_product_attention(queries, of_these, v, mask, dropout, is_causal, scale=scale)
+        for queries, of_these, mask in zip(even_and_odd(q), keys, masks)
+    )
+    return first, second
 
-    return one(0), one(1)
+
+def even_and_odd(heads: Tensor, dim: int = 1) -> tuple[Tensor, Tensor]:
+    """Views of every second head of (batch, heads, ...), from the first and from the second on.
+
+    The gradients of slices with a step would each be written into zeros, and the two added.
+    """
+    even, odd = heads.unflatten(dim, (-1, 2)).unbind(dim if dim < 0 else dim + 1)
+    return even, odd
 
 
 def attention_scores(q: Tensor, k: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:

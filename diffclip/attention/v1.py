@@ -11,7 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffclip.attention.base import Differential, Maps, as_autocast, attention_scores, by_parity, recomputed
+from diffclip.attention.base import (
+    Differential,
+    Maps,
+    as_autocast,
+    attention_scores,
+    by_parity,
+    even_and_odd,
+    recomputed,
+)
 from diffclip.attention.kernel import mixed as mixed_by_kernel
 from diffclip.base.errors import InputError
 
@@ -173,5 +181,4 @@ def softmax_maps(
     q: Tensor, k: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Return the even and the odd heads' softmax maps, each (batch, heads / 2, tokens, tokens), of q and k."""
-    maps = attention_scores(q, k, attn_mask, is_causal).softmax(dim=-1)
-    return maps[:, 0::2], maps[:, 1::2]
+    return even_and_odd(attention_scores(q, k, attn_mask, is_causal).softmax(dim=-1))

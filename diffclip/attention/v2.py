@@ -11,7 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffclip.attention.base import Differential, Maps, as_autocast, attention_scores, by_parity, recomputed
+from diffclip.attention.base import (
+    Differential,
+    Maps,
+    as_autocast,
+    attention_scores,
+    by_parity,
+    even_and_odd,
+    recomputed,
+)
 from diffclip.attention.kernel import mixed as mixed_by_kernel
 from diffclip.base.errors import InputError
 
@@ -111,8 +119,8 @@ class DifferentialAttentionV2(Differential):
 
     def maps(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Maps:
         q, k, _ = self.project(x)
-        maps = softmax_maps(q, k, attn_mask, is_causal)
-        return maps[:, 0::2], maps[:, 1::2], self.compute_lambda(x)  # (batch, heads, tokens, tokens), twice
+        first, second = even_and_odd(softmax_maps(q, k, attn_mask, is_causal))  # (batch, heads, tokens, tokens)
+        return first, second, self.compute_lambda(x)
 
     def apply_map(self, x: Tensor, map_: Tensor) -> Tensor:
         return self.project_out((map_ @ self.project(x)[2]).transpose(1, 2).flatten(2), x)
@@ -161,8 +169,8 @@ def differences(
     if form == "triton":
         return mixed_by_kernel(q, k, v, lambda_, None, 0.0, attn_mask, is_causal)
     if form == "eager":
-        maps = F.dropout(softmax_maps(q, k, attn_mask, is_causal), dropout)
-        out = (maps[:, 0::2] - lambda_ * maps[:, 1::2]) @ v  # (batch, heads, tokens, d)
+        first, second = even_and_odd(F.dropout(softmax_maps(q, k, attn_mask, is_causal), dropout))
+        out = (first - lambda_ * second) @ v  # (batch, heads, tokens, d)
     else:
         first, second = by_parity(q, k, v, per_query(attn_mask), is_causal, dropout)
         out = first - lambda_ * second

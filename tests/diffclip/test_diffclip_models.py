@@ -560,3 +560,20 @@ def test_our_modules_start_without_wandb_and_leave_it_importable():
     told += "import wandb; print(wandb.__name__)"
     ended = subprocess.run([sys.executable, "-c", told], capture_output=True, text=True, check=True)
     assert ended.stdout.split() == ["True", "False", "wandb"]
+
+
+@pytest.mark.parametrize("height,width", [(33, 33), (224, 224), (1000, 1000), (60, 48), (48, 49)])
+def test_a_crop_of_all_is_torchvisions(height, width):
+    """Of a square there is one alone; of others its draws, most of which do not fit, leave several."""
+    from torchvision.transforms import v2 as T
+
+    transform = preprocessing.transforms(
+        variants.MODELS["CLIP-tiny"], train=True, crop_scale=(1.0, 1.0), normalized=False
+    )
+    theirs = T.RandomResizedCrop(48, scale=(1.0, 1.0), antialias=True)
+    pixels = torch.randint(256, (3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    for seed in range(100):
+        torch.manual_seed(seed)
+        ours = transform(pixels)
+        torch.manual_seed(seed)
+        assert torch.equal(ours, theirs(pixels))
