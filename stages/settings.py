@@ -467,6 +467,9 @@ def _check_trainer(config: TrainingConfig) -> None:
     if trainer.get("label_smoothing_factor") and not (isinstance(config, LanguageConfig) and not config.packing):
         why = "set `packing` false" if isinstance(config, LanguageConfig) else "leave it out"
         raise InputError(f"setting `trainer`: label_smoothing_factor is not for a loss that the model computes; {why}")
+    if trainer.get("neftune_noise_alpha") and getattr(config, "packing", False):
+        why = "is less noise the longer a row is, and packing makes one row of many examples; set `packing` false"
+        raise InputError(f"setting `trainer`: neftune_noise_alpha {why}")
     if inexact := next(filter(trainer.get, INEXACT), None):
         raise InputError(
             f"setting `trainer`: with {inexact} a resumed run would not be the undisturbed one; leave it out, the same "

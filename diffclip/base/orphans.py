@@ -29,10 +29,7 @@ def end_with_parents() -> None:
     A variable of another host says nothing here. The deepspeed launcher does not pass signals on, and what it started
     would train on unseen.
     """
-    watched = dict(_launchers())
-    host, _, process = os.environ.get(PARENT, "").rpartition(":")[0].rpartition(":")
-    if host == socket.gethostname() and process.isdecimal():
-        watched[int(process)] = os.environ[PARENT].rpartition(":")[2]
+    watched = dict(_launchers()) | _named(os.environ.get(PARENT, ""))
     if not watched or _watching.is_set() or not os.path.isdir("/proc/self"):
         return
     _watching.set()
@@ -41,9 +38,15 @@ def end_with_parents() -> None:
 
 def end_with(parent: str) -> None:
     """From now on, end within a second of the death of the process of which `as_parent` gave this value."""
-    _, process, start = parent.rsplit(":", 2)
-    if os.path.isdir("/proc/self"):
-        threading.Thread(target=_watch, args=({int(process): start},), daemon=True).start()
+    if (watched := _named(parent)) and os.path.isdir("/proc/self"):
+        threading.Thread(target=_watch, args=(watched,), daemon=True).start()
+
+
+def _named(parent: str) -> dict[int, str]:
+    """The process of this host that a value of `as_parent` names, with its start."""
+    place, _, start = parent.rpartition(":")
+    host, _, process = place.rpartition(":")
+    return {int(process): start} if host == socket.gethostname() and process.isdecimal() else {}
 
 
 def _watch(watched: dict[int, str]) -> None:

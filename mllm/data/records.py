@@ -61,15 +61,19 @@ def record_batches(
     files: Sequence[str | Path], image_root: str | Path, settings: dict[str, Any]
 ) -> Iterator[pyarrow.RecordBatch]:
     """All rows of files in their order, in the form of KEPT; `settings` of `examine`, whose errors are raised."""
-    batches = _started(Records(files, image_root, settings))
     quiet = True if rank() else None  # None: where there is no console
-    with tqdm(desc="reading conversations", unit="row", delay=2, leave=False, disable=quiet) as bar:
-        for batch in batches:
-            if isinstance(batch, Exception):
-                raise batch
-            if len(batch):
-                yield batch
-            bar.update(len(batch))
+    try:
+        batches = _started(Records(files, image_root, settings))
+        with tqdm(desc="reading conversations", unit="row", delay=2, leave=False, disable=quiet) as bar:
+            for batch in batches:
+                if isinstance(batch, Exception):
+                    raise batch
+                if len(batch):
+                    yield batch
+                bar.update(len(batch))
+    except OSError as error:  # of the files: whoever writes what this yields has errors of its own
+        name, reason = error.filename or ", ".join(map(str, files)), error.strerror or error
+        raise InputError(f"{name}: cannot be read ({reason}); look at its disk, or fetch it again") from None
 
 
 def _started(records: Records) -> Iterator[pyarrow.RecordBatch | InputError | OSError]:

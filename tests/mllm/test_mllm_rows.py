@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import tarfile
@@ -516,3 +517,16 @@ def test_only_large_files_of_text_are_given_to_several_processes(tmp_path, monke
     assert records._processes([tmp_path / "large.json", tmp_path / "large.parquet"]) == 0
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(1))
     assert records._processes([tmp_path / "large.json"]) == 0
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_disk_that_fails_while_rows_are_read_is_not_told_as_one_that_is_full(named, tmp_path, monkeypatch):
+    def fails(*_, **__):
+        yield from ()
+        raise OSError(5, "Input/output error", *["somewhere.parquet"] * named)
+
+    monkeypatch.setattr(records, "examine", fails)
+    path = write(tmp_path / "rows.json", row("What?"))
+    told = r"somewhere\.parquet" if named else re.escape(str(path))
+    with pytest.raises(InputError, match=rf"^{told}: cannot be read \(Input/output error\)"):
+        load_rows([path], tmp_path)

@@ -147,3 +147,12 @@ def test_smoothed_labels_would_be_learnt_a_place_too_early_and_are_refused(confi
     with pytest.raises(InputError, match=f"label_smoothing_factor is not for a loss that the model computes; {remedy}"):
         check(config)
     check(LanguageConfig(trainer={"label_smoothing_factor": 0.1}))
+
+
+@pytest.mark.parametrize("config", [LanguageConfig(packing=True), AlignConfig(packing=True)])
+def test_noise_that_depends_on_the_length_of_a_row_is_refused_for_packed_rows(config):
+    config.trainer = {"neftune_noise_alpha": 5}
+    with pytest.raises(InputError, match="packing makes one row of many examples; set `packing` false"):
+        check(config)
+    config.packing = False
+    check(config)
