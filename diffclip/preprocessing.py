@@ -131,7 +131,10 @@ def as_pixels(image: Image.Image | Tensor, rgb: Callable[[Image.Image], Image.Im
 def random_crop(
     pixels: Tensor, size: int | list[int], scale: tuple[float, float], interpolation: InterpolationMode
 ) -> Tensor:
-    """torchvision's RandomResizedCrop of (3, height, width) uint8, with its draws and without its detours."""
+    """torchvision's RandomResizedCrop of (3, height, width) uint8, with its draws and without its detours.
+
+    All of a square is given without a draw: who goes on with the generator (training seeds each sample) has others.
+    """
     size = [size, size] if isinstance(size, int) else [*size]
     if pixels.shape[1] == pixels.shape[2] and min(scale) == 1:  # of its ten draws none is another crop than all of it
         return F.resize(pixels, size, interpolation=interpolation, antialias=True)

@@ -243,8 +243,9 @@ def by_parity(
         attn_mask = attn_mask.to(q.dtype)
 
     keys = even_and_odd(k) if k.shape[1] == q.shape[1] else (k, k)
-    by_head = attn_mask is not None and attn_mask.ndim > 2 and attn_mask.shape[-3] > 1
-    masks = even_and_odd(attn_mask, dim=-3) if by_head and attn_mask is not None else (attn_mask, attn_mask)
+    masks = (attn_mask, attn_mask)
+    if attn_mask is not None and attn_mask.ndim > 2 and attn_mask.shape[-3] > 1:
+        masks = even_and_odd(attn_mask, dim=-3)
     first, second = (
         F.scaled_dot_product_attention(queries, of_these, v, mask, dropout, is_causal, scale=scale)
         for queries, of_these, mask in zip(even_and_odd(q), keys, masks)
@@ -253,9 +254,12 @@ def by_parity(
 
 
 def even_and_odd(heads: Tensor, dim: int = 1) -> tuple[Tensor, Tensor]:
-    """Views of every second head of (batch, heads, ...), from the first and from the second on.
+    """Views of every second head, from the first and from the second on; of a mask, with `dim` from the end.
 
     The gradients of slices with a step would each be written into zeros, and the two added.
+
+    Args:
+        heads: an even number of heads in dimension `dim`, (batch, heads, ...) by default.
     """
     even, odd = heads.unflatten(dim, (-1, 2)).unbind(dim if dim < 0 else dim + 1)
     return even, odd

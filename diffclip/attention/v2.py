@@ -185,8 +185,8 @@ def softmax_maps(q: Tensor, k: Tensor, attn_mask: Tensor | None = None, is_causa
 
 def per_query(attn_mask: Tensor | None) -> Tensor | None:
     """Return a mask that has one plane per head with one plane per query instead, any other as it is."""
-    if attn_mask is not None and attn_mask.ndim == 4 and attn_mask.shape[1] > 1:
-        return attn_mask.repeat_interleave(2, dim=1)
+    if attn_mask is not None and attn_mask.ndim > 2 and attn_mask.shape[-3] > 1:
+        return attn_mask.repeat_interleave(2, dim=-3)
     return attn_mask
 
 

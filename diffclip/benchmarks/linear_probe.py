@@ -169,6 +169,7 @@ def hold_out(labels: Tensor, share: float = 0.2, seed: int = 93) -> tuple[list[i
     return kept, held
 
 
+@torch.no_grad()
 def fit(features: Tensor, labels: Tensor, C: float, classes: int, max_iter: int = 1000) -> Weights:
     """Minimise the mean cross-entropy + 0.5/C * ||W||_F as the official code does: from zero, L-BFGS with strong Wolfe
     search, full batch. The norm is not squared, the bias is free.
@@ -188,8 +189,9 @@ def fit(features: Tensor, labels: Tensor, C: float, classes: int, max_iter: int 
         """Its value and gradient at the weights, (classes * width,), followed by the biases, (classes,)."""
         W, b = theta[:-classes].view(classes, width), theta[-classes:]
         log_p = torch.addmm(b, features, W.T).log_softmax(dim=1)  # (N, classes)
-        norm = float(W.norm())
-        value = strength * norm - float(log_p.gather(1, of_label).mean())
+        length = W.norm()
+        value = float(strength * length - log_p.gather(1, of_label).mean())  # summed, and so rounded, in its dtype
+        norm = float(length)
         error = log_p.exp_().div_(rows).scatter_add_(1, of_label, -share)
         slope = torch.addmm(W, error.T, features, beta=strength / norm if norm else 0)
         return value, torch.cat([slope.flatten(), error.sum(dim=0)])

@@ -113,6 +113,16 @@ def test_its_forms_agree_and_its_map_is_the_one_applied(mask, kind):
     torch.testing.assert_close(module.apply_map(x, map_), outputs[2], atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("heads", [2, 4])
+def test_a_mask_for_each_head_needs_no_batch(heads, kind):
+    x, planes = torch.randn(2, 7, 32), torch.randn(heads, 7, 7)
+    for form in KINDS[kind].forms:
+        torch.manual_seed(0)
+        module = KINDS[kind](32, heads, attn_implementation=form).eval()
+        expected = module(x, attn_mask=planes.expand(2, heads, 7, 7))
+        assert torch.allclose(module(x, attn_mask=planes), expected, atol=1e-6), form
+
+
 def test_it_is_saved_and_loaded_as_encoder_and_by_the_auto_classes(model, kind, tmp_path):
     diffclip.save(model, tmp_path)
     again = diffclip.load(tmp_path)[0]
