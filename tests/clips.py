@@ -5,12 +5,20 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast, SiglipConfig, SiglipModel
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
+from diffclip import variants
 from diffclip.attention import KINDS
 from diffclip.variants import VARIANTS
 
 TEXT = {"layers": 2, "width": 32, "heads": 4, "context_length": 12, "vocab_size": 49408}
 VIT = {"layers": 2, "width": 32, "head_width": 8, "patch_size": 8, "image_size": 32}
 OPEN_CLIP = {"embed_dim": 16, "vision_cfg": VIT, "text_cfg": TEXT}  # a config of open_clip's
+
+
+def shallow(name, vision=2, text=1):
+    """A config of ours with so many layers in each tower: what is traced or exported takes time for each layer."""
+    config = variants.named(name)
+    config["model_cfg"]["vision_cfg"]["layers"], config["model_cfg"]["text_cfg"]["layers"] = vision, text
+    return config
 
 
 def in_official_layout():

@@ -49,6 +49,16 @@ def golden() -> Callable[[str], Path]:
     return lambda name: _need(SHARED / "golden" / name)
 
 
+@pytest.fixture(scope="module")
+def coarse_figures() -> Iterator[None]:
+    """Figures of a hundredth of the pixels, which are most of a report's time; test_stages_report_page has all."""
+    from stages.report import figures  # not at the top: pytest reads this file once more than it runs tests
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "DPI", 30)
+        yield
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Callable[[str], Path]:
     """Folder of one small set of real images and text, e.g. shared_data("fashion")."""

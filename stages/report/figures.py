@@ -21,6 +21,7 @@ from stages.report.examples import attention_maps
 from stages.report.layout import Column, mmvp_columns, shift_columns, six_tasks
 from stages.report.methods import jumps
 
+DPI = 300  # of PNGs, as journals ask for
 PAIRS_SHOWN = 2  # images of figure 2, as in the paper; the others make figure 6
 
 
@@ -61,7 +62,7 @@ def save(drawing: Drawing, path: Path) -> str:
         drawing.set_layout_engine("none")  # it is laid out now
         write_whole(path.with_suffix(".svg"), text)
         with whole(path.with_suffix(".png")) as temporary:
-            drawing.savefig(temporary, dpi=300)
+            drawing.savefig(temporary, dpi=DPI)
     finally:
         plt.close(drawing)
     return text

@@ -3,8 +3,10 @@
 import json
 
 import pytest
+from clips import shallow
 
 from benchmarks import gpu
+from diffclip import variants
 
 
 @pytest.mark.slow
@@ -13,6 +15,8 @@ def test_every_part_runs_on_a_cpu_and_says_so(part, tmp_path, capsys, monkeypatc
     monkeypatch.setattr(gpu, "TINY", {"vision": (20, 32, 2, False)})
     monkeypatch.setattr(gpu, "NAN_LENGTHS", (64, 72))
     monkeypatch.setattr(gpu, "ARMS", (("CLIP", True, False), ("DiffCLIP", False, True)))
+    for name in ("CLIP-tiny", "DiffCLIP-tiny"):
+        monkeypatch.setitem(variants.MODELS, name, shallow(name, 1, 1))
     assert gpu.main(["--tiny", "--only", part, "--out", str(tmp_path / "gpu.json"), "--batch", "2"]) == 0
     assert "This ran on a CPU" in capsys.readouterr().out
     record = json.loads((tmp_path / "gpu.json").read_text())

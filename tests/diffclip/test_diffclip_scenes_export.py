@@ -27,6 +27,9 @@ from diffclip.scenes.options import Options
 SMALL = {"pairs": 30, "retrieval": 10, "class_train": 80, "class_val": 10, "class_test": 80, "align": 12}
 SMALL |= {"conversations": 9, "texts": 20, "pope": 8, "mmvp": 2, "segmentation": 12, "seed": 3}
 
+TINY = {"pairs": 6, "retrieval": 3, "class_train": 8, "class_val": 4, "class_test": 8, "align": 3}
+TINY |= {"conversations": 2, "texts": 5, "pope": 2, "mmvp": 1, "segmentation": 2}
+
 
 def arguments(folder, **changed):
     options = {**SMALL, **changed}
@@ -37,6 +40,13 @@ def arguments(folder, **changed):
 def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("scenes")
     main(arguments(folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("small")
+    main(arguments(folder, **TINY))
     return folder
 
 
@@ -145,25 +155,25 @@ def test_called_again_it_does_nothing_and_other_options_are_refused(made, capsys
     assert (made / "pretrain/00000.tar").stat().st_mtime_ns == stamp
 
 
-def test_parts_alone_and_after_an_interruption_equal_the_whole(made, tmp_path):
+def test_parts_alone_and_after_an_interruption_equal_the_whole(small, tmp_path):
     (tmp_path / "pope").mkdir()
     (tmp_path / "pope/left over").touch()  # as a killed run leaves it: no scenes.json
-    main(arguments(tmp_path, only="pope,mmvp"))
+    main(arguments(tmp_path, only="pope,mmvp", **TINY))
     assert json.loads((tmp_path / "scenes.json").read_text())["parts"] == ["pope", "mmvp"]
-    main(arguments(tmp_path))
-    names = sorted(p.relative_to(made) for p in made.rglob("*"))
+    main(arguments(tmp_path, **TINY))
+    names = sorted(p.relative_to(small) for p in small.rglob("*"))
     assert names == sorted(p.relative_to(tmp_path) for p in tmp_path.rglob("*"))
-    assert all((made / n).read_bytes() == (tmp_path / n).read_bytes() for n in names if (made / n).is_file())
+    assert all((small / n).read_bytes() == (tmp_path / n).read_bytes() for n in names if (small / n).is_file())
 
 
-def test_several_processes_write_the_same_files(made, tmp_path, monkeypatch, capfd):
+def test_several_processes_write_the_same_files(small, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(export, "SEVERAL_FROM", 0)
     monkeypatch.setattr(export, "cores", lambda: 3)
-    main(arguments(tmp_path / "several"))
-    names = sorted(p.relative_to(made) for p in made.rglob("*"))
+    main(arguments(tmp_path / "several", **TINY))
+    names = sorted(p.relative_to(small) for p in small.rglob("*"))
     assert names == sorted(p.relative_to(tmp_path / "several") for p in (tmp_path / "several").rglob("*"))
     assert all(
-        (made / n).read_bytes() == (tmp_path / "several" / n).read_bytes() for n in names if (made / n).is_file()
+        (small / n).read_bytes() == (tmp_path / "several" / n).read_bytes() for n in names if (small / n).is_file()
     )
 
 

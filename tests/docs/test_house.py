@@ -28,6 +28,7 @@ def name_of(path: Path) -> str:
 
 
 MODULES = {name_of(path): ast.parse(path.read_bytes()) for p in PACKAGES for path in (ROOT / p).rglob("*.py")}
+NODES = {module: [*ast.walk(tree)] for module, tree in MODULES.items()}
 
 
 def imported(node: ast.AST) -> list[str]:
@@ -42,7 +43,7 @@ def imported(node: ast.AST) -> list[str]:
 
 def imports(module: str) -> Iterator[tuple[int, str]]:
     """(line, module) of all imports, also those inside functions and for type checking."""
-    for node in ast.walk(MODULES[module]):
+    for node in NODES[module]:
         yield from ((node.lineno, name) for name in imported(node))
 
 
@@ -73,7 +74,7 @@ def floor(module: str) -> int:
 
 
 def test_imports_are_absolute():
-    assert not [m for m, tree in MODULES.items() for node in ast.walk(tree) if getattr(node, "level", 0)]
+    assert not [m for m in MODULES for node in NODES[m] if getattr(node, "level", 0)]
 
 
 def test_imports_never_run_in_a_circle():
@@ -123,9 +124,9 @@ def test_nothing_is_put_into_sys_modules():
 
     writing = [
         f"{module}:{node.lineno}"
-        for module, tree in MODULES.items()
+        for module in MODULES
         if module not in BACKBONES
-        for node in ast.walk(tree)
+        for node in NODES[module]
         if writes(node)
     ]
     assert not writing
@@ -147,9 +148,9 @@ def test_a_tool_of_the_ground_floor_is_not_written_again(call):
     instead, allowed = TOOLS[call]
     raw = [
         f"{module}:{node.lineno}"
-        for module, tree in MODULES.items()
+        for module in MODULES
         if not module.startswith("diffclip.base") and module not in allowed
-        for node in ast.walk(tree)
+        for node in NODES[module]
         if isinstance(node, ast.Call) and dotted(node.func) == call
     ]
     assert not raw, f"take {instead}"
@@ -161,7 +162,7 @@ def test_lines_are_printed_by_the_ground_floor():
         f"{module}:{node.lineno}"
         for module in MODULES
         if module != "diffclip.base.lines"
-        for node in ast.walk(MODULES[module])
+        for node in NODES[module]
         if isinstance(node, ast.Call) and ast.unparse(node.func) in ("print", "sys.stdout.write", "sys.stderr.write")
     ]
     assert not raw, "take lines.print_line"

@@ -7,6 +7,7 @@ import venv
 from pathlib import Path
 
 import pytest
+from deepspeed.launcher import runner
 from launch import ROOT
 
 SYSTEM = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": os.environ.get("HOME", "/tmp"), "HF_HUB_OFFLINE": "1"}
@@ -18,16 +19,33 @@ def bash(words: list[str], cwd: Path, **environment: str) -> subprocess.Complete
     )
 
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("2_align", "3_instruct")]  # under deepspeed
-
-
-@pytest.mark.parametrize("script", ["1_pretrain", *SLOW, "4_evaluate"])
+@pytest.mark.parametrize("script", ["1_pretrain", "4_evaluate"])
 def test_the_stages_scripts_find_the_environment_without_its_being_active(script, tmp_path):
     link = tmp_path / "linked.sh"  # and from another folder, through a link, with CDPATH set
     link.symlink_to(ROOT / "scripts" / f"{script}.sh")
     ended = bash([str(link), "--help"], tmp_path, DIFFCLIP_VENV=sys.prefix, DEVICES="1", CDPATH="/:/tmp")
     assert ended.returncode == 0, ended.stderr[-2000:]
     assert "--output_dir" in ended.stdout and "installing" not in ended.stdout
+
+
+@pytest.mark.parametrize("script", ["2_align", "3_instruct"])
+def test_the_multimodal_stages_start_deepspeeds_launcher_in_the_environment(script, tmp_path):
+    """One that prints what it is given, which the real one understands; the pipeline's test starts that."""
+    folder = tmp_path / "venv" / "bin"
+    folder.mkdir(parents=True)
+    for name, does in (("python", f'exec {sys.executable} "$@"'), ("deepspeed", "printf '%s\\n' \"$@\"")):
+        (folder / name).write_text(f"#!/bin/sh\n{does}\n")
+        (folder / name).chmod(0o755)
+    link = tmp_path / "linked.sh"
+    link.symlink_to(ROOT / "scripts" / f"{script}.sh")
+    ended = bash([str(link), "--help"], tmp_path, DIFFCLIP_VENV=str(folder.parent), DEVICES="2", CDPATH="/:/tmp")
+    words = ended.stdout.split()
+    options = ["--num_gpus", "2", "--log_level", "error", "--module"]
+    assert words == [*options, "diffclip", script[2:], "--help"], ended.stderr
+    )
+    understood = runner.parse_args(words)
+    assert (understood.user_script, understood.user_args) == ("diffclip", [script[2:], "--help"])
+    assert understood.num_gpus == 2 and understood.module
 
 
 @pytest.mark.parametrize("arguments", [["cc3m", "pope"], ["pairs", "urls.tsv"]], ids=" ".join)

@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # Python itself puts this folder there
 os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
-PART = 100  # cases that a process is given at a time
+PART = 250  # cases that a process is given at a time
 
 
 def main() -> int:

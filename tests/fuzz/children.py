@@ -44,11 +44,13 @@ import stages.pretraining
 import stages.publish
 import stages.report.__main__
 import stages.report.build
+import stages.report.figures
 import stages.run
 import stages.verify
 from diffclip.base.errors import exit_on_input_error
 
-BATCH = 200  # cases of a child
+stages.report.figures.DPI = 30  # a hundredth of the pixels, which are most of a report's time
+BATCH = 250  # cases of a child
 SECONDS, WAITING, MEMORY = 10, 60, 2 << 30  # of a CPU, of a clock (the machine may be busy), bytes beyond the start
 CACHES = ("DIFFCLIP_CACHE", "HF_DATASETS_CACHE", "HF_HOME", "MPLCONFIGDIR")
 CODES = (None, 0, 1, 2)

@@ -17,6 +17,8 @@ from mllm.lmms_tasks import aggregations, first_word, task_scores, yes_no_label,
 from mllm.pope.lmms import Outcome
 from mllm.pope.scores import CONTROLS, grey_image
 
+pytestmark = pytest.mark.usefixtures("coarse_figures")
+
 pytest.importorskip("lmms_eval")
 GREEDY = {"max_new_tokens": 6, "do_sample": False}
 

@@ -24,6 +24,8 @@ from mllm.pope.chair import (
 )
 from stages import evaluate
 
+pytestmark = pytest.mark.usefixtures("coarse_figures")
+
 SYNONYMS = """person, man, woman, child, baby
 dog, puppy
 hot dog

@@ -33,10 +33,12 @@ HEAVY = (
     "matplotlib",
     "pandas",
 )
-# Each command in a process of its own, forked from one that has loaded nothing.
+# Each command in a process of its own, forked from one that has loaded what all of them share, which is not heavy.
 PROBE = """
 import contextlib, io, json, os, runpy, sys, tempfile
 commands, heavy = map(json.loads, sys.argv[1:])
+import stages.cli, stages.config, stages.settings
+assert not set(heavy) & set(sys.modules)
 for command in commands:
     with tempfile.TemporaryFile("w+") as file:
         if os.fork() == 0:

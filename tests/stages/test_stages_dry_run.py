@@ -32,8 +32,9 @@ def forward_flops(name: str) -> float:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["CLIP-tiny", "DiffCLIP-tiny", "CLIP-S-16"])
 def test_arithmetic_is_the_closed_form(name):
-    parts, counted = count_pair(diffclip.build(name), bf16=False)
-    assert sum(parts.values()) == sum(p.numel() for p in diffclip.build(name).parameters())
+    model = diffclip.build(name)
+    parts, counted = count_pair(model, bf16=False)
+    assert sum(parts.values()) == sum(p.numel() for p in model.parameters())
     expected = forward_flops(name)
     if name.startswith("Diff"):  # the fused form multiplies each map with values twice as wide, and twice
         assert 1.0 <= counted.forward_flops / expected < 1.1

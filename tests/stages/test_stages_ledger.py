@@ -383,10 +383,10 @@ def test_a_signal_to_one_rank_ends_all_with_a_checkpoint_of_the_same_step(tmp_pa
     record = json.loads((out / "run.json").read_text())
     step = int(next(out.glob("checkpoint-*")).name.rpartition("-")[2])
     assert record["state"] == "stopped" and 3 <= step < 12
-    run_ranks(2, trains, str(out), str(tmp_path))
-    steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert steps == [*range(1, 13)] and json.loads((out / "run.json").read_text())["state"] == "finished"
-    if number == signal.SIGTERM:
+    if number == signal.SIGTERM:  # what is resumed is the same for all
+        run_ranks(2, trains, str(out), str(tmp_path))
+        steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+        assert steps == [*range(1, 13)] and json.loads((out / "run.json").read_text())["state"] == "finished"
         run_ranks(2, trains, str(tmp_path / "calm"), str(tmp_path))
         one, two = (load(folder) for folder in (tmp_path / "calm", out))
         assert one == two

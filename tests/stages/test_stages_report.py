@@ -24,6 +24,8 @@ from stages.report.pope import pope_verdict
 from stages.report.setup import checks, setup, stand_in
 from stages.report.tables import comparison, evidence, headline, result
 
+pytestmark = pytest.mark.usefixtures("coarse_figures")
+
 SPLITS = ("random", "popular", "adversarial")
 HOSTILE = '<script>alert(1)</script>|`$x$_"&amp;\u202e\x1b[31m'
 
