@@ -42,7 +42,6 @@ def test_the_multimodal_stages_start_deepspeeds_launcher_in_the_environment(scri
     words = ended.stdout.split()
     options = ["--num_gpus", "2", "--log_level", "error", "--module"]
     assert words == [*options, "diffclip", script[2:], "--help"], ended.stderr
-    )
     understood = runner.parse_args(words)
     assert (understood.user_script, understood.user_args) == ("diffclip", [script[2:], "--help"])
     assert understood.num_gpus == 2 and understood.module

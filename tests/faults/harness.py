@@ -45,12 +45,13 @@ class World:
     """Commands of the stages, each with the calm run that it is compared with, in `folder`."""
 
     folder: Path
+    only: str = ""  # parts of the scenes, where not every stage is disturbed
     seconds: dict[tuple[str, int], float] = field(default_factory=dict)  # what a calm run takes, by stage and ranks
 
     def __post_init__(self) -> None:
-        options = [f"--{name}={value}" for name, value in SCENES.items()]
+        options = [f"--{name}={value}" for name, value in SCENES.items()] + [f"--only={self.only}"] * bool(self.only)
         run_ranks(0, "diffclip", "scenes", "export", str(self.folder / "scenes"), *options)
-        shutil.rmtree(self.folder / "scenes" / "classification" / "shape_color")
+        shutil.rmtree(self.folder / "scenes" / "classification" / "shape_color", ignore_errors=True)
         for stage, changes in SMALL.items():
             values = yaml.safe_load((QUICKSTART / f"{stage}.yaml").read_text()) | {"use_cpu": True} | changes
             values = {k: v for k, v in values.items() if stage in TRAININGS or k != "use_cpu"}

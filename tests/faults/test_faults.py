@@ -11,7 +11,7 @@ SEED = int(os.environ.get("DIFFCLIP_FAULTS_SEED", time.time() // 3600))
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    return harness.World(tmp_path_factory.mktemp("world"))
+    return harness.World(tmp_path_factory.mktemp("world"), only="pretrain,llava")
 
 
 @pytest.mark.slow
