@@ -38,7 +38,7 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 ReturnToService=2
 SlurmdParameters=config_overrides
-SchedulerParameters=requeue_delay=1
+SchedulerParameters=requeue_delay=1,batch_sched_delay=0,sched_interval=1,bf_interval=1
 NodeName=n1 NodeHostname=localhost NodeAddr=127.0.0.1 Port={ports[1]} CPUs=8
 NodeName=n2 NodeHostname=localhost NodeAddr=127.0.0.1 Port={ports[2]} CPUs=8
 PartitionName=all Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP

@@ -301,7 +301,7 @@ def says_what_it_was_told(arguments):
         from_main(lambda: Path("nowhere").read_text() if rank else refuse())
     except InputError as error:
         print(f"{rank} {error}\n", end="", flush=True)
-    time.sleep(3 * rank)  # rank 0, at which the others ask, has no more to do
+    time.sleep(rank)  # rank 0, at which the others ask, has no more to do
     print(f"{from_main(lambda: 'the last word')}\n", end="", flush=True)
 
 
