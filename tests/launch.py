@@ -68,13 +68,6 @@ def run(*arguments: str, check: bool = True) -> subprocess.CompletedProcess:
     return run_program([sys.executable, "-m", *arguments], check)
 
 
-def run_deepspeed(ranks: int, *arguments: str, check: bool = True) -> subprocess.CompletedProcess:
-    """A stage under the deepspeed launcher; look at its result, since the launcher may hide that a rank failed."""
-    launcher = str(Path(sys.executable).parent / "deepspeed")
-    options = ["--num_gpus", str(ranks), "--master_port", str(free_port()), "--log_level", "warning", "--module"]
-    return run_program([sys.executable, launcher, *options, *arguments], check)
-
-
 def run_program(command: list[str], check: bool) -> subprocess.CompletedProcess:
     ended = subprocess.run(
         command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=600, start_new_session=True

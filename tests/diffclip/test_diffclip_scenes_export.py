@@ -28,7 +28,7 @@ SMALL = {"pairs": 30, "retrieval": 10, "class_train": 80, "class_val": 10, "clas
 SMALL |= {"conversations": 9, "texts": 20, "pope": 8, "mmvp": 2, "segmentation": 12, "seed": 3}
 
 TINY = {"pairs": 6, "retrieval": 3, "class_train": 8, "class_val": 4, "class_test": 8, "align": 3}
-TINY |= {"conversations": 2, "texts": 5, "pope": 2, "mmvp": 1, "segmentation": 2}
+TINY |= {"conversations": 3, "texts": 5, "pope": 2, "mmvp": 1, "segmentation": 2}
 
 
 def arguments(folder, **changed):

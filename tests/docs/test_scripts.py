@@ -7,8 +7,9 @@ import venv
 from pathlib import Path
 
 import pytest
-from deepspeed.launcher import runner
 from launch import ROOT
+
+from diffclip.base.lazy_compile import ease_deepspeed
 
 SYSTEM = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": os.environ.get("HOME", "/tmp"), "HF_HUB_OFFLINE": "1"}
 
@@ -30,7 +31,10 @@ def test_the_stages_scripts_find_the_environment_without_its_being_active(script
 
 @pytest.mark.parametrize("script", ["2_align", "3_instruct"])
 def test_the_multimodal_stages_start_deepspeeds_launcher_in_the_environment(script, tmp_path):
-    """One that prints what it is given, which the real one understands; the pipeline's test starts that."""
+    """One that prints what it is given, which the real one understands: that is started by the pipeline's test."""
+    ease_deepspeed()
+    from deepspeed.launcher import runner
+
     folder = tmp_path / "venv" / "bin"
     folder.mkdir(parents=True)
     for name, does in (("python", f'exec {sys.executable} "$@"'), ("deepspeed", "printf '%s\\n' \"$@\"")):
@@ -38,7 +42,7 @@ def test_the_multimodal_stages_start_deepspeeds_launcher_in_the_environment(scri
         (folder / name).chmod(0o755)
     link = tmp_path / "linked.sh"
     link.symlink_to(ROOT / "scripts" / f"{script}.sh")
-    ended = bash([str(link), "--help"], tmp_path, DIFFCLIP_VENV=str(folder.parent), DEVICES="2", CDPATH="/:/tmp")
+    ended = bash([str(link), "--help"], tmp_path, VIRTUAL_ENV=str(folder.parent), DEVICES="2", CDPATH="/:/tmp")
     words = ended.stdout.split()
     options = ["--num_gpus", "2", "--log_level", "error", "--module"]
     assert words == [*options, "diffclip", script[2:], "--help"], ended.stderr

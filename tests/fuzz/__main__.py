@@ -35,6 +35,7 @@ def main() -> int:
     import children
     import samples
 
+    children.stages.report.figures.DPI = 30  # a hundredth of the pixels, which are most of a report's time
     valid = options.valid or Path(tempfile.mkdtemp(prefix="diffclip-fuzz-"))
     if not (valid / "data").is_dir():
         samples.make(valid)

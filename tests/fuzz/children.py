@@ -49,7 +49,6 @@ import stages.run
 import stages.verify
 from diffclip.base.errors import exit_on_input_error
 
-stages.report.figures.DPI = 30  # a hundredth of the pixels, which are most of a report's time
 BATCH = 250  # cases of a child
 SECONDS, WAITING, MEMORY = 10, 60, 2 << 30  # of a CPU, of a clock (the machine may be busy), bytes beyond the start
 CACHES = ("DIFFCLIP_CACHE", "HF_DATASETS_CACHE", "HF_HOME", "MPLCONFIGDIR")

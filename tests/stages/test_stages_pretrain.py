@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launch import QUICKSTART, ROOT, kill, run_ranks, start_ranks
+from launch import QUICKSTART, ROOT, TORCHRUN, kill, run, run_ranks, start_ranks
 from safetensors.torch import load_file
 from shards import write_shard
 
@@ -93,6 +93,10 @@ def big_batch(updates):
     return differences
 
 
+def torchrun(*arguments: str) -> None:
+    run(*TORCHRUN, "2", "-m", *arguments)
+
+
 def two_ranks(*arguments: str) -> None:
     run_ranks(2, *arguments)
 
@@ -107,7 +111,7 @@ def zero(stage: int, launch=run_ranks):
     "name, launch, further",
     [
         ("chunks", in_process, ["--micro_batch_size=24"]),  # 24, 24, 16
-        ("2-ranks", two_ranks, []),
+        ("2-ranks", torchrun, []),
         ("2-ranks-chunks", two_ranks, ["--micro_batch_size=10"]),  # 10, 10, 10, 2
         ("zero-1", zero(1), []),
         ("zero-2-chunks", zero(2), ["--micro_batch_size=8"]),
