@@ -132,8 +132,9 @@ def test_the_fit_is_a_minimum_of_the_norm_penalty():
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 17, 60, 130, 260])
-@pytest.mark.parametrize("C,history", [(0.01, 100), (3.0, 100), (1e3, 100), (1e3, 7)])
-@pytest.mark.parametrize("scale", [1, 0.01])  # with small features the first search has to go far
+@pytest.mark.parametrize(  # with small features the first search has to go far, and later ones take 130 steps
+    "C,history,scale", [(0.01, 100, 1), (3.0, 100, 1), (1e3, 100, 1), (1e3, 7, 1), (3.0, 100, 0.01), (1e3, 100, 0.01)]
+)
 def test_every_step_is_that_of_torchs_lbfgs(monkeypatch, steps, C, history, scale):
     """Past the 100 steps that are kept, where they are moved; and with few that are kept."""
     monkeypatch.setattr(probe, "lbfgs", functools.partial(lbfgs.lbfgs, history_size=history))
