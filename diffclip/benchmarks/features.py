@@ -133,7 +133,8 @@ class Encoder:
         path, text = self._place(self.cache_dir, key)
         if path.exists():
             with suppress(InputError):  # damaged: made anew
-                return read_safetensors(path)
+                # in memory of their own, as computed ones: products of what a file aligns otherwise differ in last bits
+                return {name: tensor.clone() for name, tensor in read_safetensors(path).items()}
         features = compute()
         save_tensors(features, path, {"key": text})
         return features
