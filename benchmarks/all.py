@@ -1,6 +1,6 @@
 """The measurements of this folder at a small size, in one run: work, peer, ours, theirs, and how many times better.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.all --out all.json      # a quarter of an hour on two idle cores
+    OMP_NUM_THREADS=1 python -m benchmarks.all --out all.json      # ten to fifteen minutes on two idle cores
     python -m benchmarks.all --only retrieval probes --minutes 5
     python -m benchmarks.all --table all.json                      # the same table again, for docs/performance.md
 
