@@ -72,7 +72,7 @@ def lbfgs(objective: Objective, start: Tensor, max_iter: int, history_size: int 
         value, gradient, t, count = _strong_wolfe(
             lambda x, t, d: objective(torch.add(x, d, alpha=float(t))),
             *(x, t, d, value, gradient, slope),
-            max_ls=max_eval - evaluations,  # torch's rule from 2.9 on; 25 before that
+            max_ls=max_eval - evaluations,  # the rule of the torch that is pinned; older ones have 25
         )
         x, step = torch.add(x, d, alpha=float(t)), d * t
         evaluations += count

@@ -23,7 +23,7 @@ from mllm.assemble import assemble
 from mllm.conversation import IGNORE, IMAGE, encode, render
 from mllm.data.__main__ import main
 from mllm.model import load
-from mllm.own_template import check_end, own_template
+from mllm.own_template import own_template
 from mllm.pope.margins import yes_no_tokens
 from mllm.processing import prepare_tokenizer, write_own_template
 from stages import align, instruct
@@ -299,9 +299,7 @@ REFUSED = re.compile("deepseek|glm4moe.jinja|diffusion_gemma_training|idefics|ll
 
 @pytest.mark.slow
 @pytest.mark.skipif(not FOLDER.is_dir(), reason="TRL, which ships language models' templates, is not installed")
-def test_the_templates_of_language_models_that_trl_ships_are_followed_or_refused(monkeypatch):
-    asked = iter(range(1000))  # whether one comes to its end is tried in a process of its own: a tenth of them
-    monkeypatch.setattr("mllm.own_template.check_end", lambda source: next(asked) % 10 or check_end(source))
+def test_the_templates_of_language_models_that_trl_ships_are_followed_or_refused():
     followed, exact = [], []
     for file in sorted(FOLDER.glob("*.jinja")):
         template = file.read_text(encoding="utf-8")
