@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -243,14 +243,17 @@ def by_parity(
         attn_mask = attn_mask.to(q.dtype)
 
     keys = even_and_odd(k) if k.shape[1] == q.shape[1] else (k, k)
-    masks = (attn_mask, attn_mask)
-    if attn_mask is not None and attn_mask.ndim > 2 and attn_mask.shape[-3] > 1:
-        masks = even_and_odd(attn_mask, dim=-3)
+    masks = even_and_odd(attn_mask, dim=-3) if of_each_head(attn_mask) else (attn_mask, attn_mask)
     first, second = (
         F.scaled_dot_product_attention(queries, of_these, v, mask, dropout, is_causal, scale=scale)
         for queries, of_these, mask in zip(even_and_odd(q), keys, masks)
     )
     return first, second
+
+
+def of_each_head(attn_mask: Tensor | None) -> TypeGuard[Tensor]:
+    """Whether there is a mask, and it has a plane for each head."""
+    return attn_mask is not None and attn_mask.ndim > 2 and attn_mask.shape[-3] > 1
 
 
 def even_and_odd(heads: Tensor, dim: int = 1) -> tuple[Tensor, Tensor]:

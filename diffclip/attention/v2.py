@@ -18,6 +18,7 @@ from diffclip.attention.base import (
     attention_scores,
     by_parity,
     even_and_odd,
+    of_each_head,
     recomputed,
 )
 from diffclip.attention.kernel import mixed as mixed_by_kernel
@@ -185,9 +186,7 @@ def softmax_maps(q: Tensor, k: Tensor, attn_mask: Tensor | None = None, is_causa
 
 def per_query(attn_mask: Tensor | None) -> Tensor | None:
     """Return a mask that has one plane per head with one plane per query instead, any other as it is."""
-    if attn_mask is not None and attn_mask.ndim > 2 and attn_mask.shape[-3] > 1:
-        return attn_mask.repeat_interleave(2, dim=-3)
-    return attn_mask
+    return attn_mask.repeat_interleave(2, dim=-3) if of_each_head(attn_mask) else attn_mask
 
 
 def interleave_heads(first: Tensor, second: Tensor, heads: int) -> Tensor:
