@@ -6,6 +6,7 @@ interrupted one goes on from its last checkpoint, so the same command may be giv
 Each seed draws its own scenes and has a folder of its own; the report, written anew after each, has all of them.
 
     diffclip pipeline --seeds 0 1 2 --variants CLIP DiffCLIP --output_dir runs/three_seeds
+    diffclip pipeline --fast  # one model in a simpler world, in minutes
 """
 
 import importlib.util
@@ -16,9 +17,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -32,7 +33,7 @@ from diffclip.base.threads import cores
 from stages.config import parse, read_yaml, require
 from stages.settings import AlignConfig, InstructConfig, PipelineConfig
 
-QUICKSTART = "quickstart/pipeline"  # the configuration where none is named
+QUICKSTART, FAST = "quickstart/pipeline", "fast/pipeline"  # the configurations where none is named
 
 running: set[subprocess.Popen] = set()
 ending = threading.Event()  # a variant has failed: what is begun from now on is ended at once
@@ -42,6 +43,10 @@ def main(argv: list[str] | None = None) -> None:
     argv = list(sys.argv[1:] if argv is None else argv)
     named = any(word.split("=")[0] == "--config" for word in argv)
     config = parse(PipelineConfig, __doc__, argv if named else [f"--config={QUICKSTART}", *argv])
+    if config.fast and named:
+        raise InputError("settings `fast` and `config`: `fast` is a configuration of its own; leave one out")
+    if config.fast:
+        config = parse(PipelineConfig, __doc__, [f"--config={FAST}", *argv])
     require(config, "output_dir", "variants", "seeds", "pretrain", "language", "align", "instruct", "evaluate")
     os.environ |= as_parent()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -52,6 +57,7 @@ def main(argv: list[str] | None = None) -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     at_once = max(1, cores() // config.ranks)
     jobs = min(config.jobs or (at_once if on_cpu else 1), len(config.variants))
+    beside = on_cpu and cores() > 1
     started = time.time()
     out = Path(config.output_dir)
     folders = seed_folders(out, list(dict.fromkeys(config.seeds)))
@@ -60,8 +66,7 @@ def main(argv: list[str] | None = None) -> None:
         if len(folders) > 1:
             print_line(f"\nSeed {seed}, {number} of {len(folders)}, in {folder}", keep="\n")
         run_scenes(config, seed, folder)
-        with threads(at_once // jobs):
-            run_variants(config, seed, folder, jobs)
+        run_variants(config, seed, folder, jobs, beside)
         reported += [str(folder / variant) for variant in config.variants]
         run_verb("report", *reported, "--output_dir", f"{out}/report")
     print_line()
@@ -84,48 +89,40 @@ def seed_folders(out: Path, seeds: list[int]) -> dict[int, Path]:
     return {seed: folder(seed) for seed in seeds}
 
 
-@contextmanager
-def threads(most: int) -> Iterator[None]:
-    """Within, commands compute with so many threads, unless the user has said how many."""
-    own = "OMP_NUM_THREADS" in os.environ
-    if not own:
-        os.environ["OMP_NUM_THREADS"] = str(max(1, most))
-    try:
-        yield
-    finally:
-        if not own:
-            del os.environ["OMP_NUM_THREADS"]
-
-
 def run_scenes(config: PipelineConfig, number: int, out: Path) -> None:
     """The scenes of one seed, into `out`."""
     options = (f"--{key}={value}" for key, value in config.scenes.items())
     run_verb("scenes", "export", str(out / "scenes"), f"--seed={number}", *options)
 
 
-def run_language(config: PipelineConfig, number: int, out: Path, label: str = "") -> None:
-    """The language model that all variants of one seed start from, into `out`."""
+def run_language(config: PipelineConfig, number: int, out: Path, processes: int, label: str = "") -> None:
+    """The language model that all variants of one seed start from, into `out`; one of so many processes."""
     data = out / "scenes" / "llava"
     run_verb(
         *("language", f"--config={config.language}", f"--seed={number}", f"--text={data}/text.jsonl"),
         *("--vocabulary_from", f"{data}/align.json", f"{data}/instruct.json", f"--output_dir={out}/language"),
         label=label,
+        threads=threads_of(processes),
     )
 
 
-def run_variants(config: PipelineConfig, number: int, out: Path, jobs: int) -> None:
-    """All stages for one seed, `jobs` variants at a time, and beside their pretraining the language model, which needs
-    none of it; where one fails, the others are ended.
+def run_variants(config: PipelineConfig, number: int, out: Path, jobs: int, beside: bool) -> None:
+    """All stages for one seed, `jobs` variants at a time and, where it may be `beside` their pretraining, the language
+    model, which needs none of it; where one fails, the others are ended. They share the cores.
     """
-    if jobs == 1:
-        run_language(config, number, out)
+    if not beside:
+        run_language(config, number, out, jobs)
         for variant in config.variants:
-            run_variant(config, number, out, variant)
+            run_variant(config, number, out, variant, jobs)
         return
     ending.clear()
+    labels = {variant: f"[{variant}] " for variant in config.variants} if len(config.variants) > 1 else {}
     with ThreadPoolExecutor(1) as first, ThreadPoolExecutor(jobs) as pool:
-        language = first.submit(run_language, config, number, out, "[language] ")
-        chains = [pool.submit(run_variant, config, number, out, v, language.result, f"[{v}] ") for v in config.variants]
+        language = first.submit(run_language, config, number, out, jobs + 1, "[language] ")
+        chains = [
+            pool.submit(run_variant, config, number, out, v, jobs, language.result, labels.get(v, ""))
+            for v in config.variants
+        ]
         try:
             for chain in as_completed([language, *chains]):
                 chain.result()
@@ -144,11 +141,12 @@ def run_variant(
     number: int,
     out: Path,
     variant: str,
-    language: Callable[[], None] = lambda: None,
+    jobs: int,
+    language: Callable[[], None] | None = None,
     label: str = "",
 ) -> None:
-    """Every stage of one variant, one after the other; `language` waits for the language model, `label` begins each
-    line of theirs.
+    """Every stage of one variant, one after the other, beside those of `jobs` - 1 others; `language` waits for the
+    language model, where that is trained at the same time; `label` begins each line of theirs.
     """
     seed, data, runs = f"--seed={number}", out / "scenes", out / variant
     run_verb(
@@ -156,14 +154,17 @@ def run_variant(
         *(f"--train_data={data}/pretrain/*.tar", f"--val_data={data}/classification/shape"),
         f"--output_dir={runs}/pretrain",
         label=label,
+        threads=threads_of(jobs + 1 if language else jobs),
     )
-    language()
+    if language:
+        language()
     run_deepspeed(
         config.ranks,
         *("align", f"--config={config.align}", seed, f"--vision_tower={runs}/pretrain"),
         *(f"--language_model={out}/language", f"--data={data}/llava/align.json"),
         *(f"--image_root={data}/llava/images", f"--output_dir={runs}/align"),
         label=label,
+        threads=threads_of(jobs * config.ranks),
     )
     run_deepspeed(
         config.ranks,
@@ -171,12 +172,14 @@ def run_variant(
         *(f"--data={data}/llava/instruct.json", f"--image_root={data}/llava/images"),
         f"--output_dir={runs}/instruct",
         label=label,
+        threads=threads_of(jobs * config.ranks),
     )
     run_verb(
         *("evaluate", f"--config={config.evaluate}", seed, f"--clip={runs}/pretrain", f"--mllm={runs}/instruct"),
         *(f"--data_root={data}", f"--pope={data}/pope", f"--image_root={data}/pope/images"),
         f"--output_dir={runs}/evaluate",
         label=label,
+        threads=threads_of(jobs),
     )
 
 
@@ -208,22 +211,27 @@ def what_next(folders: dict[int, Path], variants: list[str], argv: list[str]) ->
     return "\nWhat next:\n" + "\n".join(f"  {line}" for line in lines)
 
 
-def run_verb(*arguments: str, label: str = "") -> None:
+def threads_of(processes: int) -> int:
+    """What each of so many processes at a time may compute with."""
+    return max(1, cores() // processes)
+
+
+def run_verb(*arguments: str, label: str = "", threads: int = 0) -> None:
     """Run `diffclip ...` to its end; exits with its code if it fails."""
-    run([sys.executable, "-m", "diffclip", *arguments], ["diffclip", *arguments], label)
+    run([sys.executable, "-m", "diffclip", *arguments], ["diffclip", *arguments], label, threads)
 
 
-def run_deepspeed(ranks: int, *arguments: str, label: str = "") -> None:
+def run_deepspeed(ranks: int, *arguments: str, label: str, threads: int) -> None:
     """Run a stage under the deepspeed launcher on `ranks` devices of this machine.
 
     The launcher can exit with 0 although a rank died, so the result is looked for in run.json.
     """
     out = Path(next(a for a in arguments if a.startswith("--output_dir=")).split("=", 1)[1])
     if finished(out):  # the stage says so itself, in a tenth of the launcher's time
-        return run_verb(*arguments, label=label)
+        return run_verb(*arguments, label=label, threads=threads)
     options = ["--num_gpus", str(ranks), "--log_level", "error", "--module", "diffclip", *arguments]
     launcher = [sys.executable, str(Path(sys.executable).parent / "deepspeed"), "--master_port", str(free_port())]
-    run([*launcher, *options], ["deepspeed", *options], label)
+    run([*launcher, *options], ["deepspeed", *options], label, threads)
     if not finished(out):
         raise InputError(f"{arguments[0]} did not finish: see the lines above and {out}/{LOG}, then start again")
 
@@ -235,15 +243,17 @@ def finished(out: Path) -> bool:
     return isinstance(record, dict) and record.get("state") == "finished"
 
 
-def run(command: list[str], typed: list[str], label: str = "") -> None:
+def run(command: list[str], typed: list[str], label: str, threads: int) -> None:
     """Run a command in a process group of its own, so that an interrupt ends all of it; print it as typed.
 
-    Its lines are its own, unless they get a label: then nobody has the terminal, and there are no bars.
+    Its lines are its own, unless they get a label: then nobody has the terminal, and there are no bars. It computes
+    with so many `threads`, unless the user has said how many; 0: as many as there are cores.
     """
     print_line()
     print_line(f"{label}$ {shlex.join(typed)}")
     output: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "bufsize": 0} if label else {}
-    process = subprocess.Popen(command, start_new_session=True, **output)
+    settings = ({"OMP_NUM_THREADS": str(threads)} if threads else {}) | os.environ
+    process = subprocess.Popen(command, start_new_session=True, env=settings, **output)
     running.add(process)
     if ending.is_set():
         end(process)

@@ -392,6 +392,7 @@ class PipelineConfig:
     jobs: int = option(
         0, "run", "variants at a time; 0: one a core where align and instruct use the CPU, else one", NOT_NEGATIVE
     )
+    fast: bool = option(False, "run", "one model in a simpler world, in minutes, as the shipped fast/pipeline has it")
     scenes: dict = option({}, "data", "options of diffclip.scenes export, as JSON")
     pretrain: str = option("", "stages", "YAML of stages.pretrain")
     language: str = option("", "stages", "YAML of stages.language")

@@ -40,8 +40,9 @@ def export(directory: Path, options: Options, parts: Collection[str] = PARTS) ->
     record, done = directory / "scenes.json", []
     if record.exists():
         before = read_json(record)
-        if differ := [k for k, v in made.items() if before["options"].get(k) != v]:
-            there = ", ".join(f"{k}={before['options'].get(k)}" for k in differ)
+        options_before = {"simple": 0, **before["options"]}  # an option since 30 November 2026
+        if differ := [k for k, v in made.items() if options_before.get(k) != v]:
+            there = ", ".join(f"{k}={options_before.get(k)}" for k in differ)
             wanted = ", ".join(f"{k}={made[k]}" for k in differ)
             raise InputError(
                 f"{record} was made with {there} but {wanted} was asked for: name another folder or delete it"

@@ -18,7 +18,7 @@ from diffclip.base.lines import csv_text
 from diffclip.base.schema import POPE_SPLITS
 from diffclip.scenes.drawing import COLORS, SHAPES, Scene, draw, make_scene, masks, one_object, stream_rng
 from diffclip.scenes.options import Options
-from diffclip.scenes.questions import align_conversation, instruct_conversation, pope_questions, text_line
+from diffclip.scenes.questions import align_conversation, instruct_conversation, pope_questions, simple_line, text_line
 from diffclip.scenes.text import MMVP_CATEGORIES, captions, mmvp_pair
 
 Tick = Callable[[], None]  # called after each scene
@@ -93,7 +93,8 @@ def class_scene(seed: int, what: str, split: str, index: int, role: str = "") ->
 def write_pretrain(folder: Path, options: Options, tick: Tick) -> None:
     def sample(i: int) -> dict[str, bytes]:
         scene = make_scene(options.seed, "pretrain", i)
-        texts = captions(scene, stream_rng(options.seed, "pretrain/captions", i), options.captions)
+        rng = stream_rng(options.seed, "pretrain/captions", i)
+        texts = captions(scene, rng, options.captions, simple=bool(options.simple))
         about = {"key": f"{i:09d}", "caption": texts[0], "captions": texts}
         return {"png": png(scene, options.size), "txt": texts[0].encode(), "json": json.dumps(about).encode()}
 
@@ -103,7 +104,7 @@ def write_pretrain(folder: Path, options: Options, tick: Tick) -> None:
 def write_retrieval(folder: Path, options: Options, tick: Tick) -> None:
     def sample(i: int) -> dict[str, bytes]:
         scene = retrieval_scene(options.seed, i)
-        texts = captions(scene, stream_rng(options.seed, "retrieval/captions", i), 5, detail=1.0)
+        texts = captions(scene, stream_rng(options.seed, "retrieval/captions", i), 5, 1.0, bool(options.simple))
         return {"png": png(scene, options.size), "txt": "\n".join(texts).encode()}
 
     _write_shards(folder, options.retrieval, sample, tick)
@@ -140,11 +141,12 @@ def write_llava(folder: Path, options: Options, tick: Tick) -> None:
         scene = make_scene(options.seed, "llava", i)
         image = _write_png(folder / "images", i, scene, options.size)
         if i < options.align:
-            turns = align_conversation(scene, stream_rng(options.seed, "llava/align", i))
+            turns = align_conversation(scene, stream_rng(options.seed, "llava/align", i), bool(options.simple))
             align.append({"id": f"align_{i:06d}", "image": image, "conversations": turns})
         if i < options.conversations:
             rng = stream_rng(options.seed, "llava/instruct", i)
-            mixed = i >= EASY_CONVERSATIONS * options.conversations and rng.random() < MIXED
+            late = i >= EASY_CONVERSATIONS * options.conversations and not options.simple
+            mixed = late and rng.random() < MIXED
             turns = instruct_conversation(scene, rng, options.rounds, any_request=mixed)
             instruct.append({"id": f"instruct_{i:06d}", "image": image, "conversations": turns})
         tick()
@@ -153,7 +155,8 @@ def write_llava(folder: Path, options: Options, tick: Tick) -> None:
     with open(folder / "text.jsonl", "w", encoding="utf-8") as file:
         for i in range(options.texts):
             rng, late = stream_rng(options.seed, "text/words", i), i >= EASY_TEXTS * options.texts
-            text = text_line(make_scene(options.seed, "text", i), rng, any_request=late)
+            scene = make_scene(options.seed, "text", i)
+            text = simple_line(scene, rng) if options.simple else text_line(scene, rng, any_request=late)
             file.write(json_line({"text": text}))
             tick()
 

@@ -260,11 +260,12 @@ def pick_style(made: Question, rng: random.Random) -> tuple[str, str]:
     return question + SHORT * (style < 0.6), answer
 
 
-def align_conversation(scene: Scene, rng: random.Random) -> Turns:
+def align_conversation(scene: Scene, rng: random.Random, simple: bool = False) -> Turns:
     """One turn as in LLaVA's caption stage: a request with the image before or after it, a caption."""
     parts = ["<image>", rng.choice(CAPTION_REQUESTS)]
     rng.shuffle(parts)
-    return _turns([("\n".join(parts), text.sentence(text.caption(scene, rng, 0.7)))])
+    [caption] = text.captions(scene, rng, 1, 0.7, simple)
+    return _turns([("\n".join(parts), text.sentence(caption))])
 
 
 def instruct_conversation(scene: Scene, rng: random.Random, count: int, any_request: bool = True) -> Turns:
@@ -299,4 +300,16 @@ def text_line(scene: Scene, rng: random.Random, any_request: bool = True) -> str
         [(question, answer)] = rounds(scene, rng, 1)
     # the words stand before the first round, or inside its question, where an image will stand
     start = f"{text.scene_in_words(scene)} USER: " if rng.random() < 0.5 else f"USER: {text.scene_in_words(scene)}\n"
+    return f"{start}{question} ASSISTANT: {answer}<|im_end|>"
+
+
+def simple_line(scene: Scene, rng: random.Random) -> str:
+    """As `text_line`, of a scene whose shapes alone are listed: a request for a caption, or a question of POPE's."""
+    listed = text.sentence(". ".join(text.a(t.shape) for t in text.reading_order(scene)))
+    if rng.random() < 0.2:
+        question, answer = rng.choice(CAPTION_REQUESTS), text.sentence(text.names_caption(scene, rng))
+    else:
+        question, answer = rng.choice(pope_questions(scene, rng.choice(POPE_SPLITS), rng))
+        question, answer = question + SHORT, answer.capitalize()
+    start = f"{listed} USER: " if rng.random() < 0.5 else f"USER: {listed}\n"
     return f"{start}{question} ASSISTANT: {answer}<|im_end|>"

@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -225,6 +226,33 @@ def test_bad_options_name_the_option(tmp_path, changed, word):
     with pytest.raises(InputError, match=word):
         main(arguments(tmp_path / "new", **changed))
     assert not (tmp_path / "new").exists()
+
+
+def test_a_simple_world_has_the_images_of_any_and_asks_for_shapes_alone(tmp_path, small, capsys):
+    main(arguments(tmp_path, **TINY, simple=1))
+    with tarfile.open(tmp_path / "pretrain/00000.tar") as tar:
+        told = [json.load(tar.extractfile(m))["captions"] for m in tar if m.name.endswith("json")]
+    for part in ("llava", "pope"):
+        images = {path.name: path.read_bytes() for path in (small / part).rglob("*.png")}
+        assert images and {path.name: path.read_bytes() for path in (tmp_path / part).rglob("*.png")} == images
+    rows = json.loads((tmp_path / "llava/align.json").read_text())
+    told += [[turn["value"] for turn in row["conversations"] if turn["from"] == "gpt"] for row in rows]
+    told += [json.loads(line)["text"].split("USER:") for line in (tmp_path / "llava/text.jsonl").open()]
+    words = {word for texts in told for one in texts for word in re.findall(r"\w+", one.lower())}
+    assert words & set(scenes.SHAPES) and not words & {*scenes.COLORS, "large", "left", "background"}
+    rows = json.loads((tmp_path / "llava/instruct.json").read_text())
+    assert all(len(row["conversations"]) == 2 and "Is there a" in row["conversations"][0]["value"] for row in rows)
+    with pytest.raises(InputError, match="made with simple=1 but simple=0 was asked for"):
+        main(arguments(tmp_path, **TINY))
+
+
+def test_a_world_from_before_the_option_simple_is_complete(small, tmp_path, capsys):
+    shutil.copytree(small, tmp_path / "old")
+    about = json.loads((tmp_path / "old/scenes.json").read_text())
+    del about["options"]["simple"]
+    (tmp_path / "old/scenes.json").write_text(json.dumps(about))
+    main(arguments(tmp_path / "old", **TINY))
+    assert "complete" in capsys.readouterr().out
 
 
 @pytest.mark.slow

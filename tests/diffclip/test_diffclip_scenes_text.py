@@ -255,6 +255,26 @@ def test_text_lines_ask_and_answer_about_the_written_scene():
     assert 0.2 < sum(any(r in line for r in questions.CAPTION_REQUESTS) for line in lines) / len(lines) < 0.5
 
 
+def test_simple_lines_and_captions_name_shapes_and_nothing_else():
+    rng, captions, answers = random.Random(8), 0, Counter()
+    for scene in SOME:
+        present = Counter(t.shape for t in scene.things)
+        for caption in text.captions(scene, rng, 5, simple=True):
+            assert Counter(present.keys()) == Counter(shape for _, _, shape in re.findall(NOUN, caption))
+            assert not re.search("|".join([*COLORS, *SIDES, "large", "small", "background"]), caption)
+        line = questions.simple_line(scene, rng)
+        told, answer = re.fullmatch(r"(.*) ASSISTANT: (.*)<\|im_end\|>", line, re.DOTALL).groups()
+        listed, question = re.fullmatch(r"(?:USER: )?([^\n]+?)(?: USER: |\n)(.*)", told, re.DOTALL).groups()
+        assert Counter(shape for _, _, shape in re.findall(NOUN, listed.lower())) == present
+        if question in questions.CAPTION_REQUESTS:
+            assert {shape for _, _, shape in re.findall(NOUN, answer.lower())} == set(present)
+            captions += 1
+        else:
+            assert question.endswith(questions.SHORT) and answer == oracle(scene, question)
+            answers[answer] += 1
+    assert 80 < captions < 160 and 200 < answers["Yes"] < 280 and answers["Yes"] + answers["No"] + captions == 600
+
+
 @pytest.mark.parametrize("category", text.MMVP_CATEGORIES)
 def test_pairs_differ_in_one_fact(category):
     for i in range(40):

@@ -121,9 +121,10 @@ def test_a_shipped_config_that_is_nearly_named_is_suggested():
         parse(AlignConfig, "", ["--config", "quickstart/alin"])
 
 
-def test_the_shipped_pipeline_works_from_any_folder(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["quickstart/pipeline", "fast/pipeline"])
+def test_the_shipped_pipelines_work_from_any_folder(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    pipeline = parse(PipelineConfig, "", ["--config", "quickstart/pipeline"])
+    pipeline = parse(PipelineConfig, "", ["--config", name])
     for stage in ("pretrain", "language", "align", "instruct", "evaluate"):
         parse(CLASSES[stage], "", ["--config", getattr(pipeline, stage)])
 

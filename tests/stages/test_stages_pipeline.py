@@ -7,6 +7,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -44,11 +45,11 @@ def carry_on(*arguments: str) -> str:
     """
     start = pipeline.run
 
-    def run(command: list[str], typed: list[str], label: str) -> None:
+    def run(command: list[str], typed: list[str], label: str, threads: int) -> None:
         _, *words = command[command.index("diffclip") :]
         other = not any("/CLIP/" in word for word in words)
         if "--module" in command and not other and words[0] == "align":
-            start(command, typed, label)
+            start(command, typed, label, threads)
         elif "--module" in command and not other:
             run_ranks(1, "diffclip", *words)
         else:
@@ -59,6 +60,7 @@ def carry_on(*arguments: str) -> str:
     with (
         mock.patch.dict(os.environ, environment()),
         mock.patch.object(pipeline, "run", run),
+        mock.patch.object(pipeline, "cores", lambda: 1),  # one command at a time
         contextlib.redirect_stdout(console),
     ):
         pipeline.main([*arguments, "--jobs=1"])
@@ -155,7 +157,7 @@ def dry_pipeline(*arguments: str, capsys, jobs: int = 1) -> tuple[list[list[str]
     """The commands that a pipeline would run, with scenes of one image made for each export; and its console."""
     commands: list[list[str]] = []
 
-    def run(command: list[str], typed: list[str], label: str) -> None:
+    def run(command: list[str], typed: list[str], label: str, threads: int) -> None:
         commands.append(typed[typed.index("diffclip") + 1 :])
         if commands[-1][0] == "scenes":
             scenes = Path(commands[-1][2])
@@ -203,13 +205,52 @@ def test_more_seeds_take_up_the_one_that_is_there(tmp_path, capsys):
 
 def test_more_ranks_than_cores_are_one_variant_at_a_time(tmp_path, capsys):
     typed, _ = dry_pipeline("--ranks=1000", f"--output_dir={tmp_path / 'out'}", capsys=capsys, jobs=0)
-    assert [words[0] for words in typed[:3]] == ["scenes", "language", "pretrain"]
+    assert [words[0] for words in typed if words[0] != "language"][:6] == [
+        *("scenes", "pretrain", "align", "instruct", "evaluate", "pretrain")
+    ]
+
+
+def test_fast_is_a_configuration_of_its_own(tmp_path, capsys):
+    typed, console = dry_pipeline("--fast", f"--output_dir={tmp_path / 'out'}", capsys=capsys)
+    assert "--simple=1" in typed[0] and [words[0] for words in typed].count("pretrain") == 1
+    for words in typed[1:-1]:
+        assert f"--config=fast/{words[0]}" in words
+    assert re.search(r"diffclip pipeline --fast .*--seeds 0 1 2", console)
+    with pytest.raises(InputError, match=r"`fast` and `config`.*leave one out"):
+        pipeline.main(["--fast", "--config", "quickstart/pipeline"])
+    assert parse(PipelineConfig, "", ["--config=fast/pipeline"]).output_dir != PipelineConfig().output_dir
+
+
+@pytest.mark.parametrize(
+    ("cores", "jobs", "ranks", "expected"),
+    [
+        (2, 2, 1, {"language": 1, "pretrain": 1, "align": 1, "evaluate": 1}),
+        (2, 1, 2, {"language": 1, "pretrain": 1, "align": 1, "evaluate": 2}),
+        (12, 2, 3, {"language": 4, "pretrain": 4, "align": 2, "evaluate": 6}),
+        (1, 1, 1, {"language": 1, "pretrain": 1, "align": 1, "evaluate": 1}),
+    ],
+)
+def test_commands_at_one_time_share_the_cores(cores, jobs, ranks, expected, tmp_path):
+    threads: dict[str, set[int]] = {}
+
+    def run(command: list[str], typed: list[str], label: str, given: int) -> None:
+        threads.setdefault(typed[typed.index("diffclip") + 1], set()).add(given)
+
+    config = parse(PipelineConfig, "", ["--config=quickstart/pipeline", f"--ranks={ranks}"])
+    with (
+        mock.patch.object(pipeline, "run", run),
+        mock.patch.object(pipeline, "cores", lambda: cores),
+        mock.patch.object(pipeline, "finished", lambda out: "language" not in str(out)),
+    ):
+        pipeline.run_variants(config, 0, tmp_path, jobs, beside=cores > 1)
+    expected["instruct"] = expected["align"]
+    assert threads == {verb: {number} for verb, number in expected.items()}
 
 
 def test_a_language_model_that_fails_ends_the_variants_that_are_trained_beside_it(tmp_path):
     ended = threading.Event()
 
-    def run(command: list[str], typed: list[str], label: str) -> None:
+    def run(command: list[str], typed: list[str], label: str, threads: int) -> None:
         if "language" in typed:
             time.sleep(0.2)  # the towers are in their training
             raise InputError("no text")
@@ -225,7 +266,7 @@ def test_a_language_model_that_fails_ends_the_variants_that_are_trained_beside_i
 
     config = parse(PipelineConfig, "", ["--config=quickstart/pipeline"])
     with mock.patch.object(pipeline, "run", run), pytest.raises(InputError, match="no text"):
-        pipeline.run_variants(config, 0, tmp_path, 2)
+        pipeline.run_variants(config, 0, tmp_path, 2, beside=True)
     assert ended.is_set()
 
 
