@@ -20,6 +20,7 @@ if [ ! -d "$sources" ]; then
 fi
 
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
+unset PYTHONDONTWRITEBYTECODE # containers set it, and each of some hundred processes would compile the package anew
 ruff check .
 ruff format --check .
 mypy

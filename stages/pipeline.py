@@ -1,9 +1,10 @@
 """The whole chain for several variants: scenes -> pretrain -> language -> align -> instruct -> evaluate -> report.
 
-Runs the same stage commands that a user would type, and prints each; on a CPU the variants side by side, since two
-small models with a core each take less time than one after the other with both. Finished stages are skipped and an
-interrupted one goes on from its last checkpoint, so the same command may be given again at any time.
-Each seed draws its own scenes and has a folder of its own; the report, written anew after each, has all of them.
+Runs the same stage commands that a user would type, and prints each; on a CPU the variants side by side, and the
+language model beside their pretraining, since two small models with a core each take less time than one after the other
+with both. Finished stages are skipped and an interrupted one goes on from its last checkpoint, so the same command may
+be given again at any time. Each seed draws its own scenes and has a folder of its own; the report, written anew after
+each, has all of them.
 
     diffclip pipeline --seeds 0 1 2 --variants CLIP DiffCLIP --output_dir runs/three_seeds
     diffclip pipeline --fast  # one model in a simpler world, in minutes
@@ -57,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     at_once = max(1, cores() // config.ranks)
     jobs = min(config.jobs or (at_once if on_cpu else 1), len(config.variants))
-    beside = on_cpu and cores() > 1
+    beside = jobs > 1 or (on_cpu and cores() > 1)
     started = time.time()
     out = Path(config.output_dir)
     folders = seed_folders(out, list(dict.fromkeys(config.seeds)))
@@ -66,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
         if len(folders) > 1:
             print_line(f"\nSeed {seed}, {number} of {len(folders)}, in {folder}", keep="\n")
         run_scenes(config, seed, folder)
-        run_variants(config, seed, folder, jobs, beside)
+        run_variants(config, seed, folder, jobs, side_by_side=beside)
         reported += [str(folder / variant) for variant in config.variants]
         run_verb("report", *reported, "--output_dir", f"{out}/report")
     print_line()
@@ -95,33 +96,31 @@ def run_scenes(config: PipelineConfig, number: int, out: Path) -> None:
     run_verb("scenes", "export", str(out / "scenes"), f"--seed={number}", *options)
 
 
-def run_language(config: PipelineConfig, number: int, out: Path, processes: int, label: str = "") -> None:
-    """The language model that all variants of one seed start from, into `out`; one of so many processes."""
+def run_language(config: PipelineConfig, number: int, out: Path, threads: int, label: str = "") -> None:
+    """The language model that all variants of one seed start from, into `out`."""
     data = out / "scenes" / "llava"
     run_verb(
         *("language", f"--config={config.language}", f"--seed={number}", f"--text={data}/text.jsonl"),
         *("--vocabulary_from", f"{data}/align.json", f"{data}/instruct.json", f"--output_dir={out}/language"),
         label=label,
-        threads=threads_of(processes),
+        threads=threads,
     )
 
 
-def run_variants(config: PipelineConfig, number: int, out: Path, jobs: int, beside: bool) -> None:
-    """All stages for one seed, `jobs` variants at a time and, where it may be `beside` their pretraining, the language
-    model, which needs none of it; where one fails, the others are ended. They share the cores.
+def run_variants(config: PipelineConfig, number: int, out: Path, jobs: int, side_by_side: bool) -> None:
+    """All stages for one seed: one command after the other or, `side_by_side`, `jobs` variants at a time and beside
+    their pretraining the language model, which needs none of it; where one fails, the others are ended.
     """
-    if not beside:
-        run_language(config, number, out, jobs)
+    if not side_by_side:
+        run_language(config, number, out, threads_of(jobs))
         for variant in config.variants:
             run_variant(config, number, out, variant, jobs)
         return
     ending.clear()
-    labels = {variant: f"[{variant}] " for variant in config.variants} if len(config.variants) > 1 else {}
     with ThreadPoolExecutor(1) as first, ThreadPoolExecutor(jobs) as pool:
-        language = first.submit(run_language, config, number, out, jobs + 1, "[language] ")
+        language = first.submit(run_language, config, number, out, threads_of(jobs + 1), "[language] ")
         chains = [
-            pool.submit(run_variant, config, number, out, v, jobs, language.result, labels.get(v, ""))
-            for v in config.variants
+            pool.submit(run_variant, config, number, out, v, jobs, language.result, f"[{v}] ") for v in config.variants
         ]
         try:
             for chain in as_completed([language, *chains]):
@@ -142,11 +141,11 @@ def run_variant(
     out: Path,
     variant: str,
     jobs: int,
-    language: Callable[[], None] | None = None,
+    language: Callable[[], None] = lambda: None,
     label: str = "",
 ) -> None:
     """Every stage of one variant, one after the other, beside those of `jobs` - 1 others; `language` waits for the
-    language model, where that is trained at the same time; `label` begins each line of theirs.
+    language model; `label` begins each line of what does not run alone.
     """
     seed, data, runs = f"--seed={number}", out / "scenes", out / variant
     run_verb(
@@ -154,10 +153,10 @@ def run_variant(
         *(f"--train_data={data}/pretrain/*.tar", f"--val_data={data}/classification/shape"),
         f"--output_dir={runs}/pretrain",
         label=label,
-        threads=threads_of(jobs + 1 if language else jobs),
+        threads=threads_of(jobs),
     )
-    if language:
-        language()
+    language()
+    label = label if jobs > 1 else ""
     run_deepspeed(
         config.ranks,
         *("align", f"--config={config.align}", seed, f"--vision_tower={runs}/pretrain"),
@@ -190,9 +189,9 @@ def what_next(folders: dict[int, Path], variants: list[str], argv: list[str]) ->
     run = str(out / variants[-1] / "instruct")
     towers = [str(out / variant / "pretrain") for variant in variants]
     seeds = [*folders, *(seed for seed in range(3) if seed not in folders)][:3]
-    query = ["--query", "a red circle", "--models", *towers, "--out", str(out / "maps.png")]
+    query = ["--query", "a circle", "--models", *towers, "--out", str(out / "maps.png")]
     commands = [
-        ("ask the model", ["chat", run, "--image", str(image), "Is there a red circle in the image?"]),
+        ("ask the model", ["chat", run, "--image", str(image), "Is there a circle in the image?"]),
         ("see where each tower looks", ["maps", str(image), *query]),
         ("chat on a page in the browser, on this machine alone", ["app", run]),
         ("three seeds in one report; what is finished stays", ["pipeline", *argv, "--seeds", *map(str, seeds)]),
@@ -212,11 +211,11 @@ def what_next(folders: dict[int, Path], variants: list[str], argv: list[str]) ->
 
 
 def threads_of(processes: int) -> int:
-    """What each of so many processes at a time may compute with."""
+    """Threads for each of `processes` that run at the same time, at least one."""
     return max(1, cores() // processes)
 
 
-def run_verb(*arguments: str, label: str = "", threads: int = 0) -> None:
+def run_verb(*arguments: str, label: str = "", threads: int | None = None) -> None:
     """Run `diffclip ...` to its end; exits with its code if it fails."""
     run([sys.executable, "-m", "diffclip", *arguments], ["diffclip", *arguments], label, threads)
 
@@ -243,11 +242,11 @@ def finished(out: Path) -> bool:
     return isinstance(record, dict) and record.get("state") == "finished"
 
 
-def run(command: list[str], typed: list[str], label: str, threads: int) -> None:
+def run(command: list[str], typed: list[str], label: str, threads: int | None) -> None:
     """Run a command in a process group of its own, so that an interrupt ends all of it; print it as typed.
 
-    Its lines are its own, unless they get a label: then nobody has the terminal, and there are no bars. It computes
-    with so many `threads`, unless the user has said how many; 0: as many as there are cores.
+    Its lines are its own, unless they get a label: then nobody has the terminal, and there are no bars. The command
+    computes with so many `threads`, if any are given, unless the user has said how many.
     """
     print_line()
     print_line(f"{label}$ {shlex.join(typed)}")

@@ -40,9 +40,9 @@ def export(directory: Path, options: Options, parts: Collection[str] = PARTS) ->
     record, done = directory / "scenes.json", []
     if record.exists():
         before = read_json(record)
-        options_before = {"simple": 0, **before["options"]}  # an option since 30 November 2026
-        if differ := [k for k, v in made.items() if options_before.get(k) != v]:
-            there = ", ".join(f"{k}={options_before.get(k)}" for k in differ)
+        had = {"simple": 0, **before["options"]}  # worlds from before that option have none
+        if differ := [k for k, v in made.items() if had.get(k) != v]:
+            there = ", ".join(f"{k}={had.get(k)}" for k in differ)
             wanted = ", ".join(f"{k}={made[k]}" for k in differ)
             raise InputError(
                 f"{record} was made with {there} but {wanted} was asked for: name another folder or delete it"

@@ -94,7 +94,7 @@ def write_pretrain(folder: Path, options: Options, tick: Tick) -> None:
     def sample(i: int) -> dict[str, bytes]:
         scene = make_scene(options.seed, "pretrain", i)
         rng = stream_rng(options.seed, "pretrain/captions", i)
-        texts = captions(scene, rng, options.captions, simple=bool(options.simple))
+        texts = captions(scene, rng, options.captions, simple=options.simple)
         about = {"key": f"{i:09d}", "caption": texts[0], "captions": texts}
         return {"png": png(scene, options.size), "txt": texts[0].encode(), "json": json.dumps(about).encode()}
 
@@ -104,7 +104,7 @@ def write_pretrain(folder: Path, options: Options, tick: Tick) -> None:
 def write_retrieval(folder: Path, options: Options, tick: Tick) -> None:
     def sample(i: int) -> dict[str, bytes]:
         scene = retrieval_scene(options.seed, i)
-        texts = captions(scene, stream_rng(options.seed, "retrieval/captions", i), 5, 1.0, bool(options.simple))
+        texts = captions(scene, stream_rng(options.seed, "retrieval/captions", i), 5, 1.0, options.simple)
         return {"png": png(scene, options.size), "txt": "\n".join(texts).encode()}
 
     _write_shards(folder, options.retrieval, sample, tick)
@@ -141,12 +141,12 @@ def write_llava(folder: Path, options: Options, tick: Tick) -> None:
         scene = make_scene(options.seed, "llava", i)
         image = _write_png(folder / "images", i, scene, options.size)
         if i < options.align:
-            turns = align_conversation(scene, stream_rng(options.seed, "llava/align", i), bool(options.simple))
+            turns = align_conversation(scene, stream_rng(options.seed, "llava/align", i), options.simple)
             align.append({"id": f"align_{i:06d}", "image": image, "conversations": turns})
         if i < options.conversations:
             rng = stream_rng(options.seed, "llava/instruct", i)
-            late = i >= EASY_CONVERSATIONS * options.conversations and not options.simple
-            mixed = late and rng.random() < MIXED
+            late = i >= EASY_CONVERSATIONS * options.conversations
+            mixed = late and not options.simple and rng.random() < MIXED
             turns = instruct_conversation(scene, rng, options.rounds, any_request=mixed)
             instruct.append({"id": f"instruct_{i:06d}", "image": image, "conversations": turns})
         tick()

@@ -260,7 +260,7 @@ def pick_style(made: Question, rng: random.Random) -> tuple[str, str]:
     return question + SHORT * (style < 0.6), answer
 
 
-def align_conversation(scene: Scene, rng: random.Random, simple: bool = False) -> Turns:
+def align_conversation(scene: Scene, rng: random.Random, simple: int = 0) -> Turns:
     """One turn as in LLaVA's caption stage: a request with the image before or after it, a caption."""
     parts = ["<image>", rng.choice(CAPTION_REQUESTS)]
     rng.shuffle(parts)
@@ -298,9 +298,7 @@ def text_line(scene: Scene, rng: random.Random, any_request: bool = True) -> str
         question, answer = rng.choice(CAPTION_REQUESTS), text.sentence(text.caption(scene, rng, 0.7))
     else:
         [(question, answer)] = rounds(scene, rng, 1)
-    # the words stand before the first round, or inside its question, where an image will stand
-    start = f"{text.scene_in_words(scene)} USER: " if rng.random() < 0.5 else f"USER: {text.scene_in_words(scene)}\n"
-    return f"{start}{question} ASSISTANT: {answer}<|im_end|>"
+    return _line(text.scene_in_words(scene), question, answer, rng)
 
 
 def simple_line(scene: Scene, rng: random.Random) -> str:
@@ -311,5 +309,10 @@ def simple_line(scene: Scene, rng: random.Random) -> str:
     else:
         question, answer = rng.choice(pope_questions(scene, rng.choice(POPE_SPLITS), rng))
         question, answer = question + SHORT, answer.capitalize()
-    start = f"{listed} USER: " if rng.random() < 0.5 else f"USER: {listed}\n"
+    return _line(listed, question, answer, rng)
+
+
+def _line(words: str, question: str, answer: str, rng: random.Random) -> str:
+    # the words stand before the first round, or inside its question, where an image will stand
+    start = f"{words} USER: " if rng.random() < 0.5 else f"USER: {words}\n"
     return f"{start}{question} ASSISTANT: {answer}<|im_end|>"

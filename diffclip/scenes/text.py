@@ -163,8 +163,8 @@ def names_caption(scene: Scene, rng: random.Random) -> str:
     return opening + join([f"{NUMBERS[n]} {plural(s)}" if n > 1 else a(s) for s, n in counts])
 
 
-def captions(scene: Scene, rng: random.Random, count: int, detail: float = 0.5, simple: bool = False) -> list[str]:
-    """`count` captions, different where the wording allows it; `simple` ones name shapes alone."""
+def captions(scene: Scene, rng: random.Random, count: int, detail: float = 0.5, simple: int = 0) -> list[str]:
+    """`count` captions, different where the wording allows it; with `simple` they name, and count, shapes alone."""
     out: dict[str, None] = {}
     for _ in range(3 * count):
         out[names_caption(scene, rng) if simple else caption(scene, rng, detail)] = None

@@ -95,6 +95,7 @@ def test_byte_order_marks_are_skipped(tmp_path):
     assert files.read_yaml(tmp_path / "x") == {"a": 1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", ["a: [", "a: !!python/object:os.system x", "a: 2024-99-99", "[" * 50_000])
 def test_what_is_no_yaml_is_named(tmp_path, text):
     (tmp_path / "x.yaml").write_text(text)

@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 SCRIPT = """
 import sys, warnings
 from diffclip.base.lazy_compile import ease_deepspeed
@@ -21,6 +23,7 @@ print(whole(torch.randn(4, 3), torch.zeros(4, 3), ns_method="standard").shape)
 """
 
 
+@pytest.mark.slow
 def test_deepspeeds_functions_are_compiled_when_they_are_called():
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True)
     *_, before, worked, after, whole = done.stdout.splitlines()

@@ -73,6 +73,7 @@ def test_members_of_random_tars_are_those_of_tarfile(tmp_path, kind):
             assert listed(found) == listed(tar.getmembers()) and not reason, seed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", FORMATS)
 def test_joined_and_damaged_tars_are_read_as_tarfile_reads_them(tmp_path, monkeypatch, kind):
     path = tmp_path / "x.tar"

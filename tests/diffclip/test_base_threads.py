@@ -58,6 +58,7 @@ def test_the_libgomp_that_torch_loads_is_told(package):
     assert all("'3000'" in line for line in said)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("users", [{}, {"MALLOC_TRIM_THRESHOLD_": "131072", "MALLOC_MMAP_THRESHOLD_": "131072"}])
 def test_freed_memory_is_kept_for_the_next_tensor_unless_the_user_says_otherwise(users):
     """By the page faults of taking 64 MB twenty times: each of its 16,384 pages once, or every time."""

@@ -314,6 +314,7 @@ def test_a_tokenizer_that_is_not_in_reach_is_named_at_saving_and_at_loading(tmp_
         del open_clip.factory._MODEL_CONFIGS["any-sig-2"]
 
 
+@pytest.mark.slow
 def test_directories_of_the_first_release_load(tmp_path):
     """Their configs had one kind of attention for all towers."""
     for name, old in {

@@ -212,6 +212,7 @@ def test_mask_and_is_causal_exclude_each_other(form):
         module(torch.randn(1, 4, 48, dtype=torch.float64), torch.zeros(4, 4, dtype=torch.float64), is_causal=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 def test_dropout_drops_entries_of_each_map_and_only_in_training(form):
     """Without the norm the output is linear in the maps, so its mean over many draws is the undropped output."""

@@ -65,6 +65,7 @@ def test_another_process_reads_what_one_has_measured(fresh, monkeypatch, caplog)
     assert kept_json(kept)["milliseconds"]["none"] is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "content", ["", "[]", "{", '{"milliseconds": {"slow": 1}}', '{"facts": 1, "milliseconds": {}}']
 )

@@ -74,6 +74,7 @@ def test_what_it_says_it_adds_is_what_ordinary_attention_has_not(kind):
     assert sum(p.numel() for p in parameters.values()) - added == 4 * width * (width + 1)
 
 
+@pytest.mark.slow
 def test_it_is_built_into_both_towers_and_every_number_learns(model, kind):
     layers = len(model.visual.trunk.blocks) + len(model.transformer.resblocks)
     assert [isinstance(module, KINDS[kind]) for module in attentions(model)] == [True] * layers
@@ -113,6 +114,7 @@ def test_its_forms_agree_and_its_map_is_the_one_applied(mask, kind):
     torch.testing.assert_close(module.apply_map(x, map_), outputs[2], atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("heads", [2, 4])
 def test_a_mask_for_each_head_needs_no_batch(heads, kind):
     x, planes = torch.randn(2, 7, 32), torch.randn(heads, 7, 7)
@@ -123,6 +125,7 @@ def test_a_mask_for_each_head_needs_no_batch(heads, kind):
         assert torch.allclose(module(x, attn_mask=planes), expected, atol=1e-6), form
 
 
+@pytest.mark.slow
 def test_it_is_saved_and_loaded_as_encoder_and_by_the_auto_classes(model, kind, tmp_path):
     diffclip.save(model, tmp_path)
     again = diffclip.load(tmp_path)[0]
@@ -166,6 +169,7 @@ def test_it_takes_the_place_of_attention_in_each_of_open_clips_blocks(block, kin
         assert torch.equal(one, other) and one.isfinite().all()
 
 
+@pytest.mark.slow
 def test_the_official_layout_holds_it_or_refuses_it(model, kind, tmp_path):
     diffclip.save(model, tmp_path / "run")
     if KINDS[kind].in_official_layout:

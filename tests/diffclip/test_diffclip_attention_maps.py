@@ -51,6 +51,7 @@ def test_recording_changes_nothing_and_maps_are_those_applied(model, layer):
     assert used.shape == (2, heads, 6, 6)
 
 
+@pytest.mark.slow
 def test_relevance_is_map_times_gradient(model):
     """Against finite differences: nudge one entry of the class token's row of the map, watch the similarity."""
     model = model.double()
@@ -78,6 +79,7 @@ def test_relevance_is_map_times_gradient(model):
     model.float()
 
 
+@pytest.mark.slow
 def test_figure_is_drawn_for_several_models(tmp_path):
     for name in NAMES[:2]:
         checkpoints.save(models.build(name), tmp_path / name)
@@ -91,6 +93,7 @@ def test_figure_is_drawn_for_several_models(tmp_path):
         maps.main([*arguments[:2], "--query", "a", "b", "c", *arguments[4:], "--out", str(tmp_path / "x.png")])
 
 
+@pytest.mark.slow
 def test_one_image_has_a_row_for_each_of_several_queries(tmp_path):
     checkpoints.save(models.build("DiffCLIP-tiny"), tmp_path / "run")
     Image.fromarray(scenes.draw(scenes.make_scene(0, "figure", 0), 64)).save(tmp_path / "0.png")
@@ -195,6 +198,7 @@ def test_masks_of_another_size_than_the_turned_image_are_refused(tmp_path):
         mask_scores.localise(model, transform, tokenizer, [(tmp_path / "a.jpg", "cat", masks[40, 60])])
 
 
+@pytest.mark.slow
 def test_command_compares_models_with_intervals(tmp_path):
     export_scenes(["export", str(tmp_path / "s"), "--only", "segmentation", "--segmentation", "12"])
     for name in NAMES[:2]:
@@ -262,6 +266,7 @@ def images_for(model):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_maps_of_every_vision_transformer(kind):
     """Writing the maps out changes nothing, they are softmaxes, and relevance is the rule's on the right rows."""

@@ -167,6 +167,7 @@ def test_saved_model_loads_as_encoder_and_as_tower_but_not_as_official_file(tmp_
         checkpoints.convert(str(tmp_path / "run"), str(tmp_path / "official.pt"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 def test_compiles_without_graph_breaks(form):
     module = random_attention(dtype=torch.float32, attn_implementation=form)

@@ -162,6 +162,7 @@ TRUTHS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["", "val", "ILSVRC2012_img_val"])
 @pytest.mark.parametrize("name", TRUTHS)
 def test_imagenets_validation_images_in_one_folder(folder, tmp_path, name, place):
@@ -253,6 +254,7 @@ def test_a_folder_among_wordnet_numbers_that_is_none_is_named(folder, tmp_path):
         read_set(tmp_path)
 
 
+@pytest.mark.slow
 def test_imagenet_v2s_numbered_folders_are_imagenets_classes(folder, tmp_path):
     for number in range(1000):
         (folder / str(number)).mkdir()

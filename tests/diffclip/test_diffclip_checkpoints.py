@@ -45,6 +45,7 @@ def official(tmp_path):
     return path, model
 
 
+@pytest.mark.slow
 def test_a_saved_directory_loads_the_same_model(model, tmp_path):
     diffclip.save(model, tmp_path)
     loaded, transform, tokenizer = diffclip.load(tmp_path)
@@ -124,6 +125,7 @@ def test_variant_is_recognised_by_its_keys(variant, tmp_path):
     assert config["preprocess_cfg"] == expected["preprocess_cfg"]
 
 
+@pytest.mark.slow
 def test_heads_of_ordinary_towers_are_assumed_with_a_notice():
     state = official_code.to_official(models.build("CLIP-S-16").state_dict())
     with pytest.warns(UserWarning) as notices:
@@ -132,6 +134,7 @@ def test_heads_of_ordinary_towers_are_assumed_with_a_notice():
     assert config["model_cfg"]["vision_cfg"]["head_width"] == 32
 
 
+@pytest.mark.slow
 def test_round_trip_to_the_official_layout_is_bit_for_bit(official, tmp_path):
     path, _ = official
     checkpoints.convert(str(path), str(tmp_path / "run"), lambda_init=0.8)
@@ -273,6 +276,7 @@ def hub_copy(cache, repository):
     return folder / "snapshots" / commit
 
 
+@pytest.mark.slow
 def test_published_files_load_by_their_hub_ids(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     for repository in ("hammh0a/DiffCLIP_ViTB16_CC12M", "hammh0a/SynthCLIP_ViTB16_10M"):
@@ -358,6 +362,7 @@ def test_foreign_objects_are_not_run(tmp_path):
         diffclip.load(tmp_path / "evil.pt")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("thing", "name"),
     [
@@ -490,6 +495,7 @@ def test_broken_directories_of_transformers_clip_list_every_key(tmp_path):
     assert "unexpected text_model.surprise" in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_run_trained_by_other_rules_of_decoding_sees_images_as_then(tmp_path):
     model = diffclip.build("CLIP-tiny")
     diffclip.save(model, tmp_path)  # converted or exported: nobody knows

@@ -84,6 +84,7 @@ DAMAGE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damaged_weights_are_named_with_file_and_parameter(damage, copy):
     change_weights(copy, DAMAGE[damage])
@@ -131,6 +132,7 @@ def test_integers_and_lambdas_without_bounds_are_no_weights(copy):
         diffclip.load(copy)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("path", "value"),
     [
@@ -175,6 +177,7 @@ def test_odd_configurations_are_refused_by_name_before_memory_is_taken(path, val
     assert within_limits(load)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("path", "value"),
     [
@@ -211,6 +214,7 @@ HEADERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", HEADERS)
 def test_headers_of_safetensors_are_refused(kind, tmp_path):
     header = HEADERS[kind]

@@ -269,6 +269,7 @@ def test_any_bytes_give_a_picture_or_a_bad_sample(tmp_path):
     assert min(outcomes.values()) > 20
 
 
+@pytest.mark.slow
 def test_a_bad_sample_is_replaced_and_named(tmp_path):
     members = {}
     for i in range(40):

@@ -57,6 +57,7 @@ def test_shots_ways_and_features_by_choice(root, tmp_path):
         evaluate(root, tmp_path / "c", probe_features="middle")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["shards", "parquet"])
 def test_numbered_labels_give_the_same_scores_as_class_folders(root, tmp_path, form):
     """The same images in clip-benchmark's shards, or in parquet, in another order."""
@@ -106,6 +107,7 @@ def test_a_blind_model_is_at_chance(root, tmp_path):
     assert metrics["mmvp/average"] == 0
 
 
+@pytest.mark.slow
 def test_outcomes_average_to_the_scores_and_a_rerun_repeats_them(root, tmp_path):
     metrics = evaluate(root, tmp_path / "out")
     outcomes = load_file(tmp_path / "out/clip_outcomes.safetensors")
@@ -188,6 +190,7 @@ def corrupt(root):
     (root / "shifts/dim/pink_thing/0.png").write_bytes(b"not an image")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "spoil,message",
     [
@@ -229,6 +232,7 @@ def test_real_folders(shared_data):
     assert len(data.retrieval["flickr8k"].captions) == 5000
 
 
+@pytest.mark.slow
 def test_command_line_compares_models(root, tmp_path, monkeypatch, capsys):
     models = {"sighted": Oracle(), "blind": Oracle(blind=True)}
     monkeypatch.setattr(
@@ -244,6 +248,7 @@ def test_command_line_compares_models(root, tmp_path, monkeypatch, capsys):
         command.main(["run", *arguments, "--data-root", "nowhere"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments,message",
     [

@@ -99,6 +99,7 @@ main("{train} --logs . --name trained".split())
     assert "size=160" in transform and str(ours.transforms[-1]) in transform
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name,vision,eps,form,said",
     [

@@ -73,6 +73,7 @@ def test_second_pass_reads_the_cache(folder, tmp_path):
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
+@pytest.mark.slow
 def test_whatever_the_features_depend_on_makes_a_new_entry(folder, tmp_path):
     cache = tmp_path / "cache"
 
@@ -130,6 +131,7 @@ def test_low_precision_is_close_and_half_the_size(folder, tmp_path):
     assert not torch.equal(exact, low)
 
 
+@pytest.mark.slow
 def test_texts_are_cached_by_their_tokens(tmp_path):
     model = tiny()
     tokenizer = open_clip.SimpleTokenizer(context_length=16)
@@ -142,6 +144,7 @@ def test_texts_are_cached_by_their_tokens(tmp_path):
     assert len(list((tmp_path / "cache").iterdir())) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_broken_image_is_named_in_one_line(folder, tmp_path, workers):
     broken = folder / "dog" / "3.png"

@@ -185,6 +185,7 @@ PEERS = ("json.loads", "tarfile.open", "wds.x", "subprocess.run", "AutoTokenizer
 MEASURED = [call for call in DOORS if any(re.fullmatch(call, each) for each in PEERS)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("call", DOORS)
 def test_what_strangers_wrote_is_opened_at_the_doors_alone(call):
     raw = {
@@ -257,6 +258,7 @@ def test_arrays_of_numpy_are_not_unpickled_and_take_no_more_memory_than_their_by
     assert not marker.exists()
 
 
+@pytest.mark.slow
 def test_torch_reads_no_pickled_objects():
     said = [
         {word.arg: ast.unparse(word.value) for word in node.keywords}.get("weights_only")

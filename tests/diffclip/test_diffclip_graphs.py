@@ -55,6 +55,7 @@ def test_both_towers_export_for_any_batch_size(model):
                 torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_both_towers_are_traced_for_any_batch_size(model):
     images, texts = inputs(model, 3)
     traced = torch.jit.trace_module(model, {"encode_image": images, "encode_text": texts}, check_trace=False)
@@ -75,6 +76,7 @@ def test_the_whole_model_compiles_into_one_graph_with_its_gradients(model):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_gradients_of_torch_func_are_those_of_backward(model):
     """Also each example's own, by vmap: their sum is that of the batch."""
     for module in model.modules():

@@ -59,6 +59,7 @@ def llava_config(tower_config):
     )
 
 
+@pytest.mark.slow
 def test_the_tower_loads_alone_from_a_run_directory(run):
     directory, model = run
     config = AutoConfig.from_pretrained(directory).vision_config
@@ -69,6 +70,7 @@ def test_the_tower_loads_alone_from_a_run_directory(run):
     assert isinstance(AutoImageProcessor.from_pretrained(directory), hf.DiffCLIPImageProcessor)
 
 
+@pytest.mark.slow
 def test_runs_of_earlier_versions_load_as_their_tower(run, tmp_path):
     _, model = run
     old = hf.vision_config(model.model_config).to_dict()
@@ -82,6 +84,7 @@ def test_runs_of_earlier_versions_load_as_their_tower(run, tmp_path):
     assert not any(info.values())
 
 
+@pytest.mark.slow
 def test_outputs_are_the_dual_encoders(run, image):
     directory, model = run
     tower, seen = hf.DiffCLIPVisionModel.from_pretrained(directory).eval(), []
@@ -100,6 +103,7 @@ def test_outputs_are_the_dual_encoders(run, image):
     assert torch.equal(tower(image, return_dict=False)[0], plain.last_hidden_state)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*NAMES, "DiffCLIP-V2-tiny"])
 def test_maps_are_those_of_the_forward_pass_and_their_number_is_in_the_config(name, image):
     torch.manual_seed(0)
@@ -145,6 +149,7 @@ def test_maps_survive_gradient_checkpointing(image):
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("size", [(48, 48), (64, 40), (53, 100)])
 def test_other_image_sizes_get_timms_resampled_positions(name, size):
@@ -164,6 +169,7 @@ def test_other_image_sizes_get_timms_resampled_positions(name, size):
             tower(pixels)
 
 
+@pytest.mark.slow
 def test_hidden_states_can_be_selected_and_the_rest_left_out(run, image):
     directory, _ = run
     tower = hf.DiffCLIPVisionModel.from_pretrained(directory).eval()
@@ -185,6 +191,7 @@ def test_hidden_states_can_be_selected_and_the_rest_left_out(run, image):
         tower(image, output_hidden_states=[9])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", ["03_tiny_diffclip", "04_tiny_slip_clip"])
 def test_hidden_states_equal_the_official_intermediates(golden, folder, tmp_path):
     path = golden(folder)
@@ -202,6 +209,7 @@ def test_hidden_states_equal_the_official_intermediates(golden, folder, tmp_path
         assert (value - expected[f"f32.{name}"]).abs().max() <= tolerances[name]["suggest_atol"], name
 
 
+@pytest.mark.slow
 def test_round_trip_is_identical(run, tmp_path):
     directory, _ = run
     tower = hf.DiffCLIPVisionModel.from_pretrained(directory)
@@ -213,6 +221,7 @@ def test_round_trip_is_identical(run, tmp_path):
     assert lambdas[0] == lambdas[1]
 
 
+@pytest.mark.slow
 def test_llava_around_the_tower(run, image, tmp_path):
     directory, model = run
     tower = hf.DiffCLIPVisionModel.from_pretrained(directory)
@@ -241,6 +250,7 @@ def test_llava_around_the_tower(run, image, tmp_path):
     torch.testing.assert_close(llava(input_ids=ids, pixel_values=image).logits, logits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_from_config_starts_as_build_does(name):
     config = hf.vision_config(variants.MODELS[name])
@@ -255,6 +265,7 @@ def test_from_config_starts_as_build_does(name):
             assert abs(value.double().std() / spread - 1) < 10 / value.numel() ** 0.5, key
 
 
+@pytest.mark.slow
 def test_missing_weights_alone_are_drawn(run, tmp_path):
     """They are refused, or drawn for a caller who asks what is missing; all else must come from the file."""
     directory, _ = run
@@ -271,6 +282,7 @@ def test_missing_weights_alone_are_drawn(run, tmp_path):
     assert again[dropped].std() == pytest.approx(0.02, rel=0.1)
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_gives_the_same_gradients(run, image):
     directory, _ = run
     tower, grads = hf.DiffCLIPVisionModel.from_pretrained(directory).train(), []
@@ -284,6 +296,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(run, image):
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.slow
 def test_the_form_of_attention_can_be_asked_for_and_changed(run, image):
     directory, _ = run
     tower = hf.DiffCLIPVisionModel.from_pretrained(directory)
@@ -297,6 +310,7 @@ def test_the_form_of_attention_can_be_asked_for_and_changed(run, image):
         assert getattr(attention, "attn_implementation", None) == wanted or attention.fused_attn == wanted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(48, 48), (100, 77), (37, 90), (301, 200), (49, 50), (20, 31), (48, 51)])
 @pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA"])
 def test_image_processor_gives_the_transforms_pixels(run, size, mode):
@@ -321,6 +335,7 @@ def test_image_processor_takes_batches_and_survives_saving(run, tmp_path):
     assert torch.equal(again(images, return_tensors="pt").pixel_values, batch)
 
 
+@pytest.mark.slow
 def test_llava_reads_a_list_of_feature_layers(run, image):
     directory, _ = run
     tower = hf.DiffCLIPVisionModel.from_pretrained(directory).eval()

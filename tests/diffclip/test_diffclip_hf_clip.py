@@ -92,6 +92,7 @@ PROCESSORS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PROCESSORS)
 def test_images_are_prepared_as_the_directory_says(name, tmp_path):
     told = {"image_processor_type": "CLIPImageProcessor"} | PROCESSORS[name]
@@ -115,6 +116,7 @@ def test_images_are_prepared_as_the_directory_says(name, tmp_path):
         assert F.cosine_similarity(ours, other).item() == pytest.approx(1, abs=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PROCESSORS)
 def test_what_maps_are_laid_over_is_what_the_tower_sees(name, tmp_path):
     clip_directory(tmp_path, processor={"image_processor_type": "CLIPImageProcessor"} | PROCESSORS[name])
@@ -181,6 +183,7 @@ def test_what_cannot_be_followed_is_refused(processor, message, tmp_path):
         diffclip.load(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lowercase", [True, False])
 @pytest.mark.parametrize(
     ("eos", "told", "pad"), [(63, 2, "<|endoftext|>"), (63, 63, "<|endoftext|>"), (30, 30, "<pad>"), (30, 30, "!")]

@@ -46,6 +46,7 @@ def saved(tmp_path_factory):
     return directory, model
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_it_answers_as_clip_model_does_with_our_features(run):
     directory, model, pixels, ids = run
@@ -66,6 +67,7 @@ def test_it_answers_as_clip_model_does_with_our_features(run):
     torch.testing.assert_close(without_mask, text, atol=1e-6, rtol=0)
 
 
+@pytest.mark.slow
 def test_maps_of_both_towers_come_from_the_pass_and_their_number_from_the_config(run):
     directory, _, pixels, ids = run
     dual = AutoModel.from_pretrained(directory, attn_implementation="eager").eval()
@@ -81,6 +83,7 @@ def test_maps_of_both_towers_come_from_the_pass_and_their_number_from_the_config
     torch.testing.assert_close(dual(ids, pixels).logits_per_image, out.logits_per_image, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_mask_hides_tokens_and_padding_changes_nothing(run):
     directory, _, _, ids = run
     text = AutoModel.from_pretrained(directory).text_model.eval()
@@ -95,6 +98,7 @@ def test_a_mask_hides_tokens_and_padding_changes_nothing(run):
         text(ids.new_ones(1, 41))
 
 
+@pytest.mark.slow
 def test_gradients_of_a_checkpointed_pass_are_the_same(run):
     directory, _, pixels, ids = run
     dual, found = AutoModel.from_pretrained(directory).train(), []
@@ -108,6 +112,7 @@ def test_gradients_of_a_checkpointed_pass_are_the_same(run):
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.slow
 def test_a_saved_copy_is_the_same_and_drawn_weights_start_as_ours(run, tmp_path):
     directory, *_ = run
     dual = AutoModel.from_pretrained(directory)
@@ -154,6 +159,7 @@ def random_captions(count):
         yield "".join(signs[i] for i in picks)
 
 
+@pytest.mark.slow
 def test_the_tokenizer_gives_our_ids(saved):
     directory, model = saved
     ours, theirs = diffclip.tokenizer(model.model_config), AutoTokenizer.from_pretrained(directory)
@@ -169,6 +175,7 @@ def test_the_tokenizer_gives_our_ids(saved):
     assert theirs.decode(theirs("A photo, of a cat!").input_ids, skip_special_tokens=True) == "a photo , of a cat ! "
 
 
+@pytest.mark.slow
 def test_pipeline_and_processor_take_a_run(saved, monkeypatch):
     directory, model = saved
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked whether to run the directory's code"))
@@ -197,6 +204,7 @@ def test_sentence_transformers_take_a_run(saved):
     torch.testing.assert_close(torch.from_numpy(encoder.encode(TEXTS)), wanted, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_classifier_has_the_tower_and_a_new_layer_that_learns(saved, tmp_path):
     directory, model = saved
     pixels, labels = torch.randn(8, 3, 48, 48), torch.arange(8) % 3
@@ -242,6 +250,7 @@ def test_the_weights_lie_in_one_file_under_their_names(saved):
     assert config["model_type"] == "diffclip" and config["vision_config"]["model_type"] == "diffclip_vision"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["CLIP-tiny", "DiffCLIP-tiny", "DiffCLIP-V2-tiny"])
 def test_whatever_one_tensor_a_file_lacks_is_drawn_as_ours_and_no_other(name, tmp_path):
     torch.manual_seed(0)

@@ -44,6 +44,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_search_and_score_match_the_official_code(official, case):
     sets, expected = official
@@ -88,6 +89,7 @@ def test_single_fits_match(official, name, C):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["accuracy|torch_lbfgs", "mean_per_class|torch_lbfgs"])
 def test_fast_mode_matches_the_official_numbers(official, case):
     sets, expected = official
@@ -131,6 +133,7 @@ def test_the_fit_is_a_minimum_of_the_norm_penalty():
     assert b.grad.abs().max() < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [1, 2, 3, 17, 60, 130, 260])
 @pytest.mark.parametrize(  # with small features the first search has to go far, and later ones take 130 steps
     "C,history,scale", [(0.01, 100, 1), (3.0, 100, 1), (1e3, 100, 1), (1e3, 7, 1), (3.0, 100, 0.01), (1e3, 100, 0.01)]

@@ -66,6 +66,7 @@ def one_big_batch(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {"loss": loss.detach(), "image": image.grad, "text": text.grad, "scale": scale.grad}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_official_loss_and_gradients_without_gradient_through_the_gather(golden, world):
     folder = golden("10_loss_ddp")
@@ -81,6 +82,7 @@ def test_official_loss_and_gradients_without_gradient_through_the_gather(golden,
     assert ours["scale"].item() == pytest.approx(expected["grad_logit_scale_param_mean"], abs=2e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_with_gradient_through_the_gather_ranks_equal_one_big_batch(world):
     inputs = random_inputs()

@@ -45,6 +45,7 @@ def count(model):
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_parameter_counts_at_full_size(name):
     with torch.device("meta"):
@@ -64,6 +65,7 @@ def test_every_named_model_builds_and_counts(name):
     assert json.loads(json.dumps(model.model_config)) == model.model_config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", ["B-16", "S-16", "B-32", "L-14"])
 def test_baseline_weights_are_open_clips_own(size):
     config = variants.MODELS[f"CLIP-{size}"]["model_cfg"]
@@ -72,6 +74,7 @@ def test_baseline_weights_are_open_clips_own(size):
     assert {name: t.shape for name, t in ours.items()} == {name: t.shape for name, t in theirs.items()}
 
 
+@pytest.mark.slow
 def test_baseline_computes_what_open_clip_does():
     model = models.build("CLIP-S-16").eval()
     theirs = open_clip.CLIP(**variants.MODELS["CLIP-S-16"]["model_cfg"]).eval()
@@ -187,6 +190,7 @@ def test_trimming_saves_the_padding():
 # Training machinery
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["CLIP-tiny", "DiffCLIP-star-tiny"])
 def test_every_parameter_learns_and_checkpointing_gives_the_same_gradients(name):
     torch.manual_seed(0)
@@ -455,6 +459,7 @@ def draw(key, shape, salt):
 # Any open_clip model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "vision_layers", "text_layers"),
     [("ViT-L-14", 24, 12), ("ViT-H-14", 32, 24), ("ViT-B-16-SigLIP", 12, 12), ("ViT-B-32-256", 12, 12)],
@@ -562,6 +567,7 @@ def test_our_modules_start_without_wandb_and_leave_it_importable():
     assert ended.stdout.split() == ["True", "False", "wandb"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("height,width", [(33, 33), (224, 224), (1000, 1000), (60, 48), (48, 49)])
 def test_a_crop_of_all_is_torchvisions(height, width):
     """Of a square there is one alone; of others its draws, most of which do not fit, leave several."""

@@ -123,6 +123,7 @@ def test_the_cache_is_bounded_and_the_longest_unused_goes_first(s3, tmp_path):  
         check_room(cache, [SizedShard(each.url, 1, each.size) for each in every], 1, 2)
 
 
+@pytest.mark.slow
 def test_a_shard_that_another_has_removed_is_fetched_again(s3, tmp_path):  # noqa: F811
     folder = shards(tmp_path / "d", 5)
     upload(s3, folder, "d")

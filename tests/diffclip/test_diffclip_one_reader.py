@@ -259,6 +259,7 @@ def pairs_of(table: PairTable | None) -> dict[int, list[str]]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", [*TELL_SPLITS, *TELL_NONE], ids=lambda layout: layout.__name__)
 def test_every_reader_reads_every_layout_with_the_split_that_it_is_for(
     tmp_path: Path, capsys: pytest.CaptureFixture, layout: Callable[[Path], None]

@@ -34,6 +34,7 @@ def run(request, tmp_path_factory):
     return model, folder
 
 
+@pytest.mark.slow
 def test_create_model_gives_the_run(run):
     """The same features, the run's transform, open_clip's dictionary of outputs, in training mode as open_clip does."""
     model, folder = run
@@ -50,6 +51,7 @@ def test_create_model_gives_the_run(run):
         assert torch.equal(out["text_features"], model.encode_text(tokens, normalize=True))
 
 
+@pytest.mark.slow
 def test_what_open_clip_can_be_asked_for_is_done_or_refused(run):
     _, folder = run
     name = f"local-dir:{folder}"

@@ -71,6 +71,7 @@ def test_every_set_can_be_fetched_and_counts_the_same():
         assert fetch.SETS[name].expected == about.test
 
 
+@pytest.mark.slow
 def test_command_runs_the_suite_and_lists_what_it_lacks(root, tmp_path, capsys):
     diffclip.save(diffclip.build("CLIP-tiny"), tmp_path / "model")
     options = ["--data-root", str(root)]

@@ -50,6 +50,7 @@ def test_temperature_is_bounded_in_place(value, bound):
     assert model.logit_scale.item() == pytest.approx(bound)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", ["main", "clamp_high", "clamp_low"])
 @pytest.mark.parametrize(("name", "heads"), [("diffclip", None), ("clip", (4, 4))])
 def test_five_training_steps_equal_the_official_ones(golden, name, heads, run):

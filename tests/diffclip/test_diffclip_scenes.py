@@ -115,6 +115,7 @@ def test_frequencies_and_company_are_uneven_but_every_shape_is_common():
     assert beside > 1.3 * apart  # although circles are more frequent than stars
 
 
+@pytest.mark.slow
 def test_shifted_sets_are_what_they_are_called():
     def contrast(role):
         values = []

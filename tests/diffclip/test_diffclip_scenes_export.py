@@ -21,7 +21,7 @@ from PIL import Image
 from diffclip.base.errors import InputError
 from diffclip.benchmarks import datasets
 from diffclip.scenes import drawing as scenes
-from diffclip.scenes import export, parts
+from diffclip.scenes import export, parts, questions
 from diffclip.scenes.__main__ import main
 from diffclip.scenes.options import Options
 
@@ -51,6 +51,7 @@ def small(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_pairs_are_readable_as_webdataset(made):
     import webdataset
 
@@ -178,6 +179,7 @@ def test_several_processes_write_the_same_files(small, tmp_path, monkeypatch, ca
     )
 
 
+@pytest.mark.slow
 def test_processes_end_with_the_one_that_asked(tmp_path):
     command = [sys.executable, "-m", "diffclip", "scenes", "export", str(tmp_path / "world"), "--pairs=200000"]
     exporting = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL)
@@ -190,6 +192,7 @@ def test_processes_end_with_the_one_that_asked(tmp_path):
     assert not psutil.wait_procs(writing, timeout=20)[1]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(multiprocessing.get_start_method() != "fork", reason="the fault reaches forked processes alone")
 @pytest.mark.parametrize(
     ("fault", "error", "told"),
@@ -229,21 +232,27 @@ def test_bad_options_name_the_option(tmp_path, changed, word):
 
 
 def test_a_simple_world_has_the_images_of_any_and_asks_for_shapes_alone(tmp_path, small, capsys):
-    main(arguments(tmp_path, **TINY, simple=1))
+    main(arguments(tmp_path, **TINY | {"conversations": 60}, simple=1))
     with tarfile.open(tmp_path / "pretrain/00000.tar") as tar:
         told = [json.load(tar.extractfile(m))["captions"] for m in tar if m.name.endswith("json")]
+    with tarfile.open(tmp_path / "retrieval/00000.tar") as tar:
+        told += [tar.extractfile(m).read().decode().splitlines() for m in tar if m.name.endswith("txt")]
     for part in ("llava", "pope"):
         images = {path.name: path.read_bytes() for path in (small / part).rglob("*.png")}
-        assert images and {path.name: path.read_bytes() for path in (tmp_path / part).rglob("*.png")} == images
+        assert images.items() <= {path.name: path.read_bytes() for path in (tmp_path / part).rglob("*.png")}.items()
+        assert images
     rows = json.loads((tmp_path / "llava/align.json").read_text())
     told += [[turn["value"] for turn in row["conversations"] if turn["from"] == "gpt"] for row in rows]
     told += [json.loads(line)["text"].split("USER:") for line in (tmp_path / "llava/text.jsonl").open()]
     words = {word for texts in told for one in texts for word in re.findall(r"\w+", one.lower())}
     assert words & set(scenes.SHAPES) and not words & {*scenes.COLORS, "large", "left", "background"}
     rows = json.loads((tmp_path / "llava/instruct.json").read_text())
-    assert all(len(row["conversations"]) == 2 and "Is there a" in row["conversations"][0]["value"] for row in rows)
+    for row in rows:
+        asked, _ = row["conversations"]
+        question = rf"<image>\nIs there an? ({'|'.join(scenes.SHAPES)}) in the image\?{questions.SHORT}"
+        assert re.fullmatch(question, asked["value"])
     with pytest.raises(InputError, match="made with simple=1 but simple=0 was asked for"):
-        main(arguments(tmp_path, **TINY))
+        main(arguments(tmp_path, **TINY | {"conversations": 60}))
 
 
 def test_a_world_from_before_the_option_simple_is_complete(small, tmp_path, capsys):

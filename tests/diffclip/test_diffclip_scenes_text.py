@@ -155,6 +155,7 @@ def test_every_answer_is_true():
     assert kinds["Is"] > 1000 and kinds["How"] > 100 and kinds["What"] > 100 and kinds["Where"] > 100
 
 
+@pytest.mark.slow
 def test_instruction_answers_cannot_be_guessed_from_the_name():
     rng, by_name = random.Random(4), {}
     for i in range(4000):
@@ -167,6 +168,7 @@ def test_instruction_answers_cannot_be_guessed_from_the_name():
     assert sum(max(c.values()) for c in by_name.values()) / total < 0.58
 
 
+@pytest.mark.slow
 def test_negatives_follow_their_definitions():
     worlds = [{t.shape for t in make_scene(0, "statistics", i).things} for i in range(4000)]
     frequency = {s: sum(s in w for w in worlds) for s in SHAPES}
@@ -193,6 +195,7 @@ def test_negatives_follow_their_definitions():
         assert drawn[shape] == pytest.approx(expected[shape], rel=0.25)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("way", "low", "high"), [("random", 0.5, 0.61), ("popular", 0.6, 0.75), ("adversarial", 0.58, 0.75)]
 )

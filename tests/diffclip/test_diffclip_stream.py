@@ -42,6 +42,7 @@ def test_an_epoch_is_a_permutation_of_all_samples_cut_to_whole_batches(seed):
         assert epochs[0] != epochs[1] != epochs[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(6))
 def test_an_item_depends_on_seed_and_place_alone(seed):
     forwards, jumping = drawn(seed), drawn(seed)

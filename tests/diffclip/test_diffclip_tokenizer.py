@@ -50,6 +50,7 @@ def test_default_keeps_the_end_token_and_otherwise_equals_legacy(records):
     assert cut > 0
 
 
+@pytest.mark.slow
 def test_captions_of_all_kinds_have_open_clips_ids():
     """Plain ones are not looked through for broken Unicode and HTML, which they cannot hold."""
     ours, theirs, rng = preprocessing.tokenizer(CONFIG), open_clip.SimpleTokenizer(), random.Random(0)

@@ -149,6 +149,7 @@ TIMM_ELSEWHERE = {"self", "img_size", "patch_size", "in_chans", "num_classes", "
 TIMM_ELSEWHERE |= {"mlp_ratio", "device", "dtype", "embed_layer", "block_fn", "attn_layer"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("tower", "options"),
     [pytest.param(t, o, id=f"{t}-{name}") for t, table in OPTIONS.items() for name, o in table.items()],
@@ -157,6 +158,7 @@ def test_v2_keeps_the_embeddings_of_open_clip_towers_with_each_option(tower, opt
     check_kept(small(**{tower: options}), 16)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [option for options in TIMM.values() for option in options], ids=str)
 def test_v2_keeps_the_embeddings_of_timm_towers_with_each_option(options):
     check_kept(timm_tower("vit_tiny_patch16_224", **options), 32)
@@ -234,6 +236,7 @@ def test_v2_is_as_near_in_bfloat16_as_the_original_is(block, autocast):
     assert 0 < error() < 2 * before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("make", [everything_of_timm, lambda: small(EVERYTHING)])
 def test_norms_and_gates_before_the_output_projection_stand_behind_maps_too(make, kind):
@@ -270,6 +273,7 @@ def with_last_block(make):
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_would_be_lost_is_refused_by_name_and_nothing_is_changed(name, kind):
@@ -335,6 +339,7 @@ def shipped():
     return list(seen.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "config"), [pytest.param(n, c, id=n) for n, c in shipped()])
 def test_every_architecture_of_open_clip_keeps_its_embeddings_or_is_refused(name, config):
     vision = config["vision_cfg"]

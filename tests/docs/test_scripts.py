@@ -20,6 +20,7 @@ def bash(words: list[str], cwd: Path, **environment: str) -> subprocess.Complete
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ["1_pretrain", "4_evaluate"])
 def test_the_stages_scripts_find_the_environment_without_its_being_active(script, tmp_path):
     link = tmp_path / "linked.sh"  # and from another folder, through a link, with CDPATH set

@@ -23,6 +23,7 @@ def read(name: str) -> str:
     return (DOCS / name).read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", generate.PAGES)
 def test_pages_from_the_source_are_up_to_date(name):
     assert read(name) == generate.PAGES[name](), "run: python docs/generate.py"
@@ -52,6 +53,7 @@ def raised() -> list[tuple[str, list[str]]]:
     return found
 
 
+@pytest.mark.slow
 def test_every_message_is_found_by_its_words_and_has_a_cure():
     page = read("troubleshooting.md").replace("\\", "").replace("&lt;", "<")
     messages = raised()

@@ -38,6 +38,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_is_seen_and_the_next_case_is_tried(fault, tmp_path, monkeypatch):
     work, words = FAULTS[fault]

@@ -216,6 +216,7 @@ def test_a_run_says_what_it_and_those_before_it_were_trained_on(tmp_path):
     assert "no run.json" in about.trained_on(str(tmp_path))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_answers_grow_and_questions_that_cannot_be_asked_change_nothing(saved, wanted, monkeypatch):
     from mllm import page  # not at the top: gradio takes seconds in each process that collects the tests

@@ -97,6 +97,7 @@ def broken(folder, source, name, damage):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["NaN", "flipped", "missing"])
 def test_commands_name_damaged_weights(saved, tower_dir, language_dir, tmp_path, capsys, damage):
     """A question, an evaluation, and an assembling on a damaged tower and with a damaged language model."""
@@ -372,6 +373,7 @@ question = chat.question_turn("What is in the picture?", pictures=1)
 print(chat.answer(model, processor, [[question]], [Image.open("a.jpg").convert("RGB")])[0])"""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", [USE["instruct"], OLD_CARD])
 def test_the_code_on_model_cards_runs(saved, picture, tmp_path, monkeypatch, capsys, code):
     """Also that of cards published by earlier versions."""

@@ -107,6 +107,7 @@ def test_unknown_template_is_refused():
         render([{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}], "llama")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(20))
 def test_labels_are_those_of_a_walk_over_all_tokens(seed, assembled):
     """The definition, token by token, on random text with characters of one to four bytes and many answers."""

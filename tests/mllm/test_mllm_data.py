@@ -169,6 +169,7 @@ def test_files_win_over_tars_and_absent_names_are_none(folder, picture):
     assert find_place(folder, "shots/3.png") is None and find_place(folder, "nowhere/1.png") is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("row", "words"),
     [

@@ -60,6 +60,7 @@ def test_the_mode_is_saved_with_the_model(mode, tower_dir, language_dir, tmp_pat
     assert torch.isfinite(model(**inputs).logits).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["crop", "squash", "pad"])
 def test_a_run_records_how_its_images_were_decoded_and_one_of_before_sees_them_as_then(
     mode, tower_dir, language_dir, tmp_path
@@ -86,6 +87,7 @@ def test_a_run_records_how_its_images_were_decoded_and_one_of_before_sees_them_a
     assert load(tmp_path / "again").processor.image_processor.decoding == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(4000, 1), (1, 4000), (60_000, 60), (100_000, 1)])
 @pytest.mark.parametrize("mode", ["crop", "squash", "pad"])
 @pytest.mark.parametrize("kind", ["ours", "clip"])

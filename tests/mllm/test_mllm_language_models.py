@@ -53,6 +53,7 @@ def write_language_model(path, family, language_dir):
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_loss_and_words_are_the_language_models_own(family, tower_dir, language_dir, tmp_path):
     path = write_language_model(tmp_path / "lm", family, language_dir)
@@ -123,6 +124,7 @@ EXAMINED = {  # by what decides: Gemma-4 needs token ids beside embeddings, Whis
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", EXAMINED)
 def test_the_sweep_over_all_families_finds_what_works_and_what_is_refused(family, tower_dir, tmp_path):
     verdict, why = examine(family, tower_dir, tmp_path)
@@ -131,6 +133,7 @@ def test_the_sweep_over_all_families_finds_what_works_and_what_is_refused(family
     assert ("not with packing" in why) == (family in ("bloom", "jamba"))
 
 
+@pytest.mark.slow
 def test_packing_is_refused_where_examples_would_see_each_other(tower_dir, language_dir, tmp_path):
     path = write_language_model(tmp_path / "lm", "falcon_h1", language_dir)
     assemble(tower_dir, path).save(tmp_path / "align")

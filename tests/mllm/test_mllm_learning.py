@@ -2,11 +2,13 @@
 
 import json
 
+import pytest
 from test_mllm_pope_diagnose import teach
 
 from mllm.conversation import prompt
 
 
+@pytest.mark.slow
 def test_answers_that_depend_on_the_picture_are_learnt_and_come_back(assembled, picture, tmp_path):
     model, processor = assembled
     truth = {

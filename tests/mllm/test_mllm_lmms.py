@@ -255,6 +255,7 @@ def requests(kind, arguments):
     ]
 
 
+@pytest.mark.slow
 def test_loglikelihood_is_the_sum_over_the_answers_tokens(evaluation_model, assembled, picture):
     model, processor = assembled
     docs = [{"image": picture(0)}, {"image": picture(1)}, {}]
@@ -332,6 +333,7 @@ def test_generation_options_reach_generate(evaluation_model, assembled, picture)
     assert ask(max_new_tokens=12, num_beams=3) == direct(max_new_tokens=12, num_beams=3)
 
 
+@pytest.mark.slow
 def test_batch_size_auto_halves_where_memory_runs_out(run_dir, picture, monkeypatch):
     from mllm.lmms_plugin import DiffCLIPLlavaForEvaluation
 
@@ -410,6 +412,7 @@ def test_odd_files_and_names_do_not_end_an_evaluation(run_dir, picture, tmp_path
     assert answer() == (first, 0)
 
 
+@pytest.mark.slow
 def test_a_killed_evaluation_goes_on_from_what_it_had_answered(run_dir, assembled, picture, tmp_path, monkeypatch):
     from mllm.lmms_plugin import DiffCLIPLlavaForEvaluation
 

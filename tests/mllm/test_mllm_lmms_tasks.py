@@ -65,6 +65,7 @@ def direct(assembled, text, images, **options):
     return processor.tokenizer.decode(tokens, skip_special_tokens=True).strip()
 
 
+@pytest.mark.slow
 def test_several_images_stand_in_front_of_a_question_in_their_order(asked_model, assembled, picture):
     docs = [{"images": [picture(0), picture(1)]}, {"images": [picture(1), picture(0)]}, {"images": [picture(2)] * 3}]
     model = asked_model(docs)
@@ -121,6 +122,7 @@ def test_lmms_eval_keeps_pairs_of_a_likelihood_as_pairs(asked_model):
     assert evaluator.unwrap_generation_output(["a", "b"]) == (["a", "b"], None)
 
 
+@pytest.mark.slow
 def test_a_task_of_rounds_is_told_the_answers_and_asks_on(asked_model, assembled, picture):
     """Documents of one, two and three rounds in one batch; the last shows another image in its second round."""
     docs = [{"rounds": n, "images": [picture(n)]} for n in (1, 2, 3)]
@@ -148,6 +150,7 @@ def test_a_task_of_rounds_is_told_the_answers_and_asks_on(asked_model, assembled
         asked_model(docs).generate_until_multi_round(requests("generate_until_multi_round", asked))
 
 
+@pytest.mark.slow
 def test_controls_show_other_images_grey_ones_or_none(asked_model, assembled, picture):
     docs = [{"images": [picture(i // 2)]} for i in range(6)]
     asked = requests("generate_until", [("Is there a star?", GREEDY, show, i, "t", "test") for i in range(6)])

@@ -57,6 +57,7 @@ def test_merged_logits_equal_the_adapters_and_the_run_loads_like_any_other(assem
     assert torch.equal(logits(again), logits(model))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("learns", [{"language_model"}, {"language_model", "projector", "vision_tower"}])
 def test_the_adapter_on_the_model_that_training_began_with_gives_the_trained_one(
     assembled, picture, tmp_path, learns, recwarn

@@ -222,6 +222,7 @@ def test_a_run_saved_by_earlier_versions_loads(assembled, tmp_path):
     assert "import diffclip" in json.loads((tmp_path / "again/config.json").read_text())["projector_hidden_act"]
 
 
+@pytest.mark.slow
 def test_identity_tells_models_apart_and_stays(assembled, tower_dir, language_dir, tmp_path):
     model, processor = assembled
     VisionLanguageModel(model, processor).save(tmp_path)
@@ -272,6 +273,7 @@ def test_class_token_stands_before_the_patches(tower_dir, language_dir, picture,
     torch.testing.assert_close(again(**inputs).logits, model(**inputs).logits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("class_token", [False, True])
 def test_whitened_projector_shows_all_directions_alike(tower_dir, language_dir, class_token):
     from scipy.linalg import sqrtm
@@ -316,6 +318,7 @@ def test_siglip_tower_without_cls(language_dir, picture, tmp_path):
         assemble(tmp_path, language_dir, class_token=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["CLIP-tiny", "DiffCLIP-tiny"])
 def test_tower_of_a_pretraining_run(language_dir, picture, tmp_path, name):
     clip = diffclip.build(name)
@@ -374,6 +377,7 @@ def test_a_tower_that_turns_random_while_assembling_is_found(tower_dir, language
         assemble(tower_dir, language_dir)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["vision_tower", "projector", "language_model"])
 def test_weights_swapped_on_disk_are_found(assembled, tmp_path, part):
     assembled.save(tmp_path)
@@ -409,6 +413,7 @@ def test_processor_of_another_size_is_refused(tower_dir, language_dir, tmp_path)
         assemble(tmp_path, language_dir)
 
 
+@pytest.mark.slow
 def test_paths_that_are_no_models_are_named(tower_dir, language_dir, tmp_path):
     with pytest.raises(InputError, match="nowhere"):
         assemble(tmp_path / "nowhere", language_dir)
@@ -450,6 +455,7 @@ def test_whole_clip_model_gives_its_vision_half(language_dir, tmp_path):
         torch.testing.assert_close(model.model.vision_tower(pixels).last_hidden_state, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [{"image_mean": [0.5, 0.5, 0.5]}, {"resample": 0}, {"do_center_crop": False}, {"size": {"shortest_edge": 40}}],
@@ -465,6 +471,7 @@ def test_another_transform_than_in_training_is_refused(assembled, tmp_path, chan
         load(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, value", [("vision_feature_layer", -1), ("conversation_template", "chatml")])
 def test_other_settings_than_in_training_are_refused(assembled, tmp_path, name, value):
     assembled.save(tmp_path)
@@ -474,6 +481,7 @@ def test_other_settings_than_in_training_are_refused(assembled, tmp_path, name, 
         load(tmp_path)
 
 
+@pytest.mark.slow
 def test_tower_of_an_official_file_or_the_folder_that_holds_it(language_dir, tmp_path):
     diffclip.save(diffclip.build("DiffCLIP-tiny"), tmp_path / "run")
     (tmp_path / "official").mkdir()

@@ -79,6 +79,7 @@ def its_own(tokenizer, name, messages, ask=False):
     return tokenizer.apply_chat_template(messages, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("system", ["", "Be brief."])
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_training_text_and_prompts_are_the_tokenizers_own(name, system):
@@ -95,6 +96,7 @@ def test_training_text_and_prompts_are_the_tokenizers_own(name, system):
             assert not ask or not render(rows, source, True)[-1].supervised
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adds", ["nothing", "bos", "eos"])
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_ids_are_the_tokenizers_own_and_answers_with_their_ends_are_learnt(name, adds):
@@ -116,6 +118,7 @@ def test_ids_are_the_tokenizers_own_and_answers_with_their_ends_are_learnt(name,
         assert learnt.count(end) == len(talk) // 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_the_prompt_is_the_training_text_up_to_the_last_answer(name):
     template, bos, eos, others, _ = TEMPLATES[name]
@@ -147,6 +150,7 @@ def test_pictures_in_content_are_placeholders_in_front_of_the_text():
     assert text == "<bos><start_of_turn>user\nShort.\n\n<image>\nRed?<end_of_turn>\n<start_of_turn>model\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
@@ -224,6 +228,7 @@ def write_language_model(path, language_dir, name):
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["phi3", "smollm3"])
 def test_an_assembled_model_is_asked_in_its_own_template_and_in_others(
     name, tower_dir, language_dir, picture, tmp_path
@@ -330,6 +335,7 @@ def test_the_templates_of_language_models_that_trl_ships_are_followed_or_refused
     assert len(followed) > 50 and {"llama3.jinja", "qwen3.jinja", "gemma3.jinja", "phi3.jinja"} <= {*followed}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "planted",
     [

@@ -375,6 +375,7 @@ def release(random_lines, name="COCO_val2014_{:012}.jpg", end="image?"):
     ]
 
 
+@pytest.mark.slow
 def test_releases_are_told_by_digests_of_their_content(monkeypatch):
     for n in (2910, 3000):  # made-up questions as many as the public ones are not these
         assert version(release(n)).count("but NOT the same") == 3

@@ -181,6 +181,7 @@ def test_asked_in_another_template_than_the_training_s(root):
     assert any("is vicuna, config.yaml trained with chatml" in f.seen for f in findings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["random", "random without records", "swapped", "swapped on disk"])
 def test_random_or_swapped_tower(root, kind):
     def change(part, model, processor):
@@ -198,6 +199,7 @@ def test_random_or_swapped_tower(root, kind):
     assert ("never trained" in findings[2].seen) == kind.startswith("random")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["as align started", "drawn anew"])
 def test_unloaded_projector(root, kind, tower_dir, language_dir):
     def change(part, model, processor):
@@ -238,6 +240,7 @@ def test_label_misalignment(root, kind):
     assert (cause == "label misalignment" and "not those of their question" in findings[7].seen) or kind == "answers"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["misspelt", "without the file's ending", "no labels", "llava"])
 def test_the_same_questions_in_other_words_are_not_misaligned(root, form):
     """Answers meet questions by `Question.key` here as everywhere: POPE's own slips do not make others of them."""
@@ -284,6 +287,7 @@ def test_ignored_image(root):
     assert found(root)[0] == "ignored image"
 
 
+@pytest.mark.slow
 def test_pure_yes_bias(root):
     """Taught on yes alone behind its other lessons: it still looks, and says yes."""
     rows = json.loads((root / "rows.json").read_text())
@@ -302,6 +306,7 @@ def tilt(model, processor, root):
             teach(model, processor, root / "yes.json", root / "images", steps=1)
 
 
+@pytest.mark.slow
 def test_parser(root):
     dotted = evaluated(root, lambda rows: [{**row, "answer": row["answer"] + "."} for row in rows])
     cause, findings = found(root, dotted)

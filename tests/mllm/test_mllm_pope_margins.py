@@ -42,6 +42,7 @@ def one_at_a_time(model, processor, question, picture):
     return float(logits[yes].logsumexp(0) - logits[no].logsumexp(0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("template", ["vicuna", "chatml"])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_margins_are_those_of_questions_asked_alone(assembled, picture, template, attention):
@@ -151,6 +152,7 @@ FAMILIES = {  # language models that go by no mask of ours, or not by all of it
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_margins_are_right_where_questions_cannot_share_a_row(family, tower_dir, language_dir, picture, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(language_dir)

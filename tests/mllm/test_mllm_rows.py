@@ -405,6 +405,7 @@ def in_processes(monkeypatch, count):
     monkeypatch.setattr(records, "_processes", lambda files: count)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more processes than cores
 def test_several_processes_judge_rows_as_one_does(folder, monkeypatch):
     names = random.Random(5)
@@ -462,6 +463,7 @@ class Opens(torch.utils.data.Dataset):
         return len(load_rows([self.file], self.file.parent, fresh=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("large", [False, True])
 def test_rows_loaded_within_another_loaders_process_are_all_there(folder, monkeypatch, large):
     monkeypatch.setattr(records, "SEVERAL_FROM", 0 if large else 1 << 40)

@@ -32,6 +32,7 @@ def tower_in(kind, tower_dir, tmp_path):
     return tower_dir if kind == "clip" else open_clip_name(tmp_path, "vit")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize(
     "kind, learns",
@@ -126,6 +127,7 @@ def test_weights_that_change_when_training_begins_are_found(assembled, picture, 
         train_in_process(assembled, picture, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part, lora", [("vision_tower", 0), ("vision_tower", 2), ("language_model", 2)])
 def test_a_frozen_part_that_changes_while_training_is_found(assembled, picture, tmp_path, monkeypatch, part, lora):
     def disturb(self, args, state, control, **kwargs):
@@ -139,10 +141,12 @@ def test_a_frozen_part_that_changes_while_training_is_found(assembled, picture, 
         train_in_process(assembled, picture, tmp_path, lora_rank=lora)
 
 
+@pytest.mark.slow
 def test_a_part_that_does_not_learn_is_found(assembled, picture, tmp_path):
     with pytest.raises(RuntimeError, match="projector did not change"):
         train_in_process(assembled, picture, tmp_path, learning_rate=0.0)
 
 
+@pytest.mark.slow
 def test_undisturbed_training_passes_all_of_them(assembled, picture, tmp_path):
     assert train_in_process(assembled, picture, tmp_path).record["state"] == "finished"

@@ -209,6 +209,7 @@ def test_another_number_of_ranks_goes_on_with_the_same_losses(zero, before, afte
     assert losses(out) == pytest.approx(losses(calm / "one"), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_align_with_two_layers_and_a_rate_of_its_own_for_each_part(inputs, tower_dir, language_dir, tmp_path):
     out = tmp_path / "align"
     places = [f"--vision_tower={tower_dir}", f"--language_model={language_dir}", f"--data={inputs / 'rows.json'}"]
@@ -261,6 +262,7 @@ def test_a_run_told_to_stop_goes_on_in_other_passes_with_data_elsewhere(inputs, 
     assert any((wanted[key] - before[key]).abs().max() > 1e-3 for key in wanted)  # a step moves by as much
 
 
+@pytest.mark.slow
 def test_a_start_that_fails_leaves_its_directory_to_the_mended_command(inputs, tmp_path):
     rows = json.loads((inputs / "rows.json").read_text())
     (tmp_path / "rows.json").write_text(json.dumps([{**rows[0], "conversations": []}, *rows[1:]]))
@@ -326,6 +328,7 @@ def test_rows_that_cannot_be_learnt_from_are_named_and_change_nothing_else(input
     assert all(torch.equal(got[key], wanted[key]) for key in wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [align, instruct])
 def test_a_diverged_model_is_not_finished(inputs, tower_dir, language_dir, tmp_path, stage):
     arguments = in_this_process(inputs, tmp_path / "run", "--learning_rate=1e38", "--logging_steps=1000")

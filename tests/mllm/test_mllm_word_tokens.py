@@ -70,6 +70,7 @@ KINDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_words_add_up_to_the_text(kind):
     make, by_word = KINDS[kind]

@@ -73,6 +73,7 @@ def helps() -> dict[str, tuple]:
     return dict(json.loads(line) for line in ended.stdout.splitlines())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_is_there_and_needs_no_heavy_library(command, helps):
     code, text, heavy = helps[command]

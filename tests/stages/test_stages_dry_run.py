@@ -43,6 +43,7 @@ def test_arithmetic_is_the_closed_form(name):
     assert 2.9 < counted.flops / counted.forward_flops < 3.1  # backward is twice forward
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["CLIP-tiny", "DiffCLIP-tiny"])
 def test_activations_are_what_a_real_step_keeps(name):
     model = diffclip.build(name)

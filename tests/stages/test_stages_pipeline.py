@@ -222,29 +222,77 @@ def test_fast_is_a_configuration_of_its_own(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("cores", "jobs", "ranks", "expected"),
+    ("cores", "jobs", "ranks", "side_by_side", "expected"),
     [
-        (2, 2, 1, {"language": 1, "pretrain": 1, "align": 1, "evaluate": 1}),
-        (2, 1, 2, {"language": 1, "pretrain": 1, "align": 1, "evaluate": 2}),
-        (12, 2, 3, {"language": 4, "pretrain": 4, "align": 2, "evaluate": 6}),
-        (1, 1, 1, {"language": 1, "pretrain": 1, "align": 1, "evaluate": 1}),
+        (2, 2, 1, True, {"language": 1, "pretrain": 1, "align": 1, "evaluate": 1}),
+        (2, 1, 2, True, {"language": 1, "pretrain": 2, "align": 1, "evaluate": 2}),
+        (12, 2, 3, True, {"language": 4, "pretrain": 6, "align": 2, "evaluate": 6}),
+        (12, 1, 2, False, {"language": 12, "pretrain": 12, "align": 6, "evaluate": 12}),
+        (1, 1, 1, False, {"language": 1, "pretrain": 1, "align": 1, "evaluate": 1}),
     ],
 )
-def test_commands_at_one_time_share_the_cores(cores, jobs, ranks, expected, tmp_path):
-    threads: dict[str, set[int]] = {}
+def test_commands_at_one_time_share_the_cores(cores, jobs, ranks, side_by_side, expected, tmp_path):
+    threads: dict[str, set[int | None]] = {}
 
-    def run(command: list[str], typed: list[str], label: str, given: int) -> None:
+    def run(command: list[str], typed: list[str], label: str, given: int | None) -> None:
         threads.setdefault(typed[typed.index("diffclip") + 1], set()).add(given)
 
     config = parse(PipelineConfig, "", ["--config=quickstart/pipeline", f"--ranks={ranks}"])
     with (
         mock.patch.object(pipeline, "run", run),
         mock.patch.object(pipeline, "cores", lambda: cores),
-        mock.patch.object(pipeline, "finished", lambda out: "language" not in str(out)),
+        mock.patch.object(pipeline, "finished", lambda out: True),
     ):
-        pipeline.run_variants(config, 0, tmp_path, jobs, beside=cores > 1)
+        pipeline.run_variants(config, 0, tmp_path, jobs, side_by_side)
     expected["instruct"] = expected["align"]
     assert threads == {verb: {number} for verb, number in expected.items()}
+
+
+@pytest.mark.parametrize(
+    ("settings", "cores", "together"),
+    [
+        (["--variants=CLIP"], 2, True),
+        (["--variants=CLIP"], 1, False),
+        (["--variants=CLIP", "--align={gpu}"], 2, False),
+        (["--align={gpu}", "--jobs=2"], 2, True),
+    ],
+)
+def test_the_language_model_is_trained_beside_the_towers_where_cores_are_free(settings, cores, together, tmp_path):
+    (tmp_path / "gpu.yaml").write_text("use_cpu: false")
+    seen, labels = threading.Barrier(2), {}
+
+    def run(command: list[str], typed: list[str], label: str, threads: int | None) -> None:
+        verb = typed[typed.index("diffclip") + 1]
+        labels[verb] = label
+        if verb == "language" or "--model=CLIP-tiny" in typed:
+            with contextlib.suppress(threading.BrokenBarrierError):
+                seen.wait(5 if together else 0.2)
+        if verb == "instruct":
+            raise InputError("as far as this goes")
+
+    settings = [word.format(gpu=tmp_path / "gpu.yaml") for word in settings]
+    with (
+        mock.patch.object(pipeline, "run", run),
+        mock.patch.object(pipeline, "cores", lambda: cores),
+        mock.patch.object(pipeline, "finished", lambda out: True),
+        mock.patch.object(pipeline, "ending", threading.Event()),
+        pytest.raises(InputError, match="as far"),
+    ):
+        pipeline.main([*settings, f"--output_dir={tmp_path / 'out'}"])
+    assert seen.broken is not together
+    assert bool(labels["pretrain"]) is together and bool(labels["instruct"]) is ("--jobs=2" in settings)
+
+
+@pytest.mark.parametrize(("threads", "users", "used"), [(3, None, "3"), (3, "5", "5"), (None, None, "None")])
+def test_a_command_computes_with_its_threads_unless_the_user_says_otherwise(
+    threads, users, used, tmp_path, monkeypatch
+):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if users:
+        monkeypatch.setenv("OMP_NUM_THREADS", users)
+    code = f"import os; open({str(tmp_path / 'used')!r}, 'w').write(str(os.environ.get('OMP_NUM_THREADS')))"
+    pipeline.run([sys.executable, "-c", code], ["python"], "", threads)
+    assert (tmp_path / "used").read_text() == used
 
 
 def test_a_language_model_that_fails_ends_the_variants_that_are_trained_beside_it(tmp_path):
@@ -265,8 +313,12 @@ def test_a_language_model_that_fails_ends_the_variants_that_are_trained_beside_i
                 ended.set()
 
     config = parse(PipelineConfig, "", ["--config=quickstart/pipeline"])
-    with mock.patch.object(pipeline, "run", run), pytest.raises(InputError, match="no text"):
-        pipeline.run_variants(config, 0, tmp_path, 2, beside=True)
+    with (
+        mock.patch.object(pipeline, "run", run),
+        mock.patch.object(pipeline, "ending", threading.Event()),
+        pytest.raises(InputError, match="no text"),
+    ):
+        pipeline.run_variants(config, 0, tmp_path, 2, side_by_side=True)
     assert ended.is_set()
 
 

@@ -215,6 +215,7 @@ def quickstart(tmp_path_factory) -> tuple[Path, Path]:
     return root / "runs", root / "report"
 
 
+@pytest.mark.slow
 def test_page_shows_every_score_and_difference(quickstart):
     runs, out = quickstart
     rows = rows_of(comparison(gather([runs])))
@@ -443,6 +444,7 @@ def test_a_newer_run_of_the_same_stage_wins_and_the_older_is_named(tmp_path):
     assert arms.problems == [f"{tmp_path}/old: an older run of pretrain of CLIP-tiny, seed 0; only the newest is shown"]
 
 
+@pytest.mark.slow
 def test_one_model_that_is_still_running(tmp_path):
     write_run(tmp_path / "runs" / "pretrain", "pretrain", model="DiffCLIP-tiny", state="running", steps=100)
     (tmp_path / "runs" / "broken").mkdir()
@@ -471,6 +473,7 @@ def test_a_run_with_nothing_useful_in_it_does_not_stop_the_report(tmp_path, reco
     assert build_report([tmp_path / "runs"], tmp_path / "report").is_file()
 
 
+@pytest.mark.slow
 def test_damaged_values_do_not_stop_the_report(tmp_path):
     arm = write_arm(tmp_path / "runs", "DiffCLIP-tiny")
     odd = {"learns": 3.5, "parameters": {"a": None}, "before": {"a": 1}, "after": {"a": 1}, "wall_seconds": 1e308}

@@ -54,6 +54,7 @@ def new_page(browser_page, index: Path) -> tuple:
     return page, complaints
 
 
+@pytest.mark.slow
 def test_page_needs_no_network_and_runs_no_script_but_its_own(report):
     import base64
     import hashlib
@@ -176,6 +177,7 @@ CONTRASTS = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_text_has_contrast_aa_in_light_and_dark(browser_page, scheme):
     page, _ = browser_page
@@ -304,6 +306,7 @@ def test_nothing_complained(browser_page):
     assert browser_page[1] == []
 
 
+@pytest.mark.slow
 def test_hostile_text_stays_text_in_the_browser(tmp_path, browser_page):
     run = tmp_path / "runs" / "evaluate"
     metrics = scores() | {f"mmvp/{HOSTILE}": 50.0, f"zero_shot/{HOSTILE}/top1": 50.0, f"odd{HOSTILE}": HOSTILE}

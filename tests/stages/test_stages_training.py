@@ -384,6 +384,7 @@ def test_a_reporter_that_is_not_there_is_named_before_training(tmp_path, reporte
         training_arguments(settings_of(tmp_path, report_to=[reporter]), STEPS, (8, 1))
 
 
+@pytest.mark.slow
 def test_what_a_reporter_refuses_is_no_traceback_and_its_remedy_works(tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.setenv("HOME", str(tmp_path))  # no netrc, no settings
