@@ -17,7 +17,10 @@ LOGGED = {  # logger -> what its messages say, behind "[RANK 0]" in some
     ),  # it is the embedding
     "transformers.trainer_utils": ("mtime may not be reliable",),  # checkpoints go by their number
 }
-WARNED = ("find_unused_parameters=True was specified",)  # rows without images leave the projector unused, now and then
+WARNED = (
+    "find_unused_parameters=True was specified",  # rows without images leave the projector unused, now and then
+    r"`torch\.distributed\.(all_gather_into|reduce_scatter)_tensor` is deprecated",  # by DeepSpeed
+)
 
 
 def _is_news(record: logging.LogRecord) -> bool:

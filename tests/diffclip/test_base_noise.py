@@ -48,10 +48,13 @@ def test_a_library_is_quiet_of_that_alone(logger, noise):
     assert said("another", noise) == noise + "\n"
 
 
-def test_the_warning_of_unused_parameters_is_dropped():
+def test_warnings_of_what_libraries_do_are_dropped():
+    names = ("all_gather_into_tensor", "reduce_scatter_tensor")
     with warnings.catch_warnings(record=True) as heard:
         drop_noise.__wrapped__()  # the filters that the module's call set are pytest's to put aside
         warnings.warn("find_unused_parameters=True was specified in DDP constructor, but", stacklevel=1)
+        for name in names:
+            warnings.warn(f"`torch.distributed.{name}` is deprecated. Please use", FutureWarning, stacklevel=1)
         warnings.warn("another", stacklevel=1)
     assert [str(one.message) for one in heard] == ["another"]
 
