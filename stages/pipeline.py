@@ -117,12 +117,14 @@ def run_variants(config: PipelineConfig, number: int, out: Path, jobs: int, side
             run_variant(config, number, out, variant, jobs)
         return
     ending.clear()
+    labels = {variant: f"[{variant}] " for variant in (config.variants if jobs > 1 else config.variants[:1])}
     with ThreadPoolExecutor(1) as first, ThreadPoolExecutor(jobs) as pool:
-        language = first.submit(run_language, config, number, out, threads_of(jobs + 1), "[language] ")
-        chains = [
-            pool.submit(run_variant, config, number, out, v, jobs, language.result, f"[{v}] ") for v in config.variants
-        ]
-        try:
+        try:  # the towers have the cores, of which the language model takes a share for the shorter time
+            language = first.submit(run_language, config, number, out, threads_of(jobs + 1), "[language] ")
+            chains = [
+                pool.submit(run_variant, config, number, out, v, jobs, language.result, labels.get(v, ""))
+                for v in config.variants
+            ]
             for chain in as_completed([language, *chains]):
                 chain.result()
         except BaseException as error:

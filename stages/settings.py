@@ -390,7 +390,11 @@ class PipelineConfig:
     )
     ranks: int = option(1, "run", "processes of the multimodal stages under deepspeed", AT_LEAST_1)
     jobs: int = option(
-        0, "run", "variants at a time; 0: one a core where align and instruct use the CPU, else one", NOT_NEGATIVE
+        0,
+        "run",
+        "variants at a time, and on a CPU the language model beside the first; 0: one a core where align and instruct "
+        "use the CPU, else one",
+        NOT_NEGATIVE,
     )
     fast: bool = option(False, "run", "one model in a simpler world, in minutes, as the shipped fast/pipeline has it")
     scenes: dict = option({}, "data", "options of diffclip.scenes export, as JSON")

@@ -1,4 +1,4 @@
-"""How much of the built-in world is written: the same options give the same bytes."""
+"""How much of the built-in world is written, and in which words: the same options give the same bytes."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +14,7 @@ def _number(default: int, text: str, least: int = 1, most: float = float("inf"))
 
 @dataclass(frozen=True)
 class Options:
-    """Seed, image size and counts of an export; scenes.json keeps them in this order."""
+    """Seed, image size, counts and wording of an export; scenes.json keeps them in this order."""
 
     seed: int = _number(0, "seed of the world", least=0)
     size: int = _number(64, "side of the images in pixels", least=32)

@@ -126,13 +126,13 @@ def test_a_job_that_is_told_to_end_queues_again_and_comes_to_the_undisturbed_dig
     job = slurm("sbatch", *flags, f"--output={log}", script, *arguments, f"--output_dir={out}", **own).strip()
     wait_for(lambda: (out / "metrics.jsonl").is_file() and len(losses(out)) >= 3, 120)
     slurm("scancel", "--batch", "--signal=USR1", job)  # as Slurm does two minutes before the end
-    run_ranks(2, "diffclip", "pretrain", *arguments, f"--output_dir={tmp_path / 'calm'}")  # while it comes to its end
     wait_for(lambda: slurm("squeue", "-h", "-j", job, "-o", "%T").strip() == "PENDING", 60)
     # It would wait two minutes; one that starts in the second in which its last step is ended counts as killed.
     wait_for(lambda: not any(p.info["name"].startswith("slurmstepd") for p in psutil.process_iter(["name"])), 60)
     time.sleep(2)
     slurm("scontrol", "update", f"JobId={job}", "StartTime=now")
     first = json.loads((out / "run.json").read_text())
+    run_ranks(2, "diffclip", "pretrain", *arguments, f"--output_dir={tmp_path / 'calm'}")  # beside the other half
     assert first["ranks"] == 2 and first["job"] == job and first["state"] in ("stopped", "running", "finished")
     wait_for(lambda: json.loads((out / "run.json").read_text())["state"] == "finished", 180)
     assert "stopped at step" in log.read_text() and "resumes at step" in log.read_text()

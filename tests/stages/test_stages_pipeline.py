@@ -231,7 +231,7 @@ def test_fast_is_a_configuration_of_its_own(tmp_path, capsys):
         (1, 1, 1, False, {"language": 1, "pretrain": 1, "align": 1, "evaluate": 1}),
     ],
 )
-def test_commands_at_one_time_share_the_cores(cores, jobs, ranks, side_by_side, expected, tmp_path):
+def test_each_command_is_told_its_threads(cores, jobs, ranks, side_by_side, expected, tmp_path):
     threads: dict[str, set[int | None]] = {}
 
     def run(command: list[str], typed: list[str], label: str, given: int | None) -> None:
@@ -242,6 +242,7 @@ def test_commands_at_one_time_share_the_cores(cores, jobs, ranks, side_by_side, 
         mock.patch.object(pipeline, "run", run),
         mock.patch.object(pipeline, "cores", lambda: cores),
         mock.patch.object(pipeline, "finished", lambda out: True),
+        mock.patch.object(pipeline, "ending", threading.Event()),
     ):
         pipeline.run_variants(config, 0, tmp_path, jobs, side_by_side)
     expected["instruct"] = expected["align"]
@@ -259,7 +260,7 @@ def test_commands_at_one_time_share_the_cores(cores, jobs, ranks, side_by_side, 
 )
 def test_the_language_model_is_trained_beside_the_towers_where_cores_are_free(settings, cores, together, tmp_path):
     (tmp_path / "gpu.yaml").write_text("use_cpu: false")
-    seen, labels = threading.Barrier(2), {}
+    seen, labels, trained = threading.Barrier(2), {}, []
 
     def run(command: list[str], typed: list[str], label: str, threads: int | None) -> None:
         verb = typed[typed.index("diffclip") + 1]
@@ -267,6 +268,11 @@ def test_the_language_model_is_trained_beside_the_towers_where_cores_are_free(se
         if verb == "language" or "--model=CLIP-tiny" in typed:
             with contextlib.suppress(threading.BrokenBarrierError):
                 seen.wait(5 if together else 0.2)
+        if verb == "language":
+            time.sleep(0.2)
+            trained.append(verb)
+        if verb == "align":
+            assert trained
         if verb == "instruct":
             raise InputError("as far as this goes")
 
@@ -276,6 +282,7 @@ def test_the_language_model_is_trained_beside_the_towers_where_cores_are_free(se
         mock.patch.object(pipeline, "cores", lambda: cores),
         mock.patch.object(pipeline, "finished", lambda out: True),
         mock.patch.object(pipeline, "ending", threading.Event()),
+        mock.patch.dict(os.environ),
         pytest.raises(InputError, match="as far"),
     ):
         pipeline.main([*settings, f"--output_dir={tmp_path / 'out'}"])
