@@ -119,7 +119,7 @@ def run_variants(config: PipelineConfig, number: int, out: Path, jobs: int, side
     ending.clear()
     labels = {variant: f"[{variant}] " for variant in (config.variants if jobs > 1 else config.variants[:1])}
     with ThreadPoolExecutor(1) as first, ThreadPoolExecutor(jobs) as pool:
-        try:  # the towers have the cores, of which the language model takes a share for the shorter time
+        try:
             language = first.submit(run_language, config, number, out, threads_of(jobs + 1), "[language] ")
             chains = [
                 pool.submit(run_variant, config, number, out, v, jobs, language.result, labels.get(v, ""))
@@ -155,7 +155,7 @@ def run_variant(
         *(f"--train_data={data}/pretrain/*.tar", f"--val_data={data}/classification/shape"),
         f"--output_dir={runs}/pretrain",
         label=label,
-        threads=threads_of(jobs),
+        threads=max(1, min(threads_of(jobs), cores() - 1)),  # one is for the language model, which ends sooner
     )
     language()
     label = label if jobs > 1 else ""
