@@ -94,6 +94,12 @@ def presence_deck(scene: Scene, rng: random.Random) -> list[Question]:
     return deck
 
 
+def ask_presence(scene: Scene, rng: random.Random) -> tuple[str, str]:
+    """One of POPE's questions about the image, as it is asked for a single word, and its answer."""
+    question, answer = rng.choice(pope_questions(scene, rng.choice(POPE_SPLITS), rng))
+    return question + SHORT, answer.capitalize()
+
+
 def ask_colored_presence(scene: Scene, rng: random.Random) -> Question:
     """Is there a red star? When not, there is a star of another colour or something else that is red."""
     thing = rng.choice(scene.things)
@@ -277,8 +283,8 @@ def instruct_conversation(scene: Scene, rng: random.Random, count: int, any_requ
     if any_request:
         (question, answer), *rest = rounds(scene, rng, count)
         return _turns([(f"<image>\n{question}", answer), *rest])
-    question, answer = rng.choice(pope_questions(scene, rng.choice(POPE_SPLITS), rng))
-    return _turns([(f"<image>\n{question}{SHORT}", answer.capitalize())])
+    question, answer = ask_presence(scene, rng)
+    return _turns([(f"<image>\n{question}", answer)])
 
 
 def _turns(pairs: list[tuple[str, str]]) -> Turns:
@@ -307,8 +313,7 @@ def simple_line(scene: Scene, rng: random.Random) -> str:
     if rng.random() < 0.2:
         question, answer = rng.choice(CAPTION_REQUESTS), text.sentence(text.names_caption(scene, rng))
     else:
-        question, answer = rng.choice(pope_questions(scene, rng.choice(POPE_SPLITS), rng))
-        question, answer = question + SHORT, answer.capitalize()
+        question, answer = ask_presence(scene, rng)
     return _line(listed, question, answer, rng)
 
 
