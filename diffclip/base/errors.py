@@ -21,6 +21,8 @@ SURROUNDINGS = {
     errno.ENFILE: "end other programs: the system has no more open files to give",
     errno.ENOMEM: "free memory, or ask for less of it",
 }
+# In what gloo, the ranks' store and NCCL raise on a rank that waits for one which has ended.
+GONE = ("closed by peer", "reset by peer", "Connection was likely closed", "Broken pipe", "remote process exit")
 
 
 class InputError(Exception):
@@ -56,10 +58,15 @@ def _lacking(error: Exception) -> int:
     return next((number for number in SURROUNDINGS if os.strerror(number) in text), 0)
 
 
+def other_rank_ended(error: Exception) -> bool:
+    """Whether what failed here is a talk with another rank, which has ended: only that one can say why."""
+    return bool(where()) and isinstance(error, RuntimeError) and any(word in str(error) for word in GONE)
+
+
 @contextmanager
 def exit_on_input_error() -> Iterator[None]:
-    """Print an `InputError`, or that the disk is full and the like, as one line on stderr and exit with code 2;
-    anything else keeps its traceback.
+    """Print an `InputError`, that the disk is full and the like, or that another rank has ended, as one line on stderr
+    and exit with code 2; anything else keeps its traceback.
 
     Ctrl-C is one word, and ends the process as it ends others. Where the reader of our output has gone, as `head` does,
     end quietly with code 1.
@@ -73,6 +80,10 @@ def exit_on_input_error() -> Iterator[None]:
             print_line(f"error: {on_rank()}{error}", error=True)
             sys.exit(2)
         except Exception as error:
+            if other_rank_ended(error):
+                told = "another rank has ended; see what it says (nothing, if it was killed)"
+                print_line(f"error: {on_rank()}{told}, and start the same command again", error=True)
+                sys.exit(2)
             if not (lacking := _lacking(error)):
                 if on_rank() and hasattr(error, "add_note"):  # Python 3.10 has none
                     error.add_note(f"{on_rank()}this rank has failed")
