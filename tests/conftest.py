@@ -137,9 +137,9 @@ class Server(BaseHTTPRequestHandler):
             self.send_header("Transfer-Encoding", "chunked")
         for name, value in ({"Last-Modified" if kind.dated else "ETag": tag} | kind.also).items():
             self.send_header(name, value)
-        self.end_headers()
         rest = content[start : start + kind.most] if kind.most else content[start:]
-        kind.sent.append(len(rest))
+        kind.sent.append(len(rest))  # before the headers, which may be enough for the next request
+        self.end_headers()
         with contextlib.suppress(OSError):  # whoever asked has heard enough
             for half in (rest[: len(rest) // 2], rest[len(rest) // 2 :], *itertools.repeat(content, kind.endless)):
                 self.wfile.write(b"%x\r\n%s\r\n" % (len(half), half) if kind.length == "chunked" else half)
