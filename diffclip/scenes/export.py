@@ -24,7 +24,7 @@ from diffclip.base.orphans import PARENT, as_parent, end_with
 from diffclip.base.threads import cores
 from diffclip.scenes.drawing import COLORS, SHAPES, draw, make_scene
 from diffclip.scenes.options import PARTS, Options
-from diffclip.scenes.parts import CLASSES, SHIFTS, WRITERS, Tick, class_scene
+from diffclip.scenes.parts import SHIFTS, WRITERS, Tick, class_scene, class_sets
 from diffclip.scenes.text import MMVP_CATEGORIES, caption, mmvp_pair
 
 VERSION = 5  # raised whenever the same options give other files
@@ -59,7 +59,7 @@ def export(directory: Path, options: Options, parts: Collection[str] = PARTS) ->
         "parts": [part for part in PARTS if part in done or part in missing],
         "shapes": list(SHAPES),
         "colors": list(COLORS),
-        "classes": {what: len(names) for what, names in CLASSES.items()},
+        "classes": {what: len(names) for what, names in class_sets(options).items()},
         "mmvp_categories": list(MMVP_CATEGORIES),
     }
     write_json(record, about)

@@ -31,4 +31,6 @@ class Options:
     pope: int = _number(300, "images in pope/, six questions each in each of the three files")
     mmvp: int = _number(15, "pairs per category in mmvp/")
     segmentation: int = _number(300, "images in segmentation/")
-    simple: int = _number(0, "1: captions, text and conversations, of one question each, are about shapes alone", 0, 1)
+    simple: int = _number(
+        0, "1: captions, classes, text and conversations, of one question each, are of shapes alone", 0, 1
+    )

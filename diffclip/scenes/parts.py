@@ -40,6 +40,11 @@ CLASSES = {
 }
 
 
+def class_sets(options: Options) -> dict[str, list[str]]:
+    """The classes of each classification set; captions of a simple world say nothing of colours."""
+    return {what: names for what, names in CLASSES.items() if what == "shape" or not options.simple}
+
+
 def png(scene: Scene, size: int) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(draw(scene, size)).save(buffer, "PNG", compress_level=1)
@@ -121,7 +126,7 @@ def _write_classes(
 
 
 def write_classification(folder: Path, options: Options, tick: Tick) -> None:
-    for what, names in CLASSES.items():
+    for what, names in class_sets(options).items():
         for split in ("train", "val", "test"):
             count = getattr(options, f"class_{split}")
             _write_classes(folder / what / split, count, what, f"classification/{what}/{split}", options, tick)
@@ -228,7 +233,10 @@ def write_segmentation(folder: Path, options: Options, tick: Tick) -> None:
 WRITERS: dict[str, tuple[Callable[[Path, Options, Tick], None], Callable[[Options], int]]] = {
     "pretrain": (write_pretrain, lambda o: o.pairs),
     "retrieval": (write_retrieval, lambda o: o.retrieval),
-    "classification": (write_classification, lambda o: len(CLASSES) * (o.class_train + o.class_val + o.class_test)),
+    "classification": (
+        write_classification,
+        lambda o: len(class_sets(o)) * (o.class_train + o.class_val + o.class_test),
+    ),
     "shifts": (write_shifts, lambda o: len(SHIFTS) * o.class_test),
     "llava": (write_llava, lambda o: max(o.align, o.conversations) + o.texts),
     "pope": (write_pope, lambda o: o.pope),

@@ -251,6 +251,9 @@ def test_a_simple_world_has_the_images_of_any_and_asks_for_shapes_alone(tmp_path
         asked, _ = row["conversations"]
         question = rf"<image>\nIs there an? ({'|'.join(scenes.SHAPES)}) in the image\?{questions.SHORT}"
         assert re.fullmatch(question, asked["value"])
+    assert [path.name for path in (tmp_path / "classification").iterdir()] == ["shape"]
+    assert json.loads((tmp_path / "scenes.json").read_text())["classes"] == {"shape": 10}
+    assert len([*(tmp_path / "classification").rglob("*.png")]) * 3 == len([*(small / "classification").rglob("*.png")])
     with pytest.raises(InputError, match="made with simple=1 but simple=0 was asked for"):
         main(arguments(tmp_path, **TINY | {"conversations": 60}))
 
