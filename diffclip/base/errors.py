@@ -60,7 +60,9 @@ def _lacking(error: Exception) -> int:
 
 def other_rank_ended(error: Exception) -> bool:
     """Whether what failed here is a talk with another rank, which has ended: only that one can say why."""
-    return bool(where()) and isinstance(error, RuntimeError) and any(word in str(error) for word in GONE)
+    text = str(error)
+    of_ranks = type(error).__module__ == "torch.distributed" or (isinstance(error, RuntimeError) and "/gloo/" in text)
+    return bool(where()) and of_ranks and any(word in text for word in GONE)
 
 
 @contextmanager
