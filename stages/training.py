@@ -23,7 +23,7 @@ from transformers.utils import logging
 from diffclip.attention import Differential, fastest
 from diffclip.attention.base import set_recomputation
 from diffclip.base.commands import near
-from diffclip.base.errors import InputError, first_line, in_one_line, other_rank_ended
+from diffclip.base.errors import InputError, first_line, in_one_line, other_rank_gone
 from diffclip.base.files import read_jsonl
 from diffclip.base.lazy_compile import ease_deepspeed
 from diffclip.base.lines import print_line
@@ -206,7 +206,7 @@ def train(trainer: Trainer, run: Run) -> dict[str, float]:
         with signals.noticed(), attention_log(run):
             result = trainer.train(resume_from_checkpoint=checkpoint)
     except Exception as error:
-        if other_rank_ended(error):
+        if other_rank_gone(error):
             raise
         if checkpoint is not None and while_loading(error):
             why = f"{type(error).__name__}: {in_one_line(error)}"

@@ -21,7 +21,7 @@ SURROUNDINGS = {
     errno.ENFILE: "end other programs: the system has no more open files to give",
     errno.ENOMEM: "free memory, or ask for less of it",
 }
-# In what gloo, the ranks' store and NCCL raise on a rank that waits for one which has ended.
+# In what gloo, the ranks' store and NCCL raise on a rank that waits for one which is gone.
 GONE = ("closed by peer", "reset by peer", "Connection was likely closed", "Broken pipe", "remote process exit")
 
 
@@ -58,8 +58,8 @@ def _lacking(error: Exception) -> int:
     return next((number for number in SURROUNDINGS if os.strerror(number) in text), 0)
 
 
-def other_rank_ended(error: Exception) -> bool:
-    """Whether what failed here is a talk with another rank, which has ended: only that one can say why."""
+def other_rank_gone(error: Exception) -> bool:
+    """Whether a collective or the ranks' store lost another rank, which has ended or a network fault hides."""
     text = str(error)
     of_ranks = type(error).__module__ == "torch.distributed" or (isinstance(error, RuntimeError) and "/gloo/" in text)
     return bool(where()) and of_ranks and any(word in text for word in GONE)
@@ -67,7 +67,7 @@ def other_rank_ended(error: Exception) -> bool:
 
 @contextmanager
 def exit_on_input_error() -> Iterator[None]:
-    """Print an `InputError`, that the disk is full and the like, or that another rank has ended, as one line on stderr
+    """Print an `InputError`, that the disk is full and the like, or that another rank is gone, as one line on stderr
     and exit with code 2; anything else keeps its traceback.
 
     Ctrl-C is one word, and ends the process as it ends others. Where the reader of our output has gone, as `head` does,
@@ -82,9 +82,10 @@ def exit_on_input_error() -> Iterator[None]:
             print_line(f"error: {on_rank()}{error}", error=True)
             sys.exit(2)
         except Exception as error:
-            if other_rank_ended(error):
-                told = "another rank has ended; see what it says (nothing, if it was killed)"
-                print_line(f"error: {on_rank()}{told}, and start the same command again", error=True)
+            if other_rank_gone(error):
+                told = f"another rank has ended or cannot be reached ({in_one_line(error, None)})"
+                remedy = "mend what it says, which is nothing if it was killed, and start the same command again"
+                print_line(f"error: {on_rank()}{told}: {remedy}", error=True)
                 sys.exit(2)
             if not (lacking := _lacking(error)):
                 if on_rank() and hasattr(error, "add_note"):  # Python 3.10 has none

@@ -18,7 +18,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
-from diffclip.base.errors import InputError, first_line
+from diffclip.base.errors import InputError, first_line, other_rank_gone
 
 T = TypeVar("T")
 LONGEST = timedelta(hours=12)  # that the others wait for rank 0; where it ends, the launcher ends them all
@@ -178,6 +178,8 @@ def _store() -> Any:
     try:
         store, _, _ = next(rendezvous("env://", timeout=LONGEST))
     except (RuntimeError, ValueError) as error:  # ValueError: a variable of the launcher's is missing
+        if other_rank_gone(error):
+            raise
         place = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
         raise InputError(
             f"the ranks cannot meet at {place} ({first_line(error)}): give the launcher a free port "

@@ -220,6 +220,9 @@ def disturbed(arguments: list[str], ranks: int, done: Trial, folder: Path, rng: 
                 time.sleep(1)
                 os.kill(victim.pid, signal.SIGCONT)
         codes = ends(processes)
+        odd = [code for each, code in zip(processes, codes) if each is not victim and code not in (*NAMED, -9)]
+        if done.fault == "kill one" and odd:  # -9: it waited at the store of rank 0, and `ends` gave up
+            done.wrong = f"a rank whose peer was killed ended with {odd}"
         code = next((code for code in codes if code), 0)
     told = folder / "stderr"
     return code, told.read_text(errors="replace") if told.is_file() else ""

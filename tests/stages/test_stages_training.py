@@ -185,6 +185,27 @@ def test_batches_that_do_not_fit_into_shared_memory_are_refused_with_what_fits(t
     check_shared_memory(trainer, folder=str(tmp_path / "nowhere"))
 
 
+@pytest.mark.parametrize(
+    "told, ranks, kind, words",
+    [
+        ("Connection closed by peer", 2, RuntimeError, "closed by peer"),
+        ("Connection closed by peer", 1, InputError, "could not be written"),  # one rank has none to lose
+        ("PytorchStreamWriter failed", 2, InputError, "could not be written"),
+    ],
+)
+def test_a_lost_rank_is_no_full_disk(told, ranks, kind, words, tmp_path, monkeypatch):
+    class Lose(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            (run.path / "checkpoint-1").mkdir()  # half written
+            monkeypatch.setenv("WORLD_SIZE", str(ranks))
+            raise RuntimeError(f"[/third_party/gloo/gloo/transport/tcp/pair.cc:561] {told}")
+
+    trainer, run = start(tmp_path / "run", Lose(), save_steps=100)
+    with pytest.raises(Exception, match=words) as error:
+        train(trainer, run)
+    assert error.type is kind
+
+
 @pytest.mark.slow
 def test_a_loading_process_that_the_system_ends_is_named(tmp_path):
     class Kill(TrainerCallback):
