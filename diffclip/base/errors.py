@@ -65,6 +65,19 @@ def other_rank_gone(error: Exception) -> bool:
     return bool(where()) and of_ranks and any(word in text for word in GONE)
 
 
+def _told(error: Exception) -> str | None:
+    """The sentence that says more about an error than its traceback would, None where there is none."""
+    if isinstance(error, InputError):
+        return str(error)
+    if other_rank_gone(error):
+        told = f"another rank has ended or cannot be reached ({in_one_line(error, None)})"
+        return f"{told}: mend what it says, which is nothing if it was killed, and start the same command again"
+    if lacking := _lacking(error):
+        named = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
+        return f"{named}{os.strerror(lacking)}: {SURROUNDINGS[lacking]} and start the same command again"
+    return None
+
+
 @contextmanager
 def exit_on_input_error() -> Iterator[None]:
     """Print an `InputError`, that the disk is full and the like, or that another rank is gone, as one line on stderr
@@ -78,23 +91,13 @@ def exit_on_input_error() -> Iterator[None]:
     try:
         try:
             yield
-        except InputError as error:
-            print_line(f"error: {on_rank()}{error}", error=True)
-            sys.exit(2)
         except Exception as error:
-            if other_rank_gone(error):
-                told = f"another rank has ended or cannot be reached ({in_one_line(error, None)})"
-                remedy = "mend what it says, which is nothing if it was killed, and start the same command again"
-                print_line(f"error: {on_rank()}{told}: {remedy}", error=True)
+            if (told := _told(error)) is not None:
+                print_line(f"error: {on_rank()}{told}", error=True)
                 sys.exit(2)
-            if not (lacking := _lacking(error)):
-                if on_rank() and hasattr(error, "add_note"):  # Python 3.10 has none
-                    error.add_note(f"{on_rank()}this rank has failed")
-                raise
-            named = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
-            remedy = f"{SURROUNDINGS[lacking]} and start the same command again"
-            print_line(f"error: {on_rank()}{named}{os.strerror(lacking)}: {remedy}", error=True)
-            sys.exit(2)
+            if on_rank() and hasattr(error, "add_note"):  # Python 3.10 has none
+                error.add_note(f"{on_rank()}this rank has failed")
+            raise
         except KeyboardInterrupt:  # raised on, since a shell's loop ends where Ctrl-C has ended its command
             sys.excepthook = lambda *_: print_line("interrupted", error=True)
             raise
