@@ -31,6 +31,7 @@ from diffclip.base.errors import exit_on_input_error
 from diffclip.data.pairs import PairTable
 from diffclip.data.sources import expand
 from diffclip.data.training_pairs import TrainingPairs
+from stages.contrastive import collate_cut
 
 BATCH = 64
 SCALE = (0.5, 1.0)  # share of the area that a crop keeps
@@ -64,7 +65,7 @@ def ours(pattern: str, config: dict) -> Iterator[dict[str, torch.Tensor]]:
         epochs=100,
         seed=0,
     )
-    for batch in DataLoader(pairs, BATCH):
+    for batch in DataLoader(pairs, BATCH, collate_fn=collate_cut):
         yield {**batch, "image": diffclip.normalize(config, batch["image"])}
 
 

@@ -1,6 +1,7 @@
 """From captions to token ids and from images to pixels, as a model config says: the two ends before the encoders."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -112,12 +113,12 @@ def transforms(
         return decoding(image_transform_v2(PreprocessCfg(**cfg), is_train=False), rgb)
     interpolation = InterpolationMode(cfg.get("interpolation", "bicubic").replace("random", "bicubic"))
     if train:
-        crop = partial(random_crop, size=cfg["size"], scale=crop_scale, interpolation=interpolation)
-        last: list[Callable] = [partial(normalize, model_config)] if normalized else []
-        return T.Compose([partial(as_pixels, rgb=rgb), crop, *last])
-    last = [T.ToTensor(), T.Normalize(cfg["mean"], cfg["std"])] if normalized else [T.PILToTensor()]
+        size = [cfg["size"]] * 2 if isinstance(cfg["size"], int) else [*cfg["size"]]
+        last = partial(normalize, model_config) if normalized else None
+        return RandomCrop(size, crop_scale, interpolation, rgb, last)
+    finish = [T.ToTensor(), T.Normalize(cfg["mean"], cfg["std"])] if normalized else [T.PILToTensor()]
     return T.Compose(
-        [rgb, cut_strip, T.Resize(cfg["size"], interpolation=interpolation), T.CenterCrop(cfg["size"]), *last]
+        [rgb, cut_strip, T.Resize(cfg["size"], interpolation=interpolation), T.CenterCrop(cfg["size"]), *finish]
     )
 
 
@@ -128,18 +129,40 @@ def as_pixels(image: Image.Image | Tensor, rgb: Callable[[Image.Image], Image.Im
     return torch.from_numpy(np.array(rgb(image))).permute(2, 0, 1)
 
 
-def random_crop(
-    pixels: Tensor, size: int | list[int], scale: tuple[float, float], interpolation: InterpolationMode
-) -> Tensor:
-    """torchvision's RandomResizedCrop of (3, height, width) uint8, with its draws and without its detours.
+Box = tuple[int, int, int, int]  # top, left, height, width
 
-    All of a square is given without a draw: who goes on with the generator (training seeds each sample) has others.
+
+@dataclass(frozen=True)
+class RandomCrop:
+    """torchvision's RandomResizedCrop of what `decode_for_crops` gives, with its draws and without its detours.
+
+    The result is (3, *size) uint8, channels last in memory, then whatever `last` makes of it.
     """
-    size = [size, size] if isinstance(size, int) else [*size]
-    if pixels.shape[1] == pixels.shape[2] and min(scale) == 1:  # of its ten draws none is another crop than all of it
-        return F.resize(pixels, size, interpolation=interpolation, antialias=True)
-    top, left, height, width = T.RandomResizedCrop.get_params(pixels, [*scale], [3 / 4, 4 / 3])
-    return F.resized_crop(pixels, top, left, height, width, size, interpolation=interpolation, antialias=True)
+
+    size: list[int]
+    scale: tuple[float, float]
+    interpolation: InterpolationMode
+    rgb: Callable[[Image.Image], Image.Image] = to_rgb
+    last: Callable[[Tensor], Tensor] | None = None
+
+    def draw(self, height: int, width: int) -> Box:
+        """The part of an image to keep, from torch's generator.
+
+        All of a square is given without a draw: who goes on with the generator (training seeds each sample) has others.
+        """
+        if height == width and min(self.scale) == 1:  # of its ten draws none is another crop than all of it
+            return 0, 0, height, width
+        of_that_size = torch.empty(()).expand(height, width)
+        return T.RandomResizedCrop.get_params(of_that_size, [*self.scale], [3 / 4, 4 / 3])
+
+    def __call__(self, image: Image.Image | Tensor, box: Box | None = None) -> Tensor:
+        pixels = as_pixels(image, self.rgb)
+        top, left, height, width = box or self.draw(*pixels.shape[1:])
+        part = pixels[:, top : top + height, left : left + width]
+        # with a stride of the whole for the batch of one torch sees that channels are last, and saves a copy
+        batch = part.as_strided((1, *part.shape), (pixels.numel(), *part.stride()), part.storage_offset())
+        crop = F.resize_image(batch, self.size, interpolation=self.interpolation, antialias=True)[0]
+        return self.last(crop) if self.last else crop
 
 
 def decoding(transform: T.Compose, rgb: Callable[..., Any] = to_rgb) -> T.Compose:
@@ -158,7 +181,11 @@ def normalize(model_config: dict[str, Any], pixels: Tensor) -> Tensor:
     """
     cfg = model_config["preprocess_cfg"]
     mean, std = (_by_channel(tuple(cfg[key]), pixels.device) for key in ("mean", "std"))
-    return pixels.float().div_(255).sub_(mean).div_(std)
+    floats = torch.empty(pixels.shape, device=pixels.device)
+    one_by_one = pixels.ndim == 4 and pixels.device.type == "cpu"  # an image stays in a core's cache, a batch does not
+    for into, part in zip(floats, pixels) if one_by_one else [(floats, pixels)]:
+        into.copy_(part).div_(255).sub_(mean).div_(std)
+    return floats
 
 
 @lru_cache

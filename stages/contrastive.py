@@ -239,8 +239,9 @@ class ContrastiveTrainer(StageTrainer):
 
 def collate_cut(items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     """A batch of `TrainingPairs` whose texts are cut to the longest, to a multiple of 8 tokens."""
-    batch = default_data_collator(items)
-    return {**batch, "text": cut_texts(batch["text"])}
+    batch = default_data_collator([{**item, "image": item["image"].permute(1, 2, 0)} for item in items])
+    # images are channels last, and laid behind each other as they lie
+    return {**batch, "image": batch["image"].permute(0, 3, 1, 2), "text": cut_texts(batch["text"])}
 
 
 def tokens_of(model: DualEncoder, tower: str) -> int:

@@ -122,8 +122,13 @@ class PairTable:
 def decoded(table: Any, index: int, by: Callable[[bytes | Path], Decoded]) -> tuple[Decoded, list[str]]:
     """The image of a table's pair as `by` decodes it, and its captions; BadSample where one of them cannot be read."""
     image, captions = table.encoded(index)
+    return of_row(table, index, by, image), captions
+
+
+def of_row(table: Any, index: int, read: Callable[..., Decoded], *given: Any) -> Decoded:
+    """What `read` makes of what was given, which is a table's pair's; BadSample where that fails."""
     try:
-        return by(image), captions
+        return read(*given)
     except BROKEN as error:
         raise BadSample(table.key(index), str(error) or type(error).__name__) from None
 

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,14 +13,29 @@ from torch.utils.data import Dataset
 
 from diffclip.base.cache import cache_dir, keep, kept_array
 from diffclip.base.errors import InputError
-from diffclip.base.files import append_jsonl
-from diffclip.base.jpegs import decode_for_crops
-from diffclip.data.pairs import BadSample, PairTable, decoded
+from diffclip.base.files import append_jsonl, file_content
+from diffclip.base.jpegs import decode_for_crops, plain_size
+from diffclip.data.pairs import BadSample, PairTable, decoded, of_row
 from diffclip.data.stream import Stream, check_weights
 from diffclip.data.streamed import StreamedTable
+from diffclip.preprocessing import Box, RandomCrop
 
 MOST_TRIES = 100
+TOGETHER = 16  # items that are made in one go, whose files are in memory for as long
 SHARED_FROM = 1_000_000  # pairs; their order is 4 MB, and a node may have a hundred processes
+
+
+class Drawn(NamedTuple):
+    """A pair that is read and not decoded, with what was drawn for its place."""
+
+    place: int
+    row: int  # of the table
+    bad: int  # how many could not be read before it
+    content: bytes
+    captions: list[str]
+    caption: str
+    size: tuple[int, int] | None  # of a plain JPEG
+    box: Box | None  # drawn where the size is known
 
 
 class TrainingPairs(Dataset):
@@ -38,7 +53,7 @@ class TrainingPairs(Dataset):
     def __init__(
         self,
         table: PairTable | StreamedTable,
-        transform: Callable[[Any], torch.Tensor],
+        transform: Callable[..., torch.Tensor],
         tokenizer: Callable[[list[str]], torch.Tensor],
         *,
         global_batch_size: int,
@@ -51,7 +66,8 @@ class TrainingPairs(Dataset):
     ) -> None:
         """
         Args:
-            transform: takes what `decode_for_crops` gives, a PIL image or (3, height, width) uint8.
+            transform: a `RandomCrop`, or any function of what `decode_for_crops` gives, a PIL image or (3, height,
+                width) uint8.
             weights: how often an epoch sees each pair of each source (`table.ranges`): 2 is twice, 0.3 a random
                 30 % of them, a new draw in each epoch. Empty: once.
             bad_samples: file that gets a line {"key", "reason"} for each unreadable pair; None: they raise.
@@ -136,26 +152,69 @@ class TrainingPairs(Dataset):
         return int(self.order(epoch)[position])
 
     def __getitem__(self, k: int) -> dict[str, torch.Tensor | int]:
-        if self.stream and isinstance(self.table, StreamedTable):
-            self.table.prepare(*self.stream.soon(k))
-        row, bad = self.row(k), 0
+        return self.__getitems__([k])[0]
+
+    def __getitems__(self, places: Sequence[int]) -> list[dict[str, torch.Tensor | int]]:
+        """Items at several places, as torch's loaders ask for them."""
+        chunks = [places[start : start + TOGETHER] for start in range(0, len(places), TOGETHER)]
+        return [item for chunk in chunks for item in self._items(chunk)]
+
+    def _items(self, places: Sequence[int]) -> list[dict[str, torch.Tensor | int]]:
+        """Items made step by step: decoding an image empties a core's caches, and all else takes three to five times
+        as long after each as in a loop of its own.
+        """
+        drawn = [self._drawn(k) for k in places]
+        cropped = [self._cropped(pair) for pair in drawn]
+        texts = self.tokenizer([pair.caption for pair, _ in cropped])
+        return [
+            {"image": image, "text": text, "item": pair.place, "bad": pair.bad}
+            for (pair, image), text in zip(cropped, texts, strict=True)
+        ]
+
+    def _drawn(self, k: int, bad: int = 0) -> Drawn:
+        """The pair at place k, or if bad of them cannot be read what stands in for it, with its draws."""
         while True:
+            if self.stream and isinstance(self.table, StreamedTable):
+                self.table.prepare(*self.stream.soon(k))
+            row = self._replacement(k, bad) if bad else self.row(k)
             try:
-                image, captions = decoded(self.table, row, decode_for_crops)
+                (content, size), captions = decoded(self.table, row, _opened)
                 break
             except BadSample as error:
-                if self.bad_samples is None or bad == MOST_TRIES:
-                    raise
-                if error.key not in self._named:
-                    self._named.add(error.key)
-                    name_bad_samples(self.bad_samples, [(error.key, error.reason)])
-                bad += 1
-                row = self._replacement(k, bad)
+                bad = self._one_more(error, bad)
         if self.stream and self.bad_samples:
             self._name_new_problems(self.bad_samples)
+        with self._seeded(k, captions) as caption:
+            box = self.transform.draw(*size) if size and isinstance(self.transform, RandomCrop) else None
+        return Drawn(k, row, bad, content, captions, caption, size, box)
+
+    def _cropped(self, pair: Drawn) -> tuple[Drawn, torch.Tensor]:
+        """A pair and its crop; another pair where the image turns out to be broken."""
+        while True:
+            try:
+                image = of_row(self.table, pair.row, decode_for_crops, pair.content, pair.size)
+                break
+            except BadSample as error:
+                pair = self._drawn(pair.place, self._one_more(error, pair.bad))
+        if pair.box:
+            return pair, self.transform(image, pair.box)
+        with self._seeded(pair.place, pair.captions):
+            return pair, self.transform(image)
+
+    def _one_more(self, error: BadSample, bad: int) -> int:
+        """How many pairs could not be read for a place, after one more, which is named."""
+        if self.bad_samples is None or bad == MOST_TRIES:
+            raise error
+        if error.key not in self._named:
+            self._named.add(error.key)
+            name_bad_samples(self.bad_samples, [(error.key, error.reason)])
+        return bad + 1
+
+    @contextmanager
+    def _seeded(self, k: int, captions: list[str]) -> Iterator[str]:
+        """One of the captions, drawn for place k, and torch's generator as it goes on from there."""
         with seeded(self.seed * 1_000_003 + k):
-            caption = captions[int(torch.randint(len(captions), ()))]
-            return {"image": self.transform(image), "text": self.tokenizer([caption])[0], "item": k, "bad": bad}
+            yield captions[int(torch.randint(len(captions), ()))]
 
     def _name_new_problems(self, path: Path) -> None:
         """Name the samples that lack a part in shards that have been opened since."""
@@ -180,6 +239,12 @@ def cut_texts(text: torch.Tensor) -> torch.Tensor:
     """
     longest = int(text.argmax(dim=-1).max()) + 1
     return text[:, : -(-longest // 8) * 8]
+
+
+def _opened(source: bytes | Path) -> tuple[bytes, tuple[int, int] | None]:
+    """A file's content, and its size if it is a plain JPEG."""
+    content = source if isinstance(source, bytes) else file_content(source)
+    return content, plain_size(content)
 
 
 def _share(rows: np.ndarray, weight: float, rng: np.random.Generator) -> np.ndarray:

@@ -8,12 +8,14 @@ import tarfile
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageFile
+from PIL import ExifTags, Image, ImageFile
+from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms import functional as F
 
 import diffclip
 from diffclip.base.errors import InputError
 from diffclip.data import shards as shards_module
+from diffclip.data import training_pairs
 from diffclip.data.pairs import BadSample, PairTable
 from diffclip.data.sources import expand
 from diffclip.data.training_pairs import TrainingPairs
@@ -118,6 +120,59 @@ def test_an_item_depends_on_seed_and_position_only(shards):
     assert any(
         not torch.equal(a["text"], b["text"]) for a, b in zip(forwards, (stream(shards, seed=1)[k] for k in range(30)))
     )
+
+
+def test_items_of_a_batch_are_those_of_each_place(tmp_path, monkeypatch):
+    """Whatever the files are, and whatever stands in for the broken ones, however many are made in one go."""
+    rgb = Image.fromarray(noise(40, 56, 3))
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    plain = encoded(rgb, "JPEG")
+    kinds = {
+        "plain.jpg": plain,
+        "square.jpg": encoded(rgb.resize((48, 48)), "JPEG"),
+        "grey.jpg": encoded(rgb.convert("L"), "JPEG"),
+        "turned.jpg": encoded(rgb, "JPEG", exif=exif.tobytes()),
+        "cmyk.jpg": encoded(rgb.convert("CMYK"), "JPEG"),
+        "shown.png": encoded(rgb, "PNG"),
+        "cut.jpg": plain[: len(plain) // 2],  # of which the header can be read
+        "empty.jpg": b"",
+    }
+    members = {}
+    for name, content in kinds.items():
+        members |= {name: content, f"{name.split('.')[0]}.txt": name.encode()}
+    table = PairTable([tar_of(tmp_path / "x.tar", members)])
+    config = diffclip.MODELS["CLIP-tiny"]
+    for crop in (diffclip.transforms(config, train=True), lambda image: torch.rand(2)):
+        pairs = TrainingPairs(
+            *(table, crop, diffclip.tokenizer(config)),
+            **{"global_batch_size": 8, "epochs": 4, "seed": 0, "bad_samples": tmp_path / "bad.jsonl"},
+        )
+        singly = [pairs[k] for k in range(32)]
+        assert sum(item["bad"] for item in singly) >= 8
+        for together in (1, 3, 16):
+            monkeypatch.setattr(training_pairs, "TOGETHER", together)
+            for one, other in zip(singly, pairs.__getitems__(list(range(32))), strict=True):
+                assert {**one, "image": 0, "text": 0} == {**other, "image": 0, "text": 0}
+                assert torch.equal(one["image"], other["image"]) and torch.equal(one["text"], other["text"])
+
+
+def test_crops_are_torchvisions_with_its_draws():
+    config = diffclip.MODELS["CLIP-tiny"]
+    for interpolation in InterpolationMode.BILINEAR, InterpolationMode.BICUBIC:
+        cfg = {**config["preprocess_cfg"], "interpolation": interpolation.value}
+        ours = diffclip.transforms({**config, "preprocess_cfg": cfg}, train=True, normalized=False)
+        theirs = v2.RandomResizedCrop(cfg["size"], scale=(0.5, 1.0), interpolation=interpolation, antialias=True)
+        for height, width in ((300, 200), (90, 91), (64, 64), (20, 400)):
+            pixels = torch.from_numpy(noise(height, width, 3)).permute(2, 0, 1)
+            for seed in range(5):
+                with training_pairs.seeded(seed):
+                    box = ours.draw(height, width)
+                with training_pairs.seeded(seed):
+                    assert torch.equal(ours(pixels), ours(pixels, box))
+                with training_pairs.seeded(seed):
+                    wanted = theirs(pixels)
+                assert torch.equal(ours(pixels, box), wanted), (interpolation, height, width, seed)
 
 
 def test_bad_sources_are_named(tmp_path, shards):

@@ -107,7 +107,7 @@ def folder(tmp_path_factory):
 def pairs_of(folder, **settings) -> TrainingPairs:
     settings = {"global_batch_size": 16, "epochs": 2, "seed": 1, "lanes": 4, "window": 2} | settings
     table = StreamedTable(sized_shards([f"{folder}/*.tar"], Layout()), Layout())
-    return TrainingPairs(table, lambda image: torch.zeros(1), lambda texts: torch.zeros(1, 1), **settings)
+    return TrainingPairs(table, lambda image: torch.zeros(1), lambda texts: torch.zeros(len(texts), 1), **settings)
 
 
 def items(pairs: TrainingPairs, ranks: int, workers: int, skip: int = 0) -> list[list[int]]:
