@@ -123,8 +123,9 @@ def training_arguments(config: TrainingConfig, steps: int, batch: tuple[int, int
     if config.deepspeed and on_cpu:
         import deepspeed.ops  # not at the top: it takes seconds, and says so on the console
 
-        # An all-reduce for inference that would be compiled for a minute with g++; training uses gloo's.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # An all-reduce for inference that would be compiled for a minute with g++; training uses gloo's. The table is
+        # made when it is first asked for, by compilers in each rank, and only for that all-reduce.
+        vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
     values = {
         "output_dir": config.output_dir,
         "seed": config.seed,
