@@ -15,25 +15,25 @@ from diffclip.base.images import decode, opened, stored_as_shown
 warnings.filterwarnings("ignore", message="The image decoding and encoding", module=r"torchvision\.io")
 
 
-def plain_size(content: bytes) -> tuple[int, int] | None:
-    """(height, width) of a JPEG that shows the RGB or grey pixels that it stores, told from its header; None of any
-    other image. Raises as `diffclip.base.images.decode` where the header cannot be read.
-    """
-    with opened(content) as image:
-        return (image.height, image.width) if stored_as_shown(image) else None
+def read_for_crops(source: bytes | str | Path) -> tuple[bytes, tuple[int, int] | None]:
+    """The content of an image's file, and if its header says that it is a plain JPEG (height, width).
 
-
-def decode_for_crops(source: bytes | str | Path, size: tuple[int, int] | None = None) -> Tensor | Image.Image:
-    """Decode an image for `diffclip.transforms(..., train=True)`: a JPEG to (3, height, width) uint8, channels last.
-
-    Any other file, and a JPEG that has to be turned or is neither RGB nor grey, comes as `decode` gives it, and what
-    torchvision refuses as well, so that PIL says what is wrong with it. Raises as `decode` does.
-
-    Args:
-        size: what `plain_size` gave, where it is known.
+    Plain is what shows the RGB or grey pixels that it stores. Raises as `diffclip.base.images.decode` where the header
+    cannot be read.
     """
     content = source if isinstance(source, bytes) else file_content(source)
-    if size or plain_size(content):
+    with opened(content) as image:
+        return content, (image.height, image.width) if stored_as_shown(image) else None
+
+
+def decode_for_crops(content: bytes, size: tuple[int, int] | None) -> Tensor | Image.Image:
+    """Decode what `read_for_crops` gave for `diffclip.transforms(..., train=True)`: a plain JPEG to (3, height, width)
+    uint8, channels last.
+
+    Any other file comes as `decode` gives it, and what torchvision refuses as well, so that PIL says what is wrong with
+    it. Raises as `decode` does.
+    """
+    if size:
         try:
             return decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8), ImageReadMode.RGB)
         except RuntimeError:

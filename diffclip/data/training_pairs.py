@@ -13,8 +13,8 @@ from torch.utils.data import Dataset
 
 from diffclip.base.cache import cache_dir, keep, kept_array
 from diffclip.base.errors import InputError
-from diffclip.base.files import append_jsonl, file_content
-from diffclip.base.jpegs import decode_for_crops, plain_size
+from diffclip.base.files import append_jsonl
+from diffclip.base.jpegs import decode_for_crops, read_for_crops
 from diffclip.data.pairs import BadSample, PairTable, decoded, of_row
 from diffclip.data.stream import Stream, check_weights
 from diffclip.data.streamed import StreamedTable
@@ -178,7 +178,7 @@ class TrainingPairs(Dataset):
                 self.table.prepare(*self.stream.soon(k))
             row = self._replacement(k, bad) if bad else self.row(k)
             try:
-                (content, size), captions = decoded(self.table, row, _opened)
+                (content, size), captions = decoded(self.table, row, read_for_crops)
                 break
             except BadSample as error:
                 bad = self._one_more(error, bad)
@@ -239,12 +239,6 @@ def cut_texts(text: torch.Tensor) -> torch.Tensor:
     """
     longest = int(text.argmax(dim=-1).max()) + 1
     return text[:, : -(-longest // 8) * 8]
-
-
-def _opened(source: bytes | Path) -> tuple[bytes, tuple[int, int] | None]:
-    """A file's content, and its size if it is a plain JPEG."""
-    content = source if isinstance(source, bytes) else file_content(source)
-    return content, plain_size(content)
 
 
 def _share(rows: np.ndarray, weight: float, rng: np.random.Generator) -> np.ndarray:

@@ -17,7 +17,7 @@ import diffclip
 from diffclip.base.backbones import open_clip
 from diffclip.base.errors import InputError
 from diffclip.base.images import BROKEN, as_stored, cut_strip, decode, open_image, to_rgb
-from diffclip.base.jpegs import decode_for_crops
+from diffclip.base.jpegs import decode_for_crops, read_for_crops
 from diffclip.hf import image_processor
 
 CONFIG = diffclip.MODELS["DiffCLIP-B-32"]
@@ -430,12 +430,16 @@ JPEGS = {
 }
 
 
+def as_trained_on(source):
+    return decode_for_crops(*read_for_crops(source))
+
+
 @pytest.mark.parametrize("options", JPEGS.values(), ids=JPEGS)
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 def test_a_plain_jpeg_becomes_a_tensor_of_pil_s_pixels(mode, options):
     for size in ((1, 1), (17, 250), (120, 91)):
         content = encoded(photo(*size).convert(mode), "JPEG", **options)
-        pixels = decode_for_crops(content)
+        pixels = as_trained_on(content)
         assert isinstance(pixels, torch.Tensor) and pixels.dtype == torch.uint8
         assert np.array_equal(pixels.permute(1, 2, 0), np.asarray(decode(content)))
 
@@ -447,9 +451,9 @@ def test_what_has_to_be_turned_or_converted_is_left_to_pil(tmp_path):
     (tmp_path / "a.png").write_bytes(encoded(image, "PNG"))
     turned, cmyk = encoded(image, "JPEG", exif=exif.tobytes()), encoded(image.convert("CMYK"), "JPEG")
     for source in (turned, cmyk, tmp_path / "a.png"):
-        seen = decode_for_crops(source)
+        seen = as_trained_on(source)
         assert isinstance(seen, Image.Image) and np.array_equal(np.asarray(seen), np.asarray(decode(source)))
-    assert decode_for_crops(turned).size == (40, 60)
+    assert as_trained_on(turned).size == (40, 60)
 
 
 @pytest.mark.parametrize("progressive", [False, True])
@@ -470,10 +474,10 @@ def test_a_damaged_jpeg_is_the_same_image_or_as_broken_as_for_pil(progressive):
         except BROKEN:
             outcomes.add("broken")
             with pytest.raises(BROKEN):
-                decode_for_crops(bytes(content))
+                as_trained_on(bytes(content))
         else:
             outcomes.add("whole")
-            seen = decode_for_crops(bytes(content))
+            seen = as_trained_on(bytes(content))
             seen = seen.permute(1, 2, 0) if isinstance(seen, torch.Tensor) else np.asarray(seen)
             assert np.array_equal(seen, wanted)
     assert outcomes == {"broken", "whole"}
@@ -482,7 +486,7 @@ def test_a_damaged_jpeg_is_the_same_image_or_as_broken_as_for_pil(progressive):
 def test_more_pixels_than_allowed_are_refused_on_both_ways(monkeypatch):
     content = encoded(photo(40, 60), "JPEG")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2000)
-    for way in (decode, decode_for_crops):
+    for way in (decode, as_trained_on):
         with pytest.raises(Image.DecompressionBombError):
             way(content)
 

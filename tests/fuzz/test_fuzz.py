@@ -10,7 +10,7 @@ import children
 import pytest
 from launch import ROOT, run_program
 
-CASES = 1000  # of seed 0
+CASES = 2000  # of seed 0
 
 
 @pytest.mark.slow
